@@ -1,0 +1,495 @@
+"""Pretrain the small language models that ship as ``builtin:lm`` and ``builtin:lm-small``.
+
+The corpus is a JSON-lines file (``.xz`` allowed) with one ``{"text": ...}`` a line. One per cent of the documents,
+chosen by a hash of their text, is held out: neither the tokenizer nor the model sees it, and bits per byte are measured
+on it. Documents are packed end to end, each closed by the end-of-text token, and cut into windows.
+
+    python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size base  --tokens 60e6 --out build/pretrain/base
+    python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size small --tokens 40e6 --out build/pretrain/small
+
+A run that was stopped goes on from its last checkpoint when the same command is given again. ``--export DIR`` writes the
+model in 16-bit safetensors with its tokenizer and its model card, as it stands in the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import lzma
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CONTEXT = 512
+VOCABULARY = 8192
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+PROMPTS = ("The old house stood", "This film is", "In the morning, the doctor")
+
+SIZES: dict[str, dict[str, int]] = {
+    "base": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4},
+    "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 2},
+}
+
+
+# --- corpus and tokenizer --------------------------------------------------------------------------------------------
+
+
+def documents(corpus: Path) -> Iterator[str]:
+    """The texts of a JSON-lines corpus, one after the other."""
+    opener = lzma.open if corpus.suffix == ".xz" else open
+    with opener(corpus, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)["text"]
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a document belongs to the held-out one per cent (by its content, so that order does not matter)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 100 == 0
+
+
+def train_tokenizer(corpus: Path, folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 8,192 entries, trained on the training documents only."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for text in documents(corpus) if not is_held_out(text)), trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        model_max_length=CONTEXT,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+def prepare(corpus: Path, folder: Path) -> tuple[PreTrainedTokenizerFast, np.ndarray, np.ndarray, int]:
+    """Tokenizer, training tokens, validation tokens (uint16, memory-mapped) and the validation text's bytes."""
+    done = folder / "prepared.json"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        log(f"training the tokenizer on {corpus.name}")
+        tokenizer = train_tokenizer(corpus, folder / "tokenizer")
+        end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+        streams: dict[bool, list[np.ndarray]] = {False: [], True: []}
+        sizes = {False: 0, True: 0}
+        log("tokenising")
+        batch: list[str] = []
+
+        def flush() -> None:
+            for text, encoding in zip(batch, tokenizer.backend_tokenizer.encode_batch(batch), strict=True):
+                held_out = is_held_out(text)
+                streams[held_out].append(np.array([*encoding.ids, end], dtype=np.uint16))
+                sizes[held_out] += len(text.encode())
+            batch.clear()
+
+        for text in documents(corpus):
+            batch.append(text)
+            if len(batch) == 1000:
+                flush()
+        flush()
+        # Documents of one book stand side by side in the corpus; a fixed shuffle spreads them.
+        order = np.random.default_rng(0).permutation(len(streams[False]))
+        np.save(folder / "train.npy", np.concatenate([streams[False][i] for i in order]))
+        np.save(folder / "validation.npy", np.concatenate(streams[True]))
+        counts = {"train_bytes": sizes[False], "validation_bytes": sizes[True]}
+        done.write_text(json.dumps(counts))
+    counts = json.loads(done.read_text())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    train = np.load(folder / "train.npy", mmap_mode="r")
+    validation = np.load(folder / "validation.npy", mmap_mode="r")
+    return tokenizer, train, validation, counts["validation_bytes"]
+
+
+def window_batch(tokens: np.ndarray, step: int, batch: int, length: int, seed: int) -> Tensor:
+    """The ``step``-th batch of windows, ``(batch, length + 1)``: a pure function of its arguments.
+
+    Each pass over the corpus cuts it into windows at a random offset and visits all of them once in random order, so
+    that a resumed run sees exactly what an uninterrupted one would.
+    """
+    windows = (len(tokens) - length - 1) // length
+    steps_per_pass = windows // batch
+    passes, within = divmod(step, steps_per_pass)
+    generator = np.random.default_rng([seed, passes, length])
+    offset = int(generator.integers(length))
+    chosen = generator.permutation(windows)[within * batch : (within + 1) * batch]
+    starts = [min(offset + int(i) * length, len(tokens) - length - 1) for i in chosen]
+    return torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of a tied output layer without holding all logits at once.
+
+    Forward computes loss and gradients together in chunks of rows, so that the (rows, vocabulary) matrix never
+    exists: at 8,192 entries it would be 130 MB for 4,096 tokens, and its page faults cost more than the products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, chunk: int = 512) -> Tensor:
+        rows = hidden.shape[0]
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, rows, chunk):
+            part, wanted = hidden[start : start + chunk], target[start : start + chunk, None]
+            logits = (part @ weight.t()).float()
+            logits -= logits.amax(dim=1, keepdim=True)
+            chosen = logits.gather(1, wanted)
+            normaliser = logits.exp_().sum(dim=1, keepdim=True)
+            total += (normaliser.log() - chosen).sum()
+            logits /= normaliser
+            logits.scatter_add_(1, wanted, torch.full_like(chosen, -1.0))
+            gradient = logits.to(hidden.dtype)
+            torch.mm(gradient, weight, out=grad_hidden[start : start + chunk])
+            grad_weight.addmm_(gradient.t(), part)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.rows = rows
+        return total / rows
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = outputs[0] / ctx.rows
+        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None
+
+
+def batch_loss(model: LlamaForCausalLM, windows: Tensor, precision: str) -> Tensor:
+    """Mean loss per token in nats of windows ``(batch, length + 1)``."""
+    device_type = windows.device.type
+    with torch.autocast(device_type, torch.bfloat16, enabled=precision == "bfloat16"):
+        hidden = model.model(windows[:, :-1]).last_hidden_state
+    target = windows[:, 1:].reshape(-1)
+    hidden, weight = hidden.reshape(-1, hidden.shape[-1]), model.lm_head.weight
+    if precision == "bfloat16":
+        hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    loss: Tensor = ChunkedCrossEntropy.apply(hidden, weight, target, 512 if device_type == "cpu" else 8192)
+    return loss
+
+
+@torch.no_grad()
+def bits_per_byte(model: LlamaForCausalLM, tokens: np.ndarray, size: int, precision: str, limit: int | None) -> float:
+    """Bits per byte of the held-out text, in windows of the full context.
+
+    Every token of a window is scored, the first ones with little context, and the end-of-text tokens count as cost but
+    not as bytes: both make the figure slightly worse than it could be. ``limit`` scores only that many tokens (and takes the
+    bytes in proportion) for a quick look.
+    """
+    device = model.lm_head.weight.device
+    count = min(len(tokens) - 1, limit or len(tokens))
+    total, seen = 0.0, 0
+    for start in range(0, count, 16 * CONTEXT):
+        rows = [
+            torch.from_numpy(tokens[s : min(s + CONTEXT, count) + 1].astype(np.int64))
+            for s in range(start, min(start + 16 * CONTEXT, count), CONTEXT)
+        ]
+        for group in ([r for r in rows if len(r) == CONTEXT + 1], [r for r in rows if len(r) != CONTEXT + 1]):
+            if group:
+                windows = torch.stack(group).to(device)
+                predicted = windows.numel() - len(group)
+                total += batch_loss(model, windows, precision).item() * predicted
+                seen += predicted
+    return total / math.log(2) / (size * seen / (len(tokens) - 1))
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Write weights, moments and progress so that a kill at any moment leaves the old or the new checkpoint whole."""
+    fresh, current, old = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    named = dict(model.named_parameters())
+    save_file({name: p.detach().contiguous() for name, p in named.items()}, fresh / "model.safetensors")
+    moments = {
+        f"{kind}/{name}": optimizer.state[p][kind].contiguous()
+        for name, p in named.items()
+        for kind in ("exp_avg", "exp_avg_sq", "step")
+    }
+    save_file(moments, fresh / "optimizer.safetensors")
+    (fresh / "state.json").write_text(json.dumps(state, indent=1))
+    shutil.rmtree(old, ignore_errors=True)
+    if current.exists():
+        current.rename(old)
+    fresh.rename(current)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> dict | None:
+    """Put the last whole checkpoint back in place and return its progress, or None where there is none."""
+    source = next((folder / n for n in ("checkpoint", "checkpoint.old") if (folder / n / "state.json").exists()), None)
+    if source is None:
+        return None
+    named = dict(model.named_parameters())
+    weights, moments = load_file(source / "model.safetensors"), load_file(source / "optimizer.safetensors")
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(weights[name])
+            optimizer.state[parameter] = {
+                kind: moments[f"{kind}/{name}"].to("cpu" if kind == "step" else parameter.device)
+                for kind in ("exp_avg", "exp_avg_sq", "step")
+            }
+    state: dict = json.loads((source / "state.json").read_text())
+    return state
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def log(text: str) -> None:
+    print(time.strftime("%H:%M:%S"), text, flush=True)
+
+
+def faster_precision(device: str) -> str:
+    """``bfloat16`` where its matrix products are faster than float32's on this machine, else ``float32``."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(1024, 256, device=device, dtype=dtype) for _ in range(2))
+        (a @ b.t()).sum().item()
+        start = time.perf_counter()
+        for _ in range(5):
+            (a @ b.t()).sum().item()
+        seconds[dtype] = time.perf_counter() - start
+    return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
+
+
+def learning_rate(seen: float, total: float, peak: float, warmup: float = 0.5e6) -> float:
+    """Linear warm-up over ``warmup`` tokens, then a cosine down to 5 % of the peak at ``total`` tokens."""
+    if seen < warmup:
+        return peak * (seen + 1) / warmup
+    share = min(1.0, (seen - warmup) / max(1.0, total - warmup))
+    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def build_model(size: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A freshly initialised Llama of the named size."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **SIZES[size],
+    )
+    model = LlamaForCausalLM(config)
+    # Residual branches start smaller with depth (GPT-2), which lets a small batch take a high rate.
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            torch.nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
+    return model
+
+
+def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
+    """Forty greedy tokens after ``prompt`` with a mild repetition penalty."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    output = model.generate(
+        **inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.2, use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return tokenizer.decode(output[0])
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train to ``--tokens``, from the last checkpoint where there is one."""
+    out: Path = arguments.out
+    total = int(arguments.tokens)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = arguments.precision if arguments.precision != "auto" else faster_precision(device)
+    data = arguments.data or out.parent / "data"
+    tokenizer, tokens, held_out, size = prepare(arguments.corpus, data)
+    log(f"{len(tokens):,} training and {len(held_out):,} validation tokens; {size / len(held_out):.2f} bytes a token")
+
+    torch.manual_seed(arguments.seed)
+    model = build_model(arguments.size, tokenizer).to(device)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98), fused=True)
+    state = load_checkpoint(out, model, optimizer) or {"tokens": 0, "seconds": 0.0, "steps": {}, "validation": []}
+    parameters = sum(p.numel() for p in model.parameters())
+    log(f"{parameters:,} parameters, {precision} on {device}, {state['tokens']:,} of {total:,} tokens seen")
+    if arguments.compile:
+        model.model.compile()
+
+    started, smoothed, logged = time.perf_counter(), None, (time.perf_counter(), state["tokens"])
+    last_saved = time.perf_counter()
+    while state["tokens"] < total:
+        # Short windows first: the same tokens cost less attention; the last fifth teaches the full context.
+        length = CONTEXT // 2 if state["tokens"] < 0.8 * total else CONTEXT
+        rows = arguments.batch_tokens // length
+        step = state["steps"].get(str(length), 0)
+        windows = window_batch(tokens, step, rows, length, arguments.seed).to(device)
+        rate = learning_rate(state["tokens"], total, arguments.learning_rate)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = batch_loss(model, windows, precision)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        state["steps"][str(length)] = step + 1
+        state["tokens"] += rows * length
+        count = sum(state["steps"].values())
+        if count % 50 == 0:
+            value = loss.item()
+            smoothed = value if smoothed is None else 0.8 * smoothed + 0.2 * value
+            now = time.perf_counter()
+            speed = (state["tokens"] - logged[1]) / (now - logged[0])
+            logged = (now, state["tokens"])
+            left = (total - state["tokens"]) / speed / 60
+            log(f"{state['tokens'] / 1e6:8.2f} M tokens  loss {smoothed:.3f}  lr {rate:.2e}  {speed:,.0f} tokens/s  {left:.0f} min left")
+        finished = state["tokens"] >= total
+        if finished or time.perf_counter() - last_saved > arguments.save_minutes * 60:
+            state["seconds"] += time.perf_counter() - started
+            model.eval()
+            figure = bits_per_byte(model, held_out, size, precision, None if finished else 200_000)
+            state["validation"].append([state["tokens"], round(figure, 4)])
+            log(f"validation {figure:.4f} bits per byte" + ("" if finished else " (quick)"))
+            log("sample: " + sample(model, tokenizer, PROMPTS[len(state["validation"]) % len(PROMPTS)]))
+            model.train()
+            started = time.perf_counter()
+            state.update(precision=precision, machine=machine(device), peak_rate=arguments.learning_rate)
+            state.update(batch_tokens=arguments.batch_tokens, seed=arguments.seed, planned=total)
+            save_checkpoint(out, model, optimizer, state)
+            last_saved = time.perf_counter()
+    log("done")
+
+
+def machine(device: str) -> str:
+    """What the model was trained on, in words."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    try:
+        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+CARD = """\
+---
+license: apache-2.0
+language: en
+library_name: transformers
+---
+# builtin:{name}
+
+A small English language model, so that generation works where no model hub can be reached. Llama architecture,
+{parameters:,} parameters (width {hidden_size}, {num_hidden_layers} layers, {num_attention_heads} heads, tied embeddings),
+context {context}, byte-level BPE tokenizer with {vocabulary:,} entries, weights in {stored}.
+
+| | |
+|---|---|
+| data | 190 million characters: public-domain English books and the unlabelled half of the IMDB film reviews (Maas et al. 2011) |
+| held out | 1 % of the documents, chosen by a hash of their text; not seen by tokenizer or model |
+| tokens seen | {tokens:,} ({passes:.2f} passes over {corpus_tokens:,} training tokens) |
+| validation | **{figure:.3f} bits per byte** on {validation_bytes:,} bytes, windows of {context} tokens, end-of-text tokens counted |
+| optimiser | AdamW, betas 0.9 and 0.98, weight decay 0.1 on matrices, peak rate {peak_rate}, cosine to 5 %, clip 1.0 |
+| batch | {batch_tokens:,} tokens; windows of 256 for the first 80 % of the tokens, then 512 |
+| precision | {precision} |
+| machine, time | {machine}; {seconds:,.0f} s of training, shared with other work |
+| seed | {seed} |
+
+## Limits
+It is a tiny model: it knows the rhythm of English prose, not facts. It has read old books and film reviews, with
+their prejudices; it has seen no code, little dialogue and no other language, and was not tuned to follow instructions. Use it
+to try methods, to test software and to compare training schemes; do not put its text before people as information.
+
+## Reproduce
+```
+python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --tokens {planned} --out build/pretrain/{size}
+python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --out build/pretrain/{size} --export DIR
+```
+"""
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the last checkpoint as a standard ``transformers`` folder with its model card."""
+    data = arguments.data or arguments.out.parent / "data"
+    tokenizer, tokens, held_out, size = prepare(arguments.corpus, data)
+    model = build_model(arguments.size, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = load_checkpoint(arguments.out, model, optimizer)
+    if state is None:
+        sys.exit(f"no checkpoint in {arguments.out}")
+    stored = torch.float16
+    model = model.to(stored).float().eval()  # the figure is that of the shipped weights
+    figure = bits_per_byte(model, held_out, size, "float32", None)
+    folder: Path = arguments.export
+    model.to(stored).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    card = CARD.format(
+        name="lm" if arguments.size == "base" else "lm-small",
+        size=arguments.size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        context=CONTEXT,
+        vocabulary=VOCABULARY,
+        stored=str(stored).removeprefix("torch."),
+        passes=state["tokens"] / len(tokens),
+        corpus_tokens=len(tokens),
+        figure=figure,
+        validation_bytes=size,
+        **SIZES[arguments.size],
+        **{k: state[k] for k in (
+            "tokens", "seconds", "precision", "machine", "seed", "planned", "batch_tokens", "peak_rate")},
+    )  # fmt: skip
+    (folder / "README.md").write_text(card)
+    log(f"{folder}: {figure:.4f} bits per byte after {state['tokens']:,} tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True, help="JSON lines with a text each (.xz allowed)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--data", type=Path, help="folder for tokenizer and tokens (default: data beside --out)")
+    parser.add_argument("--size", choices=sorted(SIZES), default="base")
+    parser.add_argument("--tokens", type=float, default=60e6, help="tokens to train on; may be changed on resuming")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens a step")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--compile", action="store_true", help="compile the model's body (worth it on long runs)")
+    parser.add_argument("--save-minutes", type=float, default=10, help="minutes between checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--export", type=Path, help="write the trained model to this folder and stop")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.export:
+        export(arguments)
+    else:
+        train(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Customise a large pretrained model with data that stays with its owners."""

@@ -1,0 +1,1 @@
+"""Sources of examples, partitions over clients and tokenised batches."""

@@ -1,0 +1,73 @@
+"""A state is a dict of named tensors; these are the operations on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+def combine(function: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]) -> Tensors:
+    """Apply ``function`` name by name to states that have the same names.
+
+    Raises:
+        KeyError: a state lacks a name of the first, or has one more.
+    """
+    for other in rest:
+        if other.keys() != first.keys():
+            raise KeyError(f"states differ in names: {sorted(other.keys() ^ first.keys())}")
+    return {name: function(tensor, *(other[name] for other in rest)) for name, tensor in first.items()}
+
+
+def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensors:
+    """``left + right``, name by name."""
+    return combine(torch.add, left, right)
+
+
+def subtract(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensors:
+    """``left - right``, name by name."""
+    return combine(torch.sub, left, right)
+
+
+def scale(tensors: Mapping[str, Tensor], factor: float) -> Tensors:
+    """Every tensor times ``factor``."""
+    return combine(lambda tensor: tensor * factor, tensors)
+
+
+def zeros_like(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Zeros of the same names, shapes and dtypes."""
+    return combine(torch.zeros_like, tensors)
+
+
+def copy(tensors: Mapping[str, Tensor]) -> Tensors:
+    """A detached, contiguous copy that shares no memory with ``tensors``."""
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
+def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """The inner product over all names, summed in float64."""
+    return sum(float((tensor.double() * right[name].double()).sum()) for name, tensor in left.items())
+
+
+def norm(tensors: Mapping[str, Tensor]) -> float:
+    """The Euclidean norm over all names."""
+    return math.sqrt(dot(tensors, tensors))
+
+
+def count(tensors: Iterable[Tensor]) -> int:
+    """How many numbers the tensors hold."""
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def is_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether no tensor holds a NaN or an infinity."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
+def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether both have the same names and bitwise equal values (NaN equals nothing)."""
+    return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
