@@ -1,1 +1,35 @@
-"""Customise a large pretrained model with data that stays with its owners."""
+"""Customise a large pretrained model with data that stays with its owners.
+
+import fedcustom
+run = fedcustom.run("recipes/docstrings.toml", {"rounds.count": 5})
+run.summary["metrics"], run.history, run.model(), run.predict(["number of rows"])
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import Run, load, run
+    from .errors import FedcustomError
+    from .recipe import Recipe, load_recipe
+
+__all__ = ["FedcustomError", "Recipe", "Run", "load", "load_recipe", "run"]
+
+_HOMES = {
+    "Run": "api",
+    "load": "api",
+    "run": "api",
+    "FedcustomError": "errors",
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch and transformers take seconds, and ``fedcustom --help`` needs neither."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedcustom' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,8 +1,15 @@
 """What goes wrong for reasons a user can mend."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
 
 class FedcustomError(Exception):
-    """Something a user can mend: one line that says what, where and what is allowed. Commands exit with code 2."""
+    """Something a user can mend: one line that says what, where and what is allowed. Commands exit with
+    code 2.
+    """
 
 
 class RecipeError(FedcustomError):
@@ -27,3 +34,10 @@ class UpdateError(FedcustomError):
 
 class RunError(FedcustomError):
     """A run cannot start, go on or be read."""
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str:
+    """``; allowed: a, b; did you mean 'a'?`` for an error message."""
+    close = difflib.get_close_matches(name, allowed, n=1)
+    listed = ", ".join(allowed[:20]) + (", ..." if len(allowed) > 20 else "")
+    return f"; allowed: {listed or 'none'}" + (f"; did you mean {close[0]!r}?" if close else "")

@@ -11,7 +11,9 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 
 
-def combine(function: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]) -> Tensors:
+def combine(
+    function: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]
+) -> Tensors:
     """Apply ``function`` name by name to states that have the same names.
 
     Raises:
@@ -45,7 +47,9 @@ def zeros_like(tensors: Mapping[str, Tensor]) -> Tensors:
 
 def copy(tensors: Mapping[str, Tensor]) -> Tensors:
     """A detached, contiguous copy that shares no memory with ``tensors``."""
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
 
 
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
@@ -70,4 +74,6 @@ def is_finite(tensors: Mapping[str, Tensor]) -> bool:
 
 def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     """Whether both have the same names and bitwise equal values (NaN equals nothing)."""
-    return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+    return left.keys() == right.keys() and all(
+        torch.equal(tensor, right[name]) for name, tensor in left.items()
+    )

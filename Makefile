@@ -1,0 +1,27 @@
+# Both targets set everything up themselves, into .venv; Python 3.11 or newer, pip and make must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test clean
+
+run: .venv/ready
+	$(BIN)/fedcustom compare recipes/docstrings.toml --methods prefix,lora,soft_prompt,full --baselines centralised --out runs/docstrings
+
+test: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/ready-dev: .venv/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,5 @@
+"""``python -m fedcustom``."""
+
+from .cli import main
+
+main()

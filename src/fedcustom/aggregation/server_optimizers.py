@@ -1,0 +1,69 @@
+"""Server optimisers: the mean change of a round is a gradient that the server follows (Reddi et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..tensors import Tensors, combine, subtract, zeros_like
+from .settings import AggregationSettings
+
+FIRST, SECOND = "first_moment/", "second_moment/"
+
+
+def server_step(
+    current: Mapping[str, Tensor],
+    mean: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    settings: AggregationSettings,
+) -> tuple[Tensors, Tensors]:
+    """The next global state, and the optimiser's moments, from the clients' mean state.
+
+    With the mean change ``d = mean - current``, momentum ``b1``, second momentum ``b2``, learning rate
+    ``eta`` and adaptivity ``tau`` (Reddi et al. 2021, algorithm 2; FedAvgM: Hsu et al. 2019)::
+
+        fedavg      x + eta d
+        fedavgm     m = b1 m + d;  x + eta m
+        fedadagrad  m = b1 m + (1 - b1) d;  v = v + d^2;  x + eta m / (sqrt(v) + tau)
+        fedadam     v = b2 v + (1 - b2) d^2, the rest as in fedadagrad
+        fedyogi     v = v - (1 - b2) d^2 sign(v - d^2), the rest as in fedadagrad
+
+    ``moments`` is empty in the first round: m starts at 0, v at tau^2.
+
+    Raises:
+        KeyError: the states differ in names.
+    """
+    rule = settings.rule
+    adaptive = rule in ("fedadagrad", "fedadam", "fedyogi")
+    rate = settings.server_learning_rate or (0.01 if adaptive else 1.0)
+    change = subtract(mean, current)
+    if rule == "fedavg":
+        if rate == 1.0:  # exactly the mean, with no rounding on the way
+            return dict(mean), {}
+        return combine(lambda x, d: x + rate * d, current, change), {}
+    first = _part(moments, FIRST) or zeros_like(current)
+    if rule == "fedavgm":
+        first = combine(lambda m, d: settings.momentum * m + d, first, change)
+        return combine(lambda x, m: x + rate * m, current, first), _named(first, FIRST)
+
+    tau = settings.adaptivity
+    second = _part(moments, SECOND) or combine(lambda x: x.new_full(x.shape, tau**2), current)
+    first = combine(lambda m, d: settings.momentum * m + (1 - settings.momentum) * d, first, change)
+    decay = settings.second_momentum
+    if rule == "fedadagrad":
+        second = combine(lambda v, d: v + d**2, second, change)
+    elif rule == "fedadam":
+        second = combine(lambda v, d: decay * v + (1 - decay) * d**2, second, change)
+    else:
+        second = combine(lambda v, d: v - (1 - decay) * d**2 * (v - d**2).sign(), second, change)
+    following = combine(lambda x, m, v: x + rate * m / (v.sqrt() + tau), current, first, second)
+    return following, {**_named(first, FIRST), **_named(second, SECOND)}
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

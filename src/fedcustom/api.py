@@ -1,0 +1,192 @@
+"""The Python interface: run a recipe, open a finished run, use what came of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .data.examples import Example, LearningTask, fields
+from .data.tokens import tokenize
+from .directory import History
+from .driver import Progress, run_recipe
+from .errors import DataError, RunError
+from .files import read_json, write_folder
+from .models.inference import predict
+from .models.load import Base, load_base
+from .recipe import Recipe, load_recipe
+
+Source = str | Path | Mapping[str, Any] | Recipe
+
+
+class Run:
+    """A finished run, read from its directory.
+
+    Raises:
+        RunError: the directory holds no finished run.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not (self.directory / "recipe.toml").exists():
+            raise RunError(f"{self.directory}: holds no run (no recipe.toml)")
+        if not (self.directory / "summary.json").exists():
+            raise RunError(f"{self.directory}: the run is not finished; go on with fedcustom run --resume")
+        self.recipe: Recipe = load_recipe(self.directory / "recipe.toml")
+        self.summary: dict[str, Any] = read_json(self.directory / "summary.json")
+
+    def __repr__(self) -> str:
+        metrics = ", ".join(f"{name} {value:.3f}" for name, value in self.summary["metrics"].items())
+        return f"Run({str(self.directory)!r}: {self.summary['baseline']} {self.summary['method']}, {metrics})"
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row a round; nested figures have dotted names, such as ``development.accuracy``."""
+        return pd.json_normalize(History.read(self.directory / "metrics.jsonl").rows, max_level=1)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._customised.tokenizer
+
+    def model(self) -> Any:
+        """The customised model: a ``PeftModel``, or after full fine-tuning a ``transformers`` model.
+
+        Raises:
+            RunError: the run is a local baseline, which has one model for each client.
+        """
+        return self._customised.model
+
+    def predict(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What the customised model says of new inputs: texts, or rows with the recipe's columns.
+
+        Returns one dict an input: ``label``, ``probability`` and ``probabilities`` for a classifier, ``text``
+        for a generator.
+
+        Raises:
+            DataError: an input lacks a column that the recipe's template names.
+        """
+        if not inputs:
+            return []
+        base, recipe = self._customised, self.recipe
+        template = recipe.data.text if base.task.kind == "classification" else recipe.data.prompt
+        examples = [
+            Example(_fill(template, item, number), label=0, target="") for number, item in enumerate(inputs)
+        ]
+        tokens = tokenize(
+            examples, base.tokenizer, base.task, recipe.data, sequence_to_sequence=base.sequence_to_sequence
+        )
+        left = recipe.method.pads_decoders_left and base.architecture == "decoder"
+        said = predict(base.model, base, tokens, recipe.evaluation, texts=True, left=left)
+        if base.task.kind == "generation":
+            return [{"text": text} for text in said.texts or []]
+        odds = np.exp(said.scores - said.scores.max(axis=1, keepdims=True))
+        shares = odds / odds.sum(axis=1, keepdims=True)
+        labels = base.task.labels
+        return [
+            {
+                "label": labels[int(row.argmax())],
+                "probability": float(row.max()),
+                "probabilities": {label: float(share) for label, share in zip(labels, row, strict=True)},
+            }
+            for row in shares
+        ]
+
+    def export(self, to: str | Path) -> Path:
+        """Copy the model to a folder, from which ``peft`` or ``transformers`` load it without this package.
+
+        Raises:
+            RunError: the run has no single model, or the folder exists and is not empty.
+        """
+        self._require_model()
+        target = Path(to)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise RunError(f"{target}: exists already; name a new folder")
+
+        def fill(folder: Path) -> None:
+            shutil.copytree(self.directory / "model", folder, dirs_exist_ok=True)
+
+        write_folder(target, fill)
+        return target
+
+    def _require_model(self) -> None:
+        if not (self.directory / "model").is_dir():
+            raise RunError(
+                f"{self.directory}: a local baseline has one model for each client, and so none to load"
+            )
+
+    @cached_property
+    def _customised(self) -> Base:
+        """The base with the customised model in its place."""
+        self._require_model()
+        task = LearningTask(self.recipe.data.task, tuple(self.summary.get("labels", ())))
+        folder = self.directory / "model"
+        if not (folder / "adapter_config.json").exists():
+            settings = self.recipe.model.model_copy(update={"base": str(folder), "revision": None})
+            return replace(load_base(settings, task, self.recipe.seed), name=self.recipe.model.base)
+        from peft import PeftModel
+
+        base = load_base(self.recipe.model, task, self.recipe.seed)
+        return replace(base, model=PeftModel.from_pretrained(base.model, str(folder)).eval())
+
+
+def run(
+    recipe: Source,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Run a recipe (a TOML file, a dict, or a :class:`~fedcustom.recipe.Recipe`) and open the result.
+
+    ``overrides`` change single settings: ``{"rounds.count": 5}`` or ``["rounds.count=5"]``. ``out`` is the
+    run's directory (default: a name in ``runs/`` made from recipe, method and seed).
+
+    Raises:
+        FedcustomError: the recipe or what it names is not in order; the message says what to mend.
+    """
+    checked = load_recipe(recipe, overrides)
+    directory = Path(out) if out is not None else default_directory(recipe, checked)
+    run_recipe(checked, directory, resume=resume, progress=progress)
+    return Run(directory)
+
+
+def load(directory: str | Path) -> Run:
+    """Open a finished run.
+
+    Raises:
+        RunError: the directory holds no finished run.
+    """
+    return Run(directory)
+
+
+def default_directory(source: Source, recipe: Recipe) -> Path:
+    """``runs/<recipe>-<baseline>-<method>-seed-<seed>``."""
+    name = Path(source).stem if isinstance(source, str | Path) else "run"
+    parts = [name, *([] if recipe.baseline == "federated" else [recipe.baseline]), recipe.method.name]
+    return Path("runs") / f"{'-'.join(parts)}-seed-{recipe.seed}"
+
+
+def _fill(template: str, item: str | Mapping[str, Any], number: int) -> str:
+    names = fields(template)
+    if isinstance(item, str):
+        if len(set(names)) != 1:
+            raise DataError(
+                f"input {number + 1}: the recipe's template {template!r} needs columns, not one text"
+            )
+        return template.format_map({names[0]: item})
+    missing = [name for name in names if name not in item]
+    if missing:
+        raise DataError(
+            f"input {number + 1}: no column {missing[0]!r}; the recipe's template is {template!r}"
+        )
+    return template.format_map(item)
+
+
+__all__ = ["Run", "default_directory", "load", "run"]

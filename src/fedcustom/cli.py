@@ -1,0 +1,261 @@
+"""Commands: parse, call, print."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import DataError, FedcustomError
+
+app = typer.Typer(
+    help="Customise a large pretrained model with data that stays with its owners.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+err_console = Console(stderr=True)
+# A pipe or file has no width of its own; tables need more than the 80 columns that rich would take.
+out_console = Console() if sys.stdout.isatty() else Console(width=120)
+
+RecipeFile = Annotated[
+    Path, typer.Argument(help="The recipe, a TOML file (see: fedcustom recipe --help-all)")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one setting, e.g. --set training.batch_size=32; repeatable"
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and the result alone")]
+RunDirectory = Annotated[Path, typer.Argument(help="A run's directory")]
+
+
+def main() -> NoReturn:
+    """Run the command line; what a user can mend is one line on standard error and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        app(standalone_mode=True)
+    except FedcustomError as error:
+        err_console.print(f"error: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has gone, as in: fedcustom ... | head
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.exit(0)
+    except OSError as error:
+        what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        err_console.print(f"error: {what}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    sys.exit(0)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option(help="The run's directory (default: a name in runs/)")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe: customise a model with its clients' data."""
+    from . import api
+    from .recipe import load_recipe
+    from .report import comparison_table, write_report
+
+    checked = load_recipe(recipe, overrides or [])
+    directory = out or api.default_directory(recipe, checked)
+    with _display(f"fedcustom run {recipe} --out {directory} --resume", quiet) as make:
+        api.run(checked, out=directory, resume=resume, progress=make(""))
+    page = write_report([directory], directory / "report.html")
+    if not quiet:
+        out_console.print(comparison_table([directory]))
+    out_console.print(f"run: {directory}\nreport: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    recipe: RecipeFile,
+    methods: Annotated[
+        str, typer.Option(help="Methods to compare, separated by commas")
+    ] = "prefix,lora,soft_prompt,full",
+    baselines: Annotated[str, typer.Option(help="centralised, local, or both, separated by a comma")] = "",
+    baseline_methods: Annotated[
+        str, typer.Option(help="Methods of the baselines (default: the recipe's own method)")
+    ] = "",
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Runs of each, with seeds counting up from the recipe's")
+    ] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs (default: runs/<recipe>)")] = None,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare methods and baselines on one recipe; finished runs are not run again."""
+    from .experiments import comparison_cells, run_cells
+    from .recipe import load_recipe
+    from .report import comparison_table, write_report
+
+    folder = out or Path("runs") / recipe.stem
+    cells = comparison_cells(
+        load_recipe(recipe, overrides or []),
+        folder,
+        _names(methods),
+        _names(baselines),
+        seeds,
+        baseline_methods=_names(baseline_methods) or None,
+    )
+    with _display("the same command", quiet) as make:
+        failed = run_cells(cells, lambda cell: make(cell.name))
+    finished = [cell.directory for cell in cells if cell.name not in failed]
+    if finished:
+        page = write_report([folder], folder / "report.html")
+        out_console.print(comparison_table(finished))
+        out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    for name, error in failed.items():
+        err_console.print(
+            f"error: {name}: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True
+        )
+    if failed:
+        raise typer.Exit(2)
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Run directories, or folders that hold some")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page (default: report.html in the first directory)")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about runs, and print their table."""
+    from .report import comparison_table, write_report
+
+    page = write_report(directories, out or directories[0] / "report.html")
+    out_console.print(comparison_table(directories))
+    out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def predict(
+    directory: RunDirectory,
+    text: Annotated[str | None, typer.Argument(help="One input")] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            help="Inputs: JSONL, CSV or Parquet with the recipe's columns, or a text a line (.txt, -)",
+        ),
+    ] = None,
+) -> None:
+    """Ask the customised model: one text, or a file; a file's answers are JSON, a line each."""
+    from . import api
+
+    if (text is None) == (input_file is None):
+        raise DataError("give either one text or --input FILE")
+    finished = api.load(directory)
+    if text is not None:
+        answer = finished.predict([text])[0]
+        if "label" in answer:
+            out_console.print(
+                f"{answer['label']}  {answer['probability']:.3f}", highlight=False, markup=False
+            )
+        else:
+            out_console.print(answer["text"], highlight=False, markup=False, soft_wrap=True)
+        return
+    assert input_file is not None
+    for answer in finished.predict(_inputs(input_file)):
+        print(json.dumps(answer, ensure_ascii=False))
+
+
+@app.command()
+def export(
+    directory: RunDirectory,
+    to: Annotated[Path, typer.Option(help="A new folder for the model")],
+) -> None:
+    """Copy the customised model to a folder, to be loaded by peft or transformers without this package."""
+    from . import api
+
+    folder = api.load(directory).export(to)
+    out_console.print(
+        f"model: {folder} (its README.md shows how to load it)", highlight=False, soft_wrap=True
+    )
+
+
+@app.command()
+def recipe(
+    file: Annotated[Path | None, typer.Argument(help="A recipe to check and print complete")] = None,
+    overrides: Overrides = None,
+    help_all: Annotated[bool, typer.Option("--help-all", help="List every setting with its default")] = False,
+) -> None:
+    """Check a recipe and print it complete; without one, print a recipe to start from."""
+    from .recipe import Recipe, load_recipe, settings_help, to_toml
+
+    if help_all:
+        table = Table(box=None, pad_edge=False, show_edge=False)
+        for heading in ("setting", "type", "default", "what it is"):
+            table.add_column(heading, overflow="fold")
+        for key, kind, default, help_text in settings_help():
+            style = "bold" if key.startswith("[") else ""
+            table.add_row(
+                key.replace("[", r"\["), kind, default.replace("[", r"\["), help_text,
+                style=style,
+            )  # fmt: skip
+        out_console.print(table, highlight=False)
+        return
+    chosen = (
+        load_recipe(file, overrides or []) if file is not None else load_recipe(Recipe(), overrides or [])
+    )
+    print(to_toml(chosen), end="")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _inputs(path: Path) -> list[Any]:
+    """The inputs of a file: rows, or lines of text (from standard input for ``-``)."""
+    from .data.sources import read_file
+
+    if str(path) == "-":
+        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if path.suffix == ".txt":
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return read_file(path)
+    except csv.Error as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
+def _display(command: str, quiet: bool) -> Iterator[Any]:
+    """Makes displays; takes the last one down at the end and says how to go on after Ctrl-C."""
+    from .display import Display
+
+    shown: list[Display] = []
+
+    def make(name: str) -> Display:
+        for display in shown:
+            display.close()
+        shown.append(Display(err_console, name, quiet=quiet))
+        return shown[-1]
+
+    try:
+        yield make
+    except KeyboardInterrupt:
+        for display in shown:
+            display.close()
+        err_console.print(f"stopped; go on with: {command}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    finally:
+        for display in shown:
+            display.close()

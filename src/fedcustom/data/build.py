@@ -1,0 +1,133 @@
+"""From a recipe's data and client settings to the federated data of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from ..errors import DataError, nearest
+from .examples import ClientData, Example, FederatedData, LearningTask, columns, label_names, make_examples
+from .partition import natural_partition, partition_examples
+from .settings import ClientSettings, DataSettings
+from .sources import BUILTIN, Row, read_rows, require_columns
+
+T = TypeVar("T")
+
+
+def build_data(data: DataSettings, clients: ClientSettings, seed: int) -> FederatedData:
+    """Read, template, partition and split. The same settings and seed give the same data.
+
+    Raises:
+        DataError: see :mod:`fedcustom.data.sources` and :mod:`fedcustom.data.partition`.
+    """
+    data, clients = with_builtin_columns(data, clients)
+    rows = _draw(read_rows(data, data.train), data.limit, [seed, 1])
+    column = clients.column if clients.partition == "natural" else None
+    if clients.partition == "natural" and column is None:
+        raise DataError(
+            f"clients.column: name the column that holds the client{nearest('client', list(rows[0]))}; "
+            "or set clients.partition to iid, dirichlet, quantity or pathological"
+        )
+    require_columns(
+        rows, [*columns(data, scoring=False), *([column] if column else [])], f"{data.source}, {data.train}"
+    )
+    labels = label_names(rows, data.label) if data.task == "classification" else ()
+    if data.task == "classification" and len(labels) < 2:
+        raise DataError(
+            f"{data.source}: column {data.label!r} has one value only; classification needs two or more"
+        )
+    examples = make_examples(rows, data, labels, scoring=False, where=f"{data.source}, {data.train}")
+
+    members = (
+        natural_partition(_client_names(rows, column, f"{data.source}, {data.train}"))
+        if column
+        else _numbered(partition_examples([max(e.label, 0) for e in examples], clients, seed))
+    )
+    test_rows = _draw(read_rows(data, data.test), data.test_limit, [seed, 2]) if data.test else []
+    test = _scoring_examples(test_rows, data, labels, data.test)
+    development = _scoring_examples(
+        read_rows(data, data.development) if data.development else [], data, labels, data.development
+    )
+
+    # A test split that names its clients gives each of them its own test part; otherwise it comes out of
+    # their data.
+    own_tests: dict[str, list[Example]] = {}
+    if column and test_rows and column in test_rows[0]:
+        names = _client_names(test_rows, column, f"{data.source}, {data.test}")
+        own_tests = {name: [test[i] for i in where] for name, where in natural_partition(names).items()}
+    split = {}
+    for number, (name, positions) in enumerate(members.items()):
+        chosen = [examples[i] for i in _draw(positions, clients.limit, [seed, 3, number])]
+        split[name] = _split_client(name, chosen, own_tests.get(name), data, clients, [seed, 4, number])
+    return FederatedData(
+        task=LearningTask(data.task, labels),
+        clients=split,
+        development=development or [e for client in split.values() for e in client.development],
+        test=test or [e for client in split.values() for e in client.test],
+    )
+
+
+def with_builtin_columns(data: DataSettings, clients: ClientSettings) -> tuple[DataSettings, ClientSettings]:
+    """For the built-in data, the client column is known and need not be named."""
+    if data.source == BUILTIN and clients.partition == "natural" and clients.column is None:
+        clients = clients.model_copy(update={"column": "package"})
+    return data, clients
+
+
+def _scoring_examples(
+    rows: list[Row], data: DataSettings, labels: Sequence[str], split: str | None
+) -> list[Example]:
+    if not rows:
+        return []
+    where = f"{data.source}, {split}"
+    require_columns(rows, columns(data, scoring=True), where)
+    return make_examples(rows, data, labels, scoring=True, where=where)
+
+
+def _split_client(
+    name: str,
+    examples: list[Example],
+    own_test: list[Example] | None,
+    data: DataSettings,
+    clients: ClientSettings,
+    seed: list[int],
+) -> ClientData:
+    """Cut one client's examples into train, development and test; each part has one at least where three
+    exist.
+    """
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+
+    def size(fraction: float) -> int:
+        return max(1, int(fraction * len(examples))) if fraction > 0 and len(examples) >= 3 else 0
+
+    developments = 0 if data.development else size(clients.development_fraction)
+    tests = 0 if own_test is not None else size(clients.test_fraction)
+    picked = [examples[i] for i in order]
+    train = picked[developments + tests :]
+    if not train:
+        raise DataError(f"client {name!r} has no examples to train on")
+    test = own_test if own_test is not None else picked[developments : developments + tests]
+    return ClientData(name, train=train, development=picked[:developments], test=test)
+
+
+def _client_names(rows: Sequence[Row], column: str, where: str) -> list[str]:
+    names = [row[column] for row in rows]
+    for position, name in enumerate(names):
+        if name is None or str(name).strip() == "":
+            raise DataError(f"{where}, row {position + 1}: column {column!r} names no client")
+    return [str(name) for name in names]
+
+
+def _numbered(parts: list[list[int]]) -> dict[str, list[int]]:
+    width = len(str(len(parts) - 1))
+    return {f"client-{number:0{width}d}": part for number, part in enumerate(parts)}
+
+
+def _draw(items: list[T], limit: int | None, seed: list[int]) -> list[T]:
+    """At most ``limit`` of the items, drawn without replacement, in their old order."""
+    if limit is None or limit >= len(items):
+        return items
+    chosen = np.random.default_rng(seed).permutation(len(items))[:limit]
+    return [items[i] for i in sorted(chosen.tolist())]

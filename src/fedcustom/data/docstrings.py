@@ -1,0 +1,412 @@
+"""The built-in data set: docstrings of packages that are installed anyway, one package a natural client.
+
+Two tasks come from one parse. *Classification* is a parameter's description and the class of its type, one of
+:data:`LABELS`; *generation* is a function's signature and the first sentence of its docstring.
+
+Nothing is imported or run. Definitions are found in the source text (parsing whole files would take several
+times as long), their headers are read with :mod:`ast` and their docstrings with griffe. Tests, and files that
+document no parameter, are left out. What was parsed is kept in a cache: a file a package, version and
+:data:`PARSER`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import gzip
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import indent
+from typing import Literal
+
+from griffe import Docstring, DocstringParameter, DocstringSectionKind, DocstringStyle, parse
+
+from ..errors import DataError, nearest
+
+Task = Literal["classification", "generation"]
+Row = dict[str, str]
+Rows = dict[str, list[Row]]
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+_Node = _Function | ast.ClassDef
+
+PACKAGES = ("numpy", "sklearn", "pandas", "torch", "transformers", "scipy", "matplotlib", "networkx")
+LABELS = ("bool", "int", "float", "str", "array", "sequence", "mapping", "callable", "other")
+FIELDS = {
+    "classification": ("package", "function", "parameter", "text", "label"),
+    "generation": ("package", "function", "source", "target"),
+}
+PARSER = 1
+"""One more whenever the rows change, so that older cache files are left alone."""
+
+TEXT_LENGTH = 400
+SOURCE_LENGTH = 300
+TARGET_WORDS = range(3, 61)
+TESTS = {"tests", "test", "testing", "conftest"}
+
+ROLE = (r":[a-z]+(?::[a-z]+)?:`~?([^`<]*?)(?:\s*<[^`]*>)?`", r"\1")
+REDUCTIONS = (
+    # What is taken out of an annotation, in this order, before it is split into the types of a union.
+    ROLE,
+    (r"\[?`+~?([^`]*)`*\]?", r"\1"),
+    (r"(?i),?\s*[(*]*\boptional\b(?!\[)[*)]*", ""),
+    (r"\*(\w+)\*", r"\1"),
+    (r"(?s),?\s*[(\[]?\b(?<!['\"])(defaults?\b|returned when|deprecated\b|with\b).*", ""),
+    (r"(^\s*|, | or |\| ?)\{([^{}]*)\}", r"\1\2"),
+    (r",?\s*\b(of )?\s*(shape|length|size|dtype)s?\s*[:=]?\s*[(\[][^()\[\]]*[)\]](\s*or\s*\([^()]*\))*", ""),
+    (r",?\s*\bdtype\s*=\s*[\w.]+", ""),
+    (r"^\s*\([^()]*\)\s+(?=[A-Za-z])(?!or\b)", ""),
+    (r"\b[A-Za-z_]\w*\.(?=[A-Za-z_])", ""),
+    (r"^\s*\[(\w+)\]", r"\1"),
+)
+QUALIFIERS = (
+    # Parts of an annotation that say something about a type and are none.
+    r"(none(type)?|null|nan|na|no_default|required|positive|non-?negative|keyword[- ]only|\.*)$",
+    r"(of|in|where|if|for|same|one of|at least|size|shape|length|must|between|compatible)\s",
+    r"[<>=]|\((?!.*\b(bool|int|float|str|scalar|array))",
+)
+CLASSES = (
+    # A type has the class of the first pattern found in its name; where none is found it is "other".
+    ("str", r"^['\"]"),
+    ("sequence", r"^[(\[]|^Size$|^BroadcastingList"),
+    ("bool", r"^(True|False)$"),
+    ("int", r"^[-+]?\d+$"),
+    ("float", r"^[-+]?(\d*\.\d+|\d+\.|inf)$"),
+    ("callable", r"(?i)\b(callables?|functions?|func|fn|ufunc)\b"),
+    ("mapping", r"\b(\w*Dict|\w+_dict|defaultdict|dicts?|[Dd]ictionar(y|ies)|\w*Mapping|mapping)\b"),
+    ("array", r"(?i)\b(\w*array(s|[-_ ]?likes?)?|\w*tensors?|\w*matrix|matrices|vectors?)\b"),
+    ("array", r"\b(DataFrames?|Series|\w*Index|Parameters?)\b"),
+    ("sequence", r"(?i)\b(\w*lists?|list[-_]?like|tuples?|sets?|frozenset|orderedset|\w*sequences?)\b"),
+    ("sequence", r"(?i)\b(iterables?|iterators?|collection|pair)\b"),
+    ("bool", r"(?i)\b(bool(ean)?s?|bool_)\b"),
+    ("int", r"(?i)\b(u?int(\d+|p)?|ints|integers?|symint)\b"),
+    ("float", r"(?i)\b(floats?\d*|double|real|scalars?|numbers?(?! generator)|numeric|complex\d*)\b"),
+    ("str", r"(?i)\b(str|strings?|path|path[-_ ]?like|filename|filepath)\b"),
+)
+UNIONS = (
+    # A union of the left class with right ones alone has the left class; every other union is "other".
+    ("int", {"bool"}),
+    ("float", {"bool", "int"}),
+    ("array", {"bool", "int", "float", "sequence"}),
+    ("sequence", {"bool", "int", "float", "str"}),
+)
+MARKUP = (
+    # What is taken out of prose, in this order.
+    (r"(?s)(>>> |```|\n\s*\.\. (code-block|plot|math|table|list-table|ipython)::).*", " "),
+    (r"(?s)\.\. (versionadded|versionchanged|deprecated)::.*?(\n\s*\n|$)", "\n"),
+    (r"\.\. [\w-]+::|</?(Tip|br)[^>]*>|\[\d+\]_|<!--.*?-->", " "),
+    ROLE,
+    (r"`([^`<]+?)\s*<[^`>]*>`_+", r"\1"),
+    (r"\[`~?([^`\]]+)`\]", r"\1"),
+    (r"\[([^\]]+)\]\((?:https?:|\.|#|/)[^)]*\)", r"\1"),
+    (r"(?<![\w*])\*{1,2}(\w[^*\n]*?)\*{1,2}(?![\w*])", r"\1"),
+    (r"`_+(?!\w)|`~?", ""),
+    (r"\\([*_|])", r"\1"),
+    (r"::(?=\s|$)", ":"),
+    (r"\s+", " "),
+)
+MARKS = ("Parameters", "Args:", "Arguments:", ":param ")
+STYLES: tuple[tuple[DocstringStyle, str], ...] = (
+    ("numpy", r"(?m)^[ \t]*(Other )?Parameters[ \t]*\n[ \t]*---"),
+    ("google", r"(?m)^[ \t]*(Args|Arguments|Parameters|Params|Keyword Args|Keyword Arguments):[ \t]*$"),
+    ("google", r"^\s*[rR]?\"\"\"\s*\w+ \(`.*\):\n"),
+    ("sphinx", r"(?m)^[ \t]*:param "),
+)
+
+MENDS = {
+    # What griffe's parsers would lose without a change to the docstring.
+    "numpy": (
+        # Choices over several lines, and what follows choices.
+        (r"(?m)^([\w*, ]+ : )([^\n{]*\{[^{}]*\})", lambda match: f"{match[1]} {' '.join(match[2].split())}"),
+    ),
+    "google": (
+        ROLE,  # its colon would end a name
+        (r"(?s)\A(?=\w+ \(`[^\n]*\):\n)(.*)", lambda match: "Args:\n" + indent(match[0], "    ")),  # no title
+        (STYLES[1][1], r"\n\g<0>"),  # no blank line before a title
+        (r"\A", ".\n"),  # no summary
+    ),
+    "sphinx": (ROLE,),
+}
+
+_QUALIFIER = re.compile("|".join(QUALIFIERS), re.IGNORECASE)
+_WRAPPER = re.compile(r"(?s)(?:Optional|Union|Literal|Annotated|Final)\[(.*)\]$")
+_SEPARATOR = re.compile(r"'[^']*'|\"[^\"]*\"|[(\[{]|[)\]}]|,|;|\||\bor\b|/")
+_HEAD_END = re.compile(r"(?!^)(\bof\b|\bin\b|\bfrom\b|\bto\b|->|[\[({<>=])")
+_DEFINITION = re.compile(r"(?m)^([ \t]*)(?:async +)?(?:def|class) +(\w+)")
+_HEADER_END = re.compile(r":[ \t]*(?:#[^\n]*)?\n")
+_DOCSTRING = re.compile(r"(?s)\s*[rRuU]?(\"\"\"|''').*?(?<!\\)\1")
+_SECTION = re.compile(r"\n[ \t]*(?:[A-Z][\w ]*:[ \t]*(?:\n|$)|[A-Z][\w ]*\n[ \t]*-{3}|:\w+ )")
+_NO_SUMMARY = re.compile(r"(?ms)\**\w+ ?\(|[\w ]+(:\s*$|\n *---)|[\w.]+\s*=|[^\w`*\"'\[:]|:param|See |.*%\(")
+_SENTENCE = re.compile(r"(?s).+?(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\betc)(?<!\bcf)(?<!\b[A-Z])[.!?](?=\s|$)")
+
+
+def docstring_rows(task: Task, packages: Sequence[str] = PACKAGES, cache: Path | None = None) -> list[Row]:
+    """Rows of ``task`` from the docstrings of installed packages, in a fixed order: package, file, line.
+
+    Args:
+        task: ``classification`` gives the fields package, function (dotted name), parameter, text (the
+            description alone) and label (one of :data:`LABELS`); ``generation`` gives package, function,
+            source (the signature; a method's name after its class) and target (one sentence).
+        packages: import names of top-level packages.
+        cache: where parsed packages are kept; by default the folder ``docstrings`` in ``$FEDCUSTOM_CACHE``,
+            else in ``fedcustom`` in ``$XDG_CACHE_HOME``, else in ``~/.cache/fedcustom``. A folder that cannot
+            be written costs a warning, and a parse at every call.
+
+    Raises:
+        DataError: the task is unknown, or a package is not installed.
+    """
+    if task not in FIELDS:
+        raise DataError(f"builtin:docstrings: unknown task {task!r}{nearest(task, tuple(FIELDS))}")
+    distributions = importlib.metadata.packages_distributions()
+    folders = {package: _package_folder(package, distributions) for package in packages}
+    rows: list[Row] = []
+    for package, folder in folders.items():
+        # A package without a version may change unseen, so it is parsed every time.
+        version = importlib.metadata.version(distributions[package][0]) if package in distributions else None
+        path = (cache or _default_cache()) / f"{package}-{version}-{PARSER}.jsonl.gz"
+        parsed = _read_cache(path, package) if version else None
+        if parsed is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about escapes in other people's strings
+                parsed = _parse_package(package, folder)
+            if version:
+                _write_cache(path, parsed)
+        rows.extend(parsed[task])
+    return rows
+
+
+@functools.cache
+def type_label(annotation: str) -> str | None:
+    """The class of a type as a docstring or signature writes it, or nothing where it names no type.
+
+    ``None`` counts for nothing in a union, and a choice of strings is a ``str``. Single types are looked up
+    in :data:`CLASSES`, unions in :data:`UNIONS`.
+    """
+    found = _classes(annotation)
+    if len(found) <= 1:
+        return next(iter(found), None)
+    return next((label for label, others in UNIONS if label in found and found <= others | {label}), "other")
+
+
+def plain_text(prose: str) -> str:
+    """``prose`` on one line, without the markup of reStructuredText and Markdown."""
+    for pattern, replacement in MARKUP:
+        prose = re.sub(pattern, replacement, prose)
+    return prose.strip()
+
+
+def _classes(annotation: str) -> set[str]:
+    for pattern, replacement in REDUCTIONS:
+        annotation = re.sub(pattern, replacement, annotation)
+    found: set[str] = set()
+    for part in _parts(annotation):
+        if wrapped := _WRAPPER.match(part):
+            found |= _classes(wrapped[1])
+            continue
+        # What a container holds does not matter: "list of str" and "list[str]" are lists.
+        name = part if part[:1] in tuple("([\"'") else _HEAD_END.split(part, maxsplit=1)[0].strip()
+        if not _QUALIFIER.match(name):
+            found.add(next((label for label, pattern in CLASSES if re.search(pattern, name)), "other"))
+    return found
+
+
+def _parts(annotation: str) -> Iterator[str]:
+    """The types of a union, split where no bracket is open."""
+    depth = start = 0
+    for match in _SEPARATOR.finditer(annotation):
+        token = match[0]
+        if token in "([{":
+            depth += 1
+        elif token in ")]}":
+            depth = max(0, depth - 1)
+        elif token[0] not in "\"'" and depth == 0:
+            yield annotation[start : match.start()].strip()
+            start = match.end()
+    yield annotation[start:].strip()
+
+
+@dataclass(frozen=True, slots=True)
+class _Definition:
+    """A function or class: its names from the module inwards, and the text of its header and docstring."""
+
+    names: tuple[str, ...]
+    indented: bool
+    header: str
+    docstring: str
+
+    def parsed(self) -> _Node | None:
+        text = self.header + (self.docstring or " " * 99 + "pass")
+        try:
+            statement: ast.stmt = ast.parse(f"if True:\n{text}" if self.indented else text).body[0]
+        except (SyntaxError, ValueError):
+            return None
+        if isinstance(statement, ast.If):
+            statement = statement.body[0]
+        return statement if isinstance(statement, _Node) else None
+
+
+def _definitions(source: str) -> list[_Definition]:
+    """Every function and class of a file, in order.
+
+    A header ends with the first line that ends with a colon. What looks like a definition inside a docstring
+    is skipped.
+    """
+    found: list[_Definition] = []
+    scope: list[tuple[int, str]] = []
+    match = _DEFINITION.search(source)
+    while match:
+        following = _DEFINITION.search(source, match.end())
+        colon = _HEADER_END.search(source, match.end(), following.start() if following else len(source))
+        if colon:
+            docstring = _DOCSTRING.match(source, colon.end())
+            depth = len(match[1])
+            scope = [*(outer for outer in scope if outer[0] < depth), (depth, match[2])]
+            texts = (source[match.start() : colon.end()], docstring[0] if docstring else "")
+            found.append(_Definition(tuple(name for _, name in scope), depth > 0, *texts))
+            if docstring and following and following.start() < docstring.end():
+                following = _DEFINITION.search(source, docstring.end())
+        match = following
+    return found
+
+
+def _parse_package(package: str, folder: Path) -> Rows:
+    described: dict[tuple[str, str], Row] = {}
+    summarised: dict[tuple[str, str], Row] = {}
+    for path in sorted(folder.rglob("*.py")):
+        location = path.relative_to(folder).with_suffix("").parts
+        if any(part in TESTS or part.startswith("test_") for part in location):
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if not any(mark in text for mark in MARKS):
+            continue
+        module = [package, *(part for part in location if part != "__init__")]
+        definitions = _definitions(text)
+        constructors = {found.names[:-1]: found for found in definitions if found.names[-1] == "__init__"}
+        for definition in definitions:
+            style = next((name for name, pattern in STYLES if re.search(pattern, definition.docstring)), None)
+            public = not any(name.startswith("_") for name in definition.names)
+            node = definition.parsed() if definition.docstring and (style or public) else None
+            docstring = ast.get_docstring(node) if node else None
+            if node is None or not docstring:
+                continue
+            origin = {"package": package, "function": ".".join((*module, *definition.names))}
+            if style:
+                constructor = constructors.get(definition.names) if isinstance(node, ast.ClassDef) else None
+                types = _annotations(constructor.parsed() if constructor else node)
+                for parameter, description, label in _parameters(docstring, style, types):
+                    row = {"parameter": parameter, "text": description, "label": label}
+                    described.setdefault((description, label), origin | row)
+            if public and isinstance(node, _Function) and (target := _first_sentence(docstring)):
+                # One row for a method that many classes repeat.
+                row = {"source": _source(definition.names, ast.unparse(node.args)), "target": target}
+                summarised.setdefault((node.name, target), origin | row)
+    return {"classification": list(described.values()), "generation": list(summarised.values())}
+
+
+def _parameters(docstring: str, style: DocstringStyle, types: Row) -> Iterator[tuple[str, str, str]]:
+    """Name, description and class of every parameter that is described and whose type is known."""
+    for item in _documented(docstring, style):
+        if (match := re.match(r"(\w+)(?:\s*\((.*))?", item.name)) is None:
+            continue
+        name, unread = match.groups()
+        written = str(item.annotation) if item.annotation is not None else unread or ""
+        label = type_label(written) or type_label(types.get(name, ""))
+        text = re.sub(r"^\([^()]*\):\s*", "", plain_text(item.description))
+        text = text if len(text) <= TEXT_LENGTH else text[: TEXT_LENGTH + 1].rsplit(" ", 1)[0]
+        if label and re.search(r"[A-Za-z]{2}", text):
+            yield name, text, label
+
+
+def _documented(docstring: str, style: DocstringStyle) -> Iterator[DocstringParameter]:
+    """What griffe reads, once the places where it would lose parameters are mended."""
+    for pattern, replacement in MENDS[style]:
+        docstring = re.sub(pattern, replacement, docstring)
+    try:
+        sections = parse(Docstring(docstring), style, warnings=False)
+    except IndexError:  # a docstring that ends with the title of a section
+        return
+    for section in sections:
+        if section.kind in (DocstringSectionKind.parameters, DocstringSectionKind.other_parameters):
+            yield from section.value
+
+
+def _annotations(signature: _Node | None) -> Row:
+    if not isinstance(signature, _Function):
+        return {}
+    arguments = (*signature.args.posonlyargs, *signature.args.args, *signature.args.kwonlyargs)
+    types = {argument.arg: ast.unparse(argument.annotation) for argument in arguments if argument.annotation}
+    # Quotes are forward references, except in Literal.
+    return {name: kind if "Literal" in kind else re.sub("['\"]", "", kind) for name, kind in types.items()}
+
+
+def _first_sentence(docstring: str) -> str | None:
+    """The first sentence of the summary, or nothing where there is none or it is too short or too long."""
+    paragraph = _SECTION.split(docstring.partition("\n\n")[0])[0]
+    if _NO_SUMMARY.match(paragraph):
+        return None
+    # A property's summary may begin with its type.
+    summary = plain_text(re.sub(r"^`[^`\n]+`: ", "", paragraph))
+    sentence = match[0] if (match := _SENTENCE.match(summary)) else f"{summary}."
+    fits = len(sentence.split()) in TARGET_WORDS and re.match(r"\w.*[^:]\.$", sentence)
+    return sentence if fits else None
+
+
+def _source(names: Sequence[str], arguments: str) -> str:
+    source = f"def {'.'.join(names)}({arguments})"
+    short = source[: SOURCE_LENGTH - 6].rsplit(", ", 1)[0] + ", ...)"
+    return source if len(source) <= SOURCE_LENGTH else short
+
+
+def _package_folder(package: str, distributions: Iterable[str]) -> Path:
+    specification = importlib.util.find_spec(package) if package.isidentifier() else None
+    if specification is None or not specification.submodule_search_locations:
+        others = sorted(name for name in distributions if name.isidentifier() and name[0] != "_")
+        allowed = nearest(package, tuple(dict.fromkeys((*PACKAGES, *others))))
+        raise DataError(f"builtin:docstrings: package {package!r} is not installed{allowed}")
+    return Path(next(iter(specification.submodule_search_locations)))
+
+
+def _default_cache() -> Path:
+    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FEDCUSTOM_CACHE") or Path(shared, "fedcustom"), "docstrings")
+
+
+def _read_cache(path: Path, package: str) -> Rows | None:
+    """The rows of a cache file, or nothing if it is missing, cut short or malformed."""
+    rows: Rows = {task: [] for task in FIELDS}
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            count = json.loads(file.readline())
+            for line in file:
+                task, *values = json.loads(line)
+                rows[task].append(dict(zip(FIELDS[task], (package, *values), strict=True)))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error):
+        return None
+    return rows if sum(map(len, rows.values())) == count else None
+
+
+def _write_cache(path: Path, rows: Rows) -> None:
+    """Write all or nothing; a folder that cannot be written costs a warning."""
+    lines = [json.dumps([task, *list(row.values())[1:]]) for task, items in rows.items() for row in items]
+    packed = gzip.compress("\n".join([str(len(lines)), *lines]).encode(), compresslevel=5, mtime=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(packed)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        message = f"{path.parent}: parsed docstrings are not kept: {error.strerror}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)

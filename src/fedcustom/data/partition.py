@@ -1,0 +1,119 @@
+"""Partitions of examples over clients: every example belongs to exactly one client."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import DataError
+from .settings import ClientSettings
+
+Partition = list[list[int]]
+
+
+def partition_examples(labels: Sequence[int], settings: ClientSettings, seed: int) -> Partition:
+    """The examples' positions, client by client.
+
+    ``labels`` gives each example's label (all zero where there are none: then only ``iid`` and ``quantity``
+    serve). Label skew is that of Hsu et al. 2019 and Yurochkin et al. 2019 as implemented in
+    ``flwr-datasets``: each label's examples are shared out in proportions drawn from a Dirichlet
+    distribution. A client that is left with fewer than ``minimum_examples`` is filled up from the largest
+    client, where the library would draw again and give up.
+
+    Raises:
+        DataError: more clients than examples, or a partition that cannot be made.
+    """
+    rows, count = len(labels), settings.count
+    if count * settings.minimum_examples > rows:
+        raise DataError(
+            f"clients.count: {count} clients of at least {settings.minimum_examples} examples "
+            f"need {count * settings.minimum_examples}; there are {rows}"
+        )
+    kinds = len(set(labels))
+    if settings.partition in ("dirichlet", "pathological") and kinds < 2:
+        raise DataError(
+            f"clients.partition: {settings.partition} needs labels; allowed here: iid, quantity, natural"
+        )
+    generator = np.random.default_rng([seed, 7])
+    if settings.partition == "iid":
+        parts = [part.tolist() for part in np.array_split(generator.permutation(rows), count)]
+    elif settings.partition == "quantity":
+        parts = _by_quantity(rows, settings, generator)
+    elif settings.partition == "dirichlet":
+        parts = _with_flower(labels, settings, int(generator.integers(2**31)))
+    elif settings.partition == "pathological":
+        if settings.labels_per_client > kinds:
+            raise DataError(
+                f"clients.labels_per_client: {settings.labels_per_client}; there are {kinds} labels"
+            )
+        if count * settings.labels_per_client < kinds:
+            raise DataError(
+                f"clients.labels_per_client: {count} clients of {settings.labels_per_client} labels "
+                f"cannot hold all {kinds} labels"
+            )
+        parts = _with_flower(labels, settings, int(generator.integers(2**31)))
+    else:
+        raise DataError("clients.partition: natural clients come from a column, not from a partition")
+    return fill_up(parts, settings.minimum_examples)
+
+
+def natural_partition(names: Sequence[str]) -> dict[str, list[int]]:
+    """The examples' positions by the client that each row names, clients in sorted order."""
+    clients: dict[str, list[int]] = {name: [] for name in sorted(set(names))}
+    for position, name in enumerate(names):
+        clients[name].append(position)
+    return clients
+
+
+def fill_up(parts: Partition, minimum: int) -> Partition:
+    """Move examples from the largest client to those with fewer than ``minimum``, last first, one at a
+    time.
+    """
+    parts = [list(part) for part in parts]
+    for part in parts:
+        while len(part) < minimum:
+            part.append(max(parts, key=len).pop())
+    return parts
+
+
+def _by_quantity(rows: int, settings: ClientSettings, generator: np.random.Generator) -> Partition:
+    """Labels mixed, sizes in proportions drawn from a Dirichlet distribution."""
+    shares = np.cumsum(generator.dirichlet(np.full(settings.count, settings.alpha)))
+    cuts = (shares[:-1] * rows).astype(int)
+    return [part.tolist() for part in np.split(generator.permutation(rows), cuts)]
+
+
+def _with_flower(labels: Sequence[int], settings: ClientSettings, seed: int) -> Partition:
+    import datasets
+    from flwr_datasets.partitioner import DirichletPartitioner, PathologicalPartitioner
+
+    rows = datasets.Dataset.from_dict({"label": list(labels), "position": list(range(len(labels)))})
+    if settings.partition == "dirichlet":
+        partitioner = DirichletPartitioner(
+            num_partitions=settings.count,
+            partition_by="label",
+            alpha=settings.alpha,
+            min_partition_size=0,
+            self_balancing=False,
+            seed=seed,
+        )
+    else:
+        partitioner = PathologicalPartitioner(
+            num_partitions=settings.count,
+            partition_by="label",
+            num_classes_per_partition=settings.labels_per_client,
+            # Every label must find a home, so the first label of each client goes round by turns.
+            class_assignment_mode="first-deterministic"
+            if settings.count >= len(set(labels))
+            else "deterministic",
+            seed=seed,
+        )
+    partitioner.dataset = rows
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return [list(partitioner.load_partition(i)["position"]) for i in range(settings.count)]
+    except ValueError as error:
+        raise DataError(f"clients.partition: {error}") from None

@@ -1,0 +1,94 @@
+"""The recipe's sections on data and on how it is spread over clients."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from ..settings import Settings
+
+TaskKind = Literal["classification", "generation"]
+PartitionKind = Literal["natural", "iid", "dirichlet", "quantity", "pathological"]
+
+
+class DataSettings(Settings):
+    """Where examples come from and how their columns become a task."""
+
+    source: str = Field(
+        "builtin:docstrings",
+        description="builtin:docstrings, a JSONL, CSV or Parquet file, a folder of such files, or a hub id",
+    )
+    subset: str | None = Field(None, description="Configuration of a hub data set that has several")
+    task: TaskKind = Field("classification", description="What is learnt: a label, or a text")
+    train: str = Field(
+        "train", description="Training split: a split's name or a file's name without its ending"
+    )
+    development: str | None = Field(
+        None, description="Development split, used for selection; unset: a part of each client's data"
+    )
+    test: str | None = Field(None, description="Test split; unset: the clients' own test parts together")
+    text: str = Field(
+        "{text}", description="Classification: template of the input; {column} stands for a column"
+    )
+    label: str = Field("label", description="Classification: the column that holds the label")
+    prompt: str = Field("{source}", description="Generation: template of what the model is given")
+    target: str = Field("{target}", description="Generation: template of what the model is to write")
+    references: str | None = Field(
+        None, description="Generation: column with a list of accepted texts, for scoring; unset: the target"
+    )
+    max_length: int = Field(
+        128, ge=4, le=1_000_000, description="Longest input in tokens; the rest is cut off"
+    )
+    max_target_length: int = Field(
+        128, ge=1, le=1_000_000, description="Generation: longest target in tokens"
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Use at most this many training rows, drawn by the seed"
+    )
+    test_limit: int | None = Field(
+        None, ge=1, description="Use at most this many test rows, drawn by the seed"
+    )
+
+
+class ClientSettings(Settings):
+    """Who holds the data: natural clients from a column, or a partition."""
+
+    partition: PartitionKind = Field(
+        "natural",
+        description="natural: by a column; iid; dirichlet: label skew; quantity: sizes; pathological: few labels",
+    )
+    column: str | None = Field(None, description="Column that names the client (natural)")
+    count: int = Field(10, ge=1, le=1_000_000, description="Number of clients (every partition but natural)")
+    alpha: float = Field(
+        1.0,
+        gt=0,
+        le=1e6,
+        description="Dirichlet concentration (dirichlet, quantity): the smaller, the more skewed",
+    )
+    labels_per_client: int = Field(2, ge=1, description="Labels a client holds (pathological)")
+    minimum_examples: int = Field(
+        3,
+        ge=1,
+        description="Smallest client; one that a skewed partition leaves below is filled from the largest",
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Use at most this many rows of each client, drawn by the seed"
+    )
+    development_fraction: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Part of each client's data for selection (0 where a development split is named)",
+    )
+    test_fraction: float = Field(
+        0.1, ge=0, lt=1, description="Part of each client's data on which that client is evaluated"
+    )
+
+    @model_validator(mode="after")
+    def _parts_leave_something(self) -> Self:
+        if self.development_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                "development_fraction and test_fraction leave nothing to train on: their sum must be below 1"
+            )
+        return self

@@ -1,0 +1,133 @@
+"""Tokenised examples and padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .examples import Example, LearningTask
+from .settings import DataSettings
+
+IGNORED = -100
+"""The label of positions that do not count in a loss."""
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """Token ids of the input; for generation those of the target; for classification the label's number."""
+
+    source: np.ndarray[Any, np.dtype[np.int32]]
+    target: np.ndarray[Any, np.dtype[np.int32]]
+    label: int
+
+
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    task: LearningTask,
+    data: DataSettings,
+    *,
+    sequence_to_sequence: bool,
+) -> list[TokenizedExample]:
+    """Token ids of all examples, cut to the recipe's lengths.
+
+    A decoder's prompt keeps its beginning-of-sequence token, if the tokenizer adds one, but loses a closing
+    end-of-sequence token, since its target follows. Every target ends with the end-of-sequence token.
+    """
+    if not examples:
+        return []
+    sources = tokenizer([e.text for e in examples], truncation=True, max_length=data.max_length)["input_ids"]
+    empty = np.empty(0, dtype=np.int32)
+    if task.kind == "classification":
+        return [
+            TokenizedExample(np.asarray(source, dtype=np.int32), empty, example.label)
+            for source, example in zip(sources, examples, strict=True)
+        ]
+    end = tokenizer.eos_token_id
+    if not sequence_to_sequence:
+        sources = [source[:-1] if source and source[-1] == end else source for source in sources]
+    targets = tokenizer([e.target for e in examples], add_special_tokens=False)["input_ids"]
+    targets = [[*target[: data.max_target_length - 1], end] for target in targets]
+    return [
+        TokenizedExample(np.asarray(source, dtype=np.int32), np.asarray(target, dtype=np.int32), -1)
+        for source, target in zip(sources, targets, strict=True)
+    ]
+
+
+def collate(
+    examples: Sequence[TokenizedExample],
+    pad: int,
+    task: LearningTask,
+    *,
+    sequence_to_sequence: bool,
+    left: bool = False,
+) -> Batch:
+    """One padded batch: ``input_ids`` and ``attention_mask`` of (examples, tokens), and ``labels``.
+
+    Labels are (examples,) class numbers, or (examples, tokens) token ids with :data:`IGNORED` where nothing
+    is to be learnt: on a decoder's prompt and on padding. Padding is on the right; ``left`` puts a
+    classifier's on the left.
+    """
+    if task.kind == "classification":
+        batch = _pad([example.source for example in examples], pad, left=left)
+        batch["labels"] = torch.tensor([example.label for example in examples], dtype=torch.long)
+        return batch
+    if sequence_to_sequence:
+        batch = _pad([example.source for example in examples], pad)
+        targets = _pad([example.target for example in examples], pad)
+        batch["labels"] = targets["input_ids"].masked_fill(targets["attention_mask"] == 0, IGNORED)
+        return batch
+    batch = _pad([np.concatenate([example.source, example.target]) for example in examples], pad)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+    for row, example in enumerate(examples):
+        labels[row, : len(example.source)] = IGNORED
+    batch["labels"] = labels
+    return batch
+
+
+def pad_left(sources: Sequence[np.ndarray[Any, np.dtype[np.int32]]], pad: int) -> Batch:
+    """Prompts padded on the left, so that a decoder writes on directly after each of them."""
+    return _pad(sources, pad, left=True)
+
+
+def _pad(rows: Sequence[np.ndarray[Any, np.dtype[np.int32]]], pad: int, *, left: bool = False) -> Batch:
+    width = max(1, max(len(row) for row in rows))
+    ids = np.full((len(rows), width), pad, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for number, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[number, where] = row
+        mask[number, where] = 1
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+
+def by_length(examples: Sequence[TokenizedExample], batch_size: int) -> Iterator[list[int]]:
+    """Positions in batches of similar length, longest first, so that little padding is computed on."""
+    order = sorted(
+        range(len(examples)), key=lambda i: (-len(examples[i].source) - len(examples[i].target), i)
+    )
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def example_order(count: int, start: int, stop: int, seed: Sequence[int]) -> list[int]:
+    """The positions of examples ``start`` to ``stop`` of an endless stream over ``count`` examples.
+
+    The stream is one random permutation after the other, so that each pass sees every example once; it is a
+    pure function of its arguments, so that work which is resumed goes on where it stopped.
+    """
+    positions: list[int] = []
+    while start < stop:
+        epoch, within = divmod(start, count)
+        order = np.random.default_rng([*seed, epoch]).permutation(count)
+        taken = order[within : within + stop - start]
+        positions.extend(taken.tolist())
+        start += len(taken)
+    return positions

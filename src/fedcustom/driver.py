@@ -1,0 +1,454 @@
+"""One run: builds what the recipe names, drives the rounds, writes checkpoints, resumes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from . import environment
+from .data.build import build_data, with_builtin_columns
+from .data.examples import ClientData, FederatedData
+from .directory import Checkpoint, Checkpoints, History, Row
+from .errors import ModelError, RecipeError, RunError
+from .evaluation.metrics import is_better
+from .evaluator import Evaluator
+from .files import read_json, write_folder, write_json, write_text
+from .methods import Context, Method, State, Update, build_method
+from .methods.contract import Values
+from .methods.tuning import Keeps
+from .models.load import Base, context_length, load_base, load_configuration
+from .recipe import Baseline, Recipe, load_recipe, to_toml
+from .training.local import schedule_factor
+from .transport.in_process import InProcess, Reply
+from .transport.store import ClientStore
+
+EVERYONE = "centralised"
+"""The name of the one client of a centralised run."""
+
+KEEPS: dict[Baseline, Keeps] = {"federated": "nothing", "centralised": "optimizer", "local": "everything"}
+"""What clients keep to themselves between rounds."""
+
+PHASES = ("train", "evaluate", "aggregate")
+
+
+class Progress(Protocol):
+    """Something that is told how a run goes."""
+
+    def started(self, recipe: Recipe, done: int, directory: Path) -> None:
+        """The rounds begin; ``done`` of them were done before."""
+
+    def round(self, row: Row) -> None:
+        """A round is done; ``row`` is its line of ``metrics.jsonl``."""
+
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        """The run is finished."""
+
+
+class Silent:
+    """A progress that says nothing."""
+
+    def started(self, recipe: Recipe, done: int, directory: Path) -> None: ...
+    def round(self, row: Row) -> None: ...
+    def note(self, text: str) -> None: ...
+    def finished(self, summary: Mapping[str, Any]) -> None: ...
+
+
+def run_recipe(
+    recipe: Recipe, directory: Path, *, resume: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run a recipe into a directory and return its summary.
+
+    A directory that holds the finished run of the same recipe is left as it is. One that holds an unfinished
+    run is continued if ``resume`` is set.
+
+    Raises:
+        RunError: the directory holds something else, or too few clients answered in a round.
+        RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
+    """
+    recipe = recipe.complete()
+    progress = progress or Silent()
+    finished = _prepare_directory(recipe, directory, resume)
+    if finished is not None:
+        progress.note(f"{directory} holds this run already; nothing to do")
+        return finished
+    return _Driver(recipe, directory, progress).drive()
+
+
+def plan_work(recipe: Recipe, data: FederatedData) -> list[dict[str, Values]]:
+    """Who does how much in each round: by client, ``epochs``, ``steps`` or ``examples``.
+
+    A centralised run sees as many examples a round as the cohort of the federated run would; in a local run
+    the same clients work as long as in the federated one.
+    """
+    names = list(data.clients)
+    size = recipe.rounds.clients_per_round or len(names)
+    training = recipe.training
+    plan = []
+    for number in range(1, recipe.rounds.count + 1):
+        generator = np.random.default_rng([recipe.seed, 6, number])
+        chosen = sorted(generator.choice(len(names), size=size, replace=False).tolist())
+        cohort = [names[i] for i in chosen]
+        if recipe.baseline != "centralised":
+            amount = (
+                {"steps": training.local_steps} if training.local_steps else {"epochs": training.local_epochs}
+            )
+            plan.append({name: dict(amount) for name in cohort})
+            continue
+        sizes = [len(data.clients[name].train) for name in cohort]
+        if training.local_steps:
+            # A client with less than a batch makes its steps with what it has.
+            examples = sum(training.local_steps * min(training.batch_size, count) for count in sizes)
+        else:
+            examples = training.local_epochs * sum(sizes)
+        plan.append({EVERYONE: {"examples": examples}})
+    return plan
+
+
+def check_fit(recipe: Recipe) -> None:
+    """Refuse what does not fit the base model's context, before any weight is loaded.
+
+    Raises:
+        ModelError: the model cannot be found, or prefix and input together are longer than its context.
+    """
+    limit = context_length(load_configuration(recipe.model))
+    length = getattr(recipe.method, "length", 0)
+    if limit is None:
+        return
+    if length >= limit:
+        raise ModelError(f"method.length = {length}: {recipe.model.base} has a context of {limit} positions")
+    wanted = length + recipe.data.max_length
+    if recipe.data.task == "generation":
+        wanted += recipe.data.max_target_length
+    if wanted > limit:
+        raise ModelError(
+            f"data.max_length = {recipe.data.max_length}: with method.length and targets {wanted} positions "
+            f"are needed; {recipe.model.base} has {limit}"
+        )
+
+
+def _prepare_directory(recipe: Recipe, directory: Path, resume: bool) -> dict[str, Any] | None:
+    """Make the directory ready; the summary if it holds this run, finished."""
+    written = directory / "recipe.toml"
+    if directory.exists() and not directory.is_dir():
+        raise RunError(f"{directory}: is a file; name a folder")
+    if written.exists():
+        old = load_recipe(written)
+        if old != recipe:
+            raise RunError(
+                f"{directory}: holds another recipe's run ({_difference(old, recipe)}); name another --out"
+            )
+        if (directory / "summary.json").exists():
+            summary: dict[str, Any] = read_json(directory / "summary.json")
+            return summary
+        if not resume:
+            raise RunError(
+                f"{directory}: holds an unfinished run; go on with --resume, or name another --out"
+            )
+    elif directory.exists() and any(directory.iterdir()):
+        raise RunError(f"{directory}: is not empty and holds no run; name another --out")
+    return None
+
+
+def _difference(old: Recipe, new: Recipe) -> str:
+    """The first setting in which two recipes differ."""
+
+    def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, sub in value.items():
+                yield from flat(sub, f"{path}.{key}" if path else key)
+        else:
+            yield path, value
+
+    before, after = dict(flat(old.model_dump())), dict(flat(new.model_dump()))
+    key = next(key for key in [*before, *after] if before.get(key) != after.get(key))
+    return f"{key} = {before.get(key)!r} there, {after.get(key)!r} here"
+
+
+@dataclass
+class _Round:
+    """What is noted of a round while its replies come in."""
+
+    answered: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    bytes_up: dict[str, int] = field(default_factory=dict)
+    bytes_down: dict[str, int] = field(default_factory=dict)
+    losses: list[tuple[float, int]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class _Driver:
+    """Drives the rounds of one run."""
+
+    def __init__(self, recipe: Recipe, directory: Path, progress: Progress) -> None:
+        self.recipe = recipe
+        self.directory = directory
+        self.progress = progress
+        self.checkpoints = Checkpoints(directory / "checkpoints")
+        self.history = History(directory / "metrics.jsonl")
+
+    def drive(self) -> dict[str, Any]:
+        """From the last checkpoint, or from the beginning, to the summary."""
+        started = time.perf_counter()
+        environment.restart_peak_memory()
+        recipe = self.recipe
+        check_fit(recipe)
+        settings, clients = with_builtin_columns(recipe.data, recipe.clients)
+        data = build_data(settings, clients, recipe.seed)
+        self._check_cohort(data)
+        base = load_base(recipe.model, data.task, recipe.seed)
+        method = build_method(
+            recipe.method,
+            Context(
+                base=base,
+                data=settings,
+                training=recipe.training,
+                aggregation=recipe.aggregation,
+                evaluation=recipe.evaluation,
+                rounds=recipe.rounds.count,
+                seed=recipe.seed,
+                keeps=KEEPS[recipe.baseline],
+            ),
+        )
+        owners = _pooled(data) if recipe.baseline == "centralised" else data.clients
+        store = ClientStore(owners, self.checkpoints.clients)
+        self.evaluator = Evaluator(method, base, data, store, own=recipe.baseline == "local")
+        state, done = self._resume(method, store)
+        self._describe(base)
+        self.progress.started(recipe, done, self.directory)
+        if done == 0:
+            self._note_untuned(state)
+
+        plan = plan_work(recipe, data)
+        transport = InProcess(method, store)
+        for number in range(done + 1, recipe.rounds.count + 1):
+            state = self._round(number, plan[number - 1], state, method, transport)
+            last = number == recipe.rounds.count
+            if last or number % recipe.rounds.checkpoint_every == 0 or self._best() == number:
+                memories = {name: dict(values) for name, values in store.memories.items()}
+                checkpoint = Checkpoint(number, state, memories, dict(store.files))
+                self.checkpoints.save(checkpoint, keep=[self._best()])
+        summary = self._finish(method, store, data, time.perf_counter() - started)
+        self.progress.finished(summary)
+        return summary
+
+    # --- rounds ---
+
+    def _round(
+        self, number: int, work: Mapping[str, Values], state: State, method: Method, transport: InProcess
+    ) -> State:
+        noted = _Round()
+        tasks = method.ask(state, number, work)
+        begun = time.perf_counter()
+        replies = transport.exchange(tasks, f"{number:06d}")
+        accepted = self._accept(replies, noted, number)
+        first = next(accepted, None)
+        needed = min(self.recipe.rounds.min_clients, len(tasks))
+        following = state
+        if first is not None:
+            following = method.merge(state, _chain(first, accepted))
+        if len(noted.answered) < max(1, needed):
+            raise RunError(
+                f"round {number}: {len(noted.answered)} of {len(tasks)} clients answered, "
+                f"rounds.min_clients = {needed}; the last reason: {list(noted.left_out.values())[-1]}"
+            )
+        merged = time.perf_counter() - begun
+        row = self._row(number, work, noted, merged)
+        evaluation = self.recipe.evaluation
+        if number % evaluation.every == 0 or number == self.recipe.rounds.count:
+            begun = time.perf_counter()
+            row["development"] = self.evaluator.development(following)
+            row["seconds"]["evaluate"] = round(time.perf_counter() - begun, 4)
+        row["peak_memory_bytes"] = environment.peak_memory()
+        self.history.append(row)
+        self.progress.round(row)
+        return following
+
+    def _accept(self, replies: Iterator[Reply], noted: _Round, number: int) -> Iterator[tuple[str, Update]]:
+        """The sound updates, one by one; the others are noted with a warning that names the client."""
+        for reply in replies:
+            noted.seconds += reply.seconds
+            noted.bytes_down[reply.client] = reply.bytes_down
+            if reply.bytes_up:
+                noted.bytes_up[reply.client] = reply.bytes_up
+            if reply.update is None:
+                noted.left_out[reply.client] = reply.reason
+                self._warn(f"round {number}: client {reply.client} left out: {reply.reason}", reply.detail)
+                continue
+            noted.answered.append(reply.client)
+            noted.losses.append((float(reply.update.values["loss"]), int(reply.update.values["examples"])))
+            yield reply.client, reply.update
+
+    def _row(self, number: int, work: Mapping[str, Values], noted: _Round, seconds: float) -> Row:
+        recipe = self.recipe
+        sent = recipe.baseline == "federated"  # a centralised or local run has nobody to send to
+        up, down = (noted.bytes_up, noted.bytes_down) if sent else ({}, {})
+        before = self.history.rows[-1] if self.history.rows else {}
+        examples = sum(count for _, count in noted.losses)
+        factor = schedule_factor(recipe.training, number, recipe.rounds.count)
+        return {
+            "round": number,
+            "cohort": list(work),
+            "answered": noted.answered,
+            "left_out": noted.left_out,
+            "learning_rate": (recipe.training.learning_rate or 0.0) * factor,
+            "train_loss": sum(loss * count for loss, count in noted.losses) / max(1, examples),
+            "examples": examples,
+            "bytes_up": up,
+            "bytes_down": down,
+            "bytes_up_total": before.get("bytes_up_total", 0) + sum(up.values()),
+            "bytes_down_total": before.get("bytes_down_total", 0) + sum(down.values()),
+            "seconds": {
+                "train": round(noted.seconds, 4),
+                "evaluate": 0.0,
+                "aggregate": round(max(0.0, seconds - noted.seconds), 4),
+            },
+        }
+
+    def _note_untuned(self, state: State) -> None:
+        """Round 0: the quality of the untuned model, which the state carries along to the summary."""
+        if not self.recipe.evaluation.untuned:
+            return
+        begun = time.perf_counter()
+        state.values["untuned"] = self.evaluator.test(state)
+        row: Row = {"round": 0, "development": self.evaluator.development(state)}
+        row["seconds"] = {"train": 0.0, "evaluate": round(time.perf_counter() - begun, 4), "aggregate": 0.0}
+        row["peak_memory_bytes"] = environment.peak_memory()
+        self.history.append(row)
+        self.progress.round(row)
+
+    def _warn(self, text: str, detail: str) -> None:
+        self.progress.note(text)
+        with (self.directory / "warnings.log").open("a", encoding="utf-8") as file:
+            file.write(f"{_now()} {text}\n{detail}")
+
+    # --- beginning and end ---
+
+    def _describe(self, base: Base) -> None:
+        """Write what is run, and on what."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not (self.directory / "recipe.toml").exists():
+            write_text(self.directory / "recipe.toml", to_toml(self.recipe))
+        if not (self.directory / "environment.json").exists():
+            found = {**environment.describe(), "precision": base.precision, "device": str(base.device)}
+            write_json(self.directory / "environment.json", {**found, "started": _now()})
+
+    def _check_cohort(self, data: FederatedData) -> None:
+        for key in ("clients_per_round", "min_clients"):
+            asked = getattr(self.recipe.rounds, key)
+            if asked is not None and asked > len(data.clients):
+                raise RecipeError(f"rounds.{key} = {asked}: there are {len(data.clients)} clients")
+        if not data.test or not data.development:
+            part = "test" if not data.test else "development"
+            raise RecipeError(
+                f"clients.{part}_fraction: leaves no {part} examples; name data.{part} or raise it"
+            )
+
+    def _resume(self, method: Method, store: ClientStore) -> tuple[State, int]:
+        """The state to go on from and the rounds that are done."""
+        rounds = self.checkpoints.rounds()
+        if not rounds:
+            if self.history.path.exists():
+                self.history.path.unlink()
+            return method.start(), 0
+        checkpoint = self.checkpoints.load(rounds[-1])
+        self.history = History.read(self.history.path)
+        self.history.keep_until(checkpoint.round_number)
+        store.memories = checkpoint.memories
+        store.files = checkpoint.files
+        return checkpoint.state, checkpoint.round_number
+
+    def _best(self) -> int:
+        """The best round so far on the development split (or the last, if the recipe says so); 0 if there
+        is none.
+        """
+        metric, best, value = self.recipe.metric, 0, None
+        for row in self.history.rows:
+            if "development" not in row or row["round"] == 0:
+                continue
+            new = row["development"][metric]
+            if value is None or self.recipe.evaluation.select == "last" or is_better(new, value, metric):
+                best, value = row["round"], new
+        return best
+
+    def _finish(
+        self, method: Method, store: ClientStore, data: FederatedData, elapsed: float
+    ) -> dict[str, Any]:
+        recipe, begun = self.recipe, time.perf_counter()
+        best = self._best()
+        checkpoint = self.checkpoints.load(best)
+        store.memories, store.files = checkpoint.memories, checkpoint.files
+        state = checkpoint.state
+        result = self.evaluator.final(state)
+        if result.predictions is not None:
+            lines = "".join(result.prediction_lines(data))
+            write_text(self.directory / "predictions.jsonl", lines)
+        if recipe.baseline != "local":  # where nothing is merged, there is no one model
+            write_folder(self.directory / "model", lambda folder: method.finish(state, folder))
+        rows = [row for row in self.history.rows if row["round"] > 0]
+        seconds = {part: sum(row["seconds"][part] for row in self.history.rows) for part in PHASES}
+        finishing = time.perf_counter() - begun
+        seconds["evaluate"] += finishing
+        earlier = sum(sum(row["seconds"].values()) for row in self.history.rows)
+        own, head = method.sizes(state)
+        summary = {
+            "method": recipe.method.name,
+            "baseline": recipe.baseline,
+            "model": recipe.model.base,
+            "data": recipe.data.source,
+            "task": recipe.data.task,
+            "seed": recipe.seed,
+            "rounds": recipe.rounds.count,
+            "best_round": best,
+            "labels": list(data.task.labels),
+            "metrics": result.metrics,
+            "untuned": state.values.get("untuned", {}),
+            "client_mean": result.client_mean,
+            "worst_client": result.worst_client,
+            "clients": result.clients,
+            "trainable_parameters": own,
+            "head_parameters": head,
+            "bytes": _bytes(rows),
+            "seconds": {
+                "total": round(max(elapsed + finishing, earlier + finishing), 3),
+                **{part: round(value, 3) for part, value in seconds.items()},
+            },
+            "peak_memory_bytes": max(environment.peak_memory(), *(row["peak_memory_bytes"] for row in rows)),
+        }
+        write_json(self.directory / "summary.json", summary)
+        return summary
+
+
+def _bytes(rows: Sequence[Row]) -> dict[str, int]:
+    """Bytes a client and round (means, rounded to whole bytes) and in total."""
+    ups = [count for row in rows for count in row["bytes_up"].values()]
+    downs = [count for row in rows for count in row["bytes_down"].values()]
+    return {
+        "up_per_client_round": round(sum(ups) / len(ups)) if ups else 0,
+        "down_per_client_round": round(sum(downs) / len(downs)) if downs else 0,
+        "up_total": sum(ups),
+        "down_total": sum(downs),
+    }
+
+
+def _pooled(data: FederatedData) -> dict[str, ClientData]:
+    """One client that holds everybody's data."""
+    train = [example for client in data.clients.values() for example in client.train]
+    return {EVERYONE: ClientData(EVERYONE, train)}
+
+
+def _chain(first: tuple[str, Update], rest: Iterator[tuple[str, Update]]) -> Iterator[tuple[str, Update]]:
+    yield first
+    yield from rest
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

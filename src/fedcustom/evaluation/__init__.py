@@ -1,0 +1,1 @@
+"""Quality of predictions: pure functions of predictions and references."""

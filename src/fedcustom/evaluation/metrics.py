@@ -1,0 +1,83 @@
+"""Accuracy, macro-F1 and loss of a classifier; BLEU, chrF, ROUGE-L and loss of a generator; means and
+worst clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+Metrics = dict[str, float]
+
+LOWER_IS_BETTER = frozenset({"loss"})
+CLASSIFICATION_METRICS = ("accuracy", "macro_f1", "loss")
+GENERATION_METRICS = ("loss", "bleu", "chrf", "rouge_l")
+
+
+def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
+    """Accuracy and macro-F1 (0 to 1) and mean loss (nats).
+
+    ``logits`` is (examples, labels) and ``labels`` (examples,); there must be one example at least.
+    F1 is averaged over the labels that occur or were predicted.
+    """
+    from sklearn.metrics import f1_score
+    from torch.nn.functional import cross_entropy
+
+    predicted = logits.argmax(dim=1)
+    return {
+        "accuracy": float((predicted == labels).double().mean()),
+        "macro_f1": float(f1_score(labels.numpy(), predicted.numpy(), average="macro", zero_division=0.0)),
+        "loss": float(cross_entropy(logits.double(), labels)),
+    }
+
+
+def text_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Metrics:
+    """Corpus BLEU and chrF (``sacrebleu``) and mean ROUGE-L (best F-measure over the references), all 0 to
+    100.
+    """
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    # sacrebleu wants one stream a reference position; where an example has fewer, None leaves it out.
+    width = max(len(texts) for texts in references)
+    streams: Any = [[texts[i] if i < len(texts) else None for texts in references] for i in range(width)]
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    rouge = [
+        max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in texts)
+        for prediction, texts in zip(predictions, references, strict=True)
+    ]
+    return {
+        "bleu": float(sacrebleu.corpus_bleu(list(predictions), streams).score),
+        "chrf": float(sacrebleu.corpus_chrf(list(predictions), streams).score),
+        "rouge_l": 100 * float(np.mean(rouge)),
+    }
+
+
+def token_loss(losses: Sequence[float], counts: Sequence[int]) -> float:
+    """Loss per target token (nats): the sum of losses over the sum of tokens."""
+    return float(np.sum(losses) / np.sum(counts))
+
+
+def is_better(value: float, than: float, metric: str) -> bool:
+    """Whether ``value`` beats ``than`` in this metric."""
+    return value < than if metric in LOWER_IS_BETTER else value > than
+
+
+def client_mean(clients: Mapping[str, Mapping[str, float]]) -> Metrics:
+    """The plain mean over clients, metric by metric."""
+    return {name: float(np.mean([values[name] for values in clients.values()])) for name in _names(clients)}
+
+
+def worst_client(clients: Mapping[str, Mapping[str, float]]) -> Metrics:
+    """The worst value over clients, metric by metric."""
+    return {
+        name: (max if name in LOWER_IS_BETTER else min)(values[name] for values in clients.values())
+        for name in _names(clients)
+    }
+
+
+def _names(clients: Mapping[str, Mapping[str, float]]) -> list[str]:
+    return list(next(iter(clients.values()))) if clients else []

@@ -1,0 +1,25 @@
+"""The recipe's section on evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..settings import Settings
+
+
+class EvaluationSettings(Settings):
+    """When quality is measured, and by what the best round is chosen."""
+
+    every: int = Field(1, ge=1, description="Rounds between evaluations on the development split")
+    select: Literal["best", "last"] = Field(
+        "best", description="Which round's state is kept: the best on the development split, or the last"
+    )
+    metric: str | None = Field(
+        None, description="Metric of that choice; unset: accuracy (classification), loss (generation)"
+    )
+    batch_size: int = Field(64, ge=1, description="Examples a forward pass in evaluation")
+    untuned: bool = Field(True, description="Evaluate the untuned base model too, for comparison")
+    max_new_tokens: int = Field(64, ge=1, description="Generation: longest text that is written")
+    beams: int = Field(1, ge=1, le=64, description="Generation: beams of the search; 1 is greedy")

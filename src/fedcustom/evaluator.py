@@ -1,0 +1,129 @@
+"""How good a state is: on development and test data, and client by client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .data.examples import Example, FederatedData
+from .evaluation.metrics import Metrics, client_mean, worst_client
+from .methods import Method, State
+from .models.inference import Predictions, measure
+from .models.load import Base
+from .transport.store import ClientStore
+
+
+@dataclass(frozen=True)
+class Result:
+    """The final evaluation of a run."""
+
+    metrics: Metrics
+    clients: dict[str, dict[str, Any]]
+    client_mean: Metrics
+    worst_client: Metrics
+    predictions: Predictions | None
+
+    def prediction_lines(self, data: FederatedData) -> Iterator[str]:
+        """The lines of ``predictions.jsonl``."""
+        assert self.predictions is not None
+        for number, example in enumerate(data.test):
+            if data.task.kind == "classification":
+                logits = self.predictions.scores[number]
+                odds = np.exp(logits - logits.max())
+                chosen = int(odds.argmax())
+                row: dict[str, Any] = {
+                    "text": example.text,
+                    "label": data.task.labels[example.label],
+                    "prediction": data.task.labels[chosen],
+                    "probability": round(float(odds[chosen] / odds.sum()), 6),
+                }
+            else:
+                texts = self.predictions.texts or []
+                row = {
+                    "source": example.text,
+                    "references": list(example.references),
+                    "prediction": texts[number],
+                }
+            yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+class Evaluator:
+    """Evaluates states of one run.
+
+    With ``own`` (the local baseline) every client has a model of its own, and each figure is the mean over
+    clients.
+    """
+
+    def __init__(
+        self, method: Method, base: Base, data: FederatedData, store: ClientStore, *, own: bool
+    ) -> None:
+        self.method, self.base, self.data, self.store, self.own = method, base, data, store, own
+
+    def development(self, state: State) -> Metrics:
+        """Quality on the development split; texts are not generated, so that it costs a forward pass only."""
+        if not self.own:
+            return self._measure(
+                self.method.predict(state, self.data.development, texts=False), self.data.development
+            )
+        parts = {name: client.development for name, client in self.data.clients.items() if client.development}
+        if not parts:  # the recipe names a development split that is nobody's
+            parts = dict.fromkeys(self.data.clients, self.data.development)
+        return client_mean({name: self._own(state, name, examples) for name, examples in parts.items()})
+
+    def test(self, state: State) -> Metrics:
+        """Quality of one global state on the test split."""
+        return self._measure(self.method.predict(state, self.data.test, texts=self._writes), self.data.test)
+
+    def final(self, state: State) -> Result:
+        """Quality on the test split and on every client's own test part."""
+        if self.own:
+            names = list(self.data.clients)
+            whole = client_mean({name: self._own(state, name, self.data.test) for name in names})
+            clients = {
+                name: self._own(state, name, client.test)
+                for name, client in self.data.clients.items()
+                if client.test
+            }
+            return self._result(whole, clients, None)
+        predictions = self.method.predict(state, self.data.test, texts=self._writes)
+        return self._result(self._measure(predictions, self.data.test), self._by_client(state), predictions)
+
+    @property
+    def _writes(self) -> bool:
+        return self.data.task.kind == "generation"
+
+    def _measure(self, predictions: Predictions, examples: list[Example]) -> Metrics:
+        return measure(predictions, examples, self.base)
+
+    def _own(self, state: State, name: str, examples: list[Example]) -> Metrics:
+        client = self.store.open(name)
+        return self._measure(self.method.predict(state, examples, client, texts=False), examples)
+
+    def _by_client(self, state: State) -> dict[str, Metrics]:
+        """One pass over all clients' test parts, then each one's share."""
+        parts = {name: client.test for name, client in self.data.clients.items() if client.test}
+        together = [example for examples in parts.values() for example in examples]
+        if not together:
+            return {}
+        predictions = self.method.predict(state, together, texts=False)
+        metrics, start = {}, 0
+        for name, examples in parts.items():
+            positions = range(start, start + len(examples))
+            metrics[name] = self._measure(predictions.select(positions), examples)
+            start += len(examples)
+        return metrics
+
+    def _result(self, whole: Metrics, clients: dict[str, Metrics], predictions: Predictions | None) -> Result:
+        described = {
+            name: {
+                "examples": len(self.data.clients[name].train),
+                "test_examples": len(self.data.clients[name].test),
+                **metrics,
+            }
+            for name, metrics in clients.items()
+        }
+        return Result(whole, described, client_mean(clients), worst_client(clients), predictions)

@@ -1,0 +1,98 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .errors import RunError
+from .tensors import Tensors
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically: a reader sees the old file or the new one, whatever happens meanwhile."""
+    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically. NaN and infinities are refused: other readers would not take them."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors atomically, in safetensors form."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _write(path, lambda temporary: safetensors.torch.save_file(contiguous, temporary))
+
+
+def read_tensors(path: Path) -> Tensors:
+    """Named tensors of a safetensors file.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except (SafetensorError, FileNotFoundError) as error:
+        raise RunError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a fresh folder and put it in the place of ``path``, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        fresh.chmod(0o755)
+        fill(fresh)
+        for file in fresh.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        shutil.rmtree(path, ignore_errors=True)
+        fresh.rename(path)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    _flush(path.parent)
+
+
+def _write(path: Path, fill: Callable[[Path], Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        fill(temporary)
+        _flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Bring what was written to the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

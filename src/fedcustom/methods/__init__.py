@@ -1,0 +1,46 @@
+"""Ways of customising a model, one folder each. A new method adds its line to :data:`TECHNIQUES`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .contract import Client, Memory, Method, State, Task, Update
+from .full import Full, FullSettings
+from .lora import Lora, LoraSettings
+from .prefix import Prefix, PrefixSettings
+from .settings import TuningSettings
+from .soft_prompt import SoftPrompt, SoftPromptSettings
+from .tuning import Context, Technique, WeightTuning
+
+TECHNIQUES: dict[str, tuple[type[TuningSettings], type[Any]]] = {
+    "prefix": (PrefixSettings, Prefix),
+    "lora": (LoraSettings, Lora),
+    "soft_prompt": (SoftPromptSettings, SoftPrompt),
+    "full": (FullSettings, Full),
+}
+"""Methods that train tensors: their settings, and which tensors those are."""
+
+MethodSettings = PrefixSettings | LoraSettings | SoftPromptSettings | FullSettings
+
+__all__ = [
+    "Client",
+    "Context",
+    "Memory",
+    "Method",
+    "MethodSettings",
+    "State",
+    "Task",
+    "Technique",
+    "Update",
+    "build_method",
+]
+
+
+def build_method(settings: MethodSettings, context: Context) -> Method:
+    """The method that a recipe names.
+
+    Raises:
+        ModelError: the method does not fit the base model.
+    """
+    _, technique = TECHNIQUES[settings.name]
+    return WeightTuning(technique(settings), context)

@@ -1,0 +1,99 @@
+"""The one conversation between server and clients: five verbs, whatever the method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..data.examples import ClientData, Example
+from ..models.inference import Predictions
+from ..tensors import Tensors
+
+Values = dict[str, Any]
+"""Numbers, texts and lists or dicts of them: what JSON can hold."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of one client in a round."""
+
+    kind: str
+    tensors: Tensors = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client answers: tensors, a weight in the mean, and numbers or texts."""
+
+    tensors: Tensors = field(default_factory=dict)
+    weight: float = 1.0
+    values: Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """What the server holds between rounds.
+
+    ``tensors`` is the global state that clients start from, ``server`` what only the server needs (moments of
+    its optimiser), ``values`` numbers and texts.
+    """
+
+    tensors: Tensors
+    server: Tensors = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
+
+
+@dataclass
+class Memory:
+    """What a client keeps to itself from one round to the next; never sent."""
+
+    tensors: Tensors = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
+
+
+@dataclass
+class Client:
+    """One owner of data: its name, its private examples and its private memory."""
+
+    name: str
+    data: ClientData
+    memory: Memory = field(default_factory=Memory)
+
+
+class Method(Protocol):
+    """A way of customising a model. Constructed alike on the server and at every client, from the same
+    recipe.
+    """
+
+    def start(self) -> State:
+        """The first global state."""
+
+    def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+        """The round's tasks, one for each client named in ``work``, which says how much each is to do."""
+
+    def work(self, task: Task, client: Client) -> Update:
+        """The task done on the client's private data. Changes the client's memory, and nothing else that
+        lasts.
+        """
+
+    def merge(self, state: State, updates: Iterable[tuple[str, Update]]) -> State:
+        """The next global state. Consumes the updates one by one, as they come in."""
+
+    def finish(self, state: State, folder: Path) -> None:
+        """Write the customised model so that it loads with the ecosystem's own tools."""
+
+    def check(self, task: Task, update: Update) -> None:
+        """Refuse an update that is not a sound answer to the task
+        (:class:`~fedcustom.errors.UpdateError`).
+        """
+
+    def predict(
+        self, state: State, examples: list[Example], client: Client | None = None, *, texts: bool
+    ) -> Predictions:
+        """What the model in this state, or this client's own version of it, says of the examples."""
+
+    def sizes(self, state: State) -> tuple[int, int]:
+        """How many numbers are trained: the method's own, and the classification head's."""

@@ -1,0 +1,37 @@
+"""Full fine-tuning: every weight of the model is trained and sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from ...models.load import Base
+from ..peft_support import head_names, loading_page
+from ..settings import TuningSettings
+from ..tuning import Tuned
+
+
+class FullSettings(TuningSettings):
+    """Full fine-tuning: every weight is trained."""
+
+    default_learning_rate: ClassVar[float] = 1e-4
+
+    name: Literal["full"] = "full"
+
+
+class Full:
+    """Full fine-tuning (FedAvg of all weights, McMahan et al. 2017). What travels: the whole model."""
+
+    def __init__(self, settings: FullSettings) -> None:
+        self.settings = settings
+
+    def attach(self, base: Base, seed: int) -> Tuned:
+        """Train every parameter; tied ones are one."""
+        model = base.model.requires_grad_(True)
+        parameters = dict(sorted(model.named_parameters()))
+
+        def save(folder: Path) -> None:
+            model.save_pretrained(folder)
+            (folder / "README.md").write_text(loading_page(base, adapter=False), encoding="utf-8")
+
+        return Tuned(model, parameters, head_names(base, parameters), save)

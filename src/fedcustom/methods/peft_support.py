@@ -1,0 +1,110 @@
+"""What methods that stand on ``peft`` share: wrapping, names, the head and saving."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import ModelError
+from ..models.load import HUB_NAMES, Base
+from .tuning import Tuned
+
+
+def task_type(base: Base) -> str:
+    """PEFT's name for the task."""
+    if base.task.kind == "classification":
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if base.sequence_to_sequence else "CAUSAL_LM"
+
+
+def attach_peft(base: Base, config: Any, method: str) -> Any:
+    """Wrap the base model; the adapter and the head are the only parameters that need gradients.
+
+    Raises:
+        ModelError: PEFT cannot apply the method to this model.
+    """
+    import peft
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(base.model, config)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelError(f"method {method} does not fit {base.name}: {str(error).splitlines()[0]}") from error
+    # The configuration that is saved must name a model that others can load.
+    config.base_model_name_or_path = HUB_NAMES.get(base.name, base.path)
+    if getattr(config, "modules_to_save", None):
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+    return model
+
+
+def peft_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """Parameters that need gradients, by their names in the base model's terms, in sorted order."""
+    named = {clean_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(sorted(named.items()))
+
+
+def clean_name(name: str) -> str:
+    """``base_model.model.bert...query.lora_A.default.weight`` becomes ``bert...query.lora_A.weight``."""
+    for prefix in ("base_model.model.", "base_model."):
+        if name.startswith(prefix):
+            name = name.removeprefix(prefix)
+            break
+    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+
+
+def head_names(base: Base, parameters: dict[str, nn.Parameter]) -> frozenset[str]:
+    """The names of the classification head's parameters."""
+    return frozenset(name for name in parameters if name.split(".")[0] in base.head)
+
+
+def peft_tuned(base: Base, model: Any) -> Tuned:
+    """A wrapped model whose trained parameters travel as they are."""
+    parameters = peft_parameters(model)
+    return Tuned(
+        model, parameters, head_names(base, parameters), save=lambda folder: save_peft(base, model, folder)
+    )
+
+
+def save_peft(base: Base, model: Any, folder: Path) -> None:
+    """Write the adapter with its configuration, and a page that shows how to load it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").write_text(loading_page(base, adapter=True), encoding="utf-8")
+
+
+def loading_page(base: Base, *, adapter: bool) -> str:
+    """How to load what was saved, without this package."""
+    name = HUB_NAMES.get(base.name, base.path)
+    if base.task.kind == "classification":
+        loader = "AutoModelForSequenceClassification"
+        labels = list(base.task.labels)
+        extra = f",\n    num_labels={len(labels)}, id2label=dict(enumerate(labels))"
+        head = f"labels = {labels!r}\n"
+        use = "print(labels[model(**inputs).logits.argmax(-1).item()])"
+    else:
+        loader = "AutoModelForSeq2SeqLM" if base.sequence_to_sequence else "AutoModelForCausalLM"
+        extra = head = ""
+        use = (
+            "output = model.generate(**inputs, max_new_tokens=64)[0]\n"
+            "print(tokenizer.decode(output, skip_special_tokens=True))"
+        )
+    if adapter:
+        load = (
+            f'{head}base = {loader}.from_pretrained("{name}"{extra})\n'
+            'model = PeftModel.from_pretrained(base, ".").eval()\n'
+        )
+        imports = f"from peft import PeftModel\nfrom transformers import {loader}, AutoTokenizer\n"
+    else:
+        load = f'{head}model = {loader}.from_pretrained(".").eval()\n'
+        imports = f"from transformers import {loader}, AutoTokenizer\n"
+    return (
+        f"# A customised {name}\n\nLoad it, in this folder, with the ecosystem's own tools:\n\n"
+        f"```python\n{imports}\n{load}"
+        f'tokenizer = AutoTokenizer.from_pretrained(".")\n'
+        f'inputs = tokenizer("a text", return_tensors="pt", return_token_type_ids=False)\n{use}\n```\n'
+    )

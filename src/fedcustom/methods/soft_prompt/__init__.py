@@ -1,0 +1,5 @@
+"""Soft prompt: learnt vectors in front of the embedded input."""
+
+from .method import SoftPrompt, SoftPromptSettings
+
+__all__ = ["SoftPrompt", "SoftPromptSettings"]

@@ -1,0 +1,1 @@
+"""Base models: loading, and what they predict."""

@@ -1,0 +1,50 @@
+"""Forward passes: logits and losses of a batch, computed at the positions that count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from ..data.tokens import IGNORED, Batch
+
+
+def classification_logits(model: Any, batch: Batch) -> Tensor:
+    """Logits of (examples, labels) in float32."""
+    logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits.float()
+
+
+def classification_loss(model: Any, batch: Batch) -> Tensor:
+    """Mean cross-entropy over examples."""
+    return functional.cross_entropy(classification_logits(model, batch), batch["labels"])
+
+
+def target_losses(model: Any, batch: Batch, *, sequence_to_sequence: bool) -> tuple[Tensor, Tensor]:
+    """Per example: the summed loss in nats over target tokens, and how many target tokens there are."""
+    labels = batch["labels"]
+    if sequence_to_sequence:
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
+        ).logits
+        wanted = labels
+    else:
+        # Only the columns from the last prompt token that precedes a target need logits; counted from the
+        # right, so that virtual tokens which a method puts in front do not shift them.
+        first = int((labels != IGNORED).any(dim=0).int().argmax())
+        keep = labels.shape[1] - max(first - 1, 0)
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=keep
+        ).logits[:, -keep:-1]
+        wanted = labels[:, -(keep - 1) :]
+    losses = functional.cross_entropy(
+        logits.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+    )
+    return losses.sum(dim=1), (wanted != IGNORED).sum(dim=1)
+
+
+def generation_loss(model: Any, batch: Batch, *, sequence_to_sequence: bool) -> Tensor:
+    """Mean loss over the batch's target tokens."""
+    losses, counts = target_losses(model, batch, sequence_to_sequence=sequence_to_sequence)
+    return losses.sum() / counts.sum().clamp(min=1)

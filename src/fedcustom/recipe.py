@@ -1,0 +1,320 @@
+"""A recipe: everything a user asks for, in one TOML file."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import tomli_w
+from pydantic import Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from .aggregation.settings import AggregationSettings
+from .data.settings import ClientSettings, DataSettings
+from .errors import RecipeError
+from .evaluation.metrics import CLASSIFICATION_METRICS
+from .evaluation.settings import EvaluationSettings
+from .methods import TECHNIQUES, MethodSettings
+from .methods.prefix import PrefixSettings
+from .models.settings import ModelSettings
+from .settings import Settings
+from .training.settings import TrainingSettings
+
+Baseline = Literal["federated", "centralised", "local"]
+
+
+class RoundSettings(Settings):
+    """How many rounds, and who takes part in each."""
+
+    count: int = Field(20, ge=1, le=1_000_000, description="Number of rounds")
+    clients_per_round: int | None = Field(
+        None, ge=1, description="Clients drawn for each round; unset: all of them"
+    )
+    min_clients: int = Field(1, ge=1, description="A round with fewer answers stops the run")
+    checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints")
+
+
+class Recipe(Settings):
+    """One job: model, data, clients, method, local training, aggregation, rounds, evaluation and seed."""
+
+    seed: int = Field(
+        0, ge=0, le=2**31, description="Seed of everything random: the same seed gives the same result"
+    )
+    baseline: Baseline = Field(
+        "federated",
+        description="federated; centralised: one client holds all data; local: clients alone, nothing merged",
+    )
+    model: ModelSettings = Field(default_factory=lambda: ModelSettings(), description="Base model")
+    data: DataSettings = Field(default_factory=lambda: DataSettings(), description="Data and task")
+    clients: ClientSettings = Field(
+        default_factory=lambda: ClientSettings(), description="Clients and partition"
+    )
+    method: Annotated[MethodSettings, Field(discriminator="name")] = Field(
+        default_factory=lambda: PrefixSettings(), description="Way of customising"
+    )
+    training: TrainingSettings = Field(
+        default_factory=lambda: TrainingSettings(), description="Local training"
+    )
+    aggregation: AggregationSettings = Field(
+        default_factory=lambda: AggregationSettings(), description="Aggregation"
+    )
+    rounds: RoundSettings = Field(default_factory=lambda: RoundSettings(), description="Rounds")
+    evaluation: EvaluationSettings = Field(
+        default_factory=lambda: EvaluationSettings(), description="Evaluation"
+    )
+    compare: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="What differs for one method in a comparison: [compare.<method>.<section>]",
+    )
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        count, asked = self.clients.count, self.rounds.clients_per_round
+        if self.clients.partition != "natural" and asked is not None and asked > count:
+            raise ValueError(f"rounds.clients_per_round = {asked}: there are {count} clients (clients.count)")
+        if asked is not None and self.rounds.min_clients > asked:
+            raise ValueError(
+                f"rounds.min_clients = {self.rounds.min_clients}: {asked} clients take part in a round"
+            )
+        if self.training.warmup_rounds >= self.rounds.count:
+            raise ValueError(
+                f"training.warmup_rounds = {self.training.warmup_rounds}: "
+                f"must be below rounds.count = {self.rounds.count}"
+            )
+        allowed = CLASSIFICATION_METRICS if self.data.task == "classification" else ("loss",)
+        metric = self.evaluation.metric
+        if metric is not None and metric not in allowed:
+            raise ValueError(
+                f"evaluation.metric = {metric!r}: allowed for {self.data.task}: {', '.join(allowed)}"
+            )
+        for name in self.compare:
+            if name not in TECHNIQUES:
+                raise ValueError(f"compare.{name}: unknown method{_nearest(name, list(TECHNIQUES))}")
+        return self
+
+    @property
+    def metric(self) -> str:
+        """The metric by which the best round is chosen."""
+        default = "accuracy" if self.data.task == "classification" else "loss"
+        return self.evaluation.metric or default
+
+    def complete(self) -> Recipe:
+        """With the method's own learning rate filled in where none is set."""
+        if self.training.learning_rate is not None:
+            return self
+        rate = type(self.method).default_learning_rate
+        return self.model_copy(update={"training": self.training.model_copy(update={"learning_rate": rate})})
+
+    def for_method(self, name: str) -> Recipe:
+        """This recipe with another method, and with what ``[compare.<method>]`` says of it.
+
+        The recipe's own method keeps its settings; another starts from its defaults.
+
+        Raises:
+            RecipeError: there is no such method, or its settings do not fit.
+        """
+        if name not in TECHNIQUES:
+            raise RecipeError(f"--methods: unknown method {name!r}{_nearest(name, list(TECHNIQUES))}")
+        values = self.model_dump(exclude={"compare"})
+        if name != self.method.name:
+            values["method"] = {"name": name}
+            # A rate that suits one method does not suit another.
+            values["training"]["learning_rate"] = None
+            values["training"]["head_learning_rate"] = None
+        return parse_recipe(_merged(values, self.compare.get(name, {})), f"compare.{name}")
+
+
+def load_recipe(
+    source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Recipe:
+    """Read and check a recipe.
+
+    ``source`` is a TOML file, a dict of its content, or a recipe; ``overrides`` are ``"section.key=value"``
+    texts with values as in TOML (quotes around text may be left out), or a dict with such keys.
+
+    Raises:
+        RecipeError: the file cannot be read, is not TOML, or holds an unknown key or an impossible value. The
+        message
+            names the key, the value, what is allowed and the nearest right name.
+    """
+    where = "recipe"
+    if isinstance(source, Recipe):
+        values: dict[str, Any] = source.model_dump()
+    elif isinstance(source, Mapping):
+        values = dict(source)
+    else:
+        path, where = Path(source), str(source)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(f"{path}: no such recipe") from None
+        except IsADirectoryError:
+            raise RecipeError(f"{path}: is a folder; name a recipe file") from None
+        except UnicodeDecodeError:
+            raise RecipeError(f"{path}: not a text in UTF-8") from None
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{path}: not TOML: {error}") from None
+    pairs = overrides.items() if isinstance(overrides, Mapping) else (_split(text) for text in overrides)
+    for key, value in pairs:
+        values = _merged(values, _nested(key, value))
+    return parse_recipe(values, where)
+
+
+def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
+    """Check a recipe's content.
+
+    Raises:
+        RecipeError: see :func:`load_recipe`.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RecipeError(f"{where}: {problems[0]}{more}") from None
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The complete recipe as TOML; settings that are unset are left out."""
+    return tomli_w.dumps(recipe.model_dump(exclude_none=True))
+
+
+def settings_help() -> Iterator[tuple[str, str, str, str]]:
+    """Every setting as (key, type and bounds, default, help), section by section, methods one after the
+    other.
+    """
+    for name, field in Recipe.model_fields.items():
+        if name == "method":
+            for method, (settings, _) in TECHNIQUES.items():
+                yield f"[method] name = {method!r}", "", "", (settings.__doc__ or "").strip().splitlines()[0]
+                for key, sub in settings.model_fields.items():
+                    if key != "name":
+                        yield f"method.{key}", _type_text(sub), _default_text(sub), sub.description or ""
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            yield f"[{name}]", "", "", (field.annotation.__doc__ or "").strip().splitlines()[0]
+            for key, sub in field.annotation.model_fields.items():
+                yield f"{name}.{key}", _type_text(sub), _default_text(sub), sub.description or ""
+        else:
+            yield name, _type_text(field), _default_text(field), field.description or ""
+
+
+def _type_text(field: FieldInfo) -> str:
+    annotation: Any = field.annotation
+    arguments = get_args(annotation)
+    if arguments and type(None) in arguments:
+        arguments = tuple(argument for argument in arguments if argument is not type(None))
+        annotation = arguments[0] if len(arguments) == 1 else annotation
+    choices = get_args(annotation)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        text = " | ".join(choices)
+    elif str(annotation).startswith("list"):
+        text = "list of texts"
+    elif str(annotation).startswith("dict"):
+        text = "table"
+    else:
+        text = {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}[
+            annotation.__name__
+        ]
+    bounds = {type(item).__name__.lower(): item for item in field.metadata}
+    signs = [("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")]
+    limits = [f"{sign} {getattr(bounds[name], name):g}" for name, sign in signs if name in bounds]
+    return " ".join([text, ", ".join(limits)]).strip()
+
+
+def _default_text(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "unset"
+    return tomli_w.dumps({"value": value}).partition("= ")[2].strip() if not isinstance(value, dict) else "{}"
+
+
+def _explain(problem: Any) -> str:
+    """One validation problem in one line: key, value, what is allowed, nearest right name."""
+    path = [str(part) for part in problem["loc"]]
+    if len(path) > 1 and path[0] == "method" and path[1] in TECHNIQUES:
+        path.pop(1)  # pydantic adds the chosen method's name to the path
+    key, kind, value = ".".join(path), problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        return f"{key}: unknown setting{_nearest(path[-1], known, everywhere=True)}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        name = value.get("name") if isinstance(value, dict) else value
+        return f"method.name = {name!r}: unknown method{_nearest(str(name), list(TECHNIQUES))}"
+    if kind == "literal_error":
+        expected = problem["ctx"]["expected"]
+        return f"{key} = {value!r}: must be {expected}{_close(value, expected)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{key}: {message}" if key else message
+    message = message.removeprefix("Input ").replace("should", "must")
+    return f"{key} = {value!r}: {message}"
+
+
+def _known_keys(path: Sequence[Any]) -> list[str]:
+    if not path:
+        return list(Recipe.model_fields)
+    if path[0] == "method":
+        return (
+            list(TECHNIQUES[path[1]][0].model_fields) if len(path) > 1 and path[1] in TECHNIQUES else ["name"]
+        )
+    annotation = Recipe.model_fields[str(path[0])].annotation
+    return (
+        list(annotation.model_fields)
+        if isinstance(annotation, type) and issubclass(annotation, Settings)
+        else []
+    )
+
+
+def _nearest(name: str, allowed: Sequence[str], *, everywhere: bool = False) -> str:
+    """What is allowed and the nearest right name; with ``everywhere``, also the section that has such a
+    key.
+    """
+    close = difflib.get_close_matches(name, allowed, n=1)
+    if not close and everywhere:
+        sections = {
+            key.rpartition(".")[2]: key for key, *_ in settings_help() if "." in key and "[" not in key
+        }
+        close = [sections[match] for match in difflib.get_close_matches(name, sections, n=1)]
+    return f"; allowed: {', '.join(allowed)}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def _close(value: Any, expected: str) -> str:
+    choices = [choice.strip("' ") for choice in expected.replace(" or ", ", ").split(",")]
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _split(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    key, value = key.strip(), value.strip()
+    if not sign or not key:
+        raise RecipeError(f"--set {text!r}: write key=value, as in training.learning_rate=0.01")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``change`` laid over it, table by table. Another method's name clears the old one's
+    settings.
+    """
+    result = dict(base)
+    for key, value in change.items():
+        old = result.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            if key == "method" and value.get("name", old.get("name")) != old.get("name"):
+                old = {}
+            result[key] = _merged(old, value)
+        else:
+            result[key] = value
+    return result

@@ -1,0 +1,159 @@
+"""Runs that differ in their seed only, taken together, and the statistics over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import pandas as pd
+from scipy import stats
+
+from .read import Baseline, Run
+
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+METRIC_ORDER = ("accuracy", "macro_f1", "rouge_l", "bleu", "chrf", "loss")
+PERCENT_METRICS = frozenset({"rouge_l", "bleu", "chrf"})
+METHOD_NAMES = {"full": "full fine-tuning", "lora": "LoRA", "ia3": "IA3", "bitfit": "BitFit"}
+NOT_COMPARED = frozenset({"seed", "output", "device", "threads", "workers"})
+"""Last parts of settings that leave the question that a run answers as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The runs of one method and baseline, in the order of their seeds.
+
+    ``variant`` names the settings that tell this group from others of the same method and baseline, as in
+    ``clients.alpha=0.1``; it is empty where there is one such group only.
+    """
+
+    method: str
+    baseline: Baseline
+    variant: str
+    runs: list[Run]
+
+    @property
+    def method_name(self) -> str:
+        """The method as people write it, with its variant."""
+        name = METHOD_NAMES.get(self.method, self.method.replace("_", " "))
+        return f"{name} ({self.variant})" if self.variant else name
+
+    @property
+    def label(self) -> str:
+        """Baseline and method, as in ``federated soft prompt``."""
+        return f"{self.baseline} {self.method_name}"
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether small values of a metric are good ones."""
+    return "loss" in metric or metric == "perplexity"
+
+
+def best_first(value: float, metric: str) -> float:
+    """A sort key that puts the best value first and what is not a number last."""
+    if math.isnan(value):
+        return math.inf
+    return value if lower_is_better(metric) else -value
+
+
+def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval (Student's t); the latter is NaN for fewer than two values."""
+    numbers = list(values)
+    if not numbers:
+        return math.nan, math.nan
+    series = pd.Series(numbers, dtype=float)
+    mean = float(series.mean(skipna=False))
+    if len(numbers) < 2:
+        return mean, math.nan
+    spread = float(series.std(skipna=False)) / math.sqrt(len(numbers))
+    return mean, float(stats.t.ppf(0.975, len(numbers) - 1)) * spread
+
+
+def mean_metric(group: Group, metric: str) -> tuple[float, float]:
+    """Mean over seeds of a metric on the test split, and half its 95 % interval."""
+    return mean_and_interval(run.summary.metrics.get(metric, math.nan) for run in group.runs)
+
+
+def metric_names(runs: Sequence[Run]) -> list[str]:
+    """The metrics of some runs; the first is the one that they are ranked by."""
+    names = dict.fromkeys(name for run in runs for name in run.summary.metrics)
+    known = [name for name in METRIC_ORDER if name in names]
+    ordered = known + [name for name in names if name not in METRIC_ORDER]
+    shared = [name for name in ordered if all(name in run.summary.metrics for run in runs)]
+    return shared + [name for name in ordered if name not in shared]
+
+
+def _compared(run: Run) -> dict[str, str]:
+    settings = run.settings or {"model": run.summary.model, "data": run.summary.data}
+    return {key: value for key, value in settings.items() if key.rpartition(".")[2] not in NOT_COMPARED}
+
+
+def _variants(runs: Sequence[Run]) -> list[str]:
+    settings = [_compared(run) for run in runs]
+    keys = dict.fromkeys(key for values in settings for key in values)
+    differing = [key for key in keys if len({values.get(key) for values in settings}) > 1]
+    return [", ".join(f"{key}={values.get(key, 'unset')}" for key in differing) for values in settings]
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Runs by method, baseline and variant: first centralised, then federated, then local; each by quality.
+
+    Runs of one method and baseline whose recipes differ in more than the seed are different groups, since the mean
+    over them would answer no question.
+    """
+    pairs: dict[tuple[str, Baseline], list[Run]] = {}
+    for run in runs:
+        pairs.setdefault((run.summary.method, run.summary.baseline), []).append(run)
+    groups = []
+    for (method, baseline), members in pairs.items():
+        variants: dict[str, list[Run]] = {}
+        for run, variant in zip(members, _variants(members), strict=True):
+            variants.setdefault(variant, []).append(run)
+        for variant, same in variants.items():
+            ordered = sorted(same, key=lambda run: (run.summary.seed, run.name))
+            groups.append(Group(method, baseline, variant, ordered))
+    ranked_by = metric_names(runs)[0]
+
+    def position(group: Group) -> tuple[int, float, str]:
+        return (
+            BASELINES.index(group.baseline),
+            best_first(mean_metric(group, ranked_by)[0], ranked_by),
+            group.label,
+        )
+
+    return sorted(groups, key=position)
+
+
+def best_group(groups: Sequence[Group], metric: str) -> Group:
+    """The best federated group, or the best of all where none is federated."""
+    federated = [group for group in groups if group.baseline == "federated"]
+    return min(federated or groups, key=lambda group: best_first(mean_metric(group, metric)[0], metric))
+
+
+def history(group: Group, metric: str) -> pd.DataFrame:
+    """Development quality by round: columns ``round``, ``mean``, ``interval`` and ``bytes`` (sent so far)."""
+    rows = [
+        (line.round, line.development[metric], line.bytes_up_total + line.bytes_down_total)
+        for run in group.runs
+        for line in run.history
+        if metric in line.development
+    ]
+    frame = pd.DataFrame(rows, columns=["round", "value", "bytes"])
+    records = []
+    for number, part in frame.groupby("round"):
+        mean, interval = mean_and_interval(part["value"])
+        records.append((number, mean, interval, float(part["bytes"].mean())))
+    return pd.DataFrame(records, columns=["round", "mean", "interval", "bytes"])
+
+
+def client_scores(group: Group, metric: str) -> pd.DataFrame:
+    """Each client's score on its own test part, mean over seeds: columns ``client``, ``score`` and ``examples``."""
+    rows = [
+        (client, scores[metric], scores.get("test_examples", math.nan))
+        for run in group.runs
+        for client, scores in run.summary.clients.items()
+        if metric in scores
+    ]
+    frame = pd.DataFrame(rows, columns=["client", "score", "examples"])
+    return frame.groupby("client", sort=False).mean().reset_index()

@@ -1,0 +1,300 @@
+"""One self-contained HTML page from run directories."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import groupby, islice
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from . import words
+from .groups import Group, best_group, client_scores, group_runs, lower_is_better, metric_names
+from .plots import Figures, as_json, colour, confusion, figures
+from .read import Prediction, Run, Runs, read_predictions, read_runs
+from .rows import Section, comparison_columns, comparison_sections
+
+EXAMPLES = 10
+LONGEST_TEXT = 800
+LONGEST_LOG = 20_000
+MOST_VALUES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One test example as it is shown; ``correct`` is None where right and wrong do not apply."""
+
+    given: str
+    expected: list[str]
+    prediction: str
+    probability: str
+    correct: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """The first test examples of one run."""
+
+    label: str
+    paint: str
+    shown: list[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A client that was left out of some rounds of a run, and why."""
+
+    run: str
+    client: str
+    reason: str
+    rounds: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTable:
+    """Each client's score by group, for one metric."""
+
+    metric: str
+    headings: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
+
+
+def _example(line: Prediction) -> Example:
+    classified = line.label is not None
+    references = [line.references] if isinstance(line.references, str) else line.references
+    return Example(
+        given=_shortened(line.text or line.source),
+        expected=[str(line.label)] if classified else [_shortened(text) for text in references],
+        prediction=_shortened(str(line.prediction)),
+        probability="" if line.probability is None else f"{line.probability:.2f}",
+        correct=str(line.label) == str(line.prediction) if classified else None,
+    )
+
+
+def _examples(groups: Sequence[Group], first: Group) -> list[Examples]:
+    shown = []
+    for group in sorted(groups, key=lambda group: group is not first):
+        run = group.runs[0]
+        items = [_example(line) for line in islice(read_predictions(run), EXAMPLES)]
+        if items:
+            label = f"{words.capitalised(group.label)}, seed {run.summary.seed}"
+            shown.append(Examples(label, colour(group.method, groups), items))
+    return shown
+
+
+def _confusion(run: Run, paint: str) -> Figures:
+    pairs = Counter(
+        (str(line.label), str(line.prediction)) for line in read_predictions(run) if line.label is not None
+    )
+    return {"confusion": {"all": confusion(pairs, paint)}} if pairs else {}
+
+
+def _left_out(groups: Sequence[Group]) -> list[LeftOut]:
+    found = []
+    for group in groups:
+        for run in group.runs:
+            rounds: dict[tuple[str, str], list[int]] = {}
+            for line in run.history:
+                for client, reason in line.left_out.items():
+                    rounds.setdefault((client, reason), []).append(line.round)
+            found += [
+                LeftOut(_title(group, run), client, _shortened(reason), words.rounds(numbers))
+                for (client, reason), numbers in rounds.items()
+            ]
+    return found
+
+
+def _title(group: Group, run: Run) -> str:
+    return f"{words.capitalised(group.label)}, seed {run.summary.seed}"
+
+
+def _client_tables(groups: Sequence[Group], metrics: Sequence[str]) -> list[ClientTable]:
+    tables = []
+    for metric in metrics:
+        columns = {group.label: client_scores(group, metric).set_index("client")["score"] for group in groups}
+        columns = {label: scores for label, scores in columns.items() if not scores.empty}
+        clients = dict.fromkeys(str(client) for scores in columns.values() for client in scores.index)
+        rows = [
+            (
+                client,
+                [words.score(float(scores.get(client, float("nan"))), metric) for scores in columns.values()],
+            )
+            for client in clients
+        ]
+        if rows:
+            tables.append(ClientTable(metric, [words.capitalised(label) for label in columns], rows))
+    return tables
+
+
+def _environment(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    rows = []
+    for key in dict.fromkeys(key for run in runs for key in run.environment):
+        values = list(dict.fromkeys(run.environment[key] for run in runs if key in run.environment))
+        more = f" and {len(values) - MOST_VALUES} more" if len(values) > MOST_VALUES else ""
+        rows.append((key, "; ".join(values[:MOST_VALUES]) + more))
+    return rows
+
+
+def _captions(plots: Figures, metrics: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What stands below each plot, by metric: which direction is good, or that another metric is shown instead."""
+    captions: dict[str, dict[str, str]] = {}
+    for name, drawn in plots.items():
+        captions[name] = {}
+        for metric in metrics:
+            shown = metric if metric in drawn else next(iter(drawn))
+            direction = "Lower" if lower_is_better(shown) else "Higher"
+            missing = (
+                ""
+                if shown == metric
+                else (
+                    f"{words.capitalised(words.metric_name(metric))} was not measured here; "
+                    f"{words.metric_name(shown)} is shown. "
+                )
+            )
+            captions[name][metric] = f"{missing}{direction} is better."
+    return captions
+
+
+def _notes(groups: Sequence[Group]) -> list[str]:
+    """What a reader must know before comparing rows."""
+    runs = [run for group in groups for run in group.runs]
+    notes = [
+        f"These runs differ in their {what} ({', '.join(sorted(names))}): compare rows with care."
+        for what, names in (
+            ("model", {run.summary.model for run in runs}),
+            ("data", {run.summary.data for run in runs}),
+        )
+        if len(names) > 1
+    ]
+    for group in groups:
+        seeds = [run.summary.seed for run in group.runs]
+        if len(set(seeds)) < len(seeds):
+            notes.append(
+                f"{words.capitalised(group.label)} has several runs of one seed: its intervals are not over seeds alone."
+            )
+    return notes
+
+
+def _joined(names: set[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _facts(groups: Sequence[Group], runs: Runs) -> list[tuple[str, str]]:
+    results = [run.summary for run in runs.finished]
+    clients = max(len(result.clients) for result in results)
+    facts = [
+        ("Model", _joined({result.model for result in results})),
+        ("Data", _joined({result.data for result in results})),
+        ("Task", results[0].task),
+        ("Clients", str(clients) if clients else ""),
+        ("Rounds", " or ".join(map(str, sorted({result.rounds for result in results})))),
+        (
+            "Runs",
+            f"{len(results)} finished" + (f", {len(runs.unfinished)} unfinished" if runs.unfinished else ""),
+        ),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _script(text: str) -> tuple[Markup, str]:
+    """A trusted script, and the hash by which the page's policy lets it run and no other."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return Markup(text), f"'sha256-{digest}'"
+
+
+def render(runs: Runs) -> str:
+    """The page as text. Everything that comes from files is escaped: by the template, or inside the figures' JSON."""
+    groups = group_runs(runs.finished)
+    metrics = metric_names(runs.finished)
+    primary = best_group(groups, metrics[0])
+    paint = colour(primary.method, groups)
+    plots = figures(groups, metrics)
+    captions = _captions(plots, metrics)
+    plots |= _confusion(primary.runs[0], paint)
+    plotly, plotly_hash = _script(get_plotlyjs())
+    script, script_hash = _script(_asset("page.js"))
+    columns = comparison_columns(metrics)
+    sections: list[Section] = comparison_sections(groups, columns)
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(_asset("page.html"))
+    return template.render(
+        title=f"Customising {_joined({run.summary.model for run in runs.finished}) or 'a model'}",
+        facts=_facts(groups, runs),
+        findings=words.findings(groups, metrics[0]),
+        notes=_notes(groups),
+        metrics=[(metric, words.capitalised(words.metric_name(metric))) for metric in metrics],
+        metric=metrics[0],
+        columns=columns,
+        headings=[
+            (above, metric, len(list(same)))
+            for (above, metric), same in groupby(columns, key=lambda column: (column.above, column.metric))
+        ],
+        sections=sections,
+        width=1 + sum(not column.metric or column.metric == metrics[0] for column in columns),
+        names={metric: words.capitalised(words.metric_name(metric)) for metric in metrics},
+        compared=primary.baseline,
+        several_methods=sum(group.baseline == primary.baseline for group in groups) > 1,
+        several_seeds=any(len(group.runs) > 1 for group in groups),
+        plots=plots,
+        captions=captions,
+        clients=_client_tables(groups, metrics),
+        primary=_title(primary, primary.runs[0]),
+        examples=_examples(groups, primary),
+        left_out=_left_out(groups),
+        unfinished=runs.unfinished,
+        logs=[
+            (_title(group, run), run.warnings[-LONGEST_LOG:])
+            for group in groups
+            for run in group.runs
+            if run.warnings
+        ],
+        recipes=[(_title(group, run), run.name, run.recipe) for group in groups for run in group.runs],
+        environment=_environment(runs.finished),
+        style=Markup(_asset("style.css")),
+        plotly=plotly,
+        script=script,
+        hashes=f"{plotly_hash} {script_hash}",
+        figures=Markup(as_json(plots)),
+    )
+
+
+def write_report(directories: Sequence[Path], to: Path) -> Path:
+    """Write one HTML page about all runs below ``directories`` to the file ``to`` and return its path.
+
+    The page holds everything that it shows and loads nothing. The file appears whole or not at all; folders on the way
+    to it are made. Its size is that of plotly.js (5 MB) and a little more.
+
+    Raises:
+        RunError: a folder holds no finished run, or a file in it is malformed.
+    """
+    page = render(read_runs(directories))
+    to.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=to.parent, prefix=f".{to.name}-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(page)
+        os.chmod(name, 0o644)
+        os.replace(name, to)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return to

@@ -1,0 +1,141 @@
+"""The comparison table of the page: which columns it has, and what stands in its cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from . import words
+from .groups import Group, best_group, lower_is_better, mean_and_interval
+from .plots import colour
+from .tables import comparison_frame
+
+SECTION_NAMES = {
+    "centralised": "Centralised: all data in one place",
+    "federated": "Federated: data stays with its owners",
+    "local": "Local: each client alone",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: the frame's ``key``; ``metric`` is set where it is shown for the chosen metric only."""
+
+    key: str
+    heading: str
+    above: str
+    show: Callable[[float], str]
+    lower_is_better: bool = True
+    measured: str = ""
+    metric: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What stands in one cell: a value, its interval below it, and whether it is the best of its column."""
+
+    text: str
+    interval: str = ""
+    best: bool = False
+    metric: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One group."""
+
+    name: str
+    note: str
+    paint: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """The groups of one baseline."""
+
+    heading: str
+    rows: list[Row]
+
+
+def _metric_column(metric: str, prefix: str, heading: str, above: str, chosen: bool) -> Column:
+    return Column(
+        key=f"{prefix}{metric}",
+        heading=heading,
+        above=above,
+        show=lambda value: words.score(value, metric),
+        lower_is_better=lower_is_better(metric),
+        measured=metric,
+        metric=metric if chosen else "",
+    )
+
+
+def comparison_columns(metrics: Sequence[str]) -> list[Column]:
+    """The columns in their order; those over clients are there once a metric."""
+    columns = [
+        _metric_column(metric, "", words.capitalised(words.metric_name(metric)), "Test split", False)
+        for metric in metrics
+    ]
+    for metric in metrics:
+        columns.append(_metric_column(metric, "client_mean_", "Mean", "Over clients", True))
+        columns.append(_metric_column(metric, "worst_client_", "Worst", "Over clients", True))
+    return [
+        *columns,
+        Column("trainable_parameters", "Method", "Parameters", words.count),
+        Column("head_parameters", "Head", "Parameters", words.count),
+        Column("bytes_up_per_client_round", "Up", "Bytes a client and round", words.byte_count),
+        Column("bytes_down_per_client_round", "Down", "Bytes a client and round", words.byte_count),
+        Column("bytes_up_total", "Up", "Bytes in total", words.byte_count),
+        Column("bytes_down_total", "Down", "Bytes in total", words.byte_count),
+        Column("seconds", "Time", "Cost of a run", words.duration),
+        Column("peak_memory_bytes", "Memory", "Cost of a run", words.byte_count),
+    ]
+
+
+def _best_texts(frame: pd.DataFrame, column: Column, rows: Sequence[bool]) -> str:
+    """How the best value of a column is written; empty where all compared rows are written alike."""
+    values = frame.loc[list(rows), column.key].dropna()
+    texts = {column.show(float(value)) for value in values}
+    if len(texts) < 2:
+        return ""
+    return column.show(float(values.min() if column.lower_is_better else values.max()))
+
+
+def comparison_sections(groups: Sequence[Group], columns: Sequence[Column]) -> list[Section]:
+    """The rows by baseline, and last the untuned model. Best is the best federated value, where any is federated."""
+    frame = comparison_frame(groups)
+    metrics = [column.measured for column in columns if column.measured]
+    compared_baseline = best_group(groups, metrics[0]).baseline
+    compared = [group.baseline == compared_baseline for group in groups]
+    best = {column.key: _best_texts(frame, column, compared) for column in columns}
+    sections: dict[str, Section] = {}
+    for place, group in enumerate(groups):
+        values = frame.iloc[place]
+        cells = []
+        for column in columns:
+            text = column.show(float(values[column.key]))
+            half = float(values[f"{column.key}_interval"]) if column.measured else math.nan
+            is_best = compared[place] and bool(best[column.key]) and text == best[column.key]
+            cells.append(Cell(text, words.interval(half, column.measured), is_best, column.metric))
+        section = sections.setdefault(group.baseline, Section(SECTION_NAMES[group.baseline], []))
+        note = f"{words.plural(len(group.runs), 'seed')}, {words.plural(int(values['rounds']), 'round')}"
+        section.rows.append(
+            Row(words.capitalised(group.method_name), note, colour(group.method, groups), cells)
+        )
+    return [*sections.values(), Section("Reference", [_untuned(groups, columns)])]
+
+
+def _untuned(groups: Sequence[Group], columns: Sequence[Column]) -> Row:
+    cells = []
+    for column in columns:
+        if column.measured and not column.metric:
+            mean, half = mean_and_interval(
+                run.summary.untuned.get(column.measured, math.nan) for group in groups for run in group.runs
+            )
+            cells.append(Cell(column.show(mean)))
+        else:
+            cells.append(Cell("", metric=column.metric))
+    return Row("Untuned model", "before any training", "", cells)

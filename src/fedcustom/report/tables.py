@@ -1,0 +1,125 @@
+"""The comparison of methods: as a data frame, and for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.table import Table
+from rich.text import Text
+
+from . import words
+from .groups import Group, group_runs, mean_and_interval, metric_names
+from .read import Run, read_runs
+
+
+def _costs(run: Run) -> dict[str, float]:
+    result = run.summary
+    return {
+        "trainable_parameters": result.trainable_parameters,
+        "head_parameters": result.head_parameters,
+        "bytes_up_per_client_round": result.bytes.up_per_client_round,
+        "bytes_down_per_client_round": result.bytes.down_per_client_round,
+        "bytes_up_total": result.bytes.up_total,
+        "bytes_down_total": result.bytes.down_total,
+        "seconds": result.seconds.get("total", math.nan),
+        "peak_memory_bytes": result.peak_memory_bytes,
+    }
+
+
+def comparison_frame(groups: Sequence[Group]) -> pd.DataFrame:
+    """The rows of :func:`comparison` for groups that are at hand, in their order."""
+    metrics = metric_names([run for group in groups for run in group.runs])
+    records = []
+    for group in groups:
+        record: dict[str, object] = {
+            "method": group.method,
+            "baseline": group.baseline,
+            "variant": group.variant,
+            "seeds": len(group.runs),
+            "rounds": max(run.summary.rounds for run in group.runs),
+        }
+        results = [run.summary for run in group.runs]
+        for metric in metrics:
+            for prefix, scores in (
+                ("", [result.metrics for result in results]),
+                ("client_mean_", [result.client_mean for result in results]),
+                ("worst_client_", [result.worst_client for result in results]),
+                ("untuned_", [result.untuned for result in results]),
+            ):
+                mean, half = mean_and_interval(values.get(metric, math.nan) for values in scores)
+                record[f"{prefix}{metric}"] = mean
+                record[f"{prefix}{metric}_interval"] = half
+        costs = pd.DataFrame([_costs(run) for run in group.runs], dtype=float)
+        record.update({str(name): float(value) for name, value in costs.mean(skipna=False).items()})
+        records.append(record)
+    return pd.DataFrame(records)
+
+
+def comparison(directories: Sequence[Path]) -> pd.DataFrame:
+    """One row for each method and baseline: means over seeds, and 95 % intervals.
+
+    Columns: ``method``, ``baseline``, ``variant`` (the settings in which groups of one method and baseline differ,
+    usually empty), ``seeds``, ``rounds``; for each metric its mean on the test split, and with the prefixes
+    ``client_mean_``, ``worst_client_`` and ``untuned_`` the same over clients and for the untuned model, each followed
+    by ``..._interval``, half the width of its 95 % interval (Student's t; NaN for a single seed); then means of
+    ``trainable_parameters``, ``head_parameters``, ``bytes_up_per_client_round``, ``bytes_down_per_client_round``,
+    ``bytes_up_total``, ``bytes_down_total``, ``seconds`` and ``peak_memory_bytes``. Rows are sorted: centralised,
+    federated, local; each by the first metric.
+
+    Raises:
+        RunError: a folder holds no finished run, or a file in it is malformed.
+    """
+    return comparison_frame(group_runs(read_runs(directories).finished))
+
+
+def _with_interval(row: pd.Series, metric: str) -> str:
+    half = words.interval(row[f"{metric}_interval"], metric)
+    return f"{words.score(row[metric], metric)} {half}".strip()
+
+
+def comparison_table(directories: Sequence[Path]) -> Table:
+    """The comparison for a terminal, at most about 110 columns wide: means over seeds, and costs.
+
+    Raises:
+        RunError: a folder holds no finished run, or a file in it is malformed.
+    """
+    groups = group_runs(read_runs(directories).finished)
+    runs = [run for group in groups for run in group.runs]
+    metrics = metric_names(runs)
+    frame = comparison_frame(groups)
+    models, data = (
+        ", ".join(sorted(names))
+        for names in ({run.summary.model for run in runs}, {run.summary.data for run in runs})
+    )
+    table = Table(
+        title=Text(f"{models} on {data}, test split, mean over seeds"),
+        caption=Text("± half of the 95 % interval over seeds; sent: up and down, all clients and rounds"),
+        box=None,
+        padding=(0, 2, 0, 0),
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("method", overflow="fold", max_width=30)
+    headings = [*map(words.metric_name, metrics[:4]), "worst", "seeds", "params", "sent", "time", "memory"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for group, (_, row) in zip(groups, frame.iterrows(), strict=True):
+        sent = row["bytes_up_total"] + row["bytes_down_total"]
+        cells = [
+            _with_interval(row, metrics[0]),
+            *(words.score(row[metric], metric) for metric in metrics[1:4]),
+            words.score(row[f"worst_client_{metrics[0]}"], metrics[0]),
+            str(row["seeds"]),
+            words.count(row["trainable_parameters"]),
+            words.byte_count(sent),
+            words.duration(row["seconds"]),
+            words.byte_count(row["peak_memory_bytes"]),
+        ]
+        table.add_row(
+            Text(f"{group.baseline} {group.method}" + (f" ({group.variant})" if group.variant else "")),
+            *map(Text, cells),
+        )
+    return table

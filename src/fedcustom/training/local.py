@@ -1,0 +1,127 @@
+"""One client's optimisation of named parameters by ordinary backpropagation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..data.tokens import Batch
+from ..errors import UpdateError
+from ..tensors import Tensors
+from .settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What came of local training: the mean loss over examples, how many examples and steps, and optimiser
+    moments.
+    """
+
+    loss: float
+    examples: int
+    steps: int
+    moments: Tensors
+
+
+def schedule_factor(settings: TrainingSettings, round_number: int, rounds: int) -> float:
+    """What the learning rates are multiplied by in a round (1 to ``rounds``): warm-up, then the schedule
+    towards zero.
+    """
+    if round_number <= settings.warmup_rounds:
+        return round_number / (settings.warmup_rounds + 1)
+    share = (round_number - 1 - settings.warmup_rounds) / max(1, rounds - settings.warmup_rounds)
+    if settings.schedule == "linear":
+        return 1 - share
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * share))
+    return 1.0
+
+
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], settings: TrainingSettings, factor: float, head: frozenset[str]
+) -> torch.optim.Optimizer:
+    """The client's optimiser; the head has a learning rate of its own where the recipe gives one."""
+    if settings.learning_rate is None:
+        raise ValueError("training.learning_rate is unset: fill in the method's default before training")
+    rate = factor * settings.learning_rate
+    head_rate = factor * settings.head_learning_rate if settings.head_learning_rate else rate
+    groups = [
+        {"params": [p for name, p in parameters.items() if name not in head], "lr": rate},
+        {"params": [p for name, p in parameters.items() if name in head], "lr": head_rate},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(groups, lr=rate, weight_decay=settings.weight_decay, fused=True)
+
+
+def train_locally(
+    parameters: Mapping[str, nn.Parameter],
+    batches: Iterable[Batch],
+    loss_of: Callable[[Batch], Tensor],
+    settings: TrainingSettings,
+    factor: float,
+    *,
+    head: frozenset[str] = frozenset(),
+    moments: Mapping[str, Tensor] | None = None,
+) -> LocalResult:
+    """Train ``parameters`` in place, one optimiser step a batch.
+
+    ``loss_of`` gives a batch's mean loss, ``factor`` is the schedule's. With ``settings.proximal`` the values
+    at the start are the anchor of FedProx (Li et al. 2020, eq. 2); its gradient mu * (w - w_start) is added
+    to the loss's. ``moments`` are those of an earlier call, for a client that keeps its optimiser.
+
+    Raises:
+        UpdateError: the loss is not finite, or there was no batch.
+    """
+    optimizer = make_optimizer(parameters, settings, factor, head)
+    if moments:
+        restore_moments(optimizer, parameters, moments)
+    anchors = {name: p.detach().clone() for name, p in parameters.items()} if settings.proximal else {}
+    total, examples, steps = 0.0, 0, 0
+    for batch in batches:
+        loss = loss_of(batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UpdateError(
+                f"the training loss is not finite after {steps} steps; lower training.learning_rate"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        for name, anchor in anchors.items():
+            gradient = parameters[name].grad
+            if gradient is not None:
+                gradient.add_(parameters[name].detach() - anchor, alpha=settings.proximal)
+        if settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        size = len(batch["labels"])
+        total, examples, steps = total + value * size, examples + size, steps + 1
+    if not steps:
+        raise UpdateError("there was nothing to train on")
+    return LocalResult(total / examples, examples, steps, named_moments(optimizer, parameters))
+
+
+def named_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Tensors:
+    """The optimiser's state as named tensors: ``<kind>/<parameter>``."""
+    moments: Tensors = {}
+    for name, parameter in parameters.items():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                moments[f"{kind}/{name}"] = value.detach()
+    return moments
+
+
+def restore_moments(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], moments: Mapping[str, Tensor]
+) -> None:
+    """Put back what :func:`named_moments` gave."""
+    for key, value in moments.items():
+        kind, name = key.split("/", maxsplit=1)
+        optimizer.state[parameters[name]][kind] = value.clone()

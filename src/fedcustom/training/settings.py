@@ -1,0 +1,37 @@
+"""The recipe's section on local training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..settings import Settings
+
+
+class TrainingSettings(Settings):
+    """What one client does with the state it was sent."""
+
+    local_epochs: int = Field(1, ge=1, description="Passes over the client's training data a round")
+    local_steps: int | None = Field(
+        None, ge=1, description="Optimiser steps a round, in place of local_epochs"
+    )
+    batch_size: int = Field(16, ge=1, description="Examples a step")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Client optimiser, fresh in every round")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Client learning rate; unset: the method's own default"
+    )
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="Learning rate of the classification head; unset: learning_rate"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (adamw), L2 (sgd)")
+    momentum: float = Field(0.0, ge=0, lt=1, description="Momentum (sgd)")
+    clip_norm: float | None = Field(1.0, gt=0, description="Largest gradient norm; unset: no clipping")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="How the learning rate falls from the first round to the last"
+    )
+    warmup_rounds: int = Field(0, ge=0, description="Rounds over which the learning rate rises linearly")
+    proximal: float = Field(
+        0.0, ge=0, description="FedProx: weight mu of mu/2 * |w - w_global|^2 in the client's loss"
+    )
+    dropout: bool = Field(False, description="Use the base model's dropout while training")

@@ -1,0 +1,1 @@
+"""How a task reaches clients and how their updates come back."""

@@ -1,0 +1,117 @@
+"""What travels between server and client: named tensors, numbers and texts, as bytes.
+
+A message is eight bytes (the length of the JSON, little-endian), the JSON, and the tensors in safetensors
+form. Nothing in it can run code when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..errors import WireError
+from ..tensors import Tensors
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The dtypes that may travel, with safetensors' names."""
+
+MAX_BYTES = 64 * 2**30
+MAX_JSON_BYTES = 64 * 2**20
+
+
+def encode(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> bytes:
+    """One message.
+
+    Raises:
+        WireError: a tensor's dtype may not travel, or a value is not a number, text, list or dict of them.
+    """
+    text = _json(values)
+    _check_dtypes(tensors)
+    body = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def decode(payload: bytes, limit: int = MAX_BYTES) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors and values of a message.
+
+    Raises:
+        WireError: the message is larger than ``limit`` bytes, truncated or malformed.
+    """
+    if len(payload) > limit:
+        raise WireError(f"a message of {len(payload)} bytes; at most {limit} are allowed")
+    if len(payload) < 8:
+        raise WireError("a message is truncated")
+    (size,) = struct.unpack_from("<Q", payload)
+    if size > MAX_JSON_BYTES or 8 + size > len(payload):
+        raise WireError("a message is truncated or malformed")
+    try:
+        values = json.loads(payload[8 : 8 + size])
+        tensors = safetensors.torch.load(payload[8 + size :])
+    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise WireError(f"a message is malformed: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise WireError("a message is malformed: its values must be a JSON object")
+    _check_dtypes(tensors)
+    return tensors, values
+
+
+def length(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> int:
+    """The length in bytes of :func:`encode`'s result, without copying the tensors.
+
+    Raises:
+        WireError: see :func:`encode`.
+    """
+    _check_dtypes(tensors)
+    signature = tuple(
+        (name, DTYPES[t.dtype], tuple(t.shape), t.element_size()) for name, t in tensors.items()
+    )
+    return 8 + len(_json(values)) + _safetensors_length(signature)
+
+
+@lru_cache(maxsize=64)
+def _safetensors_length(signature: tuple[tuple[str, str, tuple[int, ...], int], ...]) -> int:
+    """Header and data of a safetensors file whose tensors have these names, dtypes, shapes and element
+    sizes.
+    """
+    offset = 0
+    header: dict[str, Any] = {}
+    # safetensors puts larger elements first, then sorts by name; offsets stand in the header as text.
+    for name, dtype, shape, size in sorted(signature, key=lambda entry: (-entry[3], entry[0])):
+        count = size
+        for dimension in shape:
+            count *= dimension
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + count]}
+        offset += count
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + (len(text) + 7) // 8 * 8 + offset
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(dict(values), separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise WireError(f"only numbers, texts, lists and dicts can travel: {error}") from None
+
+
+def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise WireError(f"{name}: {tensor.dtype} cannot travel; allowed: {', '.join(DTYPES.values())}")
