@@ -90,6 +90,7 @@ class Reader:
             Where the [file](https://example.org) is.
         parts: How many parts.
         tensor (:class:`~torch.Tensor`): The tensor.
+        size (`dict`, *optional*, defaults to `{"height": 16}`): The size.
     """
 
     def __init__(self, path="x", parts: "int | None" = None, tensor=None):
@@ -102,7 +103,6 @@ class Reader:
     ) -> None:
         """
         Read the named parts of a file.
-
         Args:
             names: The names.
             strict (bool): (bool): Whether a missing name is an error.
@@ -116,6 +116,14 @@ class Reader:
 
 
 class Writer(Reader):
+    def write(self, text, append=False):
+        r"""
+        text (`str`):
+            What to write.
+        append (`bool`, *optional*):
+            Whether to keep what is there.
+        """
+
     def read(self, names: list[str]):
         """Read the named parts of a file.
 
@@ -160,9 +168,12 @@ def test_classification_rows(package: Path, tmp_path: Path) -> None:
         ("pointy.files.Reader", "path", "Where the file is.", "str"),
         ("pointy.files.Reader", "parts", "How many parts.", "int"),
         ("pointy.files.Reader", "tensor", "The tensor.", "array"),
+        ("pointy.files.Reader", "size", "The size.", "mapping"),
         ("pointy.files.Reader.read", "names", "The names.", "sequence"),
         ("pointy.files.Reader.read", "strict", "Whether a missing name is an error.", "bool"),
         ("pointy.files.Reader.close", "force", "Whether to close at once.", "bool"),
+        ("pointy.files.Writer.write", "text", "What to write.", "str"),
+        ("pointy.files.Writer.write", "append", "Whether to keep what is there.", "bool"),
     ]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from fedcustom.report.groups import lower_is_better
 
@@ -69,14 +68,15 @@ def write_run(
                 "left_out": left_out if left_out and number in (2, 3, 4, 9) else {},
                 "train_loss": 1.0,
                 "development": scores(task, progress, float(random.normal(0, 0.008))),
-                "bytes_up": {client: payload for client in clients} if payload else {},
+                "bytes_up": dict.fromkeys(clients, payload) if payload else {},
                 "bytes_up_total": payload * len(clients) * number,
                 "bytes_down_total": payload * len(clients) * number,
                 "seconds": {"train": 2.0, "evaluate": 0.6, "aggregate": 0.01},
             }
         )
     by_client = {
-        client: {"examples": 410, "test_examples": 50} | scores(task, ceiling, float(random.normal(-0.02, 0.05)))
+        client: {"examples": 410, "test_examples": 50}
+        | scores(task, ceiling, float(random.normal(-0.02, 0.05)))
         for client in clients
     }
     metrics = list(TASK_METRICS[task])
@@ -91,7 +91,9 @@ def write_run(
         "best_round": max(0, rounds - 2),
         "metrics": scores(task, ceiling, float(random.normal(0, 0.008))),
         "untuned": scores(task, 0.0),
-        "client_mean": {name: float(np.mean([values[name] for values in by_client.values()])) for name in metrics},
+        "client_mean": {
+            name: float(np.mean([values[name] for values in by_client.values()])) for name in metrics
+        },
         "worst_client": {
             name: (max if lower_is_better(name) else min)(values[name] for values in by_client.values())
             for name in metrics
@@ -105,18 +107,31 @@ def write_run(
             "up_total": payload * len(clients) * rounds,
             "down_total": payload * len(clients) * rounds,
         },
-        "seconds": {"total": 61.2 + 3 * len(method) + seed, "train": 40.1, "evaluate": 12.0, "aggregate": 0.1},
+        "seconds": {
+            "total": 61.2 + 3 * len(method) + seed,
+            "train": 40.1,
+            "evaluate": 12.0,
+            "aggregate": 0.1,
+        },
         "peak_memory_bytes": 912_000_000 + 40 * parameters,
     } | changes
     (place / "metrics.jsonl").write_text(lines(history), encoding="utf-8")
     (place / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     (place / "predictions.jsonl").write_text(lines(predictions), encoding="utf-8")
     (place / "recipe.toml").write_text(
-        recipe or f'seed = {seed}\nrounds = {rounds}\n\n[method]\nname = "{method}"\nbaseline = "{baseline}"\n',
+        recipe
+        or f'seed = {seed}\nrounds = {rounds}\n\n[method]\nname = "{method}"\nbaseline = "{baseline}"\n',
         encoding="utf-8",
     )
     (place / "environment.json").write_text(
-        json.dumps({"python": "3.11.9", "versions": {"torch": "2.8.0"}, "threads": 2, "started": f"2026-01-0{seed + 1}"}),
+        json.dumps(
+            {
+                "python": "3.11.9",
+                "versions": {"torch": "2.8.0"},
+                "threads": 2,
+                "started": f"2026-01-0{seed + 1}",
+            }
+        ),
         encoding="utf-8",
     )
     return place
@@ -129,7 +144,14 @@ def classified(seed: int, number: int = 400) -> list[dict[str, Any]]:
         label = PACKAGES[random.integers(len(PACKAGES))]
         predicted = label if random.random() < 0.85 else PACKAGES[random.integers(len(PACKAGES))]
         text = f"Return example {place} of an array whose elements lie between two bounds, computed along an axis."
-        rows.append({"text": text, "label": label, "prediction": predicted, "probability": float(random.uniform(0.4, 1))})
+        rows.append(
+            {
+                "text": text,
+                "label": label,
+                "prediction": predicted,
+                "probability": float(random.uniform(0.4, 1)),
+            }
+        )
     return rows
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ import numpy as np
 import pandas as pd
 
 from .data.examples import Example, LearningTask, fields
-from .data.tokens import tokenize
 from .directory import History
-from .driver import Progress, run_recipe
+from .driver import Progress, make_method, run_recipe
 from .errors import DataError, RunError
 from .files import read_json, write_folder
-from .models.inference import predict
-from .models.load import Base, load_base
+from .methods import Method, State
+from .models.load import load_base
 from .recipe import Recipe, load_recipe
 
 Source = str | Path | Mapping[str, Any] | Recipe
@@ -52,7 +50,10 @@ class Run:
 
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return self._customised.tokenizer
+        from transformers import AutoTokenizer
+
+        self._require_model()
+        return AutoTokenizer.from_pretrained(self.directory / "model")
 
     def model(self) -> Any:
         """The customised model: a ``PeftModel``, or after full fine-tuning a ``transformers`` model.
@@ -60,7 +61,15 @@ class Run:
         Raises:
             RunError: the run is a local baseline, which has one model for each client.
         """
-        return self._customised.model
+        self._require_model()
+        folder = str(self.directory / "model")
+        if (self.directory / "model" / "adapter_config.json").exists():
+            from peft import PeftModel
+
+            base = load_base(self.recipe.model, self._task, self.recipe.seed)
+            return PeftModel.from_pretrained(base.model, folder).eval()
+        settings = self.recipe.model.model_copy(update={"base": folder, "revision": None})
+        return load_base(settings, self._task, self.recipe.seed).model
 
     def predict(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
         """What the customised model says of new inputs: texts, or rows with the recipe's columns.
@@ -73,21 +82,16 @@ class Run:
         """
         if not inputs:
             return []
-        base, recipe = self._customised, self.recipe
-        template = recipe.data.text if base.task.kind == "classification" else recipe.data.prompt
-        examples = [
-            Example(_fill(template, item, number), label=0, target="") for number, item in enumerate(inputs)
-        ]
-        tokens = tokenize(
-            examples, base.tokenizer, base.task, recipe.data, sequence_to_sequence=base.sequence_to_sequence
-        )
-        left = recipe.method.pads_decoders_left and base.architecture == "decoder"
-        said = predict(base.model, base, tokens, recipe.evaluation, texts=True, left=left)
-        if base.task.kind == "generation":
+        method, state = self._method
+        kind = self.recipe.data.task
+        template = self.recipe.data.text if kind == "classification" else self.recipe.data.prompt
+        examples = [Example(_fill(template, item, number), label=0) for number, item in enumerate(inputs)]
+        said = method.predict(state, examples, texts=True)
+        if kind == "generation":
             return [{"text": text} for text in said.texts or []]
         odds = np.exp(said.scores - said.scores.max(axis=1, keepdims=True))
         shares = odds / odds.sum(axis=1, keepdims=True)
-        labels = base.task.labels
+        labels = self._task.labels
         return [
             {
                 "label": labels[int(row.argmax())],
@@ -120,19 +124,16 @@ class Run:
                 f"{self.directory}: a local baseline has one model for each client, and so none to load"
             )
 
-    @cached_property
-    def _customised(self) -> Base:
-        """The base with the customised model in its place."""
-        self._require_model()
-        task = LearningTask(self.recipe.data.task, tuple(self.summary.get("labels", ())))
-        folder = self.directory / "model"
-        if not (folder / "adapter_config.json").exists():
-            settings = self.recipe.model.model_copy(update={"base": str(folder), "revision": None})
-            return replace(load_base(settings, task, self.recipe.seed), name=self.recipe.model.base)
-        from peft import PeftModel
+    @property
+    def _task(self) -> LearningTask:
+        return LearningTask(self.recipe.data.task, tuple(self.summary["labels"]))
 
-        base = load_base(self.recipe.model, task, self.recipe.seed)
-        return replace(base, model=PeftModel.from_pretrained(base.model, str(folder)).eval())
+    @cached_property
+    def _method(self) -> tuple[Method, State]:
+        """The method, with the state that it finished with."""
+        self._require_model()
+        method = make_method(self.recipe, load_base(self.recipe.model, self._task, self.recipe.seed))
+        return method, method.open(self.directory / "model")
 
 
 def run(

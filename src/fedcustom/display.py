@@ -64,12 +64,12 @@ class Display:
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=number, figures=figures)
         elif number == rounds or time.monotonic() - self.last_line >= 1:
-            self.console.print(f"{self.name}: {figures}", highlight=False)
+            self.console.print(f"{self.name}: {figures}", highlight=False, soft_wrap=True)
             self.last_line = time.monotonic()
 
     def note(self, text: str) -> None:
         """Show a warning."""
-        self.console.print(text, style="yellow", highlight=False)
+        self.console.print(text, style="yellow", highlight=False, soft_wrap=True)
 
     def finished(self, summary: Mapping[str, Any]) -> None:
         """Show the result."""
@@ -77,7 +77,9 @@ class Display:
         if not self.quiet:
             metrics = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
             self.console.print(
-                f"{self.name}: test {metrics}  ({duration(summary['seconds']['total'])})", highlight=False
+                f"{self.name}: test {metrics}  ({duration(summary['seconds']['total'])})",
+                highlight=False,
+                soft_wrap=True,
             )
 
     def close(self) -> None:

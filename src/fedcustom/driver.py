@@ -83,6 +83,26 @@ def run_recipe(
     return _Driver(recipe, directory, progress).drive()
 
 
+def make_method(recipe: Recipe, base: Base) -> Method:
+    """The recipe's method on a loaded base model.
+
+    Raises:
+        ModelError: the method does not fit the model.
+    """
+    data, _ = with_builtin_columns(recipe.data, recipe.clients)
+    context = Context(
+        base=base,
+        data=data,
+        training=recipe.training,
+        aggregation=recipe.aggregation,
+        evaluation=recipe.evaluation,
+        rounds=recipe.rounds.count,
+        seed=recipe.seed,
+        keeps=KEEPS[recipe.baseline],
+    )
+    return build_method(recipe.method, context)
+
+
 def plan_work(recipe: Recipe, data: FederatedData) -> list[dict[str, Values]]:
     """Who does how much in each round: by client, ``epochs``, ``steps`` or ``examples``.
 
@@ -205,19 +225,7 @@ class _Driver:
         data = build_data(settings, clients, recipe.seed)
         self._check_cohort(data)
         base = load_base(recipe.model, data.task, recipe.seed)
-        method = build_method(
-            recipe.method,
-            Context(
-                base=base,
-                data=settings,
-                training=recipe.training,
-                aggregation=recipe.aggregation,
-                evaluation=recipe.evaluation,
-                rounds=recipe.rounds.count,
-                seed=recipe.seed,
-                keeps=KEEPS[recipe.baseline],
-            ),
-        )
+        method = make_method(recipe, base)
         owners = _pooled(data) if recipe.baseline == "centralised" else data.clients
         store = ClientStore(owners, self.checkpoints.clients)
         self.evaluator = Evaluator(method, base, data, store, own=recipe.baseline == "local")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         fresh.chmod(0o755)
-        fill(fresh)
+        with _system_errors():
+            fill(fresh)
         for file in fresh.rglob("*"):
             if file.is_file():
                 _flush(file)
@@ -80,13 +83,29 @@ def _write(path: Path, fill: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        fill(temporary)
+        with _system_errors():
+            fill(temporary)
         _flush(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """Raise a full disk as the ``OSError`` it is, where a library in another language wraps it in its own error."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        found = re.search(r"os error (\d+)|Os \{ code: (\d+)", str(error))
+        if found is None:
+            raise
+        code = int(found[1] or found[2])
+        raise OSError(code, os.strerror(code)) from error
 
 
 def _flush(path: Path) -> None:

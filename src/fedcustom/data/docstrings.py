@@ -5,8 +5,7 @@ Two tasks come from one parse. *Classification* is a parameter's description and
 
 Nothing is imported or run. Definitions are found in the source text (parsing whole files would take several
 times as long), their headers are read with :mod:`ast` and their docstrings with griffe. Tests, and files that
-document no parameter, are left out. What was parsed is kept in a cache: a file a package, version and
-:data:`PARSER`.
+document no parameter, are left out. A cache keeps one file a package, version and :data:`PARSER`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import importlib.util
 import json
 import os
 import re
-import tempfile
+import uuid
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,8 +43,7 @@ FIELDS = {
     "classification": ("package", "function", "parameter", "text", "label"),
     "generation": ("package", "function", "source", "target"),
 }
-PARSER = 1
-"""One more whenever the rows change, so that older cache files are left alone."""
+PARSER = 1  # raise it whenever the rows change, so that older cache files are left alone
 
 TEXT_LENGTH = 400
 SOURCE_LENGTH = 300
@@ -120,20 +118,18 @@ STYLES: tuple[tuple[DocstringStyle, str], ...] = (
     ("google", r"^\s*[rR]?\"\"\"\s*\w+ \(`.*\):\n"),
     ("sphinx", r"(?m)^[ \t]*:param "),
 )
-
 MENDS = {
-    # What griffe's parsers would lose without a change to the docstring.
+    # Where griffe would lose something: in numpy's style choices over several lines and what follows them.
     "numpy": (
-        # Choices over several lines, and what follows choices.
         (r"(?m)^([\w*, ]+ : )([^\n{]*\{[^{}]*\})", lambda match: f"{match[1]} {' '.join(match[2].split())}"),
     ),
     "google": (
-        ROLE,  # its colon would end a name
+        ROLE,  # its colon would end a name, as would one in a default
+        (r"(?m)^(\s*\w+ \(.*?),? defaults to .*\):", r"\1):"),
         (r"(?s)\A(?=\w+ \(`[^\n]*\):\n)(.*)", lambda match: "Args:\n" + indent(match[0], "    ")),  # no title
         (STYLES[1][1], r"\n\g<0>"),  # no blank line before a title
         (r"\A", ".\n"),  # no summary
     ),
-    "sphinx": (ROLE,),
 }
 
 _QUALIFIER = re.compile("|".join(QUALIFIERS), re.IGNORECASE)
@@ -156,9 +152,8 @@ def docstring_rows(task: Task, packages: Sequence[str] = PACKAGES, cache: Path |
             description alone) and label (one of :data:`LABELS`); ``generation`` gives package, function,
             source (the signature; a method's name after its class) and target (one sentence).
         packages: import names of top-level packages.
-        cache: where parsed packages are kept; by default the folder ``docstrings`` in ``$FEDCUSTOM_CACHE``,
-            else in ``fedcustom`` in ``$XDG_CACHE_HOME``, else in ``~/.cache/fedcustom``. A folder that cannot
-            be written costs a warning, and a parse at every call.
+        cache: where parsed packages are kept, by default ``docstrings`` in ``$FEDCUSTOM_CACHE``, else in
+            ``fedcustom`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. If it cannot be written, a warning says so.
 
     Raises:
         DataError: the task is unknown, or a package is not installed.
@@ -196,6 +191,7 @@ def type_label(annotation: str) -> str | None:
     return next((label for label, others in UNIONS if label in found and found <= others | {label}), "other")
 
 
+@functools.lru_cache(20_000)
 def plain_text(prose: str) -> str:
     """``prose`` on one line, without the markup of reStructuredText and Markdown."""
     for pattern, replacement in MARKUP:
@@ -238,26 +234,22 @@ class _Definition:
     """A function or class: its names from the module inwards, and the text of its header and docstring."""
 
     names: tuple[str, ...]
-    indented: bool
     header: str
     docstring: str
 
     def parsed(self) -> _Node | None:
         text = self.header + (self.docstring or " " * 99 + "pass")
         try:
-            statement: ast.stmt = ast.parse(f"if True:\n{text}" if self.indented else text).body[0]
+            tree = ast.parse(f"if True:\n{text}" if text[0].isspace() else text)
         except (SyntaxError, ValueError):
             return None
-        if isinstance(statement, ast.If):
-            statement = statement.body[0]
-        return statement if isinstance(statement, _Node) else None
+        return next((node for node in ast.walk(tree) if isinstance(node, _Node)), None)
 
 
 def _definitions(source: str) -> list[_Definition]:
     """Every function and class of a file, in order.
 
-    A header ends with the first line that ends with a colon. What looks like a definition inside a docstring
-    is skipped.
+    A header ends with the first line that ends with a colon. Docstrings are not searched for definitions.
     """
     found: list[_Definition] = []
     scope: list[tuple[int, str]] = []
@@ -270,7 +262,7 @@ def _definitions(source: str) -> list[_Definition]:
             depth = len(match[1])
             scope = [*(outer for outer in scope if outer[0] < depth), (depth, match[2])]
             texts = (source[match.start() : colon.end()], docstring[0] if docstring else "")
-            found.append(_Definition(tuple(name for _, name in scope), depth > 0, *texts))
+            found.append(_Definition(tuple(name for _, name in scope), *texts))
             if docstring and following and following.start() < docstring.end():
                 following = _DEFINITION.search(source, docstring.end())
         match = following
@@ -300,34 +292,32 @@ def _parse_package(package: str, folder: Path) -> Rows:
             origin = {"package": package, "function": ".".join((*module, *definition.names))}
             if style:
                 constructor = constructors.get(definition.names) if isinstance(node, ast.ClassDef) else None
-                types = _annotations(constructor.parsed() if constructor else node)
-                for parameter, description, label in _parameters(docstring, style, types):
+                signature = constructor.parsed() if constructor else node
+                for parameter, description, label in _parameters(docstring, style, signature):
                     row = {"parameter": parameter, "text": description, "label": label}
                     described.setdefault((description, label), origin | row)
             if public and isinstance(node, _Function) and (target := _first_sentence(docstring)):
                 # One row for a method that many classes repeat.
-                row = {"source": _source(definition.names, ast.unparse(node.args)), "target": target}
+                source = f"def {'.'.join(definition.names)}({ast.unparse(node.args)})"
+                row = {"source": _cut(source, SOURCE_LENGTH, ", ", ", ...)"), "target": target}
                 summarised.setdefault((node.name, target), origin | row)
     return {"classification": list(described.values()), "generation": list(summarised.values())}
 
 
-def _parameters(docstring: str, style: DocstringStyle, types: Row) -> Iterator[tuple[str, str, str]]:
+def _parameters(docstring: str, style: DocstringStyle, node: _Node | None) -> Iterator[tuple[str, str, str]]:
     """Name, description and class of every parameter that is described and whose type is known."""
     for item in _documented(docstring, style):
-        if (match := re.match(r"(\w+)(?:\s*\((.*))?", item.name)) is None:
-            continue
-        name, unread = match.groups()
-        written = str(item.annotation) if item.annotation is not None else unread or ""
-        label = type_label(written) or type_label(types.get(name, ""))
-        text = re.sub(r"^\([^()]*\):\s*", "", plain_text(item.description))
-        text = text if len(text) <= TEXT_LENGTH else text[: TEXT_LENGTH + 1].rsplit(" ", 1)[0]
-        if label and re.search(r"[A-Za-z]{2}", text):
+        name, _, unread = re.sub(r"\s*\(", "(", item.name.strip(), count=1).partition("(")
+        written = str(item.annotation) if item.annotation is not None else unread
+        label = type_label(written) or type_label(_annotation(node, name))
+        text = _cut(re.sub(r"^\([^()]*\):\s*", "", plain_text(item.description)), TEXT_LENGTH, " ")
+        if name.isidentifier() and label and re.search(r"[A-Za-z]{2}", text):
             yield name, text, label
 
 
 def _documented(docstring: str, style: DocstringStyle) -> Iterator[DocstringParameter]:
     """What griffe reads, once the places where it would lose parameters are mended."""
-    for pattern, replacement in MENDS[style]:
+    for pattern, replacement in MENDS.get(style, ()):
         docstring = re.sub(pattern, replacement, docstring)
     try:
         sections = parse(Docstring(docstring), style, warnings=False)
@@ -338,13 +328,15 @@ def _documented(docstring: str, style: DocstringStyle) -> Iterator[DocstringPara
             yield from section.value
 
 
-def _annotations(signature: _Node | None) -> Row:
-    if not isinstance(signature, _Function):
-        return {}
-    arguments = (*signature.args.posonlyargs, *signature.args.args, *signature.args.kwonlyargs)
-    types = {argument.arg: ast.unparse(argument.annotation) for argument in arguments if argument.annotation}
-    # Quotes are forward references, except in Literal.
-    return {name: kind if "Literal" in kind else re.sub("['\"]", "", kind) for name, kind in types.items()}
+def _annotation(signature: _Node | None, parameter: str) -> str:
+    if isinstance(signature, _Function):
+        arguments = signature.args
+        for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
+            if argument.arg == parameter and argument.annotation:
+                written = ast.unparse(argument.annotation)
+                # Quotes are forward references, except in Literal.
+                return written if "Literal" in written else re.sub("['\"]", "", written)
+    return ""
 
 
 def _first_sentence(docstring: str) -> str | None:
@@ -359,17 +351,15 @@ def _first_sentence(docstring: str) -> str | None:
     return sentence if fits else None
 
 
-def _source(names: Sequence[str], arguments: str) -> str:
-    source = f"def {'.'.join(names)}({arguments})"
-    short = source[: SOURCE_LENGTH - 6].rsplit(", ", 1)[0] + ", ...)"
-    return source if len(source) <= SOURCE_LENGTH else short
+def _cut(text: str, length: int, separator: str, end: str = "") -> str:
+    return text if len(text) <= length else text[: length + 1 - len(end)].rsplit(separator, 1)[0] + end
 
 
 def _package_folder(package: str, distributions: Iterable[str]) -> Path:
     specification = importlib.util.find_spec(package) if package.isidentifier() else None
     if specification is None or not specification.submodule_search_locations:
-        others = sorted(name for name in distributions if name.isidentifier() and name[0] != "_")
-        allowed = nearest(package, tuple(dict.fromkeys((*PACKAGES, *others))))
+        others = {name for name in distributions if name.isidentifier() and name[0] != "_"} - {*PACKAGES}
+        allowed = nearest(package, (*PACKAGES, *sorted(others)))
         raise DataError(f"builtin:docstrings: package {package!r} is not installed{allowed}")
     return Path(next(iter(specification.submodule_search_locations)))
 
@@ -397,16 +387,13 @@ def _write_cache(path: Path, rows: Rows) -> None:
     """Write all or nothing; a folder that cannot be written costs a warning."""
     lines = [json.dumps([task, *list(row.values())[1:]]) for task, items in rows.items() for row in items]
     packed = gzip.compress("\n".join([str(len(lines)), *lines]).encode(), compresslevel=5, mtime=0)
+    temporary = path.with_name(f".{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(packed)
+            temporary.write_bytes(packed)
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        message = f"{path.parent}: parsed docstrings are not kept: {error.strerror}"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{path.parent}: docstrings not kept: {error.strerror}", RuntimeWarning, stacklevel=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,7 +41,7 @@ def partition_examples(labels: Sequence[int], settings: ClientSettings, seed: in
     elif settings.partition == "quantity":
         parts = _by_quantity(rows, settings, generator)
     elif settings.partition == "dirichlet":
-        parts = _with_flower(labels, settings, int(generator.integers(2**31)))
+        parts = _by_label_skew(labels, settings, int(generator.integers(2**31)))
     elif settings.partition == "pathological":
         if settings.labels_per_client > kinds:
             raise DataError(
@@ -53,7 +52,7 @@ def partition_examples(labels: Sequence[int], settings: ClientSettings, seed: in
                 f"clients.labels_per_client: {count} clients of {settings.labels_per_client} labels "
                 f"cannot hold all {kinds} labels"
             )
-        parts = _with_flower(labels, settings, int(generator.integers(2**31)))
+        parts = _by_few_labels(labels, settings, generator)
     else:
         raise DataError("clients.partition: natural clients come from a column, not from a partition")
     return fill_up(parts, settings.minimum_examples)
@@ -85,35 +84,36 @@ def _by_quantity(rows: int, settings: ClientSettings, generator: np.random.Gener
     return [part.tolist() for part in np.split(generator.permutation(rows), cuts)]
 
 
-def _with_flower(labels: Sequence[int], settings: ClientSettings, seed: int) -> Partition:
+def _by_label_skew(labels: Sequence[int], settings: ClientSettings, seed: int) -> Partition:
     import datasets
-    from flwr_datasets.partitioner import DirichletPartitioner, PathologicalPartitioner
+    from flwr_datasets.partitioner import DirichletPartitioner
 
-    rows = datasets.Dataset.from_dict({"label": list(labels), "position": list(range(len(labels)))})
-    if settings.partition == "dirichlet":
-        partitioner = DirichletPartitioner(
-            num_partitions=settings.count,
-            partition_by="label",
-            alpha=settings.alpha,
-            min_partition_size=0,
-            self_balancing=False,
-            seed=seed,
-        )
-    else:
-        partitioner = PathologicalPartitioner(
-            num_partitions=settings.count,
-            partition_by="label",
-            num_classes_per_partition=settings.labels_per_client,
-            # Every label must find a home, so the first label of each client goes round by turns.
-            class_assignment_mode="first-deterministic"
-            if settings.count >= len(set(labels))
-            else "deterministic",
-            seed=seed,
-        )
-    partitioner.dataset = rows
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return [list(partitioner.load_partition(i)["position"]) for i in range(settings.count)]
-    except ValueError as error:
-        raise DataError(f"clients.partition: {error}") from None
+    partitioner = DirichletPartitioner(
+        num_partitions=settings.count,
+        partition_by="label",
+        alpha=settings.alpha,
+        min_partition_size=0,
+        self_balancing=False,
+        seed=seed,
+    )
+    partitioner.dataset = datasets.Dataset.from_dict({"label": labels, "position": range(len(labels))})
+    return [list(partitioner.load_partition(number)["position"]) for number in range(settings.count)]
+
+
+def _by_few_labels(
+    labels: Sequence[int], settings: ClientSettings, generator: np.random.Generator
+) -> Partition:
+    """``labels_per_client`` labels to each client, dealt round by round from a shuffled list.
+
+    So every label finds a home; the partitioner of ``flwr-datasets`` drops the examples of labels that it
+    deals to nobody.
+    """
+    kinds = generator.permutation(sorted(set(labels))).tolist()
+    dealt = [kinds[turn % len(kinds)] for turn in range(settings.count * settings.labels_per_client)]
+    parts: Partition = [[] for _ in range(settings.count)]
+    for kind in kinds:
+        owners = [turn // settings.labels_per_client for turn, label in enumerate(dealt) if label == kind]
+        positions = generator.permutation(np.flatnonzero(np.asarray(labels) == kind))
+        for owner, share in zip(owners, np.array_split(positions, len(owners)), strict=True):
+            parts[owner].extend(share.tolist())
+    return parts

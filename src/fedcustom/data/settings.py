@@ -56,7 +56,7 @@ class ClientSettings(Settings):
 
     partition: PartitionKind = Field(
         "natural",
-        description="natural: by a column; iid; dirichlet: label skew; quantity: sizes; pathological: few labels",
+        description="natural: by column; iid; dirichlet: label skew; quantity: sizes; pathological: labels",
     )
     column: str | None = Field(None, description="Column that names the client (natural)")
     count: int = Field(10, ge=1, le=1_000_000, description="Number of clients (every partition but natural)")

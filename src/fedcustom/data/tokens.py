@@ -67,7 +67,6 @@ def collate(
     task: LearningTask,
     *,
     sequence_to_sequence: bool,
-    left: bool = False,
 ) -> Batch:
     """One padded batch: ``input_ids`` and ``attention_mask`` of (examples, tokens), and ``labels``.
 
@@ -76,7 +75,7 @@ def collate(
     classifier's on the left.
     """
     if task.kind == "classification":
-        batch = _pad([example.source for example in examples], pad, left=left)
+        batch = _pad([example.source for example in examples], pad)
         batch["labels"] = torch.tensor([example.label for example in examples], dtype=torch.long)
         return batch
     if sequence_to_sequence:
@@ -92,19 +91,13 @@ def collate(
     return batch
 
 
-def pad_left(sources: Sequence[np.ndarray[Any, np.dtype[np.int32]]], pad: int) -> Batch:
-    """Prompts padded on the left, so that a decoder writes on directly after each of them."""
-    return _pad(sources, pad, left=True)
-
-
-def _pad(rows: Sequence[np.ndarray[Any, np.dtype[np.int32]]], pad: int, *, left: bool = False) -> Batch:
+def _pad(rows: Sequence[np.ndarray[Any, np.dtype[np.int32]]], pad: int) -> Batch:
     width = max(1, max(len(row) for row in rows))
     ids = np.full((len(rows), width), pad, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)
     for number, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[number, where] = row
-        mask[number, where] = 1
+        ids[number, : len(row)] = row
+        mask[number, : len(row)] = 1
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
 
 

@@ -85,6 +85,9 @@ class Method(Protocol):
     def finish(self, state: State, folder: Path) -> None:
         """Write the customised model so that it loads with the ecosystem's own tools."""
 
+    def open(self, folder: Path) -> State:
+        """The state of a model that :meth:`finish` wrote."""
+
     def check(self, task: Task, update: Update) -> None:
         """Refuse an update that is not a sound answer to the task
         (:class:`~fedcustom.errors.UpdateError`).

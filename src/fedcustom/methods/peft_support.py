@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import ModelError, RunError
 from ..models.load import HUB_NAMES, Base
 from .tuning import Tuned
 
@@ -64,9 +64,33 @@ def head_names(base: Base, parameters: dict[str, nn.Parameter]) -> frozenset[str
 def peft_tuned(base: Base, model: Any) -> Tuned:
     """A wrapped model whose trained parameters travel as they are."""
     parameters = peft_parameters(model)
+    return tuned_with(base, model, parameters)
+
+
+def tuned_with(base: Base, model: Any, parameters: dict[str, nn.Parameter]) -> Tuned:
+    """A wrapped model with the parameters that are trained, under the names they travel by."""
     return Tuned(
-        model, parameters, head_names(base, parameters), save=lambda folder: save_peft(base, model, folder)
+        model,
+        parameters,
+        head_names(base, parameters),
+        save=lambda folder: save_peft(base, model, folder),
+        load=lambda folder: load_peft(model, folder),
     )
+
+
+def load_peft(model: Any, folder: Path) -> None:
+    """Put a saved adapter's weights into the wrapped model.
+
+    Raises:
+        RunError: the adapter has weights that the model has no place for.
+    """
+    import peft
+
+    result: Any = peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
+    # PEFT loads a prompt's vectors apart and still names them here.
+    unexpected = [key for key in result.unexpected_keys if key != "prompt_embeddings"]
+    if unexpected:
+        raise RunError(f"{folder}: holds weights of another adapter: {unexpected[0]}")
 
 
 def save_peft(base: Base, model: Any, folder: Path) -> None:

@@ -8,12 +8,6 @@ from ..settings import Settings
 
 
 class TuningSettings(Settings):
-    """A method's section of the recipe.
-
-    ``default_learning_rate`` is used where the recipe sets none. ``pads_decoders_left`` says that a decoder
-    which classifies must have its padding on the left, since the last position is read off without looking
-    for padding.
-    """
+    """A method's section of the recipe; ``default_learning_rate`` is used where the recipe sets none."""
 
     default_learning_rate: ClassVar[float]
-    pads_decoders_left: ClassVar[bool] = False

@@ -62,6 +62,7 @@ class Tuned:
     parameters: dict[str, nn.Parameter]
     head: frozenset[str]
     save: Callable[[Path], None]
+    load: Callable[[Path], None]
     read_hook: Callable[[Tensors], Tensors] | None = None
     write_hook: Callable[[Tensors], Tensors] | None = None
     active_dropout: list[nn.Module] = field(default_factory=list)
@@ -83,8 +84,6 @@ class Tuned:
 class Technique(Protocol):
     """Which tensors a method trains, and how they act in the model."""
 
-    settings: Any
-
     def attach(self, base: Base, seed: int) -> Tuned:
         """Change ``base.model`` in place so that exactly the method's tensors and the head are trained.
 
@@ -104,7 +103,6 @@ class WeightTuning:
         self.context = context
         self.base = context.base
         self.tuned = technique.attach(context.base, context.seed)
-        self.left = technique.settings.pads_decoders_left and context.base.architecture == "decoder"
         prepare_precision(context.base, self.tuned)
         self._initial = self.tuned.read() if context.keeps == "everything" else {}
         self._tokens: dict[int, tuple[list[Example], list[TokenizedExample]]] = {}
@@ -162,6 +160,11 @@ class WeightTuning:
         self.tuned.write(state.tensors)
         self.tuned.save(folder)
         self.base.tokenizer.save_pretrained(folder)
+
+    def open(self, folder: Path) -> State:
+        """The state of a model that :meth:`finish` wrote."""
+        self.tuned.load(folder)
+        return State(self.tuned.read())
 
     # --- client ---
 
@@ -225,7 +228,6 @@ class WeightTuning:
             self.tokens(examples),
             self.context.evaluation,
             texts=texts,
-            left=self.left,
         )
 
     def sizes(self, state: State) -> tuple[int, int]:
@@ -265,7 +267,6 @@ class WeightTuning:
                 self.base.tokenizer.pad_token_id,
                 self.base.task,
                 sequence_to_sequence=self.base.sequence_to_sequence,
-                left=self.left,
             )
             yield to_device(batch, self.base.device)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from ..data.examples import Example
-from ..data.tokens import Batch, TokenizedExample, by_length, collate, pad_left
+from ..data.tokens import Batch, TokenizedExample, by_length, collate
 from ..evaluation.metrics import Metrics, classification_metrics, text_metrics, token_loss
 from ..evaluation.settings import EvaluationSettings
 from .forward import classification_logits, target_losses
@@ -50,11 +51,10 @@ def predict(
     settings: EvaluationSettings,
     *,
     texts: bool = False,
-    left: bool = False,
 ) -> Predictions:
     """Scores of all examples and, if asked for, texts. ``model`` is the customised form of ``base``.
 
-    Batches hold examples of similar length. ``left`` pads a classifier's inputs on the left.
+    Batches hold examples of similar length.
     """
     model.eval()
     classes = base.task.kind == "classification"
@@ -65,7 +65,6 @@ def predict(
             base.tokenizer.pad_token_id,
             base.task,
             sequence_to_sequence=base.sequence_to_sequence,
-            left=left,
         )
         batch = to_device(batch, base.device)
         with base.autocast():
@@ -87,16 +86,20 @@ def generate(
     sources: Sequence[np.ndarray[Any, np.dtype[np.int32]]],
     settings: EvaluationSettings,
 ) -> list[str]:
-    """The texts that the model writes after prompts, by greedy or beam search, with surrounding space
-    removed.
+    """The texts that the model writes after prompts, by greedy or beam search, without surrounding space.
+
+    Prompts of one length share a batch: behind padding, models with absolute positions and PEFT's soft
+    prompts would place a prompt elsewhere than when it stands alone.
     """
     tokenizer = base.tokenizer
     written = [""] * len(sources)
-    order = sorted(range(len(sources)), key=lambda i: (-len(sources[i]), i))
-    for start in range(0, len(order), settings.batch_size):
-        positions = order[start : start + settings.batch_size]
-        batch = to_device(pad_left([sources[i] for i in positions], tokenizer.pad_token_id), base.device)
-        with base.autocast():
+    for positions in _of_one_length(sources, settings.batch_size):
+        ids = torch.from_numpy(np.stack([sources[i] for i in positions]).astype(np.int64))
+        batch = to_device({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, base.device)
+        with base.autocast(), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Position ids are not supported"
+            )  # without padding, none are needed
             output = model.generate(
                 **batch,
                 max_new_tokens=settings.max_new_tokens,
@@ -112,6 +115,18 @@ def generate(
         ):
             written[position] = text.strip()
     return written
+
+
+def _of_one_length(
+    sources: Sequence[np.ndarray[Any, np.dtype[np.int32]]], batch_size: int
+) -> Iterator[list[int]]:
+    """Positions in batches of sources that are equally long."""
+    groups: dict[int, list[int]] = {}
+    for position, source in enumerate(sources):
+        groups.setdefault(len(source), []).append(position)
+    for length in sorted(groups, reverse=True):
+        for start in range(0, len(groups[length]), batch_size):
+            yield groups[length][start : start + batch_size]
 
 
 def measure(predictions: Predictions, examples: Sequence[Example], base: Base) -> Metrics:

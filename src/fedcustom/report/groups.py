@@ -58,7 +58,9 @@ def best_first(value: float, metric: str) -> float:
 
 
 def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (Student's t); the latter is NaN for fewer than two values."""
+    """Mean, and half the width of its 95 % interval (Student's t); the latter is NaN for fewer than two
+    values.
+    """
     numbers = list(values)
     if not numbers:
         return math.nan, math.nan
@@ -99,8 +101,8 @@ def _variants(runs: Sequence[Run]) -> list[str]:
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Runs by method, baseline and variant: first centralised, then federated, then local; each by quality.
 
-    Runs of one method and baseline whose recipes differ in more than the seed are different groups, since the mean
-    over them would answer no question.
+    Runs of one method and baseline whose recipes differ in more than the seed are different groups, since the
+    mean over them would answer no question.
     """
     pairs: dict[tuple[str, Baseline], list[Run]] = {}
     for run in runs:
@@ -148,7 +150,9 @@ def history(group: Group, metric: str) -> pd.DataFrame:
 
 
 def client_scores(group: Group, metric: str) -> pd.DataFrame:
-    """Each client's score on its own test part, mean over seeds: columns ``client``, ``score`` and ``examples``."""
+    """Each client's score on its own test part, mean over seeds: columns ``client``, ``score`` and
+    ``examples``.
+    """
     rows = [
         (client, scores[metric], scores.get("test_examples", math.nan))
         for run in group.runs

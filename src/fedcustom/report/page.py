@@ -149,7 +149,9 @@ def _environment(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _captions(plots: Figures, metrics: Sequence[str]) -> dict[str, dict[str, str]]:
-    """What stands below each plot, by metric: which direction is good, or that another metric is shown instead."""
+    """What stands below each plot, by metric: which direction is good, or that another metric is shown
+    instead.
+    """
     captions: dict[str, dict[str, str]] = {}
     for name, drawn in plots.items():
         captions[name] = {}
@@ -221,7 +223,9 @@ def _script(text: str) -> tuple[Markup, str]:
 
 
 def render(runs: Runs) -> str:
-    """The page as text. Everything that comes from files is escaped: by the template, or inside the figures' JSON."""
+    """The page as text. Everything that comes from files is escaped: by the template, or inside the
+    figures' JSON.
+    """
     groups = group_runs(runs.finished)
     metrics = metric_names(runs.finished)
     primary = best_group(groups, metrics[0])
@@ -280,8 +284,8 @@ def render(runs: Runs) -> str:
 def write_report(directories: Sequence[Path], to: Path) -> Path:
     """Write one HTML page about all runs below ``directories`` to the file ``to`` and return its path.
 
-    The page holds everything that it shows and loads nothing. The file appears whole or not at all; folders on the way
-    to it are made. Its size is that of plotly.js (5 MB) and a little more.
+    The page holds everything that it shows and loads nothing. The file appears whole or not at all; folders
+    on the way to it are made. Its size is that of plotly.js (5 MB) and a little more.
 
     Raises:
         RunError: a folder holds no finished run, or a file in it is malformed.

@@ -84,7 +84,9 @@ def _limits(metric: str) -> tuple[float, float]:
 
 
 def _y_axis(curves: Sequence[pd.DataFrame], metric: str) -> dict[str, Any]:
-    """An axis that shows all means; a wide band may leave it, since with two seeds it would flatten every curve."""
+    """An axis that shows all means; a wide band may leave it, since with two seeds it would flatten every
+    curve.
+    """
     means = pd.concat([curve["mean"] for curve in curves])
     halves = pd.concat([curve["interval"] for curve in curves]).fillna(0.0)
     low, high = float(means.min()), float(means.max())
@@ -317,7 +319,9 @@ def figures(groups: Sequence[Group], metrics: Sequence[str]) -> Figures:
 
 
 def as_json(plots: Figures) -> str:
-    """The figures as JSON that may stand inside a ``script`` element: ``<``, ``>`` and ``&`` are written as escapes."""
+    """The figures as JSON that may stand inside a ``script`` element: ``<``, ``>`` and ``&`` are written
+    as escapes.
+    """
     plain = {
         name: {key: json.loads(figure.to_json()) for key, figure in by_key.items()}
         for name, by_key in plots.items()

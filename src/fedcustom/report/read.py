@@ -75,7 +75,9 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One line of ``predictions.jsonl``: classification has ``text`` and ``label``, generation the other two."""
+    """One line of ``predictions.jsonl``: classification has ``text`` and ``label``, generation the other
+    two.
+    """
 
     prediction: str | int | float
     text: str = ""
@@ -210,7 +212,8 @@ def read_runs(directories: Sequence[Path]) -> Runs:
     """Read all runs below ``directories``; each may be a run directory itself. A run named twice is read once.
 
     Raises:
-        RunError: a folder is missing or holds no run, none of them holds a finished run, the runs are not of one task,
+        RunError: a folder is missing or holds no run, none of them holds a finished run, the runs are not of
+        one task,
             or a file is malformed (the message names file, line and field).
     """
     finished: list[Run] = []

@@ -105,7 +105,9 @@ def _best_texts(frame: pd.DataFrame, column: Column, rows: Sequence[bool]) -> st
 
 
 def comparison_sections(groups: Sequence[Group], columns: Sequence[Column]) -> list[Section]:
-    """The rows by baseline, and last the untuned model. Best is the best federated value, where any is federated."""
+    """The rows by baseline, and last the untuned model. Best is the best federated value, where any is
+    federated.
+    """
     frame = comparison_frame(groups)
     metrics = [column.measured for column in columns if column.measured]
     compared_baseline = best_group(groups, metrics[0]).baseline

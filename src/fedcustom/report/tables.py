@@ -61,13 +61,13 @@ def comparison_frame(groups: Sequence[Group]) -> pd.DataFrame:
 def comparison(directories: Sequence[Path]) -> pd.DataFrame:
     """One row for each method and baseline: means over seeds, and 95 % intervals.
 
-    Columns: ``method``, ``baseline``, ``variant`` (the settings in which groups of one method and baseline differ,
-    usually empty), ``seeds``, ``rounds``; for each metric its mean on the test split, and with the prefixes
-    ``client_mean_``, ``worst_client_`` and ``untuned_`` the same over clients and for the untuned model, each followed
-    by ``..._interval``, half the width of its 95 % interval (Student's t; NaN for a single seed); then means of
-    ``trainable_parameters``, ``head_parameters``, ``bytes_up_per_client_round``, ``bytes_down_per_client_round``,
-    ``bytes_up_total``, ``bytes_down_total``, ``seconds`` and ``peak_memory_bytes``. Rows are sorted: centralised,
-    federated, local; each by the first metric.
+    Columns: ``method``, ``baseline``, ``variant`` (the settings in which groups of one method and baseline
+    differ, usually empty), ``seeds``, ``rounds``; for each metric its mean on the test split, and with the
+    prefixes ``client_mean_``, ``worst_client_`` and ``untuned_`` the same over clients and for the untuned
+    model, each followed by ``..._interval``, half the width of its 95 % interval (Student's t; NaN for a
+    single seed); then means of ``trainable_parameters``, ``head_parameters``, ``bytes_up_per_client_round``,
+    ``bytes_down_per_client_round``, ``bytes_up_total``, ``bytes_down_total``, ``seconds`` and
+    ``peak_memory_bytes``. Rows are sorted: centralised, federated, local; each by the first metric.
 
     Raises:
         RunError: a folder holds no finished run, or a file in it is malformed.

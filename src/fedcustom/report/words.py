@@ -139,7 +139,9 @@ def _joined(parts: Sequence[str]) -> str:
 
 
 def findings(groups: Sequence[Group], metric: str) -> list[str]:
-    """What the numbers say, in plain sentences: the best method, its distance to the baselines, bytes, and doubt."""
+    """What the numbers say, in plain sentences: the best method, its distance to the baselines, bytes, and
+    doubt.
+    """
     best = best_group(groups, metric)
     value, half = mean_metric(best, metric)
     centralised = [group for group in groups if group.baseline == "centralised" and group is not best]

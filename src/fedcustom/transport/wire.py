@@ -21,17 +21,17 @@ from ..errors import WireError
 from ..tensors import Tensors
 
 DTYPES: dict[torch.dtype, str] = {
-    torch.float32: "F32",
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
     torch.float64: "F64",
     torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
 }
-"""The dtypes that may travel, with safetensors' names."""
+"""The dtypes that may travel, with safetensors' names, in the order in which it puts them last to first."""
 
 MAX_BYTES = 64 * 2**30
 MAX_JSON_BYTES = 64 * 2**20
@@ -93,8 +93,9 @@ def _safetensors_length(signature: tuple[tuple[str, str, tuple[int, ...], int], 
     """
     offset = 0
     header: dict[str, Any] = {}
-    # safetensors puts larger elements first, then sorts by name; offsets stand in the header as text.
-    for name, dtype, shape, size in sorted(signature, key=lambda entry: (-entry[3], entry[0])):
+    # The order matters because offsets stand in the header as text.
+    rank = {dtype: number for number, dtype in enumerate(DTYPES.values())}
+    for name, dtype, shape, size in sorted(signature, key=lambda entry: (-rank[entry[1]], entry[0])):
         count = size
         for dimension in shape:
             count *= dimension

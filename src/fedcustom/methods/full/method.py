@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import torch
+
 from ...models.load import Base
 from ..peft_support import head_names, loading_page
 from ..settings import TuningSettings
@@ -34,4 +36,8 @@ class Full:
             model.save_pretrained(folder)
             (folder / "README.md").write_text(loading_page(base, adapter=False), encoding="utf-8")
 
-        return Tuned(model, parameters, head_names(base, parameters), save)
+        def load(folder: Path) -> None:
+            saved = type(model).from_pretrained(folder, dtype=torch.float32)
+            model.load_state_dict(saved.state_dict())
+
+        return Tuned(model, parameters, head_names(base, parameters), save, load)

@@ -24,7 +24,7 @@ class LoraSettings(TuningSettings):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training")
     target_modules: list[str] | None = Field(
         None,
-        description="Matrices to adapt, by the end of their names; unset: PEFT's choice; ['all-linear']: all",
+        description="Matrices to adapt, by name endings; unset: PEFT's choice; ['all-linear']: all",
     )
 
 
@@ -43,12 +43,14 @@ class Lora:
         from peft import LoraConfig
 
         chosen: Any = self.settings.target_modules
+        if chosen == ["all-linear"] or (chosen is None and not known_to_peft(base)):
+            chosen = "all-linear"
         config = LoraConfig(
             task_type=task_type(base),
             r=self.settings.rank,
             lora_alpha=self.settings.alpha,  # type: ignore[arg-type]
             lora_dropout=self.settings.dropout,
-            target_modules="all-linear" if chosen == ["all-linear"] else chosen,
+            target_modules=chosen,
             modules_to_save=list(base.head) or None,
         )
         with torch.random.fork_rng(devices=[]):
@@ -58,3 +60,10 @@ class Lora:
         if self.settings.dropout:
             tuned.active_dropout = [m for name, m in model.named_modules() if name.endswith("lora_dropout")]
         return tuned
+
+
+def known_to_peft(base: Base) -> bool:
+    """Whether PEFT has a choice of matrices for this type of model."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICES
+
+    return base.model.config.model_type in CHOICES

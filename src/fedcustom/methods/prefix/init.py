@@ -21,7 +21,7 @@ def text_prefix(base: Base, text: str, length: int) -> Tensor:
     A text that is too short is repeated. An encoder-decoder gives those of its decoder. Keys carry the
     positions 0 to length - 1, and the input, which a prefix pushes back by ``length``, follows on them.
     """
-    tokens = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = base.tokenizer(text, add_special_tokens=False, truncation=True, max_length=length)["input_ids"]
     start = base.tokenizer.bos_token_id
     if base.architecture == "decoder" and start is not None:
         tokens = [start, *tokens]  # decoders rest much of their attention on the first token

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...errors import ModelError
 from ...models.load import Base
 from ...tensors import Tensors
-from ..peft_support import attach_peft, head_names, peft_parameters, save_peft, task_type
+from ..peft_support import attach_peft, peft_parameters, task_type, tuned_with
 from ..settings import TuningSettings
 from ..tuning import Tuned
 from .init import TEXT, text_prefix
@@ -79,12 +79,7 @@ class Prefix:
                 encoder.embedding.weight.copy_(layout.to_peft(initial))
         parameters = peft_parameters(model)
         weight = parameters.pop(PEFT_NAME)
-        tuned = Tuned(
-            model,
-            parameters,
-            head_names(base, parameters),
-            save=lambda folder: save_peft(base, model, folder),
-        )
+        tuned = tuned_with(base, model, parameters)
         if settings.reparametrise:
             _reparametrise(tuned, model, weight, layout, settings.reparametrise_width, seed)
         else:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ...models.load import Base
-from ..peft_support import attach_peft, head_names, peft_parameters, save_peft, task_type
+from ..peft_support import attach_peft, peft_parameters, task_type, tuned_with
 from ..settings import TuningSettings
 from ..tuning import Tuned
 
@@ -19,7 +21,6 @@ class SoftPromptSettings(TuningSettings):
     """Learnt vectors in front of the embedded input."""
 
     default_learning_rate: ClassVar[float] = 3e-2
-    pads_decoders_left: ClassVar[bool] = True
 
     name: Literal["soft_prompt"] = "soft_prompt"
     length: int = Field(16, ge=1, le=100_000, description="Number of learnt vectors")
@@ -39,11 +40,7 @@ class SoftPrompt:
         self.settings = settings
 
     def attach(self, base: Base, seed: int) -> Tuned:
-        """Wrap the model with PEFT's prompt tuning.
-
-        A decoder that classifies reads its answer off the last position, which PEFT cannot find behind
-        padding, so its inputs are padded on the left.
-        """
+        """Wrap the model with PEFT's prompt tuning."""
         from peft import PromptTuningConfig
 
         settings = self.settings
@@ -63,9 +60,32 @@ class SoftPrompt:
         config.tokenizer_name_or_path = None  # a folder of this machine; not needed to load the adapter
         parameters = peft_parameters(model)
         parameters = {NAME if name == PEFT_NAME else name: p for name, p in parameters.items()}
-        return Tuned(
-            model,
-            parameters,
-            head_names(base, parameters),
-            save=lambda folder: save_peft(base, model, folder),
-        )
+        tuned = tuned_with(base, model, parameters)
+        if base.architecture == "decoder" and base.task.kind == "classification":
+            tuned.model = DecoderClassifier(model, base)
+        return tuned
+
+
+class DecoderClassifier(nn.Module):
+    """Reads a decoder's answer off the last token of each input.
+
+    Given embeddings in place of token ids, ``transformers`` cannot see where padding begins and reads the
+    answer off the last position of the batch. Without padding both are the same.
+    """
+
+    def __init__(self, wrapped: Any, base: Base) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+        self.body = base.model.base_model
+        self.head = getattr(base.model, base.head[0])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
+        """Logits of (examples, labels) for inputs padded on the right."""
+        prompt = self.wrapped.get_prompt(batch_size=len(input_ids))
+        embedded = self.wrapped.word_embeddings(input_ids)
+        states = self.body(
+            inputs_embeds=torch.cat([prompt.to(embedded.dtype), embedded], dim=1),
+            attention_mask=torch.cat([attention_mask.new_ones(prompt.shape[:2]), attention_mask], dim=1),
+        ).last_hidden_state
+        last = prompt.shape[1] + attention_mask.sum(dim=1) - 1
+        return SequenceClassifierOutput(logits=self.head(states[torch.arange(len(states)), last]))

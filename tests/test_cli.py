@@ -1,0 +1,199 @@
+"""The commands as a user would call them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcustom.cli import main
+from fedcustom.recipe import load_recipe, to_toml
+
+
+class Result:
+    """What a command said, and its exit code."""
+
+    def __init__(self, code: int, out: str, error: str) -> None:
+        self.code, self.out, self.error = code, out, error
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call the command line in this process."""
+    from rich.console import Console
+
+    import fedcustom.cli as cli
+
+    def call(*arguments: Any) -> Result:
+        monkeypatch.setattr(sys, "argv", ["fedcustom", *map(str, arguments)])
+        monkeypatch.setattr(cli, "out_console", Console(file=sys.stdout, width=120))
+        monkeypatch.setattr(cli, "err_console", Console(file=sys.stderr, width=120))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        said = capsys.readouterr()
+        return Result(int(exit_.value.code or 0), said.out, said.err)
+
+    return call
+
+
+@pytest.fixture
+def recipe_file(small: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(to_toml(load_recipe(small)))
+    return path
+
+
+def test_run_report_predict_export(command: Any, recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = command("run", recipe_file, "--out", out, "--set", "rounds.count=3")
+    assert result.code == 0, result.error
+    assert "round 3/3" in result.error
+    assert "accuracy" in result.error
+    assert "federated prefix" in result.out
+    assert f"run: {out}" in result.out
+    assert (out / "report.html").stat().st_size > 10_000
+    assert json.loads((out / "summary.json").read_text())["rounds"] == 3
+
+    again = command("run", recipe_file, "--out", out, "--set", "rounds.count=3")
+    assert again.code == 0
+    assert "nothing to do" in again.error
+
+    one = command("predict", out, "the old cat")
+    label, probability = one.out.split()
+    assert label in ("animal", "food", "place")
+    assert 0 < float(probability) <= 1
+
+    inputs = tmp_path / "inputs.jsonl"
+    inputs.write_text('{"text": "the old cat"}\n{"text": "bread"}\n')
+    many = command("predict", out, "--input", inputs)
+    answers = [json.loads(line) for line in many.out.splitlines()]
+    assert answers[0]["label"] == label
+    assert len(answers) == 2
+    (tmp_path / "inputs.txt").write_text("the old cat\nbread\n")
+    assert command("predict", out, "--input", tmp_path / "inputs.txt").out == many.out
+
+    exported = command("export", out, "--to", tmp_path / "model")
+    assert exported.code == 0
+    assert (tmp_path / "model" / "adapter_config.json").exists()
+    assert command("export", out, "--to", tmp_path / "model").code == 2
+
+    page = command("report", out, "--out", tmp_path / "page.html")
+    assert page.code == 0
+    assert (tmp_path / "page.html").exists()
+
+
+def test_compare_runs_what_is_missing(command: Any, recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "compared"
+    arguments = [
+        "compare",
+        recipe_file,
+        "--methods",
+        "prefix,lora",
+        "--baselines",
+        "centralised,local",
+        "--out",
+        out,
+    ]
+    first = command(*arguments)
+    assert first.code == 0, first.error
+    names = {str(path.parent.relative_to(out)) for path in out.rglob("summary.json")}
+    assert names == {f"{name}/seed-0" for name in ("prefix", "lora", "centralised-prefix", "local-prefix")}
+    for name in ("centralised prefix", "federated prefix", "federated lora", "local prefix"):
+        assert name in " ".join(first.out.split()).lower(), name
+    assert (out / "report.html").exists()
+    second = command(*arguments, "--seeds", "2")
+    assert second.error.count("nothing to do") == 4
+    assert len(list(out.rglob("summary.json"))) == 8
+
+
+def test_compare_goes_on_past_a_method_that_fails(command: Any, recipe_file: Path, tmp_path: Path) -> None:
+    with recipe_file.open("a") as file:
+        file.write("\n[compare.soft_prompt.method]\nlength = 63\n")
+    result = command("compare", recipe_file, "--methods", "soft_prompt,prefix", "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "error: soft_prompt, seed 0: data.max_length = 24" in result.error
+    assert "federated prefix" in result.out
+
+
+def test_quiet(command: Any, recipe_file: Path, tmp_path: Path) -> None:
+    result = command("run", recipe_file, "--out", tmp_path / "run", "--quiet")
+    assert result.error == ""
+    assert result.out.splitlines() == [
+        f"run: {tmp_path / 'run'}",
+        f"report: {tmp_path / 'run' / 'report.html'}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "none.toml"], "none.toml: no such recipe"),
+        (["run", "{recipe}", "--set", "training.learning_rat=1"], "did you mean 'learning_rate'?"),
+        (["run", "{recipe}", "--set", "data.label=lable"], "did you mean 'label'?"),
+        (["run", "{recipe}", "--set", "data.source=./none"], "./none: no such file or folder"),
+        (["run", "{recipe}", "--set", "method.length=64"], "has a context of 64 positions"),
+        (["run", "{recipe}", "--out", "/dev/null/x"], "error: Not a directory"),
+        (["compare", "{recipe}", "--methods", "prefix,prompt"], "--methods: unknown method 'prompt'"),
+        (["compare", "{recipe}", "--baselines", "central"], "did you mean 'centralised'?"),
+        (["compare", "{recipe}", "--methods", ""], "nothing to run"),
+        (["report", "{folder}"], "no run in or below this folder"),
+        (["predict", "{folder}", "text"], "holds no run"),
+        (["predict", "{folder}"], "give either one text or --input FILE"),
+        (["export", "{folder}", "--to", "{folder}/x"], "holds no run"),
+        (["recipe", "none.toml"], "no such recipe"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(
+    command: Any, recipe_file: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    before = set(tmp_path.rglob("*"))
+    result = command(*(a.format(recipe=recipe_file, folder=folder) for a in arguments))
+    assert result.code == 2
+    assert message in " ".join(result.error.split())
+    assert result.error.startswith("error: ")
+    assert result.error.count("\n") == 1
+    assert result.out == ""
+    assert {path for path in tmp_path.rglob("*") if "runs" not in path.parts} == before
+
+
+def test_unknown_options_are_usage_errors(command: Any) -> None:
+    result = command("run", "--fast")
+    assert result.code == 2
+    assert "No such option" in result.error
+
+
+def test_recipe_prints_a_recipe_that_runs(command: Any, tmp_path: Path) -> None:
+    printed = command("recipe")
+    assert printed.code == 0
+    (tmp_path / "start.toml").write_text(printed.out)
+    assert load_recipe(tmp_path / "start.toml") == load_recipe({})
+    assert command("recipe", tmp_path / "start.toml").out == printed.out
+    everything = command("recipe", "--help-all").out
+    for name in ("training.learning_rate", "clients.alpha", "method.length", "aggregation.rule"):
+        assert name in everything
+
+
+@pytest.mark.slow
+def test_a_full_disk(recipe_file: Path, tmp_path: Path) -> None:
+    """Files may grow to 2,300 bytes only, as on a disk that fills up while a checkpoint is written."""
+    code = (
+        "import resource, sys\n"
+        "from fedcustom import api, cli, report\n"
+        "import fedcustom.driver, transformers, peft\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2300, 2300))\n"
+        f"sys.argv = ['fedcustom', 'run', {str(recipe_file)!r}, '--out', {str(tmp_path / 'run')!r}]\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "error: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("round-*"))
+    assert not (tmp_path / "run" / "summary.json").exists()

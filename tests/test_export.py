@@ -1,0 +1,128 @@
+"""What is saved loads with the ecosystem's own tools, without this package, and gives the same outputs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fedcustom
+from fedcustom.data.examples import Example
+from fedcustom.errors import RunError
+
+CLASSIFIER = """
+import json, sys
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder, base, texts = json.loads(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+if base:
+    from peft import PeftModel
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model = PeftModel.from_pretrained(model, folder)
+else:
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+model.eval()
+assert "fedcustom" not in sys.modules
+with torch.no_grad():
+    rows = [model(**tokenizer(t, return_tensors="pt", return_token_type_ids=False)).logits[0].tolist() for t
+    in texts]
+print(json.dumps(rows))
+"""
+
+GENERATOR = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, base, texts = json.loads(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+if base:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+else:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+model.eval()
+answers = []
+for text in texts:
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+    answers.append(tokenizer.decode(output, skip_special_tokens=True).strip())
+print(json.dumps(answers))
+"""
+
+
+def elsewhere(code: str, folder: Path, base: str, texts: list[str]) -> list[Any]:
+    """Run code in a fresh interpreter that has not heard of this package."""
+    argument = json.dumps([str(folder), base, texts])
+    done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=True)
+    rows: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
+@pytest.mark.parametrize("method", ["prefix", "lora", "soft_prompt", "full"])
+def test_classifier_outputs_are_the_same_elsewhere(
+    small: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    run = fedcustom.run({**small, "method": {"name": method}}, out=tmp_path / "run")
+    folder = run.export(tmp_path / "exported")
+    texts = ["the old cat near a house", "bread and milk"]
+    base = "" if method == "full" else small["model"]["base"]
+    method_, state = run._method
+    ours = method_.predict(state, [Example(text, label=0) for text in texts], texts=False).scores
+    theirs = elsewhere(CLASSIFIER, folder, base, texts)
+    assert torch.tensor(theirs).numpy() == pytest.approx(ours, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prefix", "lora", "soft_prompt", "full"])
+def test_generated_texts_are_the_same_elsewhere(
+    generation: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    run = fedcustom.run(
+        {**generation, "method": {"name": method}}, {"training.local_epochs": 4}, out=tmp_path / "run"
+    )
+    folder = run.export(tmp_path / "exported")
+    sources = ["kind animal thing cat", "kind food thing bread"]
+    base = "" if method == "full" else generation["model"]["base"]
+    theirs = elsewhere(GENERATOR, folder, base, [f"{source} :" for source in sources])
+    assert theirs == [answer["text"] for answer in run.predict(sources)]
+
+
+def test_models_open_in_this_process(small: dict[str, Any], tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import BertForSequenceClassification
+
+    adapter = fedcustom.run(small, out=tmp_path / "adapter")
+    assert isinstance(adapter.model(), PeftModel)
+    full = fedcustom.run({**small, "method": {"name": "full"}}, out=tmp_path / "full")
+    model = full.model()
+    assert isinstance(model, BertForSequenceClassification)
+    assert model.config.id2label == {0: "animal", 1: "food", 2: "place"}
+    for run in (adapter, full):
+        inputs = run.tokenizer()("a cat", return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            shares = run.model()(**inputs).logits.softmax(-1)[0]
+        answer = run.predict(["a cat"])[0]
+        assert list(answer["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-5)
+
+
+def test_the_saved_page_names_what_is_needed(small: dict[str, Any], tmp_path: Path) -> None:
+    run = fedcustom.run(small, out=tmp_path / "run")
+    page = (run.directory / "model" / "README.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=run.directory / "model", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == run.predict(["a text"])[0]["label"]
+
+
+def test_export_does_not_overwrite(small: dict[str, Any], tmp_path: Path) -> None:
+    run = fedcustom.run(small, out=tmp_path / "run")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("x")
+    with pytest.raises(RunError, match="exists already"):
+        run.export(tmp_path / "there")

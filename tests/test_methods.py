@@ -1,0 +1,360 @@
+"""Each method against a plain training step with PEFT, and what travels against what was declared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_rows
+from fedcustom.aggregation.settings import AggregationSettings
+from fedcustom.data.examples import ClientData, Example, LearningTask
+from fedcustom.data.settings import DataSettings
+from fedcustom.data.tokens import example_order
+from fedcustom.errors import ModelError, UpdateError
+from fedcustom.evaluation.settings import EvaluationSettings
+from fedcustom.methods import TECHNIQUES, Client, Context, Task, Update, WeightTuning, build_method
+from fedcustom.methods.prefix.init import text_prefix
+from fedcustom.methods.tuning import name_seed
+from fedcustom.models.load import load_base
+from fedcustom.models.settings import ModelSettings
+from fedcustom.tensors import equal
+from fedcustom.training.settings import TrainingSettings
+
+LABELS = ("animal", "food", "place")
+RATE = 0.01
+
+
+def classification_examples(count: int = 8) -> list[Example]:
+    return [Example(row["text"], label=LABELS.index(row["label"])) for row in make_rows(count, 3)]
+
+
+def generation_examples(count: int = 8) -> list[Example]:
+    return [Example(f"{row['source']} :", target=f" {row['target']}") for row in make_rows(count, 3)]
+
+
+def make(
+    path: str,
+    method: str,
+    kind: str = "classification",
+    *,
+    training: dict[str, Any] | None = None,
+    **more: Any,
+) -> WeightTuning:
+    task = LearningTask(kind, LABELS if kind == "classification" else ())  # type: ignore[arg-type]
+    base = load_base(ModelSettings(base=path), task, seed=0)
+    context = Context(
+        base=base,
+        data=DataSettings(task=kind, max_length=24, max_target_length=16),  # type: ignore[arg-type]
+        training=TrainingSettings(
+            **{"learning_rate": RATE, "batch_size": 4, "clip_norm": None, **(training or {})}
+        ),
+        aggregation=AggregationSettings(),
+        evaluation=EvaluationSettings(max_new_tokens=8),
+        rounds=2,
+        seed=0,
+    )
+    made = build_method(TECHNIQUES[method][0](**more), context)  # type: ignore[arg-type]
+    assert isinstance(made, WeightTuning)
+    return made
+
+
+def examples_for(kind: str) -> list[Example]:
+    return classification_examples() if kind == "classification" else generation_examples()
+
+
+def plain_losses(path: str, method: str, kind: str, examples: list[Example], steps: int) -> list[float]:
+    """The losses of a plain loop with PEFT's own configuration, batches of four in the client's order."""
+    import peft
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    configuration = transformers.AutoConfig.from_pretrained(path)
+    torch.manual_seed(0)
+    if kind == "classification":
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=3)
+        task = "SEQ_CLS"
+    elif configuration.is_encoder_decoder:
+        model, task = transformers.AutoModelForSeq2SeqLM.from_pretrained(path), "SEQ_2_SEQ_LM"
+    else:
+        model, task = transformers.AutoModelForCausalLM.from_pretrained(path), "CAUSAL_LM"
+    torch.manual_seed(0)
+    if method == "lora":
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type=task, r=8, lora_alpha=16))
+    elif method == "soft_prompt":
+        config = peft.PromptTuningConfig(
+            task_type=task, num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB"
+        )
+        model = peft.get_peft_model(model, config)
+    elif method == "prefix":
+        model = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=4))
+    model.eval()  # no dropout
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0
+    )
+    order = example_order(len(examples), 0, 4 * steps, [0, 5, name_seed("here")])
+    losses = []
+    for step in range(steps):
+        chosen = [examples[i] for i in order[4 * step : 4 * step + 4]]
+        batch = tokenizer(
+            [e.text for e in chosen], padding=True, return_tensors="pt", return_token_type_ids=False
+        )
+        if kind == "classification":
+            labels = torch.tensor([e.label for e in chosen])
+        elif configuration.is_encoder_decoder:
+            targets = [e.target + tokenizer.eos_token for e in chosen]
+            padded = tokenizer(targets, padding=True, return_tensors="pt")
+            labels = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)
+        else:
+            whole = [f"{e.text}{e.target}{tokenizer.eos_token}" for e in chosen]
+            batch = tokenizer(whole, padding=True, return_tensors="pt", return_token_type_ids=False)
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            for row, e in enumerate(chosen):
+                labels[row, : len(tokenizer(e.text)["input_ids"])] = -100
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+GRID = [
+    (model, kind, method)
+    for model, kind in [
+        ("bert", "classification"), ("llama", "classification"), ("gpt2", "classification"),
+        ("llama", "generation"), ("gpt2", "generation"), ("bart", "generation"),
+    ]
+    for method in ("full", "lora", "soft_prompt", "prefix")
+    # PEFT reads a decoder's soft-prompted answer off the padding; ours does not (tested below).
+    if (kind, method) != ("classification", "soft_prompt") or model == "bert"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "kind", "method"), GRID, ids=["-".join(entry) for entry in GRID])
+def test_training_equals_a_plain_loop(tiny: dict[str, str], model: str, kind: str, method: str) -> None:
+    more = {"prefix": {"length": 4, "init": "random"}, "soft_prompt": {"length": 4}}.get(method, {})
+    examples = examples_for(kind)
+    expected = plain_losses(tiny[model], method, kind, examples, steps=4)
+    for steps in (1, 4):
+        ours = make(tiny[model], method, kind, **more)
+        state = ours.start()
+        client = Client("here", ClientData("here", examples))
+        update = ours.work(ours.ask(state, 1, {"here": {"steps": steps}})["here"], client)
+        assert update.values["loss"] == pytest.approx(sum(expected[:steps]) / steps, abs=1e-5)
+        assert update.values["steps"] == steps
+        ours.check(Task("train", state.tensors), update)
+        changed = {
+            name for name, tensor in update.tensors.items() if not torch.equal(tensor, state.tensors[name])
+        }
+        unused = {name for name in state.tensors if "position" in name or "embed" in name or "pooler" in name}
+        assert changed >= state.tensors.keys() - unused or steps == 1
+
+
+@pytest.mark.parametrize("method", list(TECHNIQUES))
+def test_only_the_declared_tensors_change(tiny: dict[str, str], method: str) -> None:
+    ours = make(tiny["bert"], method)
+    everything = {name: p.detach().clone() for name, p in ours.tuned.model.named_parameters()}
+    client = Client("here", ClientData("here", classification_examples()))
+    ours.work(ours.ask(ours.start(), 1, {"here": {"epochs": 2}})["here"], client)
+    trained = {id(p) for p in ours.tuned.parameters.values()}
+    for name, parameter in ours.tuned.model.named_parameters():
+        if id(parameter) not in trained:
+            assert torch.equal(parameter, everything[name]), name
+            assert parameter.grad is None
+
+
+def test_sizes(tiny: dict[str, str]) -> None:
+    head = 32 * 3 + 3
+    prefix = make(tiny["bert"], "prefix", length=5)
+    assert prefix.sizes(prefix.start()) == (2 * 2 * 32 * 5, head)
+    assert prefix.start().tensors["prefix"].shape == (2, 2, 4, 5, 8)
+    grouped = make(tiny["llama"], "prefix", "generation", length=5)
+    assert grouped.start().tensors["prefix"].shape == (2, 2, 2, 5, 8)  # two key-value heads, not four
+    lora = make(tiny["bert"], "lora", rank=3)
+    assert lora.sizes(lora.start()) == (2 * 2 * (3 * 32 + 32 * 3), head)
+    soft = make(tiny["bert"], "soft_prompt", length=7)
+    assert soft.sizes(soft.start()) == (7 * 32, head)
+    full = make(tiny["bert"], "full")
+    own, top = full.sizes(full.start())
+    assert top == head
+    assert own == sum(p.numel() for name, p in full.base.model.named_parameters() if "classifier" not in name)
+
+
+def test_all_methods_begin_with_the_same_head(tiny: dict[str, str]) -> None:
+    heads = [make(tiny["bert"], method).start().tensors["classifier.weight"] for method in TECHNIQUES]
+    assert all(torch.equal(heads[0], head) for head in heads)
+
+
+def test_a_zero_prefix_changes_little_and_a_text_prefix_is_the_texts_cache(tiny: dict[str, str]) -> None:
+    zero = make(tiny["llama"], "prefix", "generation", length=3, init="zero")
+    assert zero.start().tensors["prefix"].abs().max() == 0
+    ours = make(
+        tiny["llama"], "prefix", "generation", length=6, init="text", init_text="the cat sees a dog and then"
+    )
+    model = ours.base.model
+    tokens = [1, *ours.base.tokenizer("the cat sees a dog and then")["input_ids"]][:6]
+    more = ours.base.tokenizer(" bread")["input_ids"]
+    # The model with the prefix continues exactly as the plain model does after the text itself.
+    with torch.no_grad():
+        plain = model(input_ids=torch.tensor([[*tokens, *more]])).logits[:, len(tokens) :]
+        with_prefix = ours.tuned.model(
+            input_ids=torch.tensor([more]), attention_mask=torch.ones(1, len(more), dtype=torch.long)
+        ).logits
+    torch.testing.assert_close(with_prefix, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_short_text_is_repeated(tiny: dict[str, str]) -> None:
+    base = load_base(ModelSettings(base=tiny["bert"]), LearningTask("classification", LABELS), 0)
+    assert text_prefix(base, "cat", 7).shape == (2, 2, 4, 7, 8)
+
+
+def test_reparametrisation_stays_at_the_client(tiny: dict[str, str]) -> None:
+    plain = make(tiny["bert"], "prefix", length=4)
+    through = make(tiny["bert"], "prefix", length=4, reparametrise=True, reparametrise_width=16)
+    state = through.start()
+    assert equal(state.tensors, plain.start().tensors)  # the network starts as nothing
+    client = Client("here", ClientData("here", classification_examples()))
+    update = through.work(through.ask(state, 1, {"here": {"epochs": 3}})["here"], client)
+    assert update.tensors.keys() == plain.start().tensors.keys()
+    assert not torch.equal(update.tensors["prefix"], state.tensors["prefix"])
+    # What was sent acts without the network as it did with it.
+    batch = through.base.tokenizer(["the cat near a house"], return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        trained = through.tuned.model(**batch).logits
+        plain.tuned.write(update.tensors)
+        torch.testing.assert_close(plain.tuned.model(**batch).logits, trained)
+
+
+@pytest.mark.parametrize("method", list(TECHNIQUES))
+@pytest.mark.parametrize(
+    ("model", "kind"), [("bert", "classification"), ("llama", "classification"), ("gpt2", "classification")]
+)
+def test_padding_does_not_change_predictions(
+    tiny: dict[str, str], model: str, kind: str, method: str
+) -> None:
+    ours = make(tiny[model], method, kind)
+    ours.context = ours.context.__class__(
+        **{**vars(ours.context), "evaluation": EvaluationSettings(batch_size=8)}
+    )
+    examples = [Example("cat", label=0), Example("the old dog near a small house and then a river", label=1)]
+    together = ours.predict(ours.start(), examples, texts=False).scores
+    alone = [ours.predict(ours.start(), [example], texts=False).scores[0] for example in examples]
+    for row, expected in zip(together, alone, strict=True):
+        assert row == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", list(TECHNIQUES))
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bart"])
+def test_texts_written_in_a_batch_equal_those_written_alone(
+    tiny: dict[str, str], model: str, method: str
+) -> None:
+    ours = make(tiny[model], method, "generation", training={"learning_rate": 0.05})
+    examples = generation_examples(12)
+    client = Client("here", ClientData("here", examples))
+    update = ours.work(ours.ask(ours.start(), 1, {"here": {"epochs": 4}})["here"], client)
+    state = ours.merge(ours.start(), [("here", update)])
+    mixed = [
+        Example("cat", target=" x"),
+        *examples[:3],
+        Example("the old dog near a small house :", target=" y"),
+    ]
+    together = ours.predict(state, mixed, texts=True).texts
+    alone = [(ours.predict(state, [example], texts=True).texts or [""])[0] for example in mixed]
+    assert together == alone
+
+
+def test_models_that_take_no_prefix_are_refused(tmp_path: Path, tiny: dict[str, str]) -> None:
+    import transformers
+
+    config = transformers.DistilBertConfig(vocab_size=400, dim=32, n_layers=1, n_heads=4, hidden_dim=48)
+    transformers.DistilBertModel(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(tiny["bert"]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"method prefix does not fit .* use method soft_prompt or lora"):
+        make(str(tmp_path), "prefix")
+    assert make(str(tmp_path), "lora").sizes(make(str(tmp_path), "lora").start())[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("prefix"), "wrong tensor names: prefix"),
+        (lambda t: t.update(extra=torch.ones(1)), "wrong tensor names: extra"),
+        (lambda t: t.update(prefix=t["prefix"][:1]), "prefix has shape"),
+        (lambda t: t.update(prefix=t["prefix"].double()), "prefix has dtype"),
+        (lambda t: t["prefix"].view(-1)[3:4].fill_(float("nan")), "not finite"),
+        (lambda t: t["classifier.bias"].fill_(float("inf")), "not finite"),
+    ],
+)
+def test_unsound_updates_are_refused(tiny: dict[str, str], change: Any, message: str) -> None:
+    ours = make(tiny["bert"], "prefix")
+    task = Task("train", ours.start().tensors)
+    tensors = ours.start().tensors
+    ours.check(task, Update(tensors, 3.0, {"loss": 1.0}))
+    change(tensors)
+    with pytest.raises(UpdateError, match=message):
+        ours.check(task, Update(tensors, 3.0, {"loss": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("weight", "loss"), [(0.0, 1.0), (-1.0, 1.0), (float("inf"), 1.0), (1.0, float("nan"))]
+)
+def test_unsound_numbers_are_refused(tiny: dict[str, str], weight: float, loss: float) -> None:
+    ours = make(tiny["bert"], "prefix")
+    with pytest.raises(UpdateError):
+        ours.check(Task("train", ours.start().tensors), Update(ours.start().tensors, weight, {"loss": loss}))
+
+
+def test_merging_is_the_mean_by_examples(tiny: dict[str, str]) -> None:
+    ours = make(tiny["bert"], "lora")
+    state = ours.start()
+    sizes = {"a": 3, "b": 8}
+    updates = {}
+    for name, size in sizes.items():
+        client = Client(name, ClientData(name, classification_examples(size)))
+        updates[name] = ours.work(ours.ask(state, 1, {name: {"epochs": 1}})[name], client)
+    merged = ours.merge(state, updates.items())
+    for key, tensor in merged.tensors.items():
+        hand = sum(sizes[n] * u.tensors[key].double() for n, u in updates.items()) / 11
+        torch.testing.assert_close(tensor.double(), hand, rtol=0, atol=1e-6)
+
+
+def test_fedprox_adds_its_gradient(tiny: dict[str, str]) -> None:
+    """After one plain SGD step the anchor has not moved yet; after two, mu * (w1 - w0) is in the step."""
+    mu, rate = 0.7, 0.05
+    results = {}
+    for proximal in (0.0, mu):
+        ours = make(
+            tiny["bert"], "prefix", training={"optimizer": "sgd", "learning_rate": rate, "proximal": proximal}
+        )
+        examples = classification_examples(4)
+        states = [ours.start().tensors]
+        for steps in (1, 2):
+            client = Client("here", ClientData("here", examples))
+            task = Task("train", states[0], {"steps": steps, "learning_rate_factor": 1.0})
+            states.append(ours.work(task, client).tensors)
+        results[proximal] = states
+    for name in results[mu][0]:
+        start, first, second = (state[name] for state in results[mu])
+        _, plain_first, plain_second = (state[name] for state in results[0.0])
+        torch.testing.assert_close(first, plain_first)
+        torch.testing.assert_close(second, plain_second - rate * mu * (first - start), rtol=1e-5, atol=1e-7)
+
+
+def test_a_head_with_its_own_learning_rate(tiny: dict[str, str]) -> None:
+    training = {"optimizer": "sgd", "learning_rate": 0.1, "head_learning_rate": 0.3}
+    ours = make(tiny["bert"], "prefix", training=training)
+    plain = make(tiny["bert"], "prefix", training={"optimizer": "sgd", "learning_rate": 0.1})
+    start = ours.start().tensors
+    steps = {}
+    for key, method in (("ours", ours), ("plain", plain)):
+        client = Client("here", ClientData("here", classification_examples(4)))
+        task = Task("train", start, {"steps": 1, "learning_rate_factor": 0.5})
+        steps[key] = method.work(task, client).tensors
+    for name, value in start.items():
+        factor = 3.0 if name.startswith("classifier") else 1.0
+        torch.testing.assert_close(
+            steps["ours"][name] - value, factor * (steps["plain"][name] - value), rtol=1e-4, atol=1e-6
+        )

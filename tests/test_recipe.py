@@ -1,0 +1,175 @@
+"""Recipes: what is refused, and how it is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcustom.errors import RecipeError
+from fedcustom.methods import TECHNIQUES
+from fedcustom.recipe import Recipe, load_recipe, settings_help, to_toml
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trainin": {}}, r"trainin: unknown setting; allowed: .*did you mean 'training'"),
+        (
+            {"training": {"learning_rat": 0.1}},
+            r"training.learning_rat: unknown setting.*did you mean 'learning_rate'",
+        ),
+        ({"training": {"alpha": 0.1}}, r"training.alpha: unknown setting.*did you mean '\w+.alpha'"),
+        (
+            {"method": {"name": "prefx"}},
+            r"method.name = 'prefx': unknown method; allowed: .*did you mean 'prefix'",
+        ),
+        ({"method": {"length": 4}}, r"method.name = None: unknown method; allowed"),
+        (
+            {"method": {"name": "prefix", "lenght": 4}},
+            r"method.lenght: unknown setting.*did you mean 'length'",
+        ),
+        (
+            {"method": {"name": "prefix", "length": 0}},
+            r"method.length = 0: must be greater than or equal to 1",
+        ),
+        ({"training": {"batch_size": "big"}}, r"training.batch_size = 'big': must be a valid integer"),
+        ({"training": {"batch_size": 2.5}}, r"training.batch_size = 2.5: must be a valid integer"),
+        ({"training": {"learning_rate": float("nan")}}, r"training.learning_rate = nan"),
+        (
+            {"clients": {"partition": "dirichlett"}},
+            r"clients.partition = 'dirichlett': must be .*mean 'dirichlet'",
+        ),
+        (
+            {"clients": {"development_fraction": 0.6, "test_fraction": 0.4}},
+            r"clients: .*leave nothing to train on",
+        ),
+        (
+            {"clients": {"partition": "iid", "count": 4}, "rounds": {"clients_per_round": 5}},
+            r"rounds.clients_per_round = 5: there are 4 clients",
+        ),
+        (
+            {"rounds": {"clients_per_round": 2, "min_clients": 3}},
+            r"rounds.min_clients = 3: 2 clients take part",
+        ),
+        (
+            {"evaluation": {"metric": "bleu"}},
+            r"evaluation.metric = 'bleu': allowed for classification: accuracy",
+        ),
+        (
+            {"training": {"warmup_rounds": 20}},
+            r"training.warmup_rounds = 20: must be below rounds.count = 20",
+        ),
+        ({"compare": {"lra": {}}}, r"compare.lra: unknown method.*did you mean 'lora'"),
+        ({"seed": -1}, r"seed = -1: must be greater than or equal to 0"),
+    ],
+)
+def test_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_problems_are_counted() -> None:
+    with pytest.raises(RecipeError, match=r"\(and 1 more\)"):
+        load_recipe({"seed": -1, "training": {"batch_size": 0}})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed = ", "not TOML"),
+        (b"seed = 1\nseed = 2\n", "not TOML"),
+        (b"\xff\xfe", "not a text in UTF-8"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "none.toml")
+    with pytest.raises(RecipeError, match="is a folder"):
+        load_recipe(tmp_path)
+
+
+def test_overrides_read_values_as_toml() -> None:
+    recipe = load_recipe(
+        {},
+        ["training.learning_rate=1e-3", "rounds.count = 7", "model.base=my/model", 'data.text="{a} {b}"',
+         "training.dropout=true"],
+    )  # fmt: skip
+    assert recipe.training.learning_rate == 1e-3
+    assert recipe.rounds.count == 7
+    assert recipe.model.base == "my/model"
+    assert recipe.data.text == "{a} {b}"
+    assert recipe.training.dropout is True
+    assert load_recipe({}, {"rounds.count": 9}).rounds.count == 9
+
+
+def test_another_methods_name_clears_the_old_ones_settings() -> None:
+    recipe = load_recipe({"method": {"name": "prefix", "length": 8}}, ["method.name=lora"])
+    assert recipe.method.model_dump() == TECHNIQUES["lora"][0]().model_dump()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rounds.count", "write key=value"),
+        ("=3", "write key=value"),
+        ("rounds.cont=3", r"rounds.cont: unknown setting.*did you mean 'count'"),
+        ("rounds.count=many", r"rounds.count = 'many': must be a valid integer"),
+    ],
+)
+def test_overrides_that_are_refused(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe({}, [override])
+
+
+def test_a_complete_recipe_is_the_same_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        {
+            "method": {"name": "lora", "rank": 4},
+            "seed": 3,
+            "compare": {"prefix": {"training": {"batch_size": 4}}},
+        }
+    )
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(recipe.complete()))
+    again = load_recipe(path)
+    assert again == recipe.complete()
+    assert again.training.learning_rate == TECHNIQUES["lora"][0].default_learning_rate
+
+
+def test_comparison_settings_apply_to_their_method() -> None:
+    recipe = load_recipe(
+        {
+            "method": {"name": "prefix", "length": 8},
+            "training": {"learning_rate": 0.5, "batch_size": 4},
+            "compare": {"lora": {"method": {"rank": 2}, "training": {"learning_rate": 0.25}}},
+        }
+    )
+    lora, prefix, full = (recipe.for_method(name).complete() for name in ("lora", "prefix", "full"))
+    assert (lora.method.rank, lora.training.learning_rate, lora.training.batch_size) == (2, 0.25, 4)  # type: ignore[union-attr]
+    assert (prefix.method.length, prefix.training.learning_rate) == (8, 0.5)  # type: ignore[union-attr]
+    assert full.training.learning_rate == TECHNIQUES["full"][0].default_learning_rate
+    with pytest.raises(RecipeError, match="did you mean 'lora'"):
+        recipe.for_method("loar")
+
+
+def test_every_setting_has_help_and_a_default() -> None:
+    lines = list(settings_help())
+    keys = [key for key, *_ in lines]
+    for section, field in Recipe.model_fields.items():
+        assert any(key == section or key.startswith((f"[{section}]", f"{section}.")) for key in keys), section
+        assert field.description
+    for key, kind, default, text in lines:
+        assert text, key
+        if not key.startswith("["):
+            assert kind, key
+            assert default, key
