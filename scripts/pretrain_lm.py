@@ -1,14 +1,16 @@
 """Pretrain the small language models that ship as ``builtin:lm`` and ``builtin:lm-small``.
 
-The corpus is a JSON-lines file (``.xz`` allowed) with one ``{"text": ...}`` a line. One per cent of the documents,
-chosen by a hash of their text, is held out: neither the tokenizer nor the model sees it, and bits per byte are measured
-on it. Documents are packed end to end, each closed by the end-of-text token, and cut into windows.
+The corpus is a JSON-lines file (``.xz`` allowed) with one ``{"text": ...}`` a line. One per cent of the
+documents, chosen by a hash of their text, is held out: neither the tokenizer nor the model sees it, and bits
+per byte are measured on it. Documents are packed end to end, each closed by the end-of-text token, and cut
+into windows.
 
-    python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size base  --tokens 60e6 --out build/pretrain/base
-    python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size small --tokens 40e6 --out build/pretrain/small
+    python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size base  --tokens 60e6 --out
+    build/pretrain/base python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size small --tokens 40e6
+    --out build/pretrain/small
 
-A run that was stopped goes on from its last checkpoint when the same command is given again. ``--export DIR`` writes the
-model in 16-bit safetensors with its tokenizer and its model card, as it stands in the package.
+A run that was stopped goes on from its last checkpoint when the same command is given again. ``--export DIR``
+writes the model in 16-bit safetensors with its tokenizer and its model card, as it stands in the package.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-# --- corpus and tokenizer --------------------------------------------------------------------------------------------
+# --- corpus and tokenizer
+# --------------------------------------------------------------------------------------------
 
 
 def documents(corpus: Path) -> Iterator[str]:
@@ -58,7 +61,9 @@ def documents(corpus: Path) -> Iterator[str]:
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a document belongs to the held-out one per cent (by its content, so that order does not matter)."""
+    """Whether a document belongs to the held-out one per cent (by its content, so that order does not
+    matter).
+    """
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 100 == 0
 
 
@@ -88,7 +93,9 @@ def train_tokenizer(corpus: Path, folder: Path) -> PreTrainedTokenizerFast:
 
 
 def prepare(corpus: Path, folder: Path) -> tuple[PreTrainedTokenizerFast, np.ndarray, np.ndarray, int]:
-    """Tokenizer, training tokens, validation tokens (uint16, memory-mapped) and the validation text's bytes."""
+    """Tokenizer, training tokens, validation tokens (uint16, memory-mapped) and the validation text's
+    bytes.
+    """
     done = folder / "prepared.json"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,8 +135,8 @@ def prepare(corpus: Path, folder: Path) -> tuple[PreTrainedTokenizerFast, np.nda
 def window_batch(tokens: np.ndarray, step: int, batch: int, length: int, seed: int) -> Tensor:
     """The ``step``-th batch of windows, ``(batch, length + 1)``: a pure function of its arguments.
 
-    Each pass over the corpus cuts it into windows at a random offset and visits all of them once in random order, so
-    that a resumed run sees exactly what an uninterrupted one would.
+    Each pass over the corpus cuts it into windows at a random offset and visits all of them once in random
+    order, so that a resumed run sees exactly what an uninterrupted one would.
     """
     windows = (len(tokens) - length - 1) // length
     steps_per_pass = windows // batch
@@ -141,14 +148,16 @@ def window_batch(tokens: np.ndarray, step: int, batch: int, length: int, seed: i
     return torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
 
 
-# --- loss ------------------------------------------------------------------------------------------------------------
+# --- loss
+# ------------------------------------------------------------------------------------------------------------
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of a tied output layer without holding all logits at once.
 
-    Forward computes loss and gradients together in chunks of rows, so that the (rows, vocabulary) matrix never
-    exists: at 8,192 entries it would be 130 MB for 4,096 tokens, and its page faults cost more than the products.
+    Forward computes loss and gradients together in chunks of rows, so that the (rows, vocabulary) matrix
+    never exists: at 8,192 entries it would be 130 MB for 4,096 tokens, and its page faults cost more than the
+    products.
     """
 
     @staticmethod
@@ -176,7 +185,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = outputs[0] / ctx.rows
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight * scale.to(grad_weight.dtype), None, None
+        return (
+            grad_hidden * scale.to(grad_hidden.dtype),
+            grad_weight * scale.to(grad_weight.dtype),
+            None,
+            None,
+        )
 
 
 def batch_loss(model: LlamaForCausalLM, windows: Tensor, precision: str) -> Tensor:
@@ -193,12 +207,14 @@ def batch_loss(model: LlamaForCausalLM, windows: Tensor, precision: str) -> Tens
 
 
 @torch.no_grad()
-def bits_per_byte(model: LlamaForCausalLM, tokens: np.ndarray, size: int, precision: str, limit: int | None) -> float:
+def bits_per_byte(
+    model: LlamaForCausalLM, tokens: np.ndarray, size: int, precision: str, limit: int | None
+) -> float:
     """Bits per byte of the held-out text, in windows of the full context.
 
-    Every token of a window is scored, the first ones with little context, and the end-of-text tokens count as cost but
-    not as bytes: both make the figure slightly worse than it could be. ``limit`` scores only that many tokens (and takes the
-    bytes in proportion) for a quick look.
+    Every token of a window is scored, the first ones with little context, and the end-of-text tokens count as
+    cost but not as bytes: both make the figure slightly worse than it could be. ``limit`` scores only that
+    many tokens (and takes the bytes in proportion) for a quick look.
     """
     device = model.lm_head.weight.device
     count = min(len(tokens) - 1, limit or len(tokens))
@@ -217,11 +233,16 @@ def bits_per_byte(model: LlamaForCausalLM, tokens: np.ndarray, size: int, precis
     return total / math.log(2) / (size * seen / (len(tokens) - 1))
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
+# --- checkpoints
+# -----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Write weights, moments and progress so that a kill at any moment leaves the old or the new checkpoint whole."""
+def save_checkpoint(
+    folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, state: dict
+) -> None:
+    """Write weights, moments and progress so that a kill at any moment leaves the old or the new
+    checkpoint whole.
+    """
     fresh, current, old = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -243,7 +264,9 @@ def save_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.opti
 
 def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> dict | None:
     """Put the last whole checkpoint back in place and return its progress, or None where there is none."""
-    source = next((folder / n for n in ("checkpoint", "checkpoint.old") if (folder / n / "state.json").exists()), None)
+    source = next(
+        (folder / n for n in ("checkpoint", "checkpoint.old") if (folder / n / "state.json").exists()), None
+    )
     if source is None:
         return None
     named = dict(model.named_parameters())
@@ -259,7 +282,8 @@ def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.opti
     return state
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# --- training
+# --------------------------------------------------------------------------------------------------------
 
 
 def log(text: str) -> None:
@@ -324,7 +348,10 @@ def train(arguments: argparse.Namespace) -> None:
     precision = arguments.precision if arguments.precision != "auto" else faster_precision(device)
     data = arguments.data or out.parent / "data"
     tokenizer, tokens, held_out, size = prepare(arguments.corpus, data)
-    log(f"{len(tokens):,} training and {len(held_out):,} validation tokens; {size / len(held_out):.2f} bytes a token")
+    log(
+        f"{len(tokens):,} training and {len(held_out):,} validation tokens; "
+        f"{size / len(held_out):.2f} bytes a token"
+    )
 
     torch.manual_seed(arguments.seed)
     model = build_model(arguments.size, tokenizer).to(device)
@@ -332,7 +359,12 @@ def train(arguments: argparse.Namespace) -> None:
     vectors = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98), fused=True)
-    state = load_checkpoint(out, model, optimizer) or {"tokens": 0, "seconds": 0.0, "steps": {}, "validation": []}
+    state = load_checkpoint(out, model, optimizer) or {
+        "tokens": 0,
+        "seconds": 0.0,
+        "steps": {},
+        "validation": [],
+    }
     parameters = sum(p.numel() for p in model.parameters())
     log(f"{parameters:,} parameters, {precision} on {device}, {state['tokens']:,} of {total:,} tokens seen")
     if arguments.compile:
@@ -364,7 +396,10 @@ def train(arguments: argparse.Namespace) -> None:
             speed = (state["tokens"] - logged[1]) / (now - logged[0])
             logged = (now, state["tokens"])
             left = (total - state["tokens"]) / speed / 60
-            log(f"{state['tokens'] / 1e6:8.2f} M tokens  loss {smoothed:.3f}  lr {rate:.2e}  {speed:,.0f} tokens/s  {left:.0f} min left")
+            log(
+                f"{state['tokens'] / 1e6:8.2f} M tokens  loss {smoothed:.3f}  lr {rate:.2e}  "
+                f"{speed:,.0f} tokens/s  {left:.0f} min left"
+            )
         finished = state["tokens"] >= total
         if finished or time.perf_counter() - last_saved > arguments.save_minutes * 60:
             state["seconds"] += time.perf_counter() - started
@@ -387,14 +422,15 @@ def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
-    try:
-        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    description = Path("/proc/cpuinfo")
+    if description.exists():
+        lines = description.read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {os.cpu_count()} cores"
 
 
-# --- export ----------------------------------------------------------------------------------------------------------
+# --- export
+# ----------------------------------------------------------------------------------------------------------
 
 CARD = """\
 ---
@@ -404,31 +440,36 @@ library_name: transformers
 ---
 # builtin:{name}
 
-A small English language model, so that generation works where no model hub can be reached. Llama architecture,
-{parameters:,} parameters (width {hidden_size}, {num_hidden_layers} layers, {num_attention_heads} heads, tied embeddings),
-context {context}, byte-level BPE tokenizer with {vocabulary:,} entries, weights in {stored}.
+A small English language model, so that generation works where no model hub can be reached. Llama
+architecture, {parameters:,} parameters (width {hidden_size}, {num_hidden_layers} layers,
+{num_attention_heads} heads, tied embeddings), context {context}, byte-level BPE tokenizer with {vocabulary:,}
+entries, weights in {stored}.
 
 | | |
 |---|---|
-| data | 190 million characters: public-domain English books and the unlabelled half of the IMDB film reviews (Maas et al. 2011) |
+| data | 190 million characters: public-domain English books and the unlabelled half of the IMDB film reviews
+(Maas et al. 2011) |
 | held out | 1 % of the documents, chosen by a hash of their text; not seen by tokenizer or model |
 | tokens seen | {tokens:,} ({passes:.2f} passes over {corpus_tokens:,} training tokens) |
-| validation | **{figure:.3f} bits per byte** on {validation_bytes:,} bytes, windows of {context} tokens, end-of-text tokens counted |
-| optimiser | AdamW, betas 0.9 and 0.98, weight decay 0.1 on matrices, peak rate {peak_rate}, cosine to 5 %, clip 1.0 |
+| validation | **{figure:.3f} bits per byte** on {validation_bytes:,} bytes, windows of {context} tokens,
+end-of-text tokens counted |
+| optimiser | AdamW, betas 0.9 and 0.98, weight decay 0.1 on matrices, peak rate {peak_rate}, cosine to 5 %,
+clip 1.0 |
 | batch | {batch_tokens:,} tokens; windows of 256 for the first 80 % of the tokens, then 512 |
 | precision | {precision} |
 | machine, time | {machine}; {seconds:,.0f} s of training, shared with other work |
 | seed | {seed} |
 
-## Limits
-It is a tiny model: it knows the rhythm of English prose, not facts. It has read old books and film reviews, with
-their prejudices; it has seen no code, little dialogue and no other language, and was not tuned to follow instructions. Use it
-to try methods, to test software and to compare training schemes; do not put its text before people as information.
+## Limits It is a tiny model: it knows the rhythm of English prose, not facts. It has read old books and film
+reviews, with their prejudices; it has seen no code, little dialogue and no other language, and was not tuned
+to follow instructions. Use it to try methods, to test software and to compare training schemes; do not put
+its text before people as information.
 
 ## Reproduce
 ```
-python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --tokens {planned} --out build/pretrain/{size}
-python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --out build/pretrain/{size} --export DIR
+python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --tokens {planned} --out
+build/pretrain/{size} python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --out
+build/pretrain/{size} --export DIR
 ```
 """
 
@@ -468,18 +509,28 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="JSON lines with a text each (.xz allowed)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", type=Path, required=True, help="JSON lines with a text each (.xz allowed)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints")
-    parser.add_argument("--data", type=Path, help="folder for tokenizer and tokens (default: data beside --out)")
+    parser.add_argument(
+        "--data", type=Path, help="folder for tokenizer and tokens (default: data beside --out)"
+    )
     parser.add_argument("--size", choices=sorted(SIZES), default="base")
-    parser.add_argument("--tokens", type=float, default=60e6, help="tokens to train on; may be changed on resuming")
+    parser.add_argument(
+        "--tokens", type=float, default=60e6, help="tokens to train on; may be changed on resuming"
+    )
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens a step")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--compile", action="store_true", help="compile the model's body (worth it on long runs)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the model's body (worth it on long runs)"
+    )
     parser.add_argument("--save-minutes", type=float, default=10, help="minutes between checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=Path, help="write the trained model to this folder and stop")

@@ -96,7 +96,10 @@ def all_texts(clients: Any, part: str) -> list[str]:
 
 
 @given(
-    st.integers(12, 60), st.integers(1, 4), st.sampled_from([0.0, 0.1, 0.3]), st.sampled_from([0.0, 0.2, 0.4]),
+    st.integers(12, 60),
+    st.integers(1, 4),
+    st.sampled_from([0.0, 0.1, 0.3]),
+    st.sampled_from([0.0, 0.2, 0.4]),
     st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import shutil
+import subprocess
 from collections.abc import Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from rich.console import Console
 
-from fedcustom.report.groups import lower_is_better
+from fedcustom.errors import RunError
+from fedcustom.report import comparison, comparison_table, words, write_report
+from fedcustom.report.groups import lower_is_better, mean_and_interval
 
 PACKAGES = ("numpy", "torch", "pandas", "requests", "flask", "sympy", "networkx", "pillow")
 TASK_METRICS = {
@@ -54,7 +63,7 @@ def write_run(
     """A run directory with plausible numbers; ``changes`` replace keys of its summary."""
     place.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng([seed, len(method), len(baseline)])
-    ceiling, parameters = METHODS[method] if method in METHODS else (0.95, 40_000)
+    ceiling, parameters = METHODS.get(method, (0.95, 40_000))
     ceiling *= {"federated": 1.0, "centralised": 1.01, "local": 0.8}[baseline]
     payload = (parameters + 3465) * 4 + 900 if baseline == "federated" else 0
     history: list[dict[str, Any]] = [{"round": 0, "development": scores(task, 0.0)}]
@@ -143,7 +152,7 @@ def classified(seed: int, number: int = 400) -> list[dict[str, Any]]:
     for place in range(number):
         label = PACKAGES[random.integers(len(PACKAGES))]
         predicted = label if random.random() < 0.85 else PACKAGES[random.integers(len(PACKAGES))]
-        text = f"Return example {place} of an array whose elements lie between two bounds, computed along an axis."
+        text = f"Return example {place} of an array whose elements lie between two bounds, along an axis."
         rows.append(
             {
                 "text": text,
@@ -158,12 +167,12 @@ def classified(seed: int, number: int = 400) -> list[dict[str, Any]]:
 def generated(number: int = 12) -> list[dict[str, Any]]:
     return [
         {
-            "source": f"name[The Eagle {place}], eatType[coffee shop], food[French], priceRange[cheap], area[riverside]",
+            "source": f"name[The Eagle {place}], eatType[coffee shop], food[French], price[cheap]",
             "references": [
                 f"The Eagle {place} is a cheap French coffee shop by the river.",
                 f"By the riverside, The Eagle {place} serves cheap French food.",
             ],
-            "prediction": f"The Eagle {place} is a French coffee shop in the riverside area with cheap prices.",
+            "prediction": f"The Eagle {place} is a French coffee shop with cheap prices.",
         }
         for place in range(number)
     ]
@@ -184,3 +193,333 @@ def write_comparison(root: Path, seeds: int = 3, clients: Sequence[str] = PACKAG
                 left_out={"torch": "loss is not finite"} if (method, seed) == ("lora", 1) else None,
             )
     return root
+
+
+class Tags(HTMLParser):
+    """The elements of a page, and the text of its scripts and of the rest."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self.headings: list[int] = []
+        self._inside = ""
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts.append(data)
+        elif self._inside != "style":
+            self.text += data
+
+
+def small_run(place: Path, accuracy: float, seed: int, **changes: Any) -> Path:
+    values = {"accuracy": accuracy, "macro_f1": accuracy - 0.1, "loss": 1 - accuracy}
+    worst = {"worst_client": {"accuracy": accuracy - 0.2, "macro_f1": 0.1, "loss": 2.0}}
+    return write_run(place, seed=seed, rounds=3, metrics=values, **(worst | changes))
+
+
+def test_comparison_has_means_and_t_intervals(tmp_path: Path) -> None:
+    for seed, accuracy in enumerate((0.80, 0.84, 0.85)):
+        small_run(tmp_path / f"prefix/seed-{seed}", accuracy, seed)
+    small_run(tmp_path / "lora/seed-0", 0.9, 0, method="lora", peak_memory_bytes=None)
+    frame = comparison([tmp_path]).set_index("method")
+    prefix = frame.loc["prefix"]
+    assert prefix["accuracy"] == pytest.approx(0.83)
+    # standard deviation sqrt((0.03^2 + 0.01^2 + 0.02^2) / 2), over sqrt(3), times t(0.975, 2) = 4.302653
+    half = math.sqrt(0.0014 / 2) / math.sqrt(3) * 4.302653
+    assert prefix["accuracy_interval"] == pytest.approx(half, rel=1e-6)
+    assert prefix["worst_client_accuracy"] == pytest.approx(0.63)
+    assert prefix["worst_client_accuracy_interval"] == pytest.approx(half, rel=1e-6)
+    assert prefix["untuned_accuracy"] == pytest.approx(0.12)
+    assert prefix["seeds"] == 3
+    payload = (73_728 + 3465) * 4 + 900
+    assert prefix["bytes_up_per_client_round"] == payload
+    assert prefix["bytes_up_total"] + prefix["bytes_down_total"] == 2 * payload * len(PACKAGES) * 3
+    assert prefix["seconds"] == pytest.approx(61.2 + 18 + 1)
+    lora = frame.loc["lora"]
+    assert lora["seeds"] == 1
+    assert math.isnan(lora["accuracy_interval"])
+    assert math.isnan(lora["peak_memory_bytes"])
+
+
+def test_mean_and_interval_of_few_values() -> None:
+    assert mean_and_interval([2.0])[0] == 2.0
+    assert math.isnan(mean_and_interval([2.0])[1])
+    assert math.isnan(mean_and_interval([])[0])
+    assert math.isnan(mean_and_interval([1.0, math.nan])[0])
+    # t(0.975, 1) = 12.7062, standard error 1
+    assert mean_and_interval([1.0, 3.0]) == pytest.approx((2.0, 12.7062), rel=1e-5)
+
+
+def test_rows_are_sorted_by_baseline_then_quality(tmp_path: Path) -> None:
+    small_run(tmp_path / "a", 0.9, 0, baseline="local")
+    small_run(tmp_path / "b", 0.7, 0, method="lora")
+    small_run(tmp_path / "c", 0.8, 0, method="ia3")
+    small_run(tmp_path / "d", 0.6, 0, baseline="centralised")
+    small_run(tmp_path / "e", math.nan, 0, method="full")
+    frame = comparison([tmp_path])
+    assert list(zip(frame["baseline"], frame["method"], strict=True)) == [
+        ("centralised", "prefix"),
+        ("federated", "ia3"),
+        ("federated", "lora"),
+        ("federated", "full"),
+        ("local", "prefix"),
+    ]
+
+
+def test_runs_with_different_settings_are_not_averaged(tmp_path: Path) -> None:
+    for place, (alpha, seed) in enumerate([(0.1, 0), (0.1, 1), (10.0, 0)]):
+        recipe = f"seed = {seed}\n[clients]\nalpha = {alpha}\n[model]\ndevice = 'cpu'\n"
+        small_run(tmp_path / str(place), 0.8, seed, recipe=recipe)
+    frame = comparison([tmp_path]).sort_values("variant")
+    assert list(frame["variant"]) == ["clients.alpha=0.1", "clients.alpha=10.0"]
+    assert list(frame["seeds"]) == [2, 1]
+
+
+def test_summary_sentences(tmp_path: Path) -> None:
+    for seed in range(2):
+        small_run(tmp_path / f"c{seed}", 0.920, seed, baseline="centralised")
+        small_run(tmp_path / f"p{seed}", 0.912 + 0.0001 * seed, seed)
+        small_run(tmp_path / f"f{seed}", 0.90, seed, method="full")
+    text = " ".join(Tags(write_report([tmp_path], tmp_path / "report.html")).text.split())
+    ratio = round(((22_713_216 + 3465) * 4 + 900) / ((73_728 + 3465) * 4 + 900))
+    assert (
+        "Federated prefix reaches 0.912 accuracy on the test split, 0.8 points below centralised prefix, "
+        f"and sends {ratio} times fewer bytes than full fine-tuning." in text
+    )
+    assert "Second is federated full fine-tuning, 1.2 points behind." in text
+    assert "0.000 below" not in text
+
+
+def test_overlapping_intervals_are_said(tmp_path: Path) -> None:
+    for seed in range(3):
+        small_run(tmp_path / f"p{seed}", 0.9 + 0.02 * seed, seed)
+        small_run(tmp_path / f"l{seed}", 0.89 + 0.02 * seed, seed, method="lora")
+    assert "95% intervals overlap" in Tags(write_report([tmp_path], tmp_path / "report.html")).text
+
+
+def test_page_holds_everything_itself(tmp_path: Path) -> None:
+    page = Tags(write_report([write_comparison(tmp_path / "runs")], tmp_path / "deep" / "report.html"))
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "action", "data"):
+            assert not re.search("^(https?:)?//", attributes.get(name) or ""), (tag, attributes)
+        assert tag not in ("img", "iframe", "object", "embed", "base")
+    assert "@import" not in (tmp_path / "deep" / "report.html").read_text().split("</style>")[0]
+    assert [script.startswith("/**\n* plotly.js") for script in page.scripts].count(True) == 1
+    assert len(page.scripts) == 3
+    assert page.headings[0] == 1
+    assert all(after - before <= 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
+    assert sum(tag == "table" for tag, _ in page.tags) == sum(tag == "caption" for tag, _ in page.tags)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["report.html"]
+    for text in ("Federated soft prompt", "loss is not finite", "2–4, 9", "Untuned model", "networkx"):
+        assert text in page.text
+
+
+PAYLOAD = "</script><script>window.injected = 1</script><img src=x onerror='window.injected = 1'>"
+
+
+def hostile(place: Path) -> Path:
+    rows = [{"text": PAYLOAD, "label": PAYLOAD, "prediction": PAYLOAD + "2", "probability": 0.5}]
+    return write_run(
+        place,
+        method=PAYLOAD,
+        clients=[PAYLOAD, "<a href='https://example.com'>link</a>", "\u2028", "numpy"],
+        predictions=rows,
+        left_out={PAYLOAD: PAYLOAD},
+        model=PAYLOAD,
+        data=PAYLOAD,
+        recipe=f'a = "{PAYLOAD}"\n',
+    )
+
+
+def test_what_comes_from_files_is_inert(tmp_path: Path) -> None:
+    run = hostile(tmp_path / "run")
+    (run / "warnings.log").write_text(PAYLOAD)
+    (run / "environment.json").write_text(json.dumps({PAYLOAD: PAYLOAD}))
+    page = Tags(write_report([run], tmp_path / "report.html"))
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "figures"}, {}, {}]
+    assert not any(tag in ("img", "a") or "onerror" in attributes for tag, attributes in page.tags)
+    figures = json.loads(page.scripts[0])
+    assert "<" not in page.scripts[0]
+    assert "<script>" not in json.dumps(figures)  # plotly itself reads some HTML in texts
+    assert page.text.count("window.injected = 1") > 10
+
+
+def test_policy_lets_only_the_own_scripts_run(tmp_path: Path) -> None:
+    page = Tags(write_report([write_run(tmp_path / "run")], tmp_path / "report.html"))
+    policy = next(attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe-inline" not in policy.split("style-src")[0]
+
+
+def test_generation_run(tmp_path: Path) -> None:
+    place = write_run(tmp_path / "run", task="generation", predictions=generated())
+    page = Tags(write_report([place], tmp_path / "report.html"))
+    assert "By the riverside, The Eagle 9 serves" in page.text
+    assert "The Eagle 10" not in page.text
+    assert set(json.loads(page.scripts[0])) == {"rounds", "bytes", "clients"}
+    assert re.search(r"Federated prefix reaches 6\d\.\d ROUGE-L on the test split", page.text)
+
+
+def test_clients_scored_by_another_metric_than_the_first(tmp_path: Path) -> None:
+    only = {"loss": 1.5}
+    clients = {name: {"test_examples": 5, "loss": 1.5} for name in PACKAGES}
+    place = write_run(
+        tmp_path / "run", task="generation", clients=PACKAGES, client_mean=only, worst_client=only
+    )
+    summary = json.loads((place / "summary.json").read_text()) | {"clients": clients}
+    (place / "summary.json").write_text(json.dumps(summary))
+    text = Tags(write_report([place], tmp_path / "report.html")).text
+    assert "Over clients (loss)" in text
+    assert "ROUGE-L was not measured here; loss is shown." in text
+
+
+def test_single_run_with_bare_files(tmp_path: Path) -> None:
+    place = write_run(tmp_path / "run", seed=3)
+    for name in ("recipe.toml", "environment.json", "predictions.jsonl", "metrics.jsonl"):
+        (place / name).unlink()
+    page = Tags(write_report([place], tmp_path / "report.html"))
+    assert "One seed each" in page.text
+    assert set(json.loads(page.scripts[0])) == {"clients"}
+
+
+def test_unfinished_runs_are_listed(tmp_path: Path) -> None:
+    write_run(tmp_path / "done")
+    (write_run(tmp_path / "begun", rounds=4) / "summary.json").unlink()
+    page = Tags(write_report([tmp_path], tmp_path / "report.html"))
+    assert "1 run is unfinished" in page.text
+    assert "begun" in page.text
+    assert len(comparison([tmp_path])) == 1
+    with pytest.raises(RunError, match=r"begun: no finished run \(no summary.json; 1 unfinished\)"):
+        comparison([tmp_path / "begun"])
+
+
+def test_the_same_run_named_twice_counts_once(tmp_path: Path) -> None:
+    place = write_run(tmp_path / "runs" / "run")
+    assert list(comparison([place, tmp_path / "runs"])["seeds"]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", '{"round": 0}\n{"round": 1,\n', r"metrics\.jsonl, line 2: Invalid JSON"),
+        ("metrics.jsonl", '{"development": {}}\n', r"metrics\.jsonl, line 1: round: Field required"),
+        ("summary.json", "{}", r"summary\.json: method: Field required"),
+        ("recipe.toml", "a = ", r"recipe\.toml: Invalid value"),
+        ("predictions.jsonl", "[]\n", r"predictions\.jsonl, line 1: "),
+        ("environment.json", "[]", r"environment\.json: "),
+    ],
+)
+def test_malformed_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (write_run(tmp_path / "run") / name).write_text(content)
+    with pytest.raises(RunError, match=message) as raised:
+        write_report([tmp_path], tmp_path / "report.html")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_folders_without_runs_and_mixed_tasks(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no such folder"):
+        comparison([tmp_path / "none"])
+    with pytest.raises(RunError, match="no run in or below this folder"):
+        comparison([tmp_path])
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", task="generation")
+    with pytest.raises(RunError, match="different tasks cannot share a report: classification, generation"):
+        comparison([tmp_path])
+
+
+def test_terminal_table(tmp_path: Path) -> None:
+    write_comparison(tmp_path)
+    console = Console(width=110, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(comparison_table([tmp_path]))
+    lines = console.export_text().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 110
+    names = [line.split("  ")[0] for line in lines[2:-1]]
+    assert names[0] == "centralised prefix"
+    assert names[-1] == "local prefix"
+    assert set(names[1:-1]) == {f"federated {method}" for method in METHODS}
+    assert "±" in lines[2]
+
+
+def test_words() -> None:
+    assert [words.byte_count(value) for value in (0, 950, 309_600, 9.996e5, 14.5e9)] == [
+        "0\u00a0B",
+        "950\u00a0B",
+        "310\u00a0kB",
+        "1\u00a0MB",
+        "14.5\u00a0GB",
+    ]
+    assert [words.count(value) for value in (12, 73_728, 22_713_216)] == ["12", "73.7k", "22.7M"]
+    assert [words.duration(value) for value in (61.2, 600, 10_800)] == [
+        "61.2\u00a0s",
+        "10.0\u00a0min",
+        "3.0\u00a0h",
+    ]
+    assert words.rounds([9, 2, 3, 4]) == "2–4, 9"
+
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
+PROBE = """<!doctype html><body><iframe id="page" src="{name}" style="border:0" width="{width}" height="800">
+</iframe><script>
+onload = () => setTimeout(() => {{
+  const page = document.getElementById("page").contentWindow, root = page.document.documentElement;
+  page.document.querySelector("input[value=loss]").click();
+  for (const hidden of page.document.querySelectorAll("details")) hidden.open = true;
+  const found = {{overflow: root.scrollWidth - root.clientWidth, width: root.clientWidth,
+    plots: page.document.querySelectorAll(".js-plotly-plot").length, injected: page.injected ?? null,
+    outside: [...page.document.querySelectorAll(".plot .main-svg")].filter(
+      (plot) => plot.getBoundingClientRect().right > root.clientWidth).length}};
+  document.body.setAttribute("data-found", JSON.stringify(found));
+}}, 1500);
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH (or in CHROMIUM)")
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("case", ["comparison", "hostile"])
+def test_page_in_a_browser(tmp_path: Path, width: int, case: str) -> None:
+    runs = tmp_path / "runs"
+    write_comparison(runs, seeds=2) if case == "comparison" else hostile(runs)
+    write_report([runs], tmp_path / "report.html")
+    (tmp_path / "probe.html").write_text(PROBE.format(name="report.html", width=width))
+    assert CHROMIUM is not None
+    result = subprocess.run(
+        [
+            CHROMIUM,
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--allow-file-access-from-files",
+            "--hide-scrollbars",
+            "--enable-logging=stderr",
+            "--v=0",
+            "--window-size=1400,900",
+            "--virtual-time-budget=20000",
+            "--dump-dom",
+            (tmp_path / "probe.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in result.stderr, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+    match = re.search('data-found="([^"]*)"', result.stdout)
+    assert match is not None, result.stdout[-2000:]
+    found = json.loads(match[1].replace("&quot;", '"'))
+    assert found == {"overflow": 0, "width": width, "plots": 4, "injected": None, "outside": 0}

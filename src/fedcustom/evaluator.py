@@ -90,7 +90,9 @@ class Evaluator:
             }
             return self._result(whole, clients, None)
         predictions = self.method.predict(state, self.data.test, texts=self._writes)
-        return self._result(self._measure(predictions, self.data.test), self._by_client(state), predictions)
+        return self._result(
+            self._measure(predictions, self.data.test), self._by_client(state, predictions), predictions
+        )
 
     @property
     def _writes(self) -> bool:
@@ -103,13 +105,13 @@ class Evaluator:
         client = self.store.open(name)
         return self._measure(self.method.predict(state, examples, client, texts=False), examples)
 
-    def _by_client(self, state: State) -> dict[str, Metrics]:
-        """One pass over all clients' test parts, then each one's share."""
+    def _by_client(self, state: State, whole: Predictions) -> dict[str, Metrics]:
+        """One pass over all clients' test parts (none where they are the test set), then each one's share."""
         parts = {name: client.test for name, client in self.data.clients.items() if client.test}
         together = [example for examples in parts.values() for example in examples]
         if not together:
             return {}
-        predictions = self.method.predict(state, together, texts=False)
+        predictions = whole if self.data.test_is_pooled else self.method.predict(state, together, texts=False)
         metrics, start = {}, 0
         for name, examples in parts.items():
             positions = range(start, start + len(examples))

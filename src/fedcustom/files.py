@@ -95,7 +95,7 @@ def _write(path: Path, fill: Callable[[Path], Any]) -> None:
 
 @contextlib.contextmanager
 def _system_errors() -> Iterator[None]:
-    """Raise a full disk as the ``OSError`` it is, where a library in another language wraps it in its own error."""
+    """Raise a full disk as the ``OSError`` it is, where a library wraps it in an error of its own."""
     try:
         yield
     except OSError:

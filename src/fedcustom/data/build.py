@@ -66,6 +66,7 @@ def build_data(data: DataSettings, clients: ClientSettings, seed: int) -> Federa
         clients=split,
         development=development or [e for client in split.values() for e in client.development],
         test=test or [e for client in split.values() for e in client.test],
+        test_is_pooled=not test,
     )
 
 

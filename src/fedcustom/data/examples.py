@@ -45,13 +45,15 @@ class ClientData:
 class FederatedData:
     """All clients of a simulation, and the development and test sets that belong to no single one of them.
 
-    Where the recipe names no development or test split, these are the clients' own parts, taken together.
+    Where the recipe names no development or test split, these are the clients' own parts, taken together in
+    the clients' order; ``test_is_pooled`` says so of the test set.
     """
 
     task: LearningTask
     clients: dict[str, ClientData]
     development: list[Example]
     test: list[Example]
+    test_is_pooled: bool
 
 
 def fields(template: str) -> tuple[str, ...]:

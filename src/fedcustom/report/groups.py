@@ -34,10 +34,14 @@ class Group:
     runs: list[Run]
 
     @property
+    def plain_name(self) -> str:
+        """The method as people write it."""
+        return METHOD_NAMES.get(self.method, self.method.replace("_", " "))
+
+    @property
     def method_name(self) -> str:
-        """The method as people write it, with its variant."""
-        name = METHOD_NAMES.get(self.method, self.method.replace("_", " "))
-        return f"{name} ({self.variant})" if self.variant else name
+        """The method with its variant, as in ``LoRA (clients.alpha=0.1)``."""
+        return f"{self.plain_name} ({self.variant})" if self.variant else self.plain_name
 
     @property
     def label(self) -> str:
@@ -58,7 +62,7 @@ def best_first(value: float, metric: str) -> float:
 
 
 def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval (Student's t); the latter is NaN for fewer than two
+    """Mean, and half the width of its 95% interval (Student's t); the latter is NaN for fewer than two
     values.
     """
     numbers = list(values)
@@ -73,17 +77,26 @@ def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def mean_metric(group: Group, metric: str) -> tuple[float, float]:
-    """Mean over seeds of a metric on the test split, and half its 95 % interval."""
+    """Mean over seeds of a metric on the test split, and half its 95% interval."""
     return mean_and_interval(run.summary.metrics.get(metric, math.nan) for run in group.runs)
 
 
 def metric_names(runs: Sequence[Run]) -> list[str]:
-    """The metrics of some runs; the first is the one that they are ranked by."""
+    """The metrics of some runs; the first is the one that they are ranked by.
+
+    Local runs have no say in that: with a model for each client, they may have no texts to score.
+    """
     names = dict.fromkeys(name for run in runs for name in run.summary.metrics)
     known = [name for name in METRIC_ORDER if name in names]
     ordered = known + [name for name in names if name not in METRIC_ORDER]
-    shared = [name for name in ordered if all(name in run.summary.metrics for run in runs)]
+    ranking = [run for run in runs if run.summary.baseline != "local"] or runs
+    shared = [name for name in ordered if all(name in run.summary.metrics for run in ranking)]
     return shared + [name for name in ordered if name not in shared]
+
+
+def measured_on_clients(groups: Sequence[Group], metric: str) -> bool:
+    """Whether any run scored its clients by a metric."""
+    return any(metric in run.summary.worst_client for group in groups for run in group.runs)
 
 
 def _compared(run: Run) -> dict[str, str]:

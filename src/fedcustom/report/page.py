@@ -19,10 +19,11 @@ from plotly.offline import get_plotlyjs
 
 from . import words
 from .groups import Group, best_group, client_scores, group_runs, lower_is_better, metric_names
-from .plots import Figures, as_json, colour, confusion, figures
+from .plots import BOX_FROM, Figures, as_json, colour, confusion, figures
 from .read import Prediction, Run, Runs, read_predictions, read_runs
 from .rows import Section, comparison_columns, comparison_sections
 
+STYLES = ("palette.css", "style.css", "print.css")
 EXAMPLES = 10
 LONGEST_TEXT = 800
 LONGEST_LOG = 20_000
@@ -99,7 +100,7 @@ def _confusion(run: Run, paint: str) -> Figures:
     pairs = Counter(
         (str(line.label), str(line.prediction)) for line in read_predictions(run) if line.label is not None
     )
-    return {"confusion": {"all": confusion(pairs, paint)}} if pairs else {}
+    return {"confusion": {"all": confusion(pairs, run.summary.labels, paint)}} if pairs else {}
 
 
 def _left_out(groups: Sequence[Group]) -> list[LeftOut]:
@@ -184,9 +185,8 @@ def _notes(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         seeds = [run.summary.seed for run in group.runs]
         if len(set(seeds)) < len(seeds):
-            notes.append(
-                f"{words.capitalised(group.label)} has several runs of one seed: its intervals are not over seeds alone."
-            )
+            name = words.capitalised(group.label)
+            notes.append(f"{name} has several runs of one seed: its intervals are not over seeds alone.")
     return notes
 
 
@@ -235,7 +235,11 @@ def render(runs: Runs) -> str:
     plots |= _confusion(primary.runs[0], paint)
     plotly, plotly_hash = _script(get_plotlyjs())
     script, script_hash = _script(_asset("page.js"))
-    columns = comparison_columns(metrics)
+    columns = comparison_columns(groups, metrics)
+    headings = [
+        (above, metric, len(list(same)))
+        for (above, metric), same in groupby(columns, key=lambda column: (column.above, column.metric))
+    ]
     sections: list[Section] = comparison_sections(groups, columns)
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -248,11 +252,12 @@ def render(runs: Runs) -> str:
         metrics=[(metric, words.capitalised(words.metric_name(metric))) for metric in metrics],
         metric=metrics[0],
         columns=columns,
-        headings=[
-            (above, metric, len(list(same)))
-            for (above, metric), same in groupby(columns, key=lambda column: (column.above, column.metric))
-        ],
+        headings=headings,
         sections=sections,
+        starts=["" if place else " first" for *_, span in headings for place in range(span)],
+        task="classification" if runs.finished[0].summary.task == "classification" else "generation",
+        any_local=any(group.baseline == "local" for group in groups),
+        boxed=any(len(run.summary.clients) >= BOX_FROM for run in runs.finished),
         width=1 + sum(not column.metric or column.metric == metrics[0] for column in columns),
         names={metric: words.capitalised(words.metric_name(metric)) for metric in metrics},
         compared=primary.baseline,
@@ -271,9 +276,9 @@ def render(runs: Runs) -> str:
             for run in group.runs
             if run.warnings
         ],
-        recipes=[(_title(group, run), run.name, run.recipe) for group in groups for run in group.runs],
+        recipes=[(words.capitalised(group.label), group.runs) for group in groups],
         environment=_environment(runs.finished),
-        style=Markup(_asset("style.css")),
+        style=Markup("".join(map(_asset, STYLES))),
         plotly=plotly,
         script=script,
         hashes=f"{plotly_hash} {script_hash}",

@@ -1,4 +1,4 @@
-"""Figures, without colours: ``meta`` names a trace's role and its colour in style.css, and page.js paints it.
+"""Figures, without colours: ``meta`` names a trace's role and its colour in palette.css; page.js paints it.
 
 Names that come from files are escaped, since plotly reads a part of HTML in texts.
 """
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -19,13 +20,13 @@ from . import words
 from .groups import PERCENT_METRICS, Group, client_scores, history, lower_is_better
 
 METHODS = (
-    "full",
+    "prefix",
     "lora",
+    "soft_prompt",
+    "full",
     "adapter",
     "ia3",
     "bitfit",
-    "soft_prompt",
-    "prefix",
     "prompt_engineering",
     "distillation",
     "retrieval",
@@ -38,31 +39,41 @@ SYMBOLS = (
     "triangle-up",
     "triangle-down",
     "pentagon",
+    "star",
     "cross",
     "x",
-    "star",
     "hexagram",
 )
 DASHES = {"federated": "solid", "centralised": "dash", "local": "dot"}
 BOX_FROM = 10
 """Fewer clients than this are shown as points without a box."""
 LARGEST_CONFUSION = 30
+LONGEST_TICK = 18
 
 Figures = dict[str, dict[str, go.Figure]]
 
 
 def colour(method: str, groups: Sequence[Group]) -> str:
-    """The name of a method's colour in style.css: its own, or for unknown methods one of a few others."""
+    """The name of a method's colour in palette.css: its own, or for unknown methods one of a few others."""
     if method in METHODS:
         return f"method-{method}"
     unknown = sorted({group.method for group in groups} - set(METHODS))
     return f"method-other-{unknown.index(method) % OTHER_COLOURS}"
 
 
+def _place_among_variants(group: Group, groups: Sequence[Group]) -> int:
+    twins = [other for other in groups if (other.method, other.baseline) == (group.method, group.baseline)]
+    return twins.index(group)
+
+
 def _symbol(group: Group, groups: Sequence[Group]) -> str:
     place = METHODS.index(group.method) if group.method in METHODS else len(METHODS)
-    twins = [other for other in groups if (other.method, other.baseline) == (group.method, group.baseline)]
-    return SYMBOLS[(place + twins.index(group)) % len(SYMBOLS)]
+    return SYMBOLS[(place + _place_among_variants(group, groups)) % len(SYMBOLS)]
+
+
+def _marker(group: Group, groups: Sequence[Group], size: int) -> dict[str, Any]:
+    symbol = _symbol(group, groups)
+    return {"symbol": symbol, "size": size + 2 if symbol.startswith("triangle") else size}
 
 
 def _escaped(text: str) -> str:
@@ -116,16 +127,18 @@ def _band(x: pd.Series, curve: pd.DataFrame, metric: str, name: str, paint: str)
 
 
 def _line(x: Any, y: Any, group: Group, groups: Sequence[Group], **more: Any) -> go.Scatter:
-    name = _escaped(group.label)
+    name = _escaped(group.label).replace(" (", "<br>(")
     return go.Scatter(
         **{
             "x": list(x),
             "y": list(y),
             "name": name,
-            "legendgroup": name,
+            "legendgroup": _escaped(group.label),
             "mode": "lines+markers" if len(x) <= 40 else "lines",
             "line": {"width": 2, "dash": DASHES[group.baseline]},
-            "marker": {"size": 6, "symbol": _symbol(group, groups)},
+            "marker": _marker(group, groups, 6),
+            "cliponaxis": False,
+            "opacity": max(0.4, 1 - 0.25 * _place_among_variants(group, groups)),
             "meta": {"role": "line", "colour": colour(group.method, groups)},
         }
         | more
@@ -133,7 +146,7 @@ def _line(x: Any, y: Any, group: Group, groups: Sequence[Group], **more: Any) ->
 
 
 def by_round(groups: Sequence[Group], metric: str) -> go.Figure | None:
-    """Development quality by round, mean and 95 % interval over seeds; None where no round was evaluated."""
+    """Development quality by round, mean and 95% interval over seeds; None where no round was evaluated."""
     curves = [history(group, metric) for group in groups]
     if all(curve.empty for curve in curves):
         return None
@@ -151,7 +164,13 @@ def by_round(groups: Sequence[Group], metric: str) -> go.Figure | None:
             )
     return _figure(
         [*bands, *lines],
-        xaxis={"title": {"text": "Round"}, "zeroline": False, "rangemode": "tozero", "hoverformat": "d"},
+        xaxis={
+            "title": {"text": "Round"},
+            "zeroline": False,
+            "rangemode": "tozero",
+            "unifiedhovertitle": {"text": "Round %{x:d}"},
+            "dtick": 1 if max(curve["round"].max() for curve in curves if not curve.empty) <= 12 else None,
+        },
         yaxis=_y_axis([curve for curve in curves if not curve.empty], metric),
         hovermode="x unified",
     )
@@ -168,9 +187,9 @@ def _at_best_round(group: Group, metric: str) -> float:
 
 
 def by_bytes(groups: Sequence[Group], metric: str) -> go.Figure | None:
-    """Development quality against bytes sent so far; groups that send none are level lines at their best round.
+    """Development quality against bytes sent so far; None where no run sent anything.
 
-    None where no run sent anything.
+    Groups that send nothing are level lines, at the quality of their best round.
     """
     curves = {group.label: history(group, metric).query("bytes > 0") for group in groups}
     sent = pd.concat([curve["bytes"] for curve in curves.values()])
@@ -192,7 +211,7 @@ def by_bytes(groups: Sequence[Group], metric: str) -> go.Figure | None:
         template = f"{_escaped(group.label)}<br>%{{y:.{words.decimals(metric)}f}}, {note}<extra></extra>"
         traces.append(_line(curve["bytes"], curve["mean"], group, groups, mode=mode, hovertemplate=template))
         shown.append(curve)
-    title = "Bytes sent so far, up and down, all clients" + (" (log scale)" if logarithmic else "")
+    title = "Bytes sent so far" + (" (log scale)" if logarithmic else "")
     axis: dict[str, Any] = {
         "title": {"text": title},
         "tickformat": "~s",
@@ -204,16 +223,25 @@ def by_bytes(groups: Sequence[Group], metric: str) -> go.Figure | None:
     return _figure(traces, xaxis=axis, yaxis=_y_axis(shown, metric), hovermode="closest")
 
 
+def _tick(text: str) -> str:
+    return _escaped(text if len(text) <= LONGEST_TICK else text[: LONGEST_TICK - 1] + "…")
+
+
+def _row_label(group: Group) -> str:
+    parts = [words.capitalised(group.plain_name), *filter(None, group.variant.split(", ")[:2])]
+    return "<br>".join([*map(_tick, parts), f"<i>{group.baseline}</i>"])
+
+
 def by_client(groups: Sequence[Group], metric: str) -> go.Figure | None:
     """Each client's score on its own test part, one row a group, and a bar at the mean over clients."""
-    traces = []
-    rows = 0
+    traces: list[Any] = []
+    rows: list[str] = []
     for group in groups:
         frame = client_scores(group, metric).dropna(subset="score")
         if frame.empty:
             continue
-        rows += 1
-        row = f"{_escaped(words.capitalised(group.method_name))}<br><i>{group.baseline}</i>"
+        row = len(rows)
+        rows.append(_row_label(group))
         paint = colour(group.method, groups)
         texts = [
             f"{_escaped(str(client))}: {words.score(score, metric)}"
@@ -230,11 +258,11 @@ def by_client(groups: Sequence[Group], metric: str) -> go.Figure | None:
                 jitter=0.6 if boxed else 0.3,
                 pointpos=0,
                 line={"width": 1 if boxed else 0},
-                marker={"size": 7 if not boxed else 5, "opacity": 0.75, "symbol": _symbol(group, groups)},
+                marker=_marker(group, groups, 5 if boxed else 7) | {"opacity": 0.75},
                 hoveron="points",
                 text=texts,
                 hovertemplate="%{text}<extra></extra>",
-                meta={"role": "points", "colour": paint},
+                meta={"role": "box" if boxed else "strip", "colour": paint},
             ),
             go.Scatter(
                 x=[float(frame["score"].mean())],
@@ -248,19 +276,25 @@ def by_client(groups: Sequence[Group], metric: str) -> go.Figure | None:
         ]
     if not traces:
         return None
-    name = words.capitalised(words.metric_name(metric))
     return _figure(
         traces,
-        xaxis={"title": {"text": f"{name} on the client's own test part"}, "zeroline": False},
-        yaxis={"autorange": "reversed", "automargin": True},
+        xaxis={"title": {"text": words.capitalised(words.metric_name(metric))}, "zeroline": False},
+        yaxis={
+            "tickvals": list(range(len(rows))),
+            "ticktext": rows,
+            "range": [len(rows) - 0.5, -0.5],
+            "zeroline": False,
+        },
         showlegend=False,
-        height=90 + 62 * rows,
+        height=90 + 62 * len(rows),
         hovermode="closest",
     )
 
 
-def confusion(pairs: Counter[tuple[str, str]], paint: str) -> go.Figure:
+def confusion(pairs: Counter[tuple[str, str]], order: Sequence[str], paint: str) -> go.Figure:
     """How often each label (row) was predicted as each label (column); colours are shares of a row.
+
+    Labels stand in the given order, and others behind them by name.
 
     Beyond thirty labels, the rarest are taken together as "other labels".
     """
@@ -268,23 +302,27 @@ def confusion(pairs: Counter[tuple[str, str]], paint: str) -> go.Figure:
     for (label, predicted), number in pairs.items():
         frequency[label] += number
         frequency[predicted] += 0
-    kept = sorted(label for label, _ in frequency.most_common(LARGEST_CONFUSION))
+    common = {label for label, _ in frequency.most_common(LARGEST_CONFUSION)}
+    kept = [label for label in dict.fromkeys([*order, *sorted(frequency)]) if label in common]
     names = {label: label if label in kept else "other labels" for label in frequency}
     labels = list(dict.fromkeys(kept + (["other labels"] if len(frequency) > len(kept) else [])))
-    table = pd.DataFrame(0, index=labels, columns=labels)
+    counts = np.zeros((len(labels), len(labels)), dtype=int)
     for (label, predicted), number in pairs.items():
-        table.loc[names[label], names[predicted]] += number
-    shares = table.div(table.sum(axis="columns").clip(lower=1), axis="index")
-    ticks = [_escaped(label if len(label) <= 24 else label[:23] + "…") for label in labels]
+        counts[labels.index(names[label]), labels.index(names[predicted])] += number
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    ticks = [_tick(label) for label in labels]
     hover = [
-        [f"{_escaped(row)} predicted as {_escaped(column)}: {table.loc[row, column]}" for column in labels]
-        for row in labels
+        [
+            f"{_escaped(label)} predicted as {_escaped(predicted)}: {number}"
+            for predicted, number in zip(labels, row, strict=True)
+        ]
+        for label, row in zip(labels, counts, strict=True)
     ]
     positions = list(range(len(labels)))
     return _figure(
         go.Heatmap(
-            z=shares.to_numpy().tolist(),
-            text=table.to_numpy().tolist(),
+            z=shares.tolist(),
+            text=counts.tolist(),
             customdata=hover,
             texttemplate="%{text}" if len(labels) <= 15 else None,
             hovertemplate="%{customdata}<extra></extra>",
@@ -295,14 +333,20 @@ def confusion(pairs: Counter[tuple[str, str]], paint: str) -> go.Figure:
             showscale=False,
             meta={"role": "heat", "colour": paint},
         ),
-        xaxis={"title": {"text": "Predicted"}, "tickvals": positions, "ticktext": ticks, "showgrid": False},
+        xaxis={
+            "title": {"text": "Predicted"},
+            "tickvals": positions,
+            "ticktext": ticks,
+            "showgrid": False,
+            "zeroline": False,
+        },
         yaxis={
             "title": {"text": "Label"},
             "tickvals": positions,
             "ticktext": ticks,
             "autorange": "reversed",
-            "automargin": True,
             "showgrid": False,
+            "zeroline": False,
         },
         height=max(320, 150 + 26 * len(labels)),
     )

@@ -51,6 +51,7 @@ class Summary:
     data: str = ""
     rounds: int = 0
     best_round: int = 0
+    labels: list[str] = field(default_factory=list)
     untuned: Scores = field(default_factory=dict)
     client_mean: Scores = field(default_factory=dict)
     worst_client: Scores = field(default_factory=dict)
@@ -185,7 +186,8 @@ def _read_run(directory: Path, name: str) -> Run | UnfinishedRun:
     if not summary.metrics:
         raise RunError(f"{result}: metrics: none was measured")
     recipe = _content(directory / "recipe.toml").decode(errors="replace")
-    environment = directory / "environment.json"
+    place = directory / "environment.json"
+    environment: dict[str, Any] = _parse(_OBJECT, _content(place) or b"{}", str(place))
     return Run(
         directory=directory,
         name=name,
@@ -193,7 +195,7 @@ def _read_run(directory: Path, name: str) -> Run | UnfinishedRun:
         history=history,
         recipe=recipe,
         settings=_settings(recipe, directory / "recipe.toml"),
-        environment=flatten(_parse(_OBJECT, _content(environment) or b"{}", str(environment))),
+        environment=flatten(environment),
         warnings=_content(directory / "warnings.log").decode(errors="replace"),
     )
 
@@ -209,7 +211,7 @@ def _find(root: Path) -> list[Path]:
 
 
 def read_runs(directories: Sequence[Path]) -> Runs:
-    """Read all runs below ``directories``; each may be a run directory itself. A run named twice is read once.
+    """Read all runs below ``directories``, each once; a directory may be a run directory itself.
 
     Raises:
         RunError: a folder is missing or holds no run, none of them holds a finished run, the runs are not of

@@ -9,23 +9,27 @@ from dataclasses import dataclass
 import pandas as pd
 
 from . import words
-from .groups import Group, best_group, lower_is_better, mean_and_interval
+from .groups import Group, best_group, lower_is_better, measured_on_clients
 from .plots import colour
 from .tables import comparison_frame
 
 SECTION_NAMES = {
     "centralised": "Centralised: all data in one place",
     "federated": "Federated: data stays with its owners",
-    "local": "Local: each client alone",
+    "local": "Local: each client alone, mean over clients",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column: the frame's ``key``; ``metric`` is set where it is shown for the chosen metric only."""
+    """One column: the frame's ``key``, its heading and a ``note`` to that, and the heading ``above`` several.
+
+    ``metric`` is set where the column is shown for the chosen metric only.
+    """
 
     key: str
     heading: str
+    note: str
     above: str
     show: Callable[[float], str]
     lower_is_better: bool = True
@@ -61,37 +65,44 @@ class Section:
     rows: list[Row]
 
 
-def _metric_column(metric: str, prefix: str, heading: str, above: str, chosen: bool) -> Column:
+def _metric_column(metric: str, prefix: str, heading: str, above: str, chosen: str = "") -> Column:
     return Column(
         key=f"{prefix}{metric}",
         heading=heading,
+        note="",
         above=above,
         show=lambda value: words.score(value, metric),
         lower_is_better=lower_is_better(metric),
         measured=metric,
-        metric=metric if chosen else "",
+        metric=chosen,
     )
 
 
-def comparison_columns(metrics: Sequence[str]) -> list[Column]:
-    """The columns in their order; those over clients are there once a metric."""
+def comparison_columns(groups: Sequence[Group], metrics: Sequence[str]) -> list[Column]:
+    """The columns in their order.
+
+    Those over clients are there once a metric; where clients were not scored by it, they show another metric.
+    """
+    by_client = [metric for metric in metrics if measured_on_clients(groups, metric)]
     columns = [
-        _metric_column(metric, "", words.capitalised(words.metric_name(metric)), "Test split", False)
+        _metric_column(metric, "", words.capitalised(words.metric_name(metric)), "Test split")
         for metric in metrics
     ]
-    for metric in metrics:
-        columns.append(_metric_column(metric, "client_mean_", "Mean", "Over clients", True))
-        columns.append(_metric_column(metric, "worst_client_", "Worst", "Over clients", True))
+    for metric in metrics if by_client else []:
+        shown = metric if metric in by_client else by_client[0]
+        above = "Over clients" if shown == metric else f"Over clients ({words.metric_name(shown)})"
+        columns.append(_metric_column(shown, "client_mean_", "Mean", above, metric))
+        columns.append(_metric_column(shown, "worst_client_", "Worst", above, metric))
     return [
         *columns,
-        Column("trainable_parameters", "Method", "Parameters", words.count),
-        Column("head_parameters", "Head", "Parameters", words.count),
-        Column("bytes_up_per_client_round", "Up", "Bytes a client and round", words.byte_count),
-        Column("bytes_down_per_client_round", "Down", "Bytes a client and round", words.byte_count),
-        Column("bytes_up_total", "Up", "Bytes in total", words.byte_count),
-        Column("bytes_down_total", "Down", "Bytes in total", words.byte_count),
-        Column("seconds", "Time", "Cost of a run", words.duration),
-        Column("peak_memory_bytes", "Memory", "Cost of a run", words.byte_count),
+        Column("trainable_parameters", "Method", "", "Parameters", words.count),
+        Column("head_parameters", "Head", "", "Parameters", words.count),
+        Column("bytes_up_per_client_round", "Up", "client, round", "Bytes sent", words.byte_count),
+        Column("bytes_down_per_client_round", "Down", "client, round", "Bytes sent", words.byte_count),
+        Column("bytes_up_total", "Up", "in total", "Bytes sent", words.byte_count),
+        Column("bytes_down_total", "Down", "in total", "Bytes sent", words.byte_count),
+        Column("seconds", "Time", "", "A run", words.duration),
+        Column("peak_memory_bytes", "Memory", "peak", "A run", words.byte_count),
     ]
 
 
@@ -134,10 +145,7 @@ def _untuned(groups: Sequence[Group], columns: Sequence[Column]) -> Row:
     cells = []
     for column in columns:
         if column.measured and not column.metric:
-            mean, half = mean_and_interval(
-                run.summary.untuned.get(column.measured, math.nan) for group in groups for run in group.runs
-            )
-            cells.append(Cell(column.show(mean)))
+            cells.append(Cell(column.show(words.untuned_metric(groups, column.measured))))
         else:
             cells.append(Cell("", metric=column.metric))
     return Row("Untuned model", "before any training", "", cells)

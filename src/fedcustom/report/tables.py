@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import words
-from .groups import Group, group_runs, mean_and_interval, metric_names
+from .groups import Group, group_runs, mean_and_interval, measured_on_clients, metric_names
 from .read import Run, read_runs
 
 
@@ -59,12 +59,12 @@ def comparison_frame(groups: Sequence[Group]) -> pd.DataFrame:
 
 
 def comparison(directories: Sequence[Path]) -> pd.DataFrame:
-    """One row for each method and baseline: means over seeds, and 95 % intervals.
+    """One row for each method and baseline: means over seeds, and 95% intervals.
 
     Columns: ``method``, ``baseline``, ``variant`` (the settings in which groups of one method and baseline
     differ, usually empty), ``seeds``, ``rounds``; for each metric its mean on the test split, and with the
     prefixes ``client_mean_``, ``worst_client_`` and ``untuned_`` the same over clients and for the untuned
-    model, each followed by ``..._interval``, half the width of its 95 % interval (Student's t; NaN for a
+    model, each followed by ``..._interval``, half the width of its 95% interval (Student's t; NaN for a
     single seed); then means of ``trainable_parameters``, ``head_parameters``, ``bytes_up_per_client_round``,
     ``bytes_down_per_client_round``, ``bytes_up_total``, ``bytes_down_total``, ``seconds`` and
     ``peak_memory_bytes``. Rows are sorted: centralised, federated, local; each by the first metric.
@@ -96,22 +96,24 @@ def comparison_table(directories: Sequence[Path]) -> Table:
     )
     table = Table(
         title=Text(f"{models} on {data}, test split, mean over seeds"),
-        caption=Text("± half of the 95 % interval over seeds; sent: up and down, all clients and rounds"),
+        caption=Text("± half of the 95% interval over seeds; sent: up and down, all clients and rounds"),
         box=None,
         padding=(0, 2, 0, 0),
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("method", overflow="fold", max_width=30)
-    headings = [*map(words.metric_name, metrics[:4]), "worst", "seeds", "params", "sent", "time", "memory"]
-    for heading in headings:
+    worst = next((metric for metric in metrics if measured_on_clients(groups, metric)), metrics[0])
+    worst_heading = "worst" if worst == metrics[0] else f"worst {words.metric_name(worst)}"
+    costs = ("seeds", "params", "sent", "time", "memory")
+    for heading in (*map(words.metric_name, metrics[:4]), worst_heading, *costs):
         table.add_column(heading, justify="right", no_wrap=True)
     for group, (_, row) in zip(groups, frame.iterrows(), strict=True):
         sent = row["bytes_up_total"] + row["bytes_down_total"]
         cells = [
             _with_interval(row, metrics[0]),
             *(words.score(row[metric], metric) for metric in metrics[1:4]),
-            words.score(row[f"worst_client_{metrics[0]}"], metrics[0]),
+            words.score(row[f"worst_client_{worst}"], worst),
             str(row["seeds"]),
             words.count(row["trainable_parameters"]),
             words.byte_count(sent),

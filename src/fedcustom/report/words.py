@@ -31,8 +31,9 @@ def metric_name(metric: str) -> str:
 
 
 def capitalised(text: str) -> str:
-    """The text with a capital first letter; the rest stays as it is."""
-    return text[:1].upper() + text[1:]
+    """The text with a capital first letter, unless its first word has its own spelling, as chrF does."""
+    first = text.partition(" ")[0]
+    return text if first != first.lower() else text[:1].upper() + text[1:]
 
 
 def score(value: float, metric: str) -> str:
@@ -108,16 +109,18 @@ def _difference(value: float, metric: str) -> str:
 
 
 def _compared_to(value: float, other: float, name: str, metric: str) -> str:
-    if _difference(value - other, metric) == _difference(0.0, metric):
+    if math.isnan(value) or math.isnan(other):
+        return f"not comparable with {name}"
+    difference = _difference(value - other, metric)
+    if difference == _difference(0.0, metric):
         return f"level with {name}"
-    return f"{_difference(value - other, metric)} {'above' if value > other else 'below'} {name}"
+    return f"{difference} {'above' if value > other else 'below'} {name}"
 
 
 def total_bytes(group: Group) -> float:
     """Bytes of a whole run, up and down, all clients; mean over seeds."""
-    return mean_and_interval(run.summary.bytes.up_total + run.summary.bytes.down_total for run in group.runs)[
-        0
-    ]
+    totals = [run.summary.bytes.up_total + run.summary.bytes.down_total for run in group.runs]
+    return mean_and_interval(totals)[0]
 
 
 def _times_fewer(group: Group, groups: Sequence[Group]) -> str:
@@ -125,58 +128,60 @@ def _times_fewer(group: Group, groups: Sequence[Group]) -> str:
     if full is None or full is group or not total_bytes(group) > 0:
         return ""
     ratio = total_bytes(full) / total_bytes(group)
-    if ratio >= 1.05:
-        return (
-            f"sends {ratio:.0f} times fewer bytes than full fine-tuning"
-            if ratio >= 9.5
-            else (f"sends {ratio:.1f} times fewer bytes than full fine-tuning")
-        )
-    return "sends as many bytes as full fine-tuning or more"
+    if ratio < 1.05:
+        return "sends no fewer bytes than full fine-tuning"
+    return f"sends {ratio:.{0 if ratio >= 9.5 else 1}f} times fewer bytes than full fine-tuning"
 
 
-def _joined(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, and {parts[-1]}"
+def untuned_metric(groups: Sequence[Group], metric: str) -> float:
+    """The untuned model's metric on the test split, mean over all runs."""
+    values = [run.summary.untuned.get(metric, math.nan) for group in groups for run in group.runs]
+    return mean_and_interval(values)[0]
 
 
 def findings(groups: Sequence[Group], metric: str) -> list[str]:
-    """What the numbers say, in plain sentences: the best method, its distance to the baselines, bytes, and
-    doubt.
-    """
+    """What the numbers say, in sentences: the best method beside its baseline, traffic, clients, doubt."""
     best = best_group(groups, metric)
-    value, half = mean_metric(best, metric)
+    value = mean_metric(best, metric)[0]
     centralised = [group for group in groups if group.baseline == "centralised" and group is not best]
     reference = next((group for group in centralised if group.method == best.method), None)
     reference = reference or next(iter(centralised), None)
-    parts = [
-        f"{capitalised(best.label)} reaches {score(value, metric)} {metric_name(metric)} on the test split"
-    ]
+    reached = f"{score(value, metric)} {metric_name(metric)}"
+    sentence = f"{capitalised(best.label)} reaches {reached} on the test split"
     if reference is not None:
-        parts.append(_compared_to(value, mean_metric(reference, metric)[0], reference.label, metric))
-    parts += [part for part in [_times_fewer(best, groups)] if part]
-    found = [_joined(parts) + "."]
+        sentence += f", {_compared_to(value, mean_metric(reference, metric)[0], reference.label, metric)},"
+    if fewer := _times_fewer(best, groups):
+        sentence += f" and {fewer}"
+    found = [sentence.rstrip(",") + "."]
     worst = mean_and_interval(run.summary.worst_client.get(metric, math.nan) for run in best.runs)[0]
-    untuned = mean_and_interval(
-        run.summary.untuned.get(metric, math.nan) for group in groups for run in group.runs
-    )[0]
-    beside = []
-    if not math.isnan(untuned):
-        beside.append(f"the untuned model has {score(untuned, metric)}")
     if not math.isnan(worst):
-        beside.append(f"the weakest client is at {score(worst, metric)}")
-    if beside:
-        found.append(capitalised(" and ".join(beside)) + ".")
-    found += [sentence for sentence in [_doubt(best, half, groups, metric)] if sentence]
+        found.append(f"Its weakest client is at {score(worst, metric)}.")
+    untuned = untuned_metric(groups, metric)
+    if not math.isnan(untuned):
+        found.append(f"The untuned model has {score(untuned, metric)}.")
+    rivals = [group for group in groups if group.baseline == best.baseline and group is not best]
+    if rivals:
+        second = min(rivals, key=lambda group: best_first(mean_metric(group, metric)[0], metric))
+        found += _second(best, second, groups, metric)
     return found
 
 
-def _doubt(best: Group, half: float, groups: Sequence[Group], metric: str) -> str:
-    rivals = [group for group in groups if group.baseline == best.baseline and group is not best]
-    if not rivals:
-        return ""
-    rival = min(rivals, key=lambda group: best_first(mean_metric(group, metric)[0], metric))
-    other, other_half = mean_metric(rival, metric)
+def _second(best: Group, second: Group, groups: Sequence[Group], metric: str) -> list[str]:
+    """How far the second best is behind, what it saves, and whether the seeds tell the two apart."""
+    value, half = mean_metric(best, metric)
+    other, other_half = mean_metric(second, metric)
+    if math.isnan(value) or math.isnan(other):
+        return []
+    difference = _difference(value - other, metric)
+    behind = "level with it" if difference == _difference(0.0, metric) else f"{difference} behind"
+    sentence = f"Second is {second.label}, {behind}"
+    if best.method == "full" and (fewer := _times_fewer(second, groups)):
+        sentence += f", which {fewer}"
     if math.isnan(half) or math.isnan(other_half):
-        return "With one seed there is no interval: small differences between methods may be chance."
-    if abs(mean_metric(best, metric)[0] - other) <= half + other_half:
-        return f"Its lead over {rival.label} is not certain: their 95\N{NO-BREAK SPACE}% intervals overlap."
-    return ""
+        return [
+            f"{sentence}.",
+            "With one seed there is no interval: small differences may be chance.",
+        ]
+    if abs(value - other) <= half + other_half:
+        return [f"{sentence}; that order is not certain, since their 95% intervals overlap."]
+    return [f"{sentence}."]
