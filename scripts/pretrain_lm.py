@@ -5,9 +5,8 @@ documents, chosen by a hash of their text, is held out: neither the tokenizer no
 per byte are measured on it. Documents are packed end to end, each closed by the end-of-text token, and cut
 into windows.
 
-    python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size base  --tokens 60e6 --out
-    build/pretrain/base python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size small --tokens 40e6
-    --out build/pretrain/small
+    python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size base --out build/pretrain/base
+    python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size small --out build/pretrain/small
 
 A run that was stopped goes on from its last checkpoint when the same command is given again. ``--export DIR``
 writes the model in 16-bit safetensors with its tokenizer and its model card, as it stands in the package.
@@ -48,8 +47,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-# --- corpus and tokenizer
-# --------------------------------------------------------------------------------------------
+# --- corpus and tokenizer ---
 
 
 def documents(corpus: Path) -> Iterator[str]:
@@ -148,8 +146,7 @@ def window_batch(tokens: np.ndarray, step: int, batch: int, length: int, seed: i
     return torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
 
 
-# --- loss
-# ------------------------------------------------------------------------------------------------------------
+# --- loss ---
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -233,13 +230,95 @@ def bits_per_byte(
     return total / math.log(2) / (size * seen / (len(tokens) - 1))
 
 
-# --- checkpoints
-# -----------------------------------------------------------------------------------------------------
+# --- optimiser ---
 
 
-def save_checkpoint(
-    folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, state: dict
-) -> None:
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Nearly the closest orthogonal matrix to each of ``(count, rows, columns)``, rows <= columns.
+
+    Five steps of the quintic Newton-Schulz iteration with the coefficients of Jordan et al. 2024 (Muon).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024), scaled to the size of AdamW's updates (Liu et al. 2025).
+
+    For hidden matrices. Matrices of one shape are orthogonalised in one batch, in their own precision:
+    ``torch.optim.Muon`` goes through bfloat16, which is slow on most CPUs.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], momentum: float, weight_decay: float) -> None:
+        super().__init__(parameters, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update: w = (1 - lr decay) w - lr 0.2 sqrt(max(rows, columns)) orthogonalised(momentum)."""
+        for group in self.param_groups:
+            shapes: dict[tuple[int, ...], list[Tensor]] = {}
+            for p in group["params"]:
+                shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for shape, members in shapes.items():
+                wanted = []
+                for p in members:
+                    velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                    velocity.lerp_(p.grad, 1 - group["momentum"])
+                    ahead = p.grad.lerp(velocity, group["momentum"])
+                    wanted.append(ahead if p.shape[0] <= p.shape[1] else ahead.T)
+                directions = orthogonalised(torch.stack(wanted))
+                rate = group["lr"] * 0.2 * math.sqrt(shape[1])
+                for p, direction in zip(members, directions, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(direction if p.shape[0] <= p.shape[1] else direction.T, alpha=-rate)
+
+
+class Optimizers:
+    """Muon for the hidden matrices, AdamW for embeddings and norms, as one."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.named = dict(model.named_parameters())
+        hidden = [p for name, p in self.named.items() if p.dim() == 2 and "embed" not in name]
+        embeddings = [p for name, p in self.named.items() if "embed" in name]
+        vectors = [p for p in self.named.values() if p.dim() == 1]
+        self.muon = Muon(hidden, momentum=0.95, weight_decay=0.1)
+        groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+
+    def step(self, rate: float) -> None:
+        """One step of both at a learning rate; gradients are set to zero afterwards."""
+        for optimizer in (self.muon, self.adamw):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments as named tensors."""
+        found = {**self.muon.state, **self.adamw.state}
+        return {
+            f"{kind}/{name}": value.contiguous()
+            for name, p in self.named.items()
+            for kind, value in found[p].items()
+        }
+
+    def restore(self, moments: dict[str, Tensor]) -> None:
+        """Put back what :meth:`state` gave."""
+        for key, value in moments.items():
+            kind, name = key.split("/", maxsplit=1)
+            parameter = self.named[name]
+            owner = self.muon if kind == "velocity" else self.adamw
+            owner.state[parameter][kind] = value.to("cpu" if kind == "step" else parameter.device)
+
+
+# --- checkpoints ---
+
+
+def save_checkpoint(folder: Path, model: LlamaForCausalLM, optimizers: Optimizers, state: dict) -> None:
     """Write weights, moments and progress so that a kill at any moment leaves the old or the new
     checkpoint whole.
     """
@@ -248,12 +327,7 @@ def save_checkpoint(
     fresh.mkdir(parents=True)
     named = dict(model.named_parameters())
     save_file({name: p.detach().contiguous() for name, p in named.items()}, fresh / "model.safetensors")
-    moments = {
-        f"{kind}/{name}": optimizer.state[p][kind].contiguous()
-        for name, p in named.items()
-        for kind in ("exp_avg", "exp_avg_sq", "step")
-    }
-    save_file(moments, fresh / "optimizer.safetensors")
+    save_file(optimizers.state(), fresh / "optimizer.safetensors")
     (fresh / "state.json").write_text(json.dumps(state, indent=1))
     shutil.rmtree(old, ignore_errors=True)
     if current.exists():
@@ -262,28 +336,23 @@ def save_checkpoint(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> dict | None:
+def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizers: Optimizers) -> dict | None:
     """Put the last whole checkpoint back in place and return its progress, or None where there is none."""
     source = next(
         (folder / n for n in ("checkpoint", "checkpoint.old") if (folder / n / "state.json").exists()), None
     )
     if source is None:
         return None
-    named = dict(model.named_parameters())
-    weights, moments = load_file(source / "model.safetensors"), load_file(source / "optimizer.safetensors")
+    weights = load_file(source / "model.safetensors")
     with torch.no_grad():
-        for name, parameter in named.items():
+        for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-            optimizer.state[parameter] = {
-                kind: moments[f"{kind}/{name}"].to("cpu" if kind == "step" else parameter.device)
-                for kind in ("exp_avg", "exp_avg_sq", "step")
-            }
+    optimizers.restore(load_file(source / "optimizer.safetensors"))
     state: dict = json.loads((source / "state.json").read_text())
     return state
 
 
-# --- training
-# --------------------------------------------------------------------------------------------------------
+# --- training ---
 
 
 def log(text: str) -> None:
@@ -303,12 +372,12 @@ def faster_precision(device: str) -> str:
     return "bfloat16" if seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
 
 
-def learning_rate(seen: float, total: float, peak: float, warmup: float = 0.5e6) -> float:
-    """Linear warm-up over ``warmup`` tokens, then a cosine down to 5 % of the peak at ``total`` tokens."""
-    if seen < warmup:
-        return peak * (seen + 1) / warmup
-    share = min(1.0, (seen - warmup) / max(1.0, total - warmup))
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+def learning_rate(seen: float, total: float, peak: float, warmup: float = 0.3e6) -> float:
+    """Linear warm-up over ``warmup`` tokens, constant, then linearly to zero over the last 40 %.
+
+    Until the fall begins nothing depends on ``total``, so the end may be moved on resuming.
+    """
+    return peak * min(1.0, (seen + 1) / warmup, max(0.01, (total - seen) / (0.4 * total)))
 
 
 def build_model(size: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -355,11 +424,8 @@ def train(arguments: argparse.Namespace) -> None:
 
     torch.manual_seed(arguments.seed)
     model = build_model(arguments.size, tokenizer).to(device)
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98), fused=True)
-    state = load_checkpoint(out, model, optimizer) or {
+    optimizers = Optimizers(model)
+    state = load_checkpoint(out, model, optimizers) or {
         "tokens": 0,
         "seconds": 0.0,
         "steps": {},
@@ -379,13 +445,10 @@ def train(arguments: argparse.Namespace) -> None:
         step = state["steps"].get(str(length), 0)
         windows = window_batch(tokens, step, rows, length, arguments.seed).to(device)
         rate = learning_rate(state["tokens"], total, arguments.learning_rate)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         loss = batch_loss(model, windows, precision)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizers.step(rate)
         state["steps"][str(length)] = step + 1
         state["tokens"] += rows * length
         count = sum(state["steps"].values())
@@ -412,7 +475,7 @@ def train(arguments: argparse.Namespace) -> None:
             started = time.perf_counter()
             state.update(precision=precision, machine=machine(device), peak_rate=arguments.learning_rate)
             state.update(batch_tokens=arguments.batch_tokens, seed=arguments.seed, planned=total)
-            save_checkpoint(out, model, optimizer, state)
+            save_checkpoint(out, model, optimizers, state)
             last_saved = time.perf_counter()
     log("done")
 
@@ -429,8 +492,7 @@ def machine(device: str) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-# --- export
-# ----------------------------------------------------------------------------------------------------------
+# --- export ---
 
 CARD = """\
 ---
@@ -447,29 +509,28 @@ entries, weights in {stored}.
 
 | | |
 |---|---|
-| data | 190 million characters: public-domain English books and the unlabelled half of the IMDB film reviews
-(Maas et al. 2011) |
+| data | 190 million characters: public-domain English books, unlabelled IMDB film reviews |
 | held out | 1 % of the documents, chosen by a hash of their text; not seen by tokenizer or model |
 | tokens seen | {tokens:,} ({passes:.2f} passes over {corpus_tokens:,} training tokens) |
-| validation | **{figure:.3f} bits per byte** on {validation_bytes:,} bytes, windows of {context} tokens,
-end-of-text tokens counted |
-| optimiser | AdamW, betas 0.9 and 0.98, weight decay 0.1 on matrices, peak rate {peak_rate}, cosine to 5 %,
-clip 1.0 |
+| validation | **{figure:.3f} bits per byte** on {validation_bytes:,} bytes, windows of {context} tokens |
+| optimiser | Muon (matrices), AdamW (embeddings, norms); rate {peak_rate}, falling over the last 40 % |
 | batch | {batch_tokens:,} tokens; windows of 256 for the first 80 % of the tokens, then 512 |
 | precision | {precision} |
 | machine, time | {machine}; {seconds:,.0f} s of training, shared with other work |
 | seed | {seed} |
 
-## Limits It is a tiny model: it knows the rhythm of English prose, not facts. It has read old books and film
-reviews, with their prejudices; it has seen no code, little dialogue and no other language, and was not tuned
-to follow instructions. Use it to try methods, to test software and to compare training schemes; do not put
-its text before people as information.
+## Limits
+
+It is a tiny model: it knows the rhythm of English prose, not facts. It has read old books and film reviews
+(Maas et al. 2011), with their prejudices; it has seen no code, little dialogue and no other language, and was
+not tuned to follow instructions. Use it to try methods, to test software and to compare training schemes; do
+not put its text before people as information.
 
 ## Reproduce
+
 ```
-python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --tokens {planned} --out
-build/pretrain/{size} python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --out
-build/pretrain/{size} --export DIR
+python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --tokens {planned} --out build/{size}
+python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --out build/{size} --export DIR
 ```
 """
 
@@ -479,8 +540,7 @@ def export(arguments: argparse.Namespace) -> None:
     data = arguments.data or arguments.out.parent / "data"
     tokenizer, tokens, held_out, size = prepare(arguments.corpus, data)
     model = build_model(arguments.size, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters())
-    state = load_checkpoint(arguments.out, model, optimizer)
+    state = load_checkpoint(arguments.out, model, Optimizers(model))
     if state is None:
         sys.exit(f"no checkpoint in {arguments.out}")
     stored = torch.float16
@@ -524,7 +584,7 @@ def main() -> None:
         "--tokens", type=float, default=60e6, help="tokens to train on; may be changed on resuming"
     )
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens a step")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="peak learning rate")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
