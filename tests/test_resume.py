@@ -100,7 +100,11 @@ def test_ctrl_c_leaves_a_run_that_can_go_on(small: dict[str, Any], tmp_path: Pat
     path = tmp_path / "recipe.toml"
     path.write_text(to_toml(recipe))
     command = [sys.executable, "-m", "fedcustom", "run", str(path), "--out", str(tmp_path / "run")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+
+    def hear_interrupts() -> None:  # a background job of a shell without a terminal starts deaf to them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts) as process:
         deadline = time.monotonic() + 120
         while (
             not (tmp_path / "run" / "checkpoints" / "round-000003").exists() and time.monotonic() < deadline
