@@ -46,7 +46,7 @@ fedcustom.run(sys.argv[1], out=sys.argv[2], resume=True)
 def variants(small: dict[str, Any]) -> dict[str, dict[str, Any]]:
     dropout = {**small["training"], "dropout": True}
     return {
-        "federated": {**small, "training": dropout, "aggregation": {"rule": "fedadam"}},
+        "federated": {**small, "training": dropout, "aggregation": {"server_optimizer": "fedadam"}},
         "centralised": {**small, "training": dropout, "baseline": "centralised"},
         "local": {
             **small,

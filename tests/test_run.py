@@ -15,12 +15,13 @@ import torch
 import fedcustom
 from fedcustom.data.build import build_data
 from fedcustom.directory import Checkpoints, History
-from fedcustom.driver import make_method, plan_work
+from fedcustom.driver import make_method
 from fedcustom.errors import DataError, ModelError, RecipeError, RunError
 from fedcustom.evaluation.metrics import is_better
 from fedcustom.methods import WeightTuning
 from fedcustom.models.load import load_base
 from fedcustom.recipe import load_recipe
+from fedcustom.schedule import plan_rounds
 from fedcustom.tensors import Tensors, equal
 from fedcustom.transport import wire
 
@@ -62,7 +63,8 @@ def test_the_rounds_are_federated_averaging(small: dict[str, Any], tmp_path: Pat
         total = sum(len(client.train) for client in data.clients.values())
         shares = {name: len(client.train) / total for name, client in data.clients.items()}
         state = {
-            key: sum(shares[name] * update.tensors[key].double() for name, update in updates.items()).float()
+            key: state[key]
+            + sum(shares[name] * update.tensors[key].double() for name, update in updates.items()).float()
             for key in state
         }
     final = Checkpoints(run.directory / "checkpoints").load(2).state.tensors
@@ -206,12 +208,12 @@ def test_local_clients_learn_alone(small: dict[str, Any], tmp_path: Path) -> Non
 def test_plans(small: dict[str, Any]) -> None:
     recipe = load_recipe({**small, "rounds": {"count": 30, "clients_per_round": 2}})
     data = build_data(recipe.data, recipe.clients, 0)
-    plan = plan_work(recipe, data)
-    assert plan == plan_work(recipe, data)
+    plan = plan_rounds(recipe, data)
+    assert plan == plan_rounds(recipe, data)
     assert all(len(work) == 2 for work in plan)
     chosen = [name for work in plan for name in work]
     assert set(chosen) == set(data.clients)
-    assert plan_work(recipe.model_copy(update={"seed": 1}), data) != plan
+    assert plan_rounds(recipe.model_copy(update={"seed": 1}), data) != plan
 
 
 # --- clients that fail ---
@@ -291,8 +293,13 @@ def test_a_failing_clients_round_does_not_count(
     state = method.start()
     names = ["site-0", "site-1", "site-2"]
     tasks = method.ask(state, 1, {name: {"epochs": 1} for name in names})
-    updates = [(n, method.work(tasks[n], fedcustom.methods.Client(n, data.clients[n]))) for n in names]
-    expected = method.merge(state, updates).tensors
+    answers = [
+        fedcustom.methods.Answer(
+            n, tasks[n], method.work(tasks[n], fedcustom.methods.Client(n, data.clients[n]))
+        )
+        for n in names
+    ]
+    expected = method.merge(state, answers).tensors
     assert equal(Checkpoints(run.directory / "checkpoints").load(1).state.tensors, expected)
 
 

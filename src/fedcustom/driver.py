@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,23 +14,22 @@ import numpy as np
 
 from . import environment
 from .data.build import build_data, with_builtin_columns
-from .data.examples import ClientData, FederatedData
+from .data.examples import ClientData, Example, FederatedData
 from .directory import Checkpoint, Checkpoints, History, Row
 from .errors import ModelError, RecipeError, RunError
 from .evaluation.metrics import is_better
 from .evaluator import Evaluator
 from .files import read_json, write_folder, write_json, write_text
-from .methods import Context, Method, State, Update, build_method
-from .methods.contract import Values
-from .methods.tuning import Keeps
+from .methods import Answer, Context, Method, State, Task, build_method
+from .methods.technique import Keeps
 from .models.load import Base, context_length, load_base, load_configuration
 from .recipe import Baseline, Recipe, load_recipe, to_toml
+from .schedule import EVERYONE, Assignment, last_uses, plan_rounds
+from .simulation.attack import attacked, hostile_clients
 from .training.local import schedule_factor
+from .transport.channel import Channel
 from .transport.in_process import InProcess, Reply
 from .transport.store import ClientStore
-
-EVERYONE = "centralised"
-"""The name of the one client of a centralised run."""
 
 KEEPS: dict[Baseline, Keeps] = {"federated": "nothing", "centralised": "optimizer", "local": "everything"}
 """What clients keep to themselves between rounds."""
@@ -83,8 +83,8 @@ def run_recipe(
     return _Driver(recipe, directory, progress).drive()
 
 
-def make_method(recipe: Recipe, base: Base) -> Method:
-    """The recipe's method on a loaded base model.
+def make_method(recipe: Recipe, base: Base, federation: FederatedData | None = None) -> Method:
+    """The recipe's method on a loaded base model; without a federation, to predict only.
 
     Raises:
         ModelError: the method does not fit the model.
@@ -99,38 +99,11 @@ def make_method(recipe: Recipe, base: Base) -> Method:
         rounds=recipe.rounds.count,
         seed=recipe.seed,
         keeps=KEEPS[recipe.baseline],
+        keep_local=tuple(recipe.personalisation.keep),
+        clients=len(federation.clients) if federation else 1,
+        root=_root_examples(recipe, federation) if federation else [],
     )
     return build_method(recipe.method, context)
-
-
-def plan_work(recipe: Recipe, data: FederatedData) -> list[dict[str, Values]]:
-    """Who does how much in each round: by client, ``epochs``, ``steps`` or ``examples``.
-
-    A centralised run sees as many examples a round as the cohort of the federated run would; in a local run
-    the same clients work as long as in the federated one.
-    """
-    names = list(data.clients)
-    size = recipe.rounds.clients_per_round or len(names)
-    training = recipe.training
-    plan = []
-    for number in range(1, recipe.rounds.count + 1):
-        generator = np.random.default_rng([recipe.seed, 6, number])
-        chosen = sorted(generator.choice(len(names), size=size, replace=False).tolist())
-        cohort = [names[i] for i in chosen]
-        if recipe.baseline != "centralised":
-            amount = (
-                {"steps": training.local_steps} if training.local_steps else {"epochs": training.local_epochs}
-            )
-            plan.append({name: dict(amount) for name in cohort})
-            continue
-        sizes = [len(data.clients[name].train) for name in cohort]
-        if training.local_steps:
-            # A client with less than a batch makes its steps with what it has.
-            examples = sum(training.local_steps * min(training.batch_size, count) for count in sizes)
-        else:
-            examples = training.local_epochs * sum(sizes)
-        plan.append({EVERYONE: {"examples": examples}})
-    return plan
 
 
 def check_fit(recipe: Recipe) -> None:
@@ -225,51 +198,81 @@ class _Driver:
         data = build_data(settings, clients, recipe.seed)
         self._check_cohort(data)
         base = load_base(recipe.model, data.task, recipe.seed)
-        method = make_method(recipe, base)
+        method = make_method(recipe, base, data)
         owners = _pooled(data) if recipe.baseline == "centralised" else data.clients
         store = ClientStore(owners, self.checkpoints.clients)
         self.evaluator = Evaluator(method, base, data, store, own=recipe.baseline == "local")
-        state, done = self._resume(method, store)
+        origin = method.start()
+        state, done = self._resume(origin, store)
         self._describe(base)
         self.progress.started(recipe, done, self.directory)
         if done == 0:
             self._note_untuned(state)
 
-        plan = plan_work(recipe, data)
-        transport = InProcess(method, store)
+        plan = plan_rounds(recipe, data)
+        uses = last_uses(plan)
+        states = self._earlier(state, done, uses, origin)
+        hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
+        work = attacked(method.work, hostile, recipe.attack, recipe.seed)
+        channel = Channel(recipe.compression, origin.tensors)
+        transport = InProcess(method, store, channel, work)
         for number in range(done + 1, recipe.rounds.count + 1):
-            state = self._round(number, plan[number - 1], state, method, transport)
+            state = self._round(number, plan[number - 1], states, method, transport)
+            states[number] = state
+            needed = [since for since in states if uses.get(since, 0) > number]
+            states = {since: states[since] for since in {*needed, number}}
             last = number == recipe.rounds.count
-            if last or number % recipe.rounds.checkpoint_every == 0 or self._best() == number:
+            due = number % recipe.rounds.checkpoint_every == 0 or any(since < number for since in needed)
+            if last or due or self._best() == number:
                 memories = {name: dict(values) for name, values in store.memories.items()}
                 checkpoint = Checkpoint(number, state, memories, dict(store.files))
-                self.checkpoints.save(checkpoint, keep=[self._best()])
+                self.checkpoints.save(checkpoint, keep=[self._best(), *needed])
         summary = self._finish(method, store, data, time.perf_counter() - started)
         self.progress.finished(summary)
         return summary
 
     # --- rounds ---
 
+    def _earlier(self, state: State, done: int, uses: Mapping[int, int], origin: State) -> dict[int, State]:
+        """The states, by round, that clients of later rounds start from."""
+        states = {done: state}
+        for since, until in uses.items():
+            if since < done < until:
+                states[since] = self.checkpoints.load(since).state if since else origin
+        return states
+
     def _round(
-        self, number: int, work: Mapping[str, Values], state: State, method: Method, transport: InProcess
+        self,
+        number: int,
+        cohort: Mapping[str, Assignment],
+        states: Mapping[int, State],
+        method: Method,
+        transport: InProcess,
     ) -> State:
-        noted = _Round()
-        tasks = method.ask(state, number, work)
+        noted, state = _Round(), states[number - 1]
+        tasks: dict[str, Task] = {}
+        for since in sorted({assignment.since for assignment in cohort.values()}):
+            amounts = {name: a.amount for name, a in cohort.items() if a.since == since}
+            tasks |= method.ask(states[since], since + 1, amounts)
+        tasks = {name: tasks[name] for name in cohort}
         begun = time.perf_counter()
-        replies = transport.exchange(tasks, f"{number:06d}")
-        accepted = self._accept(replies, noted, number)
+        absent = {name for name, assignment in cohort.items() if assignment.absent}
+        replies = transport.exchange(tasks, f"{number:06d}", absent)
+        accepted = self._accept(replies, noted, number, cohort)
         first = next(accepted, None)
         needed = min(self.recipe.rounds.min_clients, len(tasks))
         following = state
         if first is not None:
-            following = method.merge(state, _chain(first, accepted))
+            following = method.merge(state, chain([first], accepted))
         if len(noted.answered) < max(1, needed):
             raise RunError(
                 f"round {number}: {len(noted.answered)} of {len(tasks)} clients answered, "
                 f"rounds.min_clients = {needed}; the last reason: {list(noted.left_out.values())[-1]}"
             )
         merged = time.perf_counter() - begun
-        row = self._row(number, work, noted, merged)
+        row = self._row(number, cohort, noted, merged)
+        if report := following.values.get("method"):
+            row["method"] = report
         evaluation = self.recipe.evaluation
         if number % evaluation.every == 0 or number == self.recipe.rounds.count:
             begun = time.perf_counter()
@@ -280,8 +283,15 @@ class _Driver:
         self.progress.round(row)
         return following
 
-    def _accept(self, replies: Iterator[Reply], noted: _Round, number: int) -> Iterator[tuple[str, Update]]:
-        """The sound updates, one by one; the others are noted with a warning that names the client."""
+    def _accept(
+        self,
+        replies: Iterator[Reply],
+        noted: _Round,
+        number: int,
+        cohort: Mapping[str, Assignment],
+    ) -> Iterator[Answer]:
+        """The sound answers, one by one; the others are noted with a warning that names the client."""
+        exponent = self.recipe.participation.staleness_exponent
         for reply in replies:
             noted.seconds += reply.seconds
             noted.bytes_down[reply.client] = reply.bytes_down
@@ -289,13 +299,17 @@ class _Driver:
                 noted.bytes_up[reply.client] = reply.bytes_up
             if reply.update is None:
                 noted.left_out[reply.client] = reply.reason
-                self._warn(f"round {number}: client {reply.client} left out: {reply.reason}", reply.detail)
+                if reply.detail:  # a simulated drop-out is no surprise
+                    text = f"round {number}: client {reply.client} left out: {reply.reason}"
+                    self._warn(text, reply.detail)
                 continue
             noted.answered.append(reply.client)
             noted.losses.append((float(reply.update.values["loss"]), int(reply.update.values["examples"])))
-            yield reply.client, reply.update
+            late = number - 1 - cohort[reply.client].since
+            discount = (1 + late) ** -exponent if late else 1.0
+            yield Answer(reply.client, reply.task, reply.update, discount)
 
-    def _row(self, number: int, work: Mapping[str, Values], noted: _Round, seconds: float) -> Row:
+    def _row(self, number: int, cohort: Mapping[str, Assignment], noted: _Round, seconds: float) -> Row:
         recipe = self.recipe
         sent = recipe.baseline == "federated"  # a centralised or local run has nobody to send to
         up, down = (noted.bytes_up, noted.bytes_down) if sent else ({}, {})
@@ -304,9 +318,10 @@ class _Driver:
         factor = schedule_factor(recipe.training, number, recipe.rounds.count)
         return {
             "round": number,
-            "cohort": list(work),
+            "cohort": list(cohort),
             "answered": noted.answered,
             "left_out": noted.left_out,
+            "late": {name: number - 1 - a.since for name, a in cohort.items() if a.since < number - 1},
             "learning_rate": (recipe.training.learning_rate or 0.0) * factor,
             "train_loss": sum(loss * count for loss, count in noted.losses) / max(1, examples),
             "examples": examples,
@@ -360,13 +375,13 @@ class _Driver:
                 f"clients.{part}_fraction: leaves no {part} examples; name data.{part} or raise it"
             )
 
-    def _resume(self, method: Method, store: ClientStore) -> tuple[State, int]:
+    def _resume(self, origin: State, store: ClientStore) -> tuple[State, int]:
         """The state to go on from and the rounds that are done."""
         rounds = self.checkpoints.rounds()
         if not rounds:
             if self.history.path.exists():
                 self.history.path.unlink()
-            return method.start(), 0
+            return origin, 0
         checkpoint = self.checkpoints.load(rounds[-1])
         self.history = History.read(self.history.path)
         self.history.keep_until(checkpoint.round_number)
@@ -453,9 +468,11 @@ def _pooled(data: FederatedData) -> dict[str, ClientData]:
     return {EVERYONE: ClientData(EVERYONE, train)}
 
 
-def _chain(first: tuple[str, Update], rest: Iterator[tuple[str, Update]]) -> Iterator[tuple[str, Update]]:
-    yield first
-    yield from rest
+def _root_examples(recipe: Recipe, data: FederatedData) -> list[Example]:
+    """What the server itself trains on (FLTrust): development examples, drawn by the seed."""
+    count = min(recipe.aggregation.root_examples, len(data.development))
+    chosen = np.random.default_rng([recipe.seed, 11]).choice(len(data.development), count, replace=False)
+    return [data.development[int(i)] for i in chosen]
 
 
 def _now() -> str:

@@ -21,7 +21,9 @@ from .methods import TECHNIQUES, MethodSettings
 from .methods.prefix import PrefixSettings
 from .models.settings import ModelSettings
 from .settings import Settings
+from .simulation.settings import AttackSettings, ParticipationSettings
 from .training.settings import TrainingSettings
+from .transport.settings import CompressionSettings
 
 Baseline = Literal["federated", "centralised", "local"]
 
@@ -35,6 +37,18 @@ class RoundSettings(Settings):
     )
     min_clients: int = Field(1, ge=1, description="A round with fewer answers stops the run")
     checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints")
+
+
+class PersonalisationSettings(Settings):
+    """What makes each client's model its own."""
+
+    keep: list[str] = Field(
+        default_factory=list,
+        description="Parts that stay with each client: head, or parts of tensors' names such as lora_B",
+    )
+    finetune_epochs: int = Field(
+        0, ge=0, description="Passes over its own data that each client makes after the last round"
+    )
 
 
 class Recipe(Settings):
@@ -61,10 +75,20 @@ class Recipe(Settings):
     aggregation: AggregationSettings = Field(
         default_factory=lambda: AggregationSettings(), description="Aggregation"
     )
+    personalisation: PersonalisationSettings = Field(
+        default_factory=lambda: PersonalisationSettings(), description="Personalisation"
+    )
     rounds: RoundSettings = Field(default_factory=lambda: RoundSettings(), description="Rounds")
     evaluation: EvaluationSettings = Field(
         default_factory=lambda: EvaluationSettings(), description="Evaluation"
     )
+    compression: CompressionSettings = Field(
+        default_factory=lambda: CompressionSettings(), description="Compression of what travels"
+    )
+    participation: ParticipationSettings = Field(
+        default_factory=lambda: ParticipationSettings(), description="Simulated participation"
+    )
+    attack: AttackSettings = Field(default_factory=lambda: AttackSettings(), description="Simulated attack")
     compare: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="What differs for one method in a comparison: [compare.<method>.<section>]",
@@ -84,6 +108,15 @@ class Recipe(Settings):
                 f"training.warmup_rounds = {self.training.warmup_rounds}: "
                 f"must be below rounds.count = {self.rounds.count}"
             )
+        training = self.training
+        if self.aggregation.correction == "scaffold" and (training.optimizer != "sgd" or training.momentum):
+            raise ValueError(
+                "aggregation.correction = 'scaffold': is defined for plain gradient steps; "
+                "set training.optimizer = 'sgd' and training.momentum = 0"
+            )
+        buffer = self.participation.buffer
+        if buffer is not None and self.clients.partition != "natural" and buffer > count:
+            raise ValueError(f"participation.buffer = {buffer}: there are {count} clients (clients.count)")
         allowed = CLASSIFICATION_METRICS if self.data.task == "classification" else ("loss",)
         metric = self.evaluation.metric
         if metric is not None and metric not in allowed:

@@ -27,11 +27,11 @@ def weighted_mean(states: Iterable[Weighted]) -> Tensors:
     """
     total = 0.0
     sums: Tensors = {}
-    dtypes: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] | None = None
     for state, weight in states:
         if not weight > 0:
             raise ValueError(f"weights must be positive, not {weight}")
-        if not dtypes:
+        if dtypes is None:
             dtypes = {name: tensor.dtype for name, tensor in state.items()}
             sums = {
                 name: torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
@@ -42,6 +42,6 @@ def weighted_mean(states: Iterable[Weighted]) -> Tensors:
         for name, tensor in state.items():
             sums[name].add_(tensor, alpha=weight)
         total += weight
-    if not dtypes:
+    if dtypes is None:
         raise ValueError("there is no state to take the mean of")
     return {name: (value / total).to(dtypes[name]) for name, value in sums.items()}

@@ -6,25 +6,28 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..tensors import Tensors, combine, subtract, zeros_like
+from ..tensors import Tensors, combine, zeros_like
 from .settings import AggregationSettings
 
+DEFAULT_RATES = {"fedavg": 1.0, "fedavgm": 1.0, "nesterov": 0.7}
 FIRST, SECOND = "first_moment/", "second_moment/"
 
 
 def server_step(
     current: Mapping[str, Tensor],
-    mean: Mapping[str, Tensor],
+    change: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
     settings: AggregationSettings,
 ) -> tuple[Tensors, Tensors]:
-    """The next global state, and the optimiser's moments, from the clients' mean state.
+    """The next global state, and the optimiser's moments, from the cohort's combined change.
 
-    With the mean change ``d = mean - current``, momentum ``b1``, second momentum ``b2``, learning rate
-    ``eta`` and adaptivity ``tau`` (Reddi et al. 2021, algorithm 2; FedAvgM: Hsu et al. 2019)::
+    With the change ``d``, momentum ``b1``, second momentum ``b2``, learning rate ``eta`` and adaptivity
+    ``tau`` (Reddi et al. 2021, algorithm 2; FedAvgM: Hsu et al. 2019; nesterov, the outer step of DiLoCo:
+    Douillard et al. 2023)::
 
         fedavg      x + eta d
         fedavgm     m = b1 m + d;  x + eta m
+        nesterov    m = b1 m + d;  x + eta (d + b1 m)
         fedadagrad  m = b1 m + (1 - b1) d;  v = v + d^2;  x + eta m / (sqrt(v) + tau)
         fedadam     v = b2 v + (1 - b2) d^2, the rest as in fedadagrad
         fedyogi     v = v - (1 - b2) d^2 sign(v - d^2), the rest as in fedadagrad
@@ -34,17 +37,16 @@ def server_step(
     Raises:
         KeyError: the states differ in names.
     """
-    rule = settings.rule
-    adaptive = rule in ("fedadagrad", "fedadam", "fedyogi")
-    rate = settings.server_learning_rate or (0.01 if adaptive else 1.0)
-    change = subtract(mean, current)
+    rule = settings.server_optimizer
+    rate = settings.server_learning_rate or DEFAULT_RATES.get(rule, 0.01)
     if rule == "fedavg":
-        if rate == 1.0:  # exactly the mean, with no rounding on the way
-            return dict(mean), {}
         return combine(lambda x, d: x + rate * d, current, change), {}
     first = _part(moments, FIRST) or zeros_like(current)
-    if rule == "fedavgm":
+    if rule in ("fedavgm", "nesterov"):
         first = combine(lambda m, d: settings.momentum * m + d, first, change)
+        if rule == "nesterov":
+            step = combine(lambda d, m: d + settings.momentum * m, change, first)
+            return combine(lambda x, s: x + rate * s, current, step), _named(first, FIRST)
         return combine(lambda x, m: x + rate * m, current, first), _named(first, FIRST)
 
     tau = settings.adaptivity

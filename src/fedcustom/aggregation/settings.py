@@ -2,33 +2,77 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..settings import Settings
 
-Rule = Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi"]
+Rule = Literal[
+    "mean",
+    "fednova",
+    "median",
+    "trimmed_mean",
+    "krum",
+    "multi_krum",
+    "geometric_median",
+    "norm_bounding",
+    "centred_clipping",
+    "fltrust",
+]
+ServerOptimizer = Literal["fedavg", "fedavgm", "nesterov", "fedadagrad", "fedadam", "fedyogi"]
 
 
 class AggregationSettings(Settings):
     """How updates become the next global state."""
 
     rule: Rule = Field(
-        "fedavg", description="Weighted mean, followed by a server optimiser in all rules but fedavg"
+        "mean",
+        description="How the clients' changes become one; all but mean and fednova withstand hostile clients",
     )
     weighting: Literal["examples", "uniform"] = Field(
-        "examples", description="A client's weight: its number of training examples, or one"
+        "examples",
+        description="A client's weight: its number of training examples, or one (mean, fednova)",
+    )
+    byzantine_fraction: float = Field(
+        0.2,
+        ge=0,
+        lt=0.5,
+        description="Share of hostile clients to withstand (trimmed_mean, krum, multi_krum)",
+    )
+    bound: float | None = Field(
+        None,
+        gt=0,
+        description="Largest norm of a change (norm_bounding, centred_clipping); unset: the cohort's median",
+    )
+    root_examples: int = Field(
+        100, ge=1, description="Development examples on which the server trains for itself (fltrust)"
+    )
+    correction: Literal["none", "scaffold", "feddyn"] = Field(
+        "none", description="Correction of client drift, with a memory at each client; scaffold needs sgd"
+    )
+    feddyn_alpha: float = Field(0.01, gt=0, description="Strength of FedDyn's regulariser")
+    server_optimizer: ServerOptimizer = Field(
+        "fedavg", description="How the server follows the combined change; fedavg takes it as it is"
     )
     server_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Step along the mean change; unset: 1 (fedavg, fedavgm), 0.01 (adaptive rules)",
+        description="Step along the change; unset: 1 (fedavg, fedavgm), 0.7 (nesterov), 0.01 (others)",
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="Server momentum (all rules but fedavg)")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Server momentum (all but fedavg)")
     second_momentum: float = Field(
         0.99, ge=0, lt=1, description="Decay of the second moment (fedadam, fedyogi)"
     )
     adaptivity: float = Field(
-        1e-3, gt=0, description="tau of the adaptive rules: the larger, the less they adapt"
+        1e-3, gt=0, description="tau of the adaptive optimisers: the larger, the less they adapt"
     )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.correction == "feddyn" and self.server_optimizer != "fedavg":
+            raise ValueError(
+                f"server_optimizer = {self.server_optimizer!r}: feddyn has a server step of its own; "
+                "use 'fedavg'"
+            )
+        return self

@@ -4,25 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-from .contract import Client, Memory, Method, State, Task, Update
+from .adapter import Adapter, AdapterSettings
+from .bitfit import BitFit, BitFitSettings
+from .contract import Answer, Client, Memory, Method, State, Task, Update
 from .full import Full, FullSettings
+from .ia3 import Ia3, Ia3Settings
 from .lora import Lora, LoraSettings
 from .prefix import Prefix, PrefixSettings
 from .settings import TuningSettings
 from .soft_prompt import SoftPrompt, SoftPromptSettings
-from .tuning import Context, Technique, WeightTuning
+from .technique import Context, Technique
+from .tuning import WeightTuning
 
 TECHNIQUES: dict[str, tuple[type[TuningSettings], type[Any]]] = {
     "prefix": (PrefixSettings, Prefix),
     "lora": (LoraSettings, Lora),
     "soft_prompt": (SoftPromptSettings, SoftPrompt),
     "full": (FullSettings, Full),
+    "adapter": (AdapterSettings, Adapter),
+    "ia3": (Ia3Settings, Ia3),
+    "bitfit": (BitFitSettings, BitFit),
 }
 """Methods that train tensors: their settings, and which tensors those are."""
 
-MethodSettings = PrefixSettings | LoraSettings | SoftPromptSettings | FullSettings
+MethodSettings = (
+    PrefixSettings
+    | LoraSettings
+    | SoftPromptSettings
+    | FullSettings
+    | AdapterSettings
+    | Ia3Settings
+    | BitFitSettings
+)
 
 __all__ = [
+    "Answer",
     "Client",
     "Context",
     "Memory",

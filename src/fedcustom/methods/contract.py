@@ -26,7 +26,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client answers: tensors, a weight in the mean, and numbers or texts."""
+    """What a client answers: tensors, a weight in the mean, and numbers or texts.
+
+    Where tensors are trained, ``tensors`` is the change: the client's new ones minus those it was sent.
+    """
 
     tensors: Tensors = field(default_factory=dict)
     weight: float = 1.0
@@ -34,11 +37,25 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A client's sound update, with the task that it answers.
+
+    ``discount`` is what a late change is multiplied by: 1 for one that is on time.
+    """
+
+    client: str
+    task: Task
+    update: Update
+    discount: float = 1.0
+
+
+@dataclass(frozen=True)
 class State:
     """What the server holds between rounds.
 
     ``tensors`` is the global state that clients start from, ``server`` what only the server needs (moments of
-    its optimiser), ``values`` numbers and texts.
+    its optimiser), ``values`` numbers and texts; those under ``"method"`` are what the method reports of its
+    last round.
     """
 
     tensors: Tensors
@@ -79,8 +96,8 @@ class Method(Protocol):
         lasts.
         """
 
-    def merge(self, state: State, updates: Iterable[tuple[str, Update]]) -> State:
-        """The next global state. Consumes the updates one by one, as they come in."""
+    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+        """The next global state. Consumes the answers one by one, as they come in."""
 
     def finish(self, state: State, folder: Path) -> None:
         """Write the customised model so that it loads with the ecosystem's own tools."""

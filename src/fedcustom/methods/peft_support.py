@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import ModelError, RunError
 from ..models.load import HUB_NAMES, Base
-from .tuning import Tuned
+from .technique import Tuned
 
 
 def task_type(base: Base) -> str:

@@ -4,99 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..aggregation.mean import weighted_mean
+from ..aggregation.combine import Change, combine
 from ..aggregation.server_optimizers import server_step
 from ..aggregation.settings import AggregationSettings
-from ..data.examples import Example
-from ..data.settings import DataSettings
+from ..data.examples import ClientData, Example
 from ..data.tokens import Batch, TokenizedExample, collate, example_order, tokenize
-from ..errors import DataError, UpdateError
-from ..evaluation.settings import EvaluationSettings
+from ..errors import DataError, RecipeError, UpdateError
 from ..models.forward import classification_loss, generation_loss
 from ..models.inference import Predictions, predict, to_device
-from ..models.load import Base
-from ..tensors import Tensors, count, is_finite
-from ..training.local import schedule_factor, train_locally
+from ..tensors import Tensors, count, is_finite, zeros_like
+from ..training.local import learning_rate, schedule_factor, train_locally
 from ..training.settings import TrainingSettings
-from .contract import Client, Memory, State, Task, Update, Values
+from .contract import Answer, Client, Memory, State, Task, Update, Values
+from .corrections import (
+    CONTROL,
+    DUAL,
+    feddyn_server,
+    named,
+    part,
+    scaffold_client,
+    scaffold_server,
+    without,
+)
+from .merging import BASE_CHANGE, Arrival, Merging
+from .seeds import name_seed
+from .technique import Context, Technique, prepare_precision
 
-Keeps = Literal["nothing", "optimizer", "everything"]
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a method is built from, alike on the server and at every client.
-
-    ``keeps`` says what a client keeps to itself between rounds: nothing (federated learning), its optimiser's
-    moments (the centralised baseline, whose training never stops), or everything (the local baseline, which
-    sends nothing).
-    """
-
-    base: Base
-    data: DataSettings
-    training: TrainingSettings
-    aggregation: AggregationSettings
-    evaluation: EvaluationSettings
-    rounds: int
-    seed: int
-    keeps: Keeps = "nothing"
-
-
-@dataclass
-class Tuned:
-    """A base model with the tensors that a method trains.
-
-    ``parameters`` are trained by a client's optimiser; :meth:`read` and :meth:`write` are what travels. They
-    are the same tensors unless a method says otherwise. ``head`` names those of the classification head.
-    """
-
-    model: Any
-    parameters: dict[str, nn.Parameter]
-    head: frozenset[str]
-    save: Callable[[Path], None]
-    load: Callable[[Path], None]
-    read_hook: Callable[[Tensors], Tensors] | None = None
-    write_hook: Callable[[Tensors], Tensors] | None = None
-    active_dropout: list[nn.Module] = field(default_factory=list)
-
-    def read(self) -> Tensors:
-        """A copy of the tensors that travel."""
-        with torch.no_grad():
-            tensors = {name: p.detach().clone() for name, p in self.parameters.items()}
-            return self.read_hook(tensors) if self.read_hook else tensors
-
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors that travelled into the model."""
-        with torch.no_grad():
-            values = self.write_hook(dict(tensors)) if self.write_hook else tensors
-            for name, parameter in self.parameters.items():
-                parameter.copy_(values[name])
-
-
-class Technique(Protocol):
-    """Which tensors a method trains, and how they act in the model."""
-
-    def attach(self, base: Base, seed: int) -> Tuned:
-        """Change ``base.model`` in place so that exactly the method's tensors and the head are trained.
-
-        Raises:
-            ModelError: the method does not fit the model.
-        """
+ROOT = "(server)"
+"""The name under which the server trains for itself."""
 
 
 class WeightTuning:
     """The verbs of a :class:`~fedcustom.methods.contract.Method` that trains tensors by backpropagation.
 
-    Discloses: each round, every client sends its trained tensors, its number of training examples and its
-    mean training loss. Trained tensors can reveal training data to a server that attacks them.
+    Discloses: each round, every client sends the change of its trained tensors, its number of training
+    examples and its mean training loss. Changes of trained tensors can reveal training data to a server that
+    attacks them.
     """
 
     def __init__(self, technique: Technique, context: Context) -> None:
@@ -104,60 +56,115 @@ class WeightTuning:
         self.base = context.base
         self.tuned = technique.attach(context.base, context.seed)
         prepare_precision(context.base, self.tuned)
-        self._initial = self.tuned.read() if context.keeps == "everything" else {}
+        federated = context.keeps == "nothing"
+        self.merging = self.tuned.merging if federated and self.tuned.merging else Merging()
+        self._check_rule()
+        self._personal = self._personal_names() if federated else frozenset()
+        filled_in = not federated or self._personal or self.tuned.merging
+        self._initial = self.tuned.read() if filled_in else {}
         self._tokens: dict[int, tuple[list[Example], list[TokenizedExample]]] = {}
 
     # --- server ---
 
     def start(self) -> State:
         """The tensors as the technique initialises them."""
-        return State(self.tuned.read())
+        tensors = self.merging.start(self.tuned.read())
+        server: Tensors = {}
+        if self._correction == "scaffold":
+            server = named(zeros_like(self._travelling(tensors)), CONTROL)
+        return State(tensors, server)
 
     def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
         """Train from the global state, for as long as ``work`` says (``epochs``, ``steps`` or
         ``examples``).
         """
         factor = schedule_factor(self.context.training, round_number, self.context.rounds)
-        tensors = {} if self.context.keeps == "everything" else state.tensors
-        return {
-            name: Task("train", tensors, {"learning_rate_factor": factor, "round": round_number, **amount})
-            for name, amount in work.items()
-        }
+        tasks = {}
+        for name, amount in work.items():
+            tensors: Tensors = {}
+            if self.context.keeps != "everything":
+                tensors = self._travelling(self.merging.down(state.tensors, name, round_number))
+                tensors |= {n: t for n, t in state.server.items() if n.startswith(CONTROL)}
+            values = {"learning_rate_factor": factor, "round": round_number, **amount}
+            tasks[name] = Task("train", tensors, values)
+        return tasks
 
     def check(self, task: Task, update: Update) -> None:
-        """Refuse other names, shapes or dtypes than were sent, numbers that are not finite, weights that are
-        not positive."""
-        if update.tensors.keys() != task.tensors.keys():
-            names = sorted(update.tensors.keys() ^ task.tensors.keys())
+        """Refuse other names, shapes or dtypes than were asked for, numbers that are not finite, weights and
+        steps that are not positive.
+        """
+        if not is_finite(update.tensors):
+            raise UpdateError("an update holds numbers that are not finite")
+        wanted = self._wanted(task)
+        change = self.merging.unpack(update.tensors, update.values, wanted)
+        if change.keys() != wanted.keys():
+            names = sorted(change.keys() ^ wanted.keys())
             raise UpdateError(f"wrong tensor names: {', '.join(names[:3])}")
-        for name, expected in task.tensors.items():
-            tensor = update.tensors[name]
+        for name, expected in wanted.items():
+            tensor = change[name]
             if tensor.shape != expected.shape:
                 raise UpdateError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected.shape)}")
             if tensor.dtype != expected.dtype:
                 raise UpdateError(f"{name} has dtype {tensor.dtype}, not {expected.dtype}")
-        if not is_finite(update.tensors):
-            raise UpdateError("an update holds numbers that are not finite")
         if not (isinstance(update.weight, int | float) and 0 < update.weight < 1e12):
             raise UpdateError(f"weight {update.weight!r} is not a positive number")
-        loss = update.values.get("loss")
+        loss, steps = update.values.get("loss"), update.values.get("steps")
         if not isinstance(loss, int | float) or not math.isfinite(loss):
             raise UpdateError(f"training loss {loss!r} is not a finite number")
+        if not isinstance(steps, int) or not 0 < steps < 10**9:
+            raise UpdateError(f"steps {steps!r} is not a positive integer")
 
-    def merge(self, state: State, updates: Iterable[tuple[str, Update]]) -> State:
-        """The weighted mean, then the server optimiser; where clients keep everything, nothing is merged."""
+    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+        """One change for the cohort by the recipe's rule or the method's own, then the server optimiser;
+        where clients keep everything, nothing is merged.
+        """
         if self.context.keeps == "everything":
-            for _ in updates:
+            for _ in answers:
                 pass
             return state
-        by_examples = self.context.aggregation.weighting == "examples"
-        mean = weighted_mean((update.tensors, update.weight if by_examples else 1.0) for _, update in updates)
-        tensors, moments = server_step(state.tensors, mean, state.server, self.context.aggregation)
-        return State(tensors, moments, state.values)
+        settings, gathered = self.context.aggregation, self.merging.round(state)
+        answered: list[str] = []
+
+        def changes() -> Iterator[Change]:
+            for answer in chain([first], stream):
+                arrival = self._arrival(answer)
+                answered.append(answer.client)
+                rest = gathered.take(arrival)
+                steps = int(answer.update.values["steps"])
+                yield Change(answer.client, rest, arrival.weight, steps, answer.discount)
+
+        stream = iter(answers)
+        first = next(stream)
+        root = None
+        if settings.rule == "fltrust":
+            root = gathered.take(self._root(state, first.task))
+        change = combine(changes(), settings, root=root, inner_products=gathered.inner_products)
+        count = len(answered)
+        server = dict(state.server)
+        if self._correction == "scaffold":
+            control = scaffold_server(
+                part(server, CONTROL), part(change, CONTROL), count, self.context.clients
+            )
+            server |= named(control, CONTROL)
+            change = without(change, CONTROL)
+        current = {name: state.tensors[name] for name in change}
+        if self._correction == "feddyn":
+            dual = {n: t for n, t in part(server, DUAL).items() if n in change}
+            tensors, dual = feddyn_server(
+                current, change, dual, settings.feddyn_alpha, count, self.context.clients
+            )
+            server |= named(dual, DUAL)
+        else:
+            moments = {n: t for n, t in server.items() if n.partition("/")[2] in change}
+            tensors, moments = server_step(current, change, moments, settings)
+            server |= moments
+        own, report = gathered.merged({**state.tensors, **tensors})
+        values = {**state.values, "method": report} if report else state.values
+        return State({**state.tensors, **tensors, **own}, server, values)
 
     def finish(self, state: State, folder: Path) -> None:
         """Write the adapter or model of this state, with its tokenizer."""
-        self.tuned.write(state.tensors)
+        self.tuned.write({**self._initial, **state.tensors})
         self.tuned.save(folder)
         self.base.tokenizer.save_pretrained(folder)
 
@@ -169,7 +176,7 @@ class WeightTuning:
     # --- client ---
 
     def work(self, task: Task, client: Client) -> Update:
-        """Train on the client's own examples and return the tensors that travel.
+        """Train on the client's own examples and return the change of the tensors that travel.
 
         Raises:
             DataError: the client has nothing to train on.
@@ -178,16 +185,15 @@ class WeightTuning:
         context, examples = self.context, self.tokens(client.data.train)
         if not examples:
             raise DataError(f"client {client.name!r} has no examples to train on")
-        self.tuned.write(self._own(task.tensors, client.memory))
+        number = int(task.values["round"])
+        before = self._own(without(task.tensors, CONTROL), client.memory)
+        self.tuned.write(before)
         start = int(client.memory.values.get("examples_seen", 0))
         ranges = batch_ranges(len(examples), start, context.training.batch_size, task.values)
         seed = [context.seed, 5, name_seed(client.name)]
-        moments = {
-            name.removeprefix("moments/"): tensor
-            for name, tensor in client.memory.tensors.items()
-            if name.startswith("moments/")
-        }
-        with torch.random.fork_rng(devices=[]):
+        trained = {n: p for n, p in self.tuned.parameters.items() if self.merging.trains(n, number)}
+        factor = task.values["learning_rate_factor"]
+        with torch.random.fork_rng(devices=[]), only_these_train(self.tuned.parameters, trained):
             torch.manual_seed(
                 int.from_bytes(hashlib.sha256(repr([*seed, start]).encode()).digest()[:7], "big")
             )
@@ -195,33 +201,34 @@ class WeightTuning:
             for module in self.tuned.active_dropout:
                 module.train()
             result = train_locally(
-                self.tuned.parameters,
+                trained,
                 self._batches(examples, ranges, seed),
                 self._loss,
-                context.training,
-                task.values["learning_rate_factor"],
+                self._local_settings(),
+                factor,
                 head=self.tuned.head,
-                moments=moments,
+                moments=part(client.memory.tensors, "moments/"),
+                shift=self._shift(task, client.memory),
             )
         client.memory.values["examples_seen"] = ranges[-1][1]
-        tensors = self.tuned.read()
-        if context.keeps != "nothing":
-            kept = {f"moments/{name}": tensor.clone() for name, tensor in result.moments.items()}
-            if context.keeps == "everything":
-                kept |= {f"state/{name}": tensor for name, tensor in tensors.items()}
-                tensors = {}
-            client.memory.tensors = kept
-        values = {"loss": result.loss, "examples": result.examples, "steps": result.steps}
-        return Update(tensors, float(len(examples)), values)
+        after = self.tuned.read()
+        self._remember(client.memory, after, result.moments)
+        values: Values = {"loss": result.loss, "examples": result.examples, "steps": result.steps}
+        if context.keeps == "everything":
+            return Update({}, float(len(examples)), values)
+        change = {
+            name: after[name] - tensor for name, tensor in before.items() if self._comes_up(name, number)
+        }
+        packed, said = self.merging.pack(change)
+        packed = packed | self._correct(task, client.memory, change, factor, result.steps)
+        return Update(packed, float(len(examples)), values | said)
 
     def predict(
         self, state: State, examples: list[Example], client: Client | None = None, *, texts: bool
     ) -> Predictions:
-        """Predictions of the global state or, where clients keep everything, of the client's own."""
-        tensors = state.tensors
-        if client is not None:
-            tensors = self._own(tensors, client.memory)
-        self.tuned.write(tensors)
+        """Predictions of the global state or, for a client, of its own version of it."""
+        memory = client.memory if client is not None else Memory()
+        self.tuned.write(self._own(state.tensors, memory))
         return predict(
             self.tuned.model,
             self.base,
@@ -231,9 +238,10 @@ class WeightTuning:
         )
 
     def sizes(self, state: State) -> tuple[int, int]:
-        """How many numbers travel: the method's own, and the head's."""
-        head = count(tensor for name, tensor in state.tensors.items() if name in self.tuned.head)
-        return count(state.tensors.values()) - head, head
+        """How many numbers are trained: the method's own, and the head's."""
+        tensors = without(self.tuned.read(), BASE_CHANGE)
+        head = count(tensor for name, tensor in tensors.items() if name in self.tuned.head)
+        return count(tensors.values()) - head, head
 
     # --- parts ---
 
@@ -251,10 +259,113 @@ class WeightTuning:
             self._tokens[key] = (examples, tokenized)  # the list is kept alive, so that its id stays its own
         return self._tokens[key][1]
 
+    @property
+    def _correction(self) -> str:
+        return self.context.aggregation.correction if self.context.keeps == "nothing" else "none"
+
+    def _check_rule(self) -> None:
+        settings, own = self.context.aggregation, self.merging.own_rule
+        for key in ("rule", "correction", "server_optimizer"):
+            if own and getattr(settings, key) != AggregationSettings.model_fields[key].default:
+                raise RecipeError(
+                    f"aggregation.{key} = {getattr(settings, key)!r}: {own} is a rule of its own; "
+                    f"leave {key} at {AggregationSettings.model_fields[key].default!r}"
+                )
+
+    def _personal_names(self) -> frozenset[str]:
+        """The tensors that stay with the clients.
+
+        Raises:
+            RecipeError: a part that the recipe names does not exist.
+        """
+        names: set[str] = set()
+        available = self.tuned.read().keys()
+        for wanted in [*self.context.keep_local, *self.merging.personal]:
+            found = self.tuned.head if wanted == "head" else {name for name in available if wanted in name}
+            if not found:
+                raise RecipeError(
+                    f"personalisation.keep = {wanted!r}: no trained tensor has that in its name; "
+                    f"there are head, {', '.join(sorted(available)[:4])}, ..."
+                )
+            names |= found
+        return frozenset(names)
+
+    def _travelling(self, tensors: Tensors) -> Tensors:
+        return {name: tensor for name, tensor in tensors.items() if name not in self._personal}
+
+    def _comes_up(self, name: str, round_number: int) -> bool:
+        return (
+            name not in self._personal
+            and not name.startswith(BASE_CHANGE)
+            and self.merging.trains(name, round_number)
+        )
+
+    def _wanted(self, task: Task) -> Tensors:
+        """What an answer to the task must have the names, shapes and dtypes of."""
+        number = int(task.values["round"])
+        return {
+            name: tensor
+            for name, tensor in task.tensors.items()
+            if self._comes_up(name.removeprefix(CONTROL), number)
+        }
+
+    def _arrival(self, answer: Answer) -> Arrival:
+        wanted = self._wanted(answer.task)
+        change = self.merging.unpack(answer.update.tensors, answer.update.values, wanted)
+        by_examples = self.context.aggregation.weighting == "examples"
+        weight = answer.update.weight if by_examples else 1.0
+        return Arrival(answer.client, without(answer.task.tensors, CONTROL), change, weight, answer.discount)
+
+    def _root(self, state: State, task: Task) -> Arrival:
+        """What the server's own examples would change (FLTrust)."""
+        values = {"epochs": 1, **{k: v for k, v in task.values.items() if k in ("round", "steps")}}
+        (own,) = self.ask(state, values["round"], {ROOT: values}).values()
+        client = Client(ROOT, ClientData(ROOT, self.context.root))
+        return self._arrival(Answer(ROOT, own, self.work(own, client)))
+
     def _own(self, tensors: Tensors, memory: Memory) -> Tensors:
-        """The client's own state where it keeps one; before its first round that is the initial state."""
-        own = {n.removeprefix("state/"): t for n, t in memory.tensors.items() if n.startswith("state/")}
-        return own or tensors or self._initial
+        """A state with the client's own tensors in it; what it lacks is as it was initialised."""
+        return {**self._initial, **tensors, **part(memory.tensors, "state/")}
+
+    def _remember(self, memory: Memory, after: Tensors, moments: Tensors) -> None:
+        """Put into the client's memory what its role lets it keep."""
+        kept = without(memory.tensors, "state/", "moments/")
+        if self.context.keeps != "nothing":
+            kept |= named({name: tensor.clone() for name, tensor in moments.items()}, "moments/")
+        if self.context.keeps == "everything":
+            kept |= named(after, "state/")
+        kept |= named({name: after[name] for name in sorted(self._personal)}, "state/")
+        memory.tensors = kept
+
+    def _local_settings(self) -> TrainingSettings:
+        if self._correction != "feddyn":
+            return self.context.training
+        return self.context.training.model_copy(update={"proximal": self.context.aggregation.feddyn_alpha})
+
+    def _shift(self, task: Task, memory: Memory) -> Tensors:
+        """What a correction adds to every gradient."""
+        if self._correction == "scaffold":
+            server, own = part(task.tensors, CONTROL), part(memory.tensors, CONTROL)
+            return self.tuned.inwards({name: c - own[name] if own else c for name, c in server.items()})
+        if self._correction == "feddyn":
+            return self.tuned.inwards({n: -dual for n, dual in part(memory.tensors, DUAL).items()})
+        return {}
+
+    def _correct(self, task: Task, memory: Memory, change: Tensors, factor: float, steps: int) -> Tensors:
+        """Bring the client's correction up to date; what it sends of that."""
+        if self._correction == "scaffold":
+            server = part(task.tensors, CONTROL)
+            own = part(memory.tensors, CONTROL) or zeros_like(server)
+            training = self.context.training
+            rates = {name: factor * learning_rate(training, head=name in self.tuned.head) for name in change}
+            following = scaffold_client(change, server, own, rates, steps)
+            memory.tensors = memory.tensors | named(following, CONTROL)
+            return named({name: following[name] - own[name] for name in following}, CONTROL)
+        if self._correction == "feddyn":
+            dual, alpha = part(memory.tensors, DUAL), self.context.aggregation.feddyn_alpha
+            following = {name: (dual[name] if dual else 0) - alpha * delta for name, delta in change.items()}
+            memory.tensors = memory.tensors | named(following, DUAL)
+        return {}
 
     def _batches(
         self, examples: list[TokenizedExample], ranges: list[tuple[int, int]], seed: list[int]
@@ -297,15 +408,16 @@ def batch_ranges(count: int, start: int, batch_size: int, amount: Mapping[str, A
     return ranges
 
 
-def name_seed(name: str) -> int:
-    """A number for a client's name that is the same on every machine."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-
-
-def prepare_precision(base: Base, tuned: Tuned) -> None:
-    """Keep trained parameters in float32; with bfloat16, frozen matrices are stored in it as well."""
-    for parameter in base.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-        elif base.precision == "bfloat16" and parameter.dim() > 1:
-            parameter.data = parameter.data.to(torch.bfloat16)
+@contextmanager
+def only_these_train(
+    parameters: Mapping[str, nn.Parameter], trained: Mapping[str, nn.Parameter]
+) -> Iterator[None]:
+    """Meanwhile, no gradient is computed for the other parameters."""
+    resting = [parameter for name, parameter in parameters.items() if name not in trained]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(True)

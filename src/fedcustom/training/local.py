@@ -41,14 +41,23 @@ def schedule_factor(settings: TrainingSettings, round_number: int, rounds: int) 
     return 1.0
 
 
+def learning_rate(settings: TrainingSettings, *, head: bool) -> float:
+    """The learning rate of the method's tensors or of the head, before the schedule.
+
+    Raises:
+        ValueError: none is set.
+    """
+    if settings.learning_rate is None:
+        raise ValueError("training.learning_rate is unset: fill in the method's default before training")
+    return (settings.head_learning_rate if head else None) or settings.learning_rate
+
+
 def make_optimizer(
     parameters: Mapping[str, nn.Parameter], settings: TrainingSettings, factor: float, head: frozenset[str]
 ) -> torch.optim.Optimizer:
     """The client's optimiser; the head has a learning rate of its own where the recipe gives one."""
-    if settings.learning_rate is None:
-        raise ValueError("training.learning_rate is unset: fill in the method's default before training")
-    rate = factor * settings.learning_rate
-    head_rate = factor * settings.head_learning_rate if settings.head_learning_rate else rate
+    rate = factor * learning_rate(settings, head=False)
+    head_rate = factor * learning_rate(settings, head=True)
     groups = [
         {"params": [p for name, p in parameters.items() if name not in head], "lr": rate},
         {"params": [p for name, p in parameters.items() if name in head], "lr": head_rate},
@@ -70,12 +79,14 @@ def train_locally(
     *,
     head: frozenset[str] = frozenset(),
     moments: Mapping[str, Tensor] | None = None,
+    shift: Mapping[str, Tensor] | None = None,
 ) -> LocalResult:
     """Train ``parameters`` in place, one optimiser step a batch.
 
     ``loss_of`` gives a batch's mean loss, ``factor`` is the schedule's. With ``settings.proximal`` the values
     at the start are the anchor of FedProx (Li et al. 2020, eq. 2); its gradient mu * (w - w_start) is added
-    to the loss's. ``moments`` are those of an earlier call, for a client that keeps its optimiser.
+    to the loss's. ``shift`` is added to every gradient as well. ``moments`` are those of an earlier call, for
+    a client that keeps its optimiser.
 
     Raises:
         UpdateError: the loss is not finite, or there was no batch.
@@ -97,6 +108,10 @@ def train_locally(
             gradient = parameters[name].grad
             if gradient is not None:
                 gradient.add_(parameters[name].detach() - anchor, alpha=settings.proximal)
+        for name, constant in (shift or {}).items():
+            gradient = parameters[name].grad
+            if gradient is not None:
+                gradient.add_(constant)
         if settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm)
         optimizer.step()

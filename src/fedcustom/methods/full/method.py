@@ -10,7 +10,7 @@ import torch
 from ...models.load import Base
 from ..peft_support import head_names, loading_page
 from ..settings import TuningSettings
-from ..tuning import Tuned
+from ..technique import Tuned
 
 
 class FullSettings(TuningSettings):

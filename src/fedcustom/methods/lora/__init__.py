@@ -1,7 +1,6 @@
-"""Low-rank adaptation: each adapted matrix W becomes W + (alpha / r) B A, and only A and B are trained and
-sent.
-"""
+"""LoRA and its federated variants."""
 
-from .method import Lora, LoraSettings
+from .method import Lora
+from .settings import LoraSettings
 
 __all__ = ["Lora", "LoraSettings"]

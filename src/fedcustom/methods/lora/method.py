@@ -1,38 +1,27 @@
-"""Low-rank adaptation (Hu et al. 2021), averaged factor by factor (FedIT, Zhang et al. 2023)."""
+"""Low-rank adaptation (Hu et al. 2021) and its federated variants."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+import copy
+from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import Field
+from torch import Tensor, nn
 
+from ...aggregation.low_rank import LoraFactors, frozen_bases, layer_layout, pad_rank
 from ...models.load import Base
-from ..peft_support import attach_peft, peft_tuned, task_type
-from ..settings import TuningSettings
-from ..tuning import Tuned
-
-
-class LoraSettings(TuningSettings):
-    """Low-rank adaptation of chosen matrices."""
-
-    default_learning_rate: ClassVar[float] = 2e-3
-
-    name: Literal["lora"] = "lora"
-    rank: int = Field(8, ge=1, le=4096, description="Rank r of the change")
-    alpha: float = Field(16.0, gt=0, description="The change is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training")
-    target_modules: list[str] | None = Field(
-        None,
-        description="Matrices to adapt, by name endings; unset: PEFT's choice; ['all-linear']: all",
-    )
+from ...tensors import Tensors
+from ..peft_support import attach_peft, clean_name, loading_page, peft_tuned, task_type
+from ..technique import Tuned
+from .merging import CHANGES_BASE, OWN_RULE, LoraMerging, Matrix
+from .settings import LoraSettings
 
 
 class Lora:
-    """FedIT: the means of A and of B are taken apart, and mean(B) mean(A) is not the mean of B A.
+    """LoRA; ``variant`` says what travels and how it is merged (see :mod:`.merging`).
 
-    What travels: A of (rank, in) and B of (out, rank) for each adapted matrix. B starts at zero, A at the
-    same random values for every client.
+    A of (rank, in) starts at the same random values for every client, B of (out, rank) at zero.
     """
 
     def __init__(self, settings: LoraSettings) -> None:
@@ -42,22 +31,43 @@ class Lora:
         """Wrap the chosen matrices with PEFT's LoRA layers."""
         from peft import LoraConfig
 
-        chosen: Any = self.settings.target_modules
+        settings = self.settings
+        chosen: Any = settings.target_modules
         if chosen == ["all-linear"] or (chosen is None and not known_to_peft(base)):
             chosen = "all-linear"
         config = LoraConfig(
             task_type=task_type(base),
-            r=self.settings.rank,
-            lora_alpha=self.settings.alpha,  # type: ignore[arg-type]
-            lora_dropout=self.settings.dropout,
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]
+            lora_dropout=settings.dropout,
+            use_rslora=settings.rank_stabilised,
+            use_dora=settings.dora,
             target_modules=chosen,
             modules_to_save=list(base.head) or None,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = attach_peft(base, config, "lora")
+        layers = lora_layers(model)
+        if settings.variant == "ffa":
+            for layer in layers.values():
+                layer.lora_A["default"].weight.requires_grad_(False)
+        elif settings.variant == "fedsb":
+            for layer in layers.values():
+                _train_between(layer, settings.rank)
         tuned = peft_tuned(base, model)
-        if self.settings.dropout:
+        if settings.variant == "fedsb":
+            tuned.parameters = {n.replace(".lora_B.", ".lora_R."): p for n, p in tuned.parameters.items()}
+        matrices = [
+            Matrix(name, layer.lora_A["default"].weight.detach().clone(), _outer(layer).detach().clone())
+            for name, layer in layers.items()
+        ]
+        tuned.merging = LoraMerging(settings, matrices, seed)
+        if settings.variant in OWN_RULE:
+            _fit_ranks(tuned, model, layers, matrices, settings, base)
+        if settings.variant == "fedsb":
+            _save_as_lora(tuned, layers)
+        if settings.dropout:
             tuned.active_dropout = [m for name, m in model.named_modules() if name.endswith("lora_dropout")]
         return tuned
 
@@ -67,3 +77,134 @@ def known_to_peft(base: Base) -> bool:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICES
 
     return base.model.config.model_type in CHOICES
+
+
+def lora_layers(model: Any) -> dict[str, Any]:
+    """The adapted layers, by their names in the base model's terms."""
+    from peft.tuners.lora import LoraLayer
+
+    return {clean_name(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+class Between(nn.Module):
+    """Fed-SB: ``B R`` in the place of B; only R of (rank, rank) is trained, and it starts at zero."""
+
+    def __init__(self, outer: Tensor) -> None:
+        super().__init__()
+        self.outer = nn.Parameter(outer, requires_grad=False)
+        self.weight = nn.Parameter(torch.zeros(outer.shape[1], outer.shape[1], device=outer.device))
+
+    def product(self) -> Tensor:
+        """``B R`` of (out, rank)."""
+        return self.outer @ self.weight
+
+    def forward(self, inner: Tensor) -> Tensor:
+        """(..., rank) to (..., out)."""
+        return nn.functional.linear(nn.functional.linear(inner, self.weight), self.outer)
+
+
+def _train_between(layer: Any, rank: int) -> None:
+    """Fix A and B to the base weight's leading singular directions, and train R between them."""
+    weight = layer_layout(layer.get_base_layer().weight.detach(), layer.fan_in_fan_out).float()
+    b, a = frozen_bases(weight, rank)
+    inner = layer.lora_A["default"].weight
+    inner.requires_grad_(False)
+    with torch.no_grad():
+        inner.copy_(a)
+    layer.lora_B["default"] = Between(b.to(inner.device))
+
+
+def _outer(layer: Any) -> Tensor:
+    outer = layer.lora_B["default"]
+    weight: Tensor = outer.outer if isinstance(outer, Between) else outer.weight
+    return weight
+
+
+def _fit_ranks(
+    tuned: Tuned,
+    model: Any,
+    layers: dict[str, Any],
+    matrices: list[Matrix],
+    settings: LoraSettings,
+    base: Base,
+) -> None:
+    """Let the resident model take factors of any rank up to its own, and a changed base.
+
+    Missing rows of A and columns of B are zero, and stay so under any gradient: the product has none there.
+    """
+    rank = settings.rank
+    original = {m.name: layers[m.name].get_base_layer().weight.detach().clone() for m in matrices}
+    changes_base = settings.variant in CHANGES_BASE
+    applied: Tensors = {}
+    if changes_base:
+        applied = {m.base_name: torch.zeros(m.b.shape[0], m.a.shape[1]) for m in matrices}
+
+    def write(tensors: Tensors) -> Tensors:
+        nonlocal rank
+        for matrix in matrices:
+            layer = layers[matrix.name]
+            rank = tensors[matrix.a_name].shape[0]
+            layer.scaling["default"] = settings.scale(rank)
+            padded = pad_rank(LoraFactors(tensors[matrix.a_name], tensors[matrix.b_name]), settings.rank)
+            tensors[matrix.a_name], tensors[matrix.b_name] = padded.a, padded.b
+            change = tensors.pop(matrix.base_name, None)
+            if change is not None and change is not applied[matrix.base_name]:
+                weight = layer.get_base_layer().weight
+                weight.copy_(original[matrix.name] + layer_layout(change, layer.fan_in_fan_out).to(weight))
+                applied[matrix.base_name] = change
+        return tensors
+
+    def read(tensors: Tensors) -> Tensors:
+        for matrix in matrices:
+            tensors[matrix.a_name] = tensors[matrix.a_name][:rank]
+            tensors[matrix.b_name] = tensors[matrix.b_name][:, :rank].contiguous()
+        return {**tensors, **applied}
+
+    tuned.write_hook, tuned.read_hook = write, read
+    if not changes_base:
+        return
+
+    def save(folder: Path) -> None:
+        merged = copy.deepcopy(model).merge_and_unload()
+        merged.save_pretrained(folder)
+        (folder / "README.md").write_text(loading_page(base, adapter=False), encoding="utf-8")
+
+    def load(folder: Path) -> None:
+        saved = type(base.model).from_pretrained(folder, dtype=torch.float32).state_dict()
+        state = {m.a_name: m.a for m in matrices} | {m.b_name: torch.zeros_like(m.b) for m in matrices}
+        for matrix in matrices:
+            change = saved[f"{matrix.name}.weight"] - original[matrix.name].float()
+            state[matrix.base_name] = layer_layout(change, layers[matrix.name].fan_in_fan_out).contiguous()
+        tuned.write(state | {name: saved[name] for name in tuned.head})
+
+    tuned.save, tuned.load = save, load
+
+
+def _save_as_lora(tuned: Tuned, layers: dict[str, Any]) -> None:
+    """Fed-SB is saved as an ordinary LoRA adapter whose B is ``B R``."""
+    save_adapter = tuned.save
+
+    def save(folder: Path) -> None:
+        trained = {name: layer.lora_B["default"] for name, layer in layers.items()}
+        for name, layer in layers.items():
+            plain = nn.Linear(trained[name].weight.shape[0], trained[name].outer.shape[0], bias=False)
+            plain.weight.data = trained[name].product().detach()
+            layer.lora_B["default"] = plain
+        try:
+            save_adapter(folder)
+        finally:
+            for name, layer in layers.items():
+                layer.lora_B["default"] = trained[name]
+
+    def load(folder: Path) -> None:
+        import peft
+
+        saved = peft.load_peft_weights(str(folder), device="cpu")
+        state = {}
+        for name, layer in layers.items():
+            product = saved[f"base_model.model.{name}.lora_B.weight"]
+            state[f"{name}.lora_R.weight"] = layer.lora_B["default"].outer.T.cpu() @ product
+        heads = {clean_name(name): tensor for name, tensor in saved.items()}
+        tuned.write(state | {name: heads[name] for name in tuned.head})
+
+    tuned.save, tuned.load = save, load

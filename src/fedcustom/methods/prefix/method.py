@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import ModelError
 from ...models.load import Base
-from ...tensors import Tensors
 from ..peft_support import attach_peft, peft_parameters, task_type, tuned_with
+from ..reparametrisation import Network, reparametrise
 from ..settings import TuningSettings
-from ..tuning import Tuned
+from ..technique import Tuned
 from .init import TEXT, text_prefix
 
 PEFT_NAME, NAME = "prompt_encoder.embedding.weight", "prefix"
@@ -81,7 +81,14 @@ class Prefix:
         weight = parameters.pop(PEFT_NAME)
         tuned = tuned_with(base, model, parameters)
         if settings.reparametrise:
-            _reparametrise(tuned, model, weight, layout, settings.reparametrise_width, seed)
+            reparametrise(
+                tuned,
+                model,
+                NAME,
+                Network("mlp", settings.reparametrise_width, seed),
+                to_travel=layout.from_peft,
+                from_travel=layout.to_peft,
+            )
         else:
             parameters[NAME] = weight
             tuned.read_hook = lambda tensors: {**tensors, NAME: layout.from_peft(tensors[NAME])}
@@ -109,58 +116,6 @@ class Layout:
     def to_peft(self, prefix: Tensor) -> Tensor:
         """The inverse of :meth:`from_peft`."""
         return prefix.permute(3, 0, 1, 2, 4).reshape(self.length, -1).contiguous()
-
-
-class ReparametrisedPrefix(nn.Module):
-    """A prefix plus the output of a two-layer network, which is zero until it is trained."""
-
-    def __init__(self, embedding: nn.Embedding, width: int) -> None:
-        super().__init__()
-        self.embedding = embedding
-        self.embedding.weight.requires_grad_(False)
-        length, numbers = embedding.weight.shape
-        self.codes = nn.Parameter(torch.empty(length, width))
-        self.hidden = nn.Linear(width, width)
-        self.output = nn.Linear(width, numbers)
-
-    def restart(self, seed: int) -> None:
-        """Initialise the network such that its output is zero."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            nn.init.normal_(self.codes)
-            self.hidden.reset_parameters()
-            nn.init.zeros_(self.output.weight)
-            nn.init.zeros_(self.output.bias)
-
-    def materialised(self) -> Tensor:
-        """The prefix itself, (length, numbers)."""
-        change: Tensor = self.output(torch.tanh(self.hidden(self.codes)))
-        return self.embedding.weight + change
-
-    def forward(self, positions: Tensor) -> Tensor:
-        """The prefix for a batch: (batch, length) to (batch, length, numbers)."""
-        return self.materialised()[None].expand(positions.shape[0], -1, -1)
-
-
-def _reparametrise(
-    tuned: Tuned, model: Any, weight: nn.Parameter, layout: Layout, width: int, seed: int
-) -> None:
-    network = ReparametrisedPrefix(model.prompt_encoder["default"].embedding, width).to(weight.device)
-    network.restart(seed)
-    model.prompt_encoder["default"] = network
-    own = {f"reparametrisation.{n}": p for n, p in network.named_parameters() if p.requires_grad}
-    tuned.parameters.update(own)
-
-    def read(tensors: Tensors) -> Tensors:
-        travelling = {name: tensor for name, tensor in tensors.items() if name not in own}
-        return {**travelling, NAME: layout.from_peft(network.materialised())}
-
-    def write(tensors: Tensors) -> Tensors:
-        network.embedding.weight.copy_(layout.to_peft(tensors.pop(NAME)))
-        network.restart(seed)
-        return {**tensors, **{name: parameter.detach().clone() for name, parameter in own.items()}}
-
-    tuned.read_hook, tuned.write_hook = read, write
 
 
 def require_key_value_input(base: Base) -> None:

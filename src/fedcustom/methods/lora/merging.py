@@ -1,0 +1,239 @@
+"""What travels and how it is merged in each federated variant of LoRA; the rules are ``aggregation/lora.py``.
+
+=========  ====================  ===================================================================
+variant    sent up               the server
+=========  ====================  ===================================================================
+fedit      A, B                  means of A and of B apart: not the mean of B A (Zhang et al. 2023)
+ffa        B                     mean of B; A stays at its shared start: exact (Sun et al. 2024)
+rolora     B and A by turns      mean of the one, the other rests: exact (Chen et al. 2024)
+fedsa      A                     mean of A; B stays with the client (Guo et al. 2024)
+flora      A, B, mixed ranks     adds the stacked product to the base: exact (Wang et al. 2024)
+fedex      A, B                  means, and adds what they miss to the base: exact (Singhal et al. 2024)
+flexlora   A, B, mixed ranks     best approximation of the ideal at a rank (Bai et al. 2024)
+hetlora    A, B, mixed ranks     zero-padded, weighted by norm, truncated (Cho et al. 2024)
+fedsb      R (rank x rank)       mean of R between fixed B and A: exact (Singhal et al. 2025)
+=========  ====================  ===================================================================
+
+``flora`` and ``fedex`` change the base, so what goes down holds a dense change of every adapted matrix: a
+client need not have been there before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...aggregation import robust
+from ...aggregation.lora import (
+    LoraUpdate,
+    aggregation_error,
+    lora_inner_products,
+    padded_lora,
+    residual_lora,
+    stacked_lora,
+    truncated_lora,
+)
+from ...aggregation.low_rank import LoraFactors, truncate_rank, with_scale
+from ...tensors import Tensors, add
+from ..contract import State, Values
+from ..merging import BASE_CHANGE, Arrival, Merging, Round
+from ..seeds import name_seed
+from .settings import LoraSettings
+
+CHANGES_BASE = ("flora", "fedex")
+OWN_RULE = ("flora", "fedex", "flexlora", "hetlora")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """An adapted matrix: the names of its tensors, and A and B as they are initialised.
+
+    ``a`` and ``b`` are those of the start; where a variant fixes them, they never change.
+    """
+
+    name: str
+    a: Tensor
+    b: Tensor
+
+    @property
+    def a_name(self) -> str:
+        """The name of A of (rank, in)."""
+        return f"{self.name}.lora_A.weight"
+
+    @property
+    def b_name(self) -> str:
+        """The name of B of (out, rank)."""
+        return f"{self.name}.lora_B.weight"
+
+    @property
+    def r_name(self) -> str:
+        """The name of R of (rank, rank), where that is what is trained."""
+        return f"{self.name}.lora_R.weight"
+
+    @property
+    def base_name(self) -> str:
+        """The name of the dense change of the base, (out, in)."""
+        return f"{BASE_CHANGE}{self.name}.weight"
+
+
+class LoraMerging(Merging):
+    """The rules of the recipe's variant, for all adapted matrices."""
+
+    def __init__(self, settings: LoraSettings, matrices: Sequence[Matrix], seed: int) -> None:
+        self.settings, self.matrices, self.seed = settings, matrices, seed
+        variant = settings.variant
+        self.own_rule = f"lora variant {variant}" if variant in OWN_RULE else ""
+        self.personal = ("lora_B",) if variant == "fedsa" else ()
+
+    def rank_of(self, client: str) -> int:
+        """The client's rank: a draw by its name."""
+        ranks = self.settings.client_ranks
+        if not ranks:
+            return self.settings.rank
+        shares = np.array(self.settings.client_rank_shares or [1.0] * len(ranks))
+        draw = np.random.default_rng([self.seed, 12, name_seed(client)]).random()
+        position = int(np.searchsorted(np.cumsum(shares / shares.sum()), draw, side="right"))
+        return ranks[min(position, len(ranks) - 1)]
+
+    def start(self, tensors: Tensors) -> Tensors:
+        """In ``flora`` the state is the changed base; A and B begin anew in each round."""
+        if self.settings.variant != "flora":
+            return tensors
+        return {n: t for n, t in tensors.items() if ".lora_A." not in n and ".lora_B." not in n}
+
+    def down(self, tensors: Tensors, client: str, round_number: int) -> Tensors:
+        """The state, with A and B at the client's rank and scale."""
+        rank, settings = self.rank_of(client), self.settings
+        if settings.variant == "flora":
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + round_number)
+            own = {}
+            for matrix in self.matrices:
+                bound = matrix.a.shape[1] ** -0.5  # as nn.Linear and PEFT initialise A
+                own[matrix.a_name] = torch.empty_like(matrix.a).uniform_(-bound, bound, generator=generator)[
+                    :rank
+                ]
+                own[matrix.b_name] = torch.zeros_like(matrix.b[:, :rank])
+            return {**tensors, **own}
+        if rank == settings.rank:
+            return tensors
+        own = {}
+        for matrix in self.matrices:
+            whole = LoraFactors(tensors[matrix.a_name], tensors[matrix.b_name], settings.scale(settings.rank))
+            part = with_scale(truncate_rank(whole, rank), settings.scale(rank))
+            own |= {matrix.a_name: part.a.contiguous(), matrix.b_name: part.b.contiguous()}
+        return {**tensors, **own}
+
+    def trains(self, name: str, round_number: int) -> bool:
+        """In ``rolora``, B in odd rounds and A in even ones."""
+        if self.settings.variant != "rolora":
+            return True
+        return (".lora_A." if round_number % 2 else ".lora_B.") not in name
+
+    def round(self, state: State) -> Round:
+        """Begin to merge a round."""
+        return LoraRound(self, state.tensors)
+
+    def factors(self, matrix: Matrix, tensors: Mapping[str, Tensor]) -> LoraFactors:
+        """A matrix's factors in a state; those that the state lacks are as they were initialised."""
+        b = tensors.get(matrix.b_name, matrix.b)
+        if matrix.r_name in tensors:
+            b = b @ tensors[matrix.r_name]
+        a = tensors.get(matrix.a_name, matrix.a)
+        return LoraFactors(a, b, self.settings.scale(a.shape[0]))
+
+
+class LoraRound(Round):
+    """One round: what the clients' factors amount to, and how far the merged change is from that."""
+
+    def __init__(self, merging: LoraMerging, before: Tensors) -> None:
+        self.merging, self.before = merging, before
+        self.ideal: Tensors = {}
+        self.weight = 0.0
+        self.updates: dict[str, list[LoraUpdate]] = {}
+        self.sent: list[Tensors] = []
+
+    def take(self, arrival: Arrival) -> Tensors:
+        """Add the client's product to the ideal; the rest is for the recipe's rule."""
+        merging, weight = self.merging, arrival.weight * arrival.discount
+        self.sent.append(arrival.sent)
+        if merging.settings.variant == "fedsa":  # B stays with the client
+            return arrival.change
+        trained = {name: arrival.sent[name] + arrival.change[name] for name in arrival.change}
+        after = {**arrival.sent, **trained}
+        for matrix in merging.matrices:
+            factors = merging.factors(matrix, after)
+            product = factors.change()
+            if weight:
+                if matrix.name not in self.ideal:
+                    self.ideal[matrix.name] = torch.zeros_like(product)
+                self.ideal[matrix.name].add_(product, alpha=weight)
+            if merging.own_rule:
+                update = LoraUpdate(arrival.client, factors, weight)
+                self.updates.setdefault(matrix.name, []).append(update)
+        self.weight += weight
+        if not merging.own_rule:
+            return arrival.change
+        own = {name for matrix in merging.matrices for name in (matrix.a_name, matrix.b_name)}
+        return {name: tensor for name, tensor in arrival.change.items() if name not in own}
+
+    def merged(self, tensors: Tensors) -> tuple[Tensors, Values]:
+        """The merged factors and base changes, and the relative distance of their sum from the ideal."""
+        if not self.ideal:
+            return {}, {}
+        merging = self.merging
+        own: Tensors = {}
+        for matrix in merging.matrices:
+            if merging.own_rule:
+                own |= self._merge(matrix, self.updates.pop(matrix.name))
+        after = {**tensors, **own}
+        pairs = []
+        for matrix in merging.matrices:
+            reached = merging.factors(matrix, after).change()
+            if merging.settings.variant in CHANGES_BASE:
+                if merging.settings.variant == "flora":
+                    reached = torch.zeros_like(reached)
+                reached = reached + after[matrix.base_name] - self.before[matrix.base_name]
+            pairs.append((reached, self.ideal[matrix.name] / self.weight))
+        error = aggregation_error(pairs)
+        return own, {"aggregation_error": error} if math.isfinite(error) else {}
+
+    def inner_products(self, changes: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Distances are those of the products B A, not of the factors; of other tensors, their own."""
+        merging = self.merging
+        mine = {n for m in merging.matrices for n in (m.a_name, m.b_name, m.r_name)}
+        if merging.settings.variant == "fedsa":
+            return robust.inner_products(changes)
+        rest = [{n: t for n, t in change.items() if n not in mine} for change in changes]
+        gram = robust.inner_products(rest)
+        for matrix in merging.matrices:
+            updates = []
+            for number, (sent, change) in enumerate(zip(self.sent, changes, strict=True)):
+                names = mine & change.keys()
+                after = {**sent, **add({n: sent[n] for n in names}, {n: change[n] for n in names})}
+                updates.append(LoraUpdate(str(number), merging.factors(matrix, after)))
+            gram += lora_inner_products(updates, merging.factors(matrix, self.before))
+        return gram
+
+    def _merge(self, matrix: Matrix, updates: list[LoraUpdate]) -> Tensors:
+        """One matrix by the variant's own rule."""
+        settings = self.merging.settings
+        scale = settings.scale(settings.rank)
+        if settings.variant == "flora":
+            change = stacked_lora(updates, scale).change()
+            return {matrix.base_name: self.before[matrix.base_name] + change}
+        if settings.variant == "fedex":
+            mean, residual = residual_lora(updates)
+            base = self.before[matrix.base_name] + residual
+            return {matrix.a_name: mean.a, matrix.b_name: mean.b, matrix.base_name: base}
+        if settings.variant == "flexlora":
+            best = truncated_lora(updates, settings.rank, scale)
+            # Directions that the clients left empty keep rows of A, or they could never be trained again.
+            empty = best.b.norm(dim=0) <= 1e-6 * best.b.norm()
+            return {matrix.a_name: torch.where(empty[:, None], matrix.a, best.a), matrix.b_name: best.b}
+        padded = padded_lora(updates, settings.rank, scale)
+        return {matrix.a_name: padded.a, matrix.b_name: padded.b}

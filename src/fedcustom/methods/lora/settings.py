@@ -1,0 +1,73 @@
+"""The recipe's section for LoRA and its federated variants."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ..settings import TuningSettings
+
+Variant = Literal["fedit", "ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb"]
+
+MIXED_RANKS = ("flora", "flexlora", "hetlora")
+"""Variants in which clients may have different ranks."""
+
+WITH_DORA = ("fedit", "ffa", "rolora", "fedsa")
+"""Variants that average what was trained as it is, and claim nothing about the merged weight."""
+
+
+class LoraSettings(TuningSettings):
+    """Low-rank adaptation of chosen matrices."""
+
+    default_learning_rate: ClassVar[float] = 2e-3
+
+    name: Literal["lora"] = "lora"
+    variant: Variant = Field("fedit", description="What travels and how it is merged (docs/lora.md)")
+    rank: int = Field(
+        8, ge=1, le=4096, description="Rank r of the change; with client_ranks, of the server's"
+    )
+    client_ranks: list[int] | None = Field(
+        None, description="Ranks of the clients, dealt out to them (flora, flexlora, hetlora); unset: rank"
+    )
+    client_rank_shares: list[float] | None = Field(
+        None, description="Share of clients with each of client_ranks; unset: equal shares"
+    )
+    alpha: float = Field(16.0, gt=0, description="The change is scaled by alpha / rank")
+    rank_stabilised: bool = Field(False, description="rsLoRA: scale by alpha / sqrt(rank) instead")
+    dora: bool = Field(
+        False, description="DoRA: train the length of each row apart (fedit, ffa, rolora, fedsa)"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training")
+    target_modules: list[str] | None = Field(
+        None,
+        description="Matrices to adapt, by name endings; unset: PEFT's choice; ['all-linear']: all",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        ranks, shares = self.client_ranks, self.client_rank_shares
+        if ranks is not None:
+            if self.variant not in MIXED_RANKS:
+                raise ValueError(
+                    f"client_ranks = {ranks}: variant {self.variant!r} needs one rank for all; "
+                    f"allowed in {', '.join(MIXED_RANKS)}"
+                )
+            if not ranks or min(ranks) < 1 or max(ranks) > self.rank:
+                raise ValueError(f"client_ranks = {ranks}: each must be from 1 to rank = {self.rank}")
+        if shares is not None and (
+            ranks is None or len(shares) != len(ranks) or min(shares) < 0 or sum(shares) <= 0
+        ):
+            raise ValueError(
+                f"client_rank_shares = {shares}: must be one number of at least 0 for each of client_ranks"
+            )
+        if self.dora and self.variant not in WITH_DORA:
+            raise ValueError(
+                f"dora = true: DoRA's weight is not linear in B A, so what variant {self.variant!r} merges "
+                f"would not be the merged weight; allowed in {', '.join(WITH_DORA)}"
+            )
+        return self
+
+    def scale(self, rank: int) -> float:
+        """What B A is multiplied by at a rank: alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023)."""
+        return self.alpha / (rank**0.5 if self.rank_stabilised else rank)

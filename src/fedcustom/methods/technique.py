@@ -1,0 +1,102 @@
+"""What a method that trains tensors says of itself: which tensors, and how they act in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..aggregation.settings import AggregationSettings
+from ..data.examples import Example
+from ..data.settings import DataSettings
+from ..evaluation.settings import EvaluationSettings
+from ..models.load import Base
+from ..tensors import Tensors
+from ..training.settings import TrainingSettings
+from .merging import Merging
+
+Keeps = Literal["nothing", "optimizer", "everything"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method is built from, alike on the server and at every client.
+
+    ``keeps`` says what a client keeps to itself between rounds: nothing (federated learning), its optimiser's
+    moments (the centralised baseline, whose training never stops), or everything (the local baseline, which
+    sends nothing). ``keep_local`` names parts of what is trained that stay with each client (``head``, or a
+    part of tensors' names); ``clients`` is how many clients there are, ``root`` what the server itself trains
+    on where a rule asks for that.
+    """
+
+    base: Base
+    data: DataSettings
+    training: TrainingSettings
+    aggregation: AggregationSettings
+    evaluation: EvaluationSettings
+    rounds: int
+    seed: int
+    keeps: Keeps = "nothing"
+    keep_local: tuple[str, ...] = ()
+    clients: int = 1
+    root: list[Example] = field(default_factory=list)
+
+
+@dataclass
+class Tuned:
+    """A base model with the tensors that a method trains.
+
+    ``parameters`` are trained by a client's optimiser; :meth:`read` and :meth:`write` are what travels. They
+    are the same tensors unless a method says otherwise. ``head`` names those of the classification head.
+    """
+
+    model: Any
+    parameters: dict[str, nn.Parameter]
+    head: frozenset[str]
+    save: Callable[[Path], None]
+    load: Callable[[Path], None]
+    read_hook: Callable[[Tensors], Tensors] | None = None
+    write_hook: Callable[[Tensors], Tensors] | None = None
+    active_dropout: list[nn.Module] = field(default_factory=list)
+    merging: Merging | None = None
+
+    def read(self) -> Tensors:
+        """A copy of the tensors that travel."""
+        with torch.no_grad():
+            tensors = {name: p.detach().clone() for name, p in self.parameters.items()}
+            return self.read_hook(tensors) if self.read_hook else tensors
+
+    def inwards(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Tensors in the form in which they travel, in that in which they are trained."""
+        return self.write_hook(dict(tensors)) if self.write_hook else dict(tensors)
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors that travelled into the model."""
+        with torch.no_grad():
+            values = self.inwards(tensors)
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
+
+
+class Technique(Protocol):
+    """Which tensors a method trains, and how they act in the model."""
+
+    def attach(self, base: Base, seed: int) -> Tuned:
+        """Change ``base.model`` in place so that exactly the method's tensors and the head are trained.
+
+        Raises:
+            ModelError: the method does not fit the model.
+        """
+
+
+def prepare_precision(base: Base, tuned: Tuned) -> None:
+    """Keep trained parameters in float32; with bfloat16, frozen matrices are stored in it as well."""
+    for parameter in base.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        elif base.precision == "bfloat16" and parameter.dim() > 1:
+            parameter.data = parameter.data.to(torch.bfloat16)

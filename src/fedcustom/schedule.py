@@ -1,0 +1,162 @@
+"""Who works in each round, on how much, and from which state: planned before the first round begins."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .data.examples import FederatedData
+from .methods.contract import Values
+from .recipe import Recipe
+from .simulation.settings import ParticipationSettings
+
+EVERYONE = "centralised"
+"""The name of the one client of a centralised run."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one client is to do: how much, from the state after which round, and whether it never answers."""
+
+    amount: Values
+    since: int
+    absent: bool = False
+
+
+Plan = list[dict[str, Assignment]]
+
+
+def plan_rounds(recipe: Recipe, data: FederatedData) -> Plan:
+    """The assignments of every round, by client. A pure function of the recipe and the clients.
+
+    A centralised run sees as many examples a round as the cohort of the federated run would; in a local run
+    the same clients work as long as in the federated one.
+    """
+    names = list(data.clients)
+    if recipe.participation.buffer is not None and recipe.baseline == "federated":
+        plan = list(_buffered(recipe, names))
+    else:
+        plan = list(_synchronous(recipe, names))
+    if recipe.baseline == "centralised":
+        return [_pooled(recipe, data, cohort) for cohort in plan]
+    return [
+        _with_partial_work(recipe, cohort, number, data) if recipe.baseline == "federated" else cohort
+        for number, cohort in enumerate(plan, start=1)
+    ]
+
+
+def last_uses(plan: Plan) -> dict[int, int]:
+    """Until which round the state after a round is needed to start from."""
+    uses: dict[int, int] = {}
+    for number, cohort in enumerate(plan, start=1):
+        for assignment in cohort.values():
+            uses[assignment.since] = number
+    return uses
+
+
+def _whole(recipe: Recipe) -> Values:
+    training = recipe.training
+    if training.local_steps:
+        return {"steps": training.local_steps}
+    return {"epochs": training.local_epochs}
+
+
+def _synchronous(recipe: Recipe, names: Sequence[str]) -> Iterator[dict[str, Assignment]]:
+    size = recipe.rounds.clients_per_round or len(names)
+    for number in range(1, recipe.rounds.count + 1):
+        generator = np.random.default_rng([recipe.seed, 6, number])
+        chosen = sorted(generator.choice(len(names), size=size, replace=False).tolist())
+        yield {names[i]: Assignment(_whole(recipe), number - 1) for i in chosen}
+
+
+def _buffered(recipe: Recipe, names: Sequence[str]) -> Iterator[dict[str, Assignment]]:
+    """FedBuff (Nguyen et al. 2022, algorithm 1): as many clients as a round has are always at work; whenever
+    the buffer is full it is merged, and each client that has answered is replaced by another, which starts
+    from the newest state.
+    """
+    settings, generator = recipe.participation, np.random.default_rng([recipe.seed, 10])
+    size, buffer = recipe.rounds.clients_per_round or len(names), settings.buffer or 1
+    working: list[tuple[float, int, int]] = []  # when it is done, client, the round it starts from
+    busy: set[int] = set()
+
+    def begin(now: float, version: int) -> None:
+        idle = [i for i in range(len(names)) if i not in busy]
+        if idle:
+            client = int(generator.choice(idle))
+            busy.add(client)
+            heapq.heappush(working, (now + _latency(settings, generator), client, version))
+
+    for _ in range(size):
+        begin(0.0, 0)
+    for number in range(1, recipe.rounds.count + 1):
+        answered: dict[str, Assignment] = {}
+        while len(answered) < buffer:
+            now, client, version = heapq.heappop(working)
+            answered[names[client]] = Assignment(_whole(recipe), version)
+            begin(now, number - 1)
+            if not working:
+                break
+        busy -= {names.index(name) for name in answered}
+        while len(working) < size:
+            before = len(working)
+            begin(now, number)
+            if len(working) == before:
+                break
+        yield dict(sorted(answered.items(), key=lambda item: names.index(item[0])))
+
+
+def _latency(settings: ParticipationSettings, generator: np.random.Generator) -> float:
+    """A time with mean 1."""
+    if settings.latency == "uniform":
+        return float(generator.uniform(1 - settings.spread, 1 + settings.spread))
+    if settings.latency == "exponential":
+        return float(generator.exponential())
+    if settings.latency == "lognormal":
+        return float(generator.lognormal(-(settings.spread**2) / 2, settings.spread))
+    return 1.0
+
+
+def _with_partial_work(
+    recipe: Recipe, cohort: Mapping[str, Assignment], number: int, data: FederatedData
+) -> dict[str, Assignment]:
+    """The cohort, in which some drop out and some do less. As many as must answer never drop out."""
+    settings = recipe.participation
+    if not settings.dropout and not settings.partial:
+        return dict(cohort)
+    generator = np.random.default_rng([recipe.seed, 7, number])
+    lost = generator.random(len(cohort)) < settings.dropout
+    for position in generator.permutation(len(cohort)):
+        if (~lost).sum() >= min(recipe.rounds.min_clients, len(cohort)):
+            break
+        lost[position] = False
+    changed = {}
+    for (name, assignment), absent in zip(cohort.items(), lost.tolist(), strict=True):
+        amount, less, share = assignment.amount, generator.random(), generator.random()
+        if less < settings.partial:
+            share = settings.minimum_work + (1 - settings.minimum_work) * share
+            amount = _share(amount, share, len(data.clients[name].train))
+        changed[name] = Assignment(amount, assignment.since, absent)
+    return changed
+
+
+def _share(amount: Values, share: float, examples: int) -> Values:
+    if "steps" in amount:
+        return {"steps": max(1, math.floor(share * amount["steps"]))}
+    return {"examples": max(1, math.floor(share * amount["epochs"] * examples))}
+
+
+def _pooled(recipe: Recipe, data: FederatedData, cohort: Mapping[str, Assignment]) -> dict[str, Assignment]:
+    """One client with all data that sees as many examples as the cohort would."""
+    training = recipe.training
+    sizes = [len(data.clients[name].train) for name in cohort]
+    if training.local_steps:
+        # A client with less than a batch makes its steps with what it has.
+        examples = sum(training.local_steps * min(training.batch_size, count) for count in sizes)
+    else:
+        examples = training.local_epochs * sum(sizes)
+    since = next(iter(cohort.values())).since
+    return {EVERYONE: Assignment({"examples": examples}, since)}
