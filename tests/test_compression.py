@@ -424,7 +424,8 @@ def some_bytes(*numbers: int) -> Tensor:
         ("top_k", {"gaps": some_bytes(0, 0, 0, 128)}),  # the last goes on
         ("top_k", {"gaps": some_bytes(0, 0, 0, 0, 128)}),
         ("top_k", {"gaps": some_bytes(0, 0, 0, 8)}),  # index 11 of 11
-        ("top_k", {"gaps": some_bytes(0, 0, 0, 128, 128, 128, 128, 128, 1)}),  # six bytes
+        ("top_k", {"gaps": some_bytes(0, 0, 0, *[128] * 5, 0)}),  # six bytes
+        ("top_k", {"gaps": some_bytes(0, 0, 5, *[128] * 9, 1)}),  # 2^63, which wraps to a negative number
         ("top_k", {"gaps": some_bytes(255, 255, 255, 255, 127, 0, 0, 0)}),
         ("top_k", {"gaps": some_bytes()}),
         ("top_k", {"gaps": some_bytes(0, 0, 0, 0).view(2, 2)}),

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_methods import classification_examples, generation_examples, make
 
 import fedcustom
 from fedcustom.aggregation.settings import AggregationSettings
@@ -18,6 +17,7 @@ from fedcustom.methods.lora.method import lora_layers
 from fedcustom.methods.lora.settings import LoraSettings
 from fedcustom.recipe import load_recipe
 from fedcustom.tensors import Tensors, equal
+from test_methods import classification_examples, generation_examples, make
 
 SIZES = {"a": 3, "b": 8, "c": 5}
 EXACT = ("ffa", "rolora", "flora", "fedex", "fedsb")
@@ -40,7 +40,7 @@ def effective(method: WeightTuning) -> Tensors:
 def one_round(
     method: WeightTuning, kind: str, rounds: int = 2
 ) -> tuple[list[tuple[Tensors, Tensors]], list[float]]:
-    """Rounds with three unequal clients: what the server's model came to and what it should have, by round."""
+    """Rounds with three unequal clients: by round, the server's model and what it should have been."""
     state, pairs, errors = method.start(), [], []
     make_examples = classification_examples if kind == "classification" else generation_examples
     for number in range(1, rounds + 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ class Arrival:
     """One client's answer, in full shape.
 
     ``sent`` is what it was sent, ``change`` what it adds to that, ``weight`` its weight in a mean and
-    ``discount`` what a late change is multiplied by.
+    ``discount`` what a late change is multiplied by; ``values`` are the numbers and texts that it sent.
     """
 
     client: str
@@ -28,6 +28,7 @@ class Arrival:
     change: Tensors
     weight: float
     discount: float = 1.0
+    values: Values = field(default_factory=dict)
 
 
 class Round:

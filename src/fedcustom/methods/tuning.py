@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -314,14 +315,15 @@ class WeightTuning:
         change = self.merging.unpack(answer.update.tensors, answer.update.values, wanted)
         by_examples = self.context.aggregation.weighting == "examples"
         weight = answer.update.weight if by_examples else 1.0
-        return Arrival(answer.client, without(answer.task.tensors, CONTROL), change, weight, answer.discount)
+        sent = without(answer.task.tensors, CONTROL)
+        return Arrival(answer.client, sent, change, weight, answer.discount, answer.update.values)
 
     def _root(self, state: State, task: Task) -> Arrival:
         """What the server's own examples would change (FLTrust)."""
         values = {"epochs": 1, **{k: v for k, v in task.values.items() if k in ("round", "steps")}}
         (own,) = self.ask(state, values["round"], {ROOT: values}).values()
         client = Client(ROOT, ClientData(ROOT, self.context.root))
-        return self._arrival(Answer(ROOT, own, self.work(own, client)))
+        return replace(self._arrival(Answer(ROOT, own, self.work(own, client))), weight=0.0)
 
     def _own(self, tensors: Tensors, memory: Memory) -> Tensors:
         """A state with the client's own tensors in it; what it lacks is as it was initialised."""

@@ -17,7 +17,7 @@ from ..whole_model import partly_trained
 class BitFitSettings(TuningSettings):
     """Bias vectors, and normalisation scales if asked for."""
 
-    default_learning_rate: ClassVar[float] = 3e-3
+    default_learning_rate: ClassVar[float] = 5e-3
 
     name: Literal["bitfit"] = "bitfit"
     norms: bool = Field(False, description="Train the scales of normalisation layers as well")

@@ -1,5 +1,6 @@
-"""Prefix-tuning: learnt keys and values in front of those of the input, in every layer."""
+"""Prefix-tuning on keys and values, and the rules by which clients' prefixes are merged."""
 
-from .method import Prefix, PrefixSettings
+from .method import Prefix
+from .settings import PrefixSettings
 
 __all__ = ["Prefix", "PrefixSettings"]

@@ -9,11 +9,6 @@ from torch import Tensor
 
 from ...models.load import Base
 
-TEXT = (
-    "The following is a text from our work. Read it with care, think about what it says and what it is for, "
-    "and then give the answer that a person who knows this field well would give."
-)
-
 
 def text_prefix(base: Base, text: str, length: int) -> Tensor:
     """Keys and values of ``text``'s first ``length`` tokens, (layers, 2, key-value heads, length, head size).

@@ -5,39 +5,22 @@ layer.
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from ...errors import ModelError
+from ...errors import ModelError, RecipeError
 from ...models.load import Base
 from ..peft_support import attach_peft, peft_parameters, task_type, tuned_with
 from ..reparametrisation import Network, reparametrise
-from ..settings import TuningSettings
 from ..technique import Tuned
-from .init import TEXT, text_prefix
+from .distil import Distiller, read_texts
+from .init import text_prefix
+from .merging import NAME, PrefixMerging
+from .settings import PrefixSettings
 
-PEFT_NAME, NAME = "prompt_encoder.embedding.weight", "prefix"
-
-
-class PrefixSettings(TuningSettings):
-    """Learnt keys and values in front of those of the input, in every layer."""
-
-    default_learning_rate: ClassVar[float] = 1e-2
-
-    name: Literal["prefix"] = "prefix"
-    length: int = Field(16, ge=1, le=100_000, description="Number of key-value pairs in each layer and head")
-    init: Literal["random", "zero", "text"] = Field(
-        "text",
-        description="random: normal; zero: nearly no effect at first; text: keys and values of init_text",
-    )
-    init_text: str = Field(TEXT, min_length=1, description="Text for init = text, repeated to length")
-    reparametrise: bool = Field(
-        False, description="Train through a small network at the client, as in the paper; it is never sent"
-    )
-    reparametrise_width: int = Field(128, ge=1, le=65536, description="Hidden width of that network")
+PEFT_NAME = "prompt_encoder.embedding.weight"
 
 
 class Prefix:
@@ -93,6 +76,14 @@ class Prefix:
             parameters[NAME] = weight
             tuned.read_hook = lambda tensors: {**tensors, NAME: layout.from_peft(tensors[NAME])}
             tuned.write_hook = lambda tensors: {**tensors, NAME: layout.to_peft(tensors[NAME])}
+        layers = layout.layers
+        if settings.layers_sent is not None and settings.layers_sent > layers:
+            raise RecipeError(f"method.layers_sent = {settings.layers_sent}: {base.name} has {layers} layers")
+        distil = None
+        if settings.public_text is not None:
+            distil = Distiller(base, settings, read_texts(settings.public_text))
+        if settings.merging != "mean" or settings.layers_sent is not None:
+            tuned.merging = PrefixMerging(settings, distil)
         return tuned
 
 

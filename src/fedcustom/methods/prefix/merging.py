@@ -1,0 +1,96 @@
+"""How clients' prefixes become one; the rules are ``aggregation/prefix.py`` (docs/prefix_rules.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ...aggregation.prefix import matched_mean, mean_of_selected, select_layers
+from ...aggregation.prefix_stacking import Stacked, cluster_slots, stack_prefixes
+from ...errors import UpdateError
+from ...tensors import Tensors
+from ..contract import State, Values
+from ..merging import Arrival, Merging, Round
+from .settings import PrefixSettings
+
+NAME = "prefix"
+
+Distil = Callable[[Stacked, Tensor], Tensor]
+"""From a stacked prefix and a start of the set length to a prefix of that length."""
+
+
+class PrefixMerging(Merging):
+    """The recipe's rule for the prefix; the head follows the rule of the recipe's aggregation."""
+
+    def __init__(self, settings: PrefixSettings, distil: Distil | None) -> None:
+        self.settings, self.distil = settings, distil
+        self.own_rule = f"prefix merging {settings.merging}"
+        if settings.layers_sent is not None:
+            self.own_rule = "prefix layers_sent"
+
+    def pack(self, change: Tensors) -> tuple[Tensors, Values]:
+        """With ``layers_sent``, the layers that changed most, and which ones they are."""
+        count = self.settings.layers_sent
+        if count is None:
+            return change, {}
+        layers = select_layers(change[NAME], count)
+        return {**change, NAME: change[NAME][layers]}, {"layers": layers}
+
+    def unpack(self, tensors: Tensors, values: Values, wanted: Tensors) -> Tensors:
+        """The change with the layers in their places; those that were not sent have none."""
+        count, expected = self.settings.layers_sent, wanted.get(NAME)
+        if count is None or expected is None or NAME not in tensors:
+            return tensors
+        layers = values.get("layers")
+        allowed = range(len(expected))
+        if (
+            not isinstance(layers, list)
+            or len(layers) != count
+            or any(type(layer) is not int or layer not in allowed for layer in layers)
+            or len(set(layers)) != count
+        ):
+            raise UpdateError(f"layers {layers!r}: must be {count} different numbers below {len(expected)}")
+        sent = tensors[NAME]
+        if sent.shape != (count, *expected.shape[1:]):
+            raise UpdateError(
+                f"{NAME} has shape {tuple(sent.shape)}, not {(count, *tuple(expected.shape[1:]))}"
+            )
+        whole = sent.new_zeros(expected.shape)
+        whole[layers] = sent
+        return {**tensors, NAME: whole}
+
+    def round(self, state: State) -> Round:
+        """Begin to merge a round."""
+        return PrefixRound(self, state.tensors[NAME])
+
+
+class PrefixRound(Round):
+    """One round's prefixes."""
+
+    def __init__(self, merging: PrefixMerging, before: Tensor) -> None:
+        self.merging, self.before = merging, before
+        self.prefixes: list[tuple[Tensor, float]] = []
+        self.layers: list[list[int]] = []
+
+    def take(self, arrival: Arrival) -> Tensors:
+        """Note the client's prefix; the rest is for the recipe's rule."""
+        weight = arrival.weight * arrival.discount
+        self.prefixes.append((arrival.sent[NAME] + arrival.change[NAME], weight))
+        self.layers.append(arrival.values.get("layers", []))
+        return {name: tensor for name, tensor in arrival.change.items() if name != NAME}
+
+    def merged(self, tensors: Tensors) -> tuple[Tensors, Values]:
+        """The prefix by the recipe's rule."""
+        settings = self.merging.settings
+        if settings.layers_sent is not None:
+            pairs = zip(self.prefixes, self.layers, strict=True)
+            updates = [(prefix[layers], layers, weight) for (prefix, weight), layers in pairs]
+            return {NAME: mean_of_selected(updates, self.before)}, {}
+        if settings.merging == "matched":
+            return {NAME: matched_mean(self.prefixes, self.before)}, {}
+        stacked = stack_prefixes(self.prefixes)
+        prefix = cluster_slots(stacked.prefix, stacked.bias, self.before.shape[3], start=self.before).prefix
+        if self.merging.distil is not None:
+            prefix = self.merging.distil(stacked, prefix)
+        return {NAME: prefix}, {}

@@ -1,0 +1,61 @@
+"""The recipe's section for prefix-tuning."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ..settings import TuningSettings
+
+TEXT = (
+    "The following is a text from our work. Read it with care, think about what it says and what it is for, "
+    "and then give the answer that a person who knows this field well would give."
+)
+
+
+class PrefixSettings(TuningSettings):
+    """Learnt keys and values in front of those of the input, in every layer."""
+
+    default_learning_rate: ClassVar[float] = 1e-2
+
+    name: Literal["prefix"] = "prefix"
+    length: int = Field(16, ge=1, le=100_000, description="Number of key-value pairs in each layer and head")
+    init: Literal["random", "zero", "text"] = Field(
+        "text",
+        description="random: normal; zero: nearly no effect at first; text: keys and values of init_text",
+    )
+    init_text: str = Field(TEXT, min_length=1, description="Text for init = text, repeated to length")
+    reparametrise: bool = Field(
+        False, description="Train through a small network at the client, as in the paper; it is never sent"
+    )
+    reparametrise_width: int = Field(128, ge=1, le=65536, description="Hidden width of that network")
+    merging: Literal["mean", "matched", "stacked"] = Field(
+        "mean",
+        description="mean of keys and values; matched: of slots put into one order; stacked: all clients' "
+        "slots, brought back to length (docs/prefix_rules.md)",
+    )
+    compression: Literal["cluster", "distil"] = Field(
+        "cluster", description="How stacked slots are brought back to length; distil needs public_text"
+    )
+    public_text: str | None = Field(
+        None, description="Text file of the server's, one unlabelled text a line (compression = distil)"
+    )
+    distil_steps: int = Field(50, ge=1, le=100_000, description="Steps of the distillation in each round")
+    distil_learning_rate: float = Field(0.01, gt=0, description="Learning rate of the distillation")
+    layers_sent: int | None = Field(
+        None,
+        ge=1,
+        description="Layers of the prefix that a client sends, those that changed most; unset: all of them",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        distils = self.merging == "stacked" and self.compression == "distil"
+        if distils != (self.public_text is not None):
+            raise ValueError(
+                "public_text: is needed with merging = 'stacked' and compression = 'distil', and only there"
+            )
+        if self.layers_sent is not None and self.merging != "mean":
+            raise ValueError(f"layers_sent = {self.layers_sent}: needs merging = 'mean'")
+        return self
