@@ -64,8 +64,9 @@ def test_matched_prefixes(tiny: dict[str, str]) -> None:
     )
 
 
-def test_stacking_identical_clients_gives_their_prefix(tiny: dict[str, str]) -> None:
-    method = make(tiny["bert"], "prefix", length=4, init="random", merging="stacked")
+@pytest.mark.parametrize("compression", ["barycentre", "cluster"])
+def test_stacking_identical_clients_gives_their_prefix(tiny: dict[str, str], compression: str) -> None:
+    method = make(tiny["bert"], "prefix", length=4, init="random", merging="stacked", compression=compression)
     state = method.start()
     one = answers_of(method, state)[0]
     merged = method.merge(state, [one, Answer("b", one.task, one.update)]).tensors["prefix"]
@@ -153,13 +154,14 @@ def test_distillation_comes_closer_to_the_stacked_prefix(tiny: dict[str, str], m
     [
         {"merging": "matched"},
         {"merging": "stacked"},
+        {"merging": "stacked", "compression": "cluster"},
         {"layers_sent": 1},
         {"merging": "stacked", "compression": "distil", "distil_steps": 3},
     ],
-    ids=["matched", "stacked", "layers", "distil"],
+    ids=["matched", "stacked", "cluster", "layers", "distil"],
 )
 def test_runs(small: dict[str, Any], tmp_path: Path, method: dict[str, Any]) -> None:
-    if "compression" in method:
+    if method.get("compression") == "distil":
         public = tmp_path / "public.txt"
         public.write_text("the cat\n\na house near the river\n")
         method = {**method, "public_text": str(public)}

@@ -17,7 +17,7 @@ from .data.build import build_data, with_builtin_columns
 from .data.examples import ClientData, Example, FederatedData
 from .directory import Checkpoint, Checkpoints, History, Row
 from .errors import ModelError, RecipeError, RunError
-from .evaluation.metrics import is_better
+from .evaluation.metrics import Metrics, client_mean, is_better, worst_client
 from .evaluator import Evaluator
 from .files import read_json, write_folder, write_json, write_text
 from .methods import Answer, Context, Method, State, Task, build_method
@@ -201,7 +201,14 @@ class _Driver:
         method = make_method(recipe, base, data)
         owners = _pooled(data) if recipe.baseline == "centralised" else data.clients
         store = ClientStore(owners, self.checkpoints.clients)
-        self.evaluator = Evaluator(method, base, data, store, own=recipe.baseline == "local")
+        self.evaluator = Evaluator(
+            method,
+            base,
+            data,
+            store,
+            own=recipe.baseline == "local",
+            finetune_epochs=recipe.personalisation.finetune_epochs if recipe.baseline == "federated" else 0,
+        )
         origin = method.start()
         state, done = self._resume(origin, store)
         self._describe(base)
@@ -437,6 +444,7 @@ class _Driver:
             "client_mean": result.client_mean,
             "worst_client": result.worst_client,
             "clients": result.clients,
+            **_personalised(result.personalised),
             "trainable_parameters": own,
             "head_parameters": head,
             "bytes": _bytes(rows),
@@ -460,6 +468,14 @@ def _bytes(rows: Sequence[Row]) -> dict[str, int]:
         "up_total": sum(ups),
         "down_total": sum(downs),
     }
+
+
+def _personalised(clients: dict[str, Metrics]) -> dict[str, Any]:
+    """The summary's part on the clients' own versions, where they have such."""
+    if not clients:
+        return {}
+    mean, worst = client_mean(clients), worst_client(clients)
+    return {"personalised": {"client_mean": mean, "worst_client": worst, "clients": clients}}
 
 
 def _pooled(data: FederatedData) -> dict[str, ClientData]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,17 @@ from .transport.store import ClientStore
 
 @dataclass(frozen=True)
 class Result:
-    """The final evaluation of a run."""
+    """The final evaluation of a run.
+
+    ``personalised`` is that of the clients' own versions on their own test parts, where they have such.
+    """
 
     metrics: Metrics
     clients: dict[str, dict[str, Any]]
     client_mean: Metrics
     worst_client: Metrics
     predictions: Predictions | None
+    personalised: dict[str, Metrics] = field(default_factory=dict)
 
     def prediction_lines(self, data: FederatedData) -> Iterator[str]:
         """The lines of ``predictions.jsonl``."""
@@ -55,17 +59,26 @@ class Evaluator:
     """Evaluates states of one run.
 
     With ``own`` (the local baseline) every client has a model of its own, and each figure is the mean over
-    clients.
+    clients. Where clients keep parts of the model, or train on for ``finetune_epochs`` after the last round,
+    the final evaluation reports their own versions beside the global model.
     """
 
     def __init__(
-        self, method: Method, base: Base, data: FederatedData, store: ClientStore, *, own: bool
+        self,
+        method: Method,
+        base: Base,
+        data: FederatedData,
+        store: ClientStore,
+        *,
+        own: bool,
+        finetune_epochs: int = 0,
     ) -> None:
         self.method, self.base, self.data, self.store, self.own = method, base, data, store, own
+        self.finetune_epochs = finetune_epochs
 
     def development(self, state: State) -> Metrics:
         """Quality on the development split; texts are not generated, so that it costs a forward pass only."""
-        if not self.own:
+        if not self.own and not self.method.keeps_parts():
             return self._measure(
                 self.method.predict(state, self.data.development, texts=False), self.data.development
             )
@@ -90,9 +103,26 @@ class Evaluator:
             }
             return self._result(whole, clients, None)
         predictions = self.method.predict(state, self.data.test, texts=self._writes)
-        return self._result(
+        result = self._result(
             self._measure(predictions, self.data.test), self._by_client(state, predictions), predictions
         )
+        return replace(result, personalised=self._personalised(state))
+
+    def _personalised(self, state: State) -> dict[str, Metrics]:
+        """Quality of each client's own version on its own test part."""
+        if not self.finetune_epochs and not self.method.keeps_parts():
+            return {}
+        metrics = {}
+        for name, data in self.data.clients.items():
+            if not data.test:
+                continue
+            own, client = state, self.store.open(name)
+            if self.finetune_epochs:
+                own = self.method.adapt(state, client, self.finetune_epochs)
+                client.memory.tensors = {}  # what it kept is in its new state
+            predictions = self.method.predict(own, data.test, client, texts=False)
+            metrics[name] = self._measure(predictions, data.test)
+        return metrics
 
     @property
     def _writes(self) -> bool:

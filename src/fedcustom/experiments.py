@@ -35,7 +35,8 @@ def comparison_cells(
     """The runs of a comparison, baselines first, one directory ``<out>/[<baseline>-]<method>/seed-<n>`` each.
 
     Every method runs federated, with what the recipe's ``[compare.<method>]`` says of it. Baselines run with
-    the methods in ``baseline_methods``, by default the recipe's own. Seeds count up from the recipe's.
+    the methods in ``baseline_methods``, by default the recipe's own, and with what ``[compare.<baseline>]``
+    says of them as well. Seeds count up from the recipe's.
 
     Raises:
         RecipeError: an unknown method or baseline, or settings that do not fit.
@@ -54,7 +55,7 @@ def comparison_cells(
     wanted += [("federated", method) for method in dict.fromkeys(methods)]
     cells = []
     for baseline, method in wanted:
-        chosen = recipe.for_method(method)
+        chosen = recipe.for_method(method, baseline)
         name = method if baseline == "federated" else f"{baseline}-{method}"
         for seed in range(recipe.seed, recipe.seed + seeds):
             exact = chosen.model_copy(update={"baseline": baseline, "seed": seed})

@@ -91,7 +91,7 @@ class Recipe(Settings):
     attack: AttackSettings = Field(default_factory=lambda: AttackSettings(), description="Simulated attack")
     compare: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="What differs for one method in a comparison: [compare.<method>.<section>]",
+        description="What differs in a comparison: [compare.<method or baseline>.<section>]",
     )
 
     @model_validator(mode="after")
@@ -124,8 +124,9 @@ class Recipe(Settings):
                 f"evaluation.metric = {metric!r}: allowed for {self.data.task}: {', '.join(allowed)}"
             )
         for name in self.compare:
-            if name not in TECHNIQUES:
-                raise ValueError(f"compare.{name}: unknown method{_nearest(name, list(TECHNIQUES))}")
+            known = [*TECHNIQUES, "centralised", "local"]
+            if name not in known:
+                raise ValueError(f"compare.{name}: unknown method or baseline{_nearest(name, known)}")
         return self
 
     @property
@@ -141,8 +142,9 @@ class Recipe(Settings):
         rate = type(self.method).default_learning_rate
         return self.model_copy(update={"training": self.training.model_copy(update={"learning_rate": rate})})
 
-    def for_method(self, name: str) -> Recipe:
-        """This recipe with another method, and with what ``[compare.<method>]`` says of it.
+    def for_method(self, name: str, baseline: Baseline = "federated") -> Recipe:
+        """This recipe with another method and baseline, and with what ``[compare.<method>]`` and
+        ``[compare.<baseline>]`` say of them.
 
         The recipe's own method keeps its settings; another starts from its defaults.
 
@@ -157,7 +159,10 @@ class Recipe(Settings):
             # A rate that suits one method does not suit another.
             values["training"]["learning_rate"] = None
             values["training"]["head_learning_rate"] = None
-        return parse_recipe(_merged(values, self.compare.get(name, {})), f"compare.{name}")
+        values["baseline"] = baseline
+        for part in (name, baseline):
+            values = _merged(values, self.compare.get(part, {}))
+        return parse_recipe(values, f"compare.{name}")
 
 
 def load_recipe(

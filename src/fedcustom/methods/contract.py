@@ -115,5 +115,11 @@ class Method(Protocol):
     ) -> Predictions:
         """What the model in this state, or this client's own version of it, says of the examples."""
 
+    def keeps_parts(self) -> bool:
+        """Whether clients keep parts of the model to themselves, so that each has a version of its own."""
+
+    def adapt(self, state: State, client: Client, epochs: int) -> State:
+        """What the client's own version becomes when it trains on with its data; nothing is sent."""
+
     def sizes(self, state: State) -> tuple[int, int]:
         """How many numbers are trained: the method's own, and the classification head's."""

@@ -238,6 +238,21 @@ class WeightTuning:
             texts=texts,
         )
 
+    def keeps_parts(self) -> bool:
+        """Whether clients keep tensors to themselves, while others are merged."""
+        return bool(self._personal)
+
+    def adapt(self, state: State, client: Client, epochs: int) -> State:
+        """The client's own tensors after ``epochs`` passes over its training data, at the first round's
+        learning rate.
+        """
+        copied = Client(
+            client.name, client.data, Memory(dict(client.memory.tensors), dict(client.memory.values))
+        )
+        task = self.ask(state, 1, {client.name: {"epochs": epochs}})[client.name]
+        self.work(task, copied)
+        return State(self.tuned.read())
+
     def sizes(self, state: State) -> tuple[int, int]:
         """How many numbers are trained: the method's own, and the head's."""
         tensors = without(self.tuned.read(), BASE_CHANGE)

@@ -163,8 +163,7 @@ class LoraRound(Round):
         self.sent.append(arrival.sent)
         if merging.settings.variant == "fedsa":  # B stays with the client
             return arrival.change
-        trained = {name: arrival.sent[name] + arrival.change[name] for name in arrival.change}
-        after = {**arrival.sent, **trained}
+        after = {name: sent + arrival.change.get(name, 0) for name, sent in arrival.sent.items()}
         for matrix in merging.matrices:
             factors = merging.factors(matrix, after)
             product = factors.change()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ...aggregation.prefix import matched_mean, mean_of_selected, select_layers
+from ...aggregation.prefix import barycentre, matched_mean, mean_of_selected, select_layers
 from ...aggregation.prefix_stacking import Stacked, cluster_slots, stack_prefixes
 from ...errors import UpdateError
 from ...tensors import Tensors
@@ -89,8 +89,11 @@ class PrefixRound(Round):
             return {NAME: mean_of_selected(updates, self.before)}, {}
         if settings.merging == "matched":
             return {NAME: matched_mean(self.prefixes, self.before)}, {}
-        stacked = stack_prefixes(self.prefixes)
-        prefix = cluster_slots(stacked.prefix, stacked.bias, self.before.shape[3], start=self.before).prefix
+        if settings.compression == "cluster":
+            stacked = stack_prefixes(self.prefixes)
+            length = self.before.shape[3]
+            return {NAME: cluster_slots(stacked.prefix, stacked.bias, length, start=self.before).prefix}, {}
+        prefix = barycentre(self.prefixes, self.before)
         if self.merging.distil is not None:
-            prefix = self.merging.distil(stacked, prefix)
+            prefix = self.merging.distil(stack_prefixes(self.prefixes), prefix)
         return {NAME: prefix}, {}

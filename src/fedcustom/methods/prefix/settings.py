@@ -35,8 +35,10 @@ class PrefixSettings(TuningSettings):
         description="mean of keys and values; matched: of slots put into one order; stacked: all clients' "
         "slots, brought back to length (docs/prefix_rules.md)",
     )
-    compression: Literal["cluster", "distil"] = Field(
-        "cluster", description="How stacked slots are brought back to length; distil needs public_text"
+    compression: Literal["barycentre", "cluster", "distil"] = Field(
+        "barycentre",
+        description="How stacked slots are brought back to length; distil goes on from the barycentre on "
+        "public_text",
     )
     public_text: str | None = Field(
         None, description="Text file of the server's, one unlabelled text a line (compression = distil)"

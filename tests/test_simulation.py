@@ -1,0 +1,356 @@
+"""Drift corrections, partial and late work, hostile clients, compression, personalisation: whole rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fedcustom
+from fedcustom.aggregation.settings import AggregationSettings
+from fedcustom.data.build import build_data
+from fedcustom.data.examples import ClientData, FederatedData, LearningTask
+from fedcustom.directory import Checkpoints
+from fedcustom.errors import RecipeError
+from fedcustom.methods import Answer, Client, State, WeightTuning
+from fedcustom.recipe import load_recipe
+from fedcustom.schedule import last_uses, plan_rounds
+from fedcustom.simulation.attack import attack, hostile_clients
+from fedcustom.simulation.settings import AttackSettings
+from fedcustom.tensors import Tensors, norm
+from fedcustom.transport.channel import Channel
+from fedcustom.transport.settings import CompressionSettings
+from test_methods import classification_examples, make
+from test_run import rows_of
+
+SIZES = {"a": 4, "b": 8}
+SGD = {"optimizer": "sgd", "learning_rate": 0.1}
+
+
+def play(method: WeightTuning, rounds: int, clients: dict[str, Client]) -> list[Tensors]:
+    """Rounds with everybody; the global tensors after each."""
+    state, states = method.start(), []
+    for number in range(1, rounds + 1):
+        answers = []
+        for name, client in clients.items():
+            task = method.ask(state, number, {name: {"epochs": 1}})[name]
+            update = method.work(task, client)
+            method.check(task, update)
+            answers.append(Answer(name, task, update))
+        state = method.merge(state, answers)
+        states.append(state.tensors)
+    return states
+
+
+def clients_of() -> dict[str, Client]:
+    return {n: Client(n, ClientData(n, classification_examples(size))) for n, size in SIZES.items()}
+
+
+def plain_changes(method: WeightTuning, start: Tensors, shifts: dict[str, Tensors], number: int) -> Any:
+    """What each client adds to ``start`` in plain gradient steps with a constant added to its gradients."""
+    changes = {}
+    for name, size in SIZES.items():
+        examples = method.tokens(classification_examples(size))
+        seed = [method.context.seed, 5, fedcustom.methods.seeds.name_seed(name)]
+        ranges = [(i + size * (number - 1), i + 4 + size * (number - 1)) for i in range(0, size, 4)]
+        method.tuned.write(start)
+        method.tuned.model.eval()
+        for batch in method._batches(examples, ranges, seed):
+            loss = method._loss(batch)
+            gradients = torch.autograd.grad(loss, list(method.tuned.parameters.values()))
+            with torch.no_grad():
+                for (key, parameter), gradient in zip(
+                    method.tuned.parameters.items(), gradients, strict=True
+                ):
+                    parameter -= 0.1 * (gradient + shifts[name].get(key, torch.zeros(())))
+        changes[name] = {k: t - start[k] for k, t in method.tuned.read().items()}
+    return changes
+
+
+def test_scaffold_follows_the_paper(tiny: dict[str, str]) -> None:
+    """Karimireddy et al. 2020, algorithm 1 with option II, written out for two rounds."""
+    aggregation = AggregationSettings(correction="scaffold", weighting="uniform")
+    method = make(tiny["bert"], "lora", training=SGD, aggregation=aggregation)
+    method.context = method.context.__class__(**{**vars(method.context), "clients": 2})
+    ours = play(method, 2, clients_of())
+
+    by_hand = make(tiny["bert"], "lora", training=SGD)
+    x = by_hand.start().tensors
+    server = {k: torch.zeros_like(t) for k, t in x.items()}
+    own = {name: dict(server) for name in SIZES}
+    for number in (1, 2):
+        shifts = {n: {k: server[k] - own[n][k] for k in x} for n in SIZES}
+        changes = plain_changes(by_hand, x, shifts, number)
+        new = {
+            n: {k: own[n][k] - server[k] - changes[n][k] / (SIZES[n] // 4 * 0.1) for k in x} for n in SIZES
+        }
+        server = {k: server[k] + sum(new[n][k] - own[n][k] for n in SIZES) / 2 for k in x}
+        own = new
+        x = {k: x[k] + sum(changes[n][k] for n in SIZES) / 2 for k in x}
+        for key, tensor in x.items():
+            torch.testing.assert_close(ours[number - 1][key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_feddyn_follows_the_paper(tiny: dict[str, str]) -> None:
+    """Acar et al. 2021, algorithm 1, with one step a client and round, so that the proximal term is zero."""
+    alpha = 0.3
+    aggregation = AggregationSettings(correction="feddyn", feddyn_alpha=alpha, weighting="uniform")
+    training = {**SGD, "batch_size": 8}
+    method = make(tiny["bert"], "lora", training=training, aggregation=aggregation)
+    method.context = method.context.__class__(**{**vars(method.context), "clients": 4})
+    ours = play(method, 3, clients_of())
+
+    by_hand = make(tiny["bert"], "lora", training=training)
+    x = by_hand.start().tensors
+    h = {k: torch.zeros_like(t) for k, t in x.items()}
+    own = {name: dict(h) for name in SIZES}
+    for number in (1, 2, 3):
+        changes = {}
+        for name, size in SIZES.items():
+            examples = by_hand.tokens(classification_examples(size))
+            seed = [0, 5, fedcustom.methods.seeds.name_seed(name)]
+            by_hand.tuned.write(x)
+            by_hand.tuned.model.eval()
+            (batch,) = by_hand._batches(examples, [(size * (number - 1), size * number)], seed)
+            loss = by_hand._loss(batch)
+            gradients = torch.autograd.grad(loss, list(by_hand.tuned.parameters.values()))
+            changes[name] = {
+                k: -0.1 * (g - own[name][k]) for k, g in zip(by_hand.tuned.parameters, gradients, strict=True)
+            }
+            own[name] = {k: own[name][k] - alpha * changes[name][k] for k in x}
+        h = {k: h[k] - alpha / 4 * sum(changes[n][k] for n in SIZES) for k in x}
+        x = {k: x[k] + sum(changes[n][k] for n in SIZES) / 2 - h[k] / alpha for k in x}
+        for key, tensor in x.items():
+            torch.testing.assert_close(ours[number - 1][key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_scaffold_doubles_what_travels_and_needs_plain_steps(small: dict[str, Any], tmp_path: Path) -> None:
+    plain = fedcustom.run(small, {"training.optimizer": "sgd"}, out=tmp_path / "plain")
+    scaffold = fedcustom.run(
+        small, {"training.optimizer": "sgd", "aggregation.correction": "scaffold"}, out=tmp_path / "scaffold"
+    )
+    sizes = [run.summary["bytes"]["up_per_client_round"] for run in (plain, scaffold)]
+    assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.1)
+    with pytest.raises(RecipeError, match="'scaffold': is defined for plain gradient steps"):
+        load_recipe(small, {"aggregation.correction": "scaffold"})
+
+
+# --- who works, and when ---
+
+
+def federation(count: int) -> FederatedData:
+    clients = {f"c{i}": ClientData(f"c{i}", classification_examples(10)) for i in range(count)}
+    return FederatedData(LearningTask("classification", ("a", "b", "c")), clients, [], [], False)
+
+
+def plan(count: int, **more: Any) -> Any:
+    recipe = load_recipe(
+        {
+            "clients": {"partition": "iid", "count": count},
+            "rounds": {"count": 40, "clients_per_round": 5, "min_clients": 2},
+            "participation": more,
+        }
+    )
+    return plan_rounds(recipe, federation(count))
+
+
+def test_drop_outs() -> None:
+    rounds = plan(10, dropout=0.5)
+    lost = [sum(a.absent for a in cohort.values()) for cohort in rounds]
+    assert all(5 - n >= 2 for n in lost)
+    assert 1.5 < np.mean(lost) < 3
+    assert rounds == plan(10, dropout=0.5)
+
+
+def test_partial_work() -> None:
+    rounds = plan(10, partial=0.6, minimum_work=0.3)
+    amounts = [a.amount for cohort in rounds for a in cohort.values()]
+    less = [a["examples"] for a in amounts if "examples" in a]
+    assert 0.5 < len(less) / len(amounts) < 0.7
+    assert min(less) >= 3
+    assert max(less) <= 10
+
+
+@given(
+    st.integers(1, 5), st.sampled_from(["constant", "uniform", "exponential", "lognormal"]), st.integers(5, 9)
+)
+@settings(max_examples=25, deadline=None)
+def test_buffered_rounds(buffer: int, latency: str, count: int) -> None:
+    rounds = plan(count, buffer=buffer, latency=latency)
+    working: dict[str, int] = {}
+    for number, cohort in enumerate(rounds, start=1):
+        assert len(cohort) == buffer
+        for name, assignment in cohort.items():
+            assert 0 <= assignment.since < number
+            # Nobody starts anew before the round in which its last answer was merged.
+            assert assignment.since >= working.get(name, 0)
+            working[name] = number
+    uses = last_uses(rounds)
+    assert all(uses[a.since] >= n for n, cohort in enumerate(rounds, 1) for a in cohort.values())
+
+
+def test_late_answers_are_merged_into_the_newest_state(small: dict[str, Any], tmp_path: Path) -> None:
+    """A buffered run by hand: each change from the state its client started from, discounted by its age."""
+    recipe = load_recipe(
+        {
+            **small,
+            "rounds": {"count": 4, "clients_per_round": 3},
+            "participation": {"buffer": 1, "latency": "exponential"},
+            "evaluation": {"select": "last"},
+        }
+    ).complete()
+    run = fedcustom.run(recipe, out=tmp_path / "run")
+    data = build_data(recipe.data, recipe.clients, recipe.seed)
+    method = fedcustom.driver.make_method(
+        recipe, fedcustom.models.load.load_base(recipe.model, data.task, recipe.seed), data
+    )
+    clients = {name: Client(name, part) for name, part in data.clients.items()}
+    states = [method.start()]
+    late = []
+    for number, cohort in enumerate(plan_rounds(recipe, data), start=1):
+        ((name, assignment),) = cohort.items()
+        task = method.ask(states[assignment.since], assignment.since + 1, {name: assignment.amount})[name]
+        update = method.work(task, clients[name])
+        age = number - 1 - assignment.since
+        late.append(age)
+        factor = (1 + age) ** -0.5
+        tensors = {k: t + factor * update.tensors[k] for k, t in states[-1].tensors.items()}
+        states.append(State(tensors))
+    assert max(late) > 0
+    final = Checkpoints(run.directory / "checkpoints").load(4).state.tensors
+    for key, tensor in states[-1].tensors.items():
+        torch.testing.assert_close(final[key], tensor, rtol=1e-5, atol=1e-6)
+    assert [sum(row["late"].values()) for row in rows_of(run.directory)[1:]] == late
+
+
+def test_a_buffered_run_goes_on_where_it_stopped(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {
+        **small,
+        "rounds": {"count": 6, "clients_per_round": 3, "checkpoint_every": 1},
+        "participation": {"buffer": 1, "dropout": 0.0},
+    }
+    whole = fedcustom.run(recipe, out=tmp_path / "whole")
+    original = WeightTuning.merge
+    calls = []
+
+    def dies(method: WeightTuning, state: Any, answers: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(method, state, answers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightTuning, "merge", dies)
+        with pytest.raises(KeyboardInterrupt):
+            fedcustom.run(recipe, out=tmp_path / "again")
+    again = fedcustom.run(recipe, out=tmp_path / "again", resume=True)
+    ours, theirs = (Checkpoints(r.directory / "checkpoints").load(6).state.tensors for r in (again, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_dropped_clients_are_noted_without_a_warning(small: dict[str, Any], tmp_path: Path) -> None:
+    run = fedcustom.run(small, {"participation.dropout": 0.6, "rounds.count": 4}, out=tmp_path / "run")
+    left_out = [row["left_out"] for row in rows_of(run.directory)[1:]]
+    assert any(left_out)
+    assert {reason for one in left_out for reason in one.values()} == {"dropped out"}
+    assert not (run.directory / "warnings.log").exists()
+
+
+# --- hostile clients ---
+
+
+def test_attacks() -> None:
+    names = [f"c{i}" for i in range(50)]
+    chosen = hostile_clients(names, AttackSettings(kind="sign_flip", fraction=0.2), 3)
+    assert len(chosen) == 10
+    assert hostile_clients(names, AttackSettings(), 3) == frozenset()
+    update = fedcustom.methods.Update({"w": torch.tensor([3.0, -4.0])}, 2.0, {"loss": 1.0})
+    flipped = attack(update, AttackSettings(kind="sign_flip", scale=10), [0])
+    assert flipped.tensors["w"].tolist() == [-30.0, 40.0]
+    large = fedcustom.methods.Update({"w": torch.randn(10_000)}, 2.0, {})
+    noise = attack(large, AttackSettings(kind="random", scale=2), [1])
+    assert norm(noise.tensors) == pytest.approx(2 * norm(large.tensors), rel=0.05)
+    again = attack(large, AttackSettings(kind="random", scale=2), [1])
+    assert torch.equal(noise.tensors["w"], again.tensors["w"])
+
+
+@pytest.mark.parametrize("rule", ["median", "krum", "fltrust", "centred_clipping"])
+def test_robust_runs(small: dict[str, Any], tmp_path: Path, rule: str) -> None:
+    run = fedcustom.run(
+        small,
+        {"attack.kind": "sign_flip", "attack.fraction": 0.25, "aggregation.rule": rule},
+        out=tmp_path / "run",
+    )
+    assert run.summary["metrics"]["loss"] < 5
+
+
+# --- compression ---
+
+
+def test_a_channel_counts_what_it_sends() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = {"prefix": torch.randn(6, 2, 12, 16, 32, generator=generator)}
+    channel = Channel(CompressionSettings(kind="int8", down=True), start)
+    state = {"prefix": start["prefix"] + 0.1 * torch.randn(start["prefix"].shape, generator=generator)}
+    task = fedcustom.methods.Task("train", state, {"round": 1})
+    received, size = channel.down(task)
+    assert size < 0.27 * 4 * state["prefix"].numel()
+    # What is rounded is the difference from the start, so the error is small against that.
+    error = (received.tensors["prefix"] - state["prefix"]).abs().max()
+    assert 0 < error < 0.005
+    assert channel.down(task)[0].tensors["prefix"] is received.tensors["prefix"]  # once a cohort
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "int8", "int4", "top_k"])
+def test_compressed_runs(small: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    plain = fedcustom.run(small, out=tmp_path / "plain")
+    run = fedcustom.run(
+        small,
+        {"compression.kind": kind, "compression.error_feedback": True, "compression.down": True},
+        out=tmp_path / "run",
+    )
+    for way in ("up_per_client_round", "down_per_client_round"):
+        assert run.summary["bytes"][way] < plain.summary["bytes"][way]
+    checkpoint = Checkpoints(run.directory / "checkpoints").load(2)
+    assert checkpoint.files  # what each client still owes
+    assert run.summary["metrics"]["loss"] == pytest.approx(plain.summary["metrics"]["loss"], abs=0.2)
+
+
+# --- personalisation ---
+
+
+def test_a_head_that_stays_with_the_client(small: dict[str, Any], tmp_path: Path) -> None:
+    run = fedcustom.run(small, {"personalisation.keep": ["head"]}, out=tmp_path / "run")
+    state = Checkpoints(run.directory / "checkpoints").load(2)
+    start = make_start(run.recipe)
+    assert torch.equal(state.state.tensors["classifier.weight"], start["classifier.weight"])
+    own = run.summary["personalised"]
+    assert own["clients"].keys() == run.summary["clients"].keys()
+    assert own["client_mean"] != run.summary["client_mean"]
+    plain = fedcustom.run(small, out=tmp_path / "plain")
+    head = 4 * run.summary["head_parameters"]
+    saved = plain.summary["bytes"]["up_total"] - run.summary["bytes"]["up_total"]
+    assert saved >= head
+    with pytest.raises(RecipeError, match="keep = 'haed': no trained tensor has that in its name"):
+        fedcustom.run(small, {"personalisation.keep": ["haed"]}, out=tmp_path / "wrong")
+
+
+def make_start(recipe: Any) -> Tensors:
+    data = build_data(recipe.data, recipe.clients, recipe.seed)
+    base = fedcustom.models.load.load_base(recipe.model, data.task, recipe.seed)
+    return dict(fedcustom.driver.make_method(recipe, base, data).start().tensors)
+
+
+def test_fine_tuning_after_the_last_round(small: dict[str, Any], tmp_path: Path) -> None:
+    run = fedcustom.run(small, {"personalisation.finetune_epochs": 3}, out=tmp_path / "run")
+    plain = fedcustom.run(small, out=tmp_path / "plain")
+    assert run.summary["client_mean"] == plain.summary["client_mean"]
+    assert run.summary["personalised"]["client_mean"] != plain.summary["client_mean"]
+    assert "personalised" not in plain.summary
