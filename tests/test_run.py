@@ -13,13 +13,14 @@ import safetensors.torch
 import torch
 
 import fedcustom
+from fedcustom.assembly import make_method
 from fedcustom.data.build import build_data
 from fedcustom.directory import Checkpoints, History
-from fedcustom.driver import make_method
 from fedcustom.errors import DataError, ModelError, RecipeError, RunError
 from fedcustom.evaluation.metrics import is_better
 from fedcustom.methods import WeightTuning
 from fedcustom.models.load import load_base
+from fedcustom.progress import Silent
 from fedcustom.recipe import load_recipe
 from fedcustom.schedule import plan_rounds
 from fedcustom.tensors import Tensors, equal
@@ -248,7 +249,7 @@ def with_wrong_shape(update: Any) -> Any:
     return update
 
 
-class Notes(fedcustom.driver.Silent):
+class Notes(Silent):
     def __init__(self) -> None:
         self.notes: list[str] = []
 

@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 
 import fedcustom
 from fedcustom.aggregation.settings import AggregationSettings
+from fedcustom.assembly import make_method
 from fedcustom.data.build import build_data
 from fedcustom.data.examples import ClientData, FederatedData, LearningTask
 from fedcustom.directory import Checkpoints
 from fedcustom.errors import RecipeError
 from fedcustom.methods import Answer, Client, State, WeightTuning
+from fedcustom.methods.seeds import name_seed
+from fedcustom.models.load import load_base
 from fedcustom.recipe import load_recipe
 from fedcustom.schedule import last_uses, plan_rounds
 from fedcustom.simulation.attack import attack, hostile_clients
@@ -56,7 +59,7 @@ def plain_changes(method: WeightTuning, start: Tensors, shifts: dict[str, Tensor
     changes = {}
     for name, size in SIZES.items():
         examples = method.tokens(classification_examples(size))
-        seed = [method.context.seed, 5, fedcustom.methods.seeds.name_seed(name)]
+        seed = [method.context.seed, 5, name_seed(name)]
         ranges = [(i + size * (number - 1), i + 4 + size * (number - 1)) for i in range(0, size, 4)]
         method.tuned.write(start)
         method.tuned.model.eval()
@@ -113,7 +116,7 @@ def test_feddyn_follows_the_paper(tiny: dict[str, str]) -> None:
         changes = {}
         for name, size in SIZES.items():
             examples = by_hand.tokens(classification_examples(size))
-            seed = [0, 5, fedcustom.methods.seeds.name_seed(name)]
+            seed = [0, 5, name_seed(name)]
             by_hand.tuned.write(x)
             by_hand.tuned.model.eval()
             (batch,) = by_hand._batches(examples, [(size * (number - 1), size * number)], seed)
@@ -206,9 +209,7 @@ def test_late_answers_are_merged_into_the_newest_state(small: dict[str, Any], tm
     ).complete()
     run = fedcustom.run(recipe, out=tmp_path / "run")
     data = build_data(recipe.data, recipe.clients, recipe.seed)
-    method = fedcustom.driver.make_method(
-        recipe, fedcustom.models.load.load_base(recipe.model, data.task, recipe.seed), data
-    )
+    method = make_method(recipe, load_base(recipe.model, data.task, recipe.seed), data)
     clients = {name: Client(name, part) for name, part in data.clients.items()}
     states = [method.start()]
     late = []
@@ -344,8 +345,8 @@ def test_a_head_that_stays_with_the_client(small: dict[str, Any], tmp_path: Path
 
 def make_start(recipe: Any) -> Tensors:
     data = build_data(recipe.data, recipe.clients, recipe.seed)
-    base = fedcustom.models.load.load_base(recipe.model, data.task, recipe.seed)
-    return dict(fedcustom.driver.make_method(recipe, base, data).start().tensors)
+    base = load_base(recipe.model, data.task, recipe.seed)
+    return dict(make_method(recipe, base, data).start().tensors)
 
 
 def test_fine_tuning_after_the_last_round(small: dict[str, Any], tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .assembly import make_method
 from .data.examples import Example, LearningTask, fields
 from .directory import History
-from .driver import Progress, make_method, run_recipe
+from .driver import run_recipe
 from .errors import DataError, RunError
 from .files import read_json, write_folder
 from .methods import Method, State
 from .models.load import load_base
+from .progress import Progress
 from .recipe import Recipe, load_recipe
 
 Source = str | Path | Mapping[str, Any] | Recipe
@@ -56,7 +58,7 @@ class Run:
         return AutoTokenizer.from_pretrained(self.directory / "model")
 
     def model(self) -> Any:
-        """The customised model: a ``PeftModel``, or after full fine-tuning a ``transformers`` model.
+        """The customised model: a ``PeftModel``, or a ``transformers`` model where a method exports it whole.
 
         Raises:
             RunError: the run is a local baseline, which has one model for each client.

@@ -3,63 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from . import environment
+from .assembly import check_cohort, check_fit, make_method, pooled
 from .data.build import build_data, with_builtin_columns
-from .data.examples import ClientData, Example, FederatedData
+from .data.examples import FederatedData
 from .directory import Checkpoint, Checkpoints, History, Row
-from .errors import ModelError, RecipeError, RunError
-from .evaluation.metrics import Metrics, client_mean, is_better, worst_client
+from .errors import RunError
+from .evaluation.metrics import is_better
 from .evaluator import Evaluator
 from .files import read_json, write_folder, write_json, write_text
-from .methods import Answer, Context, Method, State, Task, build_method
-from .methods.technique import Keeps
-from .models.load import Base, context_length, load_base, load_configuration
-from .recipe import Baseline, Recipe, load_recipe, to_toml
-from .schedule import EVERYONE, Assignment, last_uses, plan_rounds
+from .methods import Answer, Method, State, Task
+from .models.load import Base, load_base
+from .progress import Progress, Silent
+from .recipe import Recipe, load_recipe, to_toml
+from .schedule import Assignment, last_uses, plan_rounds
 from .simulation.attack import attacked, hostile_clients
+from .summary import summarise
 from .training.local import schedule_factor
 from .transport.channel import Channel
 from .transport.in_process import InProcess, Reply
 from .transport.store import ClientStore
-
-KEEPS: dict[Baseline, Keeps] = {"federated": "nothing", "centralised": "optimizer", "local": "everything"}
-"""What clients keep to themselves between rounds."""
-
-PHASES = ("train", "evaluate", "aggregate")
-
-
-class Progress(Protocol):
-    """Something that is told how a run goes."""
-
-    def started(self, recipe: Recipe, done: int, directory: Path) -> None:
-        """The rounds begin; ``done`` of them were done before."""
-
-    def round(self, row: Row) -> None:
-        """A round is done; ``row`` is its line of ``metrics.jsonl``."""
-
-    def note(self, text: str) -> None:
-        """Something that the user should know."""
-
-    def finished(self, summary: Mapping[str, Any]) -> None:
-        """The run is finished."""
-
-
-class Silent:
-    """A progress that says nothing."""
-
-    def started(self, recipe: Recipe, done: int, directory: Path) -> None: ...
-    def round(self, row: Row) -> None: ...
-    def note(self, text: str) -> None: ...
-    def finished(self, summary: Mapping[str, Any]) -> None: ...
 
 
 def run_recipe(
@@ -81,51 +51,6 @@ def run_recipe(
         progress.note(f"{directory} holds this run already; nothing to do")
         return finished
     return _Driver(recipe, directory, progress).drive()
-
-
-def make_method(recipe: Recipe, base: Base, federation: FederatedData | None = None) -> Method:
-    """The recipe's method on a loaded base model; without a federation, to predict only.
-
-    Raises:
-        ModelError: the method does not fit the model.
-    """
-    data, _ = with_builtin_columns(recipe.data, recipe.clients)
-    context = Context(
-        base=base,
-        data=data,
-        training=recipe.training,
-        aggregation=recipe.aggregation,
-        evaluation=recipe.evaluation,
-        rounds=recipe.rounds.count,
-        seed=recipe.seed,
-        keeps=KEEPS[recipe.baseline],
-        keep_local=tuple(recipe.personalisation.keep),
-        clients=len(federation.clients) if federation else 1,
-        root=_root_examples(recipe, federation) if federation else [],
-    )
-    return build_method(recipe.method, context)
-
-
-def check_fit(recipe: Recipe) -> None:
-    """Refuse what does not fit the base model's context, before any weight is loaded.
-
-    Raises:
-        ModelError: the model cannot be found, or prefix and input together are longer than its context.
-    """
-    limit = context_length(load_configuration(recipe.model))
-    length = getattr(recipe.method, "length", 0)
-    if limit is None:
-        return
-    if length >= limit:
-        raise ModelError(f"method.length = {length}: {recipe.model.base} has a context of {limit} positions")
-    wanted = length + recipe.data.max_length
-    if recipe.data.task == "generation":
-        wanted += recipe.data.max_target_length
-    if wanted > limit:
-        raise ModelError(
-            f"data.max_length = {recipe.data.max_length}: with method.length and targets {wanted} positions "
-            f"are needed; {recipe.model.base} has {limit}"
-        )
 
 
 def _prepare_directory(recipe: Recipe, directory: Path, resume: bool) -> dict[str, Any] | None:
@@ -196,10 +121,10 @@ class _Driver:
         check_fit(recipe)
         settings, clients = with_builtin_columns(recipe.data, recipe.clients)
         data = build_data(settings, clients, recipe.seed)
-        self._check_cohort(data)
+        check_cohort(recipe, data)
         base = load_base(recipe.model, data.task, recipe.seed)
         method = make_method(recipe, base, data)
-        owners = _pooled(data) if recipe.baseline == "centralised" else data.clients
+        owners = pooled(data) if recipe.baseline == "centralised" else data.clients
         store = ClientStore(owners, self.checkpoints.clients)
         self.evaluator = Evaluator(
             method,
@@ -371,17 +296,6 @@ class _Driver:
             found = {**environment.describe(), "precision": base.precision, "device": str(base.device)}
             write_json(self.directory / "environment.json", {**found, "started": _now()})
 
-    def _check_cohort(self, data: FederatedData) -> None:
-        for key in ("clients_per_round", "min_clients"):
-            asked = getattr(self.recipe.rounds, key)
-            if asked is not None and asked > len(data.clients):
-                raise RecipeError(f"rounds.{key} = {asked}: there are {len(data.clients)} clients")
-        if not data.test or not data.development:
-            part = "test" if not data.test else "development"
-            raise RecipeError(
-                f"clients.{part}_fraction: leaves no {part} examples; name data.{part} or raise it"
-            )
-
     def _resume(self, origin: State, store: ClientStore) -> tuple[State, int]:
         """The state to go on from and the rounds that are done."""
         rounds = self.checkpoints.rounds()
@@ -423,72 +337,20 @@ class _Driver:
             write_text(self.directory / "predictions.jsonl", lines)
         if recipe.baseline != "local":  # where nothing is merged, there is no one model
             write_folder(self.directory / "model", lambda folder: method.finish(state, folder))
-        rows = [row for row in self.history.rows if row["round"] > 0]
-        seconds = {part: sum(row["seconds"][part] for row in self.history.rows) for part in PHASES}
         finishing = time.perf_counter() - begun
-        seconds["evaluate"] += finishing
-        earlier = sum(sum(row["seconds"].values()) for row in self.history.rows)
-        own, head = method.sizes(state)
-        summary = {
-            "method": recipe.method.name,
-            "baseline": recipe.baseline,
-            "model": recipe.model.base,
-            "data": recipe.data.source,
-            "task": recipe.data.task,
-            "seed": recipe.seed,
-            "rounds": recipe.rounds.count,
-            "best_round": best,
-            "labels": list(data.task.labels),
-            "metrics": result.metrics,
-            "untuned": state.values.get("untuned", {}),
-            "client_mean": result.client_mean,
-            "worst_client": result.worst_client,
-            "clients": result.clients,
-            **_personalised(result.personalised),
-            "trainable_parameters": own,
-            "head_parameters": head,
-            "bytes": _bytes(rows),
-            "seconds": {
-                "total": round(max(elapsed + finishing, earlier + finishing), 3),
-                **{part: round(value, 3) for part, value in seconds.items()},
-            },
-            "peak_memory_bytes": max(environment.peak_memory(), *(row["peak_memory_bytes"] for row in rows)),
-        }
+        summary = summarise(
+            recipe,
+            data,
+            result,
+            self.history.rows,
+            best=best,
+            sizes=method.sizes(state),
+            untuned=state.values.get("untuned", {}),
+            elapsed=elapsed,
+            finishing=finishing,
+        )
         write_json(self.directory / "summary.json", summary)
         return summary
-
-
-def _bytes(rows: Sequence[Row]) -> dict[str, int]:
-    """Bytes a client and round (means, rounded to whole bytes) and in total."""
-    ups = [count for row in rows for count in row["bytes_up"].values()]
-    downs = [count for row in rows for count in row["bytes_down"].values()]
-    return {
-        "up_per_client_round": round(sum(ups) / len(ups)) if ups else 0,
-        "down_per_client_round": round(sum(downs) / len(downs)) if downs else 0,
-        "up_total": sum(ups),
-        "down_total": sum(downs),
-    }
-
-
-def _personalised(clients: dict[str, Metrics]) -> dict[str, Any]:
-    """The summary's part on the clients' own versions, where they have such."""
-    if not clients:
-        return {}
-    mean, worst = client_mean(clients), worst_client(clients)
-    return {"personalised": {"client_mean": mean, "worst_client": worst, "clients": clients}}
-
-
-def _pooled(data: FederatedData) -> dict[str, ClientData]:
-    """One client that holds everybody's data."""
-    train = [example for client in data.clients.values() for example in client.train]
-    return {EVERYONE: ClientData(EVERYONE, train)}
-
-
-def _root_examples(recipe: Recipe, data: FederatedData) -> list[Example]:
-    """What the server itself trains on (FLTrust): development examples, drawn by the seed."""
-    count = min(recipe.aggregation.root_examples, len(data.development))
-    chosen = np.random.default_rng([recipe.seed, 11]).choice(len(data.development), count, replace=False)
-    return [data.development[int(i)] for i in chosen]
 
 
 def _now() -> str:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .driver import Progress, run_recipe
+from .driver import run_recipe
 from .errors import FedcustomError, RecipeError, nearest
+from .progress import Progress
 from .recipe import Baseline, Recipe
 
 BASELINES: tuple[Baseline, ...] = ("centralised", "local")

@@ -1,0 +1,84 @@
+"""The summary of a finished run (docs/run_directory.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import environment
+from .data.examples import FederatedData
+from .directory import Row
+from .evaluation.metrics import Metrics, client_mean, worst_client
+from .evaluator import Result
+from .recipe import Recipe
+
+PHASES = ("train", "evaluate", "aggregate")
+
+
+def summarise(
+    recipe: Recipe,
+    data: FederatedData,
+    result: Result,
+    rows: Sequence[Row],
+    *,
+    best: int,
+    sizes: tuple[int, int],
+    untuned: Mapping[str, float],
+    elapsed: float,
+    finishing: float,
+) -> dict[str, Any]:
+    """The content of ``summary.json``.
+
+    ``rows`` are the lines of the history, ``best`` the round whose state was evaluated, ``sizes`` the numbers
+    that are trained (the method's and the head's), ``elapsed`` and ``finishing`` the seconds of this process
+    up to the final evaluation and of that.
+    """
+    seconds = {part: sum(row["seconds"][part] for row in rows) for part in PHASES}
+    earlier = sum(seconds.values())
+    seconds["evaluate"] += finishing
+    trained = [row for row in rows if row["round"] > 0]
+    return {
+        "method": recipe.method.name,
+        "baseline": recipe.baseline,
+        "model": recipe.model.base,
+        "data": recipe.data.source,
+        "task": recipe.data.task,
+        "seed": recipe.seed,
+        "rounds": recipe.rounds.count,
+        "best_round": best,
+        "labels": list(data.task.labels),
+        "metrics": result.metrics,
+        "untuned": dict(untuned),
+        "client_mean": result.client_mean,
+        "worst_client": result.worst_client,
+        "clients": result.clients,
+        **_personalised(result.personalised),
+        "trainable_parameters": sizes[0],
+        "head_parameters": sizes[1],
+        "bytes": _bytes(trained),
+        "seconds": {
+            "total": round(max(elapsed, earlier) + finishing, 3),
+            **{part: round(value, 3) for part, value in seconds.items()},
+        },
+        "peak_memory_bytes": max(environment.peak_memory(), *(row["peak_memory_bytes"] for row in trained)),
+    }
+
+
+def _bytes(rows: Sequence[Row]) -> dict[str, int]:
+    """Bytes a client and round (means, rounded to whole bytes) and in total."""
+    ups = [count for row in rows for count in row["bytes_up"].values()]
+    downs = [count for row in rows for count in row["bytes_down"].values()]
+    return {
+        "up_per_client_round": round(sum(ups) / len(ups)) if ups else 0,
+        "down_per_client_round": round(sum(downs) / len(downs)) if downs else 0,
+        "up_total": sum(ups),
+        "down_total": sum(downs),
+    }
+
+
+def _personalised(clients: dict[str, Metrics]) -> dict[str, Any]:
+    """The summary's part on the clients' own versions, where they have such."""
+    if not clients:
+        return {}
+    mean, worst = client_mean(clients), worst_client(clients)
+    return {"personalised": {"client_mean": mean, "worst_client": worst, "clients": clients}}
