@@ -42,6 +42,7 @@ def make(
     *,
     training: dict[str, Any] | None = None,
     aggregation: AggregationSettings | None = None,
+    clients: int = 1,
     **more: Any,
 ) -> WeightTuning:
     if method == "bitfit":
@@ -58,6 +59,7 @@ def make(
         evaluation=EvaluationSettings(max_new_tokens=8),
         rounds=2,
         seed=0,
+        clients=clients,
     )
     made = build_method(TECHNIQUES[method][0](**more), context)  # type: ignore[arg-type]
     assert isinstance(made, WeightTuning)

@@ -78,8 +78,7 @@ def plain_changes(method: WeightTuning, start: Tensors, shifts: dict[str, Tensor
 def test_scaffold_follows_the_paper(tiny: dict[str, str]) -> None:
     """Karimireddy et al. 2020, algorithm 1 with option II, written out for two rounds."""
     aggregation = AggregationSettings(correction="scaffold", weighting="uniform")
-    method = make(tiny["bert"], "lora", training=SGD, aggregation=aggregation)
-    method.context = method.context.__class__(**{**vars(method.context), "clients": 2})
+    method = make(tiny["bert"], "lora", training=SGD, aggregation=aggregation, clients=2)
     ours = play(method, 2, clients_of())
 
     by_hand = make(tiny["bert"], "lora", training=SGD)
@@ -104,8 +103,7 @@ def test_feddyn_follows_the_paper(tiny: dict[str, str]) -> None:
     alpha = 0.3
     aggregation = AggregationSettings(correction="feddyn", feddyn_alpha=alpha, weighting="uniform")
     training = {**SGD, "batch_size": 8}
-    method = make(tiny["bert"], "lora", training=training, aggregation=aggregation)
-    method.context = method.context.__class__(**{**vars(method.context), "clients": 4})
+    method = make(tiny["bert"], "lora", training=training, aggregation=aggregation, clients=4)
     ours = play(method, 3, clients_of())
 
     by_hand = make(tiny["bert"], "lora", training=training)

@@ -1,16 +1,17 @@
-"""Corrections of client drift: each client remembers how its own data pull, and trains against that.
-
-SCAFFOLD (Karimireddy et al. 2020, algorithm 1, option II) sends a control variate beside every tensor, so it
-doubles the traffic. FedDyn (Acar et al. 2021, algorithm 1) sends nothing more.
-"""
+"""Corrections of client drift: each client remembers how its own data pull, and trains against that."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
+from ..aggregation.server_optimizers import server_step
+from ..aggregation.settings import AggregationSettings
 from ..tensors import Tensors, combine, zeros_like
+from ..training.settings import TrainingSettings
+from .contract import Memory
 
 CONTROL, DUAL = "control/", "dual/"
 
@@ -30,32 +31,123 @@ def without(tensors: Mapping[str, Tensor], *prefixes: str) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
 
 
-def scaffold_client(
-    change: Mapping[str, Tensor],
-    server_control: Mapping[str, Tensor],
-    own_control: Mapping[str, Tensor],
-    rates: Mapping[str, float],
-    steps: int,
-) -> Tensors:
-    """A client's next control variate: ``c_i - c - change / (steps rate)``, with the rate of each tensor."""
-    return {
-        name: own_control[name] - server_control[name] - delta / (steps * rates[name])
-        for name, delta in change.items()
-    }
+class Correction:
+    """No correction: the server optimiser follows the cohort's change."""
+
+    def __init__(self, settings: AggregationSettings, clients: int) -> None:
+        self.settings, self.clients = settings, clients
+
+    def start(self, tensors: Tensors) -> Tensors:
+        """What the server keeps beside the state, and sends with it."""
+        return {}
+
+    def training(self, settings: TrainingSettings) -> TrainingSettings:
+        """The client's training."""
+        return settings
+
+    def shift(self, sent: Tensors, memory: Memory) -> Tensors:
+        """What is added to every gradient at a client."""
+        return {}
+
+    def remember(
+        self, sent: Tensors, memory: Memory, change: Tensors, rate: Callable[[str], float], steps: int
+    ) -> Tensors:
+        """Bring the client's memory up to date after ``steps`` steps; what it sends of that."""
+        return {}
+
+    def step(
+        self, current: Tensors, change: Tensors, server: Tensors, answered: int
+    ) -> tuple[Tensors, Tensors]:
+        """The next global tensors, and what of the server's own tensors is new."""
+        return server_step(current, change, server, self.settings)
 
 
-def scaffold_server(control: Tensors, mean: Mapping[str, Tensor], answered: int, clients: int) -> Tensors:
-    """The server's next control variate: ``c + |S| / N mean(c_i_new - c_i)``."""
-    return combine(lambda c, d: c + answered / clients * d, control, mean)
+class Scaffold(Correction):
+    """SCAFFOLD (Karimireddy et al. 2020, algorithm 1, option II), for plain gradient steps.
 
+    Every gradient is shifted by ``c - c_i``. After K steps at rate eta::
 
-def feddyn_server(
-    current: Tensors, change: Tensors, dual: Tensors, alpha: float, answered: int, clients: int
-) -> tuple[Tensors, Tensors]:
-    """The next global state and the server's next h, from the cohort's mean change::
+        c_i <- c_i - c - change / (K eta);   c <- c + |S| / N mean(c_i_new - c_i)
 
-    h <- h - alpha |S| / N change;   x <- x + change - h / alpha
+    Discloses the change of each client's control variate, an estimate of its mean gradient; doubles the
+    traffic.
     """
-    dual = dual or zeros_like(current)
-    dual = combine(lambda h, d: h - alpha * answered / clients * d, dual, change)
-    return combine(lambda x, d, h: x + d - h / alpha, current, change, dual), dual
+
+    def start(self, tensors: Tensors) -> Tensors:
+        """c = 0."""
+        return named(zeros_like(tensors), CONTROL)
+
+    def shift(self, sent: Tensors, memory: Memory) -> Tensors:
+        """``c - c_i``."""
+        own = part(memory.tensors, CONTROL)
+        return {name: c - own[name] if own else c for name, c in part(sent, CONTROL).items()}
+
+    def remember(
+        self, sent: Tensors, memory: Memory, change: Tensors, rate: Callable[[str], float], steps: int
+    ) -> Tensors:
+        """The next c_i; sends by how much it changed."""
+        server = part(sent, CONTROL)
+        own = part(memory.tensors, CONTROL) or zeros_like(server)
+        following = {
+            name: own[name] - server[name] - delta / (steps * rate(name)) for name, delta in change.items()
+        }
+        memory.tensors = memory.tensors | named(following, CONTROL)
+        return named({name: following[name] - own[name] for name in following}, CONTROL)
+
+    def step(
+        self, current: Tensors, change: Tensors, server: Tensors, answered: int
+    ) -> tuple[Tensors, Tensors]:
+        """The server optimiser's step, and the next c."""
+        share = answered / self.clients
+        control = combine(lambda c, d: c + share * d, part(server, CONTROL), part(change, CONTROL))
+        change = without(change, CONTROL)
+        tensors, moments = server_step(
+            {name: current[name] for name in change}, change, server, self.settings
+        )
+        return tensors, moments | named(control, CONTROL)
+
+
+class FedDyn(Correction):
+    """FedDyn (Acar et al. 2021, algorithm 1). Nothing more is sent than without it.
+
+    A client's gradient is shifted by ``-h_k + alpha (w - w_global)``. After training::
+
+        h_k <- h_k - alpha change
+        h <- h - alpha |S| / N mean(change);   x <- x + mean(change) - h / alpha
+    """
+
+    def training(self, settings: TrainingSettings) -> TrainingSettings:
+        """With the proximal term alpha."""
+        return settings.model_copy(update={"proximal": self.settings.feddyn_alpha})
+
+    def shift(self, sent: Tensors, memory: Memory) -> Tensors:
+        """``-h_k``."""
+        return {name: -dual for name, dual in part(memory.tensors, DUAL).items()}
+
+    def remember(
+        self, sent: Tensors, memory: Memory, change: Tensors, rate: Callable[[str], float], steps: int
+    ) -> Tensors:
+        """The next h_k; sends nothing."""
+        dual, alpha = part(memory.tensors, DUAL), self.settings.feddyn_alpha
+        following = {name: (dual[name] if dual else 0) - alpha * delta for name, delta in change.items()}
+        memory.tensors = memory.tensors | named(following, DUAL)
+        return {}
+
+    def step(
+        self, current: Tensors, change: Tensors, server: Tensors, answered: int
+    ) -> tuple[Tensors, Tensors]:
+        """x and h."""
+        alpha, share = self.settings.feddyn_alpha, answered / self.clients
+        dual = part(server, DUAL) or zeros_like(change)
+        dual = combine(lambda h, d: h - alpha * share * d, dual, change)
+        tensors = combine(lambda x, d, h: x + d - h / alpha, current, change, dual)
+        return tensors, named(dual, DUAL)
+
+
+CORRECTIONS: dict[str, type[Any]] = {"none": Correction, "scaffold": Scaffold, "feddyn": FedDyn}
+
+
+def make_correction(settings: AggregationSettings, clients: int, *, federated: bool) -> Correction:
+    """The correction that the recipe names; none where nothing is merged."""
+    made: Correction = CORRECTIONS[settings.correction if federated else "none"](settings, clients)
+    return made

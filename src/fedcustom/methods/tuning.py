@@ -15,27 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ..aggregation.combine import Change, combine
-from ..aggregation.server_optimizers import server_step
 from ..aggregation.settings import AggregationSettings
 from ..data.examples import ClientData, Example
 from ..data.tokens import Batch, TokenizedExample, collate, example_order, tokenize
 from ..errors import DataError, RecipeError, UpdateError
 from ..models.forward import classification_loss, generation_loss
 from ..models.inference import Predictions, predict, to_device
-from ..tensors import Tensors, count, is_finite, zeros_like
+from ..tensors import Tensors, count, is_finite
 from ..training.local import learning_rate, schedule_factor, train_locally
-from ..training.settings import TrainingSettings
 from .contract import Answer, Client, Memory, State, Task, Update, Values
-from .corrections import (
-    CONTROL,
-    DUAL,
-    feddyn_server,
-    named,
-    part,
-    scaffold_client,
-    scaffold_server,
-    without,
-)
+from .corrections import CONTROL, make_correction, named, part, without
 from .merging import BASE_CHANGE, Arrival, Merging
 from .seeds import name_seed
 from .technique import Context, Technique, prepare_precision
@@ -59,6 +48,7 @@ class WeightTuning:
         prepare_precision(context.base, self.tuned)
         federated = context.keeps == "nothing"
         self.merging = self.tuned.merging if federated and self.tuned.merging else Merging()
+        self.correction = make_correction(context.aggregation, context.clients, federated=federated)
         self._check_rule()
         self._personal = self._personal_names() if federated else frozenset()
         filled_in = not federated or self._personal or self.tuned.merging
@@ -70,10 +60,7 @@ class WeightTuning:
     def start(self) -> State:
         """The tensors as the technique initialises them."""
         tensors = self.merging.start(self.tuned.read())
-        server: Tensors = {}
-        if self._correction == "scaffold":
-            server = named(zeros_like(self._travelling(tensors)), CONTROL)
-        return State(tensors, server)
+        return State(tensors, self.correction.start(self._travelling(tensors)))
 
     def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
         """Train from the global state, for as long as ``work`` says (``epochs``, ``steps`` or
@@ -140,28 +127,12 @@ class WeightTuning:
         if settings.rule == "fltrust":
             root = gathered.take(self._root(state, first.task))
         change = combine(changes(), settings, root=root, inner_products=gathered.inner_products)
-        count = len(answered)
-        server = dict(state.server)
-        if self._correction == "scaffold":
-            control = scaffold_server(
-                part(server, CONTROL), part(change, CONTROL), count, self.context.clients
-            )
-            server |= named(control, CONTROL)
-            change = without(change, CONTROL)
-        current = {name: state.tensors[name] for name in change}
-        if self._correction == "feddyn":
-            dual = {n: t for n, t in part(server, DUAL).items() if n in change}
-            tensors, dual = feddyn_server(
-                current, change, dual, settings.feddyn_alpha, count, self.context.clients
-            )
-            server |= named(dual, DUAL)
-        else:
-            moments = {n: t for n, t in server.items() if n.partition("/")[2] in change}
-            tensors, moments = server_step(current, change, moments, settings)
-            server |= moments
+        current = {name: state.tensors[name] for name in change if name in state.tensors}
+        relevant = {n: t for n, t in state.server.items() if n.partition("/")[2] in change}
+        tensors, kept = self.correction.step(current, change, relevant, len(answered))
         own, report = gathered.merged({**state.tensors, **tensors})
         values = {**state.values, "method": report} if report else state.values
-        return State({**state.tensors, **tensors, **own}, server, values)
+        return State({**state.tensors, **tensors, **own}, {**state.server, **kept}, values)
 
     def finish(self, state: State, folder: Path) -> None:
         """Write the adapter or model of this state, with its tokenizer."""
@@ -193,7 +164,8 @@ class WeightTuning:
         ranges = batch_ranges(len(examples), start, context.training.batch_size, task.values)
         seed = [context.seed, 5, name_seed(client.name)]
         trained = {n: p for n, p in self.tuned.parameters.items() if self.merging.trains(n, number)}
-        factor = task.values["learning_rate_factor"]
+        factor = float(task.values["learning_rate_factor"])
+        shift = self.correction.shift(task.tensors, client.memory)
         with torch.random.fork_rng(devices=[]), only_these_train(self.tuned.parameters, trained):
             torch.manual_seed(
                 int.from_bytes(hashlib.sha256(repr([*seed, start]).encode()).digest()[:7], "big")
@@ -205,11 +177,11 @@ class WeightTuning:
                 trained,
                 self._batches(examples, ranges, seed),
                 self._loss,
-                self._local_settings(),
+                self.correction.training(context.training),
                 factor,
                 head=self.tuned.head,
                 moments=part(client.memory.tensors, "moments/"),
-                shift=self._shift(task, client.memory),
+                shift=self.tuned.inwards(shift) if shift else {},
             )
         client.memory.values["examples_seen"] = ranges[-1][1]
         after = self.tuned.read()
@@ -221,7 +193,11 @@ class WeightTuning:
             name: after[name] - tensor for name, tensor in before.items() if self._comes_up(name, number)
         }
         packed, said = self.merging.pack(change)
-        packed = packed | self._correct(task, client.memory, change, factor, result.steps)
+
+        def rate(name: str) -> float:
+            return factor * learning_rate(context.training, head=name in self.tuned.head)
+
+        packed = packed | self.correction.remember(task.tensors, client.memory, change, rate, result.steps)
         return Update(packed, float(len(examples)), values | said)
 
     def predict(
@@ -274,10 +250,6 @@ class WeightTuning:
             )
             self._tokens[key] = (examples, tokenized)  # the list is kept alive, so that its id stays its own
         return self._tokens[key][1]
-
-    @property
-    def _correction(self) -> str:
-        return self.context.aggregation.correction if self.context.keeps == "nothing" else "none"
 
     def _check_rule(self) -> None:
         settings, own = self.context.aggregation, self.merging.own_rule
@@ -353,36 +325,6 @@ class WeightTuning:
             kept |= named(after, "state/")
         kept |= named({name: after[name] for name in sorted(self._personal)}, "state/")
         memory.tensors = kept
-
-    def _local_settings(self) -> TrainingSettings:
-        if self._correction != "feddyn":
-            return self.context.training
-        return self.context.training.model_copy(update={"proximal": self.context.aggregation.feddyn_alpha})
-
-    def _shift(self, task: Task, memory: Memory) -> Tensors:
-        """What a correction adds to every gradient."""
-        if self._correction == "scaffold":
-            server, own = part(task.tensors, CONTROL), part(memory.tensors, CONTROL)
-            return self.tuned.inwards({name: c - own[name] if own else c for name, c in server.items()})
-        if self._correction == "feddyn":
-            return self.tuned.inwards({n: -dual for n, dual in part(memory.tensors, DUAL).items()})
-        return {}
-
-    def _correct(self, task: Task, memory: Memory, change: Tensors, factor: float, steps: int) -> Tensors:
-        """Bring the client's correction up to date; what it sends of that."""
-        if self._correction == "scaffold":
-            server = part(task.tensors, CONTROL)
-            own = part(memory.tensors, CONTROL) or zeros_like(server)
-            training = self.context.training
-            rates = {name: factor * learning_rate(training, head=name in self.tuned.head) for name in change}
-            following = scaffold_client(change, server, own, rates, steps)
-            memory.tensors = memory.tensors | named(following, CONTROL)
-            return named({name: following[name] - own[name] for name in following}, CONTROL)
-        if self._correction == "feddyn":
-            dual, alpha = part(memory.tensors, DUAL), self.context.aggregation.feddyn_alpha
-            following = {name: (dual[name] if dual else 0) - alpha * delta for name, delta in change.items()}
-            memory.tensors = memory.tensors | named(following, DUAL)
-        return {}
 
     def _batches(
         self, examples: list[TokenizedExample], ranges: list[tuple[int, int]], seed: list[int]
