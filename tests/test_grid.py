@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "soft_prompt lstm": {"length": 4, "encoder": "lstm"},
     "lora": {"rank": 4},
     "lora rslora": {"rank": 4, "rank_stabilised": True},
+    "lora private": {"rank": 3, "private_rank": 2},
     "lora dora": {"rank": 4, "dora": True},
     **{
         f"lora {variant}": {"rank": 4, "variant": variant}
@@ -34,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 CHANGES_BASE = ("lora flora", "lora fedex")
-KEEPS = {"lora fedsa": "lora_B"}
+KEEPS = {"lora fedsa": "lora_B", "lora private": "_private"}
 
 
 def two_rounds(method: WeightTuning, kind: str) -> tuple[Any, set[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import fedcustom
 from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.data.examples import ClientData
+from fedcustom.directory import Checkpoints
 from fedcustom.errors import RecipeError
 from fedcustom.methods import Answer, Client, WeightTuning
 from fedcustom.methods.lora.method import lora_layers
@@ -144,6 +146,25 @@ def test_fedsa_keeps_b_with_the_client(tiny: dict[str, str]) -> None:
     again = method.ask(state, 2, {"a": {"epochs": 1}})["a"]
     before = method._own(again.tensors, client.memory)
     assert equal({n: before[n] for n in kept}, kept)
+
+
+def test_a_private_adapter_beside_the_shared_one(small: dict[str, Any], tmp_path: Path) -> None:
+    recipe = {**small, "method": {"name": "lora", "rank": 3, "private_rank": 2, "alpha": 6.0}}
+    run = fedcustom.run(recipe, out=tmp_path / "run")
+    plain = fedcustom.run({**small, "method": {"name": "lora", "rank": 3}}, out=tmp_path / "plain")
+    sent = run.summary["bytes"]["up_per_client_round"]
+    assert sent == pytest.approx(plain.summary["bytes"]["up_per_client_round"], rel=0.02)
+    assert run.summary["personalised"]["client_mean"] != run.summary["client_mean"]
+    # In the saved model, the private part adds nothing and the shared one has its scale.
+    saved = json.loads((run.directory / "model" / "adapter_config.json").read_text())
+    assert saved["r"] == 5
+    assert saved["lora_alpha"] / saved["r"] == pytest.approx(2.0)
+    state = Checkpoints(run.directory / "checkpoints").load(2).state.tensors
+    private = {name for name in state if "_private" in name}
+    assert len(private) == 2 * 2 * 2  # A and B of query and value in two layers
+    assert not any(state[name].any() for name in private if "lora_B" in name)
+    with pytest.raises(RecipeError, match="private_rank = 2: needs variant 'fedit'"):
+        load_recipe(recipe, {"method.variant": "ffa"})
 
 
 def test_dora_and_rank_stabilised_scaling(tiny: dict[str, str]) -> None:

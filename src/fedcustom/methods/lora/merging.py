@@ -45,6 +45,9 @@ from ..merging import BASE_CHANGE, Arrival, Merging, Round
 from ..seeds import name_seed
 from .settings import LoraSettings
 
+PRIVATE = "_private."
+"""Part of the names of tensors of a client's own adapter."""
+
 CHANGES_BASE = ("flora", "fedex")
 OWN_RULE = ("flora", "fedex", "flexlora", "hetlora")
 
@@ -76,6 +79,11 @@ class Matrix:
         return f"{self.name}.lora_R.weight"
 
     @property
+    def private_names(self) -> tuple[str, str]:
+        """The names of A and B of a client's own adapter."""
+        return f"{self.name}.lora_A{PRIVATE}weight", f"{self.name}.lora_B{PRIVATE}weight"
+
+    @property
     def base_name(self) -> str:
         """The name of the dense change of the base, (out, in)."""
         return f"{BASE_CHANGE}{self.name}.weight"
@@ -89,6 +97,8 @@ class LoraMerging(Merging):
         variant = settings.variant
         self.own_rule = f"lora variant {variant}" if variant in OWN_RULE else ""
         self.personal = ("lora_B",) if variant == "fedsa" else ()
+        if settings.private_rank:
+            self.personal = (PRIVATE,)
 
     def rank_of(self, client: str) -> int:
         """The client's rank: a draw by its name."""

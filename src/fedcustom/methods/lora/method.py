@@ -35,10 +35,13 @@ class Lora:
         chosen: Any = settings.target_modules
         if chosen == ["all-linear"] or (chosen is None and not known_to_peft(base)):
             chosen = "all-linear"
+        # A private adapter is further rows of A and columns of B, at the scale of the shared ones.
+        rank = settings.rank + settings.private_rank
+        alpha = settings.alpha * settings.scale(settings.rank) / settings.scale(rank)
         config = LoraConfig(
             task_type=task_type(base),
-            r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
             lora_dropout=settings.dropout,
             use_rslora=settings.rank_stabilised,
             use_dora=settings.dora,
@@ -59,7 +62,11 @@ class Lora:
         if settings.variant == "fedsb":
             tuned.parameters = {n.replace(".lora_B.", ".lora_R."): p for n, p in tuned.parameters.items()}
         matrices = [
-            Matrix(name, layer.lora_A["default"].weight.detach().clone(), _outer(layer).detach().clone())
+            Matrix(
+                name,
+                layer.lora_A["default"].weight.detach()[: settings.rank].clone(),
+                _outer(layer).detach()[:, : settings.rank].clone(),
+            )
             for name, layer in layers.items()
         ]
         tuned.merging = LoraMerging(settings, matrices, seed)
@@ -67,6 +74,8 @@ class Lora:
             _fit_ranks(tuned, model, layers, matrices, settings, base)
         if settings.variant == "fedsb":
             _save_as_lora(tuned, layers)
+        if settings.private_rank:
+            _split_private(tuned, matrices, settings.rank)
         if settings.dropout:
             tuned.active_dropout = [m for name, m in model.named_modules() if name.endswith("lora_dropout")]
         return tuned
@@ -84,6 +93,29 @@ def lora_layers(model: Any) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {clean_name(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def _split_private(tuned: Tuned, matrices: list[Matrix], rank: int) -> None:
+    """Give the rows of A and columns of B beyond ``rank`` names of their own (two adapters, as in FedDPA,
+    Yang et al. 2024).
+    """
+
+    def read(tensors: Tensors) -> Tensors:
+        for matrix in matrices:
+            own_a, own_b = matrix.private_names
+            a, b = tensors[matrix.a_name], tensors[matrix.b_name]
+            tensors |= {own_a: a[rank:].clone(), own_b: b[:, rank:].contiguous()}
+            tensors |= {matrix.a_name: a[:rank].clone(), matrix.b_name: b[:, :rank].contiguous()}
+        return tensors
+
+    def write(tensors: Tensors) -> Tensors:
+        for matrix in matrices:
+            own_a, own_b = matrix.private_names
+            tensors[matrix.a_name] = torch.cat([tensors[matrix.a_name], tensors.pop(own_a)])
+            tensors[matrix.b_name] = torch.cat([tensors[matrix.b_name], tensors.pop(own_b)], dim=1)
+        return tensors
+
+    tuned.read_hook, tuned.write_hook = read, write
 
 
 class Between(nn.Module):

@@ -33,6 +33,9 @@ class LoraSettings(TuningSettings):
     client_rank_shares: list[float] | None = Field(
         None, description="Share of clients with each of client_ranks; unset: equal shares"
     )
+    private_rank: int = Field(
+        0, ge=0, le=4096, description="Rank of a second adapter of each client's own, never sent (fedit)"
+    )
     alpha: float = Field(16.0, gt=0, description="The change is scaled by alpha / rank")
     rank_stabilised: bool = Field(False, description="rsLoRA: scale by alpha / sqrt(rank) instead")
     dora: bool = Field(
@@ -61,6 +64,8 @@ class LoraSettings(TuningSettings):
             raise ValueError(
                 f"client_rank_shares = {shares}: must be one number of at least 0 for each of client_ranks"
             )
+        if self.private_rank and self.variant != "fedit":
+            raise ValueError(f"private_rank = {self.private_rank}: needs variant 'fedit'")
         if self.dora and self.variant not in WITH_DORA:
             raise ValueError(
                 f"dora = true: DoRA's weight is not linear in B A, so what variant {self.variant!r} merges "
