@@ -53,7 +53,7 @@ class Display:
             return
         rounds, number = self.recipe.rounds.count, row["round"]
         figures = f"round {number}/{rounds}"
-        if number:
+        if row.get("train_loss") is not None:
             figures += f"  loss {row['train_loss']:.4f}"
         if "development" in row:
             metric = self.recipe.metric

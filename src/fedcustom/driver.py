@@ -236,7 +236,9 @@ class _Driver:
                     self._warn(text, reply.detail)
                 continue
             noted.answered.append(reply.client)
-            noted.losses.append((float(reply.update.values["loss"]), int(reply.update.values["examples"])))
+            said = reply.update.values
+            if "loss" in said:
+                noted.losses.append((float(said["loss"]), int(said.get("examples", 1))))
             late = number - 1 - cohort[reply.client].since
             discount = (1 + late) ** -exponent if late else 1.0
             yield Answer(reply.client, reply.task, reply.update, discount)
@@ -255,7 +257,9 @@ class _Driver:
             "left_out": noted.left_out,
             "late": {name: number - 1 - a.since for name, a in cohort.items() if a.since < number - 1},
             "learning_rate": (recipe.training.learning_rate or 0.0) * factor,
-            "train_loss": sum(loss * count for loss, count in noted.losses) / max(1, examples),
+            "train_loss": sum(n * loss for loss, n in noted.losses) / max(1, examples)
+            if noted.losses
+            else None,
             "examples": examples,
             "bytes_up": up,
             "bytes_down": down,

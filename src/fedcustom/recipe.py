@@ -17,7 +17,7 @@ from .data.settings import ClientSettings, DataSettings
 from .errors import RecipeError
 from .evaluation.metrics import CLASSIFICATION_METRICS
 from .evaluation.settings import EvaluationSettings
-from .methods import TECHNIQUES, MethodSettings
+from .methods import METHODS, MethodSettings
 from .methods.prefix import PrefixSettings
 from .models.settings import ModelSettings
 from .settings import Settings
@@ -124,7 +124,7 @@ class Recipe(Settings):
                 f"evaluation.metric = {metric!r}: allowed for {self.data.task}: {', '.join(allowed)}"
             )
         for name in self.compare:
-            known = [*TECHNIQUES, "centralised", "local"]
+            known = [*METHODS, "centralised", "local"]
             if name not in known:
                 raise ValueError(f"compare.{name}: unknown method or baseline{_nearest(name, known)}")
         return self
@@ -139,7 +139,7 @@ class Recipe(Settings):
         """With the method's own learning rate filled in where none is set."""
         if self.training.learning_rate is not None:
             return self
-        rate = type(self.method).default_learning_rate
+        rate = getattr(type(self.method), "default_learning_rate", None)
         return self.model_copy(update={"training": self.training.model_copy(update={"learning_rate": rate})})
 
     def for_method(self, name: str, baseline: Baseline = "federated") -> Recipe:
@@ -151,8 +151,8 @@ class Recipe(Settings):
         Raises:
             RecipeError: there is no such method, or its settings do not fit.
         """
-        if name not in TECHNIQUES:
-            raise RecipeError(f"--methods: unknown method {name!r}{_nearest(name, list(TECHNIQUES))}")
+        if name not in METHODS:
+            raise RecipeError(f"--methods: unknown method {name!r}{_nearest(name, list(METHODS))}")
         values = self.model_dump(exclude={"compare"})
         if name != self.method.name:
             values["method"] = {"name": name}
@@ -226,7 +226,7 @@ def settings_help() -> Iterator[tuple[str, str, str, str]]:
     """
     for name, field in Recipe.model_fields.items():
         if name == "method":
-            for method, (settings, _) in TECHNIQUES.items():
+            for method, settings in METHODS.items():
                 yield f"[method] name = {method!r}", "", "", (settings.__doc__ or "").strip().splitlines()[0]
                 for key, sub in settings.model_fields.items():
                     if key != "name":
@@ -272,7 +272,7 @@ def _default_text(field: FieldInfo) -> str:
 def _explain(problem: Any) -> str:
     """One validation problem in one line: key, value, what is allowed, nearest right name."""
     path = [str(part) for part in problem["loc"]]
-    if len(path) > 1 and path[0] == "method" and path[1] in TECHNIQUES:
+    if len(path) > 1 and path[0] == "method" and path[1] in METHODS:
         path.pop(1)  # pydantic adds the chosen method's name to the path
     key, kind, value = ".".join(path), problem["type"], problem["input"]
     if kind == "extra_forbidden":
@@ -280,7 +280,7 @@ def _explain(problem: Any) -> str:
         return f"{key}: unknown setting{_nearest(path[-1], known, everywhere=True)}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name") if isinstance(value, dict) else value
-        return f"method.name = {name!r}: unknown method{_nearest(str(name), list(TECHNIQUES))}"
+        return f"method.name = {name!r}: unknown method{_nearest(str(name), list(METHODS))}"
     if kind == "literal_error":
         expected = problem["ctx"]["expected"]
         return f"{key} = {value!r}: must be {expected}{_close(value, expected)}"
@@ -295,9 +295,7 @@ def _known_keys(path: Sequence[Any]) -> list[str]:
     if not path:
         return list(Recipe.model_fields)
     if path[0] == "method":
-        return (
-            list(TECHNIQUES[path[1]][0].model_fields) if len(path) > 1 and path[1] in TECHNIQUES else ["name"]
-        )
+        return list(METHODS[path[1]].model_fields) if len(path) > 1 and path[1] in METHODS else ["name"]
     annotation = Recipe.model_fields[str(path[0])].annotation
     return (
         list(annotation.model_fields)

@@ -1,9 +1,13 @@
-"""Ways of customising a model, one folder each. A new method adds its line to :data:`TECHNIQUES`."""
+"""Ways of customising a model, one folder each. A new method adds its line to :data:`TECHNIQUES`, or to
+:data:`OTHERS` if it does not train tensors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from ..settings import Settings
 from .adapter import Adapter, AdapterSettings
 from .bitfit import BitFit, BitFitSettings
 from .contract import Answer, Client, Memory, Method, State, Task, Update
@@ -26,6 +30,14 @@ TECHNIQUES: dict[str, tuple[type[TuningSettings], type[Any]]] = {
     "bitfit": (BitFitSettings, BitFit),
 }
 """Methods that train tensors: their settings, and which tensors those are."""
+
+OTHERS: dict[str, tuple[type[Settings], Callable[[Any, Context], Method]]] = {}
+"""Methods with verbs of their own: their settings, and what makes one of them."""
+
+METHODS: dict[str, type[Settings]] = {
+    name: settings for name, (settings, _) in [*TECHNIQUES.items(), *OTHERS.items()]
+}
+"""The settings of every method."""
 
 MethodSettings = (
     PrefixSettings
@@ -58,5 +70,7 @@ def build_method(settings: MethodSettings, context: Context) -> Method:
     Raises:
         ModelError: the method does not fit the base model.
     """
+    if settings.name in OTHERS:
+        return OTHERS[settings.name][1](settings, context)
     _, technique = TECHNIQUES[settings.name]
     return WeightTuning(technique(settings), context)
