@@ -53,7 +53,7 @@ def make(
         base=base,
         data=DataSettings(task=kind, max_length=24, max_target_length=16),  # type: ignore[arg-type]
         training=TrainingSettings(
-            **{"learning_rate": RATE, "batch_size": 4, "clip_norm": None, **(training or {})}
+            **{"learning_rate": RATE, "batch_size": 4, "clip_norm": 0, **(training or {})}
         ),
         aggregation=aggregation or AggregationSettings(),
         evaluation=EvaluationSettings(max_new_tokens=8),
@@ -296,10 +296,10 @@ def test_unsound_updates_are_refused(tiny: dict[str, str], change: Any, message:
     ours = make(tiny["bert"], "prefix")
     task = Task("train", ours.start().tensors, {"round": 1})
     tensors = ours.start().tensors
-    ours.check(task, Update(tensors, 3.0, {"loss": 1.0, "steps": 2}))
+    ours.check(task, Update(tensors, 3.0, {"loss": 1.0, "steps": 2, "examples": 3}))
     change(tensors)
     with pytest.raises(UpdateError, match=message):
-        ours.check(task, Update(tensors, 3.0, {"loss": 1.0, "steps": 2}))
+        ours.check(task, Update(tensors, 3.0, {"loss": 1.0, "steps": 2, "examples": 3}))
 
 
 @pytest.mark.parametrize(
@@ -312,6 +312,7 @@ def test_unsound_updates_are_refused(tiny: dict[str, str], change: Any, message:
         (1.0, 1.0, 0, "steps"),
         (1.0, 1.0, 2.5, "steps"),
         (1.0, 1.0, None, "steps"),
+        (4.0, 1.0, 5, "steps 5: must be an integer from 1 to 4"),
     ],
 )
 def test_unsound_numbers_are_refused(
@@ -320,7 +321,7 @@ def test_unsound_numbers_are_refused(
     ours = make(tiny["bert"], "prefix")
     task = Task("train", ours.start().tensors, {"round": 1})
     with pytest.raises(UpdateError, match=message):
-        ours.check(task, Update(ours.start().tensors, weight, {"loss": loss, "steps": steps}))
+        ours.check(task, Update(ours.start().tensors, weight, {"loss": loss, "steps": steps, "examples": 3}))
 
 
 def test_merging_is_the_mean_by_examples(tiny: dict[str, str]) -> None:

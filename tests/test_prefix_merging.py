@@ -101,12 +101,18 @@ def test_only_the_layers_that_changed_most_are_sent(tiny: dict[str, str]) -> Non
             method.check(good.task, bad)
 
 
+def public_texts(folder: Path, *texts: str) -> str:
+    path = folder / "public.txt"
+    path.write_text("\n".join(texts))
+    return str(path)
+
+
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
-def test_the_teacher_is_the_model(tiny: dict[str, str], model: str) -> None:
+def test_the_teacher_is_the_model(tiny: dict[str, str], tmp_path: Path, model: str) -> None:
     """With one client's prefix and no bias, the teacher's states are those of PEFT's own forward pass."""
     method = make(tiny[model], "prefix", "generation", length=4, init="random")
     settings = PrefixSettings(merging="stacked", compression="distil", public_text="unused")
-    distiller = Distiller(method.base, settings, ["the cat near a house", "a dog"])
+    distiller = Distiller(method.base, settings, public_texts(tmp_path, "the cat near a house", "a dog"))
     batch = distiller.batches[0]
     prefix = method.start().tensors["prefix"]
     method.tuned.model.eval()
@@ -119,7 +125,9 @@ def test_the_teacher_is_the_model(tiny: dict[str, str], model: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["bert", "llama"])
-def test_distillation_comes_closer_to_the_stacked_prefix(tiny: dict[str, str], model: str) -> None:
+def test_distillation_comes_closer_to_the_stacked_prefix(
+    tiny: dict[str, str], tmp_path: Path, model: str
+) -> None:
     method = make(tiny[model], "prefix", length=3, init="random")
     settings = PrefixSettings(
         merging="stacked",
@@ -129,7 +137,7 @@ def test_distillation_comes_closer_to_the_stacked_prefix(tiny: dict[str, str], m
         distil_learning_rate=0.03,
     )
     texts = ["the cat near a house", "a dog", "an old river near the small dog", "house"]
-    distiller = Distiller(method.base, settings, texts)
+    distiller = Distiller(method.base, settings, public_texts(tmp_path, *texts))
     generator = torch.Generator().manual_seed(0)
     start = method.start().tensors["prefix"]
     clients = [(start + torch.randn(start.shape, generator=generator), w) for w in (0.3, 0.7)]
@@ -181,7 +189,7 @@ def test_bad_settings(tmp_path: Path, tiny: dict[str, str]) -> None:
         make(tiny["bert"], "prefix", layers_sent=9)
     distil = {"merging": "stacked", "compression": "distil"}
     with pytest.raises(DataError, match=r"missing\.txt: cannot be read"):
-        make(tiny["bert"], "prefix", public_text=str(tmp_path / "missing.txt"), **distil)
+        make(tiny["bert"], "prefix", public_text=str(tmp_path / "missing.txt"), **distil).start()
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(DataError, match="holds no text"):
-        make(tiny["bert"], "prefix", public_text=str(tmp_path / "empty.txt"), **distil)
+        make(tiny["bert"], "prefix", public_text=str(tmp_path / "empty.txt"), **distil).start()

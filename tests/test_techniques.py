@@ -395,8 +395,9 @@ def test_what_was_trained_is_not_rounded_when_frozen_weights_are(
 
     def attached() -> Any:
         base = base_of(tiny[model], kind, "bfloat16")
+        original = list(base.model.parameters())
         tuned = technique(settings_class(**settings)).attach(base, 0)
-        prepare_precision(base, tuned)
+        prepare_precision(base, original)
         return tuned
 
     tuned = attached()

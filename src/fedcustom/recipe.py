@@ -39,6 +39,10 @@ class RoundSettings(Settings):
     checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints")
 
 
+FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation")
+"""Sections that a baseline leaves at their defaults."""
+
+
 class PersonalisationSettings(Settings):
     """What makes each client's model its own."""
 
@@ -108,12 +112,8 @@ class Recipe(Settings):
                 f"training.warmup_rounds = {self.training.warmup_rounds}: "
                 f"must be below rounds.count = {self.rounds.count}"
             )
-        training = self.training
-        if self.aggregation.correction == "scaffold" and (training.optimizer != "sgd" or training.momentum):
-            raise ValueError(
-                "aggregation.correction = 'scaffold': is defined for plain gradient steps; "
-                "set training.optimizer = 'sgd' and training.momentum = 0"
-            )
+        self._check_correction()
+        self._check_federated()
         buffer = self.participation.buffer
         if buffer is not None and self.clients.partition != "natural" and buffer > count:
             raise ValueError(f"participation.buffer = {buffer}: there are {count} clients (clients.count)")
@@ -128,6 +128,50 @@ class Recipe(Settings):
             if name not in known:
                 raise ValueError(f"compare.{name}: unknown method or baseline{_nearest(name, known)}")
         return self
+
+    def _check_correction(self) -> None:
+        """What corrections of client drift are defined for."""
+        correction, training = self.aggregation.correction, self.training
+        if correction == "none":
+            return
+        where = f"aggregation.correction = {correction!r}"
+        if self.aggregation.rule != "mean" or self.participation.buffer is not None:
+            raise ValueError(f"{where}: needs aggregation.rule = 'mean' and no participation.buffer")
+        if correction == "scaffold" and (
+            training.optimizer != "sgd" or training.momentum or training.clip_norm
+        ):
+            raise ValueError(
+                f"{where}: is defined for plain gradient steps; set training.optimizer = 'sgd', "
+                "training.momentum = 0 and training.clip_norm = 0"
+            )
+        if correction == "feddyn" and training.proximal:
+            raise ValueError(f"{where}: has a proximal term of its own; leave training.proximal at 0")
+        if correction == "feddyn" and self.aggregation.server_learning_rate is not None:
+            raise ValueError(f"{where}: has a server step of its own; leave server_learning_rate unset")
+
+    def _check_federated(self) -> None:
+        """What only a federated run has, and what late answers do not fit."""
+        if self.baseline != "federated":
+            for section in FEDERATED_ONLY:
+                set_ = getattr(self, section)
+                if set_ != type(set_)():
+                    raise ValueError(f"[{section}]: needs baseline = 'federated', not {self.baseline!r}")
+        variant = getattr(self.method, "variant", "fedit")
+        own = variant in ("flora", "fedex", "flexlora", "hetlora")
+        if self.participation.buffer is not None:
+            if self.aggregation.rule == "fltrust":
+                raise ValueError("participation.buffer: does not go with aggregation.rule = 'fltrust'")
+            if own or variant == "rolora":
+                raise ValueError(f"participation.buffer: method.variant = {variant!r} needs all at one state")
+        if own and self.compression.down:
+            raise ValueError(f"compression.down: does not go with method.variant = {variant!r}")
+        redrawn = own or getattr(self.method, "layers_sent", None) is not None
+        if redrawn and self.compression.error_feedback:
+            raise ValueError(
+                "compression.error_feedback: does not go with a method that sends other tensors in each round"
+            )
+        if any(not part for part in self.personalisation.keep):
+            raise ValueError("personalisation.keep: an empty text names every tensor; name parts")
 
     @property
     def metric(self) -> str:
@@ -160,6 +204,8 @@ class Recipe(Settings):
             values["training"]["learning_rate"] = None
             values["training"]["head_learning_rate"] = None
         values["baseline"] = baseline
+        if baseline != "federated":
+            values = {key: value for key, value in values.items() if key not in FEDERATED_ONLY}
         for part in (name, baseline):
             values = _merged(values, self.compare.get(part, {}))
         return parse_recipe(values, f"compare.{name}")
@@ -249,7 +295,9 @@ def _type_text(field: FieldInfo) -> str:
     if choices and all(isinstance(choice, str) for choice in choices):
         text = " | ".join(choices)
     elif str(annotation).startswith("list"):
-        text = "list of texts"
+        text = {str: "list of texts", int: "list of integers", float: "list of numbers"}[
+            get_args(annotation)[0]
+        ]
     elif str(annotation).startswith("dict"):
         text = "table"
     else:

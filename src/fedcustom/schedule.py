@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .data.examples import FederatedData
+from .errors import RecipeError
 from .methods.contract import Values
 from .recipe import Recipe
 from .simulation.settings import ParticipationSettings
@@ -80,6 +81,7 @@ def _buffered(recipe: Recipe, names: Sequence[str]) -> Iterator[dict[str, Assign
     """
     settings, generator = recipe.participation, np.random.default_rng([recipe.seed, 10])
     size, buffer = recipe.rounds.clients_per_round or len(names), settings.buffer or 1
+    positions = {name: i for i, name in enumerate(names)}
     working: list[tuple[float, int, int]] = []  # when it is done, client, the round it starts from
     busy: set[int] = set()
 
@@ -93,20 +95,24 @@ def _buffered(recipe: Recipe, names: Sequence[str]) -> Iterator[dict[str, Assign
     for _ in range(size):
         begin(0.0, 0)
     for number in range(1, recipe.rounds.count + 1):
-        answered: dict[str, Assignment] = {}
-        while len(answered) < buffer:
+        cohort: dict[str, Assignment] = {}
+        answers = 0
+        while answers < buffer and working:
             now, client, version = heapq.heappop(working)
-            answered[names[client]] = Assignment(_whole(recipe), version)
-            begin(now, number - 1)
-            if not working:
-                break
-        busy -= {names.index(name) for name in answered}
-        while len(working) < size:
-            before = len(working)
+            absent = bool(generator.random() < settings.dropout)
+            cohort[names[client]] = Assignment(_whole(recipe), version, absent)
+            answers += not absent
+            if answers < buffer:
+                begin(now, number - 1)
+        if not answers:
+            raise RecipeError(
+                f"participation.dropout = {settings.dropout}: in round {number} nobody is left to answer; "
+                "lower it, or have more clients than rounds.clients_per_round"
+            )
+        busy -= {positions[name] for name in cohort}
+        for _ in range(size - len(working)):
             begin(now, number)
-            if len(working) == before:
-                break
-        yield dict(sorted(answered.items(), key=lambda item: names.index(item[0])))
+        yield dict(sorted(cohort.items(), key=lambda item: positions[item[0]]))
 
 
 def _latency(settings: ParticipationSettings, generator: np.random.Generator) -> float:
@@ -128,7 +134,9 @@ def _with_partial_work(
     if not settings.dropout and not settings.partial:
         return dict(cohort)
     generator = np.random.default_rng([recipe.seed, 7, number])
-    lost = generator.random(len(cohort)) < settings.dropout
+    lost = np.array([assignment.absent for assignment in cohort.values()])
+    if settings.buffer is None:  # else who drops out was drawn when its answer was due
+        lost |= generator.random(len(cohort)) < settings.dropout
     for position in generator.permutation(len(cohort)):
         if (~lost).sum() >= min(recipe.rounds.min_clients, len(cohort)):
             break

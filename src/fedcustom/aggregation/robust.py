@@ -22,7 +22,7 @@ def inner_products(changes: Sequence[Mapping[str, Tensor]]) -> Tensor:
     gram = torch.zeros(len(changes), len(changes), dtype=torch.float64)
     for name in changes[0]:
         rows = torch.stack([change[name].reshape(-1) for change in changes]).double()
-        gram += rows @ rows.T
+        gram += (rows @ rows.T).cpu()
     return gram
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -80,14 +79,14 @@ class Scaffold(Correction):
     def shift(self, sent: Tensors, memory: Memory) -> Tensors:
         """``c - c_i``."""
         own = part(memory.tensors, CONTROL)
-        return {name: c - own[name] if own else c for name, c in part(sent, CONTROL).items()}
+        return {name: c - own.get(name, 0) for name, c in part(sent, CONTROL).items()}
 
     def remember(
         self, sent: Tensors, memory: Memory, change: Tensors, rate: Callable[[str], float], steps: int
     ) -> Tensors:
         """The next c_i; sends by how much it changed."""
         server = part(sent, CONTROL)
-        own = part(memory.tensors, CONTROL) or zeros_like(server)
+        own = zeros_like(server) | part(memory.tensors, CONTROL)
         following = {
             name: own[name] - server[name] - delta / (steps * rate(name)) for name, delta in change.items()
         }
@@ -129,7 +128,7 @@ class FedDyn(Correction):
     ) -> Tensors:
         """The next h_k; sends nothing."""
         dual, alpha = part(memory.tensors, DUAL), self.settings.feddyn_alpha
-        following = {name: (dual[name] if dual else 0) - alpha * delta for name, delta in change.items()}
+        following = {name: dual.get(name, 0) - alpha * delta for name, delta in change.items()}
         memory.tensors = memory.tensors | named(following, DUAL)
         return {}
 
@@ -144,10 +143,9 @@ class FedDyn(Correction):
         return tensors, named(dual, DUAL)
 
 
-CORRECTIONS: dict[str, type[Any]] = {"none": Correction, "scaffold": Scaffold, "feddyn": FedDyn}
+CORRECTIONS: dict[str, type[Correction]] = {"none": Correction, "scaffold": Scaffold, "feddyn": FedDyn}
 
 
-def make_correction(settings: AggregationSettings, clients: int, *, federated: bool) -> Correction:
-    """The correction that the recipe names; none where nothing is merged."""
-    made: Correction = CORRECTIONS[settings.correction if federated else "none"](settings, clients)
-    return made
+def make_correction(settings: AggregationSettings, clients: int) -> Correction:
+    """The correction that the settings name, in a federation of ``clients``."""
+    return CORRECTIONS[settings.correction](settings, clients)

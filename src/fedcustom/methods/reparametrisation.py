@@ -115,4 +115,5 @@ def reparametrise(
         tokens.restart()
         return {**tensors, **{key: parameter.detach().clone() for key, parameter in own.items()}}
 
+    tuned.corrects = False
     tuned.read_hook, tuned.write_hook = read, write

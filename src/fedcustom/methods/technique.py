@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -52,6 +52,7 @@ class Tuned:
 
     ``parameters`` are trained by a client's optimiser; :meth:`read` and :meth:`write` are what travels. They
     are the same tensors unless a method says otherwise. ``head`` names those of the classification head.
+    ``corrects`` is whether a gradient has the form in which tensors travel, as corrections of drift need it.
     """
 
     model: Any
@@ -63,11 +64,12 @@ class Tuned:
     write_hook: Callable[[Tensors], Tensors] | None = None
     active_dropout: list[nn.Module] = field(default_factory=list)
     merging: Merging | None = None
+    corrects: bool = True
 
     def read(self) -> Tensors:
         """A copy of the tensors that travel."""
         with torch.no_grad():
-            tensors = {name: p.detach().clone() for name, p in self.parameters.items()}
+            tensors = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
             return self.read_hook(tensors) if self.read_hook else tensors
 
     def inwards(self, tensors: Mapping[str, Tensor]) -> Tensors:
@@ -93,10 +95,13 @@ class Technique(Protocol):
         """
 
 
-def prepare_precision(base: Base, tuned: Tuned) -> None:
-    """Keep trained parameters in float32; with bfloat16, frozen matrices are stored in it as well."""
+def prepare_precision(base: Base, original: Iterable[nn.Parameter]) -> None:
+    """Keep trained parameters in float32; with bfloat16, the base's frozen matrices (among ``original``, its
+    parameters before the method was attached) are stored in it as well.
+    """
     for parameter in base.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-        elif base.precision == "bfloat16" and parameter.dim() > 1:
+    for parameter in original:
+        if not parameter.requires_grad and base.precision == "bfloat16" and parameter.dim() > 1:
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -18,13 +18,13 @@ from ..aggregation.combine import Change, combine
 from ..aggregation.settings import AggregationSettings
 from ..data.examples import ClientData, Example
 from ..data.tokens import Batch, TokenizedExample, collate, example_order, tokenize
-from ..errors import DataError, RecipeError, UpdateError
+from ..errors import DataError, RecipeError, RunError, UpdateError
 from ..models.forward import classification_loss, generation_loss
 from ..models.inference import Predictions, predict, to_device
-from ..tensors import Tensors, count, is_finite
+from ..tensors import Tensors, count, is_finite, zeros_like
 from ..training.local import learning_rate, schedule_factor, train_locally
 from .contract import Answer, Client, Memory, State, Task, Update, Values
-from .corrections import CONTROL, make_correction, named, part, without
+from .corrections import CONTROL, Correction, make_correction, named, part, without
 from .merging import BASE_CHANGE, Arrival, Merging
 from .seeds import name_seed
 from .technique import Context, Technique, prepare_precision
@@ -44,11 +44,14 @@ class WeightTuning:
     def __init__(self, technique: Technique, context: Context) -> None:
         self.context = context
         self.base = context.base
+        original = list(context.base.model.parameters())
         self.tuned = technique.attach(context.base, context.seed)
-        prepare_precision(context.base, self.tuned)
+        prepare_precision(context.base, original)
         federated = context.keeps == "nothing"
+        # A baseline is ordinary training: nothing is merged by rules.
+        self.aggregation = context.aggregation if federated else AggregationSettings()
         self.merging = self.tuned.merging if federated and self.tuned.merging else Merging()
-        self.correction = make_correction(context.aggregation, context.clients, federated=federated)
+        self.correction = make_correction(self.aggregation, context.clients)
         self._check_rule()
         self._personal = self._personal_names() if federated else frozenset()
         filled_in = not federated or self._personal or self.tuned.merging
@@ -96,11 +99,14 @@ class WeightTuning:
                 raise UpdateError(f"{name} has dtype {tensor.dtype}, not {expected.dtype}")
         if not (isinstance(update.weight, int | float) and 0 < update.weight < 1e12):
             raise UpdateError(f"weight {update.weight!r} is not a positive number")
-        loss, steps = update.values.get("loss"), update.values.get("steps")
+        loss, steps, examples = (update.values.get(key) for key in ("loss", "steps", "examples"))
         if not isinstance(loss, int | float) or not math.isfinite(loss):
             raise UpdateError(f"training loss {loss!r} is not a finite number")
-        if not isinstance(steps, int) or not 0 < steps < 10**9:
-            raise UpdateError(f"steps {steps!r} is not a positive integer")
+        most = _most_steps(task, update.weight)
+        if type(steps) is not int or not 0 < steps <= most:
+            raise UpdateError(f"steps {steps!r}: must be an integer from 1 to {most}")
+        if type(examples) is not int or examples < 1:
+            raise UpdateError(f"examples {examples!r} is not a positive integer")
 
     def merge(self, state: State, answers: Iterable[Answer]) -> State:
         """One change for the cohort by the recipe's rule or the method's own, then the server optimiser;
@@ -110,7 +116,7 @@ class WeightTuning:
             for _ in answers:
                 pass
             return state
-        settings, gathered = self.context.aggregation, self.merging.round(state)
+        settings, gathered = self.aggregation, self.merging.round(state)
         answered: list[str] = []
 
         def changes() -> Iterator[Change]:
@@ -131,7 +137,11 @@ class WeightTuning:
         relevant = {n: t for n, t in state.server.items() if n.partition("/")[2] in change}
         tensors, kept = self.correction.step(current, change, relevant, len(answered))
         own, report = gathered.merged({**state.tensors, **tensors})
-        values = {**state.values, "method": report} if report else state.values
+        if not is_finite(own):
+            raise RunError("merging gave numbers that are not finite; a client's update was too large")
+        values = {key: value for key, value in state.values.items() if key != "method"}
+        if report:
+            values["method"] = report
         return State({**state.tensors, **tensors, **own}, {**state.server, **kept}, values)
 
     def finish(self, state: State, folder: Path) -> None:
@@ -154,6 +164,9 @@ class WeightTuning:
             DataError: the client has nothing to train on.
             UpdateError: the training loss is not finite.
         """
+        return self._work(task, client, self.correction, self.merging)
+
+    def _work(self, task: Task, client: Client, correction: Correction, merging: Merging) -> Update:
         context, examples = self.context, self.tokens(client.data.train)
         if not examples:
             raise DataError(f"client {client.name!r} has no examples to train on")
@@ -163,9 +176,11 @@ class WeightTuning:
         start = int(client.memory.values.get("examples_seen", 0))
         ranges = batch_ranges(len(examples), start, context.training.batch_size, task.values)
         seed = [context.seed, 5, name_seed(client.name)]
-        trained = {n: p for n, p in self.tuned.parameters.items() if self.merging.trains(n, number)}
+        trained = {n: p for n, p in self.tuned.parameters.items() if merging.trains(n, number)}
         factor = float(task.values["learning_rate_factor"])
-        shift = self.correction.shift(task.tensors, client.memory)
+        shift = correction.shift(task.tensors, client.memory)
+        if shift:
+            shift = self.tuned.inwards({**zeros_like(before), **shift})
         with torch.random.fork_rng(devices=[]), only_these_train(self.tuned.parameters, trained):
             torch.manual_seed(
                 int.from_bytes(hashlib.sha256(repr([*seed, start]).encode()).digest()[:7], "big")
@@ -177,11 +192,11 @@ class WeightTuning:
                 trained,
                 self._batches(examples, ranges, seed),
                 self._loss,
-                self.correction.training(context.training),
+                correction.training(context.training),
                 factor,
                 head=self.tuned.head,
                 moments=part(client.memory.tensors, "moments/"),
-                shift=self.tuned.inwards(shift) if shift else {},
+                shift=shift,
             )
         client.memory.values["examples_seen"] = ranges[-1][1]
         after = self.tuned.read()
@@ -197,7 +212,7 @@ class WeightTuning:
         def rate(name: str) -> float:
             return factor * learning_rate(context.training, head=name in self.tuned.head)
 
-        packed = packed | self.correction.remember(task.tensors, client.memory, change, rate, result.steps)
+        packed = packed | correction.remember(task.tensors, client.memory, change, rate, result.steps)
         return Update(packed, float(len(examples)), values | said)
 
     def predict(
@@ -220,13 +235,14 @@ class WeightTuning:
 
     def adapt(self, state: State, client: Client, epochs: int) -> State:
         """The client's own tensors after ``epochs`` passes over its training data, at the first round's
-        learning rate.
+        learning rate, with nothing that pulls towards the others.
         """
         copied = Client(
             client.name, client.data, Memory(dict(client.memory.tensors), dict(client.memory.values))
         )
         task = self.ask(state, 1, {client.name: {"epochs": epochs}})[client.name]
-        self.work(task, copied)
+        plain = make_correction(AggregationSettings(), 1)
+        self._work(task, copied, plain, Merging())
         return State(self.tuned.read())
 
     def sizes(self, state: State) -> tuple[int, int]:
@@ -252,8 +268,13 @@ class WeightTuning:
         return self._tokens[key][1]
 
     def _check_rule(self) -> None:
-        settings, own = self.context.aggregation, self.merging.own_rule
-        for key in ("rule", "correction", "server_optimizer"):
+        settings, own = self.aggregation, self.merging.own_rule
+        if settings.correction != "none" and not self.tuned.corrects:
+            raise RecipeError(
+                f"aggregation.correction = {settings.correction!r}: does not fit tensors that a network "
+                "gives anew in each round; train them without one"
+            )
+        for key in ("rule", "correction", "server_optimizer", "server_learning_rate"):
             if own and getattr(settings, key) != AggregationSettings.model_fields[key].default:
                 raise RecipeError(
                     f"aggregation.{key} = {getattr(settings, key)!r}: {own} is a rule of its own; "
@@ -267,15 +288,24 @@ class WeightTuning:
             RecipeError: a part that the recipe names does not exist.
         """
         names: set[str] = set()
+        keep = self.context.keep_local
+        if any(wanted != "head" for wanted in keep) and self.merging.own_rule:
+            raise RecipeError(
+                f"personalisation.keep = {list(keep)}: {self.merging.own_rule} merges all but the head; "
+                "allowed: head"
+            )
         available = self.tuned.read().keys()
         for wanted in [*self.context.keep_local, *self.merging.personal]:
             found = self.tuned.head if wanted == "head" else {name for name in available if wanted in name}
             if not found:
+                known = [*(["head"] if self.tuned.head else []), *sorted(available - self.tuned.head)[:4]]
                 raise RecipeError(
                     f"personalisation.keep = {wanted!r}: no trained tensor has that in its name; "
-                    f"there are head, {', '.join(sorted(available)[:4])}, ..."
+                    f"there are {', '.join(known)}, ..."
                 )
             names |= found
+        if names >= available:
+            raise RecipeError(f"personalisation.keep = {list(keep)}: leaves nothing to send")
         return frozenset(names)
 
     def _travelling(self, tensors: Tensors) -> Tensors:
@@ -300,15 +330,17 @@ class WeightTuning:
     def _arrival(self, answer: Answer) -> Arrival:
         wanted = self._wanted(answer.task)
         change = self.merging.unpack(answer.update.tensors, answer.update.values, wanted)
-        by_examples = self.context.aggregation.weighting == "examples"
-        weight = answer.update.weight if by_examples else 1.0
+        weight = answer.update.weight if self.aggregation.weighting == "examples" else 1.0
         sent = without(answer.task.tensors, CONTROL)
         return Arrival(answer.client, sent, change, weight, answer.discount, answer.update.values)
 
     def _root(self, state: State, task: Task) -> Arrival:
         """What the server's own examples would change (FLTrust)."""
-        values = {"epochs": 1, **{k: v for k, v in task.values.items() if k in ("round", "steps")}}
-        (own,) = self.ask(state, values["round"], {ROOT: values}).values()
+        training = self.context.training
+        amount: Values = {"epochs": training.local_epochs}
+        if training.local_steps is not None:
+            amount = {"steps": training.local_steps}
+        (own,) = self.ask(state, int(task.values["round"]), {ROOT: amount}).values()
         client = Client(ROOT, ClientData(ROOT, self.context.root))
         return replace(self._arrival(Answer(ROOT, own, self.work(own, client))), weight=0.0)
 
@@ -322,7 +354,7 @@ class WeightTuning:
         if self.context.keeps != "nothing":
             kept |= named({name: tensor.clone() for name, tensor in moments.items()}, "moments/")
         if self.context.keeps == "everything":
-            kept |= named(after, "state/")
+            kept |= named(without(after, BASE_CHANGE), "state/")
         kept |= named({name: after[name] for name in sorted(self._personal)}, "state/")
         memory.tensors = kept
 
@@ -365,6 +397,13 @@ def batch_ranges(count: int, start: int, batch_size: int, amount: Mapping[str, A
         ranges.append((start, end))
         start = end
     return ranges
+
+
+def _most_steps(task: Task, weight: float) -> int:
+    """How many optimiser steps a task can take a client that claims ``weight`` examples."""
+    if "steps" in task.values:
+        return int(task.values["steps"])
+    return math.ceil(float(task.values.get("examples", task.values.get("epochs", 1) * weight)))
 
 
 @contextmanager

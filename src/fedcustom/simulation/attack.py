@@ -14,11 +14,11 @@ from .settings import AttackSettings
 
 
 def hostile_clients(names: Sequence[str], settings: AttackSettings, seed: int) -> frozenset[str]:
-    """Which clients are hostile: the fraction of all of them, rounded, drawn by the seed."""
+    """Which clients are hostile: the fraction of all of them, but one at least, drawn by the seed."""
     if settings.kind == "none":
         return frozenset()
     generator = np.random.default_rng([seed, 8])
-    chosen = generator.choice(len(names), size=round(settings.fraction * len(names)), replace=False)
+    chosen = generator.choice(len(names), size=max(1, round(settings.fraction * len(names))), replace=False)
     return frozenset(names[int(i)] for i in chosen)
 
 

@@ -16,7 +16,7 @@ class AttackSettings(Settings):
         "none",
         description="sign_flip: minus the own change; random: noise as long as the own change; times scale",
     )
-    fraction: float = Field(0.2, ge=0, le=1, description="Share of all clients that are hostile")
+    fraction: float = Field(0.2, gt=0, le=1, description="Share of all clients that are hostile")
     scale: float = Field(10.0, gt=0, description="What the hostile change is multiplied by")
 
 

@@ -109,10 +109,9 @@ def train_locally(
             if gradient is not None:
                 gradient.add_(parameters[name].detach() - anchor, alpha=settings.proximal)
         for name, constant in (shift or {}).items():
-            gradient = parameters[name].grad
-            if gradient is not None:
-                gradient.add_(constant)
-        if settings.clip_norm is not None:
+            if name in parameters and (gradient := parameters[name].grad) is not None:
+                gradient.add_(constant.to(gradient.device))
+        if settings.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -139,4 +138,5 @@ def restore_moments(
     """Put back what :func:`named_moments` gave."""
     for key, value in moments.items():
         kind, name = key.split("/", maxsplit=1)
-        optimizer.state[parameters[name]][kind] = value.clone()
+        device = "cpu" if kind == "step" else parameters[name].device
+        optimizer.state[parameters[name]][kind] = value.to(device, copy=True)

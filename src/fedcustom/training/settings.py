@@ -26,7 +26,7 @@ class TrainingSettings(Settings):
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (adamw), L2 (sgd)")
     momentum: float = Field(0.0, ge=0, lt=1, description="Momentum (sgd)")
-    clip_norm: float | None = Field(1.0, gt=0, description="Largest gradient norm; unset: no clipping")
+    clip_norm: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="How the learning rate falls from the first round to the last"
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..settings import Settings
 
@@ -36,3 +36,12 @@ class CompressionSettings(Settings):
         description="Compress the server's messages too: what it sends is the change relative to the state "
         "that every client can compute from the seed",
     )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for key in ("error_feedback", "down"):
+            if getattr(self, key) and self.kind == "none":
+                raise ValueError(f"{key} = true: nothing is compressed; set kind")
+        if self.down and self.kind == "top_k":
+            raise ValueError("down = true: not with kind = 'top_k', which would leave out most of the state")
+        return self

@@ -39,7 +39,7 @@ from ...aggregation.lora import (
     truncated_lora,
 )
 from ...aggregation.low_rank import LoraFactors, truncate_rank, with_scale
-from ...tensors import Tensors, add
+from ...tensors import Tensors
 from ..contract import State, Values
 from ..merging import BASE_CHANGE, Arrival, Merging, Round
 from ..seeds import name_seed
@@ -165,15 +165,18 @@ class LoraRound(Round):
         self.ideal: Tensors = {}
         self.weight = 0.0
         self.updates: dict[str, list[LoraUpdate]] = {}
-        self.sent: list[Tensors] = []
+        self.personal = False
 
     def take(self, arrival: Arrival) -> Tensors:
         """Add the client's product to the ideal; the rest is for the recipe's rule."""
-        merging, weight = self.merging, arrival.weight * arrival.discount
-        self.sent.append(arrival.sent)
-        if merging.settings.variant == "fedsa":  # B stays with the client
+        merging, weight = self.merging, arrival.weight
+        factors_of = {n for m in merging.matrices for n in (m.a_name, m.b_name, m.r_name)}
+        self.personal = not factors_of & self.before.keys() <= arrival.sent.keys()
+        if self.personal or merging.settings.dora:  # the product is not known here, or not all that counts
             return arrival.change
-        after = {name: sent + arrival.change.get(name, 0) for name, sent in arrival.sent.items()}
+        # A late change is added to the newest state, not to that which its client was sent.
+        start = arrival.sent if merging.own_rule else self.before
+        after = {n: t + arrival.discount * arrival.change.get(n, 0) for n, t in start.items()}
         for matrix in merging.matrices:
             factors = merging.factors(matrix, after)
             product = factors.change()
@@ -187,8 +190,7 @@ class LoraRound(Round):
         self.weight += weight
         if not merging.own_rule:
             return arrival.change
-        own = {name for matrix in merging.matrices for name in (matrix.a_name, matrix.b_name)}
-        return {name: tensor for name, tensor in arrival.change.items() if name not in own}
+        return {name: tensor for name, tensor in arrival.change.items() if name not in factors_of}
 
     def merged(self, tensors: Tensors) -> tuple[Tensors, Values]:
         """The merged factors and base changes, and the relative distance of their sum from the ideal."""
@@ -215,15 +217,15 @@ class LoraRound(Round):
         """Distances are those of the products B A, not of the factors; of other tensors, their own."""
         merging = self.merging
         mine = {n for m in merging.matrices for n in (m.a_name, m.b_name, m.r_name)}
-        if merging.settings.variant == "fedsa":
+        if self.personal:
             return robust.inner_products(changes)
         rest = [{n: t for n, t in change.items() if n not in mine} for change in changes]
         gram = robust.inner_products(rest)
         for matrix in merging.matrices:
             updates = []
-            for number, (sent, change) in enumerate(zip(self.sent, changes, strict=True)):
-                names = mine & change.keys()
-                after = {**sent, **add({n: sent[n] for n in names}, {n: change[n] for n in names})}
+            for number, change in enumerate(changes):
+                trained = {n: self.before[n] + change[n] for n in mine & change.keys()}
+                after = {**self.before, **trained}
                 updates.append(LoraUpdate(str(number), merging.factors(matrix, after)))
             gram += lora_inner_products(updates, merging.factors(matrix, self.before))
         return gram

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...aggregation.low_rank import LoraFactors, frozen_bases, layer_layout, pad_rank
+from ...errors import ModelError
 from ...models.load import Base
 from ...tensors import Tensors
 from ..peft_support import attach_peft, clean_name, loading_page, peft_tuned, task_type
@@ -52,6 +53,7 @@ class Lora:
             torch.manual_seed(seed)
             model = attach_peft(base, config, "lora")
         layers = lora_layers(model)
+        _check_layers(layers, settings, base)
         if settings.variant == "ffa":
             for layer in layers.values():
                 layer.lora_A["default"].weight.requires_grad_(False)
@@ -64,8 +66,8 @@ class Lora:
         matrices = [
             Matrix(
                 name,
-                layer.lora_A["default"].weight.detach()[: settings.rank].clone(),
-                _outer(layer).detach()[:, : settings.rank].clone(),
+                layer.lora_A["default"].weight.detach()[: settings.rank].clone().cpu(),
+                _outer(layer).detach()[:, : settings.rank].clone().cpu(),
             )
             for name, layer in layers.items()
         ]
@@ -93,6 +95,19 @@ def lora_layers(model: Any) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {clean_name(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def _check_layers(layers: dict[str, Any], settings: LoraSettings, base: Base) -> None:
+    for name, layer in layers.items():
+        if "default" not in layer.lora_A:
+            raise ModelError(
+                f"method.target_modules: {name} of {base.name} is an embedding; name matrices that are not"
+            )
+        sides = layer.lora_A["default"].weight.shape[1], layer.lora_B["default"].weight.shape[0]
+        if settings.variant == "fedsb" and settings.rank > min(sides):
+            raise ModelError(
+                f"method.rank = {settings.rank}: variant fedsb allows at most {min(sides)} for {name}"
+            )
 
 
 def _split_private(tuned: Tuned, matrices: list[Matrix], rank: int) -> None:
@@ -182,7 +197,8 @@ def _fit_ranks(
             change = tensors.pop(matrix.base_name, None)
             if change is not None and change is not applied[matrix.base_name]:
                 weight = layer.get_base_layer().weight
-                weight.copy_(original[matrix.name] + layer_layout(change, layer.fan_in_fan_out).to(weight))
+                whole = original[matrix.name] + layer_layout(change, layer.fan_in_fan_out).to(weight.device)
+                weight.copy_(whole)
                 applied[matrix.base_name] = change
         return tensors
 
@@ -197,7 +213,13 @@ def _fit_ranks(
         return
 
     def save(folder: Path) -> None:
-        merged = copy.deepcopy(model).merge_and_unload()
+        exact = copy.deepcopy(model).float()  # frozen matrices may be stored in less
+        for matrix, layer in zip(matrices, lora_layers(exact).values(), strict=True):
+            change = layer_layout(applied[matrix.base_name], layer.fan_in_fan_out)
+            whole = original[matrix.name].float() + change.to(original[matrix.name].device)
+            layer.get_base_layer().weight.data.copy_(whole)
+        merged = exact.merge_and_unload()
+        merged.config.dtype = torch.float32
         merged.save_pretrained(folder)
         (folder / "README.md").write_text(loading_page(base, adapter=False), encoding="utf-8")
 

@@ -64,8 +64,8 @@ class LoraSettings(TuningSettings):
             raise ValueError(
                 f"client_rank_shares = {shares}: must be one number of at least 0 for each of client_ranks"
             )
-        if self.private_rank and self.variant != "fedit":
-            raise ValueError(f"private_rank = {self.private_rank}: needs variant 'fedit'")
+        if self.private_rank and (self.variant != "fedit" or self.dora):
+            raise ValueError(f"private_rank = {self.private_rank}: needs variant 'fedit' without dora")
         if self.dora and self.variant not in WITH_DORA:
             raise ValueError(
                 f"dora = true: DoRA's weight is not linear in B A, so what variant {self.variant!r} merges "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...aggregation.prefix_stacking import Stacked
 from ...errors import DataError, ModelError
-from ...models.load import Base
+from ...models.load import Base, context_length
 from .settings import PrefixSettings
 
 BATCH = 16
@@ -40,7 +40,8 @@ class Distiller:
     positions as the student's. Deterministic.
     """
 
-    def __init__(self, base: Base, settings: PrefixSettings, texts: list[str]) -> None:
+    def __init__(self, base: Base, settings: PrefixSettings, path: str) -> None:
+        texts = read_texts(path)
         if base.architecture == "encoder-decoder":
             raise ModelError(
                 f"method.compression = 'distil' does not fit {base.name}: not for encoder-decoders; "
@@ -48,12 +49,13 @@ class Distiller:
             )
         self.base, self.settings = base, settings
         self.body: Any = getattr(base.model, base.model.base_model_prefix, base.model)
+        limit = (context_length(base.model.config) or 10**6) - settings.length
         self.batches = [
             base.tokenizer(
                 texts[i : i + BATCH],
                 padding=True,
                 truncation=True,
-                max_length=128,
+                max_length=min(128, limit),
                 return_tensors="pt",
                 return_token_type_ids=False,
             ).to(base.device)
@@ -63,6 +65,9 @@ class Distiller:
     def __call__(self, stacked: Stacked, start: Tensor) -> Tensor:
         """The prefix, in the shape of ``start``."""
         self.body.eval()
+        device = self.base.device
+        stacked = Stacked(stacked.prefix.to(device), stacked.bias.to(device))
+        start = start.to(device)
         student = start.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([student], lr=self.settings.distil_learning_rate)
         teachers: dict[int, Tensor] = {}
@@ -80,7 +85,7 @@ class Distiller:
                 loss = ((states - teachers[number]).square() * mask).sum() / mask.sum()
                 (student.grad,) = torch.autograd.grad(loss, student)
                 optimizer.step()
-        return student.detach()
+        return student.detach().cpu()
 
     def _states(self, batch: Any, prefix: Tensor, bias: Tensor, like: Tensor) -> Tensor:
         """Last hidden states of (texts, tokens, width) with a prefix whose slots have a bias."""
@@ -100,11 +105,12 @@ class Distiller:
         for layer, (keys, values) in enumerate(prefix):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
         positions = torch.arange(like.shape[3], like.shape[3] + tokens, device=ids.device)
-        states: Tensor = self.body(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions.expand(rows, -1),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return states
+        with self.base.autocast():
+            states: Tensor = self.body(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions.expand(rows, -1),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        return states.float()

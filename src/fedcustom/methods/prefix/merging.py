@@ -23,11 +23,18 @@ Distil = Callable[[Stacked, Tensor], Tensor]
 class PrefixMerging(Merging):
     """The recipe's rule for the prefix; the head follows the rule of the recipe's aggregation."""
 
-    def __init__(self, settings: PrefixSettings, distil: Distil | None) -> None:
-        self.settings, self.distil = settings, distil
+    def __init__(self, settings: PrefixSettings, make_distil: Callable[[], Distil] | None) -> None:
+        self.settings, self.make_distil = settings, make_distil
+        self.distil: Distil | None = None
         self.own_rule = f"prefix merging {settings.merging}"
         if settings.layers_sent is not None:
             self.own_rule = "prefix layers_sent"
+
+    def start(self, tensors: Tensors) -> Tensors:
+        """The server alone reads its public texts, when a run begins."""
+        if self.make_distil is not None:
+            self.distil = self.make_distil()
+        return tensors
 
     def pack(self, change: Tensors) -> tuple[Tensors, Values]:
         """With ``layers_sent``, the layers that changed most, and which ones they are."""
@@ -75,8 +82,8 @@ class PrefixRound(Round):
 
     def take(self, arrival: Arrival) -> Tensors:
         """Note the client's prefix; the rest is for the recipe's rule."""
-        weight = arrival.weight * arrival.discount
-        self.prefixes.append((arrival.sent[NAME] + arrival.change[NAME], weight))
+        # A late change is added to the newest prefix, not to that which its client was sent.
+        self.prefixes.append((self.before + arrival.discount * arrival.change[NAME], arrival.weight))
         self.layers.append(arrival.values.get("layers", []))
         return {name: tensor for name, tensor in arrival.change.items() if name != NAME}
 

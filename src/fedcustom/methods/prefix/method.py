@@ -5,6 +5,7 @@ layer.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ...models.load import Base
 from ..peft_support import attach_peft, peft_parameters, task_type, tuned_with
 from ..reparametrisation import Network, reparametrise
 from ..technique import Tuned
-from .distil import Distiller, read_texts
+from .distil import Distiller
 from .init import text_prefix
 from .merging import NAME, PrefixMerging
 from .settings import PrefixSettings
@@ -81,7 +82,7 @@ class Prefix:
             raise RecipeError(f"method.layers_sent = {settings.layers_sent}: {base.name} has {layers} layers")
         distil = None
         if settings.public_text is not None:
-            distil = Distiller(base, settings, read_texts(settings.public_text))
+            distil = partial(Distiller, base, settings, settings.public_text)
         if settings.merging != "mean" or settings.layers_sent is not None:
             tuned.merging = PrefixMerging(settings, distil)
         return tuned

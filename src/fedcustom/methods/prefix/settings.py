@@ -58,6 +58,12 @@ class PrefixSettings(TuningSettings):
             raise ValueError(
                 "public_text: is needed with merging = 'stacked' and compression = 'distil', and only there"
             )
+        fields = self.model_fields_set
+        unused = [key for key in ("compression",) if key in fields and self.merging != "stacked"]
+        unused += [k for k in ("distil_steps", "distil_learning_rate") if k in fields and not distils]
+        changed = [key for key in unused if getattr(self, key) != type(self).model_fields[key].default]
+        if changed:
+            raise ValueError(f"{changed[0]} = {getattr(self, changed[0])!r}: has no effect here")
         if self.layers_sent is not None and self.merging != "mean":
             raise ValueError(f"layers_sent = {self.layers_sent}: needs merging = 'mean'")
         return self
