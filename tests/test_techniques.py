@@ -13,7 +13,7 @@ from torch import Tensor
 from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.errors import ModelError, RunError
 from fedcustom.methods import TECHNIQUES, Client, State, WeightTuning
-from fedcustom.methods.adapter.feed_forward import find_feed_forward
+from fedcustom.methods.feed_forward import find_feed_forward
 from fedcustom.methods.reparametrisation import Network, Reparametrised
 from fedcustom.methods.technique import prepare_precision
 from fedcustom.models.load import Base, load_base

@@ -13,7 +13,7 @@ from typing import Any
 from .errors import RunError
 from .files import read_json, read_tensors, write_folder, write_json, write_tensors, write_text
 from .methods.contract import State
-from .tensors import Tensors
+from .tensors import named, part
 
 Row = dict[str, Any]
 
@@ -91,8 +91,7 @@ class Checkpoints:
         }
 
         def fill(folder: Path) -> None:
-            tensors = {f"global/{name}": tensor for name, tensor in state.tensors.items()}
-            tensors |= {f"server/{name}": tensor for name, tensor in state.server.items()}
+            tensors = named(state.tensors, "global/") | named(state.server, "server/")
             write_tensors(folder / "state.safetensors", tensors)
             write_json(folder / "state.json", content)
 
@@ -113,10 +112,7 @@ class Checkpoints:
         content = read_json(folder / "state.json")
         tensors = read_tensors(folder / "state.safetensors")
 
-        def part(prefix: str) -> Tensors:
-            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-        state = State(part("global/"), part("server/"), content["values"])
+        state = State(part(tensors, "global/"), part(tensors, "server/"), content["values"])
         return Checkpoint(content["round"], state, content["memories"], content["files"])
 
     def rounds(self) -> list[int]:

@@ -77,3 +77,18 @@ def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(
         torch.equal(tensor, right[name]) for name, tensor in left.items()
     )
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
+    """The tensors whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def named(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
+    """The tensors with ``prefix`` before their names."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def without(tensors: Mapping[str, Tensor], *prefixes: str) -> Tensors:
+    """The tensors whose names begin with none of ``prefixes``."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}

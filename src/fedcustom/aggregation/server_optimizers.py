@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..tensors import Tensors, combine, zeros_like
+from ..tensors import Tensors, combine, named, part, zeros_like
 from .settings import AggregationSettings
 
 DEFAULT_RATES = {"fedavg": 1.0, "fedavgm": 1.0, "nesterov": 0.7}
@@ -41,16 +41,16 @@ def server_step(
     rate = settings.server_learning_rate or DEFAULT_RATES.get(rule, 0.01)
     if rule == "fedavg":
         return combine(lambda x, d: x + rate * d, current, change), {}
-    first = _part(moments, FIRST) or zeros_like(current)
+    first = part(moments, FIRST) or zeros_like(current)
     if rule in ("fedavgm", "nesterov"):
         first = combine(lambda m, d: settings.momentum * m + d, first, change)
         if rule == "nesterov":
             step = combine(lambda d, m: d + settings.momentum * m, change, first)
-            return combine(lambda x, s: x + rate * s, current, step), _named(first, FIRST)
-        return combine(lambda x, m: x + rate * m, current, first), _named(first, FIRST)
+            return combine(lambda x, s: x + rate * s, current, step), named(first, FIRST)
+        return combine(lambda x, m: x + rate * m, current, first), named(first, FIRST)
 
     tau = settings.adaptivity
-    second = _part(moments, SECOND) or combine(lambda x: x.new_full(x.shape, tau**2), current)
+    second = part(moments, SECOND) or combine(lambda x: x.new_full(x.shape, tau**2), current)
     first = combine(lambda m, d: settings.momentum * m + (1 - settings.momentum) * d, first, change)
     decay = settings.second_momentum
     if rule == "fedadagrad":
@@ -60,12 +60,4 @@ def server_step(
     else:
         second = combine(lambda v, d: v - (1 - decay) * d**2 * (v - d**2).sign(), second, change)
     following = combine(lambda x, m, v: x + rate * m / (v.sqrt() + tau), current, first, second)
-    return following, {**_named(first, FIRST), **_named(second, SECOND)}
-
-
-def _named(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return following, {**named(first, FIRST), **named(second, SECOND)}

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
-from torch import Tensor
+from collections.abc import Callable
 
 from ..aggregation.server_optimizers import server_step
 from ..aggregation.settings import AggregationSettings
-from ..tensors import Tensors, combine, zeros_like
+from ..tensors import Tensors, combine, named, part, without, zeros_like
 from ..training.settings import TrainingSettings
 from .contract import Memory
 
 CONTROL, DUAL = "control/", "dual/"
-
-
-def part(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
-    """The tensors whose names begin with ``prefix``, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def named(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
-    """The tensors with ``prefix`` before their names."""
-    return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def without(tensors: Mapping[str, Tensor], *prefixes: str) -> Tensors:
-    """The tensors whose names begin with none of ``prefixes``."""
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
 
 
 class Correction:

@@ -21,10 +21,10 @@ from ..data.tokens import Batch, TokenizedExample, collate, example_order, token
 from ..errors import DataError, RecipeError, RunError, UpdateError
 from ..models.forward import classification_loss, generation_loss
 from ..models.inference import Predictions, predict, to_device
-from ..tensors import Tensors, count, is_finite, zeros_like
+from ..tensors import Tensors, count, is_finite, named, part, without, zeros_like
 from ..training.local import learning_rate, schedule_factor, train_locally
 from .contract import Answer, Client, Memory, State, Task, Update, Values
-from .corrections import CONTROL, Correction, make_correction, named, part, without
+from .corrections import CONTROL, Correction, make_correction
 from .merging import BASE_CHANGE, Arrival, Merging
 from .seeds import name_seed
 from .technique import Context, Technique, prepare_precision

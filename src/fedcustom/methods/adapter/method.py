@@ -14,10 +14,10 @@ from pydantic import Field
 
 from ...errors import ModelError, RunError
 from ...models.load import Base
+from ..feed_forward import find_feed_forward
 from ..settings import TuningSettings
 from ..technique import Tuned
 from ..whole_model import partly_trained
-from .feed_forward import find_feed_forward
 from .layers import Widened, WidenedInput, WidenedOutput
 
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import ModelError
 from ...models.load import Base
-from ..adapter.feed_forward import find_feed_forward
+from ..feed_forward import find_feed_forward
 from ..peft_support import attach_peft, peft_parameters, task_type, tuned_with
 from ..settings import TuningSettings
 from ..technique import Tuned

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...models.load import Base
+from ..models.load import Base
 
 WIDTHS = (
     ("encoder_ffn_dim", "decoder_ffn_dim"),
