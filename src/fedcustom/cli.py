@@ -202,7 +202,8 @@ def recipe(
 
     if help_all:
         table = Table(box=None, pad_edge=False, show_edge=False)
-        for heading in ("setting", "type", "default", "what it is"):
+        table.add_column("setting", no_wrap=True)  # a name that is broken cannot be copied
+        for heading in ("type", "default", "what it is"):
             table.add_column(heading, overflow="fold")
         for key, kind, default, help_text in settings_help():
             style = "bold" if key.startswith("[") else ""
