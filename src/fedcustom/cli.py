@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from .deploy_commands import deploy, site
 from .errors import DataError, FedcustomError
+from .terminal import Overrides, Quiet, RecipeFile, display, err_console, out_console
 
 app = typer.Typer(
     help="Customise a large pretrained model with data that stays with its owners.",
@@ -25,20 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-err_console = Console(stderr=True)
-# A pipe or file has no width of its own; tables need more than the 80 columns that rich would take.
-out_console = Console() if sys.stdout.isatty() else Console(width=120)
+app.add_typer(deploy, name="deploy")
+app.add_typer(site, name="site")
 
-RecipeFile = Annotated[
-    Path, typer.Argument(help="The recipe, a TOML file (see: fedcustom recipe --help-all)")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change one setting, e.g. --set training.batch_size=32; repeatable"
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and the result alone")]
 RunDirectory = Annotated[Path, typer.Argument(help="A run's directory")]
 
 
@@ -76,7 +64,7 @@ def run(
 
     checked = load_recipe(recipe, overrides or [])
     directory = out or api.default_directory(recipe, checked)
-    with _display(f"fedcustom run {recipe} --out {directory} --resume", quiet) as make:
+    with display(f"fedcustom run {recipe} --out {directory} --resume", quiet) as make:
         api.run(checked, out=directory, resume=resume, progress=make(""))
     page = write_report([directory], directory / "report.html")
     if not quiet:
@@ -115,7 +103,7 @@ def compare(
         seeds,
         baseline_methods=_names(baseline_methods) or None,
     )
-    with _display("the same command", quiet) as make:
+    with display("the same command", quiet) as make:
         failed = run_cells(cells, lambda cell: make(cell.name))
     finished = [cell.directory for cell in cells if cell.name not in failed]
     if finished:
@@ -281,28 +269,3 @@ def _inputs(path: Path) -> list[Any]:
         return read_file(path)
     except csv.Error as error:
         raise DataError(f"{path}: {error}") from None
-
-
-@contextlib.contextmanager
-def _display(command: str, quiet: bool) -> Iterator[Any]:
-    """Makes displays; takes the last one down at the end and says how to go on after Ctrl-C."""
-    from .display import Display
-
-    shown: list[Display] = []
-
-    def make(name: str) -> Display:
-        for display in shown:
-            display.close()
-        shown.append(Display(err_console, name, quiet=quiet))
-        return shown[-1]
-
-    try:
-        yield make
-    except KeyboardInterrupt:
-        for display in shown:
-            display.close()
-        err_console.print(f"stopped; go on with: {command}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(130) from None
-    finally:
-        for display in shown:
-            display.close()

@@ -11,29 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from . import environment
-from .assembly import check_cohort, check_fit, make_method, pooled
-from .data.build import build_data, with_builtin_columns
-from .data.examples import FederatedData
 from .directory import Checkpoint, Checkpoints, History, Row
 from .errors import RunError
 from .evaluation.metrics import is_better
-from .evaluator import Evaluator
+from .federation import Federation, Gather, Memories, has_one_model, simulate
 from .files import read_json, write_folder, write_json, write_text
-from .methods import Answer, Method, State, Task
-from .models.load import Base, load_base
+from .methods import Answer, State, Task
+from .models.load import Base
 from .progress import Progress, Silent
 from .recipe import Recipe, load_recipe, to_toml
 from .schedule import Assignment, last_uses, plan_rounds
-from .simulation.attack import falsifier, hostile_clients
 from .summary import summarise
 from .training.local import schedule_factor
-from .transport.channel import Channel
-from .transport.in_process import InProcess, Reply
-from .transport.store import ClientStore
+from .transport.reply import Reply
 
 
 def run_recipe(
-    recipe: Recipe, directory: Path, *, resume: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    directory: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    gather: Gather = simulate,
 ) -> dict[str, Any]:
     """Run a recipe into a directory and return its summary.
 
@@ -50,7 +49,7 @@ def run_recipe(
     if finished is not None:
         progress.note(f"{directory} holds this run already; nothing to do")
         return finished
-    return _Driver(recipe, directory, progress).drive()
+    return _Driver(recipe, directory, progress, gather).drive()
 
 
 def _prepare_directory(recipe: Recipe, directory: Path, resume: bool) -> dict[str, Any] | None:
@@ -106,8 +105,8 @@ class _Round:
 class _Driver:
     """Drives the rounds of one run."""
 
-    def __init__(self, recipe: Recipe, directory: Path, progress: Progress) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, directory: Path, progress: Progress, gather: Gather) -> None:
+        self.recipe, self.gather = recipe, gather
         self.directory = directory
         self.progress = progress
         self.checkpoints = Checkpoints(directory / "checkpoints")
@@ -118,55 +117,30 @@ class _Driver:
         started = time.perf_counter()
         environment.restart_peak_memory()
         recipe = self.recipe
-        check_fit(recipe)
-        settings, clients = with_builtin_columns(recipe.data, recipe.clients)
-        data = build_data(settings, clients, recipe.seed, recipe.public)
-        check_cohort(recipe, data)
-        base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
-        method = make_method(recipe, base, data)
-        owners = pooled(data) if recipe.baseline == "centralised" else data.clients
-        store = ClientStore(owners, self.checkpoints.clients, self.directory / "clients")
-        self.evaluator = Evaluator(
-            method,
-            base,
-            data,
-            store,
-            own=not self._one_model,
-            whole=recipe.method.is_whole,
-            finetune_epochs=recipe.personalisation.finetune_epochs if recipe.baseline == "federated" else 0,
-        )
-        origin = method.start()
-        state, done = self._resume(origin, store)
-        self._describe(base)
+        parties = self.gather(recipe, self.directory, self.checkpoints.clients, self.progress.note)
+        self.evaluation, memories = parties.evaluation, parties.memories
+        state, done = self._resume(parties.origin, memories)
+        self._describe(parties.base)
         self.progress.started(recipe, done, self.directory)
-        plan = plan_rounds(recipe, data)
+        plan = plan_rounds(recipe, parties.data)
         uses = last_uses(plan)
-        states = self._earlier(state, done, uses, origin)
-        hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
-        falsify = falsifier(hostile, recipe.attack, recipe.seed)
-        channel = Channel(recipe.compression, origin.tensors)
-        transport = InProcess(method, store, channel, falsify, self.progress.note)
+        states = self._earlier(state, done, uses, parties.origin)
         if done == 0:
             self._note_untuned(state)
         for number in range(done + 1, recipe.rounds.count + 1):
-            state = self._round(number, plan[number - 1], states, method, transport)
+            state = self._round(number, plan[number - 1], states, parties)
             states[number] = state
             needed = [since for since in states if uses.get(since, 0) > number]
             states = {since: states[since] for since in {*needed, number}}
             last = number == recipe.rounds.count
             due = number % recipe.rounds.checkpoint_every == 0 or any(since < number for since in needed)
             if last or due or self._best() == number:
-                memories = {name: dict(values) for name, values in store.memories.items()}
-                checkpoint = Checkpoint(number, state, memories, dict(store.files))
+                checkpoint = Checkpoint(number, state, *memories.snapshot())
                 self.checkpoints.save(checkpoint, keep=[self._best(), *needed])
-        summary = self._finish(method, store, data, time.perf_counter() - started)
+                memories.saved(self.checkpoints.rounds())
+        summary = self._finish(parties, time.perf_counter() - started)
         self.progress.finished(summary)
         return summary
-
-    @property
-    def _one_model(self) -> bool:
-        """Whether the run ends with one model, and not with one for each client alone."""
-        return self.recipe.baseline != "local" and self.recipe.method.has_server_model
 
     # --- rounds ---
 
@@ -183,10 +157,9 @@ class _Driver:
         number: int,
         cohort: Mapping[str, Assignment],
         states: Mapping[int, State],
-        method: Method,
-        transport: InProcess,
+        parties: Federation,
     ) -> State:
-        noted, state = _Round(), states[number - 1]
+        noted, state, method = _Round(), states[number - 1], parties.method
         tasks: dict[str, Task] = {}
         for since in sorted({assignment.since for assignment in cohort.values()}):
             amounts = {name: a.amount for name, a in cohort.items() if a.since == since}
@@ -194,7 +167,7 @@ class _Driver:
         tasks = {name: tasks[name] for name in cohort}
         begun = time.perf_counter()
         absent = {name for name, assignment in cohort.items() if assignment.absent}
-        replies = transport.exchange(tasks, f"{number:06d}", absent)
+        replies = parties.transport.exchange(tasks, f"{number:06d}", absent)
         accepted = self._accept(replies, noted, number, cohort)
         first = next(accepted, None)
         needed = min(self.recipe.rounds.min_clients, len(tasks))
@@ -213,7 +186,7 @@ class _Driver:
         evaluation = self.recipe.evaluation
         if number % evaluation.every == 0 or number == self.recipe.rounds.count:
             begun = time.perf_counter()
-            row["development"] = self.evaluator.development(following)
+            row["development"] = self.evaluation.development(following)
             row["seconds"]["evaluate"] = round(time.perf_counter() - begun, 4)
         row["peak_memory_bytes"] = environment.peak_memory()
         self.history.append(row)
@@ -282,8 +255,8 @@ class _Driver:
         if not self.recipe.evaluation.untuned:
             return
         begun = time.perf_counter()
-        state.values["untuned"] = self.evaluator.test(state)
-        row: Row = {"round": 0, "development": self.evaluator.development(state)}
+        state.values["untuned"] = self.evaluation.test(state)
+        row: Row = {"round": 0, "development": self.evaluation.development(state)}
         row["seconds"] = {"train": 0.0, "evaluate": round(time.perf_counter() - begun, 4), "aggregate": 0.0}
         row["peak_memory_bytes"] = environment.peak_memory()
         self.history.append(row)
@@ -305,7 +278,7 @@ class _Driver:
             found = {**environment.describe(), "precision": base.precision, "device": str(base.device)}
             write_json(self.directory / "environment.json", {**found, "started": _now()})
 
-    def _resume(self, origin: State, store: ClientStore) -> tuple[State, int]:
+    def _resume(self, origin: State, memories: Memories) -> tuple[State, int]:
         """The state to go on from and the rounds that are done."""
         rounds = self.checkpoints.rounds()
         if not rounds:
@@ -315,8 +288,7 @@ class _Driver:
         checkpoint = self.checkpoints.load(rounds[-1])
         self.history = History.read(self.history.path)
         self.history.keep_until(checkpoint.round_number)
-        store.memories = checkpoint.memories
-        store.files = checkpoint.files
+        memories.restore(checkpoint.round_number, checkpoint.memories, checkpoint.files)
         return checkpoint.state, checkpoint.round_number
 
     def _best(self) -> int:
@@ -332,21 +304,19 @@ class _Driver:
                 best, value = row["round"], new
         return best
 
-    def _finish(
-        self, method: Method, store: ClientStore, data: FederatedData, elapsed: float
-    ) -> dict[str, Any]:
-        recipe, begun = self.recipe, time.perf_counter()
+    def _finish(self, parties: Federation, elapsed: float) -> dict[str, Any]:
+        recipe, data, method, begun = self.recipe, parties.data, parties.method, time.perf_counter()
         best = self._best()
         checkpoint = self.checkpoints.load(best)
-        store.memories, store.files = checkpoint.memories, checkpoint.files
+        parties.memories.restore(best, checkpoint.memories, checkpoint.files)
         state = checkpoint.state
-        result = self.evaluator.final(state)
+        result = self.evaluation.final(state)
         if result.predictions is not None:
             lines = "".join(result.prediction_lines(data))
             write_text(self.directory / "predictions.jsonl", lines)
         for name, text in method.notes(state).items():
             write_text(self.directory / name, text)
-        if self._one_model:
+        if has_one_model(recipe):
             write_folder(self.directory / "model", lambda folder: method.finish(state, folder))
         finishing = time.perf_counter() - begun
         summary = summarise(

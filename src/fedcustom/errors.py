@@ -36,6 +36,14 @@ class RunError(FedcustomError):
     """A run cannot start, go on or be read."""
 
 
+class DeploymentError(FedcustomError):
+    """A federation of sites cannot be made, reached or joined."""
+
+
+class PolicyError(FedcustomError):
+    """A site's own policy forbids what it was asked."""
+
+
 def nearest(name: str, allowed: Sequence[str]) -> str:
     """``; allowed: a, b; did you mean 'a'?`` for an error message."""
     close = difflib.get_close_matches(name, allowed, n=1)

@@ -26,7 +26,7 @@ def build_data(
         DataError: see :mod:`fedcustom.data.sources` and :mod:`fedcustom.data.partition`.
     """
     data, clients = with_builtin_columns(data, clients)
-    rows = _draw(read_rows(data, data.train), data.limit, [seed, 1])
+    rows = draw(read_rows(data, data.train), data.limit, [seed, 1])
     column = clients.column if clients.partition == "natural" else None
     if clients.partition == "natural" and column is None:
         raise DataError(
@@ -52,7 +52,7 @@ def build_data(
         if column
         else _numbered(partition_examples([max(e.label, 0) for e in examples], clients, seed))
     )
-    test_rows = _draw(read_rows(data, data.test), data.test_limit, [seed, 2]) if data.test else []
+    test_rows = draw(read_rows(data, data.test), data.test_limit, [seed, 2]) if data.test else []
     test = _scoring_examples(test_rows, data, labels, data.test)
     development = _scoring_examples(
         read_rows(data, data.development) if data.development else [], data, labels, data.development
@@ -66,8 +66,8 @@ def build_data(
         own_tests = {name: [test[i] for i in where] for name, where in natural_partition(names).items()}
     split = {}
     for number, (name, positions) in enumerate(members.items()):
-        chosen = [examples[i] for i in _draw(positions, clients.limit, [seed, 3, number])]
-        split[name] = _split_client(name, chosen, own_tests.get(name), data, clients, [seed, 4, number])
+        chosen = [examples[i] for i in draw(positions, clients.limit, [seed, 3, number])]
+        split[name] = split_client(name, chosen, own_tests.get(name), data, clients, [seed, 4, number])
     development = development or [e for client in split.values() for e in client.development]
     scored = test or [e for client in split.values() for e in client.test]
     if public.source is not None:
@@ -79,7 +79,7 @@ def build_data(
         development=development,
         test=scored,
         test_is_pooled=not test,
-        public=_draw(without_overlap(public_set, [*scored, *development]), public.limit, [seed, 7]),
+        public=draw(without_overlap(public_set, [*scored, *development]), public.limit, [seed, 7]),
     )
 
 
@@ -100,7 +100,7 @@ def _scoring_examples(
     return make_examples(rows, data, labels, scoring=True, where=where)
 
 
-def _split_client(
+def split_client(
     name: str,
     examples: list[Example],
     own_test: list[Example] | None,
@@ -139,7 +139,7 @@ def _numbered(parts: list[list[int]]) -> dict[str, list[int]]:
     return {f"client-{number:0{width}d}": part for number, part in enumerate(parts)}
 
 
-def _draw(items: list[T], limit: int | None, seed: list[int]) -> list[T]:
+def draw(items: list[T], limit: int | None, seed: list[int]) -> list[T]:
     """At most ``limit`` of the items, drawn without replacement, in their old order."""
     if limit is None or limit >= len(items):
         return items

@@ -5,33 +5,15 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
 
 from ..methods.contract import Asked, AsksClients, Client, Method, Task, Update
 from . import wire
 from .channel import Channel
+from .reply import Reply
 from .store import ClientStore
 
 SLOW = 10
 """Seconds from which on it is worth saying how long a client took outside rounds."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What came back from one client: an update, or the reason why there is none.
-
-    ``task`` and ``update`` are as they came out of the channel. ``bytes_down`` and ``bytes_up`` are the
-    lengths of their messages, ``seconds`` the client's work.
-    """
-
-    client: str
-    task: Task
-    update: Update | None
-    reason: str
-    detail: str
-    bytes_down: int
-    bytes_up: int
-    seconds: float
 
 
 class InProcess:
@@ -126,7 +108,7 @@ class InProcess:
         try:
             if isinstance(answer, Exception):
                 raise answer
-            received, up = self.channel.up(self.falsify(task, name, answer), client.memory)
+            received, up = self.channel.up(self.falsify(task, name, answer), task, client.memory)
             self.method.check(task, received)
             update = received
         except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,17 @@ class ClientStore:
             file = f"{digest}-{label}.safetensors"
             write_tensors(self.folder / file, client.memory.tensors)
             self.files[client.name] = file
+
+    def snapshot(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """What a checkpoint holds of it: private numbers, and names of files with private tensors."""
+        return {name: dict(values) for name, values in self.memories.items()}, dict(self.files)
+
+    def restore(self, round_number: int, memories: dict[str, dict[str, Any]], files: dict[str, str]) -> None:
+        """Go back to what clients remembered after a round."""
+        self.memories, self.files = memories, files
+
+    def saved(self, rounds: Container[int]) -> None:
+        """Nothing to do: files go with the checkpoints that name them."""
 
 
 def folder_name(client: str) -> str:

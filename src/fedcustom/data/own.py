@@ -1,0 +1,127 @@
+"""A party's own data: files that it names itself, with columns that may have names of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from ..errors import DataError
+from ..settings import Settings
+from .build import draw, split_client
+from .examples import ClientData, Example, columns, make_examples
+from .public import read_public
+from .settings import ClientSettings, DataSettings, PublicSettings
+from .sources import Row, read_file, require_columns
+
+
+class OwnDataSettings(Settings):
+    """Where a party keeps its data. Paths are relative to the file that names them; they never travel."""
+
+    train: str | None = Field(None, description="JSONL, CSV or Parquet file with the training rows")
+    development: str | None = Field(
+        None, description="File with development rows; unset: the recipe's part of the training rows"
+    )
+    test: str | None = Field(None, description="File with test rows; unset: the recipe's part, likewise")
+    public: str | None = Field(
+        None, description="File with the public texts, where the method needs some: the same at every party"
+    )
+    split: bool = Field(
+        True,
+        description="Whether development and test parts that are unset are cut off the training rows, as the "
+        "recipe says; false: there are none",
+    )
+    text: str | None = Field(None, description="Template of the input; unset: the recipe's data.text")
+    label: str | None = Field(None, description="Column of the label; unset: the recipe's data.label")
+    prompt: str | None = Field(None, description="Template of the prompt; unset: the recipe's data.prompt")
+    target: str | None = Field(None, description="Template of the target; unset: the recipe's data.target")
+    references: str | None = Field(
+        None, description="Column with accepted texts; unset: the recipe's data.references"
+    )
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """A party's rows as they were read, and how they become examples."""
+
+    settings: DataSettings
+    train: list[Row]
+    development: list[Row]
+    test: list[Row]
+    public: list[Example]
+    split: bool
+
+    def label_values(self) -> list[Any]:
+        """The labels that occur in the training rows, sorted, as they are in the file."""
+        if self.settings.task != "classification":
+            return []
+        values = {row[self.settings.label] for row in self.train}
+        return sorted(values, key=lambda value: (isinstance(value, str), value))
+
+    def examples(self, part: str, labels: Sequence[str]) -> list[Example]:
+        """The examples of one part.
+
+        Raises:
+            DataError: an empty value, or a label that is not among ``labels``.
+        """
+        rows: list[Row] = getattr(self, part)
+        scoring = part != "train"
+        if rows:
+            require_columns(rows, [*columns(self.settings, scoring=scoring)], f"the {part} file")
+        return make_examples(rows, self.settings, labels, scoring=scoring, where=f"the {part} file")
+
+    def client(
+        self, name: str, number: int, labels: Sequence[str], clients: ClientSettings, seed: int
+    ) -> ClientData:
+        """This party as the client of that name and number, with what it did not split itself split by the
+        recipe, just as a simulation would.
+
+        Raises:
+            DataError: there is nothing to train on, or see :meth:`examples`.
+        """
+        train = self.examples("train", labels)
+        development, test = self.examples("development", labels), self.examples("test", labels)
+        if not self.split or (development and test):
+            if not train:
+                raise DataError(f"client {name!r} has no examples to train on")
+            return ClientData(name, train, development, test)
+        kept = draw(train, clients.limit, [seed, 3, number])
+        settings = self.settings.model_copy(update={"development": "own" if development else None})
+        cut = split_client(name, kept, test or None, settings, clients, [seed, 4, number])
+        return ClientData(name, cut.train, development or cut.development, cut.test)
+
+
+def read_own(own: OwnDataSettings, folder: Path, data: DataSettings, public: PublicSettings) -> OwnData:
+    """Read the files that a party names.
+
+    Raises:
+        DataError: a file is missing, empty or malformed, or lacks a column.
+    """
+    renamed = {
+        key: value
+        for key in ("text", "label", "prompt", "target", "references")
+        if (value := getattr(own, key)) is not None
+    }
+    settings = data.model_copy(update=renamed)
+
+    def rows(name: str | None) -> list[Row]:
+        if name is None:
+            return []
+        found = read_file((folder / name).expanduser())
+        if not found:
+            raise DataError(f"{folder / name}: is empty")
+        return found
+
+    train = rows(own.train)
+    if train:
+        require_columns(train, [*columns(settings, scoring=False)], str(own.train))
+    texts: list[Example] = []
+    if own.public is not None:
+        source = public.model_copy(
+            update={"source": str((folder / own.public).expanduser()), "fraction": 0.0}
+        )
+        texts = read_public(source, settings)
+    return OwnData(settings, train, rows(own.development), rows(own.test), texts, own.split)

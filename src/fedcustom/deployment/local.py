@@ -1,0 +1,124 @@
+"""A federation on this machine, to try a deployment out: the recipe's clients become sites of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ..assembly import check_cohort
+from ..data.build import build_data, with_builtin_columns
+from ..data.examples import Example, FederatedData
+from ..data.own import OwnDataSettings
+from ..errors import DeploymentError
+from ..files import write_text
+from ..progress import Progress
+from ..recipe import Recipe
+from ..transport.nvflare.kits import provision, require_nvflare
+from ..transport.nvflare.supervise import Kept
+from .run import run_deployed
+from .settings import FederationSettings, save_federation
+
+MOST_SITES = 32
+"""Sites that one machine is asked to run: each takes three processes and a base model."""
+
+
+def run_locally(
+    recipe: Recipe, folder: Path, directory: Path, *, port: int, resume: bool, progress: Progress
+) -> dict[str, Any]:
+    """Run a recipe with a server and sites on this machine, over mutual TLS.
+
+    The recipe's data are split as in a simulation; each client's part is written to its site's folder in
+    ``folder``, and the site is told of that alone.
+
+    Raises:
+        DeploymentError: too many clients for one machine, or see :func:`run_deployed`.
+    """
+    require_nvflare()
+    if not (folder / "federation.toml").exists():
+        prepare(recipe.complete(), folder, port)
+    with local_sites(folder):
+        return run_deployed(recipe, folder, directory, resume=resume, progress=progress)
+
+
+def prepare(recipe: Recipe, folder: Path, port: int, threads: int = 1) -> FederationSettings:
+    """Provision a federation on this machine whose sites hold the recipe's clients' data."""
+    settings, clients = with_builtin_columns(recipe.data, recipe.clients)
+    data = build_data(settings, clients, recipe.seed, recipe.public)
+    check_cohort(recipe, data)
+    if len(data.clients) > MOST_SITES:
+        raise DeploymentError(
+            f"clients: {len(data.clients)} sites on one machine; at most {MOST_SITES}: lower clients.count"
+        )
+    provision(folder, "localhost", port, list(data.clients))
+    for name, client in data.clients.items():
+        kit = folder / "sites" / name
+        parts = {"train": client.train, "development": client.development, "test": client.test}
+        own = write_parts(kit / "data", parts | {"public": data.public}, data)
+        text = tomli_w.dumps({"threads": threads, "data": own.model_dump(exclude_none=True)})
+        write_text(kit / "data" / "site.toml", text)
+    shared = write_parts(
+        folder / "data",
+        {
+            "development": data.development if recipe.data.development else [],
+            "test": data.test if not data.test_is_pooled else [],
+            "public": data.public,
+        },
+        data,
+    )
+    paths = {part: f"data/{value}" for part in PARTS if (value := getattr(shared, part)) is not None}
+    federation = FederationSettings(
+        server="localhost",
+        port=port,
+        sites=list(data.clients),
+        start_with=len(data.clients),
+        data=shared.model_copy(update=paths),
+    )
+    save_federation(folder, federation)
+    return federation
+
+
+PARTS = ("train", "development", "test", "public")
+
+
+def write_parts(folder: Path, parts: Mapping[str, Sequence[Example]], data: FederatedData) -> OwnDataSettings:
+    """Write examples as files that a party can name, and the settings that name them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named: dict[str, Any] = {"split": False}
+    for part, examples in parts.items():
+        if not examples:
+            continue
+        rows = (json.dumps(_row(example, data), ensure_ascii=False) + "\n" for example in examples)
+        write_text(folder / f"{part}.jsonl", "".join(rows))
+        named[part] = f"{part}.jsonl"
+    if data.task.kind == "classification":
+        return OwnDataSettings(**named, text="{text}", label="label")
+    return OwnDataSettings(**named, prompt="{text}", target="{target}", references="references")
+
+
+def _row(example: Example, data: FederatedData) -> dict[str, Any]:
+    if data.task.kind == "classification":
+        label = data.task.labels[example.label] if example.label >= 0 else ""
+        return {"text": example.text, "label": label}
+    return {"text": example.text, "target": example.target, "references": list(example.references)}
+
+
+@contextlib.contextmanager
+def local_sites(folder: Path) -> Iterator[dict[str, Kept]]:
+    """Every site of a federation on this machine, each with a supervisor of its own."""
+    kept = {}
+    for kit in sorted((folder / "sites").iterdir()):
+        command = [sys.executable, "-m", "fedcustom", "site", "start", str(kit), "--data"]
+        kept[kit.name] = Kept([*command, str(kit / "data" / "site.toml")], kit / "fedcustom" / "site.log")
+    try:
+        for one in kept.values():
+            one.start()
+        yield kept
+    finally:
+        for one in kept.values():
+            one.stop()

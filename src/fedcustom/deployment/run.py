@@ -1,0 +1,128 @@
+"""A deployed run at the server: its engine is kept alive, the run driven over as many jobs as it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..driver import run_recipe
+from ..errors import DeploymentError
+from ..federation import Federation
+from ..files import write_text
+from ..progress import Progress, Silent
+from ..recipe import Recipe
+from ..transport.nvflare.bridge import ADDRESS_VARIABLE, Door
+from ..transport.nvflare.jobs import Session
+from ..transport.nvflare.kits import require_nvflare, server_command
+from ..transport.nvflare.link import Link
+from ..transport.nvflare.sites import Patience, Sites
+from ..transport.nvflare.supervise import Kept, keep_alive
+from .parties import check_deployable, gather, run_name
+from .settings import FederationSettings, load_federation
+
+RUNNING = "run.pid"
+
+
+def run_deployed(
+    recipe: Recipe, folder: Path, directory: Path, *, resume: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run a recipe with a federation's sites, into a run directory, and return its summary.
+
+    The folder is the federation's; its server runs on this machine as long as the run does, and is started
+    again if it dies. A run that is stopped goes on with ``resume``.
+
+    Raises:
+        DeploymentError: the folder holds no federation, another run uses it, or too few sites take part.
+        FedcustomError: see :func:`fedcustom.driver.run_recipe`.
+    """
+    require_nvflare()
+    settings, progress = load_federation(folder), progress or Silent()
+    complete = recipe.complete()
+    check_deployable(complete)
+    with _alone(folder), serving(folder, settings, progress.note) as sites:
+
+        def parties(
+            recipe: Recipe, directory: Path, private: Path, note: Callable[[str], None]
+        ) -> Federation:
+            return gather(recipe, settings, folder, sites, run_name(recipe, directory))
+
+        return run_recipe(complete, directory, resume=resume, progress=progress, gather=parties)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, settings: FederationSettings, note: Callable[[str], None]) -> Iterator[Sites]:
+    """The federation's server, kept alive, and its sites as they come."""
+    kit = (folder / "server").absolute()
+    own = kit / "fedcustom"
+    door = Door(own / "bridge.json")
+    engine = Kept(
+        server_command(kit), own / "engine.log", {ADDRESS_VARIABLE: str(door.file), "MALLOC_ARENA_MAX": "2"}
+    )
+    ended = threading.Event()
+    keeper = threading.Thread(target=keep_alive, args=([engine], note, ended.is_set), daemon=True)
+    keeper.start()
+    patience = Patience(settings.round_seconds, settings.grace_seconds, settings.quorum_seconds)
+    link = Link((folder / "admin").absolute(), door, note)
+    most = int(settings.max_message_megabytes * 1e6)
+    sites = Sites(link, own / "spool", patience, most, note)
+    try:
+        yield sites
+    finally:
+        sites.close()
+        ended.set()
+        keeper.join(timeout=20.0)
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Whether a run is under way, and which sites are connected.
+
+    Raises:
+        DeploymentError: the folder holds no federation.
+    """
+    settings, pid = load_federation(folder), _running(folder)
+    session = Session((folder / "admin").absolute())
+    try:
+        connected: list[str] | None = session.connected() if pid is not None else None
+    except DeploymentError:
+        connected = None
+    finally:
+        session.close()
+    return {"process": pid, "sites": settings.sites, "connected": connected}
+
+
+def stop(folder: Path) -> bool:
+    """Ask a run that is under way to stop as Ctrl-C does; whether there was one."""
+    import signal
+
+    load_federation(folder)
+    pid = _running(folder)
+    if pid is None:
+        return False
+    os.kill(pid, signal.SIGINT)
+    return True
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the federation for one run."""
+    if (pid := _running(folder)) is not None:
+        raise DeploymentError(f"{folder}: process {pid} runs with this federation; stop it first")
+    write_text(folder / RUNNING, str(os.getpid()))
+    try:
+        yield
+    finally:
+        (folder / RUNNING).unlink(missing_ok=True)
+
+
+def _running(folder: Path) -> int | None:
+    """The process that runs with the federation, if one does."""
+    try:
+        pid = int((folder / RUNNING).read_text())
+        os.kill(pid, 0)
+    except (OSError, ValueError):
+        return None
+    return pid if pid != os.getpid() else None

@@ -1,0 +1,100 @@
+"""What a site tells of its examples instead of showing them: counts and sums, from which metrics of all
+sites' examples together are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import UpdateError
+from .metrics import Metrics
+
+Statistics = dict[str, Any]
+
+
+def classification_statistics(scores: np.ndarray[Any, Any], labels: Sequence[int]) -> Statistics:
+    """Of logits ``(examples, labels)``: how often each label was taken for each (``confusion``, true label by
+    predicted one), and the sum of losses in nats. Discloses how many examples of each label there are.
+    """
+    size = scores.shape[1]
+    confusion = np.zeros((size, size), dtype=int)
+    np.add.at(confusion, (np.asarray(labels, dtype=int), scores.argmax(axis=1)), 1)
+    loss = torch.nn.functional.cross_entropy(
+        torch.from_numpy(scores), torch.tensor(labels, dtype=torch.long), reduction="sum"
+    )
+    return {"examples": len(labels), "confusion": confusion.tolist(), "loss": float(loss)}
+
+
+def mean_statistics(metrics: Metrics, counts: Mapping[str, int], examples: int) -> Statistics:
+    """Of means, each over as many things as ``counts`` says or else over the examples: sums and counts."""
+    sums = {
+        name: [value * counts.get(name, examples), counts.get(name, examples)]
+        for name, value in metrics.items()
+    }
+    return {"examples": examples, "sums": sums}
+
+
+def pooled_metrics(parts: Sequence[Statistics]) -> Metrics:
+    """The metrics of all sites' examples together: accuracy, macro-F1 and loss of a classifier as
+    :func:`~.metrics.classification_metrics` gives them; of anything else the means.
+    """
+    total = sum(int(part["examples"]) for part in parts)
+    if "confusion" not in parts[0]:
+        return {name: math.fsum(part["sums"][name] for part in parts) / total for name in parts[0]["sums"]}
+    confusion = np.sum([np.asarray(part["confusion"]) for part in parts], axis=0)
+    right, true, said = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    occurring = (true + said) > 0
+    f1 = 2 * right[occurring] / (true + said)[occurring]
+    return {
+        "accuracy": float(right.sum() / total),
+        "macro_f1": float(f1.mean()),
+        "loss": math.fsum(part["loss"] for part in parts) / total,
+    }
+
+
+def check_statistics(part: Mapping[str, Any], labels: int) -> Statistics:
+    """A site's statistics, if they are sound.
+
+    Raises:
+        UpdateError: they are not what :func:`classification_statistics` or :func:`mean_statistics` gives.
+    """
+    count = part.get("examples")
+    if type(count) is not int or not 0 <= count < 2**40:
+        raise UpdateError(f"statistics of {count!r} examples")
+    if labels:
+        confusion: Any = part.get("confusion")
+        loss = part.get("loss")
+        if not _is_confusion(confusion, labels) or sum(sum(row) for row in confusion) != count:
+            raise UpdateError("statistics: the counts of labels are not sound")
+        if not isinstance(loss, int | float) or not math.isfinite(loss):
+            raise UpdateError("statistics: the loss is not a finite number")
+        return {"examples": count, "confusion": confusion, "loss": float(loss)}
+    sums = part.get("sums")
+    if not isinstance(sums, dict) or not all(_is_sum(value) for value in sums.values()):
+        raise UpdateError("statistics: the sums are not finite numbers with their counts")
+    return {"examples": count, "sums": {str(name): value for name, value in sums.items()}}
+
+
+def _is_sum(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], int | float)
+        and math.isfinite(value[0])
+        and type(value[1]) is int
+        and 0 < value[1] < 2**50
+    )
+
+
+def _is_confusion(value: Any, labels: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == labels
+        and all(isinstance(row, list) and len(row) == labels for row in value)
+        and all(type(number) is int and number >= 0 for row in value for number in row)
+    )

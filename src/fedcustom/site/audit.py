@@ -1,0 +1,36 @@
+"""Every message that leaves a site, in a log that a compliance officer can read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+class AuditLog:
+    """``audit.jsonl``: a line for each event, flushed to the disk before the message leaves."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Append one line: the time (UTC), what happened, and facts about it."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def digest(text: str, body: Path | None) -> str:
+    """SHA-256 of a message: its JSON and then its file of tensors."""
+    found = hashlib.sha256(text.encode())
+    if body is not None:
+        with body.open("rb") as file:
+            while block := file.read(2**20):
+                found.update(block)
+    return found.hexdigest()

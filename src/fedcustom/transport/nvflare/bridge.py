@@ -1,0 +1,122 @@
+"""The local connection between a resident process and the engine's job process beside it.
+
+What passes is JSON; the tensors of a message lie in a file whose path it names. The connection is on the
+loopback interface and begins with a challenge on a key that only this user can read; nothing is ever
+unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+ADDRESS_VARIABLE = "FEDCUSTOM_BRIDGE"
+"""Names the file that says where the resident process listens."""
+
+MOST_JSON_BYTES = 256 * 2**20
+
+Message = dict[str, Any]
+
+
+class BridgeError(ConnectionError):
+    """The process at the other end is not there, or has gone."""
+
+
+class Bridge:
+    """One open connection; messages may be sent from several threads."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+
+    def send(self, message: Message) -> None:
+        """Send one message.
+
+        Raises:
+            BridgeError: the other end has gone.
+        """
+        try:
+            with self._sending:
+                self._connection.send_bytes(json.dumps(message).encode())
+        except (OSError, ValueError) as error:
+            raise BridgeError(str(error)) from None
+
+    def receive(self, timeout: float | None = None) -> Message | None:
+        """The next message; None if none comes within ``timeout`` seconds.
+
+        Raises:
+            BridgeError: the other end has gone.
+        """
+        try:
+            if not self._connection.poll(timeout):
+                return None
+            message = json.loads(self._connection.recv_bytes(MOST_JSON_BYTES))
+        except (OSError, EOFError, ValueError) as error:
+            raise BridgeError(str(error) or "the connection was closed") from None
+        if not isinstance(message, dict):
+            raise BridgeError("not a message")
+        return message
+
+    def close(self) -> None:
+        """Close this end."""
+        self._connection.close()
+
+
+class Door:
+    """Where a resident process can be reached: a free port of the loopback interface, and the file that
+    names it with its key.
+    """
+
+    def __init__(self, file: Path) -> None:
+        key = secrets.token_bytes(32)
+        self._listener = Listener(("127.0.0.1", 0), backlog=16, authkey=key)
+        content = json.dumps({"address": list(self._listener.address), "key": key.hex()})
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(".new")
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+            out.write(content)
+        fresh.replace(file)
+        self.file = file
+
+    def accept(self) -> Bridge:
+        """The next one who knows the key; whoever does not is turned away.
+
+        Raises:
+            BridgeError: the door has been closed.
+        """
+        from multiprocessing import AuthenticationError
+
+        while True:
+            try:
+                return Bridge(self._listener.accept())
+            except (AuthenticationError, EOFError, ConnectionResetError):
+                continue
+            except OSError as error:
+                raise BridgeError(str(error)) from None
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._listener.close()
+        self.file.unlink(missing_ok=True)
+
+
+def connect(file: Path | None = None) -> Bridge:
+    """Connect to the resident process that the file, or the environment, names.
+
+    Raises:
+        BridgeError: it is not there.
+    """
+    from multiprocessing import AuthenticationError
+
+    named = file or Path(os.environ.get(ADDRESS_VARIABLE, ""))
+    try:
+        content = json.loads(named.read_text())
+        host, port = content["address"]
+        return Bridge(Client((str(host), int(port)), authkey=bytes.fromhex(content["key"])))
+    except (OSError, EOFError, ValueError, KeyError, AuthenticationError) as error:
+        raise BridgeError(f"{named}: {error}") from None

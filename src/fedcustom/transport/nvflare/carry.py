@@ -1,0 +1,82 @@
+"""How a message's tensors cross the network: small ones inside the engine's message, large ones as a file
+that the receiver fetches in chunks, so that memory does not grow with their size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nvflare.fuel.f3.streaming.download_service import Consumer, download_object
+from nvflare.fuel.f3.streaming.file_downloader import add_file
+from nvflare.fuel.f3.streaming.obj_downloader import ObjectDownloader
+
+INLINE = 2**20
+"""Bytes up to which tensors travel inside the message."""
+
+CHUNK = 4 * 2**20
+PATIENCE = 600.0
+"""Seconds that a file waits for its receiver."""
+
+
+def put(message: Any, body: Path | None, cell: Any) -> None:
+    """Add a file of tensors to an outgoing message of the engine."""
+    if body is None:
+        return
+    message["size"] = size = body.stat().st_size
+    if size <= INLINE:
+        message["body"] = body.read_bytes()
+        return
+    downloader = ObjectDownloader(cell=cell, timeout=PATIENCE, num_receivers=1)
+    message["file"] = add_file(downloader, str(body), chunk_size=CHUNK)
+    message["owner"] = cell.get_fqcn()
+
+
+def take(message: Any, to: Path, cell: Any, most: int, abort_signal: Any) -> str:
+    """Write the tensors of a message to a file; what is wrong with them, or nothing. Nothing is fetched that
+    is larger than ``most`` bytes, or larger than it said it was.
+    """
+    size = message.get("size")
+    if size is None:
+        return ""
+    if not isinstance(size, int) or not 0 <= size <= most:
+        return f"a message of {size} bytes; at most {most} are allowed"
+    if "body" in message:
+        body = message["body"]
+        if not isinstance(body, bytes) or len(body) != size:
+            return "a message is truncated"
+        to.write_bytes(body)
+        return ""
+    consumer = _FileConsumer(to, size)
+    download_object(
+        from_fqcn=str(message.get("owner")), ref_id=str(message.get("file")), per_request_timeout=60.0,
+        cell=cell, consumer=consumer, abort_signal=abort_signal,
+    )  # fmt: skip
+    if not consumer.error and consumer.received != size:
+        consumer.error = "a message is truncated"
+    if consumer.error:
+        to.unlink(missing_ok=True)
+    return consumer.error
+
+
+class _FileConsumer(Consumer):  # type: ignore[misc]
+    """Writes chunks to a file, up to the size that was announced."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        super().__init__()
+        self.size, self.received, self.error = size, 0, ""
+        self._file = path.open("wb")
+
+    def consume(self, ref_id: str, state: dict[str, Any], data: Any) -> dict[str, Any]:
+        if not isinstance(data, bytes) or self.received + len(data) > self.size:
+            raise ValueError("more bytes than were announced")
+        self._file.write(data)
+        self.received += len(data)
+        return {"received_bytes": self.received}
+
+    def download_completed(self, ref_id: str) -> None:
+        self._file.close()
+
+    def download_failed(self, ref_id: str, reason: str) -> None:
+        self.error = str(reason) or "the transfer failed"
+        self._file.close()
