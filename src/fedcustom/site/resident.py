@@ -45,8 +45,9 @@ class Resident:
         self.name, self.settings, self.where, self.folder = name, settings, where, folder
         self.audit = AuditLog(folder / "audit.jsonl")
         self.spool = folder / "spool"
-        shutil.rmtree(self.spool, ignore_errors=True)
-        (self.spool / "passing").mkdir(parents=True)
+        (self.spool / "passing").mkdir(parents=True, exist_ok=True)
+        for left in [self.spool / "answer.safetensors", *self.spool.glob("passing/*.out")]:
+            left.unlink(missing_ok=True)  # what came in is still to be answered
         self.run = ""
         self.recipe: Recipe | None = None
         self.own: OwnData | None = None
@@ -95,11 +96,18 @@ class Resident:
             self.audit.write("refused", run=self.run, kind=kind, reason=str(error))
             return {"refused": str(error)}
         except FedcustomError as error:
-            self._note_error()
-            return {"error": str(error).splitlines()[0]}
+            return self._failed(kind, error, str(error).splitlines()[0])
         except Exception as error:
-            self._note_error()
-            return {"error": f"{type(error).__name__}; its details are in the site's errors.log"}
+            return self._failed(kind, error, type(error).__name__)
+
+    def _failed(self, kind: str, error: Exception, reason: str) -> dict[str, Any]:
+        """Tell that something failed; the details stay in ``errors.log``."""
+        with (self.folder / "errors.log").open("a", encoding="utf-8") as file:
+            file.write(traceback.format_exc() + "\n")
+        if not self.settings.policy.texts:
+            reason = type(error).__name__
+        self.audit.write("failed", run=self.run, kind=kind, told=reason)
+        return {"error": reason}
 
     def _do(self, kind: str, message: dict[str, Any]) -> Answer:
         values = dict(message.get("values") or {})
@@ -227,16 +235,14 @@ class Resident:
         """How many other rounds of this run have been answered."""
         return len([number for number in self._ledger()["rounds"] if number != but])
 
-    def _note_error(self) -> None:
-        with (self.folder / "errors.log").open("a", encoding="utf-8") as file:
-            file.write(traceback.format_exc() + "\n")
-
 
 def _tensors(body: str | None) -> Tensors:
     if body is None:
         return {}
     try:
         tensors: Tensors = safetensors.torch.load_file(body)
+    except FileNotFoundError:
+        raise WireError("a message's tensors did not get through") from None
     except (SafetensorError, OSError) as error:
         raise WireError(f"a message is malformed: {str(error).splitlines()[0]}") from None
     for name, tensor in tensors.items():

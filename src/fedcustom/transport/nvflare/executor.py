@@ -24,6 +24,9 @@ RESTART = 60.0
 
 MOST_BYTES = 64 * 2**30
 
+LEFT_OVER = 24 * 3600.0
+"""Seconds after which a message in passing belongs to no job any more."""
+
 
 class SiteExecutor(Executor):  # type: ignore[misc]
     """Answers any task with what the site's resident process says; keeps nothing itself."""
@@ -37,6 +40,9 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         """The engine's events; the folder for messages in passing is made when a job starts."""
         if event_type == EventType.START_RUN:
             self._spool.mkdir(parents=True, exist_ok=True)
+            for left in self._spool.glob("*.in"):  # by a job that was killed
+                if time.time() - left.stat().st_mtime > LEFT_OVER:
+                    left.unlink(missing_ok=True)
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal

@@ -1,0 +1,226 @@
+"""Runs across sites over the real engine on loopback: the same result as in process, and what faults cost."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedcustom
+from fedcustom.directory import Checkpoints
+
+from deployed import Bed, Watcher, bed, command, kill, metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
+
+ROUNDS = 6
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny: dict[str, str], data_folder: Path) -> dict[str, Any]:
+    return {
+        "model": {"base": tiny["bert"]},
+        "data": {"source": str(data_folder), "max_length": 24},
+        "clients": {"partition": "iid", "count": 3},
+        "method": {"name": "prefix", "length": 4},
+        "training": {"batch_size": 8, "cohort_width": 1, "local_steps": 3},
+        "rounds": {"count": ROUNDS},
+        "evaluation": {"batch_size": 32, "select": "last"},
+    }
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, Any]) -> Iterator[Bed]:
+    with bed(tmp_path_factory.mktemp("federation") / "f", recipe) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, Any]) -> Any:
+    """The same run in process."""
+    out = tmp_path_factory.mktemp("expected") / "run"
+    fedcustom.run(recipe, out=out)
+    return out
+
+
+def final(out: Path) -> dict[str, Any]:
+    checkpoints = Checkpoints(out / "checkpoints")
+    return dict(checkpoints.load(checkpoints.rounds()[-1]).state.tensors)
+
+
+def difference(a: Path, b: Path) -> float:
+    first, second = final(a), final(b)
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def report(record: Any, lost: str, seconds: float) -> None:
+    """What a fault cost, for the table in docs/deployment.md."""
+    record("lost", lost)
+    record("seconds", f"{seconds:.1f}")
+    print(f"lost: {lost}; recovered after {seconds:.1f} s")
+
+
+def longest(watcher: Watcher) -> float:
+    """The longest time between the ends of two rounds."""
+    times = [watcher.times[number] for number in sorted(watcher.times)]
+    return max(b - a for a, b in zip(times, times[1:], strict=False))
+
+
+def test_a_deployed_run_is_the_run_in_process(federation: Bed, expected: Path, tmp_path: Path) -> None:
+    summary = federation.run(tmp_path / "run")
+    assert difference(tmp_path / "run", expected) == 0
+    there = fedcustom.load(expected).summary
+    assert summary["metrics"] == pytest.approx(there["metrics"], abs=1e-9)
+    assert summary["clients"] == {n: pytest.approx(v, abs=1e-9) for n, v in there["clients"].items()}
+    for mine, other in zip(metrics(tmp_path / "run"), metrics(expected), strict=True):
+        assert mine.get("development") == pytest.approx(other.get("development"), abs=1e-9)
+        assert mine["round"] == other["round"]
+        if mine["round"]:
+            assert mine["answered"] == other["answered"]
+            # a client's seconds of training are not among its values, so that lengths agree but for digits
+            assert mine["bytes_down"] == other["bytes_down"]
+            assert all(abs(mine["bytes_up"][n] - other["bytes_up"][n]) <= 4 for n in mine["bytes_up"])
+
+
+def test_the_base_model_is_loaded_once_and_every_message_is_logged(federation: Bed, tmp_path: Path) -> None:
+    before = {name: len(federation.audit(name)) for name in federation.names}
+    federation.run(tmp_path / "run", rounds__count=20, training__local_steps=1)
+    rows = [row for row in metrics(tmp_path / "run") if row["round"]]
+    for name in federation.names:
+        events = federation.audit(name)[before[name] :]
+        assert [event["event"] for event in events].count("base model loaded") == 1
+        sent = [event for event in events if event["event"] == "sent" and event["kind"] == "work"]
+        assert [event["round"] for event in sent] == list(range(1, 21))
+        assert [event["bytes"] for event in sent] == [row["bytes_up"][name] for row in rows]
+        assert all(len(event["sha256"]) == 64 for event in sent)
+        assert all(event["keys"] == ["examples", "loss", "steps", "weight"] for event in sent)
+
+
+def test_a_job_process_killed_in_a_round(
+    federation: Bed, expected: Path, tmp_path: Path, record_property: Any
+) -> None:
+    name = federation.names[1]
+    watcher = Watcher({2: lambda: kill(federation.job(name))})
+    federation.run(tmp_path / "run", watcher)
+    assert difference(tmp_path / "run", expected) == 0
+    report(record_property, "nothing", longest(watcher))
+
+
+def test_a_resident_process_killed_in_a_round(
+    federation: Bed, expected: Path, tmp_path: Path, record_property: Any
+) -> None:
+    name = federation.names[0]
+    watcher = Watcher({3: lambda: kill(federation.resident(name))})
+    federation.run(tmp_path / "run", watcher)
+    assert difference(tmp_path / "run", expected) == 0
+    report(record_property, "nothing", longest(watcher))
+
+
+def test_the_servers_engine_killed(
+    federation: Bed, expected: Path, tmp_path: Path, record_property: Any
+) -> None:
+    watcher = Watcher({2: lambda: kill(federation.server())})
+    federation.run(tmp_path / "run", watcher)
+    assert difference(tmp_path / "run", expected) == 0
+    assert any("engine ended" in note for note in watcher.notes)
+    report(record_property, "nothing", longest(watcher))
+
+
+def test_the_run_killed_and_resumed(
+    federation: Bed, expected: Path, tmp_path: Path, record_property: Any
+) -> None:
+    out = tmp_path / "run"
+    file = tmp_path / "recipe.toml"
+    from fedcustom.recipe import load_recipe, to_toml
+
+    file.write_text(to_toml(load_recipe(federation.recipe)))
+    process = command("deploy", "run", str(file), "-f", str(federation.folder), "--out", str(out))
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (out / "checkpoints" / "round-000003").exists():
+        assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
+        time.sleep(0.05)
+    kill([process.pid])
+    process.wait()
+    killed = time.monotonic()
+    watcher = Watcher()
+    federation.run(out, watcher)
+    assert watcher.done >= 3
+    assert [row["round"] for row in metrics(out)] == [0, *range(1, ROUNDS + 1)]
+    assert difference(out, expected) == 0
+    report(record_property, "nothing", watcher.times[watcher.done + 1] - killed)
+
+
+def test_a_site_dies_for_good_and_another_day_comes_back(
+    federation: Bed, tmp_path: Path, record_property: Any
+) -> None:
+    name = federation.names[2]
+    watcher = Watcher({2: lambda: federation.kill_site(name), 5: lambda: federation.start(name)})
+    federation.run(tmp_path / "run", watcher, rounds__count=40, training__local_steps=40)
+    rows = [row for row in metrics(tmp_path / "run") if row["round"]]
+    missed = [row["round"] for row in rows if name in row["left_out"]]
+    assert missed[0] == 3, "the round in which it died closes without it"
+    assert missed == list(range(3, 3 + len(missed))), "missed rounds are those while it was away"
+    assert rows[-1]["answered"] == federation.names, "it takes part again"
+    assert all(set(federation.names) - {name} <= set(row["answered"]) for row in rows)
+    report(record_property, f"its answers in {len(missed)} rounds", watcher.times[3] - watcher.times[2])
+
+
+def test_a_slow_site_does_not_hold_up_the_round(
+    federation: Bed, tmp_path: Path, record_property: Any
+) -> None:
+    name = federation.names[0]
+    stopped = federation.resident(name)
+    watcher = Watcher({2: lambda: kill(stopped, signal.SIGSTOP), 4: lambda: kill(stopped, signal.SIGCONT)})
+    federation.patience(round_seconds=6.0)
+    try:
+        federation.run(tmp_path / "run", watcher, rounds__count=8)
+    finally:
+        kill(stopped, signal.SIGCONT)
+        federation.patience(round_seconds=120.0)
+    rows = [row for row in metrics(tmp_path / "run") if row["round"]]
+    assert rows[2]["left_out"] == {name: "no answer in time"}
+    assert rows[2]["answered"] == [n for n in federation.names if n != name]
+    assert rows[-1]["answered"] == federation.names
+    report(record_property, "its answers while it was stopped", watcher.times[3] - watcher.times[2])
+
+
+def test_a_site_that_joins_late(tmp_path: Path, recipe: dict[str, Any], record_property: Any) -> None:
+    with bed(tmp_path / "f", recipe, start=False) as made:
+        first, late = made.names[:2], made.names[2]
+        made.patience(start_with=2, grace_seconds=3.0)
+        made.start(*first)
+        joined: list[float] = []
+
+        def join() -> None:
+            joined.append(time.monotonic())
+            made.start(late)
+
+        watcher = Watcher({1: join})
+        made.run(tmp_path / "run", watcher, rounds__count=40, training__local_steps=60)
+        rows = [row for row in metrics(tmp_path / "run") if row["round"]]
+        assert late in rows[0]["left_out"]
+        assert rows[-1]["answered"] == made.names
+        came = next(row["round"] for row in rows if late in row["answered"])
+        report(record_property, "nothing", watcher.times[came] - joined[0])
+
+
+def test_too_few_sites_is_an_error_and_nothing_is_lost(federation: Bed, tmp_path: Path) -> None:
+    from fedcustom.errors import FedcustomError
+
+    name = federation.names[1]
+    federation.patience(quorum_seconds=25.0, grace_seconds=2.0)
+    out = tmp_path / "run"
+    try:
+        with pytest.raises(FedcustomError, match=r"2 of 3 clients answered, rounds.min_clients = 3"):
+            federation.run(out, Watcher({3: lambda: federation.kill_site(name)}), rounds__min_clients=3)
+    finally:
+        federation.patience(quorum_seconds=120.0, grace_seconds=12.0)
+    assert [row["round"] for row in metrics(out)] == [0, 1, 2, 3]
+    federation.start(name)
+    federation.run(out, rounds__min_clients=3)
+    assert [row["round"] for row in metrics(out)] == [0, *range(1, ROUNDS + 1)]
