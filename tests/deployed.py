@@ -7,16 +7,21 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fedcustom.deployment.local import prepare
 from fedcustom.deployment.run import run_deployed
 from fedcustom.deployment.settings import load_federation, save_federation
 from fedcustom.files import read_json
 from fedcustom.recipe import load_recipe
+from fedcustom.site.resident import Resident
+from fedcustom.site.settings import load_site
+from fedcustom.transport.nvflare.bridge import ADDRESS_VARIABLE, BridgeError, Door
+from fedcustom.transport.nvflare.kits import site_command
 from fedcustom.transport.nvflare.supervise import Kept
 
 
@@ -146,6 +151,42 @@ def bed(folder: Path, recipe: Mapping[str, Any], *, start: bool = True) -> Itera
         made.stop()
 
 
+class Hostile(Resident):
+    """A site that does as it should until told otherwise: ``tricks`` spoil its answer in a round."""
+
+    tricks: ClassVar[dict[int, Callable[[dict[str, Any]], None]]] = {}
+
+    def handle(self, message: dict[str, Any]) -> dict[str, Any]:
+        answer = super().handle(message)
+        if message.get("kind") == "work" and (trick := self.tricks.get(message.get("round") or 0)):
+            trick(answer)
+        return answer
+
+
+@contextlib.contextmanager
+def hostile(made: Bed, name: str, tricks: dict[int, Callable[[dict[str, Any]], None]]) -> Iterator[None]:
+    """A site whose resident process is hostile, behind the real engine."""
+    file = made.kit(name) / "data" / "site.toml"
+    Hostile.tricks = tricks
+    resident = Hostile(name, load_site(file), file.parent, made.own(name))
+    door = Door(made.own(name) / "bridge.json")
+
+    def serve() -> None:
+        with contextlib.suppress(BridgeError):
+            resident.serve(door)
+
+    threading.Thread(target=serve, daemon=True).start()
+    engine = Kept(
+        site_command(made.kit(name)), made.own(name) / "engine.log", {ADDRESS_VARIABLE: str(door.file)}
+    )
+    engine.start()
+    try:
+        yield
+    finally:
+        engine.stop()
+        door.close()
+
+
 def metrics(out: Path) -> list[dict[str, Any]]:
     import json
 
@@ -163,4 +204,6 @@ def command(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
     )  # fmt: skip
 
 
-__all__ = ["Bed", "Watcher", "bed", "command", "free_port", "kill", "metrics", "processes", "read_json"]
+__all__ = [
+    "Bed", "Watcher", "bed", "command", "free_port", "hostile", "kill", "metrics", "processes", "read_json",
+]  # fmt: skip

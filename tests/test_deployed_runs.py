@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
+import ssl
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 
 import fedcustom
+from deployed import Bed, Watcher, bed, command, hostile, kill, metrics
+from fedcustom.deployment.run import serving
+from fedcustom.deployment.settings import load_federation
 from fedcustom.directory import Checkpoints
-
-from deployed import Bed, Watcher, bed, command, kill, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
 
@@ -68,7 +75,7 @@ def report(record: Any, lost: str, seconds: float) -> None:
 def longest(watcher: Watcher) -> float:
     """The longest time between the ends of two rounds."""
     times = [watcher.times[number] for number in sorted(watcher.times)]
-    return max(b - a for a, b in zip(times, times[1:], strict=False))
+    return max(b - a for a, b in pairwise(times))
 
 
 def test_a_deployed_run_is_the_run_in_process(federation: Bed, expected: Path, tmp_path: Path) -> None:
@@ -224,3 +231,137 @@ def test_too_few_sites_is_an_error_and_nothing_is_lost(federation: Bed, tmp_path
     federation.start(name)
     federation.run(out, rounds__min_clients=3)
     assert [row["round"] for row in metrics(out)] == [0, *range(1, ROUNDS + 1)]
+
+
+def test_a_hostile_site_is_left_out_and_the_others_go_on(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN, a wrong shape, 10 GB, a truncated message, no values, an impossible weight, too many steps."""
+
+    def spoiled(change: Any) -> Any:
+        def trick(answer: dict[str, Any]) -> None:
+            tensors = safetensors.torch.load_file(answer["body"])
+            safetensors.torch.save_file(change(tensors), answer["body"])
+
+        return trick
+
+    def first(tensors: dict[str, Any], new: Any) -> dict[str, Any]:
+        name = sorted(tensors)[0]
+        return {**{n: t.clone() for n, t in tensors.items()}, name: new(tensors[name])}
+
+    def ten_gigabytes(answer: dict[str, Any]) -> None:
+        with open(answer["body"], "r+b") as file:
+            file.truncate(10 * 2**30)  # a hole: it takes no space here, and would there
+
+    def truncated(answer: dict[str, Any]) -> None:
+        with open(answer["body"], "r+b") as file:
+            file.truncate(1000)
+
+    tricks = {
+        2: spoiled(lambda ts: first(ts, lambda t: t * float("nan"))),
+        3: spoiled(lambda ts: first(ts, lambda t: t.flatten()[:-1].clone())),
+        4: ten_gigabytes,
+        5: truncated,
+        6: lambda answer: answer.update(values=[]),
+        7: lambda answer: answer["values"].update(weight=1e30),
+        8: lambda answer: answer["values"].update(steps=10**9),
+    }
+    reasons = {
+        2: "finite", 3: "shape", 4: "a message of 10737418240 bytes; at most 50000000 are allowed",
+        5: "malformed", 6: "an answer without values", 7: "weight", 8: "steps",
+    }  # fmt: skip
+    with bed(tmp_path / "f", recipe, start=False) as made:
+        made.patience(max_message_megabytes=50.0)
+        bad = made.names[1]
+        made.start(made.names[0], made.names[2])
+        with hostile(made, bad, tricks):
+            made.run(tmp_path / "run", rounds__count=8)
+    rows = [row for row in metrics(tmp_path / "run") if row["round"]]
+    for row in rows[1:]:
+        assert reasons[row["round"]] in row["left_out"][bad], row["left_out"]
+        assert row["answered"] == [name for name in made.names if name != bad]
+
+    def refuse(task: Any, client: str, update: Any) -> Any:
+        if client == bad and task.values["round"] > 1:
+            raise ValueError("left out")
+        return update
+
+    monkeypatch.setattr("fedcustom.federation.falsifier", lambda *_: refuse)
+    fedcustom.run(recipe, {"rounds.count": 8}, out=tmp_path / "expected")
+    assert difference(tmp_path / "run", tmp_path / "expected") == 0
+
+
+def test_who_has_no_valid_certificate_is_turned_away(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    with bed(tmp_path / "f", recipe, start=False) as made, bed(tmp_path / "g", recipe, start=False) as other:
+        settings = load_federation(made.folder)
+        kit = made.kit(made.names[0]) / "startup"
+        good = (kit / "client.crt", kit / "client.key")
+        stranger = other.kit(made.names[0]) / "startup"
+        with serving(made.folder, settings, print):
+            until = time.monotonic() + 60
+            while time.monotonic() < until and not can_connect(settings.port):
+                time.sleep(0.2)
+            assert knock(settings.port, kit / "rootCA.pem", *good) == "let in"
+            foreign = (stranger / "client.crt", stranger / "client.key")
+            assert "unknown ca" in knock(settings.port, kit / "rootCA.pem", *foreign).lower()
+            late = expired(made.folder, tmp_path)
+            assert "expired" in knock(settings.port, kit / "rootCA.pem", *late).lower()
+            assert "certificate required" in knock(settings.port, kit / "rootCA.pem").lower()
+            assert not in_plain_text(settings.port)
+
+
+def in_plain_text(port: int) -> bytes:
+    """What the server says to one who speaks without TLS, alerts apart."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as plain:
+        plain.sendall(b"hello, this is not TLS\r\n" * 10)
+        try:
+            said = plain.recv(100)
+        except ConnectionResetError:
+            return b""
+    return b"" if said.startswith(b"\x15\x03") else said  # a TLS alert
+
+
+def can_connect(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def knock(port: int, authority: Path, certificate: Path | None = None, key: Path | None = None) -> str:
+    """Whether the server lets a client with this certificate in, or what it says instead."""
+    context = ssl.create_default_context(cafile=str(authority))
+    if certificate is not None:
+        context.load_cert_chain(str(certificate), str(key))
+    try:
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as secure,
+        ):
+            secure.settimeout(2.0)
+            try:
+                return "let in" if secure.recv(1) else "closed"
+            except TimeoutError:
+                return "let in"  # the server waits for what a site has to say
+    except (ssl.SSLError, OSError) as error:
+        return str(error).replace("_", " ")
+
+
+def expired(folder: Path, to: Path) -> tuple[Path, Path]:
+    """A certificate that the federation's authority signed, and that ran out yesterday."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+
+    state = json.loads((folder / "authority" / "cert.json").read_text())
+    authority = x509.load_pem_x509_certificate(state["root_cert"].encode())
+    signer = serialization.load_pem_private_key(state["root_pri_key"].encode(), None)
+    kit = next((folder / "sites").iterdir()) / "startup"
+    old = x509.load_pem_x509_certificate((kit / "client.crt").read_bytes())
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(old.issuer, old.subject, old.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(days=9)).not_valid_after(now - timedelta(days=1))
+    assert authority.subject == old.issuer
+    made = builder.sign(signer, hashes.SHA256())  # type: ignore[arg-type]
+    (to / "expired.crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    return to / "expired.crt", kit / "client.key"

@@ -62,11 +62,13 @@ def prepare(recipe: Recipe, folder: Path, port: int, threads: int = 1) -> Federa
         own = write_parts(kit / "data", parts | {"public": data.public}, data)
         text = tomli_w.dumps({"threads": threads, "data": own.model_dump(exclude_none=True)})
         write_text(kit / "data" / "site.toml", text)
+    asks = recipe.data.task == "retrieval"
     shared = write_parts(
         folder / "data",
         {
-            "development": data.development if recipe.data.development else [],
-            "test": data.test if not data.test_is_pooled else [],
+            # Questions come from the server, for only it may ask all sites.
+            "development": data.development if recipe.data.development or asks else [],
+            "test": data.test if asks or not data.test_is_pooled else [],
             "public": data.public,
         },
         data,
