@@ -11,7 +11,7 @@ test: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist loadgroup
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -21,6 +21,7 @@ from fedcustom.errors import RunError
 from fedcustom.report import comparison, comparison_table, words, write_report
 from fedcustom.report.groups import group_runs, lower_is_better, mean_and_interval
 from fedcustom.report.read import read_runs
+from fedcustom.report.traffic import traffic
 
 PACKAGES = ("numpy", "torch", "pandas", "requests", "flask", "sympy", "networkx", "pillow")
 TASK_METRICS = {
@@ -556,3 +557,28 @@ def test_page_in_a_browser(tmp_path: Path, width: int, case: str) -> None:
     assert match is not None, result.stdout[-2000:]
     found = json.loads(match[1].replace("&quot;", '"'))
     assert found == {"overflow": 0, "width": width, "plots": 4, "injected": None, "outside": 0}
+
+
+def test_rounds_missed_and_bytes_stand_client_by_client(tmp_path: Path) -> None:
+    place = write_run(tmp_path / "run", clients=["a", "b"], rounds=2)
+    history = [
+        {"round": 1, "cohort": ["a", "b"], "left_out": {}, "bytes_up": {"a": 100, "b": 100}},
+        {"round": 2, "cohort": ["a", "b"], "left_out": {"b": "not connected"}, "bytes_up": {"a": 200}},
+    ]
+    rows = [{**row, "bytes_down": {"a": 15, "b": 15}, "development": {"accuracy": 0.5}} for row in history]
+    (place / "metrics.jsonl").write_text(lines(rows))
+    found = {line.client: line for line in traffic(group_runs(read_runs([place]).finished))}
+    assert (found["a"].asked, found["a"].missed, found["a"].up, found["a"].down) == (
+        2,
+        0,
+        "300\xa0B",
+        "30\xa0B",
+    )
+    assert (found["b"].asked, found["b"].missed, found["b"].up, found["b"].down) == (
+        2,
+        1,
+        "100\xa0B",
+        "30\xa0B",
+    )
+    page = write_report([place], tmp_path / "page.html").read_text()
+    assert "Clients, rounds and bytes" in page

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -125,6 +125,7 @@ class _Driver:
         plan = plan_rounds(recipe, parties.data)
         uses = last_uses(plan)
         states = self._earlier(state, done, uses, parties.origin)
+        parties = replace(parties, origin=State({}))  # held no longer than it is needed
         if done == 0:
             self._note_untuned(state)
         for number in range(done + 1, recipe.rounds.count + 1):
@@ -173,7 +174,8 @@ class _Driver:
         needed = min(self.recipe.rounds.min_clients, len(tasks))
         following = state
         if first is not None:
-            following = method.merge(state, chain([first], accepted))
+            arriving, first = chain([first], accepted), None
+            following = method.merge(state, arriving)
         if len(noted.answered) < max(1, needed):
             raise RunError(
                 f"round {number}: {len(noted.answered)} of {len(tasks)} clients answered, "
@@ -220,6 +222,7 @@ class _Driver:
             late = number - 1 - cohort[reply.client].since
             discount = (1 + late) ** -exponent if late else 1.0
             yield Answer(reply.client, reply.task, reply.update, discount)
+            del reply  # before the next one comes
 
     def _row(self, number: int, cohort: Mapping[str, Assignment], noted: _Round, seconds: float) -> Row:
         recipe = self.recipe

@@ -69,7 +69,15 @@ def count(tensors: Iterable[Tensor]) -> int:
 
 def is_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Whether no tensor holds a NaN or an infinity."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+    return all(_is_finite(tensor) for tensor in tensors.values())
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Extremes say it without the copies that ``isfinite`` makes: a NaN is both of them."""
+    if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
+        return True
+    least, most = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(least) & torch.isfinite(most))
 
 
 def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,7 @@ def combine(
         KeyError: changes differ in names.
     """
     if settings.rule == "mean":
-        return weighted_mean((_discounted(change), _weight(change, settings)) for change in changes)
+        return weighted_mean(_one_by_one(changes, settings))
     if settings.rule == "fednova":
         return normalised_mean(
             (_discounted(change), _weight(change, settings), change.steps) for change in changes
@@ -116,6 +116,14 @@ def linear_combination(changes: Sequence[Mapping[str, Tensor]], coefficients: Se
             for name, total in result.items():
                 total.add_(change[name], alpha=coefficient)
     return result
+
+
+def _one_by_one(
+    changes: Iterable[Change], settings: AggregationSettings
+) -> Iterator[tuple[Mapping[str, Tensor], float]]:
+    for change in changes:
+        yield _discounted(change), _weight(change, settings)
+        del change  # before the next one is made
 
 
 def _weight(change: Change, settings: AggregationSettings) -> float:

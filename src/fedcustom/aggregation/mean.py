@@ -42,6 +42,7 @@ def weighted_mean(states: Iterable[Weighted]) -> Tensors:
         for name, tensor in state.items():
             sums[name].add_(tensor, alpha=weight)
         total += weight
+        del state  # before the next one is made
     if dtypes is None:
         raise ValueError("there is no state to take the mean of")
-    return {name: (value / total).to(dtypes[name]) for name, value in sums.items()}
+    return {name: value.div_(total).to(dtypes[name]) for name, value in sums.items()}

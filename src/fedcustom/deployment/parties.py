@@ -13,6 +13,7 @@ from ..errors import RecipeError
 from ..federation import Federation
 from ..methods import AsksClients
 from ..models.load import load_base
+from ..models.park import park
 from ..recipe import Recipe, to_toml
 from ..transport.channel import Channel
 from ..transport.nvflare.sites import Sites
@@ -57,6 +58,8 @@ def gather(recipe: Recipe, settings: FederationSettings, folder: Path, sites: Si
     method = make_method(recipe, base, data)
     remote.method = method
     origin = method.start()
+    if base.device.type == "cpu":
+        park(base.model, folder / "server" / "fedcustom")  # the sites do the computing
     remote.channel = Channel(recipe.compression, origin.tensors)
     if isinstance(method, AsksClients):
         method.connect(remote.ask, list(data.clients))

@@ -132,16 +132,14 @@ class Remote:
             messages[name] = (head, packed[name].tensors)
         enough = min(self.enough, len(messages))
         found = self.sites.ask(messages, enough) if messages else iter(())
-        heard: dict[str, Said] = {}
         for name, task in tasks.items():
             down = packed[name].length({"kind": task.kind, **task.values})
             if name in self.refused:
                 yield Reply(name, task, None, self.refused[name], "", 0, 0, 0.0)
                 continue
-            while name not in heard:
-                site, said = next(found)
-                heard[site] = said
-            yield self._reply(name, task, down, heard.pop(name))
+            _, said = next(found)  # in the messages' order, which is the tasks'
+            yield self._reply(name, task, down, said)
+            del said  # before the next one is read
         self.restored = number
 
     def _reply(self, name: str, task: Task, down: int, said: Said) -> Reply:

@@ -121,18 +121,19 @@ class WeightTuning:
         answered: list[str] = []
 
         def changes() -> Iterator[Change]:
-            for answer in chain([first], stream):
+            for answer in stream:
                 arrival = self._arrival(answer)
                 answered.append(answer.client)
                 rest = gathered.take(arrival)
                 steps = int(answer.update.values["steps"])
                 yield Change(answer.client, rest, arrival.weight, steps, answer.discount)
+                del answer, arrival, rest  # before the next one is made
 
-        stream = iter(answers)
-        first = next(stream)
-        root = None
+        stream, root = iter(answers), None
         if settings.rule == "fltrust":
+            first = next(stream)
             root = gathered.take(self._root(state, first.task))
+            stream = chain([first], stream)
         change = combine(changes(), settings, root=root, inner_products=gathered.inner_products)
         current = {name: state.tensors[name] for name in change if name in state.tensors}
         relevant = {n: t for n, t in state.server.items() if n.partition("/")[2] in change}

@@ -22,6 +22,7 @@ from .groups import Group, best_group, client_scores, group_runs, lower_is_bette
 from .plots import BOX_FROM, Figures, as_json, colour, confusion, figures
 from .read import Prediction, Run, Runs, read_predictions, read_runs
 from .rows import Section, comparison_columns, comparison_sections
+from .traffic import traffic
 
 STYLES = ("palette.css", "style.css", "print.css")
 EXAMPLES = 10
@@ -269,6 +270,7 @@ def render(runs: Runs) -> str:
         primary=_title(primary, primary.runs[0]),
         examples=_examples(groups, primary),
         left_out=_left_out(groups),
+        traffic=traffic(groups),
         unfinished=runs.unfinished,
         logs=[
             (_title(group, run), run.warnings[-LONGEST_LOG:])

@@ -70,6 +70,9 @@ class Round:
     round: int
     development: Scores = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    cohort: list[str] = field(default_factory=list)
+    bytes_up: dict[str, Number] = field(default_factory=dict)
+    bytes_down: dict[str, Number] = field(default_factory=dict)
     bytes_up_total: Number = 0.0
     bytes_down_total: Number = 0.0
 

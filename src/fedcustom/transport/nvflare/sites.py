@@ -48,6 +48,22 @@ class Said:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Heard:
+    """An answer as it lies on the disk."""
+
+    head: dict[str, Any]
+    body: Path | None
+    seconds: float
+
+    @property
+    def failure(self) -> str:
+        """Why there is no answer, as far as its head tells."""
+        if reason := self.head.get("refused"):
+            return f"refused: {str(reason)[:500]}"
+        return str(self.head.get("error") or "")[:500]
+
+
 @dataclass
 class _Open:
     """A message that has not been answered."""
@@ -91,40 +107,39 @@ class Sites:
             site: _Open(json.dumps({**head, "request": secrets.token_hex(8)}), bodies[id(tensors)])
             for site, (head, tensors) in messages.items()
         }
-        order, answered = list(messages), dict[str, Said]()
+        order, heard = list(messages), dict[str, _Heard]()
         begun = time.monotonic()
         deadline = begun + (self.patience.round if seconds is None else seconds)
         self.refresh(messages)
         try:
             while waiting:
-                good = sum(not said.failure for said in answered.values())
+                good = sum(not answer.failure for answer in heard.values())
                 self._advance(waiting, good >= enough, begun, deadline)
                 if not self.link.sites and waiting:
                     continue
                 arrival = self.link.receive(timeout=0.25)
-                if arrival is not None and (said := self._said(arrival, waiting)) is not None:
-                    answered[arrival.site] = said
+                if arrival is not None and (answer := self._heard(arrival, waiting)) is not None:
+                    heard[arrival.site] = answer
                     del waiting[arrival.site]
                 now = time.monotonic()
-                good = sum(not said.failure for said in answered.values())
+                good = sum(not answer.failure for answer in heard.values())
                 for site in self._hopeless(waiting, good >= enough, begun, deadline, now):
                     if waiting[site].number is not None and waiting[site].epoch == self.link.epoch:
                         self.link.cancel(waiting[site].number or 0)
                     reason = "no answer in time" if site in self.link.sites else "not connected"
-                    answered[site] = Said(failure=reason, seconds=now - begun)
+                    heard[site] = _Heard({"error": reason}, None, now - begun)
                     del waiting[site]
-                while order and order[0] in answered:
-                    site = order.pop(0)
-                    yield site, answered[site]
+                while order and order[0] in heard:
+                    yield order[0], _read(heard.pop(order.pop(0)))
         except DeploymentError as error:
             for site in waiting:
-                answered[site] = Said(failure=str(error))
+                heard[site] = _Heard({"error": str(error)}, None, time.monotonic() - begun)
         finally:
             for body in set(bodies.values()) - {None}:
                 assert body is not None
                 body.unlink(missing_ok=True)
         for site in order:
-            yield site, answered[site]
+            yield site, _read(heard.pop(site))
 
     def refresh(self, names: Collection[str]) -> None:
         """Have those of the named sites in the job that have come since it began."""
@@ -173,8 +188,8 @@ class Sites:
                 message.epoch, message.sent = self.link.epoch, now
                 message.number = self.link.send(site, message.head, message.body, to, self.most)
 
-    def _said(self, arrival: Arrival, waiting: Mapping[str, _Open]) -> Said | None:
-        """What an arrival says, if it answers a message that is waited for."""
+    def _heard(self, arrival: Arrival, waiting: Mapping[str, _Open]) -> _Heard | None:
+        """An arrival, if it answers a message that is waited for."""
         message = waiting.get(arrival.site)
         if message is None or message.number != arrival.number:
             if arrival.body is not None:
@@ -184,14 +199,7 @@ class Sites:
             self.note(f"{arrival.site} is gone ({arrival.lost})")
             message.epoch = -1
             return None
-        seconds = time.monotonic() - message.sent
-        try:
-            return _read(arrival.head, arrival.body, seconds)
-        except WireError as error:
-            return Said(failure=str(error), seconds=seconds)
-        finally:
-            if arrival.body is not None:  # what is mapped into memory stays until it is let go
-                arrival.body.unlink(missing_ok=True)
+        return _Heard(arrival.head, arrival.body, time.monotonic() - message.sent)
 
     def _hopeless(
         self, waiting: Mapping[str, _Open], enough: bool, begun: float, deadline: float, now: float
@@ -216,27 +224,29 @@ class Sites:
         return [site for site in waiting if now > limit(site)]
 
 
-def _read(head: Mapping[str, Any], body: Path | None, seconds: float) -> Said:
-    """A site's answer, of which nothing is trusted but that it is JSON.
-
-    Raises:
-        WireError: it is malformed.
+def _read(heard: _Heard) -> Said:
+    """A site's answer, of which nothing is trusted but that it is JSON. Its tensors are mapped from their
+    file, which is gone when they are.
     """
-    if reason := head.get("refused"):
-        return Said(failure=f"refused: {str(reason)[:500]}", seconds=seconds)
-    if reason := head.get("error"):
-        return Said(failure=str(reason)[:500], seconds=seconds)
-    values = head.get("values")
-    if not isinstance(values, dict):
-        raise WireError("an answer without values")
-    tensors: Tensors = {}
-    if body is not None:
-        try:
-            tensors = safetensors.torch.load_file(body)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise WireError(f"a message is malformed: {str(error).splitlines()[0]}") from None
-    for name, tensor in tensors.items():
-        if tensor.dtype not in wire.DTYPES:
-            raise WireError(f"{name}: {tensor.dtype} cannot travel")
-    packed = Packed(tensors, head.get("layout"))
-    return Said(values, packed, packed.length(values), seconds=seconds)
+    try:
+        if reason := heard.failure:
+            return Said(failure=reason, seconds=heard.seconds)
+        values = heard.head.get("values")
+        if not isinstance(values, dict):
+            raise WireError("an answer without values")
+        tensors: Tensors = {}
+        if heard.body is not None:
+            tensors = safetensors.torch.load_file(heard.body)
+        for name, tensor in tensors.items():
+            if tensor.dtype not in wire.DTYPES:
+                raise WireError(f"{name}: {tensor.dtype} cannot travel")
+        packed = Packed(tensors, heard.head.get("layout"))
+        return Said(values, packed, packed.length(values), seconds=heard.seconds)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = f"a message is malformed: {(str(error).splitlines() or [''])[0]}"
+        return Said(failure=reason, seconds=heard.seconds)
+    except WireError as error:
+        return Said(failure=str(error), seconds=heard.seconds)
+    finally:
+        if heard.body is not None:
+            heard.body.unlink(missing_ok=True)

@@ -1,0 +1,410 @@
+"""A site by itself, without the engine: its file, its data, its policy, its memory and its audit log."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, f1_score, log_loss
+
+from conftest import make_rows, write_jsonl
+from fedcustom.data.build import build_data
+from fedcustom.data.own import OwnDataSettings, read_own
+from fedcustom.deployment.local import write_parts
+from fedcustom.deployment.parties import check_deployable
+from fedcustom.errors import DeploymentError, FedcustomError, PolicyError, RecipeError, UpdateError, WireError
+from fedcustom.evaluation.statistics import check_statistics, classification_statistics, pooled_metrics
+from fedcustom.methods import Memory, Task, Update
+from fedcustom.recipe import load_recipe
+from fedcustom.site.memory import RoundMemory
+from fedcustom.site.policy import check_outgoing, check_recipe, check_round
+from fedcustom.site.resident import Resident
+from fedcustom.site.settings import PolicySettings, SiteSettings, load_site
+from fedcustom.transport.channel import Channel, describe, laid_out
+from fedcustom.transport.nvflare.bridge import BridgeError, Door, connect
+from fedcustom.transport.nvflare.kits import _check_names
+from fedcustom.transport.settings import CompressionSettings
+
+# --- its file ---
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("threads = 0", "threads = 0"),
+        ("[policy]\nmethod = ['prefix']", r"unknown key policy.method; allowed: .*did you mean 'methods'"),
+        ("[policy]\nmethods = ['prefx']", r"unknown method 'prefx'.*did you mean 'prefix'"),
+        ("[data]\ntrain = 3", "data.train = 3"),
+        ("[data", "not TOML"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "site.toml").write_text(text)
+    with pytest.raises(DeploymentError, match=message):
+        load_site(tmp_path / "site.toml")
+    with pytest.raises(DeploymentError, match="no such file"):
+        load_site(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("server", "sites", "message"),
+    [
+        ("fl.example.org", ["a", "a"], "'a' is there twice"),
+        ("fl.example.org", ["a b"], "'a b' cannot be a site's name"),
+        ("fl.example.org", ["../x"], "cannot be a site's name"),
+        ("fl.example.org", [], "name one site at least"),
+        ("no host", ["a"], "no host name"),
+        ("server-1", ["server-1"], "is there twice, or is the server's name"),
+    ],
+)
+def test_names_that_cannot_be(server: str, sites: list[str], message: str) -> None:
+    with pytest.raises(DeploymentError, match=message):
+        _check_names(server, sites)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"baseline": "local"}, "baseline = 'local'"),
+        ({"attack": {"kind": "sign_flip"}}, r"\[attack\]: is for simulations"),
+        ({"participation": {"dropout": 0.5}}, r"\[participation\]: is for simulations"),
+    ],
+)
+def test_what_has_a_meaning_in_simulations_alone(small: dict[str, Any], change: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check_deployable(load_recipe({**small, **change}).complete())
+
+
+# --- its data ---
+
+
+def test_a_site_with_its_own_columns_is_the_client_of_the_simulation(
+    small: dict[str, Any], data_folder: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe({**small, "data": {"source": str(data_folder), "max_length": 24}})
+    data = build_data(recipe.data, recipe.clients, recipe.seed)
+    for number, (name, client) in enumerate(data.clients.items()):
+        rows = [
+            {"frage": row["text"], "klasse": row["label"]} for row in make_rows(160, 0) if row["site"] == name
+        ]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        own = read_own(
+            OwnDataSettings(train=f"{name}.jsonl", text="{frage}", label="klasse"),
+            tmp_path, recipe.data, recipe.public,
+        )  # fmt: skip
+        assert own.label_values() == ["animal", "food", "place"]
+        assert own.client(name, number, data.task.labels, recipe.clients, recipe.seed) == client
+
+
+def test_parts_that_were_written_are_read_as_they_were(small: dict[str, Any], tmp_path: Path) -> None:
+    recipe = load_recipe(small)
+    data = build_data(recipe.data, recipe.clients, recipe.seed)
+    name, client = next(iter(data.clients.items()))
+    parts = {"train": client.train, "development": client.development, "test": client.test}
+    own = read_own(write_parts(tmp_path, parts, data), tmp_path, recipe.data, recipe.public)
+    assert own.client(name, 3, data.task.labels, recipe.clients, 99) == client
+
+
+# --- what it tells of its evaluation ---
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(2, 5), st.integers(0, 10**6))
+def test_statistics_of_sites_are_those_of_all_examples(sizes: list[int], labels: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    scores = [random.normal(size=(size, labels)) for size in sizes]
+    truth = [random.integers(labels, size=size).tolist() for size in sizes]
+    told = [
+        check_statistics(classification_statistics(s, t), labels) for s, t in zip(scores, truth, strict=True)
+    ]
+    found = pooled_metrics(json.loads(json.dumps(told)))
+    everything, all_true = np.concatenate(scores), [label for part in truth for label in part]
+    predicted = everything.argmax(axis=1)
+    odds = np.exp(everything) / np.exp(everything).sum(axis=1, keepdims=True)
+    assert found["accuracy"] == pytest.approx(accuracy_score(all_true, predicted))
+    assert found["macro_f1"] == pytest.approx(f1_score(all_true, predicted, average="macro"))
+    assert found["loss"] == pytest.approx(log_loss(all_true, odds, labels=list(range(labels))))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"examples": 2, "confusion": [[1, 0], [0, 0]], "loss": 1.0},
+        {"examples": 1, "confusion": [[1, 0]], "loss": 1.0},
+        {"examples": 1, "confusion": [[1, 0], [0, 0]], "loss": float("nan")},
+        {"examples": 1, "confusion": [[2, 0], [-1, 0]], "loss": 1.0},
+        {"examples": "1"},
+        {},
+    ],
+)
+def test_statistics_that_are_not_sound(told: dict[str, Any]) -> None:
+    with pytest.raises(UpdateError):
+        check_statistics(told, 2)
+
+
+# --- what travels ---
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["float16", "bfloat16", "int8", "int4", "top_k"]),
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 7)), min_size=1, max_size=4),
+    st.integers(0, 3),
+    st.integers(0, 10**6),
+)
+def test_what_is_unpacked_apart_is_what_a_simulation_gives(
+    kind: str, shapes: list[tuple[int, int]], dropped: int, seed: int
+) -> None:
+    """Both ends apart, with JSON between them, against the channel of a simulation."""
+    random = torch.Generator().manual_seed(seed)
+    sent = {f"t{i}": torch.randn(*shape, generator=random) for i, shape in enumerate(shapes)}
+    change = {name: torch.randn(t.shape, generator=random) for name, t in list(sent.items())[dropped:]}
+    change |= {"new": torch.randn(3, generator=random)} if not change else {}
+    compression = CompressionSettings(kind=kind)  # type: ignore[arg-type]
+    here, there = Channel(compression, {}), Channel(compression, {})
+    task, update = Task("train", sent), Update(change)
+    packed = here.pack_up(update, task, Memory())
+    travelled = type(packed)(packed.tensors, json.loads(json.dumps(packed.layout)))
+    expected, size = Channel(compression, {}).up(update, task, Memory())
+    received = there.unpack_up(travelled, task)
+    assert received.keys() == expected.tensors.keys() == change.keys()
+    assert all(torch.equal(received[name], expected.tensors[name]) for name in change)
+    assert size == packed.length({"weight": 1.0})
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        [7], [-1], ["0"], "x", {"a": ["F32", [2**40]]}, {"a": ["F99", [2]]}, {"a": ["F32", "2"]},
+        {"a": [["F32"], [2]]}, {"a": ["F32", [1] * 9]},
+    ],
+)  # fmt: skip
+def test_a_layout_is_not_trusted(layout: Any) -> None:
+    with pytest.raises(WireError):
+        laid_out(layout, {"t": torch.zeros(2)})
+
+
+def test_a_layout_takes_no_memory() -> None:
+    like = laid_out({"a": ["F32", [2**20, 2**20]]}, {})["a"]
+    assert like.numel() == 2**40
+    assert like.untyped_storage().nbytes() == 4
+    assert describe({"t": torch.zeros(2)}, {"t": torch.ones(2)}) is None
+
+
+# --- its memory ---
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.data())
+def test_memory_goes_back_with_the_run(rounds: list[int], data: st.DataObject) -> None:
+    """Against a plain dict: worked rounds with jumps back, and forgetting what no checkpoint needs."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        memory, plain = RoundMemory(Path(folder)), dict[int, int]()
+        for count, number in enumerate(rounds):
+            plain = {n: value for n, value in plain.items() if n < number}
+            expected = plain[max(plain)] if plain else None
+            assert memory.before(number).values.get("count") == expected
+            plain[number] = count
+            memory.save(number, Memory({"t": torch.full((2,), float(count))}, {"count": count}))
+            kept = data.draw(st.sets(st.integers(0, number), max_size=2))
+            memory.keep(kept)
+            for checkpoint in kept:
+                known = [n for n in plain if n <= checkpoint]
+                found = memory.after(checkpoint)
+                assert found.values.get("count") == (plain[max(known)] if known else None)
+            assert float(memory.after(99).tensors["t"][0]) == count
+            if kept:  # the run goes back to one of these at most
+                plain = {n: v for n, v in plain.items() if n >= max(kept) or n in {
+                    max((m for m in plain if m <= c), default=-1) for c in kept}}  # fmt: skip
+
+
+# --- its policy ---
+
+
+def test_the_policy_wins_over_the_recipe(small: dict[str, Any]) -> None:
+    recipe = load_recipe(small)
+    check_recipe(PolicySettings(methods=["prefix"]), recipe)
+    for policy, message in (
+        (
+            PolicySettings(methods=["lora"]),
+            "method 'prefix' is not allowed here; allowed: lora",
+        ),
+        (PolicySettings(base_models=["other"]), "policy.base_models"),
+        (PolicySettings(minimum_noise=0.5), "policy.minimum_noise = 0.5"),
+    ):
+        with pytest.raises(PolicyError, match=message):
+            check_recipe(policy, recipe)
+    with pytest.raises(PolicyError, match="trust_remote_code"):
+        check_recipe(PolicySettings(), load_recipe(recipe, {"model.trust_remote_code": True}))
+    check_round(PolicySettings(max_rounds=2), 1)
+    with pytest.raises(PolicyError, match="max_rounds = 2"):
+        check_round(PolicySettings(max_rounds=2), 2)
+    check_outgoing(PolicySettings(texts=False), "work", {"loss": 1.0, "counts": [1, 2]}, 10, 0)
+    with pytest.raises(PolicyError, match=r"would hold a text \(passages.text\)"):
+        check_outgoing(PolicySettings(texts=False), "work", {"passages": [{"text": "private"}]}, 10, 0)
+    with pytest.raises(PolicyError, match="max_message_megabytes = 1"):
+        check_outgoing(PolicySettings(max_message_megabytes=1), "work", {}, 1_000_001, 0)
+    with pytest.raises(PolicyError, match="max_total_megabytes = 1"):
+        check_outgoing(PolicySettings(max_total_megabytes=1), "work", {}, 600_000, 600_000)
+
+
+# --- its resident process ---
+
+
+@pytest.fixture
+def resident(small: dict[str, Any], tmp_path: Path) -> Any:
+    """Makes a site with a policy, and opens a run at it."""
+
+    def make(**policy: Any) -> tuple[Resident, dict[str, Any]]:
+        rows = [row for row in make_rows(160, 0) if row["site"] == "site-1"]
+        write_jsonl(tmp_path / "rows.jsonl", rows)
+        site = SiteSettings(data=OwnDataSettings(train="rows.jsonl"), policy=PolicySettings(**policy))
+        made = Resident("site-1", site, tmp_path, tmp_path / "own")
+        content = load_recipe(small).complete().model_dump(mode="json", exclude_none=True)
+        said = made.handle({"kind": "describe", "run": "abc", "values": {"recipe": content}})
+        return made, said
+
+    return make
+
+
+def opened(made: Resident) -> dict[str, Any]:
+    names = [f"site-{number}" for number in range(4)]
+    labels = ["animal", "food", "place"]
+    return made.handle({"kind": "open", "run": "abc", "values": {"names": names, "labels": labels}})
+
+
+def work(made: Resident, tmp_path: Path, number: int = 1) -> dict[str, Any]:
+    assert made.participant is not None
+    state = made.participant.method.start()
+    task = made.participant.method.ask(state, number, {"site-1": {"epochs": 1}})["site-1"]
+    body = tmp_path / "in.safetensors"
+    safetensors.torch.save_file(task.tensors, body)
+    return made.handle(
+        {
+            "kind": "work", "run": "abc", "task": task.kind, "round": number, "values": task.values,
+            "body": str(body),
+        }
+    )  # fmt: skip
+
+
+def test_every_message_is_in_the_audit_log_with_its_hash(resident: Any, tmp_path: Path) -> None:
+    made, said = resident()
+    assert said["values"] == {"labels": ["animal", "food", "place"], "rows": 40}
+    assert opened(made)["values"]["sizes"] == {"train": 32, "development": 4, "test": 4}
+    answer = work(made, tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "own" / "audit.jsonl").read_text().splitlines()]
+    events = [(event["event"], event.get("kind")) for event in log]
+    assert events == [
+        ("started", None), ("sent", "describe"), ("base model loaded", None), ("sent", "open"),
+        ("sent", "work"),
+    ]  # fmt: skip
+    text = json.dumps(answer["values"], sort_keys=True, ensure_ascii=False)
+    expected = hashlib.sha256(text.encode() + Path(answer["body"]).read_bytes()).hexdigest()
+    assert log[-1]["sha256"] == expected
+    assert log[-1]["bytes"] == answer["bytes"]
+    assert "cat" not in (tmp_path / "own" / "audit.jsonl").read_text(), "no word of the data"
+
+
+def test_a_restarted_site_goes_on_with_its_memory(resident: Any, tmp_path: Path) -> None:
+    made, _ = resident()
+    opened(made)
+    work(made, tmp_path, 1)
+    expected = work(made, tmp_path, 2)
+    tensors = safetensors.torch.load_file(expected["body"])
+    again = Resident(made.name, made.settings, made.where, made.folder)
+    body = tmp_path / "in.safetensors"
+    message = {"kind": "work", "run": "abc", "task": "train", "round": 2, "body": str(body)}
+    assert made.participant is not None
+    state = made.participant.method.start()
+    values = made.participant.method.ask(state, 2, {"site-1": {"epochs": 1}})["site-1"].values
+    said = again.handle({**message, "values": values})
+    assert said["values"] == expected["values"]
+    found = safetensors.torch.load_file(said["body"])
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ({"methods": ["lora"]}, "policy.methods"),
+        ({"max_rounds": 0}, "policy.max_rounds"),
+        ({"max_message_megabytes": 0.001}, "policy.max_message_megabytes"),
+        ({"evaluate": False}, "policy.evaluate"),
+    ],
+)
+def test_a_refusal_is_told_and_logged(resident: Any, tmp_path: Path, policy: Any, reason: str) -> None:
+    made, said = resident(**policy)
+    if "refused" not in said:
+        said = opened(made)
+        assert "refused" not in said, said
+        said = (
+            made.handle({"kind": "evaluate", "run": "abc", "part": "test", "after": 0})
+            if "evaluate" in policy
+            else work(made, tmp_path)
+        )
+    assert said["refused"].startswith(reason)
+    last = json.loads((tmp_path / "own" / "audit.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["reason"]) == ("refused", said["refused"])
+
+
+def test_only_the_kind_of_a_failure_is_told(resident: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    made, _ = resident()
+    opened(made)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("patient 17 has gout")
+
+    assert made.participant is not None
+    monkeypatch.setattr(made.participant.method, "work", fail)
+    assert work(made, tmp_path) == {"error": "RuntimeError"}
+    assert "patient 17" in (tmp_path / "own" / "errors.log").read_text()
+
+
+# --- the local connection ---
+
+
+def test_only_who_knows_the_key_gets_in(tmp_path: Path) -> None:
+    door = Door(tmp_path / "bridge.json")
+    assert (tmp_path / "bridge.json").stat().st_mode & 0o777 == 0o600
+    got: list[Any] = []
+
+    def serve() -> None:
+        bridge = door.accept()
+        got.append(bridge.receive(5.0))
+        bridge.send({"answer": 2})
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    content = json.loads((tmp_path / "bridge.json").read_text())
+    (tmp_path / "wrong.json").write_text(json.dumps({**content, "key": "00" * 32}))
+    with pytest.raises(BridgeError):
+        connect(tmp_path / "wrong.json")
+    bridge = connect(tmp_path / "bridge.json")
+    bridge.send({"question": 1})
+    assert bridge.receive(5.0) == {"answer": 2}
+    thread.join()
+    assert got == [{"question": 1}]
+    with pytest.raises(BridgeError):
+        bridge.receive(5.0)
+    door.close()
+    with pytest.raises(BridgeError):
+        connect(tmp_path / "bridge.json")
+
+
+def test_a_missing_extra_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedcustom.transport.nvflare.kits import require_nvflare
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FedcustomError, match=r"pip install 'fedcustom\[deploy\]'"):
+        require_nvflare()
