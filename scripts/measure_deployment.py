@@ -177,7 +177,7 @@ def main() -> None:
             "cores": os.cpu_count(),
             "sites": 3 if tiny else 2,
             "bytes up a site and round": summary["bytes"]["up_per_client_round"],
-            "seconds a round, median": round(statistics.median(rounds[:-1]), 3),
+            "seconds a round, median": round(statistics.median(rounds[:-1] or rounds), 3),
             "seconds a round, all": [round(value, 3) for value in rounds],
             "peak memory in bytes": dict(sorted(peaks.peaks.items())),
         }
