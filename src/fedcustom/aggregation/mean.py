@@ -34,14 +34,15 @@ def weighted_mean(states: Iterable[Weighted]) -> Tensors:
         if dtypes is None:
             dtypes = {name: tensor.dtype for name, tensor in state.items()}
             sums = {
-                name: torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+                name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * weight
                 for name, tensor in state.items()
             }
-        if state.keys() != sums.keys():
+        elif state.keys() != sums.keys():
             raise KeyError(f"states differ in names: {sorted(state.keys() ^ sums.keys())}")
-        for name, tensor in state.items():
-            sums[name].add_(tensor, alpha=weight)
+        else:
+            for name, tensor in state.items():
+                sums[name].add_(tensor, alpha=weight)
         total += weight
     if dtypes is None:
         raise ValueError("there is no state to take the mean of")
-    return {name: (value / total).to(dtypes[name]) for name, value in sums.items()}
+    return {name: value.div_(total).to(dtypes[name]) for name, value in sums.items()}
