@@ -34,6 +34,7 @@ class Measured:
     """One engine's repetitions: seconds of every round, of the rest, and how far its result is from ours."""
 
     rounds: list[list[float]] = field(default_factory=list)
+    processor: list[list[float]] = field(default_factory=list)
     startup: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
@@ -98,6 +99,7 @@ def _run(engine: Engine, job: Path, folder: Path, threads: int, found: Measured,
         return
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     found.rounds.append(result.pop("rounds"))
+    found.processor.append(result.pop("processor"))
     found.losses = result.pop("losses")
     found.startup.append(seconds - sum(found.rounds[-1]))
     found.notes = result
@@ -148,6 +150,7 @@ def compare(measured: Mapping[str, Measured]) -> dict[str, Any]:
             "first_round": spread([rounds[0] for rounds in found.rounds]),
             "startup": spread(found.startup),
             "ratio": spread(ratios) if ratios else None,
+            "processor_ratio": _processor_ratio(ours, found),
             "distance": found.distance,
             "loss_difference": max((abs(a - b) / abs(b) for a, b in losses), default=None),
             "repetitions": len(found.rounds),
@@ -155,6 +158,16 @@ def compare(measured: Mapping[str, Measured]) -> dict[str, Any]:
             "notes": found.notes,
         }
     return rows
+
+
+def _processor_ratio(ours: Measured, other: Measured) -> dict[str, float] | None:
+    """Our processor time over another single process's, without the first round and the last."""
+    ratios = [
+        sum(mine[1:-1]) / sum(theirs[1:-1])
+        for mine, theirs in zip(ours.processor, other.processor, strict=False)
+        if sum(mine[1:-1]) and sum(theirs[1:-1])
+    ]
+    return spread(ratios) if ratios and "processes" not in other.notes else None
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from ..jobs import write_job
 def job(folder: Path, data: Path, *, rounds: int = 4, clients: int = 1000, per_round: int = 50) -> Path:
     """A prefix of 16; one epoch in batches of 8 over five questions a client."""
     recipe: dict[str, Any] = {
-        "data": {"source": str(data), "test": "test", "development": "test", "max_length": 48, "test_limit": 8},
+        "data": {"source": str(data), "test": "test", "development": "test", "max_length": 48,
+                 "test_limit": 8},
         "clients": {"partition": "iid", "count": clients, "test_fraction": 0.0, "minimum_examples": 1},
         "method": {"name": "prefix", "length": 16},
         "training": {"batch_size": 8, "local_epochs": 1, "learning_rate": 0.01},

@@ -1,4 +1,4 @@
-"""The work of a job with nothing but ``torch``, ``transformers`` and ``peft``: what every peer does at a client.
+"""The work of a job with nothing but ``torch``, ``transformers`` and ``peft``: what a peer does at a client.
 
 A job is a folder that :mod:`benchmarks.jobs` wrote. Peers run this file in environments of their own, so it
 imports nothing of this project.
@@ -24,7 +24,7 @@ IGNORED = -100
 
 
 class Job:
-    """One federated job: a base model, an adapter to start from, and every batch of every client and round."""
+    """A base model, an adapter to start from, and every batch of every client and round."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -119,20 +119,22 @@ class Record:
         self.job, self.folder = job, Path(folder)
         self.seconds: list[float] = []
         self.losses: list[float] = []
-        self.begun = 0.0
+        self.processor: list[float] = []
+        self.begun = (0.0, 0.0)
 
     def begin(self) -> None:
         """A round begins."""
-        self.begun = time.perf_counter()
+        self.begun = time.perf_counter(), time.process_time()
 
     def end(self, losses: Sequence[tuple[float, float]]) -> None:
         """A round has ended; ``losses`` are the clients' with their weights."""
-        self.seconds.append(time.perf_counter() - self.begun)
+        self.seconds.append(time.perf_counter() - self.begun[0])
+        self.processor.append(time.process_time() - self.begun[1])
         self.losses.append(sum(loss * n for loss, n in losses) / sum(n for _, n in losses))
 
     def save(self, model: Any, state: State, **more: Any) -> None:
         """Write what was noted, and the adapter."""
         write(model, state)
         model.save_pretrained(str(self.folder / "model"))
-        content = {"rounds": self.seconds, "losses": self.losses, **more}
+        content = {"rounds": self.seconds, "processor": self.processor, "losses": self.losses, **more}
         (self.folder / "result.json").write_text(json.dumps(content), encoding="utf-8")

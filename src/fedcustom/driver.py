@@ -138,6 +138,9 @@ class _Driver:
         origin = method.start()
         state, done = self._resume(origin, store)
         self._describe(base)
+        if base.measured:
+            steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in base.measured.items())
+            self.progress.note(f"model.dtype = auto: {base.precision} (a step: {steps})")
         self.progress.started(recipe, done, self.directory)
         plan = plan_rounds(recipe, data)
         uses = last_uses(plan)
@@ -303,6 +306,8 @@ class _Driver:
             write_text(self.directory / "recipe.toml", to_toml(self.recipe))
         if not (self.directory / "environment.json").exists():
             found = {**environment.describe(), "precision": base.precision, "device": str(base.device)}
+            if base.measured:
+                found["precision_seconds"] = {name: round(s, 4) for name, s in base.measured.items()}
             write_json(self.directory / "environment.json", {**found, "started": _now()})
 
     def _resume(self, origin: State, store: ClientStore) -> tuple[State, int]:

@@ -89,7 +89,7 @@ def main(grid: Grid, context: Context) -> None:
     strategy = Planned(job, record)
     result = strategy.start(grid, ArrayRecord(read(model)), num_rounds=len(job.rounds))
     note = f"{THREADS} Ray actors of one thread each, which keep the model loaded"
-    record.save(model, result.arrays.to_torch_state_dict(), note=note)
+    record.save(model, result.arrays.to_torch_state_dict(), note=note, processes=True)
 
 
 if __name__ == "__main__":

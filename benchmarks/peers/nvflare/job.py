@@ -86,7 +86,12 @@ class Averaging(Controller):  # type: ignore[misc]
             ]
             state = weighted_mean(told)
             record.end([(a["loss"], a["seen"]) for a in answers])
-        record.save(model, state, note="one process of one thread a site, which keeps the model loaded")
+        record.save(
+            model,
+            state,
+            processes=True,
+            note="one process of one thread a site, which keeps the model loaded",
+        )
 
 
 def write_job(target: Path, folder: str, result: str) -> None:
