@@ -34,8 +34,8 @@ class Measured:
     """One engine's repetitions: seconds of every round, of the rest, and how far its result is from ours."""
 
     rounds: list[list[float]] = field(default_factory=list)
-    processor: list[list[float]] = field(default_factory=list)
     startup: list[float] = field(default_factory=list)
+    processor: list[list[float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     distance: float | None = None

@@ -1,5 +1,5 @@
-"""The same work for every engine: a job is a folder with a base model, an adapter to start from, and the token
-ids of every batch that a client sees.
+"""The same work for every engine: a job is a folder with a base model, an adapter to start from, and the
+token ids of every batch that a client sees.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from fedcustom.assembly import make_method
 from fedcustom.data.build import build_data
 from fedcustom.data.tokens import TokenizedExample, example_order
-from fedcustom.methods import WeightTuning
 from fedcustom.methods.local_training import batch_ranges
 from fedcustom.methods.seeds import name_seed
+from fedcustom.methods.tuning import WeightTuning
 from fedcustom.models.load import load_base
 from fedcustom.recipe import Recipe, parse_recipe, to_toml
 from fedcustom.schedule import plan_rounds
@@ -99,7 +99,7 @@ def write_random_gpt2(folder: Path, *, vocabulary: int, layers: int, width: int,
     )  # fmt: skip
     torch.manual_seed(0)
     GPT2LMHeadModel(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", unk_token="<end>"
     ).save_pretrained(folder)
     return folder

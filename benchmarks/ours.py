@@ -17,8 +17,8 @@ from fedcustom.recipe import Recipe, load_recipe
 
 class Stopwatch(Silent):
     """The seconds from the end of one round to that of the next: training, merging, checkpoint and history,
-    all but the evaluation. ``processor`` are the seconds of processor time, which a busy machine disturbs less;
-    that of the last round holds the evaluation too and is left out.
+    all but the evaluation. ``processor`` is processor time, which a busy machine disturbs less; the last
+    round's holds the evaluation too.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Quality with cohort training on and off, over seeds: ``python -m benchmarks.quality --data ../shared/data``.
+"""Quality with cohort training on and off: ``python -m benchmarks.quality --data ../shared/data``.
 
 Both make the same steps, so what is left between them is rounding. The rounds are fewer than the recipes'.
 """

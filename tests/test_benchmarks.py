@@ -50,6 +50,17 @@ def test_ratios_are_made_repetition_by_repetition() -> None:
     assert rows["broken"] == {"problem": "no"}
 
 
+def test_processor_time_leaves_out_the_first_round_and_the_last() -> None:
+    ours = Measured(rounds=[[1, 1, 1, 1]], startup=[1], processor=[[9, 1, 2, 9]])
+    other = Measured(rounds=[[1, 1, 1, 1]], startup=[1], processor=[[5, 2, 4, 5]])
+    several = Measured(
+        rounds=[[1, 1, 1, 1]], startup=[1], processor=[[5, 2, 4, 5]], notes={"processes": True}
+    )
+    rows = compare({OURS: ours, "other": other, "several": several})
+    assert rows["other"]["processor_ratio"] == spread([0.5])
+    assert rows["several"]["processor_ratio"] is None
+
+
 def test_distance_is_relative_to_what_was_trained(tmp_path: Path) -> None:
     tensors = {"ours": [3.0, 0.0], "theirs": [2.0, 0.0], "start": [0.0, 0.0]}
     for name, values in tensors.items():
@@ -132,8 +143,8 @@ def test_the_page_is_made_of_results_alone(tmp_path: Path) -> None:
     write_page(tmp_path, target)
     assert target.read_text().count("Not measured yet") >= 5
     machine = {
-        "measured": "2026-01-01", "processor": "P", "cores": 2, "threads": 1, "python": "3", "load_at_start": 0.0,
-        "packages": {"torch": "2", "transformers": "5", "peft": "0"},
+        "measured": "2026-01-01", "processor": "P", "cores": 2, "threads": 1, "python": "3",
+        "load_at_start": 0.0, "packages": {"torch": "2", "transformers": "5", "peft": "0"},
     }  # fmt: skip
     measured = {
         OURS: Measured([[9, 1]], [1], notes={}), "bare loop": Measured([[9, 2]], [1], distance=1e-6),
@@ -144,7 +155,7 @@ def test_the_page_is_made_of_results_alone(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps({"machine": machine, "skipped": "skipped: no data"}))
     write_page(tmp_path, target)
     text = target.read_text()
-    assert "| bare loop | 2.00 s | 0.50 |" in text
+    assert "| bare loop | 2.00 s | 0.50 |  |" in text
     assert "did not run: a reason" in text
     assert "peer: a note." in text
     assert "skipped: no data" in text

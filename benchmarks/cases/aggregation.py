@@ -32,7 +32,8 @@ def measure(*, clients: int = 8, tensors: int = 24, numbers: int = 1_000_000, re
         act()
         return size / (time.perf_counter() - begun) / 1e9
 
-    merge(), copy()
+    merge()
+    copy()
     pairs = [(rate(merge), rate(copy)) for _ in range(repetitions)]
     return {
         "updates_bytes": size,

@@ -1,4 +1,4 @@
-"""(f) On a GPU: a Llama of 1.1 billion random weights in bfloat16, sixteen clients in one batch or one by one."""
+"""(f) On a GPU: a Llama of 1.1 billion random weights in bfloat16, sixteen clients together or one by one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.data.settings import DataSettings
 from fedcustom.evaluation.settings import EvaluationSettings
-from fedcustom.methods import Client, Context, WeightTuning
+from fedcustom.methods.contract import Client
 from fedcustom.methods.lora import Lora, LoraSettings
+from fedcustom.methods.technique import Context
+from fedcustom.methods.tuning import WeightTuning
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
 from fedcustom.training.settings import TrainingSettings

@@ -1,4 +1,6 @@
-"""NVFlare's simulator: a process of one thread a site, all at once: with fewer it starts a process anew for every task."""
+"""NVFlare's simulator: a process of one thread a site, all at once. With fewer threads than sites it would
+start a process anew for every task.
+"""
 
 from __future__ import annotations
 

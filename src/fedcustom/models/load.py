@@ -248,8 +248,9 @@ def measure_precision(model: Any, device: torch.device) -> dict[Precision, float
     ids = torch.zeros(8, min(64, context_length(model.config) or 64), dtype=torch.long, device=device)
     other = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     seconds: dict[Precision, float] = {}
-    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    both: tuple[Precision, Precision] = ("float32", "bfloat16")
+    for precision in both:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             for _ in range(2):
                 begun = time.perf_counter()
                 states = embed(ids).detach().requires_grad_()
