@@ -1,8 +1,8 @@
-# Both targets set everything up themselves, into .venv; Python 3.11 or newer, pip and make must be there.
+# All targets set everything up themselves, into .venv; Python 3.11 or newer, pip and make must be there.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test clean
+.PHONY: run test bench clean
 
 run: .venv/ready
 	$(BIN)/fedcustom compare recipes/docstrings.toml --methods prefix,lora,soft_prompt,full --baselines centralised --out runs/docstrings
@@ -12,6 +12,10 @@ test: .venv/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --dist loadgroup
+
+# CASES="a e", REPEAT=3, THREADS=1 and TREC=folder choose what is measured; the peers are installed into build/peers.
+bench: .venv/ready
+	$(BIN)/python -m benchmarks $(CASES) $(if $(REPEAT),--repeat $(REPEAT)) $(if $(THREADS),--threads $(THREADS)) $(if $(TREC),--trec $(TREC))
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

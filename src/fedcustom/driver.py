@@ -121,6 +121,9 @@ class _Driver:
         self.evaluation, memories = parties.evaluation, parties.memories
         state, done = self._resume(parties.origin, memories)
         self._describe(parties.base)
+        if parties.base.measured:
+            steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parties.base.measured.items())
+            self.progress.note(f"model.dtype = auto: {parties.base.precision} (a step: {steps})")
         self.progress.started(recipe, done, self.directory)
         plan = plan_rounds(recipe, parties.data)
         uses = last_uses(plan)
@@ -279,6 +282,8 @@ class _Driver:
             write_text(self.directory / "recipe.toml", to_toml(self.recipe))
         if not (self.directory / "environment.json").exists():
             found = {**environment.describe(), "precision": base.precision, "device": str(base.device)}
+            if base.measured:
+                found["precision_seconds"] = {name: round(s, 4) for name, s in base.measured.items()}
             write_json(self.directory / "environment.json", {**found, "started": _now()})
 
     def _resume(self, origin: State, memories: Memories) -> tuple[State, int]:

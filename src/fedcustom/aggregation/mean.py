@@ -34,13 +34,14 @@ def weighted_mean(states: Iterable[Weighted]) -> Tensors:
         if dtypes is None:
             dtypes = {name: tensor.dtype for name, tensor in state.items()}
             sums = {
-                name: torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+                name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * weight
                 for name, tensor in state.items()
             }
-        if state.keys() != sums.keys():
+        elif state.keys() != sums.keys():
             raise KeyError(f"states differ in names: {sorted(state.keys() ^ sums.keys())}")
-        for name, tensor in state.items():
-            sums[name].add_(tensor, alpha=weight)
+        else:
+            for name, tensor in state.items():
+                sums[name].add_(tensor, alpha=weight)
         total += weight
         del state  # before the next one is made
     if dtypes is None:

@@ -6,8 +6,8 @@ import contextlib
 import importlib.util
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ class Base:
 
     ``head`` names the top-level modules that a classification task adds and trains (none for generation).
     ``precision`` is that of forward and backward passes; trained numbers are always kept in float32.
+    ``measured`` are the seconds of a step in each precision by which it was chosen, where it was.
     """
 
     model: Any
@@ -43,6 +44,7 @@ class Base:
     head: tuple[str, ...]
     precision: Precision
     device: torch.device
+    measured: Mapping[Precision, float] = field(default_factory=dict)
 
     @property
     def sequence_to_sequence(self) -> bool:
@@ -192,6 +194,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
     fuse_activations(model)
     model.eval()
     model.to(device)
+    measured = measure_precision(model, device) if settings.dtype == "auto" else {}
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -200,8 +203,9 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         name=settings.base,
         path=path,
         head=head_modules(model) if head and task.kind == "classification" else (),
-        precision=choose_precision(settings.dtype, device),
+        precision=faster(measured) if settings.dtype == "auto" else settings.dtype,
         device=device,
+        measured=measured,
     )
 
 
@@ -233,22 +237,32 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(dtype: str, device: torch.device) -> Precision:
-    """``dtype`` itself, or for ``auto`` the precision whose matrix products are faster on this device."""
-    if dtype == "bfloat16":
-        return "bfloat16"
-    if dtype == "float32":
-        return "float32"
-    seconds = {}
-    for candidate in (torch.float32, torch.bfloat16):
-        left, right = (torch.ones(512, 512, dtype=candidate, device=device) for _ in range(2))
-        (left @ right).sum().item()
-        start = time.perf_counter()
-        for _ in range(3):
-            (left @ right).sum().item()
-        seconds[candidate] = time.perf_counter() - start
-    # float32 is the safer choice, so bfloat16 must win clearly.
-    return "bfloat16" if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else "float32"
+def measure_precision(model: Any, device: torch.device) -> dict[Precision, float]:
+    """Seconds of a forward and a backward pass through the loaded model in each precision, over 8 rows of 64
+    tokens (or as many as it takes): two steps each, of which the second counts.
+
+    Whole steps, since a fast matrix product says little: on some processors the backward pass of attention
+    in bfloat16 takes longer than all of them.
+    """
+    embed = model.get_input_embeddings()
+    ids = torch.zeros(8, min(64, context_length(model.config) or 64), dtype=torch.long, device=device)
+    other = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    seconds: dict[Precision, float] = {}
+    both: tuple[Precision, Precision] = ("float32", "bfloat16")
+    for precision in both:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            for _ in range(2):
+                begun = time.perf_counter()
+                states = embed(ids).detach().requires_grad_()
+                output = model(inputs_embeds=states, **other)[0].float().sum()
+                torch.autograd.grad(output, states)[0].sum().item()
+                seconds[precision] = time.perf_counter() - begun
+    return seconds
+
+
+def faster(seconds: Mapping[Precision, float]) -> Precision:
+    """bfloat16 where it wins clearly; float32 is the safer choice."""
+    return "bfloat16" if seconds["bfloat16"] < 0.8 * seconds["float32"] else "float32"
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ class ModelSettings(Settings):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model")
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
         "float32",
-        description="Precision of forward and backward passes; auto: the faster one on this machine",
+        description="Precision of forward and backward passes; auto: the faster in two steps on this machine",
     )
     trust_remote_code: bool = Field(
         False,

@@ -1,0 +1,1 @@
+"""How fast this project is, and against whom: ``make bench`` (docs/benchmarks.md)."""

@@ -1,0 +1,108 @@
+"""``make bench``: run the cases, keep their JSON, write docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import harness
+from .cases import aggregation, cross_device, cross_silo, gpu, peers_job, scaling
+from .environments import peer
+from .harness import HERE, alternate, compare, machine, own_engines
+from .page import write_page
+
+RESULTS = HERE / "results"
+CASES = ("a", "b", "c", "d", "e", "f")
+
+
+def main() -> None:
+    """``python -m benchmarks [CASE ...]``."""
+    parser = argparse.ArgumentParser(prog="benchmarks", description="Measure this project against others.")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; none: all")
+    parser.add_argument("--repeat", type=int, default=5, help="repetitions of each engine (default 5)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: all cores")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for one engine's repetition")
+    parser.add_argument(
+        "--trec", type=Path, default=Path(os.environ.get("TREC", "../shared/data/trec")),
+        help="folder with TREC-6 as train.jsonl and test.jsonl (or TREC=... in the environment)",
+    )  # fmt: skip
+    parser.add_argument("--peers", default="flower,nvflare,pfl", help="others to compare with; '' for none")
+    parser.add_argument("--page", action="store_true", help="only write docs/benchmarks.md from results/")
+    options = parser.parse_args()
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"no case {sorted(unknown)[0]!r}; there are {', '.join(CASES)}")
+    if options.repeat < 1 or options.threads < 1:
+        parser.error("--repeat and --threads must be 1 or more")
+    for case in [] if options.page else options.cases or CASES:
+        print(f"case {case}", flush=True)
+        content = {"case": case, "machine": machine(options.threads), **RUNNERS[case](options)}
+        harness.write(case, content, RESULTS)
+        if "skipped" in content:
+            print(f"  {content['skipped']}")
+    write_page(RESULTS, HERE.parent / "docs" / "benchmarks.md")
+
+
+def _compared(job: Callable[[Path], Path], peers: list[str], options: Any) -> dict[str, Any]:
+    """Ours against the bare loop and some peers, and our profile."""
+    wanted = [name for name in peers if name in options.peers.split(",")]
+    with tempfile.TemporaryDirectory() as space:
+        folder = job(Path(space))
+        engines = [*own_engines(), *(peer(name) for name in wanted)]
+        rows = compare(alternate(engines, folder, options.repeat, options.threads, limit=options.limit))
+        out = Path(space) / "profile.json"
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.profile", str(folder), str(out)],
+            cwd=HERE.parent, check=True, capture_output=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(options.threads), "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        profile = json.loads(out.read_text(encoding="utf-8"))
+    return {"engines": rows, "profile": profile}
+
+
+def _a(options: Any) -> dict[str, Any]:
+    return _compared(peers_job.job, ["flower", "nvflare", "pfl"], options)
+
+
+def _b(options: Any) -> dict[str, Any]:
+    if not (options.trec / "train.jsonl").exists():
+        return {"skipped": f"skipped: no TREC-6 in {options.trec}; name its folder with --trec or TREC=..."}
+    return _compared(
+        lambda folder: cross_device.job(folder, options.trec.resolve()), ["flower", "pfl"], options
+    )
+
+
+def _c(options: Any) -> dict[str, Any]:
+    return {
+        "methods": {
+            method: _compared(lambda folder, m=method: cross_silo.job(folder, m), [], options)  # type: ignore[misc]
+            for method in cross_silo.METHODS
+        }
+    }
+
+
+def _d(options: Any) -> dict[str, Any]:
+    return {"clients": scaling.measure(threads=options.threads)}
+
+
+def _e(options: Any) -> dict[str, Any]:
+    return {"aggregation": aggregation.measure()}
+
+
+def _f(options: Any) -> dict[str, Any]:
+    if reason := gpu.missing():
+        return {"skipped": reason}
+    with tempfile.TemporaryDirectory() as space:
+        return {"gpu": gpu.measure(Path(space))}
+
+
+RUNNERS: dict[str, Callable[[Any], dict[str, Any]]] = {"a": _a, "b": _b, "c": _c, "d": _d, "e": _e, "f": _f}
+
+if __name__ == "__main__":
+    main()

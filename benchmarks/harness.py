@@ -1,0 +1,187 @@
+"""Alternating engines on one job, and what is made of their times."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PEERS = HERE / "peers"
+OURS = "fedcustom"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Something that does a job: ``command`` is called with the job's folder and the result's."""
+
+    name: str
+    command: tuple[str, ...]
+    problem: str = ""
+    """Why it cannot run, where that is known already."""
+
+
+@dataclass
+class Measured:
+    """One engine's repetitions: seconds of every round, of the rest, and how far its result is from ours."""
+
+    rounds: list[list[float]] = field(default_factory=list)
+    startup: list[float] = field(default_factory=list)
+    processor: list[list[float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+    distance: float | None = None
+    problem: str = ""
+
+
+def own_engines() -> list[Engine]:
+    """Ours, and the bare loop in the same environment."""
+    return [
+        Engine(OURS, (sys.executable, "-m", "benchmarks.ours")),
+        Engine("bare loop", (sys.executable, str(PEERS / "bare" / "run.py"))),
+    ]
+
+
+def alternate(
+    engines: Sequence[Engine], job: Path, repetitions: int, threads: int, *, limit: float = 900
+) -> dict[str, Measured]:
+    """Run every engine once, then every engine again, and so on. One that fails is not tried again."""
+    measured = {engine.name: Measured(problem=engine.problem) for engine in engines}
+    with tempfile.TemporaryDirectory() as space:
+        for number in range(repetitions):
+            for engine in engines:
+                found = measured[engine.name]
+                if found.problem:
+                    continue
+                folder = Path(space) / f"{engine.name}-{number}".replace(" ", "-")
+                folder.mkdir()
+                print(f"  {engine.name}, repetition {number + 1} of {repetitions}", flush=True)
+                _run(engine, job, folder, threads, found, limit)
+        for engine in engines:
+            mine, other = (Path(space) / f"{n}-0".replace(" ", "-") for n in (OURS, engine.name))
+            if engine.name != OURS and (mine / "model").exists() and (other / "model").exists():
+                measured[engine.name].distance = distance(mine / "model", other / "model", job / "start")
+    return measured
+
+
+def _run(engine: Engine, job: Path, folder: Path, threads: int, found: Measured, limit: float) -> None:
+    """One repetition in a process of its own."""
+    variables = {
+        "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    begun = time.perf_counter()
+    log = folder / "log.txt"
+    try:
+        with log.open("w", encoding="utf-8") as file:
+            code = subprocess.run(
+                [*engine.command, str(job), str(folder)],
+                env={**os.environ, **variables}, cwd=HERE.parent, stdout=file, stderr=subprocess.STDOUT,
+                timeout=limit, check=False,
+            ).returncode  # fmt: skip
+    except subprocess.TimeoutExpired:
+        found.problem = f"not done after {limit:.0f} s"
+        return
+    seconds = time.perf_counter() - begun
+    if code or not (folder / "result.json").exists():
+        lines = [
+            line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
+        found.problem = lines[-1][:200] if lines else f"exit code {code}"
+        return
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    found.rounds.append(result.pop("rounds"))
+    found.processor.append(result.pop("processor"))
+    found.losses = result.pop("losses")
+    found.startup.append(seconds - sum(found.rounds[-1]))
+    found.notes = result
+
+
+def distance(mine: Path, other: Path, start: Path) -> float:
+    """How far two adapters are from each other, relative to how far the other one moved from the start."""
+    import torch
+    from safetensors.torch import load_file
+
+    one, two, origin = (load_file(folder / "adapter_model.safetensors") for folder in (mine, other, start))
+    if one.keys() != two.keys():
+        raise ValueError(f"adapters differ in names: {sorted(one.keys() ^ two.keys())[:3]}")
+
+    def apart(left: Mapping[str, Any], right: Mapping[str, Any]) -> float:
+        return float(torch.cat([(left[n] - right[n]).double().flatten() for n in one]).norm())
+
+    return apart(one, two) / apart(two, origin)
+
+
+def steady(rounds: Sequence[float]) -> float:
+    """Mean seconds a round, without the first, in which everything is slow once."""
+    kept = rounds[1:] or rounds
+    return sum(kept) / len(kept)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    if len(values) == 1:
+        return dict.fromkeys(("median", "low", "high"), values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def compare(measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """For each engine: seconds a round, start-up, and our time over its own, repetition by repetition."""
+    ours = measured[OURS]
+    rows: dict[str, Any] = {}
+    for name, found in measured.items():
+        if found.problem or not found.rounds:
+            rows[name] = {"problem": found.problem}
+            continue
+        pairs = zip(ours.rounds, found.rounds, strict=False)
+        ratios = [steady(mine) / steady(other) for mine, other in pairs]
+        losses = zip(ours.losses, found.losses, strict=False)
+        rows[name] = {
+            "seconds": spread([steady(rounds) for rounds in found.rounds]),
+            "first_round": spread([rounds[0] for rounds in found.rounds]),
+            "startup": spread(found.startup),
+            "ratio": spread(ratios) if ratios else None,
+            "processor_ratio": _processor_ratio(ours, found),
+            "distance": found.distance,
+            "loss_difference": max((abs(a - b) / abs(b) for a, b in losses), default=None),
+            "repetitions": len(found.rounds),
+            "rounds": found.rounds,
+            "notes": found.notes,
+        }
+    return rows
+
+
+def _processor_ratio(ours: Measured, other: Measured) -> dict[str, float] | None:
+    """Our processor time over another single process's, without the first round and the last."""
+    ratios = [
+        sum(mine[1:-1]) / sum(theirs[1:-1])
+        for mine, theirs in zip(ours.processor, other.processor, strict=False)
+        if sum(mine[1:-1]) and sum(theirs[1:-1])
+    ]
+    return spread(ratios) if ratios and "processes" not in other.notes else None
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What it ran on, and what else ran there."""
+    from fedcustom.environment import describe
+
+    found = describe()
+    found["threads"] = threads
+    found["load_at_start"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    found["measured"] = time.strftime("%Y-%m-%d")
+    return found
+
+
+def write(case: str, content: Mapping[str, Any], folder: Path) -> None:
+    """Keep a case's results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{case}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

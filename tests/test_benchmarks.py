@@ -1,0 +1,161 @@
+"""The benchmark's arithmetic, and that all engines get the same work; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.cases import aggregation, gpu, peers_job, scaling
+from benchmarks.harness import (
+    OURS,
+    Engine,
+    Measured,
+    alternate,
+    compare,
+    distance,
+    own_engines,
+    spread,
+    steady,
+)
+from benchmarks.page import least_ratio, write_page
+from benchmarks.profile import Phases
+from safetensors.torch import save_file
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    values = [5.0, 1.0, 4.0, 2.0, 3.5, 9.0]
+    found = spread(values)
+    assert found["median"] == pytest.approx(np.median(values))
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(values, [25, 75])))
+    assert spread([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_the_first_round_stands_apart() -> None:
+    assert steady([10.0, 1.0, 3.0]) == 2.0
+    assert steady([10.0]) == 10.0
+
+
+def test_ratios_are_made_repetition_by_repetition() -> None:
+    ours = Measured(rounds=[[9, 1, 1], [9, 4, 4], [9, 3, 3]], startup=[1, 2, 3], losses=[2.0, 1.0])
+    other = Measured(rounds=[[8, 2, 2], [8, 4, 4], [8, 12, 12]], startup=[4, 4, 4], losses=[2.0, 0.8])
+    rows = compare({OURS: ours, "other": other, "broken": Measured(problem="no")})
+    assert rows["other"]["ratio"] == spread([0.5, 1.0, 0.25])
+    assert rows["other"]["seconds"]["median"] == 4
+    assert rows["other"]["startup"]["median"] == 4
+    assert rows["other"]["loss_difference"] == pytest.approx(0.25)
+    assert rows["broken"] == {"problem": "no"}
+
+
+def test_processor_time_leaves_out_the_first_round_and_the_last() -> None:
+    ours = Measured(rounds=[[1, 1, 1, 1]], startup=[1], processor=[[9, 1, 2, 9]])
+    other = Measured(rounds=[[1, 1, 1, 1]], startup=[1], processor=[[5, 2, 4, 5]])
+    several = Measured(
+        rounds=[[1, 1, 1, 1]], startup=[1], processor=[[5, 2, 4, 5]], notes={"processes": True}
+    )
+    rows = compare({OURS: ours, "other": other, "several": several})
+    assert rows["other"]["processor_ratio"] == spread([0.5])
+    assert rows["several"]["processor_ratio"] is None
+
+
+def test_distance_is_relative_to_what_was_trained(tmp_path: Path) -> None:
+    tensors = {"ours": [3.0, 0.0], "theirs": [2.0, 0.0], "start": [0.0, 0.0]}
+    for name, values in tensors.items():
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.tensor(values)}, tmp_path / name / "adapter_model.safetensors")
+    assert distance(tmp_path / "ours", tmp_path / "theirs", tmp_path / "start") == pytest.approx(0.5)
+    save_file({"v": torch.zeros(2)}, tmp_path / "ours" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="differ in names"):
+        distance(tmp_path / "ours", tmp_path / "theirs", tmp_path / "start")
+
+
+def test_an_engine_that_fails_is_named_with_its_last_line(tmp_path: Path) -> None:
+    engines = [
+        Engine("fails", ("sh", "-c", "echo no such engine; exit 3")),
+        Engine("missing", ("sh",), problem="cannot be installed: ERROR"),
+        Engine("slow", ("sh", "-c", "exec sleep 30")),
+    ]
+    found = alternate(engines, tmp_path, 2, 1, limit=1)
+    assert found["fails"].problem == "no such engine"
+    assert found["missing"].problem == "cannot be installed: ERROR"
+    assert found["slow"].problem == "not done after 1 s"
+
+
+def test_every_engine_gets_the_same_batches(tmp_path: Path) -> None:
+    job = peers_job.job(tmp_path, rounds=2, steps=3, clients=2, batch_size=4)
+    work = json.loads((job / "work.json").read_text())
+    assert len(work["rounds"]) == 2
+    for plan in work["rounds"]:
+        assert [len(item["batches"]) for item in plan.values()] == [3, 3]
+        seen = [i for item in plan.values() for batch in item["batches"] for i in batch]
+        assert sorted(seen) == list(range(24))  # one pass over everybody's texts
+    assert {len(example) for example in work["examples"]} == {64}
+    assert work["rounds"][0] != work["rounds"][1]
+
+
+@pytest.mark.slow
+def test_ours_and_the_bare_loop_end_alike(tmp_path: Path) -> None:
+    job = peers_job.job(tmp_path, rounds=2, steps=3, clients=2, batch_size=4)
+    found = alternate(own_engines(), job, 1, 1)
+    assert not any(one.problem for one in found.values()), found
+    rows = compare(found)
+    assert rows["bare loop"]["distance"] < 1e-4
+    assert rows["bare loop"]["loss_difference"] < 1e-5
+    assert len(rows[OURS]["rounds"][0]) == 2
+
+
+def test_phases_add_up_what_is_called() -> None:
+    phases = Phases()
+    assert phases.timed("forward", lambda x: x + 1)(2) == 3
+    with phases.watching():
+        x = torch.ones(3, requires_grad=True)
+        x.sum().backward()
+    assert phases.seconds["forward"] > 0
+    assert phases.seconds["backward"] > 0
+    assert phases.seconds["optimiser"] == 0
+    assert torch.Tensor.backward.__name__ == "backward"
+
+
+def test_small_forms_of_the_other_cases() -> None:
+    found = aggregation.measure(clients=2, tensors=2, numbers=100, repetitions=2)
+    assert found["updates_bytes"] == 2 * 2 * 100 * 4
+    assert gpu.missing() is None or gpu.missing().startswith("skipped")
+    assert scaling.COUNTS[-1] == 10_000
+
+
+def profile() -> dict[str, Any]:
+    return {
+        "seconds": 4.0, "rounds": 2, "gigaflop": 100.0, "peak_gigaflop_per_second": 50.0,
+        "phases": {"forward": 0.5, "federated overhead": 0.5}, "kinds": {"matrix products": 1.0},
+    }  # fmt: skip
+
+
+def test_the_limit_is_that_of_the_matrix_products() -> None:
+    rows = compare({OURS: Measured([[1, 1]], [1]), "bare loop": Measured([[4, 4]], [1])})
+    assert least_ratio({"engines": rows, "profile": profile()}) == pytest.approx(100 / 50 / 2 / 4)
+
+
+def test_the_page_is_made_of_results_alone(tmp_path: Path) -> None:
+    target = tmp_path / "page.md"
+    write_page(tmp_path, target)
+    assert target.read_text().count("Not measured yet") >= 5
+    machine = {
+        "measured": "2026-01-01", "processor": "P", "cores": 2, "threads": 1, "python": "3",
+        "load_at_start": 0.0, "packages": {"torch": "2", "transformers": "5", "peft": "0"},
+    }  # fmt: skip
+    measured = {
+        OURS: Measured([[9, 1]], [1], notes={}), "bare loop": Measured([[9, 2]], [1], distance=1e-6),
+        "peer": Measured([[9, 4]], [1], notes={"note": "a note"}), "gone": Measured(problem="a reason"),
+    }  # fmt: skip
+    case = {"machine": machine, "engines": compare(measured), "profile": profile()}
+    (tmp_path / "a.json").write_text(json.dumps(case))
+    (tmp_path / "b.json").write_text(json.dumps({"machine": machine, "skipped": "skipped: no data"}))
+    write_page(tmp_path, target)
+    text = target.read_text()
+    assert "| bare loop | 2.00 s | 0.50 |  |" in text
+    assert "did not run: a reason" in text
+    assert "peer: a note." in text
+    assert "skipped: no data" in text
