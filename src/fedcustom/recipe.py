@@ -124,6 +124,7 @@ class Recipe(Settings):
                 f"training.warmup_rounds = {self.training.warmup_rounds}: "
                 f"must be below rounds.count = {self.rounds.count}"
             )
+        self._check_training()
         self._check_correction()
         self._check_federated()
         self.method.check_sections(self.baseline, dict(self))
@@ -141,6 +142,23 @@ class Recipe(Settings):
             if name not in known:
                 raise ValueError(f"compare.{name}: unknown method or baseline{_nearest(name, known)}")
         return self
+
+    def _check_training(self) -> None:
+        """What only a classifier's training has."""
+        training = self.training
+        if self.data.task != "classification":
+            for key in ("logit_adjustment", "freeze_head_rounds"):
+                if getattr(training, key):
+                    raise ValueError(f"training.{key} = {getattr(training, key)!r}: needs labels and a head")
+        if training.freeze_head_rounds >= self.rounds.count:
+            raise ValueError(
+                f"training.freeze_head_rounds = {training.freeze_head_rounds}: "
+                f"must be below rounds.count = {self.rounds.count}"
+            )
+        if not training.logit_adjustment and training.prior_count != 1:
+            raise ValueError(
+                f"training.prior_count = {training.prior_count}: has no effect without logit_adjustment"
+            )
 
     def _check_correction(self) -> None:
         """What corrections of client drift are defined for."""
