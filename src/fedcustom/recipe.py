@@ -241,7 +241,7 @@ class Recipe(Settings):
         if baseline != "federated":
             values = {key: value for key, value in values.items() if key not in FEDERATED_ONLY}
         for part in (name, baseline):
-            values = _merged(values, self.compare.get(part, {}))
+            values = merged(values, self.compare.get(part, {}))
         return parse_recipe(values, f"compare.{name}")
 
 
@@ -264,21 +264,29 @@ def load_recipe(
     elif isinstance(source, Mapping):
         values = dict(source)
     else:
-        path, where = Path(source), str(source)
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RecipeError(f"{path}: no such recipe") from None
-        except IsADirectoryError:
-            raise RecipeError(f"{path}: is a folder; name a recipe file") from None
-        except UnicodeDecodeError:
-            raise RecipeError(f"{path}: not a text in UTF-8") from None
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"{path}: not TOML: {error}") from None
+        values, where = read_toml(Path(source)), str(source)
     pairs = overrides.items() if isinstance(overrides, Mapping) else (_split(text) for text in overrides)
     for key, value in pairs:
-        values = _merged(values, _nested(key, value))
+        values = merged(values, _nested(key, value))
     return parse_recipe(values, where)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        RecipeError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: is a folder; name a recipe file") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not a text in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not TOML: {error}") from None
 
 
 def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
@@ -422,7 +430,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` with ``change`` laid over it, table by table. Another method's name clears the old one's
     settings.
     """
@@ -432,7 +440,7 @@ def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             if key == "method" and value.get("name", old.get("name")) != old.get("name"):
                 old = {}
-            result[key] = _merged(old, value)
+            result[key] = merged(old, value)
         else:
             result[key] = value
     return result
