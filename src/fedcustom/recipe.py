@@ -21,7 +21,7 @@ from .methods import METHODS, MethodSettings
 from .methods.prefix import PrefixSettings
 from .models.settings import ModelSettings
 from .settings import Settings
-from .simulation.settings import AttackSettings, ParticipationSettings
+from .simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
 from .training.settings import TrainingSettings
 from .transport.settings import CompressionSettings
 
@@ -105,6 +105,9 @@ class Recipe(Settings):
         default_factory=lambda: ParticipationSettings(), description="Simulated participation"
     )
     attack: AttackSettings = Field(default_factory=lambda: AttackSettings(), description="Simulated attack")
+    noise: NoiseSettings = Field(
+        default_factory=lambda: NoiseSettings(), description="Simulated mistakes in labels"
+    )
     compare: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="What differs in a comparison: [compare.<method or baseline>.<section>]",
@@ -144,9 +147,13 @@ class Recipe(Settings):
         return self
 
     def _check_training(self) -> None:
-        """What only a classifier's training has."""
+        """What only a classifier's training has, and its data."""
         training = self.training
         if self.data.task != "classification":
+            if self.attack.kind in ("label_flip", "backdoor"):
+                raise ValueError(f"attack.kind = {self.attack.kind!r}: needs labels")
+            if self.noise.labels:
+                raise ValueError(f"noise.labels = {self.noise.labels}: needs labels")
             for key in ("logit_adjustment", "freeze_head_rounds"):
                 if getattr(training, key):
                     raise ValueError(f"training.{key} = {getattr(training, key)!r}: needs labels and a head")
@@ -337,9 +344,9 @@ def _type_text(field: FieldInfo) -> str:
     if choices and all(isinstance(choice, str | int) for choice in choices):
         text = " | ".join(map(str, choices))
     elif str(annotation).startswith("list"):
-        text = {str: "list of texts", int: "list of integers", float: "list of numbers"}[
-            get_args(annotation)[0]
-        ]
+        item = get_args(annotation)[0]
+        known = {str: "list of texts", int: "list of integers", float: "list of numbers"}
+        text = known.get(item) or f"list of {' | '.join(map(str, get_args(item)))}"
     elif str(annotation).startswith("dict"):
         text = "table"
     else:
