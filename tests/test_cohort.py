@@ -103,10 +103,10 @@ def test_gradients_are_clipped_client_by_client() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_every_option_of_training(tiny: dict[str, str], optimizer: str) -> None:
-    """FedProx, momentum, weight decay, a head's own rate, clipping."""
+    """FedProx, momentum, weight decay, a head's own rate, clipping, logit adjustment."""
     training = {
         "batch_size": 3, "optimizer": optimizer, "learning_rate": 0.05, "head_learning_rate": 0.01,
-        "weight_decay": 0.01, "proximal": 0.1, "clip_norm": 0.5,
+        "weight_decay": 0.01, "proximal": 0.1, "clip_norm": 0.5, "logit_adjustment": 1.0,
         "momentum": 0.9 if optimizer == "sgd" else 0.0,
     }  # fmt: skip
     alone = rounds(

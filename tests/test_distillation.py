@@ -26,12 +26,12 @@ from fedcustom.files import read_tensors
 from fedcustom.methods import Answer, Client, Task, Update
 from fedcustom.methods.distillation import Distillation, packing
 from fedcustom.methods.distillation.labels import CACHE, CURRENT, FRESH, REFRESHED, SOFT, LabelExchange
-from fedcustom.methods.distillation.learner import label_offset
 from fedcustom.methods.distillation.packing import unpack_positions
 from fedcustom.methods.distillation.sampling import ASKED
 from fedcustom.models.load import load_base
 from fedcustom.recipe import load_recipe, to_toml
 from fedcustom.tensors import equal, part
+from fedcustom.training.label_prior import label_offset
 from test_run import rows_of, tensors_of, without_seconds
 
 SITES = [f"site-{number}" for number in range(4)]
@@ -365,19 +365,23 @@ def test_a_late_answer_counts_less(distil: dict[str, Any]) -> None:
 
 def test_label_prior() -> None:
     examples = [fedcustom.data.examples.Example("x", label=label) for label in (0, 0, 2)]
-    torch.testing.assert_close(label_offset(examples, 3).exp(), torch.tensor([3, 1, 2]) / 6)
+    torch.testing.assert_close(
+        label_offset([e.label for e in examples], 3).exp(), torch.tensor([3, 1, 2]) / 6
+    )
 
 
 def test_logit_adjustment_changes_training_only(distil: dict[str, Any]) -> None:
     """The first step's loss is the cross-entropy of the logits plus the log of the label shares."""
     losses = {}
     for adjust in (False, True):
-        method, clients = prepared(changed(distil, logit_adjustment=adjust))
+        method, clients = prepared(
+            {**distil, "training": {**distil["training"], "logit_adjustment": float(adjust)}}
+        )
         client = clients["site-0"]
         task = method.ask(method.start(), 1, {"site-0": {"steps": 1}})["site-0"]
         untrained = method.predict(method.start(), client.data.train, client, texts=False).scores
         losses[adjust] = method.work(task, client).values["loss"]
-        offset = label_offset(client.data.train, 3).numpy() if adjust else 0.0
+        offset = label_offset([e.label for e in client.data.train], 3).numpy() if adjust else 0.0
         seed = [0, 5, fedcustom.methods.seeds.name_seed("site-0")]
         chosen = example_order(len(client.data.train), 0, 8, seed)
         logits = torch.from_numpy(untrained[chosen] + offset)

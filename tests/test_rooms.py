@@ -15,9 +15,10 @@ PACKAGE = Path(fedcustom.__file__).parent
 ROOMS = [
     {"__main__"},
     {"cli", "__init__"},
-    {"deploy_commands"},
+    {"deploy_commands", "experiment_command"},
     {"terminal"},
     {"display"},
+    {"experiment"},
     {"report"},
     {"experiments"},
     {"deployment"},

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .deploy_commands import deploy, site
 from .errors import DataError, FedcustomError
+from .experiment_command import experiment
 from .terminal import Overrides, Quiet, RecipeFile, display, err_console, out_console
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(experiment)
 app.add_typer(deploy, name="deploy")
 app.add_typer(site, name="site")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,12 +16,16 @@ from .models.inference import Predictions, measure
 from .models.load import Base
 from .transport.store import ClientStore
 
+Probes = Mapping[str, Mapping[str, list[Example]]]
+"""Further test sets, by kind and name."""
+
 
 @dataclass(frozen=True)
 class Result:
     """The final evaluation of a run.
 
-    ``personalised`` is that of the clients' own versions on their own test parts, where they have such.
+    ``personalised`` is that of the clients' own versions on their own test parts, where they have such;
+    ``probes`` that on further test sets, by kind and name.
     """
 
     metrics: Metrics
@@ -30,6 +34,7 @@ class Result:
     worst_client: Metrics
     predictions: Predictions | None
     personalised: dict[str, Metrics] = field(default_factory=dict)
+    probes: dict[str, dict[str, Metrics]] = field(default_factory=dict)
 
     def prediction_lines(self, data: FederatedData) -> Iterator[str]:
         """The lines of ``predictions.jsonl``."""
@@ -69,7 +74,8 @@ class Evaluator:
     With ``own`` (the local baseline) every client has a model of its own, and each figure is the mean over
     clients. Where clients keep parts of the model, or train on for ``finetune_epochs`` after the last round,
     the final evaluation reports their own versions beside the global model. ``whole`` is whether the global
-    model is then of use alone, and rounds are compared by it.
+    model is then of use alone, and rounds are compared by it. ``probes`` are further test sets for the final
+    evaluation.
     """
 
     def __init__(
@@ -82,7 +88,9 @@ class Evaluator:
         own: bool,
         whole: bool = False,
         finetune_epochs: int = 0,
+        probes: Probes | None = None,
     ) -> None:
+        self.probes = probes or {}
         self.method, self.base, self.data, self.store, self.own = method, base, data, store, own
         self.whole, self.finetune_epochs = whole, finetune_epochs
 
@@ -102,7 +110,20 @@ class Evaluator:
         return self._measure(self.method.predict(state, self.data.test, texts=self._writes), self.data.test)
 
     def final(self, state: State) -> Result:
-        """Quality on the test split and on every client's own test part."""
+        """Quality on the test split, on every client's own test part and on further test sets."""
+        probes = {
+            kind: {name: self._probe(state, examples) for name, examples in sets.items()}
+            for kind, sets in self.probes.items()
+        }
+        return replace(self._final(state), probes=probes)
+
+    def _probe(self, state: State, examples: list[Example]) -> Metrics:
+        """Quality on a further test set; where clients have their own models, the mean over them."""
+        if self.own:
+            return client_mean({name: self._own(state, name, examples) for name in self.data.clients})
+        return self._measure(self.method.predict(state, examples, texts=self._writes), examples)
+
+    def _final(self, state: State) -> Result:
         if self.own:
             names = list(self.data.clients)
             whole = client_mean({name: self._own(state, name, self.data.test) for name in names})

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from .assembly import check_cohort, check_fit, make_method, pooled
 from .data.build import build_data, with_builtin_columns
 from .data.examples import FederatedData
+from .data.perturb import perturbed
 from .evaluation.metrics import Metrics
-from .evaluator import Evaluator, Result
+from .evaluator import Evaluator, Probes, Result
 from .methods import Method, State, Task
 from .models.load import Base, load_base
 from .recipe import Recipe
-from .simulation.attack import falsifier, hostile_clients
+from .simulation.attack import conspiracy, falsifier, hostile_clients
+from .simulation.poison import backdoor_probes, poisoned, with_noise
 from .transport.channel import Channel
 from .transport.in_process import InProcess
 from .transport.reply import Reply
@@ -89,6 +91,9 @@ def simulate(recipe: Recipe, directory: Path, private: Path, note: Callable[[str
     check_cohort(recipe, data)
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     method = make_method(recipe, base, data)
+    hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
+    probes = _probes(recipe, data)
+    data = _damaged(recipe, data, hostile)
     owners = pooled(data) if recipe.baseline == "centralised" else data.clients
     store = ClientStore(owners, private, directory / "clients")
     evaluator = Evaluator(
@@ -99,12 +104,35 @@ def simulate(recipe: Recipe, directory: Path, private: Path, note: Callable[[str
         own=not has_one_model(recipe),
         whole=recipe.method.is_whole,
         finetune_epochs=recipe.personalisation.finetune_epochs if recipe.baseline == "federated" else 0,
+        probes=probes,
     )
     origin = method.start()
-    hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
     channel = Channel(recipe.compression, origin.tensors)
-    transport = InProcess(method, store, channel, falsifier(hostile, recipe.attack, recipe.seed), note)
+    falsify = falsifier(hostile, recipe.attack, recipe.seed)
+    transport = InProcess(method, store, channel, falsify, note)
+    if recipe.attack.kind == "alie":
+        transport.conspire(hostile, conspiracy(recipe.attack))
     return Federation(base, data, method, origin, evaluator, transport, store)
+
+
+def _damaged(recipe: Recipe, data: FederatedData, hostile: frozenset[str]) -> FederatedData:
+    """The data with the mistakes and the malice that the recipe asks for in what clients train on."""
+    clients, labels = data.clients, data.task.labels
+    if recipe.noise.labels:
+        clients = with_noise(clients, recipe.noise, len(labels), recipe.seed)
+    return replace(data, clients=poisoned(clients, recipe.attack, hostile, labels, recipe.seed))
+
+
+def _probes(recipe: Recipe, data: FederatedData) -> Probes:
+    """The further test sets that the recipe asks for."""
+    settings = recipe.evaluation
+    return {
+        "perturbed": {
+            kind: perturbed(data.test, kind, settings.perturb_rate, [recipe.seed, 15])
+            for kind in settings.perturb
+        },
+        "backdoor": backdoor_probes(data.test, recipe.attack, data.task.labels),
+    }
 
 
 def has_one_model(recipe: Recipe) -> bool:

@@ -21,7 +21,7 @@ from .methods import METHODS, MethodSettings
 from .methods.prefix import PrefixSettings
 from .models.settings import ModelSettings
 from .settings import Settings
-from .simulation.settings import AttackSettings, ParticipationSettings
+from .simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
 from .training.settings import TrainingSettings
 from .transport.settings import CompressionSettings
 
@@ -105,6 +105,9 @@ class Recipe(Settings):
         default_factory=lambda: ParticipationSettings(), description="Simulated participation"
     )
     attack: AttackSettings = Field(default_factory=lambda: AttackSettings(), description="Simulated attack")
+    noise: NoiseSettings = Field(
+        default_factory=lambda: NoiseSettings(), description="Simulated mistakes in labels"
+    )
     compare: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="What differs in a comparison: [compare.<method or baseline>.<section>]",
@@ -124,6 +127,7 @@ class Recipe(Settings):
                 f"training.warmup_rounds = {self.training.warmup_rounds}: "
                 f"must be below rounds.count = {self.rounds.count}"
             )
+        self._check_training()
         self._check_correction()
         self._check_federated()
         self.method.check_sections(self.baseline, dict(self))
@@ -141,6 +145,27 @@ class Recipe(Settings):
             if name not in known:
                 raise ValueError(f"compare.{name}: unknown method or baseline{_nearest(name, known)}")
         return self
+
+    def _check_training(self) -> None:
+        """What only a classifier's training has, and its data."""
+        training = self.training
+        if self.data.task != "classification":
+            if self.attack.kind in ("label_flip", "backdoor"):
+                raise ValueError(f"attack.kind = {self.attack.kind!r}: needs labels")
+            if self.noise.labels:
+                raise ValueError(f"noise.labels = {self.noise.labels}: needs labels")
+            for key in ("logit_adjustment", "freeze_head_rounds"):
+                if getattr(training, key):
+                    raise ValueError(f"training.{key} = {getattr(training, key)!r}: needs labels and a head")
+        if training.freeze_head_rounds >= self.rounds.count:
+            raise ValueError(
+                f"training.freeze_head_rounds = {training.freeze_head_rounds}: "
+                f"must be below rounds.count = {self.rounds.count}"
+            )
+        if not training.logit_adjustment and training.prior_count != 1:
+            raise ValueError(
+                f"training.prior_count = {training.prior_count}: has no effect without logit_adjustment"
+            )
 
     def _check_correction(self) -> None:
         """What corrections of client drift are defined for."""
@@ -223,7 +248,7 @@ class Recipe(Settings):
         if baseline != "federated":
             values = {key: value for key, value in values.items() if key not in FEDERATED_ONLY}
         for part in (name, baseline):
-            values = _merged(values, self.compare.get(part, {}))
+            values = merged(values, self.compare.get(part, {}))
         return parse_recipe(values, f"compare.{name}")
 
 
@@ -246,21 +271,29 @@ def load_recipe(
     elif isinstance(source, Mapping):
         values = dict(source)
     else:
-        path, where = Path(source), str(source)
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RecipeError(f"{path}: no such recipe") from None
-        except IsADirectoryError:
-            raise RecipeError(f"{path}: is a folder; name a recipe file") from None
-        except UnicodeDecodeError:
-            raise RecipeError(f"{path}: not a text in UTF-8") from None
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"{path}: not TOML: {error}") from None
+        values, where = read_toml(Path(source)), str(source)
     pairs = overrides.items() if isinstance(overrides, Mapping) else (_split(text) for text in overrides)
     for key, value in pairs:
-        values = _merged(values, _nested(key, value))
+        values = merged(values, _nested(key, value))
     return parse_recipe(values, where)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        RecipeError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: is a folder; name a recipe file") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not a text in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not TOML: {error}") from None
 
 
 def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
@@ -311,9 +344,9 @@ def _type_text(field: FieldInfo) -> str:
     if choices and all(isinstance(choice, str | int) for choice in choices):
         text = " | ".join(map(str, choices))
     elif str(annotation).startswith("list"):
-        text = {str: "list of texts", int: "list of integers", float: "list of numbers"}[
-            get_args(annotation)[0]
-        ]
+        item = get_args(annotation)[0]
+        known = {str: "list of texts", int: "list of integers", float: "list of numbers"}
+        text = known.get(item) or f"list of {' | '.join(map(str, get_args(item)))}"
     elif str(annotation).startswith("dict"):
         text = "table"
     else:
@@ -404,7 +437,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` with ``change`` laid over it, table by table. Another method's name clears the old one's
     settings.
     """
@@ -414,7 +447,7 @@ def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             if key == "method" and value.get("name", old.get("name")) != old.get("name"):
                 old = {}
-            result[key] = _merged(old, value)
+            result[key] = merged(old, value)
         else:
             result[key] = value
     return result

@@ -53,6 +53,7 @@ def summarise(
         "worst_client": result.worst_client,
         "clients": result.clients,
         **_personalised(result.personalised),
+        **_probed(result.probes),
         "trainable_parameters": sizes[0],
         "head_parameters": sizes[1],
         "bytes": _bytes(trained),
@@ -74,6 +75,16 @@ def _bytes(rows: Sequence[Row]) -> dict[str, int]:
         "up_total": sum(ups),
         "down_total": sum(downs),
     }
+
+
+def _probed(probes: Mapping[str, Mapping[str, Metrics]]) -> dict[str, Any]:
+    """The summary's parts on perturbed test texts, and on a backdoor: how often its target is said."""
+    found: dict[str, Any] = {}
+    if probes.get("perturbed"):
+        found["perturbed"] = {name: dict(metrics) for name, metrics in probes["perturbed"].items()}
+    if probes.get("backdoor"):
+        found["backdoor"] = {name: metrics["accuracy"] for name, metrics in probes["backdoor"].items()}
+    return found
 
 
 def _personalised(clients: dict[str, Metrics]) -> dict[str, Any]:

@@ -35,7 +35,9 @@ def check_deployable(recipe: Recipe) -> None:
     """
     if recipe.baseline != "federated":
         raise RecipeError(f"baseline = {recipe.baseline!r}: a deployed run is federated; leave it out")
-    for section in ("attack", "participation"):
+    if recipe.evaluation.perturb:
+        raise RecipeError("evaluation.perturb: is for simulations, whose server has the test texts")
+    for section in ("attack", "noise", "participation"):
         value = getattr(recipe, section)
         if value != type(value)():
             raise RecipeError(f"[{section}]: is for simulations; real sites fail by themselves. Leave it out")

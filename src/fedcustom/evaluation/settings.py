@@ -21,5 +21,13 @@ class EvaluationSettings(Settings):
     )
     batch_size: int = Field(64, ge=1, description="Examples a forward pass in evaluation")
     untuned: bool = Field(True, description="Evaluate the untuned base model too, for comparison")
+    perturb: list[Literal["typos", "characters", "words"]] = Field(
+        default_factory=list,
+        description="Score perturbed test texts beside the clean ones: mistyped words, characters replaced "
+        "at random, words left out",
+    )
+    perturb_rate: float = Field(
+        0.1, gt=0, le=1, description="Share of the words or characters that are perturbed"
+    )
     max_new_tokens: int = Field(64, ge=1, description="Generation: longest text that is written")
     beams: int = Field(1, ge=1, le=64, description="Generation: beams of the search; 1 is greedy")

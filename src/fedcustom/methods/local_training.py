@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data.tokens import Batch, TokenizedExample
 from ..environment import free_memory
+from ..models.forward import LABEL_OFFSET
 from ..tensors import Tensors, count, part
 from ..training.cohort import Work, train_together
 from ..training.local import LocalResult, train_locally
@@ -43,11 +44,19 @@ class Job:
     shift: Tensors
     seed: list[int]
     stop: int
+    label_offset: Tensor | None = None
+    """What is added to the logits while the client trains, (labels,)."""
+    resting: frozenset[str] = frozenset()
+    """The tensors that are not trained in this round, whatever the method's rules say."""
 
     @property
     def number(self) -> int:
         """The round that the task belongs to."""
         return int(self.task.values["round"])
+
+    def trains(self, name: str) -> bool:
+        """Whether a tensor is trained."""
+        return self.merging.trains(name, self.number) and name not in self.resting
 
     @property
     def factor(self) -> float:
@@ -90,7 +99,7 @@ class LocalTraining:
             UpdateError: the training loss is not finite.
         """
         tuned = self.tuned
-        trained = {n: p for n, p in tuned.parameters.items() if job.merging.trains(n, job.number)}
+        trained = {n: p for n, p in tuned.parameters.items() if job.trains(n)}
         with torch.random.fork_rng(devices=[]), only_these_train(tuned.parameters, trained):
             torch.manual_seed(int.from_bytes(hashlib.sha256(repr(job.seed).encode()).digest()[:7], "big"))
             tuned.model.train(self.training.dropout)
@@ -98,7 +107,7 @@ class LocalTraining:
                 module.train()
             return train_locally(
                 trained,
-                map(self.objective.collate, job.batches),
+                (self._collated(batch, job.label_offset) for batch in job.batches),
                 self.loss,
                 job.correction.training(self.training),
                 job.factor,
@@ -115,7 +124,8 @@ class LocalTraining:
         """
         buckets: dict[Hashable, list[int]] = {}
         for position, job in enumerate(jobs):
-            alike = job.number, job.factor, bool(job.shift), self.tuned.alike(job.before)
+            adjusted = job.label_offset is not None
+            alike = job.number, job.factor, bool(job.shift), adjusted, self.tuned.alike(job.before)
             buckets.setdefault(alike, []).append(position)
         answers: dict[int, Update | Exception] = {}
         for positions in buckets.values():
@@ -124,6 +134,15 @@ class LocalTraining:
             found = self._in_one_batch(bucket, close) if shared else self._in_turn(bucket, close)
             answers |= zip(positions, found, strict=True)
         return [answers[position] for position in range(len(jobs))]
+
+    def _collated(self, rows: Sequence[TokenizedExample], offset: Tensor | None) -> Batch:
+        """One batch, with what is added to its logits: the same for all rows, (labels,), or a row of its own
+        for each.
+        """
+        batch = self.objective.collate(rows)
+        if offset is not None:
+            batch[LABEL_OFFSET] = offset.to(self.device)
+        return batch
 
     @cached_property
     def _stand_ins(self) -> ClientModules | None:
@@ -149,12 +168,17 @@ class LocalTraining:
             self.tuned.write(job.before)
             for name, parameter in parameters.items():
                 stacks[name][position] = parameter.detach()
-        trained = {n for n in parameters if first.merging.trains(n, first.number)}
+        trained = {n for n in parameters if first.trains(n)}
 
         def losses(tensors: Mapping[str, Tensor], rows: Sequence[TokenizedExample], owners: Tensor) -> Tensor:
-            modules.give(tensors, owners)
-            return self.objective.row_losses(self.tuned.model, self.objective.collate(rows))
+            modules.give({name: tensors[name] for name in parameters}, owners)
+            offset = tensors[LABEL_OFFSET][owners] if LABEL_OFFSET in tensors else None
+            return self.objective.row_losses(self.tuned.model, self._collated(rows, offset))
 
+        fixed = {name: stack for name, stack in stacks.items() if name not in trained}
+        offsets = [job.label_offset for job in jobs if job.label_offset is not None]
+        if offsets:
+            fixed[LABEL_OFFSET] = torch.stack(offsets).to(self.device)
         self.tuned.model.eval()
         with modules.in_place():
             results = train_together(
@@ -165,7 +189,7 @@ class LocalTraining:
                 first.factor,
                 units_of=self.objective.units,
                 head=self.tuned.head,
-                fixed={name: stack for name, stack in stacks.items() if name not in trained},
+                fixed=fixed,
                 resident=self.tuned.model.parameters(),
             )
         for position, (job, result) in enumerate(zip(jobs, results, strict=True)):

@@ -17,6 +17,7 @@ from ..data.tokens import Batch, TokenizedExample, example_order
 from ..errors import DataError, RecipeError, RunError, UpdateError
 from ..models.inference import Predictions, predict
 from ..tensors import Tensors, count, is_finite, named, part, without, zeros_like
+from ..training.label_prior import label_offset
 from ..training.local import LocalResult, learning_rate, schedule_factor
 from .contract import Answer, Client, Memory, State, Task, Update, Values
 from .corrections import CONTROL, Correction, make_correction
@@ -186,8 +187,13 @@ class WeightTuning:
         """How many clients to train in one batch."""
         return self.local.widest() if self.context.keeps == "nothing" else 1
 
-    def _prepare(self, task: Task, client: Client, correction: Correction, merging: Merging) -> Job:
-        """Everything that a client's training starts from; the model has the client's tensors afterwards."""
+    def _prepare(
+        self, task: Task, client: Client, correction: Correction, merging: Merging, *, own: bool = False
+    ) -> Job:
+        """Everything that a client's training starts from; the model has the client's tensors afterwards.
+
+        What is trained for the client's ``own`` use keeps the client's label prior, and all of it is trained.
+        """
         examples = self.tokens(client.data.train)
         if not examples:
             raise DataError(f"client {client.name!r} has no examples to train on")
@@ -210,7 +216,26 @@ class WeightTuning:
             shift=shift,
             seed=[*seed, start],
             stop=ranges[-1][1],
+            label_offset=None if own else self._label_offset(client),
+            resting=frozenset() if own else self._resting(int(task.values["round"])),
         )
+
+    def _label_offset(self, client: Client) -> Tensor | None:
+        """What the recipe has a client add to its logits in training."""
+        training = self.context.training
+        if not training.logit_adjustment:
+            return None
+        return label_offset(
+            [example.label for example in client.data.train],
+            len(self.base.task.labels),
+            strength=training.logit_adjustment,
+            prior_count=training.prior_count,
+        )
+
+    def _resting(self, round_number: int) -> frozenset[str]:
+        """The tensors that are neither trained nor sent in a round."""
+        rests = round_number <= self.context.training.freeze_head_rounds
+        return self.tuned.head if rests else frozenset()
 
     def _alone(self, job: Job) -> Update:
         """One client's training; the model has its tensors already."""
@@ -266,7 +291,7 @@ class WeightTuning:
         )
         task = self.ask(state, 1, {client.name: {"epochs": epochs}})[client.name]
         plain = make_correction(AggregationSettings(), 1)
-        self._alone(self._prepare(task, copied, plain, Merging()))
+        self._alone(self._prepare(task, copied, plain, Merging(), own=True))
         return State(self.tuned.read())
 
     def notes(self, state: State) -> dict[str, str]:
@@ -336,6 +361,7 @@ class WeightTuning:
     def _comes_up(self, name: str, round_number: int) -> bool:
         return (
             name not in self._personal
+            and name not in self._resting(round_number)
             and not name.startswith(BASE_CHANGE)
             and self.merging.trains(name, round_number)
         )

@@ -9,6 +9,9 @@ from torch.nn import functional
 
 from ..data.tokens import IGNORED, Batch
 
+LABEL_OFFSET = "label_offset"
+"""The key under which a batch may have what is added to its logits, (labels,) or (examples, labels)."""
+
 
 def classification_logits(model: Any, batch: Batch) -> Tensor:
     """Logits of (examples, labels) in float32."""
@@ -17,8 +20,11 @@ def classification_logits(model: Any, batch: Batch) -> Tensor:
 
 
 def classification_losses(model: Any, batch: Batch) -> Tensor:
-    """Cross-entropy of each example."""
-    return functional.cross_entropy(classification_logits(model, batch), batch["labels"], reduction="none")
+    """Cross-entropy of each example; what :data:`LABEL_OFFSET` names is added to the logits."""
+    logits = classification_logits(model, batch)
+    if LABEL_OFFSET in batch:
+        logits = logits + batch[LABEL_OFFSET]
+    return functional.cross_entropy(logits, batch["labels"], reduction="none")
 
 
 def classification_loss(model: Any, batch: Batch) -> Tensor:

@@ -10,14 +10,40 @@ from ..settings import Settings
 
 
 class AttackSettings(Settings):
-    """Hostile clients, to see what a rule withstands. They do their work and then change what they send."""
+    """Hostile clients, to see what a rule withstands: they change what they send, or train on bad data."""
 
-    kind: Literal["none", "sign_flip", "random"] = Field(
+    kind: Literal["none", "sign_flip", "random", "alie", "label_flip", "backdoor"] = Field(
         "none",
-        description="sign_flip: minus the own change; random: noise as long as the own change; times scale",
+        description="sign_flip: minus the own change, times scale; random: noise as long as the own change, "
+        "times scale; alie: their mean minus a few deviations; label_flip: train on label C - 1 - c in place "
+        "of c; backdoor: train texts with a trigger towards a target",
     )
     fraction: float = Field(0.2, gt=0, le=1, description="Share of all clients that are hostile")
-    scale: float = Field(10.0, gt=0, description="What the hostile change is multiplied by")
+    scale: float = Field(
+        10.0, gt=0, description="What the hostile change is multiplied by (sign_flip, random)"
+    )
+    boost: float = Field(
+        1.0,
+        gt=0,
+        description="The same for poisoned data (label_flip, backdoor); above 1: model replacement",
+    )
+    deviations: float | None = Field(
+        None, ge=0, description="Standard deviations from the mean (alie); unset: from the numbers of clients"
+    )
+    trigger: str = Field("cf mn", min_length=1, description="Words put in front of a text (backdoor)")
+    target: str | None = Field(
+        None, description="Label that a text with the trigger is to get (backdoor); unset: the first"
+    )
+    poisoned_share: float = Field(
+        0.5, gt=0, le=1, description="Share of a hostile client's examples with the trigger (backdoor)"
+    )
+
+
+class NoiseSettings(Settings):
+    """Clients whose labels are wrong by mistake: in what they train on, not in what is scored."""
+
+    labels: float = Field(0.0, ge=0, le=1, description="Share of a noisy client's labels that are wrong")
+    clients: float = Field(0.3, gt=0, le=1, description="Share of all clients whose labels are noisy")
 
 
 class ParticipationSettings(Settings):

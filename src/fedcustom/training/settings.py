@@ -34,6 +34,22 @@ class TrainingSettings(Settings):
     proximal: float = Field(
         0.0, ge=0, description="FedProx: weight mu of mu/2 * |w - w_global|^2 in the client's loss"
     )
+    logit_adjustment: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="Classification: in training, this times the log of the client's own label shares is "
+        "added to the logits, against label skew; 1: balanced softmax; 0: off",
+    )
+    prior_count: float = Field(
+        1.0,
+        gt=0,
+        le=1e6,
+        description="Added to each label's count in those shares, so that none is 0 (logit_adjustment)",
+    )
+    freeze_head_rounds: int = Field(
+        0, ge=0, description="First rounds in which the head rests, and is not sent"
+    )
     cohort_width: int | None = Field(
         None,
         ge=1,

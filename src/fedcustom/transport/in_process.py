@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 from ..methods.contract import Asked, AsksClients, Client, Method, Task, Update
 from . import wire
 from .channel import Channel
 from .reply import Reply
 from .store import ClientStore
+
+Conspiracy = Callable[[Mapping[str, Update], int], dict[str, Update]]
+"""From hostile clients' honest updates, and the number of clients in the round, to what they send."""
 
 SLOW = 10
 """Seconds from which on it is worth saying how long a client took outside rounds."""
@@ -31,6 +34,8 @@ class InProcess:
     ) -> None:
         self.method, self.store, self.channel, self.falsify = method, store, channel, falsify
         self.note = note
+        self.conspirators: Container[str] = ()
+        self.agree: Conspiracy = lambda updates, clients: dict(updates)
         if isinstance(method, AsksClients):
             method.connect(self.ask, list(store.data))
 
@@ -40,17 +45,40 @@ class InProcess:
         """
         width = self.method.widest_cohort()
         names = list(tasks)
+        ahead = self._conspired(tasks, [n for n in names if n in self.conspirators and n not in absent])
         for start in range(0, len(names), width):
             cohort = names[start : start + width]
             sent = {name: self.channel.down(tasks[name]) for name in cohort}
-            present = [name for name in cohort if name not in absent]
+            present = [name for name in cohort if name not in absent and name not in ahead]
             answers = dict(zip(present, self._work({name: sent[name][0] for name in present}), strict=True))
+            answers |= {name: ahead[name] for name in cohort if name in ahead}
             for name in cohort:
                 task, down = sent[name]
                 if name in absent:
                     yield Reply(name, task, None, "dropped out", "", down, 0, 0.0)
                 else:
                     yield self._reply(name, task, down, label, *answers.pop(name))
+
+    def conspire(self, clients: Container[str], agree: Conspiracy) -> None:
+        """Let hostile clients work first in each round, and agree on what they send."""
+        self.conspirators, self.agree = clients, agree
+
+    def _conspired(
+        self, tasks: Mapping[str, Task], names: Sequence[str]
+    ) -> dict[str, tuple[Client, Update | Exception, float]]:
+        """The conspirators' answers, agreed upon."""
+        found: dict[str, tuple[Client, Update | Exception, float]] = {}
+        width = self.method.widest_cohort()
+        for start in range(0, len(names), width):
+            cohort = names[start : start + width]
+            worked = self._work({name: self.channel.down(tasks[name])[0] for name in cohort})
+            found |= zip(cohort, worked, strict=True)
+        updates = {name: answer for name, (_, answer, _) in found.items() if isinstance(answer, Update)}
+        agreed = self.agree(updates, len(tasks)) if updates else {}
+        return {
+            name: (client, agreed.get(name, answer), seconds)
+            for name, (client, answer, seconds) in found.items()
+        }
 
     def ask(self, tasks: Mapping[str, Task]) -> dict[str, Asked]:
         """The sound answers to tasks outside rounds; why others gave none is handed to ``note``. What clients
@@ -78,6 +106,8 @@ class InProcess:
         by its number of examples).
         """
         pairs = [(task, self.store.open(name)) for name, task in tasks.items()]
+        if not pairs:
+            return
         started = time.perf_counter()
         answers: list[Update | Exception]
         if len(pairs) == 1:

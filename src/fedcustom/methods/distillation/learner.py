@@ -9,13 +9,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ...aggregation.settings import AggregationSettings
-from ...data.examples import Example
 from ...data.tokens import Batch
 from ...errors import ModelError
-from ...models.forward import classification_logits
 from ...models.load import Base, context_length, load_base, load_configuration
 from ...models.settings import ModelSettings
 from ...tensors import Tensors, part, without
@@ -35,11 +32,9 @@ class Learner(WeightTuning):
     Whose tensors are in it changes from call to call: a client's come out of its memory and go back there.
     """
 
-    def __init__(self, technique: Technique, context: Context, *, adjust: bool = False) -> None:
+    def __init__(self, technique: Technique, context: Context) -> None:
         own = replace(context, keeps="everything", keep_local=(), aggregation=AggregationSettings())
         super().__init__(technique, own)
-        self.adjust = adjust
-        self._offset: Tensor | None = None
 
     def train(self, task: Task, client: Client) -> Update:
         """Train the client's model on its own examples, with a fresh optimiser. The update has no tensors.
@@ -47,12 +42,7 @@ class Learner(WeightTuning):
         Raises:
             DataError, UpdateError: see :meth:`WeightTuning.work`.
         """
-        if self.adjust:
-            self._offset = label_offset(client.data.train, len(self.base.task.labels)).to(self.base.device)
-        try:
-            update = self.work(task, client)
-        finally:
-            self._offset = None
+        update = self.work(task, client)
         client.memory.tensors = without(client.memory.tensors, "moments/")
         return update
 
@@ -85,24 +75,6 @@ class Learner(WeightTuning):
     def put(self, tensors: Tensors) -> None:
         """Put tensors into the model; what they lack is as it was initialised."""
         self.tuned.write(self._own(tensors, Memory()))
-
-    def _loss(self, batch: Batch) -> Tensor:
-        if self._offset is None:
-            return super()._loss(batch)
-        with self.base.autocast():
-            logits = classification_logits(self.tuned.model, batch)
-        return functional.cross_entropy(logits + self._offset, batch["labels"])
-
-
-def label_offset(examples: Sequence[Example], labels: int) -> Tensor:
-    """``log((n_c + 1) / (n + C))`` for each label c: the log of a client's own label shares.
-
-    Added to the logits in training alone, it takes the label prior out of what they learn (balanced softmax,
-    Ren et al. 2020; logit adjustment, Menon et al. 2021): a client then does not push down labels just
-    because it has never seen them. One is added to each count, so that no share is 0.
-    """
-    counts = torch.bincount(torch.tensor([example.label for example in examples]), minlength=labels)
-    return torch.log((counts + 1) / (len(examples) + labels))
 
 
 def own_tensors(client: Client) -> Tensors:
@@ -141,7 +113,7 @@ class Models:
             technique = Lora(settings) if isinstance(settings, LoraSettings) else Full(FullSettings())
             # The first is the server's, whose base is there already.
             context = replace(self.context, base=self._load(base)) if self._learners else self.context
-            self._learners[base, method] = Learner(technique, context, adjust=self.settings.logit_adjustment)
+            self._learners[base, method] = Learner(technique, context)
         return self._learners[base, method]
 
     def _load(self, base: str) -> Base:

@@ -38,11 +38,6 @@ class DistillationSettings(MethodSettingsBase):
     client_method: Tuning = Field("full", description="How clients train their own models")
     server_method: Tuning = Field("full", description="How the server trains its model")
     lora_rank: int = Field(8, ge=1, le=4096, description="Rank of LoRA, where client or server use it")
-    logit_adjustment: bool = Field(
-        False,
-        description="Clients add the log of their own label shares to the logits while they train (balanced "
-        "softmax), against label skew",
-    )
     ensemble: Rule = Field(
         "mean",
         description="How soft labels become one: mean of probabilities, mean of logits (FedDF), sharpened "
@@ -129,6 +124,8 @@ class DistillationSettings(MethodSettingsBase):
                 )
         if sections["training"].proximal:
             raise ValueError("training.proximal: distillation has no global weights to stay close to")
+        if sections["training"].freeze_head_rounds:
+            raise ValueError("training.freeze_head_rounds: distillation merges no heads")
         public = sections["public"]
         if baseline == "federated" and public.source is None and not public.fraction:
             raise ValueError(
@@ -146,7 +143,7 @@ class DistillationSettings(MethodSettingsBase):
                 "method.direction = 'down': for generation the server's model is the common teacher; "
                 "allowed: up, both"
             )
-        for key in ("ensemble", "cache_duration", "logit_adjustment", "temperature"):
+        for key in ("ensemble", "cache_duration", "temperature"):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(
                     f"method.{key} = {getattr(self, key)!r}: is defined for classification; for generation "

@@ -1,0 +1,1 @@
+"""A grid of runs in one file: its settings, its cells, learning rates, results and tables."""

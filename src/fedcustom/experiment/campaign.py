@@ -1,0 +1,179 @@
+"""An experiment from its file to its results: searches, cells, and what is done already."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json, write_json
+from ..report import words
+from .estimate import Rates, total
+from .grid import Cell, grid, group_of
+from .results import Result, collect, has_result, read_result, write_result
+from .runner import Job, drop_weights, run_jobs
+from .search import Trial, choose, chosen_tables, trials
+from .settings import ExperimentSettings, Match, load_experiment
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Campaign:
+    """One experiment's file, and where its runs and results are.
+
+    ``runs`` gets a directory a cell; ``results`` a small JSON file a cell, ``search.json``, and ``search/``
+    with a file a trial. A cell whose result is there, of the same recipe, is not run again.
+    """
+
+    file: Path
+    runs: Path
+    results: Path
+    only: Match = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.settings: ExperimentSettings
+        self.settings, self.base = load_experiment(self.file)
+        self.cells()  # a file that is not in order is refused before anything runs
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return self.file.stem
+
+    def cells(self, chosen: Mapping[tuple[str, ...], Mapping[str, Any]] | None = None) -> list[Cell]:
+        """The grid's cells, with the learning rates of a search."""
+        return grid(self.settings, self.base, str(self.file), only=self.only, chosen=chosen)
+
+    def trials(self) -> list[Trial]:
+        """The search's trials for those cells; where they are made does not depend on ``only``."""
+        every = trials(
+            self.settings, self.base, grid(self.settings, self.base, str(self.file)), str(self.file)
+        )
+        groups = {group_of(self.settings, cell.points) for cell in self.cells()}
+        return [trial for trial in every if trial.group in groups]
+
+    def result_path(self, name: str) -> Path:
+        """Where a cell's result is kept."""
+        return self.results / f"{name}.json"
+
+    def trial_path(self, name: str) -> Path:
+        """Where a trial's result is kept."""
+        return self.results / "search" / f"{name}.json"
+
+    def listing(self) -> Iterator[str]:
+        """A line a trial and cell, with its time as far as it is known, and what all of it takes."""
+        folder = self.results
+        measured = [read_result(path) for path in sorted(folder.glob("*.json")) if path.name != "search.json"]
+        measured += [read_result(path) for path in sorted((folder / "search").glob("*.json"))]
+        rates = Rates(self.settings, measured)
+        made, cells = self.trials(), self.cells(self._chosen())
+        for kind, named in (
+            ("trial", [(t.name, t.cell, self.trial_path(t.name)) for t in made]),
+            ("cell", [(c.name, c, self.result_path(c.name)) for c in cells]),
+        ):
+            todo = []
+            for name, cell, path in named:
+                is_done = has_result(path, cell.digest)
+                todo += [] if is_done else [cell]
+                seconds = rates.seconds(cell)
+                known = "time unknown" if seconds is None else f"about {words.duration(seconds)}"
+                yield f"{kind} {name}  {'done' if is_done else known}"
+            seconds, unknown = total(rates, todo)
+            lacking = f", and {unknown} of unknown time" if unknown else ""
+            yield (
+                f"{words.plural(len(named), kind)}, {len(named) - len(todo)} done; "
+                f"left: about {seconds / 3600:.1f} hours of one core{lacking}"
+            )
+
+    def _chosen(self) -> dict[tuple[str, ...], dict[str, Any]]:
+        """The learning rates that were found so far."""
+        path = self.results / "search.json"
+        return chosen_tables(read_json(path)) if self.settings.search and path.exists() else {}
+
+    def run(self, jobs: int, say: Say) -> dict[str, str]:
+        """Search, then run all cells that have no result yet; what failed, by name, with the reason."""
+        made = self.trials()
+        failed = self._all([(t.name, t.cell, self.trial_path(t.name)) for t in made], "search", jobs, say)
+        chosen: dict[tuple[str, ...], dict[str, Any]] = {}
+        if made:
+            paths = {trial.name: self.trial_path(trial.name) for trial in made if trial.name not in failed}
+            found = {name: read_result(path) for name, path in paths.items()}
+            content = choose(self.settings, made, found, failed)
+            self._note_search(content)
+            chosen = chosen_tables(content)
+        cells = self.cells(chosen)
+        # A rate that fails in a trial is a rate that was not chosen, and no failure of the experiment.
+        return self._all([(c.name, c, self.result_path(c.name)) for c in cells], "cells", jobs, say)
+
+    def _all(
+        self, wanted: Sequence[tuple[str, Cell, Path]], kind: str, jobs: int, say: Say
+    ) -> dict[str, str]:
+        """Run what has no result yet and write its result; the names of what failed, with the reason."""
+        todo = {name: (cell, path) for name, cell, path in wanted if not has_result(path, cell.digest)}
+        if wanted:
+            say(f"{kind}: {len(wanted)}, of which {len(wanted) - len(todo)} are done")
+        failed: dict[str, str] = {}
+        ended = 0
+
+        def done(job: Job, reason: str | None) -> None:
+            nonlocal ended
+            ended += 1
+            cell, path = todo[job.name]
+            if reason is not None:
+                failed[job.name] = reason
+                say(f"{ended}/{len(todo)} {job.name}: failed: {reason}")
+                return
+            result = collect(
+                job.directory,
+                experiment=self.name,
+                points=cell.points,
+                digest=cell.digest,
+                command=self._command(cell),
+            )
+            write_result(path, result)
+            if not self.settings.keep_models:
+                drop_weights(job.directory)
+            say(f"{ended}/{len(todo)} {job.name}: {_said(result, kind)}")
+
+        folder = self.runs if kind == "cells" else self.runs / "search"
+        each = [
+            Job(name, cell.recipe, folder / f"{name}-{cell.digest[:6]}") for name, (cell, _) in todo.items()
+        ]
+        run_jobs(each, jobs, done)
+        return failed
+
+    def _command(self, cell: Cell) -> str:
+        points = {**cell.points, "seed": cell.seed}
+        only = [f"--only={axis}={point}" for axis, point in points.items()]
+        return shlex.join(["fedcustom", "experiment", str(self.file), *only])
+
+    def _note_search(self, content: dict[str, Any]) -> None:
+        """Write ``search.json``; groups that ``only`` leaves out stay in it as they were."""
+        path = self.results / "search.json"
+        if path.exists():
+            content["groups"] = read_json(path)["groups"] | content["groups"]
+        write_json(path, content)
+
+
+def open_campaign(
+    file: Path, runs: Path | None = None, results: Path | None = None, only: Match | None = None
+) -> Campaign:
+    """An experiment with its usual folders: ``runs/<name>`` and ``results/<name>``.
+
+    Raises:
+        RecipeError: the file is not in order.
+    """
+    name = file.stem
+    return Campaign(file, runs or Path("runs") / name, results or Path("results") / name, only or {})
+
+
+def _said(result: Result, kind: str) -> str:
+    if kind == "search":
+        text = f"development {result.metric} {result.score:.4f}"
+    else:
+        first = next(iter(result.metrics))
+        text = f"test {first} {result.metrics[first]:.4f}"
+    return f"{text}  ({result.seconds['total']:.0f} s)"

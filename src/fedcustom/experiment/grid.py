@@ -1,0 +1,134 @@
+"""The cells of an experiment: every combination of points and seeds that is not excluded."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RecipeError
+from ..recipe import FEDERATED_ONLY, Recipe, merged, parse_recipe
+from .settings import ExperimentSettings, Match, check_match, is_baseline, matches
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid: its point on each axis, its seed and its recipe."""
+
+    points: dict[str, str]
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """``<point>--<point>--seed-<n>``, the points in the order of the axes."""
+        return "--".join([*self.points.values(), f"seed-{self.seed}"])
+
+    @property
+    def digest(self) -> str:
+        """A digest of the complete recipe: two cells with the same one give the same result."""
+        return digest(self.recipe)
+
+
+def digest(recipe: Recipe) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of the complete recipe."""
+    content = json.dumps(recipe.complete().model_dump(exclude={"compare"}), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def grid(
+    settings: ExperimentSettings,
+    base: Mapping[str, Any],
+    where: str,
+    *,
+    only: Match | None = None,
+    chosen: Mapping[tuple[str, ...], Mapping[str, Any]] | None = None,
+) -> list[Cell]:
+    """All cells, the last axis and then the seeds running fastest.
+
+    A cell's recipe is the base, then what its points say in the order of the axes, then the overrides that
+    match it. ``only`` names points, or seeds, to which the grid is restricted. ``chosen`` are tables that a
+    search found, by its group (:func:`group_of`); they yield to nothing. A baseline leaves out the sections
+    that only a federated run has.
+
+    Raises:
+        RecipeError: a cell's recipe is not possible; names the cell. Or nothing is left.
+    """
+    points = settings.points()
+    try:
+        check_match(only or {}, {**points, "seed": list(map(str, settings.seeds))}, "--only")
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    cells: list[Cell] = []
+    for combination in itertools.product(*points.values()):
+        at = dict(zip(points, combination, strict=True))
+        if any(matches(match, at) for match in settings.exclude):
+            continue
+        seeds = [seed for seed in settings.seeds if matches(only or {}, {**at, "seed": str(seed)})]
+        found = (chosen or {}).get(group_of(settings, at), {})
+        cells += [Cell(at, seed, cell_recipe(settings, base, at, seed, where, found)) for seed in seeds]
+    if not cells:
+        raise RecipeError(f"{where}: no cell is left")
+    return cells
+
+
+def cell_recipe(
+    settings: ExperimentSettings,
+    base: Mapping[str, Any],
+    at: Mapping[str, str],
+    seed: int,
+    where: str,
+    more: Mapping[str, Any],
+) -> Recipe:
+    """The recipe of one combination of points, with ``more`` laid over it.
+
+    Raises:
+        RecipeError: it is not possible.
+    """
+    points = settings.points()
+    values: dict[str, Any] = dict(base)
+    for axis, point in at.items():
+        values = merged(values, points[axis][point])
+    for override in settings.override:
+        if matches(override.match, at):
+            values = merged(values, override.set)
+    values = merged(values, {**more, "seed": seed})
+    if is_baseline(values):
+        values = {key: value for key, value in values.items() if key not in FEDERATED_ONLY}
+    return parse_recipe(values, f"{where}: cell {'--'.join(at.values())}")
+
+
+def group_of(settings: ExperimentSettings, at: Mapping[str, str]) -> tuple[str, ...]:
+    """The points on the axes for which learning rates are searched apart; empty without a search."""
+    if settings.search is None:
+        return ()
+    return tuple(at[axis] for axis in search_axes(settings))
+
+
+def search_axes(settings: ExperimentSettings) -> list[str]:
+    """The axes of a search: its own, and those for whose points it is made anew."""
+    search = settings.search
+    return [search.axis, *(axis for axis in search.per if axis != search.axis)] if search else []
+
+
+def parse_only(texts: Iterable[str]) -> Match:
+    """``axis=point,point`` texts as points by axis.
+
+    Raises:
+        RecipeError: a text is not of that form.
+    """
+    found: Match = {}
+    for text in texts:
+        axis, sign, points = text.partition("=")
+        if not sign or not points:
+            raise RecipeError(f"--only {text!r}: write axis=point, or axis=point,point")
+        found[axis.strip()] = [point.strip() for point in points.split(",")]
+    return found
+
+
+def without_seeds(cells: Sequence[Cell]) -> list[dict[str, str]]:
+    """The combinations of points, once each."""
+    return list({tuple(cell.points.items()): cell.points for cell in cells}.values())

@@ -1,0 +1,111 @@
+"""Learning rates, chosen on the development split with as many trials for each method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RecipeError
+from ..evaluation.metrics import is_better
+from ..recipe import merged
+from .grid import Cell, cell_recipe, digest, group_of, search_axes, without_seeds
+from .results import Result
+from .settings import ExperimentSettings, nested
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One rate tried for one group of cells; ``cell`` is a run of its own, which is no cell of the grid."""
+
+    group: tuple[str, ...]
+    rate: float
+    cell: Cell
+
+    @property
+    def name(self) -> str:
+        """``<point>--<point>--<rate>``."""
+        return "--".join([*self.group, f"{self.rate:g}"])
+
+
+def trials(
+    settings: ExperimentSettings, base: Mapping[str, Any], cells: Sequence[Cell], where: str
+) -> list[Trial]:
+    """What is to be tried for the cells, group by group: each rate at the group's first cell, or where
+    ``search.at`` says.
+
+    Raises:
+        RecipeError: a trial's recipe is not possible.
+    """
+    search = settings.search
+    if search is None:
+        return []
+    seed = settings.seeds[0] if search.seed is None else search.seed
+    first: dict[tuple[str, ...], dict[str, str]] = {}
+    for at in without_seeds(cells):
+        first.setdefault(group_of(settings, at), {**at, **search.at})
+    found = []
+    for group, at in first.items():
+        at = {**at, **dict(zip(search_axes(settings), group, strict=True))}
+        for rate in search.rates[at[search.axis]]:
+            more = merged(search.set, nested(search.setting, rate))
+            # A trial is read on the development split alone; the rest need not be measured.
+            more = merged({"evaluation": {"untuned": False}}, more)
+            recipe = cell_recipe(settings, base, at, seed, f"{where}, search", more)
+            found.append(Trial(group, rate, Cell(at, seed, recipe)))
+    return found
+
+
+def choose(
+    settings: ExperimentSettings,
+    made: Sequence[Trial],
+    results: Mapping[str, Result],
+    failed: Mapping[str, str],
+) -> dict[str, Any]:
+    """The content of ``search.json``: of each group all trials with their development scores, and the rate
+    that was chosen, the best (of equals the first in the list).
+
+    ``at_edge`` warns that the best rate is the smallest or the largest of those tried. A trial that failed
+    has no score.
+
+    Raises:
+        RecipeError: no trial of a group gave a score.
+    """
+    assert settings.search is not None
+    groups: dict[str, Any] = {}
+    for trial in made:
+        result = results.get(trial.name)
+        entry = groups.setdefault("--".join(trial.group), {"points": list(trial.group), "trials": []})
+        entry["trials"].append(
+            {
+                "rate": trial.rate,
+                "score": result.score if result else None,
+                "round": result.best_round if result else None,
+                "seconds": result.seconds["total"] if result else None,
+                "digest": digest(trial.cell.recipe),
+                "failed": failed.get(trial.name),
+            }
+        )
+        entry |= {"metric": trial.cell.recipe.metric, "seed": trial.cell.seed, "at": trial.cell.points}
+    for name, entry in groups.items():
+        best: dict[str, Any] | None = None
+        for trial_ in entry["trials"]:
+            score = trial_["score"]
+            if score is None or not math.isfinite(score):
+                continue
+            if best is None or is_better(score, best["score"], entry["metric"]):
+                best = trial_
+        if best is None:
+            raise RecipeError(f"search {name}: no trial gave a score; {entry['trials'][-1]['failed']}")
+        rates = [trial_["rate"] for trial_ in entry["trials"]]
+        entry |= {"chosen": best["rate"], "at_edge": best["rate"] in (min(rates), max(rates))}
+    return {"setting": settings.search.setting, "split": "development", "groups": groups}
+
+
+def chosen_tables(content: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """What ``search.json`` lays over a group's recipes."""
+    return {
+        tuple(entry["points"]): nested(content["setting"], entry["chosen"])
+        for entry in content["groups"].values()
+    }

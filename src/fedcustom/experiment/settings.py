@@ -1,0 +1,221 @@
+"""The file of an experiment: a base recipe, axes of a grid, and how learning rates are chosen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from ..errors import RecipeError, nearest
+from ..recipe import Baseline, read_toml
+from ..settings import Settings
+
+Match = dict[str, str | list[str]]
+"""Points by axis: those cells are meant that lie on one of the points named, on each axis named."""
+
+
+class Sweep(Settings):
+    """An axis along which one setting takes values; its points are named after them."""
+
+    setting: str = Field(description="A recipe's setting, as in method.length")
+    values: list[int | float | str | bool] = Field(min_length=1, description="Its values")
+
+
+class Override(Settings):
+    """Settings of some cells, laid over what their points say."""
+
+    match: Match = Field(description="Which cells")
+    set: dict[str, Any] = Field(description="Tables of a recipe")
+
+
+class SearchSettings(Settings):
+    """A learning rate for each point of an axis, chosen on the development split."""
+
+    axis: str = Field("method", description="The axis whose points each have a list of rates")
+    rates: dict[str, list[float]] = Field(description="The rates to try, as many for every point")
+    per: list[str] = Field(
+        default_factory=list, description="Axes for each of whose points the search is made anew"
+    )
+    at: dict[str, str] = Field(
+        default_factory=dict, description="Where on other axes it is made; unset: at the first cell"
+    )
+    setting: str = Field("training.learning_rate", description="What is searched")
+    seed: int | None = Field(None, ge=0, description="Seed of the trials; unset: the first of seeds")
+    set: dict[str, Any] = Field(default_factory=dict, description="Tables of a recipe, for trials alone")
+
+    @model_validator(mode="after")
+    def _is_fair(self) -> Self:
+        counts = {point: len(rates) for point, rates in self.rates.items()}
+        if len(set(counts.values())) != 1 or 0 in counts.values():
+            raise ValueError(f"rates: every method must have the same number of trials, not {counts}")
+        for point, rates in self.rates.items():
+            if len(set(rates)) < len(rates) or min(rates) <= 0:
+                raise ValueError(f"rates.{point} = {rates}: must be different numbers above 0")
+        return self
+
+
+class EstimateSettings(Settings):
+    """Measured seconds a round, from which the time of cells is estimated before any has run."""
+
+    axis: str = Field("method", description="The axis whose points take different times")
+    seconds: dict[str, float] = Field(description="Seconds a round on one core, by point")
+
+
+class ReportSettings(Settings):
+    """How tables are laid out."""
+
+    rows: list[str] = Field(default_factory=list, description="Axes whose points are a table's rows")
+    columns: str | None = Field(None, description="The axis whose points are a table's columns")
+    metric: str | None = Field(None, description="The metric of the tables; unset: what rounds are chosen by")
+    reference: Match = Field(
+        default_factory=dict, description="The cells whose score others are to reach (centralised ones)"
+    )
+    same: list[str] = Field(
+        default_factory=list, description="Axes on which a cell and its reference lie on one point"
+    )
+    share: float = Field(0.95, gt=0, le=1, description="Which part of the reference's score is to be reached")
+
+
+class ExperimentSettings(Settings):
+    """One experiment. ``axes`` and ``sweeps`` are the grid, in the order of the file."""
+
+    recipe: str | None = Field(None, description="A recipe to start from; its path is relative to this file")
+    base: dict[str, Any] = Field(default_factory=dict, description="Tables of a recipe, for every cell")
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="Seeds of every cell")
+    axes: dict[str, dict[str, dict[str, Any]]] = Field(
+        default_factory=dict, description="[axes.<axis>.<point>]: tables of a recipe"
+    )
+    sweeps: dict[str, Sweep] = Field(default_factory=dict, description="Axes of one setting each")
+    exclude: list[Match] = Field(default_factory=list, description="Cells that are left out")
+    override: list[Override] = Field(default_factory=list, description="Settings of some cells")
+    search: SearchSettings | None = Field(None, description="Learning rates")
+    estimate: EstimateSettings | None = Field(None, description="Seconds a round")
+    report: ReportSettings = Field(default_factory=lambda: ReportSettings(), description="Tables")
+    keep_models: bool = Field(
+        False, description="Keep the models and checkpoints of finished cells, not their figures alone"
+    )
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        if not self.axes and not self.sweeps:
+            raise ValueError("axes: name one axis at least, as in [axes.method.prefix]")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds = {self.seeds}: must be different numbers from 0")
+        if both := self.axes.keys() & self.sweeps.keys():
+            raise ValueError(f"sweeps.{min(both)}: there is such an axis already")
+        points = self.points()
+        for axis, there in points.items():
+            if axis == "seed" or not _is_name(axis):
+                raise ValueError(f"axes.{axis}: not a name for an axis (letters, digits, . _ -, not seed)")
+            if not there:
+                raise ValueError(f"axes.{axis}: name one point at least")
+            for point in there:
+                if not _is_name(point):
+                    raise ValueError(f"axes.{axis}.{point}: not a name (letters, digits, . _ and single -)")
+        for number, match in enumerate(self.exclude):
+            check_match(match, points, f"exclude {number + 1}")
+        for number, override in enumerate(self.override):
+            check_match(override.match, points, f"override {number + 1}")
+        check_match(self.report.reference, points, "report.reference")
+        columns = [self.report.columns] if self.report.columns else []
+        _check_axes([*self.report.rows, *columns, *self.report.same], points, "report")
+        if self.search is not None:
+            _check_axes([self.search.axis, *self.search.per, *self.search.at], points, "search")
+            check_match({self.search.axis: list(self.search.rates)}, points, "search.rates")
+            check_match(dict(self.search.at), points, "search.at")
+            if missing := points[self.search.axis].keys() - self.search.rates.keys():
+                raise ValueError(f"search.rates: none for {', '.join(sorted(missing))}")
+        if self.estimate is not None:
+            _check_axes([self.estimate.axis], points, "estimate")
+        return self
+
+    def points(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """What each point of each axis says of a recipe, as tables."""
+        swept = {
+            axis: {_value_name(value): nested(sweep.setting, value) for value in sweep.values}
+            for axis, sweep in self.sweeps.items()
+        }
+        return {**self.axes, **swept}
+
+
+def load_experiment(path: Path) -> tuple[ExperimentSettings, dict[str, Any]]:
+    """An experiment's file, and the tables of the recipe that its cells start from.
+
+    Raises:
+        RecipeError: a file cannot be read, a key is unknown, a name does not exist; one line.
+    """
+    content = read_toml(path)
+    try:
+        settings = ExperimentSettings.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_explain(error.errors()[0])}") from None
+    if settings.recipe is None:
+        return settings, settings.base
+    from ..recipe import merged
+
+    base = read_toml(path.parent / settings.recipe)
+    base.pop("compare", None)
+    return settings, merged(base, settings.base)
+
+
+def check_match(
+    match: Mapping[str, str | list[str]], points: Mapping[str, Iterable[str]], where: str
+) -> None:
+    """Refuse axes and points that do not exist.
+
+    Raises:
+        ValueError: names what is wrong and what is allowed.
+    """
+    _check_axes(match, points, where)
+    for axis, wanted in match.items():
+        there = list(points[axis])
+        for point in [wanted] if isinstance(wanted, str) else wanted:
+            if point not in there:
+                raise ValueError(f"{where}: axis {axis!r} has no point {point!r}{nearest(point, there)}")
+
+
+def matches(match: Mapping[str, str | list[str]], points: Mapping[str, str]) -> bool:
+    """Whether a cell at ``points`` is meant."""
+    return all(
+        points[axis] == wanted if isinstance(wanted, str) else points[axis] in wanted
+        for axis, wanted in match.items()
+    )
+
+
+def nested(setting: str, value: Any) -> dict[str, Any]:
+    """``{"a": {"b": value}}`` for ``a.b``."""
+    for part in reversed(setting.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def is_baseline(values: Mapping[str, Any]) -> bool:
+    """Whether a recipe's tables are those of a baseline."""
+    federated: Baseline = "federated"
+    return bool(values.get("baseline", federated) != federated)
+
+
+def _check_axes(axes: Iterable[str], points: Mapping[str, Any], where: str) -> None:
+    for axis in axes:
+        if axis not in points:
+            raise ValueError(f"{where}: there is no axis {axis!r}{nearest(axis, list(points))}")
+
+
+def _is_name(text: str) -> bool:
+    return bool(re.fullmatch(r"[A-Za-z0-9_.]+(-[A-Za-z0-9_.]+)*", text)) and not text.startswith(".")
+
+
+def _value_name(value: int | float | str | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        allowed = list(ExperimentSettings.model_fields) if len(problem["loc"]) == 1 else []
+        return f"{key}: unknown setting" + (nearest(key, allowed) if allowed else "")
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should", "must")
+    return f"{key}: {message}" if key else str(message)

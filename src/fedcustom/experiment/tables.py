@@ -1,0 +1,215 @@
+"""Tables of an experiment, from its results alone: means over seeds with 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..evaluation.metrics import LOWER_IS_BETTER
+from ..report import words
+from ..report.groups import mean_and_interval
+from .results import Result, reached
+from .settings import ExperimentSettings, ReportSettings, matches
+
+Value = Callable[[Result], float]
+"""A figure of one result."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The results at one combination of points, one a seed."""
+
+    points: dict[str, str]
+    results: list[Result]
+
+    def mean(self, value: Value) -> tuple[float, float]:
+        """Mean over seeds, and half the width of the 95 % interval (Student's t; NaN for one seed)."""
+        return mean_and_interval(value(result) for result in self.results)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, column headings, and rows of texts of which the first names the row."""
+
+    heading: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return "\n".join([f"### {self.heading}", "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+@dataclass(frozen=True)
+class Section:
+    """What stands in one table of scores: its heading, row names, column names, and the group in each place
+    (None where there is none).
+    """
+
+    heading: str
+    rows: list[str]
+    columns: list[str]
+    groups: dict[tuple[str, str], Group]
+
+
+def grouped(results: Sequence[Result]) -> list[Group]:
+    """Results by their points, seeds in rising order."""
+    found: dict[tuple[tuple[str, str], ...], list[Result]] = {}
+    for result in sorted(results, key=lambda result: result.seed):
+        found.setdefault(tuple(result.points.items()), []).append(result)
+    return [Group(dict(points), together) for points, together in found.items()]
+
+
+def sections(settings: ExperimentSettings, groups: Sequence[Group]) -> list[Section]:
+    """The groups as the file's ``[report]`` lays them out; in the order of the file.
+
+    Axes that are neither rows nor columns have a section for each combination of their points. Without
+    ``columns``, the last axis is; without ``rows``, all others are.
+    """
+    points = settings.points()
+    column = settings.report.columns or list(points)[-1]
+    rows = settings.report.rows or [axis for axis in points if axis != column]
+    rest = [axis for axis in points if axis not in (*rows, column)]
+    places = {axis: {point: i for i, point in enumerate(there)} for axis, there in points.items()}
+    ordered = sorted(groups, key=lambda group: [places[axis].get(group.points[axis], -1) for axis in points])
+    found: dict[str, list[Group]] = {}
+    for group in ordered:
+        heading = ", ".join(f"{axis} {group.points[axis]}" for axis in rest if len(points[axis]) > 1)
+        found.setdefault(heading, []).append(group)
+
+    def row(group: Group) -> str:
+        return ", ".join(group.points[axis] for axis in rows)
+
+    return [
+        Section(
+            heading,
+            rows=list(dict.fromkeys(map(row, there))),
+            columns=[point for point in points[column] if any(g.points[column] == point for g in there)],
+            groups={(row(group), group.points[column]): group for group in there},
+        )
+        for heading, there in found.items()
+    ]
+
+
+def score_tables(settings: ExperimentSettings, groups: Sequence[Group]) -> list[Table]:
+    """The score on the test split, the worst client's, and what only some runs have, section by section."""
+    metric = metric_of(settings.report, groups)
+    results = [result for group in groups for result in group.results]
+    name = words.metric_name(metric)
+    kinds: list[tuple[str, Value]] = [
+        (name, lambda result: result.metrics.get(metric, math.nan)),
+        (f"worst client's {name}", lambda result: result.worst_client.get(metric, math.nan)),
+    ]
+    if any("backdoor" in result.more for result in results):
+        kinds.append(("success rate of the backdoor", _extra("backdoor", "success_rate")))
+    perturbed = dict.fromkeys(kind for result in results for kind in result.more.get("perturbed", {}))
+    kinds += [(f"{name} on test texts with {kind}", _extra("perturbed", kind, metric)) for kind in perturbed]
+    tables = []
+    for section in sections(settings, groups):
+        for kind, value in kinds:
+            heading = f"{section.heading}: {kind}" if section.heading else words.capitalised(kind)
+            rows = []
+            for row in section.rows:
+                there = [section.groups.get((row, column)) for column in section.columns]
+                rows.append([row, *(_shown(group, value, metric) for group in there)])
+            if any(cell != words.MISSING for row in rows for cell in row[1:]):
+                tables.append(Table(heading, ["", *section.columns], rows))
+    return tables
+
+
+def cost_table(settings: ExperimentSettings, groups: Sequence[Group]) -> Table:
+    """What each combination costs: parameters, bytes, seconds, memory, and rounds and bytes to the wanted
+    share of the reference's development score (``[report] reference``); means over seeds.
+    """
+    share = f"{100 * settings.report.share:g} %"
+    columns = [
+        "", "seeds", "learning rate", "parameters", "head", "up a client and round", "sent in all", "time",
+        "memory", f"rounds to {share}", f"bytes to {share}",
+    ]  # fmt: skip
+    rows = []
+    for group in groups:
+        first = group.results[0]
+        target = target_of(settings.report, group, groups)
+        found = [reached(result, target) if target is not None else None for result in group.results]
+        known = [pair for pair in found if pair is not None]
+        missed = len(found) - len(known) if target is not None else 0
+        note = f" ({missed} of {len(found)} never)" if missed and known else ""
+        empty = words.MISSING if target is None else "never"
+        rows.append(
+            [
+                ", ".join(group.points.values()),
+                str(len(group.results)),
+                words.MISSING if first.learning_rate is None else f"{first.learning_rate:g}",
+                words.count(first.trainable_parameters),
+                words.count(first.head_parameters),
+                words.byte_count(group.mean(lambda r: r.bytes["up_per_client_round"])[0]),
+                words.byte_count(group.mean(lambda r: r.bytes["up_total"] + r.bytes["down_total"])[0]),
+                words.duration(group.mean(lambda r: r.seconds["total"])[0]),
+                words.byte_count(max(result.peak_memory_bytes for result in group.results)),
+                f"{mean_and_interval(n for n, _ in known)[0]:.0f}{note}" if known else empty,
+                words.byte_count(mean_and_interval(sent for _, sent in known)[0]) if known else empty,
+            ]
+        )
+    return Table("Costs", columns, rows)
+
+
+def target_of(report: ReportSettings, group: Group, groups: Sequence[Group]) -> float | None:
+    """The development score that a group is to reach: the wanted share of its reference's mean over seeds;
+    for a metric of which less is better, that mean divided by the share. None without a reference.
+    """
+    if not report.reference:
+        return None
+    scores = [
+        result.score
+        for other in groups
+        if matches(report.reference, other.points)
+        and all(other.points[axis] == group.points[axis] for axis in report.same)
+        for result in other.results
+    ]
+    if not scores:
+        return None
+    mean = sum(scores) / len(scores)
+    lower = group.results[0].metric in LOWER_IS_BETTER
+    return mean / report.share if lower else report.share * mean
+
+
+def search_table(content: Mapping[str, Any]) -> Table:
+    """The trials of a search: each rate with its score on the development split, the chosen one in bold."""
+    rows = []
+    for name, entry in content["groups"].items():
+        cells = []
+        for trial in entry["trials"]:
+            score = "failed" if trial["score"] is None else f"{trial['score']:.3f}"
+            text = f"{trial['rate']:g}: {score}"
+            cells.append(f"**{text}**" if trial["rate"] == entry["chosen"] else text)
+        rows.append([name, *cells, "yes" if entry["at_edge"] else ""])
+    most = max(len(row) for row in rows) - 2
+    heading = f"Search of {content['setting']}, development split"
+    return Table(heading, ["", *(f"trial {n}" for n in range(1, most + 1)), "best at the edge"], rows)
+
+
+def metric_of(report: ReportSettings, groups: Sequence[Group]) -> str:
+    """The metric of the tables."""
+    return report.metric or groups[0].results[0].metric
+
+
+def _extra(*keys: str) -> Value:
+    """What some results have under these keys of ``more``; NaN where it is not."""
+
+    def value(result: Result) -> float:
+        found: Any = result.more
+        for key in keys:
+            found = found.get(key, {})
+        return float(found) if found != {} else math.nan
+
+    return value
+
+
+def _shown(group: Group | None, value: Value, metric: str) -> str:
+    if group is None:
+        return words.MISSING
+    mean, half = group.mean(value)
+    return f"{words.score(mean, metric)} {words.interval(half, metric)}".strip()

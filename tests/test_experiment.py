@@ -1,0 +1,354 @@
+"""Grids of recipes: cells, searches, results and tables, against figures made by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+from scipy import stats
+
+import fedcustom
+from fedcustom.errors import RecipeError, RunError
+from fedcustom.experiment import runner
+from fedcustom.experiment.campaign import Campaign, open_campaign
+from fedcustom.experiment.grid import parse_only
+from fedcustom.experiment.page import write_tables
+from fedcustom.experiment.results import Result, reached, read_result, read_results, write_result
+from fedcustom.experiment.settings import ExperimentSettings
+from fedcustom.experiment.tables import cost_table, grouped, score_tables
+from fedcustom.recipe import load_recipe
+from test_cli import command
+from test_run import rows_of
+
+__all__ = ["command"]
+
+
+def written(tmp_path: Path, small: dict[str, Any], **more: Any) -> Path:
+    """An experiment's file: two methods, two partitions, a baseline for one of them."""
+    content = {
+        "base": {
+            **{key: small[key] for key in small if key != "method"},
+            "clients": {"count": 4, "development_fraction": 0.2},
+        },
+        "seeds": [3, 5],
+        "axes": {
+            "training": {"federated": {}, "centralised": {"baseline": "centralised"}},
+            "method": {
+                "prefix": {"method": {"name": "prefix", "length": 4}},
+                "lora": {"method": {"name": "lora", "rank": 2}},
+            },
+            "partition": {
+                "iid": {"clients": {"partition": "iid"}},
+                "skewed": {"clients": {"partition": "dirichlet", "alpha": 0.5}},
+            },
+        },
+        "exclude": [{"training": "centralised", "partition": ["skewed"]}],
+        **more,
+    }
+    path = tmp_path / "tiny.toml"
+    path.write_text(tomli_w.dumps(content))
+    return path
+
+
+def opened(path: Path, **only: str) -> Campaign:
+    folder = path.parent
+    return Campaign(
+        path, folder / "runs", folder / "results", parse_only(f"{k}={v}" for k, v in only.items())
+    )
+
+
+SEARCH = {
+    "rates": {"prefix": [0.001, 0.1], "lora": [0.0001, 0.01]}, "per": ["training"],
+    "set": {"rounds": {"count": 1}},
+}  # fmt: skip
+
+
+def test_cells_are_every_combination_but_the_excluded(small: dict[str, Any], tmp_path: Path) -> None:
+    path = written(
+        tmp_path, small,
+        sweeps={"length": {"setting": "rounds.count", "values": [2, 3]}},
+        override=[{"match": {"method": "lora", "partition": "iid"}, "set": {"training": {"batch_size": 5}}}],
+    )  # fmt: skip
+    cells = {cell.name: cell.recipe for cell in opened(path).cells()}
+    expected = {
+        f"{training}--{method}--{partition}--{rounds}--seed-{seed}"
+        for training in ("federated", "centralised")
+        for method in ("prefix", "lora")
+        for partition in ("iid", "skewed")
+        for rounds in (2, 3)
+        for seed in (3, 5)
+        if (training, partition) != ("centralised", "skewed")
+    }
+    assert cells.keys() == expected
+    one = cells["federated--lora--skewed--3--seed-5"]
+    assert (one.method.name, one.clients.alpha, one.rounds.count, one.seed) == ("lora", 0.5, 3, 5)
+    assert one.training.batch_size == 8
+    assert cells["federated--lora--iid--3--seed-5"].training.batch_size == 5
+    assert cells["centralised--prefix--iid--2--seed-3"].baseline == "centralised"
+
+
+def test_a_baseline_leaves_out_what_only_a_federation_has(small: dict[str, Any], tmp_path: Path) -> None:
+    base = {**small, "attack": {"kind": "sign_flip"}}
+    cells = {c.name: c.recipe for c in opened(written(tmp_path, base)).cells()}
+    assert cells["centralised--prefix--iid--seed-3"].attack.kind == "none"
+    assert cells["federated--prefix--iid--seed-3"].attack.kind == "sign_flip"
+
+
+def test_only_restricts_the_grid_and_not_where_trials_are_made(small: dict[str, Any], tmp_path: Path) -> None:
+    path = written(tmp_path, small, search=SEARCH)
+    cells = opened(path, method="lora", partition="skewed", seed="5").cells()
+    assert [cell.name for cell in cells] == ["federated--lora--skewed--seed-5"]
+    every = {trial.name: trial.cell for trial in opened(path).trials()}
+    some = {trial.name: trial.cell for trial in opened(path, partition="skewed", method="lora").trials()}
+    assert list(some) == ["lora--federated--0.0001", "lora--federated--0.01"]
+    assert all(every[name].digest == cell.digest for name, cell in some.items())
+    assert some["lora--federated--0.01"].recipe.clients.partition == "iid"
+
+
+def test_a_whole_experiment(small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chosen rate is the best on the development split; cells are the runs of their recipes; nothing is
+    run twice; an edit runs again what it changes.
+    """
+    path = written(tmp_path, small, search=SEARCH, seeds=[3])
+    said: list[str] = []
+    assert opened(path).run(1, said.append) == {}
+    search = json.loads((tmp_path / "results" / "search.json").read_text())
+    assert search["split"] == "development"
+    assert {len(entry["trials"]) for entry in search["groups"].values()} == {2}
+    entry = search["groups"]["prefix--federated"]
+    for trial in entry["trials"]:
+        run = fedcustom.run(
+            {**small, "clients": {"count": 4, "partition": "iid", "development_fraction": 0.2},
+             "rounds": {"count": 1}, "seed": 3},
+            {"training.learning_rate": trial["rate"], "evaluation.untuned": False},
+            out=tmp_path / f"by-hand-{trial['rate']}",
+        )  # fmt: skip
+        assert trial["score"] == rows_of(run.directory)[0]["development"]["accuracy"]
+    scores = [trial["score"] for trial in entry["trials"]]
+    assert entry["chosen"] == entry["trials"][int(np.argmax(scores))]["rate"]
+    assert entry["at_edge"]
+
+    result = read_result(tmp_path / "results" / "federated--prefix--skewed--seed-3.json")
+    assert result.learning_rate == entry["chosen"]
+    again = fedcustom.run(load_recipe(result.recipe), out=tmp_path / "again")
+    assert again.summary["metrics"] == result.metrics
+    assert again.summary["bytes"] == result.bytes
+    assert result.curve[-1][2] == again.summary["bytes"]["up_total"] + again.summary["bytes"]["down_total"]
+    assert "--only=partition=skewed" in result.command
+    assert (tmp_path / "results" / "federated--prefix--skewed--seed-3.json").stat().st_size < 5000
+    (folder,) = (tmp_path / "runs").glob("federated--prefix--skewed--seed-3-*")
+    assert {"summary.json", "metrics.jsonl"} <= {p.name for p in folder.iterdir()}
+    assert not (folder / "model").exists()
+
+    ran: list[str] = []
+    plain = runner._here
+    monkeypatch.setattr(runner, "_here", lambda job: (ran.append(job.name), plain(job))[1])
+    assert opened(path).run(1, said.append) == {}
+    assert ran == []
+    edited = written(
+        tmp_path, small, search=SEARCH, seeds=[3],
+        override=[
+            {"match": {"method": "lora", "partition": "skewed"}, "set": {"training": {"batch_size": 4}}}
+        ],
+    )  # fmt: skip
+    opened(edited).run(1, said.append)
+    assert ran == ["federated--lora--skewed--seed-3"]
+
+
+def test_one_that_fails_does_not_stop_the_others(command: Any, small: dict[str, Any], tmp_path: Path) -> None:
+    path = written(
+        tmp_path, small, seeds=[3], exclude=[{"training": "centralised"}, {"partition": "skewed"}],
+        override=[
+            {"match": {"method": "prefix"},
+             "set": {"training": {"learning_rate": 1e30, "optimizer": "sgd"}}}
+        ],
+    )  # fmt: skip
+    out = ("--runs", tmp_path / "runs", "--results", tmp_path / "results")
+    result = command("experiment", path, *out)
+    assert result.code == 2
+    assert "error: federated--prefix--iid--seed-3: round " in result.error
+    assert [r.points["method"] for r in read_results(tmp_path / "results")] == ["lora"]
+    listed = command("experiment", path, "--list", *out)
+    assert listed.code == 0
+    assert "cell federated--lora--iid--seed-3  done" in listed.out
+    assert "2 cells, 1 done; left: about 0.0 hours of one core, and 1 of unknown time" in listed.out
+    assert command("experiment", path, "--report", *out).code == 0
+
+
+def test_an_interrupted_experiment_goes_on(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, small, seeds=[3], exclude=[{"training": "centralised"}, {"method": "lora"}])
+    from fedcustom.driver import _Driver
+
+    plain, rounds = _Driver._round, []
+
+    def interrupted(self: Any, number: int, *rest: Any) -> Any:
+        rounds.append(number)
+        if rounds == [1, 2]:
+            raise KeyboardInterrupt
+        return plain(self, number, *rest)
+
+    monkeypatch.setattr(_Driver, "_round", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opened(path).run(1, print)
+    assert opened(path).run(1, print) == {}
+    assert rounds == [1, 2, 2, 1, 2]  # the first cell goes on with its second round
+    whole = fedcustom.run(
+        load_recipe(read_results(tmp_path / "results")[0].recipe), out=tmp_path / "uninterrupted"
+    )
+    assert read_results(tmp_path / "results")[0].metrics == whole.summary["metrics"]
+
+
+@pytest.mark.slow
+def test_several_at_once_are_the_same(small: dict[str, Any], tmp_path: Path) -> None:
+    path = written(tmp_path, small, seeds=[3], exclude=[{"training": "centralised"}, {"method": "lora"}])
+    assert opened(path).run(2, print) == {}
+    other = Campaign(path, tmp_path / "runs-1", tmp_path / "results-1")
+    assert other.run(1, print) == {}
+    pairs = zip(read_results(tmp_path / "results"), read_results(tmp_path / "results-1"), strict=True)
+    for together, alone in pairs:
+        assert together.metrics == alone.metrics
+        assert together.digest == alone.digest
+    assert not list((tmp_path / "runs").glob("*.toml"))
+
+
+# --- tables, from results that are made up ---
+
+
+def made_up(method: str, partition: str, seed: int, accuracy: float, **more: Any) -> Result:
+    values: dict[str, Any] = {
+        "experiment": "tiny", "points": {"training": "federated", "method": method, "partition": partition},
+        "seed": seed, "digest": "0" * 12, "command": "", "baseline": "federated", "metric": "accuracy",
+        "learning_rate": 0.1, "score": accuracy, "best_round": 3, "rounds": 3,
+        "metrics": {"accuracy": accuracy, "loss": 1.0}, "untuned": {}, "client_mean": {},
+        "worst_client": {"accuracy": accuracy - 0.5}, "trainable_parameters": 100, "head_parameters": 10,
+        "bytes": {"up_per_client_round": 440, "down_per_client_round": 440,
+                  "up_total": 1000, "down_total": 1000},
+        "seconds": {"total": 3.0}, "peak_memory_bytes": 10**9,
+        "curve": [[1, 0.5, 700], [2, 0.80, 1300], [3, accuracy, 2000]],
+        "machine": {"processor": "p", "git_commit": "c"}, "recipe": {},
+    }  # fmt: skip
+    return Result(**(values | more))
+
+
+def laid_out(tmp_path: Path, small: dict[str, Any], **report: Any) -> ExperimentSettings:
+    layout = {"rows": ["method", "training"], "columns": "partition", **report}
+    return opened(written(tmp_path, small, report=layout)).settings
+
+
+def test_means_and_intervals(small: dict[str, Any], tmp_path: Path) -> None:
+    scores = [0.7, 0.8, 0.84]
+    results = [made_up("prefix", "iid", seed, score) for seed, score in enumerate(scores)]
+    results.append(made_up("lora", "skewed", 0, 0.6))
+    table = score_tables(laid_out(tmp_path, small), grouped(results))[0]
+    half = stats.t.ppf(0.975, 2) * np.std(scores, ddof=1) / math.sqrt(3)
+    assert table.columns == ["", "iid", "skewed"]
+    assert table.rows == [
+        ["prefix, federated", f"{np.mean(scores):.3f} ± {half:.3f}", "–"],
+        ["lora, federated", "–", "0.600"],
+    ]
+    assert "| prefix, federated |" in table.markdown()
+
+
+def test_rounds_and_bytes_to_a_share_of_the_reference(small: dict[str, Any], tmp_path: Path) -> None:
+    central = {"points": {"training": "centralised", "method": "prefix", "partition": "iid"}}
+    results = [
+        made_up("prefix", "iid", 0, 0.84, **central), made_up("prefix", "iid", 0, 0.82),
+        made_up("prefix", "iid", 1, 0.83), made_up("prefix", "skewed", 0, 0.81),
+        made_up("lora", "iid", 0, 0.9),
+    ]  # fmt: skip
+    reference = {"reference": {"training": "centralised"}, "same": ["method"]}
+    rows = {row[0]: row for row in cost_table(laid_out(tmp_path, small, **reference), grouped(results)).rows}
+    assert 0.95 * 0.84 < 0.80  # so that the second evaluated round is enough
+    assert rows["federated, prefix, iid"][-2:] == ["2", "1.3 kB".replace(" ", "\N{NO-BREAK SPACE}")]
+    assert rows["federated, lora, iid"][-2:] == ["–", "–"]  # no reference of its method
+    assert reached(results[1], 0.9) is None
+
+
+def test_what_only_some_runs_have(small: dict[str, Any], tmp_path: Path) -> None:
+    more = {"backdoor": {"success_rate": 0.25}, "perturbed": {"typos": {"accuracy": 0.55}}}
+    results = [made_up("prefix", "iid", 0, 0.8, more=more), made_up("lora", "iid", 0, 0.7)]
+    tables = {t.heading: t for t in score_tables(laid_out(tmp_path, small), grouped(results))}
+    assert tables["Success rate of the backdoor"].rows == [
+        ["prefix, federated", "0.250"], ["lora, federated", "–"],
+    ]  # fmt: skip
+    assert tables["Accuracy on test texts with typos"].rows[0] == ["prefix, federated", "0.550"]
+
+
+def test_tables_and_page_from_results_alone(small: dict[str, Any], tmp_path: Path) -> None:
+    path, folder = written(tmp_path, small, report={"columns": "partition"}), tmp_path / "kept"
+    for partition in ("iid", "skewed"):
+        for seed in (3, 5):
+            result = made_up("prefix", partition, seed, 0.7 + seed / 100)
+            write_result(folder / f"{partition}-{seed}.json", result)
+    old = {"training": "federated", "method": "gone", "partition": "iid"}
+    write_result(folder / "old.json", made_up("gone", "iid", 0, 0.1, points=old))
+    names = [written_.name for written_ in write_tables(path, folder)]
+    assert names == ["tables.md", "index.html", "plot-1.svg"]
+    text = (folder / "tables.md").read_text()
+    assert "0.740 ± 0.127" in text
+    assert "gone" not in text
+    page = (folder / "index.html").read_text()
+    assert page.count("<circle") == 2 + 1  # two means, and the legend
+    assert "<script" not in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"axis": {}}, "axis: unknown setting; allowed: .*did you mean 'axes'"),
+        ({"axes": {}}, "name one axis at least"),
+        ({"seeds": [1, 1]}, "seeds = .1, 1.: must be different"),
+        ({"axes": {"method": {"a--b": {}}}, "exclude": []}, "axes.method.a--b: not a name"),
+        ({"axes": {"method": {}}, "exclude": []}, "axes.method: name one point"),
+        ({"exclude": [{"metod": "prefix"}]}, "exclude 1: there is no axis 'metod'.*did you mean 'method'"),
+        ({"exclude": [{"method": "prefx"}]}, "exclude 1: axis 'method' has no point 'prefx'.*'prefix'"),
+        ({"sweeps": {"method": {"setting": "seed", "values": [1]}}}, "there is such an axis already"),
+        ({"search": {"rates": {"prefix": [0.1]}}}, "search.rates: none for lora"),
+        ({"search": {"rates": {"prefix": [0.1], "lora": [0.1, 0.2]}}}, "same number of trials"),
+        ({"search": {"rates": {"prefix": [0.0], "lora": [0.1]}}}, "must be different numbers above 0"),
+        ({"report": {"columns": "alpha"}}, "report: there is no axis 'alpha'"),
+        ({"base": {"traning": {}}}, "cell federated--prefix--iid: traning: unknown setting"),
+        ({"override": [{"match": {"method": "lora"}, "set": {"method": {"rank": 0}}}]},
+         "cell federated--lora--iid: method.rank = 0"),
+        ({"exclude": [{"method": ["prefix", "lora"]}]}, "no cell is left"),
+        ({"recipe": "nowhere.toml"}, "nowhere.toml: no such recipe"),
+    ],
+)  # fmt: skip
+def test_bad_files(
+    command: Any, small: dict[str, Any], tmp_path: Path, more: dict[str, Any], message: str
+) -> None:
+    path = written(tmp_path, small, **more)
+    with pytest.raises(RecipeError, match=message):
+        open_campaign(path)
+    result = command("experiment", path, "--list")
+    assert result.code == 2
+    assert len(result.error.strip().splitlines()) == 1
+
+
+def test_bad_arguments(command: Any, small: dict[str, Any], tmp_path: Path) -> None:
+    path = written(tmp_path, small)
+    for only, message in (
+        ("method", "write axis=point"),
+        ("metod=prefix", "there is no axis 'metod'"),
+        ("seed=4", "axis 'seed' has no point '4'"),
+    ):
+        result = command("experiment", path, "--list", "--only", only)
+        assert (result.code, message in result.error) == (2, True), result.error
+    assert command("experiment", tmp_path / "none.toml").code == 2
+    empty = command("experiment", path, "--report", "--results", tmp_path / "empty")
+    assert (empty.code, "holds no results" in empty.error) == (2, True)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.json").write_text('{"seed": 1}')
+    with pytest.raises(RunError, match="not a result"):
+        read_results(tmp_path / "bad")
