@@ -77,6 +77,8 @@ def test_names_that_cannot_be(server: str, sites: list[str], message: str) -> No
         ({"baseline": "local"}, "baseline = 'local'"),
         ({"attack": {"kind": "sign_flip"}}, r"\[attack\]: is for simulations"),
         ({"participation": {"dropout": 0.5}}, r"\[participation\]: is for simulations"),
+        ({"noise": {"labels": 0.2}}, r"\[noise\]: is for simulations"),
+        ({"evaluation": {"perturb": ["typos"]}}, "evaluation.perturb: is for simulations"),
     ],
 )
 def test_what_has_a_meaning_in_simulations_alone(small: dict[str, Any], change: Any, message: str) -> None:
