@@ -180,6 +180,15 @@ def test_one_that_fails_does_not_stop_the_others(command: Any, small: dict[str, 
     assert command("experiment", path, "--report", *out).code == 0
 
 
+def test_estimates(small: dict[str, Any], tmp_path: Path) -> None:
+    estimate = {"seconds": {"prefix": 180.0, "lora": 360.0}, "times": {"partition": {"skewed": 2.0}}}
+    path = written(tmp_path, small, seeds=[3], estimate=estimate)
+    lines = list(opened(path).listing())
+    # two rounds each: centralised and federated iid, and a skewed one of twice the time
+    hours = 2 * (180 * (1 + 1 + 2) + 360 * (1 + 1 + 2)) / 3600
+    assert lines[-1] == f"6 cells, 0 done; left: about {hours:.1f} hours of one core"
+
+
 def test_an_interrupted_experiment_goes_on(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,7 +149,7 @@ def test_a_backdoor_and_perturbed_texts_in_a_whole_run(small: dict[str, Any], tm
 
 
 def test_noise_reaches_baselines_too(small: dict[str, Any], tmp_path: Path) -> None:
-    more = {"baseline": "centralised", "training.learning_rate": 0.05}
+    more = {"baseline": "centralised", "training.learning_rate": 0.05, "rounds.count": 10}
     clean = fedcustom.run(small, more, out=tmp_path / "clean")
     noisy = fedcustom.run(small, {**more, "noise.labels": 1.0, "noise.clients": 1.0}, out=tmp_path / "noisy")
     assert noisy.summary["metrics"]["loss"] > clean.summary["metrics"]["loss"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,21 +19,17 @@ class Rates:
     measured: Sequence[Result]
 
     def seconds(self, cell: Cell) -> float | None:
-        """A cell's time on one core: as measured on the same points, else on the same point of the axis of
-        ``[estimate]``, else as the file says; None where nothing is known.
+        """A cell's time on one core: as measured on the same points, else as the file's ``[estimate]``
+        says; None where nothing is known.
         """
         rounds = cell.recipe.rounds.count
         estimate = self.settings.estimate
-        same = [result for result in self.measured if result.points == cell.points]
-        if not same and estimate is not None:
-            axis = estimate.axis
-            same = [result for result in self.measured if result.points.get(axis) == cell.points[axis]]
-        if same:
-            each = [result.seconds["total"] / result.rounds for result in same]
-            return rounds * sum(each) / len(each)
+        if same := [result for result in self.measured if result.points == cell.points]:
+            return rounds * sum(r.seconds["total"] / r.rounds for r in same) / len(same)
         if estimate is None or cell.points[estimate.axis] not in estimate.seconds:
             return None
-        return rounds * estimate.seconds[cell.points[estimate.axis]]
+        factors = [by.get(cell.points[axis], 1.0) for axis, by in estimate.times.items()]
+        return rounds * estimate.seconds[cell.points[estimate.axis]] * math.prod(factors)
 
 
 def total(rates: Rates, cells: Sequence[Cell]) -> tuple[float, int]:

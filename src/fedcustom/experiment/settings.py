@@ -62,6 +62,9 @@ class EstimateSettings(Settings):
 
     axis: str = Field("method", description="The axis whose points take different times")
     seconds: dict[str, float] = Field(description="Seconds a round on one core, by point")
+    times: dict[str, dict[str, float]] = Field(
+        default_factory=dict, description="By what that is multiplied on points of other axes"
+    )
 
 
 class ReportSettings(Settings):
@@ -130,6 +133,8 @@ class ExperimentSettings(Settings):
                 raise ValueError(f"search.rates: none for {', '.join(sorted(missing))}")
         if self.estimate is not None:
             _check_axes([self.estimate.axis], points, "estimate")
+            for axis, factors in self.estimate.times.items():
+                check_match({axis: list(factors)}, points, "estimate.times")
         return self
 
     def points(self) -> dict[str, dict[str, dict[str, Any]]]:
