@@ -16,6 +16,7 @@ import fedcustom
 from fedcustom.assembly import make_method
 from fedcustom.data.build import build_data
 from fedcustom.directory import Checkpoints, History
+from fedcustom.driver import run_recipe
 from fedcustom.errors import DataError, ModelError, RecipeError, RunError
 from fedcustom.evaluation.metrics import is_better
 from fedcustom.methods import WeightTuning
@@ -438,3 +439,17 @@ def test_predictions_of_a_loaded_run_are_those_of_its_evaluation(
     with pytest.raises(DataError, match="input 1: no column 'text'"):
         run.predict([{"txt": "x"}])
     assert run.predict([]) == []
+
+
+def test_auto_says_which_precision_it_chose(small: dict[str, Any], tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Noting(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    recipe = load_recipe(small, {"model.dtype": "auto", "rounds.count": 1})
+    run_recipe(recipe, tmp_path / "run", progress=Noting())
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["precision_seconds"].keys() == {"float32", "bfloat16"}
+    assert any(text.startswith(f"model.dtype = auto: {environment['precision']}") for text in notes)
