@@ -35,7 +35,7 @@ RunDirectory = Annotated[Path, typer.Argument(help="A run's directory")]
 def main() -> NoReturn:
     """Run the command line; what a user can mend is one line on standard error and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app(standalone_mode=True)
     except FedcustomError as error:
@@ -253,6 +253,11 @@ def recipe(
         load_recipe(file, overrides or []) if file is not None else load_recipe(Recipe(), overrides or [])
     )
     print(to_toml(chosen), end="")
+
+
+def _stop(*_: object) -> None:
+    """End as Ctrl-C does. SIGINT itself would not do: a shell lets its background jobs ignore it."""
+    raise KeyboardInterrupt
 
 
 def _names(text: str) -> list[str]:
