@@ -102,7 +102,7 @@ def stop(folder: Path) -> bool:
     pid = _running(folder)
     if pid is None:
         return False
-    os.kill(pid, signal.SIGINT)
+    os.kill(pid, signal.SIGTERM)
     return True
 
 
