@@ -56,14 +56,21 @@ def _compared(job: Callable[[Path], Path], peers: list[str], options: Any) -> di
         folder = job(Path(space))
         engines = [*own_engines(), *(peer(name) for name in wanted)]
         rows = compare(alternate(engines, folder, options.repeat, options.threads, limit=options.limit))
-        out = Path(space) / "profile.json"
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks.profile", str(folder), str(out)],
-            cwd=HERE.parent, check=True, capture_output=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(options.threads), "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
-        profile = json.loads(out.read_text(encoding="utf-8"))
-    return {"engines": rows, "profile": profile}
+        return {"engines": rows, "profile": _profile(folder, Path(space) / "profile.json", options.threads)}
+
+
+def _profile(job: Path, out: Path, threads: int) -> dict[str, Any] | None:
+    """Where our time goes; none if that cannot be measured, which must not lose the times themselves."""
+    variables = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.profile", str(job), str(out)],
+        cwd=HERE.parent, env={**os.environ, **variables}, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        print(f"  no profile: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+        return None
+    profile: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return profile
 
 
 def _a(options: Any) -> dict[str, Any]:

@@ -153,8 +153,12 @@ def test_the_page_is_made_of_results_alone(tmp_path: Path) -> None:
     case = {"machine": machine, "engines": compare(measured), "profile": profile()}
     (tmp_path / "a.json").write_text(json.dumps(case))
     (tmp_path / "b.json").write_text(json.dumps({"machine": machine, "skipped": "skipped: no data"}))
+    (tmp_path / "c.json").write_text(
+        json.dumps({"machine": machine, "methods": {"lora": {**case, "profile": None}}})
+    )
     write_page(tmp_path, target)
     text = target.read_text()
+    assert "The profile could not be measured." in text
     assert "| bare loop | 2.00 s | 0.50 |  |" in text
     assert "did not run: a reason" in text
     assert "peer: a note." in text
