@@ -188,9 +188,10 @@ def hostile(made: Bed, name: str, tricks: dict[int, Callable[[dict[str, Any]], N
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
+    """The rounds of a run, but for a line that is being written."""
     import json
 
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 
 def command(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:

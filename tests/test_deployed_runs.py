@@ -21,6 +21,7 @@ from deployed import Bed, Watcher, bed, command, hostile, kill, metrics
 from fedcustom.deployment.run import serving
 from fedcustom.deployment.settings import load_federation
 from fedcustom.directory import Checkpoints
+from fedcustom.recipe import load_recipe, to_toml
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
 
@@ -138,27 +139,24 @@ def test_the_servers_engine_killed(
     report(record_property, "nothing", longest(watcher))
 
 
-def test_the_run_killed_and_resumed(
-    federation: Bed, expected: Path, tmp_path: Path, record_property: Any
-) -> None:
-    out = tmp_path / "run"
-    file = tmp_path / "recipe.toml"
-    from fedcustom.recipe import load_recipe, to_toml
-
-    file.write_text(to_toml(load_recipe(federation.recipe)))
+def test_the_run_killed_and_resumed(federation: Bed, tmp_path: Path, record_property: Any) -> None:
+    out, file, rounds = tmp_path / "run", tmp_path / "recipe.toml", 15
+    recipe = load_recipe(federation.recipe, {"rounds.count": rounds})
+    file.write_text(to_toml(recipe))
     process = command("deploy", "run", str(file), "-f", str(federation.folder), "--out", str(out))
     until = time.monotonic() + 120
-    while time.monotonic() < until and not (out / "checkpoints" / "round-000003").exists():
+    while time.monotonic() < until and not ((out / "metrics.jsonl").exists() and len(metrics(out)) > 3):
         assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
-        time.sleep(0.05)
+        time.sleep(0.02)
     kill([process.pid])
     process.wait()
     killed = time.monotonic()
     watcher = Watcher()
-    federation.run(out, watcher)
-    assert watcher.done >= 3
-    assert [row["round"] for row in metrics(out)] == [0, *range(1, ROUNDS + 1)]
-    assert difference(out, expected) == 0
+    federation.run(out, watcher, rounds__count=rounds)
+    assert 3 <= watcher.done < rounds
+    assert [row["round"] for row in metrics(out)] == [0, *range(1, rounds + 1)]
+    fedcustom.run(recipe, out=tmp_path / "expected")
+    assert difference(out, tmp_path / "expected") == 0
     report(record_property, "nothing", watcher.times[watcher.done + 1] - killed)
 
 
