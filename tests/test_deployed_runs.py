@@ -153,7 +153,7 @@ def test_the_run_killed_and_resumed(federation: Bed, tmp_path: Path, record_prop
     killed = time.monotonic()
     watcher = Watcher()
     federation.run(out, watcher, rounds__count=rounds)
-    assert 3 <= watcher.done < rounds
+    assert 2 <= watcher.done < rounds  # the third round may lack its checkpoint
     assert [row["round"] for row in metrics(out)] == [0, *range(1, rounds + 1)]
     fedcustom.run(recipe, out=tmp_path / "expected")
     assert difference(out, tmp_path / "expected") == 0
