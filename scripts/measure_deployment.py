@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -114,6 +115,7 @@ class Peaks:
 
     def _watch(self) -> None:
         while not self._ended.wait(0.2):
+            together = 0
             for process in Path("/proc").iterdir():
                 if not process.name.isdigit():
                     continue
@@ -124,8 +126,13 @@ class Peaks:
                     continue
                 kind = self._kind(int(process.name), line)
                 if kind and "VmHWM" in status:
-                    found = int(status.split("VmHWM:")[1].split()[0]) * 1024
-                    self.peaks[kind] = max(self.peaks.get(kind, 0), found)
+                    self._note(kind, _kilobytes(status, "VmHWM:") * 1024)
+                    if kind.startswith("server"):
+                        together += _kilobytes(status, "VmRSS:") * 1024
+            self._note("server, all processes at one time", together)
+
+    def _note(self, kind: str, found: int) -> None:
+        self.peaks[kind] = max(self.peaks.get(kind, 0), found)
 
     def _kind(self, pid: int, line: str) -> str:
         if pid == os.getpid():
@@ -138,6 +145,10 @@ class Peaks:
             "fedcustom.site": "site, resident",
         }  # fmt: skip
         return next((kind for word, kind in names.items() if word in line), "")
+
+
+def _kilobytes(status: str, key: str) -> int:
+    return int(status.split(key)[1].split()[0])
 
 
 def main() -> None:
@@ -155,7 +166,12 @@ def main() -> None:
         size = {"width": 64, "layers": 2, "vocabulary": 400}
         if not tiny:
             size = {"width": 768, "layers": 12, "vocabulary": 50257}
-        write_model(folder / "model", **size)
+        # in a process of its own, whose memory does not count as the server's
+        making = multiprocessing.get_context("spawn").Process(
+            target=write_model, args=(folder / "model",), kwargs=size
+        )
+        making.start()
+        making.join()
         recipe = load_recipe(
             {
                 "model": {"base": str(folder / "model")},

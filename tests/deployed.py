@@ -134,10 +134,11 @@ class Bed:
         return run_deployed(recipe, self.folder, out, resume=resume, progress=watcher or Watcher())
 
     def audit(self, name: str) -> list[dict[str, Any]]:
+        """What a site has logged so far: nothing before its first run."""
         import json
 
-        lines = (self.own(name) / "audit.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        log = self.own(name) / "audit.jsonl"
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ ROOMS = [
     {"models"},
     {"data"},
     {"evaluation"},
-    {"files", "environment"},
+    {"files", "environment", "allocator"},
     {"tensors", "settings"},
     {"errors"},
 ]

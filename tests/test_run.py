@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from fedcustom.recipe import load_recipe
 from fedcustom.schedule import plan_rounds
 from fedcustom.tensors import Tensors, equal
 from fedcustom.transport import wire
+from fedcustom.transport.in_process import InProcess
+from fedcustom.transport.reply import Reply
 
 
 def tensors_of(directory: Path) -> Tensors:
@@ -453,3 +458,26 @@ def test_auto_says_which_precision_it_chose(small: dict[str, Any], tmp_path: Pat
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["precision_seconds"].keys() == {"float32", "bfloat16"}
     assert any(text.startswith(f"model.dtype = auto: {environment['precision']}") for text in notes)
+
+
+def test_one_answer_at_a_time_is_held_while_a_round_is_merged(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server merges large models from many sites; what each sends must be gone when the next one comes."""
+    given = InProcess.exchange
+    held: list[list[bool]] = []
+
+    def watched(self: InProcess, *arguments: Any) -> Iterator[Reply]:
+        seen: list[weakref.ref[torch.Tensor]] = []
+        for reply in list(given(self, *arguments)):
+            tensors = {name: tensor.clone() for name, tensor in reply.update.tensors.items()}
+            held.append([ref() is not None for ref in seen])
+            seen.append(weakref.ref(next(iter(tensors.values()))))
+            passed = [replace(reply, update=replace(reply.update, tensors=tensors))]
+            del tensors, reply
+            yield passed.pop()
+
+    monkeypatch.setattr(InProcess, "exchange", watched)
+    fedcustom.run({**small, "method": {"name": "full"}}, out=tmp_path / "run")
+    assert max(map(len, held)) >= 2
+    assert not any(any(row) for row in held)

@@ -24,11 +24,13 @@ from fedcustom.deployment.parties import check_deployable
 from fedcustom.errors import DeploymentError, FedcustomError, PolicyError, RecipeError, UpdateError, WireError
 from fedcustom.evaluation.statistics import check_statistics, classification_statistics, pooled_metrics
 from fedcustom.methods import Memory, Task, Update
+from fedcustom.models.park import leave_memory, parked
 from fedcustom.recipe import load_recipe
 from fedcustom.site.memory import RoundMemory
 from fedcustom.site.policy import check_outgoing, check_recipe, check_round
 from fedcustom.site.resident import Resident
 from fedcustom.site.settings import PolicySettings, SiteSettings, load_site
+from fedcustom.tensors import equal
 from fedcustom.transport.channel import Channel, describe, laid_out
 from fedcustom.transport.nvflare.bridge import BridgeError, Door, connect
 from fedcustom.transport.nvflare.kits import _check_names
@@ -410,3 +412,14 @@ def test_a_missing_extra_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FedcustomError, match=r"pip install 'fedcustom\[deploy\]'"):
         require_nvflare()
+
+
+def test_parked_tensors_are_the_same_and_keep_what_is_written(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(300, 40), "b": torch.arange(5).to(torch.bfloat16)}
+    mapped = parked(tensors, tmp_path)
+    assert equal(mapped, tensors)
+    assert not list(tmp_path.iterdir())
+    mapped["a"][3] = 7.0
+    leave_memory(mapped)
+    tensors["a"][3] = 7.0
+    assert equal(mapped, tensors)

@@ -102,6 +102,13 @@ class Checkpoints:
                 shutil.rmtree(self._path(number), ignore_errors=True)
         self._remove_unused(kept)
 
+    def mapped(self, checkpoint: Checkpoint) -> State:
+        """The state of a checkpoint that was saved, its tensors read from the file where they are used, so
+        that a large state takes no memory while clients train.
+        """
+        tensors = read_tensors(self._path(checkpoint.round_number) / "state.safetensors")
+        return State(part(tensors, "global/"), part(tensors, "server/"), checkpoint.state.values)
+
     def load(self, round_number: int) -> Checkpoint:
         """The checkpoint of a round.
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,11 @@ class _Driver:
             if last or due or self._best() == number:
                 checkpoint = Checkpoint(number, state, *memories.snapshot())
                 self.checkpoints.save(checkpoint, keep=[self._best(), *needed])
+                states[number] = state = self.checkpoints.mapped(checkpoint)
+                del checkpoint
                 memories.saved(self.checkpoints.rounds())
+        states.clear()  # what follows is read from the checkpoint of the best round
+        del state
         summary = self._finish(parties, time.perf_counter() - started)
         self.progress.finished(summary)
         return summary
@@ -173,12 +177,9 @@ class _Driver:
         absent = {name for name, assignment in cohort.items() if assignment.absent}
         replies = parties.transport.exchange(tasks, f"{number:06d}", absent)
         accepted = self._accept(replies, noted, number, cohort)
-        first = next(accepted, None)
+        first = list(islice(accepted, 1))
         needed = min(self.recipe.rounds.min_clients, len(tasks))
-        following = state
-        if first is not None:
-            arriving, first = chain([first], accepted), None
-            following = method.merge(state, arriving)
+        following = method.merge(state, _and_then(first, accepted)) if first else state
         if len(noted.answered) < max(1, needed):
             raise RunError(
                 f"round {number}: {len(noted.answered)} of {len(tasks)} clients answered, "
@@ -340,6 +341,12 @@ class _Driver:
         )
         write_json(self.directory / "summary.json", summary)
         return summary
+
+
+def _and_then(first: list[Answer], rest: Iterator[Answer]) -> Iterator[Answer]:
+    """The first answer and the others, held no longer than whoever merges them holds them."""
+    yield first.pop()
+    yield from rest
 
 
 def _now() -> str:

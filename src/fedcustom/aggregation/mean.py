@@ -40,8 +40,8 @@ def weighted_mean(states: Iterable[Weighted]) -> Tensors:
         elif state.keys() != sums.keys():
             raise KeyError(f"states differ in names: {sorted(state.keys() ^ sums.keys())}")
         else:
-            for name, tensor in state.items():
-                sums[name].add_(tensor, alpha=weight)
+            for name, value in sums.items():
+                value.add_(state[name], alpha=weight)
         total += weight
         del state  # before the next one is made
     if dtypes is None:

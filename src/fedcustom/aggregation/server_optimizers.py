@@ -32,7 +32,8 @@ def server_step(
         fedadam     v = b2 v + (1 - b2) d^2, the rest as in fedadagrad
         fedyogi     v = v - (1 - b2) d^2 sign(v - d^2), the rest as in fedadagrad
 
-    ``moments`` is empty in the first round: m starts at 0, v at tau^2.
+    ``moments`` is empty in the first round: m starts at 0, v at tau^2. ``change`` is used up: with ``fedavg``
+    the next state takes its memory, so that a large model is held twice and not three times.
 
     Raises:
         KeyError: the states differ in names.
@@ -40,7 +41,7 @@ def server_step(
     rule = settings.server_optimizer
     rate = settings.server_learning_rate or DEFAULT_RATES.get(rule, 0.01)
     if rule == "fedavg":
-        return combine(lambda x, d: x + rate * d, current, change), {}
+        return combine(lambda x, d: d.mul_(rate).add_(x), current, change), {}
     first = part(moments, FIRST) or zeros_like(current)
     if rule in ("fedavgm", "nesterov"):
         first = combine(lambda m, d: settings.momentum * m + d, first, change)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..assembly import check_fit, make_method
@@ -13,7 +14,7 @@ from ..errors import RecipeError
 from ..federation import Federation
 from ..methods import AsksClients
 from ..models.load import load_base
-from ..models.park import park
+from ..models.park import park, parked
 from ..recipe import Recipe, to_toml
 from ..transport.channel import Channel
 from ..transport.nvflare.sites import Sites
@@ -59,9 +60,10 @@ def gather(recipe: Recipe, settings: FederationSettings, folder: Path, sites: Si
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     method = make_method(recipe, base, data)
     remote.method = method
-    origin = method.start()
+    origin, own_folder = method.start(), folder / "server" / "fedcustom"
+    origin = replace(origin, tensors=parked(origin.tensors, own_folder))
     if base.device.type == "cpu":
-        park(base.model, folder / "server" / "fedcustom")  # the sites do the computing
+        park(base.model, own_folder)  # the sites do the computing
     remote.channel = Channel(recipe.compression, origin.tensors)
     if isinstance(method, AsksClients):
         method.connect(remote.ask, list(data.clients))

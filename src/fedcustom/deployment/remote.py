@@ -7,6 +7,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..allocator import release_freed_memory
 from ..errors import DeploymentError, UpdateError
 from ..evaluation.statistics import Statistics, check_statistics
 from ..methods import Asked, Method, State, Task, Update
@@ -203,6 +204,7 @@ class Remote:
         """Sites may forget what no checkpoint goes back to."""
         assert isinstance(rounds, Sequence)
         self.kept = [int(number) for number in rounds]
+        release_freed_memory()
 
     # --- evaluation at the sites ---
 

@@ -79,6 +79,10 @@ class Tuned:
             tensors = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
             return self.read_hook(tensors) if self.read_hook else tensors
 
+    def forms(self) -> Mapping[str, Tensor]:
+        """Tensors with the names and shapes of :meth:`read`'s, copied only where they must be computed."""
+        return self.read() if self.read_hook else self.parameters
+
     def inwards(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Tensors in the form in which they travel, in that in which they are trained."""
         return self.write_hook(dict(tensors)) if self.write_hook else dict(tensors)

@@ -300,7 +300,7 @@ class WeightTuning:
 
     def sizes(self, state: State) -> tuple[int, int]:
         """How many numbers are trained: the method's own, and the head's."""
-        tensors = without(self.tuned.read(), BASE_CHANGE)
+        tensors = without(self.tuned.forms(), BASE_CHANGE)
         head = count(tensor for name, tensor in tensors.items() if name in self.tuned.head)
         return count(tensors.values()) - head, head
 
@@ -341,7 +341,7 @@ class WeightTuning:
                 f"personalisation.keep = {list(keep)}: {self.merging.own_rule} merges all but the head; "
                 "allowed: head"
             )
-        available = self.tuned.read().keys()
+        available = self.tuned.forms().keys()
         for wanted in [*self.context.keep_local, *self.merging.personal]:
             found = self.tuned.head if wanted == "head" else {name for name in available if wanted in name}
             if not found:

@@ -4,11 +4,13 @@ that the receiver fetches in chunks, so that memory does not grow with their siz
 
 from __future__ import annotations
 
+import gc
+import itertools
 from pathlib import Path
 from typing import Any
 
 from nvflare.fuel.f3.streaming.download_service import Consumer, download_object
-from nvflare.fuel.f3.streaming.file_downloader import add_file
+from nvflare.fuel.f3.streaming.file_downloader import FileDownloadable
 from nvflare.fuel.f3.streaming.obj_downloader import ObjectDownloader
 
 INLINE = 2**20
@@ -28,7 +30,7 @@ def put(message: Any, body: Path | None, cell: Any) -> None:
         message["body"] = body.read_bytes()
         return
     downloader = ObjectDownloader(cell=cell, timeout=PATIENCE, num_receivers=1)
-    message["file"] = add_file(downloader, str(body), chunk_size=CHUNK)
+    message["file"] = downloader.add_object(_File(str(body), chunk_size=CHUNK))
     message["owner"] = cell.get_fqcn()
 
 
@@ -59,6 +61,15 @@ def take(message: Any, to: Path, cell: Any, most: int, abort_signal: Any) -> str
     return consumer.error
 
 
+class _File(FileDownloadable):  # type: ignore[misc]
+    """A file that is given out in chunks."""
+
+    def produce(self, state: dict[str, Any], requester: str) -> tuple[str, Any, dict[str, Any]]:
+        _tidy()
+        given: tuple[str, Any, dict[str, Any]] = super().produce(state, requester)
+        return given
+
+
 class _FileConsumer(Consumer):  # type: ignore[misc]
     """Writes chunks to a file, up to the size that was announced."""
 
@@ -70,6 +81,7 @@ class _FileConsumer(Consumer):  # type: ignore[misc]
     def consume(self, ref_id: str, state: dict[str, Any], data: Any) -> dict[str, Any]:
         if not isinstance(data, bytes) or self.received + len(data) > self.size:
             raise ValueError("more bytes than were announced")
+        _tidy()
         self._file.write(data)
         self.received += len(data)
         return {"received_bytes": self.received}
@@ -80,3 +92,19 @@ class _FileConsumer(Consumer):  # type: ignore[misc]
     def download_failed(self, ref_id: str, reason: str) -> None:
         self.error = str(reason) or "the transfer failed"
         self._file.close()
+
+
+_passed = itertools.count()
+
+
+def _tidy() -> None:
+    """Free the engine's messages that went before: they refer to one another, and what holds megabytes looks
+    to the collector like any other small object, so that by itself it comes too late. What was there before
+    the first chunk is set aside, so that looking takes milliseconds.
+    """
+    number = next(_passed)
+    if number == 0:
+        gc.collect()
+        gc.freeze()
+    elif number % 4 == 0:
+        gc.collect()

@@ -15,6 +15,7 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
+from ...allocator import release_freed_memory
 from . import carry
 from .bridge import Bridge, BridgeError, connect
 
@@ -88,6 +89,8 @@ class ServerController(Controller):  # type: ignore[misc]
                 self._answer(answer | {"head": head, "body": str(to) if to.exists() else None})
             except Exception as error:  # nothing that a site sends may end the job
                 self._answer(answer | {"head": {"error": f"not a message ({type(error).__name__})"}})
+            if body:
+                release_freed_memory()  # the engine's messages refer to one another
 
         def done(task: Task, fl_ctx: FLContext) -> None:
             if self._open.pop(number, None) is None or task.completion_status == TaskCompletionStatus.OK:

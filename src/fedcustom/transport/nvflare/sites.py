@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...errors import DeploymentError, WireError
 from ...files import write_tensors
+from ...models.park import leave_memory
 from ...tensors import Tensors
 from .. import wire
 from ..channel import Packed
@@ -168,6 +169,7 @@ class Sites:
                 if tensors:
                     path = self.spool / f"{secrets.token_hex(8)}.safetensors"
                     write_tensors(path, tensors)
+                    leave_memory(tensors)  # until the answers are there
                     written[key] = path
             result[id(tensors)] = written[key]
         return result
