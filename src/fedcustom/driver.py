@@ -235,6 +235,7 @@ class _Driver:
         before = self.history.rows[-1] if self.history.rows else {}
         examples = sum(count for _, count in noted.losses)
         factor = schedule_factor(recipe.training, number, recipe.rounds.count)
+        training = min(noted.seconds, seconds)  # sites train at the same time
         return {
             "round": number,
             "cohort": list(cohort),
@@ -251,9 +252,9 @@ class _Driver:
             "bytes_up_total": before.get("bytes_up_total", 0) + sum(up.values()),
             "bytes_down_total": before.get("bytes_down_total", 0) + sum(down.values()),
             "seconds": {
-                "train": round(noted.seconds, 4),
+                "train": round(training, 4),
                 "evaluate": 0.0,
-                "aggregate": round(max(0.0, seconds - noted.seconds), 4),
+                "aggregate": round(seconds - training, 4),
             },
         }
 
