@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,15 @@ from fedcustom.data.build import build_data
 from fedcustom.data.examples import Example, LearningTask
 from fedcustom.data.settings import ClientSettings, DataSettings
 from fedcustom.data.sources import read_file, read_rows
-from fedcustom.data.tokens import IGNORED, by_length, collate, example_order, tokenize
+from fedcustom.data.tokens import (
+    IGNORED,
+    TokenizedExample,
+    by_length,
+    collate,
+    example_order,
+    packed,
+    tokenize,
+)
 from fedcustom.errors import DataError
 
 
@@ -271,3 +280,22 @@ def test_batches_by_length_hold_everything_once() -> None:
     lengths = [len(tokens[i].source) for batch in batches for i in batch]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] > lengths[-1]
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=5), st.lists(st.integers(0, 9), max_size=3))))
+def test_ids_in_a_file_are_the_same(rows: list[tuple[list[int], list[int]]]) -> None:
+    examples = [TokenizedExample.of(source, target, n) for n, (source, target) in enumerate(rows)]
+    mapped = packed(list(examples), in_memory=0)
+    for one, other in zip(examples, mapped, strict=True):
+        assert one.source.tolist() == other.source.tolist()
+        assert one.target.tolist() == other.target.tolist()
+        assert (one.label, other.source.dtype) == (other.label, np.int32)
+        assert type(other.source) is np.ndarray
+
+
+def test_what_is_in_a_file_takes_no_memory_of_its_own() -> None:
+    row = np.arange(1000, dtype=np.int32)
+    mapped = packed([TokenizedExample(row, row[:0], 0)] * 50, in_memory=100_000)
+    bases = {id(example.source.base) for example in mapped}
+    assert len(bases) == 1
+    assert packed(mapped[:2], in_memory=100_000) == mapped[:2]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers.activations import ACT2FN
 
+import fedcustom
 from fedcustom.data.examples import LearningTask
+from fedcustom.errors import ModelError
 from fedcustom.models.kernels import fuse_activations
 from fedcustom.models.load import faster, load_base
 from fedcustom.models.settings import ModelSettings
@@ -45,3 +50,31 @@ def test_auto_measures_a_step_in_each_precision(tiny: dict[str, str], kind: str)
 def test_bfloat16_must_win_clearly() -> None:
     assert faster({"float32": 1.0, "bfloat16": 0.79}) == "bfloat16"
     assert faster({"float32": 1.0, "bfloat16": 0.81}) == "float32"
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_the_same(tiny: dict[str, str], data_folder: Path, tmp_path: Path) -> None:
+    recipe = {
+        "model": {"base": tiny["bert"]},
+        "data": {"source": str(data_folder), "test": "test", "max_length": 24},
+        "clients": {"partition": "iid", "count": 2},
+        "method": {"name": "lora"},
+        "training": {"batch_size": 8, "local_steps": 2, "optimizer": "sgd", "learning_rate": 0.1},
+        "rounds": {"count": 1},
+        "evaluation": {"untuned": False},
+    }
+    final = []
+    for name in ("plain", "compiled"):
+        recipe["model"] = {"base": tiny["bert"], "compile": name == "compiled"}
+        fedcustom.run(recipe, out=tmp_path / name)
+        final.append(load_file(tmp_path / name / "model" / "adapter_model.safetensors"))
+    for key, tensor in final[0].items():
+        torch.testing.assert_close(final[1][key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_compiling_without_a_compiler_is_refused(
+    tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ModelError, match="needs a C\\+\\+ compiler"):
+        load_base(ModelSettings(base=tiny["bert"], compile=True), LearningTask("retrieval"), 0, head=False)

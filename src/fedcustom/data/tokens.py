@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,12 @@ from .settings import DataSettings
 
 IGNORED = -100
 """The label of positions that do not count in a loss."""
+
+CHUNK = 8192
+"""Examples that are tokenised at a time."""
+
+IN_MEMORY = 64 * 2**20
+"""Bytes of token ids beyond which they are kept in a file."""
 
 Batch = dict[str, Tensor]
 
@@ -41,13 +48,26 @@ def tokenize(
     *,
     sequence_to_sequence: bool,
 ) -> list[TokenizedExample]:
-    """Token ids of all examples, cut to the recipe's lengths.
+    """Token ids of all examples, cut to the recipe's lengths; many of them lie in a file (:func:`packed`).
 
     A decoder's prompt keeps its beginning-of-sequence token, if the tokenizer adds one, but loses a closing
     end-of-sequence token, since its target follows. Every target ends with the end-of-sequence token.
     """
-    if not examples:
-        return []
+    result: list[TokenizedExample] = []
+    for start in range(0, len(examples), CHUNK):  # a tokenizer's own lists are ten times as large
+        some = examples[start : start + CHUNK]
+        result += _tokenize(some, tokenizer, task, data, sequence_to_sequence=sequence_to_sequence)
+    return packed(result)
+
+
+def _tokenize(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    task: LearningTask,
+    data: DataSettings,
+    *,
+    sequence_to_sequence: bool,
+) -> list[TokenizedExample]:
     sources = tokenizer([e.text for e in examples], truncation=True, max_length=data.max_length)["input_ids"]
     empty = np.empty(0, dtype=np.int32)
     if task.kind == "classification":
@@ -63,6 +83,25 @@ def tokenize(
     return [
         TokenizedExample(np.asarray(source, dtype=np.int32), np.asarray(target, dtype=np.int32), -1)
         for source, target in zip(sources, targets, strict=True)
+    ]
+
+
+def packed(examples: list[TokenizedExample], in_memory: int = IN_MEMORY) -> list[TokenizedExample]:
+    """The same examples; if their ids need more than ``in_memory`` bytes, as views of a temporary file that
+    is mapped into memory, so that the system keeps what is used and drops the rest.
+    """
+    parts = [ids for example in examples for ids in (example.source, example.target)]
+    ends = np.cumsum([len(ids) for ids in parts])
+    if not examples or 4 * ends[-1] <= in_memory:
+        return examples
+    with tempfile.TemporaryFile() as file:
+        flat: Any = np.asarray(np.memmap(file, dtype=np.int32, mode="w+", shape=(int(ends[-1]),)))
+    for ids, end in zip(parts, ends.tolist(), strict=True):
+        flat[end - len(ids) : end] = ids
+    views = np.split(flat, ends[:-1])
+    return [
+        TokenizedExample(source, target, example.label)
+        for source, target, example in zip(views[::2], views[1::2], examples, strict=True)
     ]
 
 

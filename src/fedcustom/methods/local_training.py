@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..data.tokens import Batch, TokenizedExample
 from ..environment import free_memory
 from ..models.forward import LABEL_OFFSET
+from ..models.load import Base
+from ..models.lower import LowerLayers, lower_layers
 from ..tensors import Tensors, count, part
 from ..training.cohort import Work, train_together
 from ..training.local import LocalResult, train_locally
@@ -72,18 +74,19 @@ class LocalTraining:
         tuned: Tuned,
         objective: Objective,
         training: TrainingSettings,
-        device: torch.device,
+        base: Base,
         loss: Callable[[Batch], Tensor],
     ) -> None:
         self.tuned, self.objective, self.training = tuned, objective, training
-        self.device, self.loss = device, loss
+        self.device, self.compiled, self.loss = base.device, base.compile, loss
 
     def widest(self) -> int:
         """How many clients to train in one batch: as many as the recipe says, or as fit into a quarter of
         the free memory; 1 where that is not possible.
         """
         training, tuned = self.training, self.tuned
-        possible = self.objective.separable and not training.dropout and not tuned.active_dropout
+        plain = not (training.dropout or tuned.active_dropout or self.compiled)
+        possible = self.objective.separable and plain
         if training.cohort_width == 1 or not possible or self._stand_ins is None:
             return 1
         if training.cohort_width is not None:
@@ -105,16 +108,17 @@ class LocalTraining:
             tuned.model.train(self.training.dropout)
             for module in tuned.active_dropout:
                 module.train()
-            return train_locally(
-                trained,
-                (self._collated(batch, job.label_offset) for batch in job.batches),
-                self.loss,
-                job.correction.training(self.training),
-                job.factor,
-                head=tuned.head,
-                moments=part(job.client.memory.tensors, "moments/"),
-                shift=job.shift,
-            )
+            with self._passing_by():
+                return train_locally(
+                    trained,
+                    (self._collated(batch, job.label_offset) for batch in job.batches),
+                    self.loss,
+                    job.correction.training(self.training),
+                    job.factor,
+                    head=tuned.head,
+                    moments=part(job.client.memory.tensors, "moments/"),
+                    shift=job.shift,
+                )
 
     def together(
         self, jobs: Sequence[Job], close: Callable[[Job, LocalResult], Update]
@@ -142,7 +146,29 @@ class LocalTraining:
         batch = self.objective.collate(rows)
         if offset is not None:
             batch[LABEL_OFFSET] = offset.to(self.device)
+        if self._lower is not None:
+            self._lower.expect(rows, batch["attention_mask"])
         return batch
+
+    @cached_property
+    def _lower(self) -> LowerLayers | None:
+        """The layers that give the same for an example every time; an eighth of the free memory keeps it."""
+        tuned = self.tuned
+        plain = not (self.training.dropout or tuned.active_dropout or self.compiled)
+        if not plain or not self.objective.separable:
+            return None
+        return lower_layers(
+            tuned.model, tuned.parameters, tuned.head, room=lambda: free_memory(self.device) // 8
+        )
+
+    @contextmanager
+    def _passing_by(self) -> Iterator[None]:
+        """Afterwards the model computes all of its layers, however training ended."""
+        try:
+            yield
+        finally:
+            if self._lower is not None:
+                self._lower.forget()
 
     @cached_property
     def _stand_ins(self) -> ClientModules | None:
@@ -180,7 +206,7 @@ class LocalTraining:
         if offsets:
             fixed[LABEL_OFFSET] = torch.stack(offsets).to(self.device)
         self.tuned.model.eval()
-        with modules.in_place():
+        with modules.in_place(), self._passing_by():
             results = train_together(
                 {name: stacks[name] for name in trained},
                 [Work(job.batches, job.shift) for job in jobs],

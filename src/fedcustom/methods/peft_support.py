@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, RunError
 from ..models.load import HUB_NAMES, Base
+from ..models.lower import in_upper_layers
 from .technique import Tuned
 
 
@@ -41,6 +44,31 @@ def attach_peft(base: Base, config: Any, method: str) -> Any:
     if getattr(config, "modules_to_save", None):
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     return model
+
+
+def ending_in(model: nn.Module, ends: Iterable[str]) -> set[str]:
+    """The names of the matrices that end in one of these, as PEFT matches them."""
+    modules: Any = model.named_modules()
+    names = (name for name, module in modules if isinstance(module, nn.Linear | Conv1D))
+    return {name for name in names if name.endswith(tuple(ends))}
+
+
+def upper(base: Base, names: Iterable[str], first: int, *, head_alone: bool = False) -> set[str]:
+    """Those names of parameters or modules that belong to layers from ``first`` on; all if it is 0. With
+    ``head_alone`` there may be none where the model has a head.
+
+    Raises:
+        ModelError: the model has no such layer, or nothing would be trained.
+    """
+    if not first:
+        return set(names)
+    try:
+        found = in_upper_layers(base.model, set(names), first)
+    except ValueError as error:
+        raise ModelError(f"method.first_layer = {first} does not fit {base.name}: {error}") from None
+    if not found and not (head_alone and base.head):
+        raise ModelError(f"method.first_layer = {first}: leaves nothing of {base.name} to train")
+    return found
 
 
 def peft_parameters(model: Any) -> dict[str, nn.Parameter]:

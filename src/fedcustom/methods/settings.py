@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from pydantic import Field
+
 from ..settings import Settings
 
 
@@ -59,3 +61,14 @@ class TuningSettings(MethodSettingsBase):
     """That of a method that trains tensors; ``default_learning_rate`` is used where the recipe sets none."""
 
     default_learning_rate: ClassVar[float]
+
+
+class UpperLayersSettings(TuningSettings):
+    """That of a method that can be kept to a model's upper layers."""
+
+    first_layer: int = Field(
+        0,
+        ge=0,
+        description="Layers below this one (0: the first) are left as they are; what they give for an "
+        "example is computed once (bitfit: with the number of layers, the head alone is trained)",
+    )

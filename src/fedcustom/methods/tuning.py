@@ -56,8 +56,10 @@ class WeightTuning:
         filled_in = not federated or self._personal or self.tuned.merging
         self._initial = self.tuned.read() if filled_in else {}
         self._tokens: dict[int, tuple[list[Example], list[TokenizedExample]]] = {}
+        if self.base.compile:
+            self.tuned.model.compile(dynamic=True)
         self.local = LocalTraining(
-            self.tuned, self.objective, context.training, self.base.device, lambda batch: self._loss(batch)
+            self.tuned, self.objective, context.training, self.base, lambda batch: self._loss(batch)
         )
 
     # --- server ---

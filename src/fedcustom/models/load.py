@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,8 @@ class Base:
 
     ``head`` names the top-level modules that a classification task adds and trains (none for generation).
     ``precision`` is that of forward and backward passes; trained numbers are always kept in float32.
-    ``measured`` are the seconds of a step in each precision by which it was chosen, where it was.
+    ``measured`` are the seconds of a step in each precision by which it was chosen, where it was. With
+    ``compile`` whoever trains the model compiles it first.
     """
 
     model: Any
@@ -45,6 +47,7 @@ class Base:
     precision: Precision
     device: torch.device
     measured: Mapping[Precision, float] = field(default_factory=dict)
+    compile: bool = False
 
     @property
     def sequence_to_sequence(self) -> bool:
@@ -161,6 +164,8 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
             f"model.base: {settings.base} is an encoder and cannot generate; data.task must be classification"
         )
     device = choose_device(settings.device)
+    if settings.compile and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise ModelError("model.compile = true: needs a C++ compiler (g++); this machine has none")
     path = locate(settings.base)
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     with _loading(settings.base), _quiet():
@@ -206,6 +211,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         precision=faster(measured) if settings.dtype == "auto" else settings.dtype,
         device=device,
         measured=measured,
+        compile=settings.compile,
     )
 
 

@@ -21,6 +21,11 @@ class ModelSettings(Settings):
         "float32",
         description="Precision of forward and backward passes; auto: the faster in two steps on this machine",
     )
+    compile: bool = Field(
+        False,
+        description="Train through torch.compile, client by client: minutes at the start, for long runs of "
+        "large models (needs a C++ compiler on a CPU)",
+    )
     trust_remote_code: bool = Field(
         False,
         description="Run Python code that comes with a hub model; leave off unless you have read that code",

@@ -9,12 +9,13 @@ from torch import nn
 
 from ...errors import ModelError
 from ...models.load import Base
-from ..settings import TuningSettings
+from ..peft_support import upper
+from ..settings import UpperLayersSettings
 from ..technique import Tuned
 from ..whole_model import partly_trained
 
 
-class BitFitSettings(TuningSettings):
+class BitFitSettings(UpperLayersSettings):
     """Bias vectors, and normalisation scales if asked for."""
 
     default_learning_rate: ClassVar[float] = 5e-3
@@ -47,7 +48,8 @@ class BitFit:
                 else "it has no biases; set method.norms = true to train normalisation scales"
             )
             raise ModelError(f"method bitfit does not fit {base.name}: {lacks}")
-        return partly_trained(base, seed, chosen)
+        kept = upper(base, chosen, self.settings.first_layer, head_alone=True)
+        return partly_trained(base, seed, kept)
 
 
 def bias_names(model: nn.Module) -> set[str]:

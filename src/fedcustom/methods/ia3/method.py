@@ -5,17 +5,16 @@ Learning"): learnt vectors that rescale inner activations.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ...errors import ModelError
 from ...models.load import Base
 from ..feed_forward import find_feed_forward
-from ..peft_support import attach_peft, peft_parameters, task_type, tuned_with
-from ..settings import TuningSettings
+from ..peft_support import attach_peft, ending_in, peft_parameters, task_type, tuned_with, upper
+from ..settings import UpperLayersSettings
 from ..technique import Tuned
 
 KEYS_AND_VALUES = (
@@ -32,7 +31,7 @@ KEYS_AND_VALUES = (
 """What models call the matrices of keys and values; where queries share theirs, they are rescaled as well."""
 
 
-class Ia3Settings(TuningSettings):
+class Ia3Settings(UpperLayersSettings):
     """Learnt vectors that rescale keys, values and hidden units."""
 
     default_learning_rate: ClassVar[float] = 1e-2
@@ -70,6 +69,10 @@ class Ia3:
         from peft import IA3Config
 
         targets, feed_forward = self._chosen(base)
+        if first := self.settings.first_layer:
+            inputs = ending_in(base.model, [f".{name}" for name in feed_forward])
+            targets = sorted(upper(base, ending_in(base.model, [f".{name}" for name in targets]), first))
+            feed_forward = sorted(inputs & set(targets))
         config = IA3Config(
             task_type=task_type(base),
             target_modules=targets,
@@ -124,13 +127,6 @@ def usual_feed_forward(base: Base) -> list[str]:
     if found is None:
         raise ModelError(_unknown(base, "method.feedforward_modules"))
     return endings(base.model, found.outputs)
-
-
-def ending_in(model: nn.Module, ends: Iterable[str]) -> set[str]:
-    """The names of the matrices that end in one of these, as PEFT matches them."""
-    modules: Any = model.named_modules()
-    names = (name for name, module in modules if isinstance(module, nn.Linear | Conv1D))
-    return {name for name in names if name.endswith(tuple(ends))}
 
 
 def endings(model: nn.Module, wanted: Iterable[str]) -> list[str]:

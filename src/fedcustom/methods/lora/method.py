@@ -13,7 +13,15 @@ from ...aggregation.low_rank import LoraFactors, frozen_bases, layer_layout, pad
 from ...errors import ModelError
 from ...models.load import Base
 from ...tensors import Tensors
-from ..peft_support import attach_peft, clean_name, loading_page, peft_tuned, task_type
+from ..peft_support import (
+    attach_peft,
+    clean_name,
+    ending_in,
+    loading_page,
+    peft_tuned,
+    task_type,
+    upper,
+)
 from ..technique import Tuned
 from .merging import CHANGES_BASE, OWN_RULE, LoraMerging, Matrix
 from .settings import LoraSettings
@@ -34,8 +42,11 @@ class Lora:
 
         settings = self.settings
         chosen: Any = settings.target_modules
-        if chosen == ["all-linear"] or (chosen is None and not known_to_peft(base)):
+        if chosen == ["all-linear"] or (chosen is None and not usual_targets(base)):
             chosen = "all-linear"
+        if settings.first_layer:
+            ends = [""] if chosen == "all-linear" else [f".{name}" for name in chosen or usual_targets(base)]
+            chosen = sorted(upper(base, ending_in(base.model, ends), settings.first_layer))
         # A private adapter is further rows of A and columns of B, at the scale of the shared ones.
         rank = settings.rank + settings.private_rank
         alpha = settings.alpha * settings.scale(settings.rank) / settings.scale(rank)
@@ -83,11 +94,11 @@ class Lora:
         return tuned
 
 
-def known_to_peft(base: Base) -> bool:
-    """Whether PEFT has a choice of matrices for this type of model."""
+def usual_targets(base: Base) -> list[str]:
+    """PEFT's choice of matrices for this type of model; empty where it has none."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICES
 
-    return base.model.config.model_type in CHOICES
+    return list(CHOICES.get(base.model.config.model_type, []))
 
 
 def lora_layers(model: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..settings import TuningSettings
+from ..settings import UpperLayersSettings
 
 Variant = Literal["fedit", "ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb"]
 
@@ -17,7 +17,7 @@ WITH_DORA = ("fedit", "ffa", "rolora", "fedsa")
 """Variants that average what was trained as it is, and claim nothing about the merged weight."""
 
 
-class LoraSettings(TuningSettings):
+class LoraSettings(UpperLayersSettings):
     """Low-rank adaptation of chosen matrices."""
 
     default_learning_rate: ClassVar[float] = 2e-3

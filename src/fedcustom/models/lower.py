@@ -1,0 +1,136 @@
+"""Frozen layers below everything that is trained: what they give for an example is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.tokens import TokenizedExample
+
+
+def transformer_layers(model: Any) -> tuple[str, nn.ModuleList] | None:
+    """The name and the layers of the one stack that a model of text has; None where it has two or none."""
+    configuration = model.config
+    depth = getattr(configuration, "num_hidden_layers", None)
+    if getattr(configuration, "is_encoder_decoder", False) or depth is None:
+        return None
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    return stacks[0] if len(stacks) == 1 else None
+
+
+def layer_of(name: str, stack: str) -> int | None:
+    """The layer that a parameter or module belongs to, counted from 0; None outside the stack."""
+    if not name.startswith(f"{stack}."):
+        return None
+    return int(name.removeprefix(f"{stack}.").partition(".")[0])
+
+
+class LowerLayers:
+    """The layers below the first that is trained. What goes into that one is kept for each example, without
+    its padding, and the layers below are passed by when it is known for a whole batch.
+
+    ``room`` is how many bytes may be kept; examples beyond that are computed anew each time.
+    """
+
+    def __init__(self, layers: nn.ModuleList, first: int, room: int) -> None:
+        self.below, self.room = list(layers[:first]), room
+        self.kept: dict[int, tuple[TokenizedExample, Tensor]] = {}
+        self.passed = 0
+        self._wrapped = True
+        self._batch: tuple[list[TokenizedExample], Tensor] | None = None
+        self.below[0].register_forward_hook(self._notice)
+        layers[first].register_forward_pre_hook(self._enter, with_kwargs=True)
+
+    def expect(self, rows: Sequence[TokenizedExample], mask: Tensor) -> None:
+        """The model's next forward pass is of these examples, with an attention mask of (rows, tokens)."""
+        self._batch = list(rows), mask.bool()
+        known = all(id(row) in self.kept for row in rows)
+        for layer in self.below:
+            layer.__dict__.pop("forward", None)
+            if known:
+                layer.__dict__["forward"] = self._pass_by
+        self.passed += known
+
+    def forget(self) -> None:
+        """The next forward pass is of other examples."""
+        self._batch = None
+        for layer in self.below:
+            layer.__dict__.pop("forward", None)
+
+    def _pass_by(self, *arguments: Any, **named: Any) -> Any:
+        states = arguments[0] if arguments else named["hidden_states"]
+        return (states,) if self._wrapped else states
+
+    def _notice(self, layer: nn.Module, arguments: Any, result: Any) -> None:
+        self._wrapped = isinstance(result, tuple)
+
+    def _enter(self, layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """At the first trained layer: keep what comes, or give what is kept."""
+        if self._batch is None:
+            return None
+        (rows, mask), states = self._batch, arguments[0] if arguments else named["hidden_states"]
+        known = "forward" in self.below[0].__dict__
+        self.forget()
+        if known:
+            own = torch.cat([self.kept[id(row)][1] for row in rows])
+            states = torch.zeros_like(states, dtype=own.dtype)
+            states[mask] = own
+        else:
+            self._keep(rows, states.detach()[mask].split(mask.sum(dim=1).tolist()))
+        if arguments:
+            return (states, *arguments[1:]), named
+        return arguments, {**named, "hidden_states": states}
+
+    def _keep(self, rows: Sequence[TokenizedExample], states: Sequence[Tensor]) -> None:
+        for row, own in zip(rows, states, strict=True):
+            if id(row) not in self.kept and (size := own.numel() * own.element_size()) <= self.room:
+                self.kept[id(row)] = row, own.clone()  # the row is held, so that its id stays its own
+                self.room -= size
+
+
+def lower_layers(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    head: Collection[str],
+    room: Callable[[], int],
+) -> LowerLayers | None:
+    """The layers that can be passed by when these parameters are trained: None where there are none, or where
+    something else than layers and the head is trained.
+    """
+    found = transformer_layers(model)
+    if found is None:
+        return None
+    stack, layers = found
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    first = len(layers) - 1  # with a trained head alone, the last layer is where states are put in
+    for name, parameter in parameters.items():
+        if name in head:
+            continue
+        layer = layer_of(names.get(id(parameter), ""), stack)
+        if layer is None:
+            return None
+        first = min(first, layer)
+    return LowerLayers(layers, first, room()) if first else None
+
+
+def in_upper_layers(model: Any, names: Collection[str], first: int) -> set[str]:
+    """Those names of parameters or modules that belong to layers from ``first`` on.
+
+    Raises:
+        ValueError: the model has no single stack of layers, or no such layer; says which are allowed.
+    """
+    found = transformer_layers(model)
+    if found is None:
+        raise ValueError("the model has no single stack of layers; leave it at 0")
+    stack, layers = found
+    if first > len(layers):
+        raise ValueError(f"the model has {len(layers)} layers; allowed: 0 to {len(layers)}")
+    numbers = {name: layer_of(name, stack) for name in names}
+    return {name for name, number in numbers.items() if number is not None and number >= first}
