@@ -176,6 +176,7 @@ class WeightTuning:
         allow it. An answer is what :meth:`work` gives, to rounding, or the error that it raises.
         """
         jobs: list[Job | Exception] = []
+        self._tokenize([client.data.train for _, client in pairs])
         for task, client in pairs:
             try:
                 jobs.append(self._prepare(task, client, self.correction, self.merging))
@@ -310,11 +311,17 @@ class WeightTuning:
 
     def tokens(self, examples: list[Example]) -> list[TokenizedExample]:
         """The examples' tokens, computed once a list."""
-        key = id(examples)
-        if key not in self._tokens:
-            tokenized = self.objective.tokens(examples)
-            self._tokens[key] = (examples, tokenized)  # the list is kept alive, so that its id stays its own
-        return self._tokens[key][1]
+        self._tokenize([examples])
+        return self._tokens[id(examples)][1]
+
+    def _tokenize(self, lists: Sequence[list[Example]]) -> None:
+        """Have the tokens of all these lists, with one call to the tokenizer, which many small ones slow."""
+        unique = {id(examples): examples for examples in lists}
+        new = [examples for key, examples in unique.items() if key not in self._tokens]
+        rest = self.objective.tokens([example for examples in new for example in examples])
+        for examples in new:  # a list is kept alive, so that its id stays its own
+            self._tokens[id(examples)] = (examples, rest[: len(examples)])
+            rest = rest[len(examples) :]
 
     def _check_rule(self) -> None:
         settings, own = self.aggregation, self.merging.own_rule
