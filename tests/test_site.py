@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,19 +26,29 @@ from fedcustom.data.own import OwnDataSettings, read_own
 from fedcustom.deployment.local import write_parts
 from fedcustom.deployment.parties import check_deployable
 from fedcustom.errors import DeploymentError, FedcustomError, PolicyError, RecipeError, UpdateError, WireError
-from fedcustom.evaluation.statistics import check_statistics, classification_statistics, pooled_metrics
+from fedcustom.evaluation.statistics import (
+    check_statistics,
+    classification_statistics,
+    mean_statistics,
+    pooled_metrics,
+)
+from fedcustom.files import held, holder
 from fedcustom.methods import Memory, Task, Update
 from fedcustom.models.park import leave_memory, parked
 from fedcustom.recipe import load_recipe
 from fedcustom.site.memory import RoundMemory
-from fedcustom.site.policy import check_outgoing, check_recipe, check_round
+from fedcustom.site.policy import check_labels, check_outgoing, check_recipe, check_round
 from fedcustom.site.resident import Resident
 from fedcustom.site.settings import PolicySettings, SiteSettings, load_site
 from fedcustom.tensors import equal
 from fedcustom.transport.channel import Channel, describe, laid_out
 from fedcustom.transport.nvflare.bridge import BridgeError, Door, connect
-from fedcustom.transport.nvflare.kits import _check_names
+from fedcustom.transport.nvflare.controller import read_head
+from fedcustom.transport.nvflare.jobs import CONTROLLER, EXECUTOR
+from fedcustom.transport.nvflare.kits import _check_names, provision
 from fedcustom.transport.settings import CompressionSettings
+
+RUN = "0123456789abcdef"
 
 # --- its file ---
 
@@ -276,7 +290,7 @@ def resident(small: dict[str, Any], tmp_path: Path) -> Any:
         site = SiteSettings(data=OwnDataSettings(train="rows.jsonl"), policy=PolicySettings(**policy))
         made = Resident("site-1", site, tmp_path, tmp_path / "own")
         content = load_recipe(small).complete().model_dump(mode="json", exclude_none=True)
-        said = made.handle({"kind": "describe", "run": "abc", "values": {"recipe": content}})
+        said = made.handle({"kind": "describe", "run": RUN, "values": {"recipe": content}})
         return made, said
 
     return make
@@ -285,7 +299,7 @@ def resident(small: dict[str, Any], tmp_path: Path) -> Any:
 def opened(made: Resident) -> dict[str, Any]:
     names = [f"site-{number}" for number in range(4)]
     labels = ["animal", "food", "place"]
-    return made.handle({"kind": "open", "run": "abc", "values": {"names": names, "labels": labels}})
+    return made.handle({"kind": "open", "run": RUN, "values": {"names": names, "labels": labels}})
 
 
 def work(made: Resident, tmp_path: Path, number: int = 1) -> dict[str, Any]:
@@ -296,7 +310,7 @@ def work(made: Resident, tmp_path: Path, number: int = 1) -> dict[str, Any]:
     safetensors.torch.save_file(task.tensors, body)
     return made.handle(
         {
-            "kind": "work", "run": "abc", "task": task.kind, "round": number, "values": task.values,
+            "kind": "work", "run": RUN, "task": task.kind, "round": number, "values": task.values,
             "body": str(body),
         }
     )  # fmt: skip
@@ -328,7 +342,7 @@ def test_a_restarted_site_goes_on_with_its_memory(resident: Any, tmp_path: Path)
     tensors = safetensors.torch.load_file(expected["body"])
     again = Resident(made.name, made.settings, made.where, made.folder)
     body = tmp_path / "in.safetensors"
-    message = {"kind": "work", "run": "abc", "task": "train", "round": 2, "body": str(body)}
+    message = {"kind": "work", "run": RUN, "task": "train", "round": 2, "body": str(body)}
     assert made.participant is not None
     state = made.participant.method.start()
     values = made.participant.method.ask(state, 2, {"site-1": {"epochs": 1}})["site-1"].values
@@ -353,7 +367,7 @@ def test_a_refusal_is_told_and_logged(resident: Any, tmp_path: Path, policy: Any
         said = opened(made)
         assert "refused" not in said, said
         said = (
-            made.handle({"kind": "evaluate", "run": "abc", "part": "test", "after": 0})
+            made.handle({"kind": "evaluate", "run": RUN, "part": "test", "after": 0})
             if "evaluate" in policy
             else work(made, tmp_path)
         )
@@ -423,3 +437,149 @@ def test_parked_tensors_are_the_same_and_keep_what_is_written(tmp_path: Path) ->
     leave_memory(mapped)
     tensors["a"][3] = 7.0
     assert equal(mapped, tensors)
+
+
+# --- what a hostile server or neighbour tries ---
+
+
+@pytest.mark.parametrize("run", ["/tmp/elsewhere", "../../x", "abc", "0123456789ABCDEF", ""])
+def test_a_run_is_no_path(resident: Any, tmp_path: Path, run: str) -> None:
+    made, _ = resident()
+    opened(made)
+    before = {path for path in tmp_path.rglob("*") if path.is_dir()}
+    for kind in ("describe", "open", "work", "evaluate"):
+        said = made.handle({"kind": kind, "run": run, "values": {"recipe": {}}})
+        assert "error" in said
+    assert {path for path in tmp_path.rglob("*") if path.is_dir()} == before
+
+
+def test_texts_are_not_labels() -> None:
+    check_labels(["animal", "food"], named=False)
+    check_labels(["a rather long name of a label with far more than twelve words in it all"], named=True)
+    for labels in (
+        ["one text of a patient with more words than any label would ever have here"],
+        ["x" * 101],
+    ):
+        with pytest.raises(PolicyError):
+            check_labels(labels, named=False)
+    with pytest.raises(PolicyError, match="more than 10000 values"):
+        check_labels(list(range(10_001)), named=True)
+
+
+def test_a_recipe_cannot_read_out_texts_as_labels(resident: Any) -> None:
+    made, _ = resident()
+    recipe = made.recipe.model_copy(update={"data": made.recipe.data.model_copy(update={"label": "source"})})
+    content = json.loads(recipe.model_dump_json(exclude_none=True))
+    made.settings = made.settings.model_copy(
+        update={"data": made.settings.data.model_copy(update={"label": "label"})}
+    )
+    said = made.handle({"kind": "describe", "run": RUN, "values": {"recipe": content}})
+    assert said["values"]["labels"] == ["animal", "food", "place"], "the site's own column counts"
+
+
+def test_work_goes_to_the_run_that_is_open(resident: Any, tmp_path: Path) -> None:
+    made, _ = resident()
+    opened(made)
+    content = json.loads(made.recipe.model_dump_json(exclude_none=True))
+    other = "f" * 16
+    assert "values" in made.handle({"kind": "describe", "run": other, "values": {"recipe": content}})
+    said = made.handle({"kind": "work", "run": other, "task": "train", "round": 1, "values": {}})
+    assert said == {"error": "WireError"} or "not open" in said["error"]
+    assert "values" in work(made, tmp_path), "the run that is open goes on"
+
+
+def test_every_model_of_a_recipe_is_looked_at() -> None:
+    recipe = load_recipe(
+        {"method": {"name": "distillation", "client_models": ["/models/a", "/models/b"]},
+         "model": {"base": "/models/a"}, "data": {"source": "."}, "public": {"source": "."}}
+    )  # fmt: skip
+    check_recipe(PolicySettings(base_models=["/models/a", "/models/b"]), recipe)
+    with pytest.raises(PolicyError, match="/models/b"):
+        check_recipe(PolicySettings(base_models=["/models/a"]), recipe)
+
+
+def test_sums_of_sites_are_pooled() -> None:
+    parts = [mean_statistics({"loss": 2.0, "bleu": 10.0}, {"loss": 30}, 3),
+             mean_statistics({"loss": 1.0, "bleu": 40.0}, {"loss": 10}, 1)]  # fmt: skip
+    checked = [check_statistics(json.loads(json.dumps(part)), 0) for part in parts]
+    assert pooled_metrics(checked) == pytest.approx({"loss": (60 + 10) / 40, "bleu": (30 + 40) / 4})
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"examples": 0, "sums": {}},
+        {"examples": 2, "sums": {"loss": [10**400, 1]}},
+        {"examples": 2, "sums": {"loss": 1.0}},
+        {"examples": 2, "sums": {"loss": [float("nan"), 1]}},
+        {"examples": 2, "sums": {"loss": [1.0, 0]}},
+    ],
+)
+def test_unsound_statistics_are_refused(part: dict[str, Any]) -> None:
+    with pytest.raises(UpdateError):
+        check_statistics(part, 0)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "7", None, b"{}", "[" * 100_000])
+def test_a_head_is_an_object(text: Any) -> None:
+    with pytest.raises((ValueError, RecursionError)):
+        read_head(text)
+    assert read_head('{"values": {}}') == {"values": {}}
+
+
+def test_garbage_at_the_door_lets_the_next_one_in(tmp_path: Path) -> None:
+    door = Door(tmp_path / "bridge.json")
+    content = json.loads((tmp_path / "bridge.json").read_text())
+    folder = Path(content["address"]).parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+    got: list[Any] = []
+    thread = threading.Thread(target=lambda: got.append(door.accept().receive(5.0)))
+    thread.start()
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(content["address"])
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    bridge = connect(tmp_path / "bridge.json")
+    bridge.send({"question": 1})
+    thread.join(10)
+    assert got == [{"question": 1}]
+    door.close()
+    assert not folder.exists()
+
+
+def test_a_kit_gives_nobody_code_or_files(tmp_path: Path) -> None:
+    provision(tmp_path / "f", "localhost", 8123, ["north", "south"])
+    for kit, allowed in [("server", CONTROLLER), ("sites/north", EXECUTOR), ("sites/south", EXECUTOR)]:
+        local = tmp_path / "f" / kit / "local"
+        permissions = json.loads((local / "authorization.json").read_text())["permissions"]
+        assert set(permissions) == {"project_admin", "org_admin", "lead", "member"}
+        for role, rights in permissions.items():
+            for right in ("byoc", "shell_commands", "operate", "download_job", "clone_job"):
+                assert rights[right] == "none"
+            assert (rights["submit_job"] == "any") == (role == "lead")
+        assert json.loads((local / "resources.json").read_text())["class_allow_list"] == [allowed]
+
+
+def test_a_held_file_is_held_once_and_let_go_by_a_kill(tmp_path: Path) -> None:
+    file = tmp_path / "run.pid"
+    assert holder(file) is None
+    with held(file) as alone:
+        assert alone
+        assert holder(file) == os.getpid()
+        with held(file) as second:
+            assert not second
+    assert holder(file) is None
+    script = f"""
+import time
+from pathlib import Path
+from fedcustom.files import held
+with held(Path({str(file)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()
+    assert holder(file) == other.pid
+    other.kill()
+    other.wait()
+    assert holder(file) is None, "whatever number is written there"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -77,6 +78,38 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     _flush(path.parent)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Hold a file for this process alone, with its number in it; gives whether that was possible. The system
+    lets go of it however the process ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield True
+        file.truncate(0)
+
+
+def holder(path: Path) -> int | None:
+    """The process that holds a file (:func:`held`), if one does."""
+    if not path.exists():
+        return None
+    with path.open("r+", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            number = file.read()
+            return int(number) if number.isdigit() else None
+    return None
 
 
 def _write(path: Path, fill: Callable[[Path], Any]) -> None:

@@ -16,7 +16,7 @@ from ..data.build import build_data, with_builtin_columns
 from ..data.examples import Example, FederatedData
 from ..data.own import OwnDataSettings
 from ..errors import DeploymentError
-from ..files import write_text
+from ..files import read_json, write_json, write_text
 from ..progress import Progress
 from ..recipe import Recipe
 from ..transport.nvflare.kits import provision, require_nvflare
@@ -40,8 +40,15 @@ def run_locally(
         DeploymentError: too many clients for one machine, or see :func:`run_deployed`.
     """
     require_nvflare()
+    given = recipe.complete().model_dump(mode="json", include={"data", "clients", "public", "seed"})
+    prepared = folder / "prepared.json"
     if not (folder / "federation.toml").exists():
         prepare(recipe.complete(), folder, port)
+        write_json(prepared, {"port": port, **given})
+    elif not prepared.exists() or read_json(prepared) != {"port": port, **given}:
+        raise DeploymentError(
+            f"{folder}: holds the sites of other data, clients, seed or port; remove it or name another --out"
+        )
     with local_sites(folder):
         return run_deployed(recipe, folder, directory, resume=resume, progress=progress)
 

@@ -48,11 +48,9 @@ class Remote:
         found = self._everyone("describe", recipe, list(self.settings.sites))
         values: set[Any] = set()
         for said in found.values():
-            told = said.values.get("labels")
-            if isinstance(told, list) and all(isinstance(v, str | int | float) for v in told):
-                values |= set(told)
+            values |= set(_labels(said))
         numeric = all(isinstance(value, int | float) for value in values)
-        self.labels = [str(value) for value in sorted(values, key=None if numeric else str)]
+        self.labels = [str(value) for value in sorted(values)] if numeric else sorted({*map(str, values)})
         if self.recipe.data.task == "classification" and len(self.labels) < 2:
             raise DeploymentError("the sites' data have one label only; classification needs two or more")
         self.open(list(found))
@@ -61,11 +59,7 @@ class Remote:
         """Have sites build the method; they load the base model once."""
         values = {"names": list(self.settings.sites), "labels": self.labels}
         for name, said in self._everyone("open", values, names).items():
-            sizes = said.values.get("sizes")
-            if isinstance(sizes, dict):
-                self.sizes[name] = {
-                    part: int(sizes.get(part, 0)) for part in ("train", "development", "test")
-                }
+            self.sizes[name] = _sizes(said)
 
     def _everyone(self, kind: str, values: dict[str, Any], names: Sequence[str]) -> dict[str, Said]:
         """What those say who can be reached; the others are noted."""
@@ -96,7 +90,7 @@ class Remote:
         for name in new:
             head = {"kind": "describe", "run": self.run, "values": {"recipe": shown_recipe(self.recipe)}}
             ((_, said),) = self.sites.ask({name: (head, {})}, 0, OPENING)
-            told = {str(value) for value in said.values.get("labels") or []}
+            told = {str(value) for value in _labels(said)}
             if said.failure or told - set(self.labels):
                 reason = (
                     said.failure or f"has labels that no other site has: {sorted(told - set(self.labels))}"
@@ -111,8 +105,7 @@ class Remote:
             if said.failure:
                 self.sites.note(f"{name} cannot join: {said.failure}")
             else:
-                sizes = said.values.get("sizes") or {}
-                self.sizes[name] = {p: int(sizes.get(p, 0)) for p in ("train", "development", "test")}
+                self.sizes[name] = _sizes(said)
                 self.sites.note(f"{name} joined")
 
     # --- rounds ---
@@ -226,12 +219,30 @@ class Remote:
                     for version in ("whole", "own")
                     if version in said.values
                 }
-            except (UpdateError, TypeError, AttributeError) as error:
+            except (UpdateError, TypeError, AttributeError, OverflowError) as error:
                 self.sites.note(f"site {name} is left out of the evaluation: {error}")
                 continue
             if told:
                 found[name] = told
         return found
+
+
+def _labels(said: Said) -> list[Any]:
+    """The labels that a site tells; none where it tells something else."""
+    told = said.values.get("labels")
+    if not isinstance(told, list) or not all(isinstance(value, str | int | float) for value in told):
+        return []
+    return told
+
+
+def _sizes(said: Said) -> dict[str, int]:
+    """How many examples a site has of each part; none where it tells something else."""
+    told = said.values.get("sizes")
+    counts = told if isinstance(told, dict) else {}
+    return {
+        part: count if type(count := counts.get(part)) is int and 0 <= count < 2**40 else 0
+        for part in ("train", "development", "test")
+    }
 
 
 def shown_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from ..driver import run_recipe
 from ..errors import DeploymentError
 from ..federation import Federation
-from ..files import write_text
+from ..files import held, holder
 from ..progress import Progress, Silent
 from ..recipe import Recipe
 from ..transport.nvflare.bridge import ADDRESS_VARIABLE, Door
@@ -63,10 +63,15 @@ def serving(folder: Path, settings: FederationSettings, note: Callable[[str], No
         server_command(kit), own / "engine.log", {ADDRESS_VARIABLE: str(door.file), "MALLOC_ARENA_MAX": "2"}
     )
     ended = threading.Event()
-    keeper = threading.Thread(target=keep_alive, args=([engine], note, ended.is_set), daemon=True)
-    keeper.start()
     patience = Patience(settings.round_seconds, settings.grace_seconds, settings.quorum_seconds)
     link = Link((folder / "admin").absolute(), door, note)
+
+    def keep() -> None:
+        if not keep_alive([engine], note, ended.is_set):
+            link.given_up = f"the server's engine does not start; its log is {own / 'engine.log'}"
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
     most = int(settings.max_message_megabytes * 1e6)
     sites = Sites(link, own / "spool", patience, most, note)
     try:
@@ -109,20 +114,13 @@ def stop(folder: Path) -> bool:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the federation for one run."""
-    if (pid := _running(folder)) is not None:
-        raise DeploymentError(f"{folder}: process {pid} runs with this federation; stop it first")
-    write_text(folder / RUNNING, str(os.getpid()))
-    try:
+    with held(folder / RUNNING) as alone:
+        if not alone:
+            other = _running(folder)
+            raise DeploymentError(f"{folder}: process {other} runs with this federation; stop it first")
         yield
-    finally:
-        (folder / RUNNING).unlink(missing_ok=True)
 
 
 def _running(folder: Path) -> int | None:
     """The process that runs with the federation, if one does."""
-    try:
-        pid = int((folder / RUNNING).read_text())
-        os.kill(pid, 0)
-    except (OSError, ValueError):
-        return None
-    return pid if pid != os.getpid() else None
+    return holder(folder / RUNNING)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -43,9 +43,11 @@ def pooled_metrics(parts: Sequence[Statistics]) -> Metrics:
     """The metrics of all sites' examples together: accuracy, macro-F1 and loss of a classifier as
     :func:`~.metrics.classification_metrics` gives them; of anything else the means.
     """
-    total = sum(int(part["examples"]) for part in parts)
     if "confusion" not in parts[0]:
-        return {name: math.fsum(part["sums"][name] for part in parts) / total for name in parts[0]["sums"]}
+        known = [name for name in parts[0]["sums"] if all(name in part["sums"] for part in parts)]
+        summed = {name: [part["sums"][name] for part in parts] for name in known}
+        return {name: math.fsum(s for s, _ in of) / sum(n for _, n in of) for name, of in summed.items()}
+    total = sum(int(part["examples"]) for part in parts)
     confusion = np.sum([np.asarray(part["confusion"]) for part in parts], axis=0)
     right, true, said = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     occurring = (true + said) > 0
@@ -64,14 +66,14 @@ def check_statistics(part: Mapping[str, Any], labels: int) -> Statistics:
         UpdateError: they are not what :func:`classification_statistics` or :func:`mean_statistics` gives.
     """
     count = part.get("examples")
-    if type(count) is not int or not 0 <= count < 2**40:
+    if type(count) is not int or not 0 < count < 2**40:
         raise UpdateError(f"statistics of {count!r} examples")
     if labels:
         confusion: Any = part.get("confusion")
         loss = part.get("loss")
         if not _is_confusion(confusion, labels) or sum(sum(row) for row in confusion) != count:
             raise UpdateError("statistics: the counts of labels are not sound")
-        if not isinstance(loss, int | float) or not math.isfinite(loss):
+        if not is_number(loss):
             raise UpdateError("statistics: the loss is not a finite number")
         return {"examples": count, "confusion": confusion, "loss": float(loss)}
     sums = part.get("sums")
@@ -80,12 +82,16 @@ def check_statistics(part: Mapping[str, Any], labels: int) -> Statistics:
     return {"examples": count, "sums": {str(name): value for name, value in sums.items()}}
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether something is a finite number that a float can hold."""
+    return isinstance(value, int | float) and -1e300 < value < 1e300
+
+
 def _is_sum(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 2
-        and isinstance(value[0], int | float)
-        and math.isfinite(value[0])
+        and is_number(value[0])
         and type(value[1]) is int
         and 0 < value[1] < 2**50
     )
@@ -96,5 +102,5 @@ def _is_confusion(value: Any, labels: int) -> bool:
         isinstance(value, list)
         and len(value) == labels
         and all(isinstance(row, list) and len(row) == labels for row in value)
-        and all(type(number) is int and number >= 0 for row in value for number in row)
+        and all(type(number) is int and 0 <= number < 2**40 for row in value for number in row)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import PolicyError
@@ -10,6 +10,12 @@ from ..recipe import Recipe
 from .settings import PolicySettings
 
 MEGABYTE = 1e6
+
+MOST_LABELS, LONGEST_LABEL, MOST_WORDS = 10_000, 100, 12
+
+REPEATS = 4
+"""Tasks a round that may be answered: a round is asked again when a job ends, and some methods ask more than
+once in a round."""
 
 
 def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
@@ -23,8 +29,12 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
             f"policy.methods: method {recipe.method.name!r} is not allowed here; allowed: "
             f"{', '.join(policy.methods) or 'none'}"
         )
-    if policy.base_models is not None and recipe.model.base not in policy.base_models:
-        raise PolicyError(f"policy.base_models: {recipe.model.base!r} is not allowed here")
+    if policy.base_models is not None:
+        for model in models_of(recipe):
+            if model not in policy.base_models:
+                raise PolicyError(f"policy.base_models: {model!r} is not allowed here")
+    if getattr(recipe.method, "instructions_file", None) is not None:
+        raise PolicyError("method.instructions_file: a site opens no files that a recipe names")
     if recipe.model.trust_remote_code:
         raise PolicyError("model.trust_remote_code = true: a site runs no code that a recipe brings")
     if policy.minimum_noise > 0:
@@ -34,14 +44,43 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
         )
 
 
-def check_round(policy: PolicySettings, answered: int) -> None:
-    """Refuse one round too many.
+def models_of(recipe: Recipe) -> list[str]:
+    """Every pretrained model that a recipe names."""
+    method: Any = recipe.method
+    named = [recipe.model.base, *(getattr(method, "client_models", None) or [])]
+    named.append(getattr(method, "generator", None))
+    if getattr(method, "strategy", None) == "in_context":
+        named.append(method.retriever)
+    return [str(name) for name in named if name]
+
+
+def check_labels(labels: Sequence[Any], *, named: bool) -> None:
+    """Refuse to tell the values of a column as labels where they look like texts. ``named``: the site's own
+    file says which column holds its labels.
 
     Raises:
-        PolicyError: the site has answered as many rounds of this run as it may.
+        PolicyError: there are too many for labels, or they are too long.
     """
-    if policy.max_rounds is not None and answered >= policy.max_rounds:
-        raise PolicyError(f"policy.max_rounds = {policy.max_rounds}: so many have been answered")
+    most, longest = MOST_LABELS, LONGEST_LABEL
+    if len(labels) > most or any(len(str(label)) > longest for label in labels):
+        raise PolicyError(
+            f"the column of labels has more than {most} values, or values of more than {longest} characters; "
+            "a recipe cannot read out texts so"
+        )
+    if not named and any(len(str(label).split()) > MOST_WORDS for label in labels):
+        raise PolicyError("the recipe's column of labels holds texts; name another in site.toml (data.label)")
+
+
+def check_round(policy: PolicySettings, answered: int, work: int = 0) -> None:
+    """Refuse one round too many. ``answered`` counts other rounds, ``work`` all answers to tasks in this run.
+
+    Raises:
+        PolicyError: the site has answered as many rounds of this run as it may, or so many tasks that rounds
+            must have been asked again and again.
+    """
+    most = policy.max_rounds
+    if most is not None and (answered >= most or work >= REPEATS * most):
+        raise PolicyError(f"policy.max_rounds = {most}: so many have been answered")
 
 
 def check_outgoing(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import DeploymentError
+from ..files import held, holder
 from ..transport.nvflare.bridge import ADDRESS_VARIABLE
 from ..transport.nvflare.kits import require_nvflare, site_command, site_name
 from ..transport.nvflare.supervise import Kept, keep_alive
@@ -33,6 +34,9 @@ def start_site(kit: Path, file: Path, note: Callable[[str], None], until: Callab
     resident = Kept([sys.executable, "-m", "fedcustom.site", str(kit), str(file)], own / "resident.log")
     environment = {ADDRESS_VARIABLE: str(own / "bridge.json"), "MALLOC_ARENA_MAX": "2"}
     engine = Kept(site_command(kit), own / "engine.log", environment)
-    note(f"site {name}: logs and audit log are in {own}")
-    if not keep_alive([resident, engine], note, until):
-        raise DeploymentError(f"site {name}: a process does not start; see the logs in {own}")
+    with held(own / "site.pid") as alone:
+        if not alone:
+            raise DeploymentError(f"{kit}: process {holder(own / 'site.pid')} runs this site already")
+        note(f"site {name}: logs and audit log are in {own}")
+        if not keep_alive([resident, engine], note, until):
+            raise DeploymentError(f"site {name}: a process does not start; see the logs in {own}")

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import traceback
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..data.own import OwnData, read_own
-from ..errors import FedcustomError, PolicyError, WireError
+from ..errors import FedcustomError, PolicyError, UpdateError, WireError
 from ..files import read_json, write_json, write_tensors
 from ..recipe import Recipe, load_recipe
 from ..tensors import Tensors
@@ -25,10 +26,12 @@ from ..transport.channel import Packed
 from ..transport.nvflare.bridge import Bridge, BridgeError, Door
 from .audit import AuditLog, digest
 from .participant import Participant, refuse_retrieval_without_server
-from .policy import check_outgoing, check_recipe, check_round
+from .policy import check_labels, check_outgoing, check_recipe, check_round
 from .settings import SiteSettings
 
 Answer = tuple[dict[str, Any], Packed]
+
+RUN_NAME = re.compile("[0-9a-f]{16}")
 
 RUNS_KEPT = 3
 """Runs whose memory a site keeps on its disk."""
@@ -48,7 +51,7 @@ class Resident:
         (self.spool / "passing").mkdir(parents=True, exist_ok=True)
         for left in [self.spool / "answer.safetensors", *self.spool.glob("passing/*.out")]:
             left.unlink(missing_ok=True)  # what came in is still to be answered
-        self.run = ""
+        self.run, self.open_run = "", ""
         self.recipe: Recipe | None = None
         self.own: OwnData | None = None
         self.participant: Participant | None = None
@@ -95,8 +98,10 @@ class Resident:
         except PolicyError as error:
             self.audit.write("refused", run=self.run, kind=kind, reason=str(error))
             return {"refused": str(error)}
-        except FedcustomError as error:
+        except (UpdateError, WireError) as error:
             return self._failed(kind, error, str(error).splitlines()[0])
+        except FedcustomError as error:  # its text may hold paths and contents of this site's files
+            return self._failed(kind, error, f"{type(error).__name__}; the site's errors.log says more")
         except Exception as error:
             return self._failed(kind, error, type(error).__name__)
 
@@ -110,20 +115,22 @@ class Resident:
         return {"error": reason}
 
     def _do(self, kind: str, message: dict[str, Any]) -> Answer:
-        values = dict(message.get("values") or {})
+        values, run = dict(message.get("values") or {}), str(message.get("run"))
+        if not RUN_NAME.fullmatch(run):  # it becomes a part of a path
+            self.run = ""
+            raise WireError("a message names no run")
         if kind == "describe":
-            return self._describe(str(message["run"]), values)
+            return self._describe(run, values)
         if kind == "open":
-            return self._open(values)
-        participant = self._reopened(str(message.get("run")))
+            return self._open(run, values)
+        participant = self._reopened(run)
         if "keep" in message:
             participant.memory.keep([int(number) for number in message["keep"]])
         tensors = _tensors(message.get("body"))
         if kind == "work":
             number = message.get("round")
             round_number = int(number) if number is not None else None
-            if round_number is not None:
-                check_round(self.settings.policy, self._answered(round_number))
+            check_round(self.settings.policy, self._answered(round_number), self._ledger().get("work", 0))
             packed = Packed(tensors, message.get("layout"))
             answer, said = participant.work(str(message["task"]), values, packed, round_number)
             return said, answer
@@ -139,15 +146,18 @@ class Resident:
 
     def _describe(self, run: str, values: dict[str, Any]) -> Answer:
         """The recipe is checked against the policy, and this site's labels are told."""
+        self.run, self.recipe, self.own = run, None, None
         recipe = load_recipe(values["recipe"]).complete()
         check_recipe(self.settings.policy, recipe)
         self.own = read_own(self.settings.data, self.where, recipe.data, recipe.public)
-        self.recipe, self.run = recipe, run
-        return {"labels": self.own.label_values(), "rows": len(self.own.train)}, Packed({})
+        self.recipe = recipe
+        labels = self.own.label_values()
+        check_labels(labels, named=self.settings.data.label is not None)
+        return {"labels": labels, "rows": len(self.own.train)}, Packed({})
 
-    def _open(self, values: dict[str, Any]) -> Answer:
+    def _open(self, run: str, values: dict[str, Any]) -> Answer:
         """Build the method; what is needed to do so again is kept on disk."""
-        if self.recipe is None or self.own is None:
+        if self.recipe is None or self.own is None or run != self.run:
             raise WireError("a run is opened before it was described")
         names, labels = [str(n) for n in values["names"]], [str(label) for label in values["labels"]]
         if self.name not in names:
@@ -161,10 +171,9 @@ class Resident:
 
     def _reopened(self, run: str) -> Participant:
         """The run's participant; after a restart it is built again from what is on disk."""
-        if self.participant is not None and run == self.run:
+        if self.participant is not None and run == self.open_run:
+            self.run = run
             return self.participant
-        if not run.isalnum():
-            raise WireError("a message names no run")
         file = self.folder / "runs" / run / "run.json"
         if not file.exists():
             raise WireError("the run is not open here")
@@ -176,8 +185,9 @@ class Resident:
         return self._build(recipe, own, kept["names"], kept["labels"])
 
     def _build(self, recipe: Recipe, own: OwnData, names: list[str], labels: list[str]) -> Participant:
-        self.participant = None  # only one base model at a time
+        self.participant, self.open_run = None, ""  # only one base model at a time
         self.participant = Participant(recipe, self.name, names, labels, own, self._folder, self._loaded)
+        self.open_run = self.run
         return self.participant
 
     def _loaded(self) -> None:
@@ -201,10 +211,11 @@ class Resident:
         """Apply the policy to an answer, log it, and put its tensors into a file."""
         policy, ledger = self.settings.policy, self._ledger()
         size = packed.length(values)
-        if kind != "describe":
+        if kind == "describe":  # labels are texts that every classifier must agree on; they are few and short
+            numbers = {key: value for key, value in values.items() if key != "labels"}
+            check_outgoing(policy, kind, numbers, size, int(ledger.get("bytes", 0)))
+        else:
             check_outgoing(policy, kind, values, size, int(ledger.get("bytes", 0)))
-        elif not policy.texts:
-            values = values | {"labels": [str(label) for label in values["labels"]]}
         text = json.dumps(values, sort_keys=True, ensure_ascii=False)
         body: Path | None = None
         if packed.tensors:
@@ -215,7 +226,7 @@ class Resident:
             facts |= {"task": message.get("task"), "round": message.get("round")}
         facts |= {"tensors": len(packed.tensors), "keys": sorted(values)}
         self.audit.write("sent", **facts)
-        self._spend(ledger, size, message.get("round"))
+        self._spend(ledger, size, message.get("round"), kind == "work")
         answer: dict[str, Any] = {"values": values, "bytes": size}
         if packed.layout is not None:
             answer["layout"] = packed.layout
@@ -227,11 +238,12 @@ class Resident:
         found: dict[str, Any] = read_json(file) if file.exists() else {"bytes": 0, "rounds": []}
         return found
 
-    def _spend(self, ledger: dict[str, Any], size: int, round_number: Any) -> None:
+    def _spend(self, ledger: dict[str, Any], size: int, round_number: Any, work: bool) -> None:
         rounds = sorted({*ledger["rounds"], *([round_number] if round_number is not None else [])})
-        write_json(self._folder / "sent.json", {"bytes": ledger["bytes"] + size, "rounds": rounds})
+        spent = {"bytes": ledger["bytes"] + size, "rounds": rounds, "work": ledger.get("work", 0) + work}
+        write_json(self._folder / "sent.json", spent)
 
-    def _answered(self, but: int) -> int:
+    def _answered(self, but: int | None) -> int:
         """How many other rounds of this run have been answered."""
         return len([number for number in self._ledger()["rounds"] if number != but])
 

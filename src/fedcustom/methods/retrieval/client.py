@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,8 +39,10 @@ class Librarian:
         """The client's documents on its own disk.
 
         Raises:
-            DataError: the client has no disk.
+            DataError: the client has no disk, or the encoder is named by something else than its digest.
         """
+        if not re.fullmatch("[0-9a-f]{12,128}", str(encoder)):  # it becomes a part of a path
+            raise DataError(f"client {client.name!r} was asked with an encoder that is no digest")
         if client.folder is None:
             raise DataError(f"client {client.name!r} has no folder to keep documents in")
         settings = self.settings

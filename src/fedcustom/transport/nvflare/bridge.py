@@ -1,8 +1,7 @@
 """The local connection between a resident process and the engine's job process beside it.
 
-What passes is JSON; the tensors of a message lie in a file whose path it names. The connection is on the
-loopback interface and begins with a challenge on a key that only this user can read; nothing is ever
-unpickled.
+What passes is JSON; the tensors of a message lie in a file whose path it names. The connection is a socket in
+a folder that only this user can open, and begins with a challenge on a key; nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -10,7 +9,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
+import tempfile
 import threading
+import time
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -68,14 +70,16 @@ class Bridge:
 
 
 class Door:
-    """Where a resident process can be reached: a free port of the loopback interface, and the file that
-    names it with its key.
+    """Where a resident process can be reached: a socket in a temporary folder of this user's alone (a path
+    of a socket may have some hundred characters), and the file that names it with its key.
     """
 
     def __init__(self, file: Path) -> None:
         key = secrets.token_bytes(32)
-        self._listener = Listener(("127.0.0.1", 0), backlog=16, authkey=key)
-        content = json.dumps({"address": list(self._listener.address), "key": key.hex()})
+        self._closed, self._folder = False, Path(tempfile.mkdtemp(prefix="fedcustom-"))
+        address = str(self._folder / "door")
+        self._listener = Listener(address, family="AF_UNIX", backlog=16, authkey=key)
+        content = json.dumps({"address": address, "key": key.hex()})
         file.parent.mkdir(parents=True, exist_ok=True)
         fresh = file.with_suffix(".new")
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
@@ -94,15 +98,17 @@ class Door:
         while True:
             try:
                 return Bridge(self._listener.accept())
-            except (AuthenticationError, EOFError, ConnectionResetError):
-                continue
-            except OSError as error:
-                raise BridgeError(str(error)) from None
+            except (AuthenticationError, EOFError, OSError) as error:
+                if self._closed:
+                    raise BridgeError(str(error)) from None
+                time.sleep(0.01)
 
     def close(self) -> None:
         """Let nobody in any more."""
+        self._closed = True
         self._listener.close()
         self.file.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def connect(file: Path | None = None) -> Bridge:
@@ -116,7 +122,6 @@ def connect(file: Path | None = None) -> Bridge:
     named = file or Path(os.environ.get(ADDRESS_VARIABLE, ""))
     try:
         content = json.loads(named.read_text())
-        host, port = content["address"]
-        return Bridge(Client((str(host), int(port)), authkey=bytes.fromhex(content["key"])))
+        return Bridge(Client(str(content["address"]), authkey=bytes.fromhex(content["key"])))
     except (OSError, EOFError, ValueError, KeyError, AuthenticationError) as error:
         raise BridgeError(f"{named}: {error}") from None

@@ -19,6 +19,9 @@ from ...allocator import release_freed_memory
 from . import carry
 from .bridge import Bridge, BridgeError, connect
 
+MOST_HEAD = 16 * 2**20
+"""Characters of an answer's head: its numbers and texts."""
+
 
 class ServerController(Controller):  # type: ignore[misc]
     """Relays messages between the run's own process and the sites; the run's process decides everything."""
@@ -85,7 +88,7 @@ class ServerController(Controller):  # type: ignore[misc]
                     return
                 to = Path(message["to"])
                 error = carry.take(result, to, cell, most, abort_signal)
-                head = {"error": error} if error else json.loads(result["head"])
+                head = {"error": error} if error else read_head(result["head"])
                 self._answer(answer | {"head": head, "body": str(to) if to.exists() else None})
             except Exception as error:  # nothing that a site sends may end the job
                 self._answer(answer | {"head": {"error": f"not a message ({type(error).__name__})"}})
@@ -109,3 +112,17 @@ class ServerController(Controller):  # type: ignore[misc]
             self._bridge.send(message)
         except BridgeError:
             self._open.clear()  # the run's process will send its messages again
+
+
+def read_head(text: Any) -> dict[str, Any]:
+    """The head of a site's answer.
+
+    Raises:
+        ValueError: it is none, or too large for the run's process.
+    """
+    if not isinstance(text, str) or len(text) > MOST_HEAD:
+        raise ValueError("not a head")
+    head = json.loads(text)
+    if not isinstance(head, dict):
+        raise ValueError("not a head")
+    return head

@@ -87,6 +87,9 @@ class SiteExecutor(Executor):  # type: ignore[misc]
                     until = time.monotonic() + RESTART
                 answer = bridge.receive(timeout=0.5)
             except BridgeError:
+                if bridge is not None:  # it was there until now
+                    until = time.monotonic() + RESTART
+                    bridge.close()
                 bridge = None
                 if time.monotonic() > until:
                     return {"error": "the site's resident process is not running"}

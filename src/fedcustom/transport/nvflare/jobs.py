@@ -14,6 +14,10 @@ from ...errors import DeploymentError
 
 T = TypeVar("T")
 
+CONTROLLER = "fedcustom.transport.nvflare.controller.ServerController"
+EXECUTOR = "fedcustom.transport.nvflare.executor.SiteExecutor"
+"""The only classes that a job may name, at the server and at a site."""
+
 ADMINISTRATOR = "lead@fedcustom.org"
 """The one user that a federation is provisioned with; jobs are submitted in this name."""
 
@@ -36,16 +40,14 @@ def write_job(folder: Path, sites: list[str]) -> None:
         "server": {"task_request_interval": 0.05},
         "dead_client_grace_period": 5.0,
         "dead_client_check_lead_time": 2.0,
-        "workflows": [
-            {"id": "relay", "path": "fedcustom.transport.nvflare.controller.ServerController", "args": {}}
-        ],
+        "workflows": [{"id": "relay", "path": CONTROLLER, "args": {}}],
     }
     client = {
         "format_version": 2,
         "executors": [
             {
                 "tasks": ["*"],
-                "executor": {"path": "fedcustom.transport.nvflare.executor.SiteExecutor", "args": {}},
+                "executor": {"path": EXECUTOR, "args": {}},
             }
         ],
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DeploymentError
-from .jobs import ADMINISTRATOR
+from .jobs import ADMINISTRATOR, CONTROLLER, EXECUTOR
 
 SITE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
@@ -138,9 +138,27 @@ def _project(server: str, port: int, sites: Sequence[str]) -> dict[str, Any]:
     }
 
 
+RIGHTS = {
+    "submit_job": "any", "clone_job": "none", "manage_job": "n:submitter", "download_job": "none",
+    "view": "any", "operate": "none", "shell_commands": "none", "byoc": "none",
+    "server-predeployed-flwr": "none",
+}  # fmt: skip
+"""What the run's own process may do through the engine: start and stop its jobs. No job brings code ("byoc"),
+and nobody reads a site's files through the engine."""
+
+
+def _restrict(kit: Path) -> None:
+    """Give the run these rights and everybody else none: a role is the server's word, so none has more."""
+    nothing = dict.fromkeys(RIGHTS, "none")
+    permissions = {"project_admin": nothing, "org_admin": nothing, "lead": RIGHTS, "member": nothing}
+    content = {"format_version": "1.0", "permissions": permissions}
+    (kit / "local" / "authorization.json").write_text(json.dumps(content, indent=1))
+
+
 def _configure_server(kit: Path) -> None:
+    _restrict(kit)
     resources = _resources(kit)
-    resources["class_allow_list"] = ["fedcustom."]
+    resources["class_allow_list"] = [CONTROLLER]
     resources["servers"][0]["heart_beat_timeout"] = DEAD_AFTER
     storage = resources["snapshot_persistor"]["args"]["storage"]["args"]
     storage["root_dir"] = str((kit / "snapshots").absolute())
@@ -154,8 +172,9 @@ def _configure_server(kit: Path) -> None:
 
 
 def _configure_site(kit: Path) -> None:
+    _restrict(kit)
     resources = _resources(kit)
-    resources["class_allow_list"] = ["fedcustom."]
+    resources["class_allow_list"] = [EXECUTOR]
     resources["allow_log_streaming"] = False  # a site's log is its own
     resources["components"] = [c for c in resources["components"] if c["id"] != "site_log_streamer"]
     _write(kit, resources)

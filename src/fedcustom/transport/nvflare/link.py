@@ -41,13 +41,15 @@ class Link:
     """Messages to sites and back, through one job after another.
 
     A job that ends for whatever reason is followed by another with the sites that are there; what was under
-    way is then to be sent again (:attr:`epoch` has changed). ``note`` is told what happens.
+    way is then to be sent again (:attr:`epoch` has changed). ``note`` is told what happens. Whoever keeps the
+    engine alive says in ``given_up`` why it cannot.
     """
 
     def __init__(self, kit: Path, door: Door, note: Callable[[str], None]) -> None:
         self.session, self.note, self.door = Session(kit), note, door
         self.sites: frozenset[str] = frozenset()
         self.epoch = 0
+        self.given_up = ""
         self._bridge: Bridge | None = None
         self._job = ""
         self._events: queue.Queue[tuple[Bridge, dict[str, Any] | None]] = queue.Queue()
@@ -75,6 +77,8 @@ class Link:
         reason, settled = "no site is connected", time.monotonic() + SETTLE
         while self._bridge is None:
             now = time.monotonic()
+            if self.given_up:
+                raise DeploymentError(self.given_up)
             if now > until:
                 raise DeploymentError(f"no job could be started: {reason}")
             sites = sorted(self.connected())

@@ -182,7 +182,7 @@ class Sites:
             self.note(f"{', '.join(sorted(back))} came back")
             self.link.restart()
         if not self.link.sites:
-            limit = begun + (self.patience.grace if enough else self.patience.quorum)
+            limit = now + self.patience.grace if enough else begun + self.patience.quorum
             self.link.start([site for site in waiting if site not in self.gone_since], max(limit, now + 1.0))
         for site, message in waiting.items():
             if site in self.link.sites and message.epoch != self.link.epoch:
