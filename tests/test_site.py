@@ -24,7 +24,7 @@ from conftest import make_rows, write_jsonl
 from fedcustom.data.build import build_data
 from fedcustom.data.own import OwnDataSettings, read_own
 from fedcustom.deployment.local import write_parts
-from fedcustom.deployment.parties import check_deployable
+from fedcustom.deployment.parties import RUN_FILE, check_deployable, run_name
 from fedcustom.errors import DeploymentError, FedcustomError, PolicyError, RecipeError, UpdateError, WireError
 from fedcustom.evaluation.statistics import (
     check_statistics,
@@ -583,3 +583,11 @@ with held(Path({str(file)!r})):
     other.kill()
     other.wait()
     assert holder(file) is None, "whatever number is written there"
+
+
+def test_a_run_keeps_its_name_with_its_directory(tmp_path: Path) -> None:
+    assert len({run_name(tmp_path), run_name(tmp_path)}) == 2, "drawn anew until there is a checkpoint"
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / RUN_FILE).write_text(RUN)
+    (tmp_path / "old").rename(tmp_path / "moved")
+    assert run_name(tmp_path / "moved") == RUN

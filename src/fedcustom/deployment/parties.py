@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +15,22 @@ from ..federation import Federation
 from ..methods import AsksClients
 from ..models.load import load_base
 from ..models.park import park, parked
-from ..recipe import Recipe, to_toml
+from ..recipe import Recipe
 from ..transport.channel import Channel
 from ..transport.nvflare.sites import Sites
 from .evaluation import RemoteEvaluation
 from .remote import Remote
 from .settings import FederationSettings
 
+RUN_FILE = "run_id"
 
-def run_name(recipe: Recipe, directory: Path) -> str:
-    """What sites know a run by: the same whenever it is resumed."""
-    return hashlib.sha256(f"{to_toml(recipe)}{directory.absolute()}".encode()).hexdigest()[:16]
+
+def run_name(directory: Path) -> str:
+    """What sites know a run by: drawn when it begins, and kept in its directory from its first checkpoint on,
+    so that it is the same whenever the run is resumed, wherever its directory is then.
+    """
+    file = directory / RUN_FILE
+    return file.read_text(encoding="ascii").strip() if file.exists() else secrets.token_hex(8)
 
 
 def check_deployable(recipe: Recipe) -> None:
@@ -44,7 +49,9 @@ def check_deployable(recipe: Recipe) -> None:
             raise RecipeError(f"[{section}]: is for simulations; real sites fail by themselves. Leave it out")
 
 
-def gather(recipe: Recipe, settings: FederationSettings, folder: Path, sites: Sites, run: str) -> Federation:
+def gather(
+    recipe: Recipe, settings: FederationSettings, folder: Path, sites: Sites, directory: Path
+) -> Federation:
     """The parties of a deployed run, agreed on the recipe.
 
     Raises:
@@ -53,7 +60,7 @@ def gather(recipe: Recipe, settings: FederationSettings, folder: Path, sites: Si
     """
     check_deployable(recipe)
     check_fit(recipe)
-    remote = Remote(recipe, settings, sites, run)
+    remote = Remote(recipe, settings, sites, run_name(directory), directory / RUN_FILE)
     own = read_own(settings.data, folder, recipe.data, recipe.public)
     remote.agree()
     data = _known(recipe, settings, own, remote.labels)

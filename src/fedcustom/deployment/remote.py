@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ..allocator import release_freed_memory
 from ..errors import DeploymentError, UpdateError
 from ..evaluation.statistics import Statistics, check_statistics
+from ..files import write_text
 from ..methods import Asked, Method, State, Task, Update
 from ..recipe import Recipe
 from ..transport import wire
@@ -25,8 +27,11 @@ OPENING = 600.0
 class Remote:
     """The sites as the run sees them: transport of its tasks, and keeper of their memories."""
 
-    def __init__(self, recipe: Recipe, settings: FederationSettings, sites: Sites, run: str) -> None:
+    def __init__(
+        self, recipe: Recipe, settings: FederationSettings, sites: Sites, run: str, run_file: Path
+    ) -> None:
         self.recipe, self.settings, self.sites, self.run = recipe, settings, sites, run
+        self.run_file = run_file
         self.enough = min(recipe.rounds.min_clients, len(settings.sites))
         self.labels: list[str] = []
         self.sizes: dict[str, dict[str, int]] = {}
@@ -186,7 +191,9 @@ class Remote:
     # --- memories ---
 
     def snapshot(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-        """Nothing: sites keep their memories on their own disks."""
+        """Nothing: sites keep their memories on their own disks, under the run's name."""
+        if not self.run_file.exists():
+            write_text(self.run_file, self.run)
         return {}, {}
 
     def restore(self, round_number: int, memories: dict[str, dict[str, Any]], files: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ from ..transport.nvflare.kits import require_nvflare, server_command
 from ..transport.nvflare.link import Link
 from ..transport.nvflare.sites import Patience, Sites
 from ..transport.nvflare.supervise import Kept, keep_alive
-from .parties import check_deployable, gather, run_name
+from .parties import check_deployable, gather
 from .settings import FederationSettings, load_federation
 
 RUNNING = "run.pid"
@@ -48,7 +48,7 @@ def run_deployed(
         def parties(
             recipe: Recipe, directory: Path, private: Path, note: Callable[[str], None]
         ) -> Federation:
-            return gather(recipe, settings, folder, sites, run_name(recipe, directory))
+            return gather(recipe, settings, folder, sites, directory)
 
         return run_recipe(complete, directory, resume=resume, progress=progress, gather=parties)
 
