@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +18,9 @@ from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.data.examples import ClientData
 from fedcustom.errors import UpdateError
 from fedcustom.methods import Answer, Client, Update, WeightTuning
+from fedcustom.methods.objective import Supervised
 from fedcustom.training.cohort import clip_each, passes
+from fedcustom.training.lanes import Lanes
 from test_grid import SETTINGS
 from test_methods import examples_for, make
 from test_techniques import MODELS
@@ -64,6 +70,8 @@ def test_the_same_as_one_by_one(tiny: dict[str, str], name: str, model: str) -> 
         **SETTINGS[name],
         "training": {"batch_size": 3, "clip_norm": 1.0, "optimizer": "sgd", "learning_rate": 0.1},
     }
+    if technique == "ia3":  # small steps from one would be lost in its rounding
+        options["training"]["learning_rate"] = 10.0
     alone = rounds(make(tiny[model], technique, kind, **options), kind, together=False)
     method = make(tiny[model], technique, kind, **options)
     assert (method.widest_cohort() == 1) == (name in ALONE)
@@ -74,6 +82,68 @@ def test_the_same_as_one_by_one(tiny: dict[str, str], name: str, model: str) -> 
             assert update.weight == after[client].weight
             assert update.values["steps"] == after[client].values["steps"]
             assert update.values["loss"] == pytest.approx(after[client].values["loss"], rel=1e-5)
+
+
+@pytest.fixture
+def side_by_side(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three threads, and passes small enough for each to have its own."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("fedcustom.training.cohort.LEAST_TOKENS", 8)
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("model", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["prefix", "lora", "adapter", "ia3", "bitfit", "soft_prompt"])
+def test_the_same_in_several_threads(
+    tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch, side_by_side: None, name: str, model: str
+) -> None:
+    """Bit by bit, however the threads take turns; to rounding, what one by one gives."""
+    kind, folder = MODELS[model], tiny[model]
+    rate = 10.0 if name == "ia3" else 0.1
+    training = {"batch_size": 3, "clip_norm": 1.0, "optimizer": "sgd", "learning_rate": rate}
+    options: dict[str, Any] = {**SETTINGS[name], "training": training}
+    begun: set[str] = set()
+    row_losses = Supervised.row_losses
+
+    def noted(self: Supervised, model: Any, batch: Any) -> torch.Tensor:
+        begun.add(threading.current_thread().name)
+        time.sleep(random.uniform(0, 0.003))
+        return row_losses(self, model, batch)
+
+    alone = rounds(make(folder, name, kind, **options), kind, together=False)
+    monkeypatch.setattr(Supervised, "row_losses", noted)
+    first, second = (rounds(make(folder, name, kind, **options), kind, together=True) for _ in range(2))
+    assert len({thread for thread in begun if thread.startswith("lane")}) >= 2
+    assert torch.get_num_threads() == 3
+    for expected, one, other in zip(alone, first, second, strict=True):
+        for client, update in expected.items():
+            assert distance(update, one[client]) < 1e-5
+            assert all(torch.equal(t, other[client].tensors[n]) for n, t in one[client].tensors.items())
+            assert one[client].values == other[client].values
+
+
+def test_lanes_give_results_in_order_and_errors_in_place(side_by_side: None) -> None:
+    def work(number: int) -> tuple[int, int]:
+        time.sleep(0.02 / (number + 1))
+        if number == 5:
+            raise UpdateError("five")
+        return number, torch.get_num_threads()
+
+    with Lanes(3) as lanes:
+        assert list(lanes.each(work, range(4))) == [(number, 1) for number in range(4)]
+        assert list(lanes.each(work, [2])) == [(2, 3)]  # one alone has all threads
+        found = lanes.each(work, range(7))
+        assert [next(found)[0] for _ in range(5)] == [0, 1, 2, 3, 4]
+        with pytest.raises(UpdateError, match="five"):
+            next(found)
+    assert torch.get_num_threads() == 3
+    thread_count: list[int] = []
+    thread = threading.Thread(target=lambda: thread_count.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert thread_count == [3]
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=80), st.integers(1, 5000))

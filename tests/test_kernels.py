@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -13,8 +15,10 @@ from transformers.activations import ACT2FN
 import fedcustom
 from fedcustom.data.examples import LearningTask
 from fedcustom.errors import ModelError
+from fedcustom.models.forward import target_losses
 from fedcustom.models.kernels import fuse_activations
 from fedcustom.models.load import faster, load_base
+from fedcustom.models.output import output_layer
 from fedcustom.models.settings import ModelSettings
 
 
@@ -78,3 +82,93 @@ def test_compiling_without_a_compiler_is_refused(
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ModelError, match="needs a C\\+\\+ compiler"):
         load_base(ModelSettings(base=tiny["bert"], compile=True), LearningTask("retrieval"), 0, head=False)
+
+
+IGNORE = -100
+
+
+def batch_of_targets(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Three rows of which different parts are targets; the last row is padded."""
+    ids = torch.randint(3, 400, (3, 10), generator=torch.Generator().manual_seed(seed))
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    labels[0, :4], labels[1, :7], labels[2, :2] = IGNORE, IGNORE, IGNORE
+    labels[2, 8:], mask[2, 8:] = IGNORE, 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("virtual", [0, 4])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("chunk", [64, 2])
+def test_losses_without_logits_are_those_of_the_logits(
+    tiny: dict[str, str], kind: str, virtual: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients, against a row-by-row cross-entropy of the model's own logits."""
+    monkeypatch.setattr("fedcustom.models.output.FEWEST_ROWS", chunk)
+    monkeypatch.setattr("fedcustom.models.output.LOGIT_BYTES", {"cpu": 1})
+    base = load_base(ModelSettings(base=tiny[kind]), LearningTask("generation"), 0)
+    assert base.output is not None
+    base.model.requires_grad_(False)
+    if virtual:
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
+        model = peft.get_peft_model(base.model, config)
+    else:
+        model = peft.get_peft_model(
+            base.model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+        )
+    model.eval()
+    batch = batch_of_targets()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = []
+    for row in range(3):
+        inputs = {k: batch[k][row : row + 1] for k in ("input_ids", "attention_mask")}
+        logits = model(**inputs).logits[0, virtual:].double()
+        chances = logits[:-1].log_softmax(1)
+        target = batch["labels"][row, 1:]
+        expected.append(-sum(chances[t, target[t]] for t in range(9) if target[t] != IGNORE))
+    rows = torch.stack(expected)
+    weights = torch.tensor([0.5, 2.0, 1.0])
+    wanted = torch.autograd.grad((rows * weights).sum(), trained)
+
+    losses, counts = target_losses(model, batch, sequence_to_sequence=False, output=base.output)
+    assert base.output.serves(model)
+    torch.testing.assert_close(losses.double(), rows, rtol=1e-5, atol=1e-5)
+    assert counts.tolist() == [6, 3, 6]
+    plain, _ = target_losses(model, batch, sequence_to_sequence=False)
+    torch.testing.assert_close(plain, losses, rtol=1e-5, atol=1e-5)
+    for one, other in zip(wanted, torch.autograd.grad((losses * weights).sum(), trained), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+    with torch.inference_mode():
+        again, _ = target_losses(model, batch, sequence_to_sequence=False, output=base.output)
+    torch.testing.assert_close(again, losses.detach())
+    assert model(input_ids=batch["input_ids"]).logits.shape[2] == 400  # other passes have logits as ever
+
+
+def test_an_output_that_is_more_than_a_matrix_is_left_alone(tiny: dict[str, str]) -> None:
+    bounded = transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            intermediate_size=16, head_dim=8, final_logit_softcapping=0.1, initializer_range=1.0,
+        )
+    )  # fmt: skip
+    assert output_layer(bounded.eval()) is None
+    base = load_base(ModelSettings(base=tiny["llama"]), LearningTask("generation"), 0)
+    assert base.output is not None
+    assert not base.output.serves(base.model)  # its matrix, the embedding's, is trained
+    with torch.no_grad():
+        assert base.output.serves(base.model)
+    base.model.requires_grad_(False)
+    assert base.output.serves(base.model)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
+    assert not base.output.serves(peft.get_peft_model(base.model, config))
+    bart = load_base(ModelSettings(base=tiny["bart"]), LearningTask("generation"), 0)
+    assert bart.output is None
+
+
+def test_a_copy_of_a_model_makes_its_own_passes(tiny: dict[str, str]) -> None:
+    base = load_base(ModelSettings(base=tiny["gpt2"]), LearningTask("generation"), 0)
+    assert base.output is not None
+    ids = torch.arange(6)[None]
+    copied = copy.deepcopy(base.model)
+    torch.testing.assert_close(copied(ids).logits, base.model(ids).logits)
+    with pytest.raises(ValueError, match="another way"):
+        base.output.states(copied, input_ids=ids)

@@ -170,6 +170,12 @@ class LocalTraining:
             if self._lower is not None:
                 self._lower.forget()
 
+    def _lanes(self) -> int:
+        """How many passes of a cohort's step may run at a time: one on an accelerator, and where the lower
+        layers are told which batch comes next.
+        """
+        return torch.get_num_threads() if self.device.type == "cpu" and self._lower is None else 1
+
     @cached_property
     def _stand_ins(self) -> ClientModules | None:
         return stand_ins(self.tuned.model, self.tuned.parameters)
@@ -217,6 +223,7 @@ class LocalTraining:
                 head=self.tuned.head,
                 fixed=fixed,
                 resident=self.tuned.model.parameters(),
+                lanes=self._lanes(),
             )
         for position, (job, result) in enumerate(zip(jobs, results, strict=True)):
             try:

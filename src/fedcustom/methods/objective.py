@@ -74,14 +74,19 @@ class Supervised:
         with self.base.autocast():
             if self.classes:
                 return classification_loss(model, batch)
-            return generation_loss(model, batch, sequence_to_sequence=self.base.sequence_to_sequence)
+            return generation_loss(
+                model, batch, sequence_to_sequence=self.base.sequence_to_sequence, output=self.base.output
+            )
 
     def row_losses(self, model: Any, batch: Batch) -> Tensor:
         """Each example's loss, summed over its target tokens."""
         with self.base.autocast():
             if self.classes:
                 return classification_losses(model, batch)
-            return target_losses(model, batch, sequence_to_sequence=self.base.sequence_to_sequence)[0]
+            losses, _ = target_losses(
+                model, batch, sequence_to_sequence=self.base.sequence_to_sequence, output=self.base.output
+            )
+            return losses
 
     def units(self, example: TokenizedExample) -> int:
         """One, or the target tokens that are predicted."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,19 +13,32 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-class ClientModule(nn.Module):
-    """Stands in for a module while several clients share a batch.
+class Given(threading.local):
+    """What a stand-in acts with; each thread that passes through the model has its own.
 
     ``own`` holds the trained tensors under their names in the module, stacked to (clients, ...); the others
-    stay the module's. ``owners``, (rows,) in rising order, says whose each of the batch's rows is.
+    stay the module's. ``owners``, (rows,) in rising order, says whose each of the batch's rows is, and
+    ``counts`` how many rows each client has.
     """
+
+    def __init__(self) -> None:
+        self.own: dict[str, Tensor] = {}
+        self.owners = torch.empty(0, dtype=torch.long)
+        self.counts: list[int] = []
+
+
+class ClientModule(nn.Module):
+    """Stands in for a module while several clients share a batch."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.own: dict[str, Tensor] = {}
-        self.owners = torch.empty(0, dtype=torch.long)
-        self.counts: list[int] = []
+        self.given = Given()
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The clients' tensors."""
+        return self.given.own
 
     def __getattr__(self, name: str) -> Any:
         """What code asks of the module that this one stands in for."""
@@ -34,17 +49,17 @@ class ClientModule(nn.Module):
 
     def vector(self, name: str, like: Tensor) -> Tensor:
         """A trained vector of each row's client; it broadcasts over ``like``, (rows, ..., width)."""
-        rows = self.own[name].flatten(1)[self.owners].to(like.dtype)
+        rows = self.own[name].flatten(1)[self.given.owners].to(like.dtype)
         return rows.view(len(rows), *[1] * (like.dim() - 2), -1)
 
     def product(self, states: Tensor, name: str) -> Tensor:
         """``x_k W_k^T`` of states (rows, ..., in) and a trained matrix (clients, out, in)."""
         weight = self.own[name].to(states.dtype)
         width = states.shape[-1]
-        if len(set(self.counts)) == 1:
+        if len(set(self.given.counts)) == 1:
             result = torch.bmm(states.reshape(len(weight), -1, width), weight.transpose(1, 2))
             return result.view(*states.shape[:-1], -1)
-        parts = zip(torch.split(states, self.counts), weight.unbind(), strict=True)
+        parts = zip(torch.split(states, self.given.counts), weight.unbind(), strict=True)
         return torch.cat([nn.functional.linear(rows, own) for rows, own in parts])
 
 
@@ -88,13 +103,18 @@ class ClientBetween(ClientModule):
 class ClientNorm(ClientModule):
     """A normalisation layer with a scale or a bias of each client's own."""
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        # In a list, so that it is no part of the model.
+        self.unscaled = [without_scale(module)]
+
     def forward(self, states: Tensor) -> Tensor:
         """(rows, ..., width), normalised."""
         module: Any = self.module
         if isinstance(module, nn.LayerNorm):
             result = nn.functional.layer_norm(states, module.normalized_shape, eps=module.eps)
         else:
-            result = _without_scale(module, states)
+            result = self.unscaled[0](states)
         for name, act in (("weight", torch.mul), ("bias", torch.add)):
             if name in self.own:
                 result = act(result, self.vector(name, result))
@@ -103,17 +123,15 @@ class ClientNorm(ClientModule):
         return result
 
 
-def _without_scale(module: Any, states: Tensor) -> Tensor:
-    """What a normalisation layer without bias gives when its scale is one."""
-    scale = module.weight
-    del module._parameters["weight"]
-    module.weight = torch.ones_like(scale)
-    try:
-        result: Tensor = module(states)
-        return result
-    finally:
-        del module.weight
-        module._parameters["weight"] = scale
+def without_scale(module: nn.Module) -> nn.Module:
+    """The same layer with a scale of one."""
+    result = copy.copy(module)
+    result._parameters = {
+        name: nn.Parameter(torch.ones_like(p), requires_grad=False) if name == "weight" else p
+        for name, p in module._parameters.items()
+        if p is not None
+    }
+    return result
 
 
 class ClientEmbedding(ClientModule):
@@ -126,11 +144,11 @@ class ClientEmbedding(ClientModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids of (rows, tokens) to (rows, tokens, width)."""
-        return self.own["weight"][:, ids[0]][self.owners]
+        return self.own["weight"][:, ids[0]][self.given.owners]
 
     def prompts(self, batch_size: int, **_: Any) -> Tensor:
         """All virtual tokens, (rows, tokens, width)."""
-        return self.own["weight"][self.owners]
+        return self.own["weight"][self.given.owners]
 
 
 class ClientScale(ClientModule):
@@ -210,11 +228,14 @@ class ClientModules:
                 del model.__dict__["get_prompt"]
 
     def give(self, tensors: Mapping[str, Tensor], owners: Tensor) -> None:
-        """Let the stand-ins act with these tensors, stacked to (clients, ...), on rows of these owners."""
+        """In the thread that calls, let the stand-ins act with these tensors, stacked to (clients, ...), on
+        rows of these owners.
+        """
         counts = torch.bincount(owners).tolist()
         for stand_in, held in self.found:
-            stand_in.own = {name: tensors[other] for name, other in held.items() if other in tensors}
-            stand_in.owners, stand_in.counts = owners, counts
+            given = stand_in.given
+            given.own = {name: tensors[other] for name, other in held.items() if other in tensors}
+            given.owners, given.counts = owners, counts
 
 
 Kind = Callable[[nn.Module], ClientModule]

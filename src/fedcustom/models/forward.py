@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..data.tokens import IGNORED, Batch
+from .output import OutputLayer
 
 LABEL_OFFSET = "label_offset"
 """The key under which a batch may have what is added to its logits, (labels,) or (examples, labels)."""
@@ -32,30 +33,47 @@ def classification_loss(model: Any, batch: Batch) -> Tensor:
     return classification_losses(model, batch).mean()
 
 
-def target_losses(model: Any, batch: Batch, *, sequence_to_sequence: bool) -> tuple[Tensor, Tensor]:
-    """Per example: the summed loss in nats over target tokens, and how many target tokens there are."""
+def target_losses(
+    model: Any, batch: Batch, *, sequence_to_sequence: bool, output: OutputLayer | None = None
+) -> tuple[Tensor, Tensor]:
+    """Per example: the summed loss in nats over target tokens, and how many target tokens there are.
+
+    With an ``output`` layer that serves the model, only target positions become logits.
+    """
     labels = batch["labels"]
     if sequence_to_sequence:
         logits = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels
         ).logits
-        wanted = labels
-    else:
-        # Only the columns from the last prompt token that precedes a target need logits; counted from the
-        # right, so that virtual tokens which a method puts in front do not shift them.
-        first = int((labels != IGNORED).any(dim=0).int().argmax())
-        keep = labels.shape[1] - max(first - 1, 0)
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=keep
-        ).logits[:, -keep:-1]
-        wanted = labels[:, -(keep - 1) :]
+        return _losses(logits, labels), (labels != IGNORED).sum(dim=1)
+    wanted = labels[:, 1:]
+    counts = (wanted != IGNORED).sum(dim=1)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    # Counted from the right, so that virtual tokens which a method puts in front do not shift positions.
+    if output is not None and output.serves(model):
+        places = wanted != IGNORED
+        states = output.states(model, **inputs)[:, -labels.shape[1] : -1][places]
+        losses = output.losses(states, wanted[places])
+        rows = places.nonzero()[:, 0]
+        return losses.new_zeros(len(labels)).index_add(0, rows, losses), counts
+    # Only the columns from the last prompt token that precedes a target need logits.
+    first = int((labels != IGNORED).any(dim=0).int().argmax())
+    keep = labels.shape[1] - max(first - 1, 0)
+    logits = model(**inputs, logits_to_keep=keep).logits[:, -keep:-1]
+    return _losses(logits, wanted[:, 1 - keep :]), counts
+
+
+def _losses(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Each row's summed loss, from logits of (rows, tokens, vocabulary)."""
     losses = functional.cross_entropy(
-        logits.float().transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+        logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return losses.sum(dim=1), (wanted != IGNORED).sum(dim=1)
+    return losses.view(wanted.shape).sum(dim=1)
 
 
-def generation_loss(model: Any, batch: Batch, *, sequence_to_sequence: bool) -> Tensor:
+def generation_loss(
+    model: Any, batch: Batch, *, sequence_to_sequence: bool, output: OutputLayer | None = None
+) -> Tensor:
     """Mean loss over the batch's target tokens."""
-    losses, counts = target_losses(model, batch, sequence_to_sequence=sequence_to_sequence)
+    losses, counts = target_losses(model, batch, sequence_to_sequence=sequence_to_sequence, output=output)
     return losses.sum() / counts.sum().clamp(min=1)

@@ -73,7 +73,9 @@ def predict(
             if classes:
                 scores[positions] = classification_logits(model, batch).double().cpu().numpy()
             else:
-                losses, counts = target_losses(model, batch, sequence_to_sequence=base.sequence_to_sequence)
+                losses, counts = target_losses(
+                    model, batch, sequence_to_sequence=base.sequence_to_sequence, output=base.output
+                )
                 scores[positions, 0] = losses.double().cpu().numpy()
                 scores[positions, 1] = counts.cpu().numpy()
     if not texts or classes:

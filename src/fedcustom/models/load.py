@@ -18,6 +18,7 @@ from torch import nn
 from ..data.examples import LearningTask
 from ..errors import ModelError, nearest
 from .kernels import fuse_activations
+from .output import OutputLayer, output_layer
 from .settings import ModelSettings
 
 Architecture = Literal["encoder", "decoder", "encoder-decoder"]
@@ -34,7 +35,8 @@ class Base:
     ``head`` names the top-level modules that a classification task adds and trains (none for generation).
     ``precision`` is that of forward and backward passes; trained numbers are always kept in float32.
     ``measured`` are the seconds of a step in each precision by which it was chosen, where it was. With
-    ``compile`` whoever trains the model compiles it first.
+    ``compile`` whoever trains the model compiles it first. ``output`` is a causal language model's output
+    layer, where that is a plain matrix.
     """
 
     model: Any
@@ -48,6 +50,7 @@ class Base:
     device: torch.device
     measured: Mapping[Precision, float] = field(default_factory=dict)
     compile: bool = False
+    output: OutputLayer | None = None
 
     @property
     def sequence_to_sequence(self) -> bool:
@@ -199,6 +202,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
     fuse_activations(model)
     model.eval()
     model.to(device)
+    plain = architecture == "decoder" and task.kind == "generation" and not settings.compile
     measured = measure_precision(model, device) if settings.dtype == "auto" else {}
     return Base(
         model=model,
@@ -212,6 +216,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         device=device,
         measured=measured,
         compile=settings.compile,
+        output=output_layer(model) if plain else None,
     )
 
 

@@ -13,6 +13,7 @@ from ..data.tokens import TokenizedExample
 from ..environment import free_memory
 from ..errors import UpdateError
 from ..tensors import Tensors
+from .lanes import Lanes
 from .local import LocalResult, make_optimizer
 from .settings import TrainingSettings
 
@@ -25,7 +26,7 @@ MOST_TOKENS = 4096
 """Tokens of one pass on a CPU; more do not make matrix products faster, but need memory."""
 
 LEAST_TOKENS = 512
-"""Passes smaller than this are not split further to save padding."""
+"""Passes smaller than this are not split further to save padding, or to run side by side."""
 
 
 @dataclass
@@ -59,6 +60,7 @@ def train_together(
     head: frozenset[str] = frozenset(),
     fixed: Mapping[str, Tensor] | None = None,
     resident: Iterable[Tensor] = (),
+    lanes: int = 1,
 ) -> list[LocalResult | UpdateError]:
     """Train the clients' tensors, ``stacks`` of (clients, ...), in place; each as if it were alone.
 
@@ -68,7 +70,8 @@ def train_together(
 
     A client's loss is the sum of its rows' losses over the sum of what ``units_of`` counts in them (examples
     or target tokens). ``fixed`` are tensors of each client's own, stacked likewise, that are not trained;
-    ``resident`` are the base model's, which need no further memory.
+    ``resident`` are the base model's, which need no further memory. ``losses_of`` is called by up to
+    ``lanes`` threads at a time.
     """
     order = sorted(range(len(work)), key=lambda i: -len(work[i].batches))
     chosen = torch.tensor(order)
@@ -76,7 +79,8 @@ def train_together(
     trainer = _Trainer(ours, [work[i] for i in order], losses_of, units_of, settings, factor, head)
     trainer.fixed = {name: stack[chosen] for name, stack in (fixed or {}).items()}
     trainer.resident = {tensor.untyped_storage().data_ptr() for tensor in resident}
-    trainer.train()
+    with Lanes(lanes) as trainer.lanes:
+        trainer.train()
     for name, stack in stacks.items():
         stack[chosen] = ours[name]
     return [item.result() for item in work]
@@ -89,6 +93,25 @@ class _Row:
     client: int
     example: TokenizedExample
     weight: float
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a pass gave: the parts of losses, (rows,), and the gradients of the tensors of the clients whose
+    rows those are, (clients, ...).
+    """
+
+    rows: Sequence[_Row]
+    losses: list[float]
+    clients: list[int]
+    gradients: Tensors
+
+    def add_to(self, gradients: Tensors, work: Sequence[Work]) -> None:
+        """Add to what this step's other passes gave."""
+        for name, gradient in self.gradients.items():
+            gradients[name][self.clients] += gradient
+        for row, loss in zip(self.rows, self.losses, strict=True):
+            work[row.client].losses[-1] += loss
 
 
 class _Trainer:
@@ -115,6 +138,7 @@ class _Trainer:
             if all(name in item.shift for item in work)
         }
         self.limit: int | None = None
+        self.lanes = Lanes(1)
 
     def train(self) -> None:
         """All steps of all clients."""
@@ -145,10 +169,15 @@ class _Trainer:
             units = max(1, sum(map(self.units_of, item.batches[step])))
             rows += [_Row(client, example, 1 / units) for example in item.batches[step]]
             item.losses.append(0.0)
+        lengths = [_length(row.example) for row in rows]
         if self.limit is None:
             self.limit = self._fitting(parameters, rows)
-        for group in passes([_length(row.example) for row in rows], self.limit):
-            self._pass(parameters, gradients, [rows[i] for i in sorted(group)])
+        at_once = max(1, min(self.lanes.count, sum(lengths) // LEAST_TOKENS))
+        limit = min(self.limit // at_once, math.ceil(sum(lengths) / at_once))
+        parts = [[rows[i] for i in sorted(group)] for group in passes(lengths, limit)]
+        for found in self.lanes.each(lambda part: self._pass(parameters, part), parts):
+            for done in found:
+                done.add_to(gradients, self.work)
         for name, anchor in self.anchors.items():
             gradients[name].add_(self.stacks[name][:count] - anchor[:count], alpha=self.settings.proximal)
         for name, shift in self.shifts.items():
@@ -158,26 +187,25 @@ class _Trainer:
         for name, parameter in parameters.items():
             parameter.grad = gradients[name]
 
-    def _pass(self, parameters: Mapping[str, nn.Parameter], gradients: Tensors, rows: Sequence[_Row]) -> None:
+    def _pass(self, parameters: Mapping[str, nn.Parameter], rows: Sequence[_Row]) -> list[_Pass]:
         """Forward and backward for some rows; where memory runs out, for one half after the other."""
-        clients = sorted({row.client for row in rows})
-        chosen = torch.tensor(clients)
         try:
-            own, losses = self._forward(parameters, rows, clients)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            return [self._whole(parameters, rows)]
         except (torch.OutOfMemoryError, MemoryError):
             if len(rows) == 1:
                 raise
-            own, half = {}, len(rows) // 2
-            self.limit = max(1, (self.limit or MOST_TOKENS) // 2)
-            self._pass(parameters, gradients, rows[:half])
-            self._pass(parameters, gradients, rows[half:])
-            return
-        for name, tensor in own.items():
-            if tensor.grad is not None:
-                gradients[name][chosen] += tensor.grad
-        for row, loss in zip(rows, losses.detach().tolist(), strict=True):
-            self.work[row.client].losses[-1] += loss
+        # Not in the handler: the error would keep what the failed pass held.
+        half = len(rows) // 2
+        self.limit = max(1, (self.limit or MOST_TOKENS) // 2)
+        return self._pass(parameters, rows[:half]) + self._pass(parameters, rows[half:])
+
+    def _whole(self, parameters: Mapping[str, nn.Parameter], rows: Sequence[_Row]) -> _Pass:
+        """Forward and backward for some rows."""
+        clients = sorted({row.client for row in rows})
+        own, losses = self._forward(parameters, rows, clients)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        gradients = {name: tensor.grad for name, tensor in own.items() if tensor.grad is not None}
+        return _Pass(rows, losses.detach().tolist(), clients, gradients)
 
     def _forward(
         self, parameters: Mapping[str, nn.Parameter], rows: Sequence[_Row], clients: Sequence[int]
