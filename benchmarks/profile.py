@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedcustom.driver import run_recipe
 from fedcustom.methods.objective import Supervised
@@ -25,25 +26,51 @@ KINDS = {
     "attention": ("_scaled_dot_product", "softmax"),
     "activations": ("gelu", "silu", "sigmoid", "tanh"),
     "normalisation": ("layer_norm", "rms_norm"),
-    "copying and gathering": ("copy_", "cat", "index", "_index_put", "fill_", "clone", "embedding"),
+    "copying and gathering": (
+        "copy_",
+        "cat",
+        "index",
+        "fill_",
+        "clone",
+        "embedding",
+        "zeros",
+        "scatter",
+        "gather",
+    ),
 }
 
 
 class Phases:
-    """Seconds of forward passes, backward passes and optimiser steps, without what is nested."""
+    """Seconds in which forward passes, backward passes and optimiser steps run, in any thread: while two run,
+    each is given half.
+    """
 
     def __init__(self) -> None:
         self.seconds = {"forward": 0.0, "backward": 0.0, "optimiser": 0.0}
+        self.running: list[str] = []
+        self.since = 0.0
+        self.lock = threading.Lock()
+
+    def _change(self, begins: str = "", ends: str = "") -> None:
+        with self.lock:
+            now = time.perf_counter()
+            for name in self.running:
+                self.seconds[name] += (now - self.since) / len(self.running)
+            self.since = now
+            if begins:
+                self.running.append(begins)
+            if ends:
+                self.running.remove(ends)
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, which adds its seconds to a phase."""
 
         def call(*arguments: Any, **named: Any) -> Any:
-            begun = time.perf_counter()
+            self._change(begins=name)
             try:
                 return function(*arguments, **named)
             finally:
-                self.seconds[name] += time.perf_counter() - begun
+                self._change(ends=name)
 
         return call
 
@@ -64,23 +91,36 @@ class Phases:
                 setattr(owner, name, function)
 
 
-def kinds(profiler: Any) -> dict[str, float]:
-    """Shares of the time by kind of operation; what is left is small operations and Python."""
-    spent = dict.fromkeys([*KINDS, "everything else"], 0.0)
-    for event in profiler.key_averages():
-        if not event.key.startswith("aten::"):
-            kind = "everything else"
-        else:
-            name = event.key.removeprefix("aten::")
-            kind = next((k for k, names in KINDS.items() if _is(name, k, names)), "everything else")
-        spent[kind] += event.self_cpu_time_total
-    total = sum(spent.values()) or 1.0
-    return {kind: seconds / total for kind, seconds in spent.items()}
+class Kinds(TorchDispatchMode):
+    """Seconds of every operation in this thread, and the floating-point operations of matrix products.
+
+    Not torch's profiler: what that writes down comes between the tensors in memory, so that large ones need
+    new pages every time, which here made some operations four times slower than they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seconds: dict[str, float] = dict.fromkeys([*KINDS, "everything else"], 0.0)
+        self.products = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if torch.is_inference_mode_enabled():  # an evaluation
+            return function(*arguments, **(named or {}))
+        begun = time.perf_counter()
+        result = function(*arguments, **(named or {}))
+        took = time.perf_counter() - begun
+        name = function.overloadpacket.__name__
+        kind = next((k for k, names in KINDS.items() if _is(name, k, names)), "everything else")
+        self.seconds[kind] += took
+        if kind == "matrix products":
+            left = [a for a in arguments if isinstance(a, torch.Tensor)][-2]
+            self.products += 2 * result.numel() * left.shape[-1]
+        return result
 
 
 def _is(name: str, kind: str, known: tuple[str, ...]) -> bool:
     if kind == "matrix products":
-        return name in known
+        return name.rstrip("_") in known
     return any(part in name for part in known)
 
 
@@ -96,25 +136,29 @@ def product_peak(size: int = 1536, repetitions: int = 5) -> float:
 
 
 def measure(job: Path) -> dict[str, Any]:
-    """Our engine on a job: once with phases, once under torch's profiler with floating-point operations
-    counted.
-    """
+    """Our engine on a job: once with phases, once with operations timed and counted, in one thread."""
     recipe, found = load_recipe(job / "recipe.toml"), Phases()
     with tempfile.TemporaryDirectory() as folder:
         watch = Stopwatch()
         with found.watching():
             run_recipe(recipe, Path(folder) / "phases", progress=watch)
         whole = sum(watch.seconds)
-        with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
-            run_recipe(recipe, Path(folder) / "kinds")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        alone, operations = Stopwatch(), Kinds()
+        with operations:
+            run_recipe(recipe, Path(folder) / "kinds", progress=alone)
+        torch.set_num_threads(threads)
     shares = {name: seconds / whole for name, seconds in found.seconds.items()}
-    products = sum(event.flops for event in profiler.key_averages()) / 1e9
+    spent = operations.seconds
+    spent["Python and small operations"] = max(0.0, sum(alone.seconds) - sum(spent.values()))
+    total = sum(spent.values())
     return {
         "seconds": whole,
         "rounds": len(watch.seconds),
         "phases": {**shares, "federated overhead": 1 - sum(shares.values())},
-        "kinds": kinds(profiler),
-        "gigaflop": products,
+        "kinds": {name: seconds / total for name, seconds in spent.items()},
+        "gigaflop": operations.products / 1e9,
         "peak_gigaflop_per_second": product_peak(),
     }
 

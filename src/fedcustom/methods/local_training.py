@@ -19,7 +19,7 @@ from ..models.forward import LABEL_OFFSET
 from ..models.load import Base
 from ..models.lower import LowerLayers, lower_layers
 from ..tensors import Tensors, count, part
-from ..training.cohort import Work, train_together
+from ..training.cohort import Room, Work, train_together
 from ..training.local import LocalResult, train_locally
 from ..training.settings import TrainingSettings
 from .contract import Client, Task, Update
@@ -177,6 +177,10 @@ class LocalTraining:
         return torch.get_num_threads() if self.device.type == "cpu" and self._lower is None else 1
 
     @cached_property
+    def _room(self) -> Room:
+        return Room(self.tuned.model.parameters())
+
+    @cached_property
     def _stand_ins(self) -> ClientModules | None:
         return stand_ins(self.tuned.model, self.tuned.parameters)
 
@@ -222,7 +226,7 @@ class LocalTraining:
                 units_of=self.objective.units,
                 head=self.tuned.head,
                 fixed=fixed,
-                resident=self.tuned.model.parameters(),
+                room=self._room,
                 lanes=self._lanes(),
             )
         for position, (job, result) in enumerate(zip(jobs, results, strict=True)):

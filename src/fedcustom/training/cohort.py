@@ -59,7 +59,7 @@ def train_together(
     units_of: Callable[[TokenizedExample], int],
     head: frozenset[str] = frozenset(),
     fixed: Mapping[str, Tensor] | None = None,
-    resident: Iterable[Tensor] = (),
+    room: Room | None = None,
     lanes: int = 1,
 ) -> list[LocalResult | UpdateError]:
     """Train the clients' tensors, ``stacks`` of (clients, ...), in place; each as if it were alone.
@@ -70,20 +70,39 @@ def train_together(
 
     A client's loss is the sum of its rows' losses over the sum of what ``units_of`` counts in them (examples
     or target tokens). ``fixed`` are tensors of each client's own, stacked likewise, that are not trained;
-    ``resident`` are the base model's, which need no further memory. ``losses_of`` is called by up to
-    ``lanes`` threads at a time.
+    ``room`` may be kept for the next cohort. ``losses_of`` is called by up to ``lanes`` threads at a time.
     """
     order = sorted(range(len(work)), key=lambda i: -len(work[i].batches))
     chosen = torch.tensor(order)
     ours = {name: stack[chosen] for name, stack in stacks.items()}
     trainer = _Trainer(ours, [work[i] for i in order], losses_of, units_of, settings, factor, head)
     trainer.fixed = {name: stack[chosen] for name, stack in (fixed or {}).items()}
-    trainer.resident = {tensor.untyped_storage().data_ptr() for tensor in resident}
+    trainer.room = room or Room()
     with Lanes(lanes) as trainer.lanes:
         trainer.train()
     for name, stack in stacks.items():
         stack[chosen] = ours[name]
     return [item.result() for item in work]
+
+
+class Room:
+    """How many tokens a pass may have: as many as half of the free memory can hold, by what one example was
+    found to need. ``resident`` tensors are the base model's, which need no further memory.
+    """
+
+    def __init__(self, resident: Iterable[Tensor] = ()) -> None:
+        self.resident = {tensor.untyped_storage().data_ptr() for tensor in resident}
+        self.bytes_per_token: float | None = None
+
+    def tokens(self, length: int, forward: Callable[[], object], device: torch.device) -> int:
+        """Tokens of one pass; ``forward`` makes that of one example of ``length`` tokens."""
+        if self.bytes_per_token is None:
+            with saved_bytes() as saved:
+                forward()
+            kept = sum(size for storage, size in saved.items() if storage not in self.resident)
+            self.bytes_per_token = max(1, kept) / length
+        fitting = int(0.5 * free_memory(device) / self.bytes_per_token)
+        return max(1, fitting if device.type != "cpu" else min(MOST_TOKENS, fitting))
 
 
 @dataclass(frozen=True)
@@ -103,13 +122,13 @@ class _Pass:
 
     rows: Sequence[_Row]
     losses: list[float]
-    clients: list[int]
+    clients: Tensor
     gradients: Tensors
 
     def add_to(self, gradients: Tensors, work: Sequence[Work]) -> None:
         """Add to what this step's other passes gave."""
         for name, gradient in self.gradients.items():
-            gradients[name][self.clients] += gradient
+            gradients[name].index_add_(0, self.clients.to(gradient.device), gradient)
         for row, loss in zip(self.rows, self.losses, strict=True):
             work[row.client].losses[-1] += loss
 
@@ -130,7 +149,7 @@ class _Trainer:
         self.stacks, self.work, self.losses_of, self.units_of = stacks, work, losses_of, units_of
         self.settings, self.factor, self.head = settings, factor, head
         self.fixed: Tensors = {}
-        self.resident: set[int] = set()
+        self.room = Room()
         self.anchors = {n: t.clone() for n, t in stacks.items()} if settings.proximal else {}
         self.shifts = {
             name: torch.stack([item.shift[name] for item in work]).to(stack.device)
@@ -205,14 +224,17 @@ class _Trainer:
         own, losses = self._forward(parameters, rows, clients)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         gradients = {name: tensor.grad for name, tensor in own.items() if tensor.grad is not None}
-        return _Pass(rows, losses.detach().tolist(), clients, gradients)
+        return _Pass(rows, losses.detach().tolist(), torch.tensor(clients), gradients)
 
     def _forward(
         self, parameters: Mapping[str, nn.Parameter], rows: Sequence[_Row], clients: Sequence[int]
     ) -> tuple[Tensors, Tensor]:
         """The tensors of the clients whose rows these are, and the rows' parts of their clients' losses."""
         chosen = torch.tensor(clients)
-        own = {name: p.detach()[chosen].requires_grad_() for name, p in parameters.items()}
+        own = {
+            name: p.detach().index_select(0, chosen.to(p.device)).requires_grad_()
+            for name, p in parameters.items()
+        }
         fixed = {name: stack[chosen] for name, stack in self.fixed.items()}
         place = {client: position for position, client in enumerate(clients)}
         device = next(iter(own.values())).device
@@ -222,14 +244,12 @@ class _Trainer:
         return own, losses * weights
 
     def _fitting(self, parameters: Mapping[str, nn.Parameter], rows: Sequence[_Row]) -> int:
-        """Tokens of one pass: as many as half of the free memory can hold, measured on one example."""
+        """Tokens of one pass."""
         longest = max(rows, key=lambda row: _length(row.example))
-        with saved_bytes() as saved:
-            self._forward(parameters, [longest], [longest.client])
-        kept = sum(size for storage, size in saved.items() if storage not in self.resident)
         device = next(iter(parameters.values())).device
-        fitting = int(0.5 * free_memory(device) * _length(longest.example) / max(1, kept))
-        return max(1, fitting if device.type != "cpu" else min(MOST_TOKENS, fitting))
+        return self.room.tokens(
+            _length(longest.example), lambda: self._forward(parameters, [longest], [longest.client]), device
+        )
 
 
 class saved_bytes(torch.autograd.graph.saved_tensors_hooks):
@@ -272,10 +292,11 @@ def clip_each(gradients: Sequence[Tensor], largest: float) -> None:
     """Scale each client's gradients, (clients, ...), in place such that their joint norm is at most
     ``largest`` (as :func:`torch.nn.utils.clip_grad_norm_` does for one).
     """
-    squares = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients])
-    scale = (largest / (squares.sum(dim=0).sqrt() + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+    norms = torch.stack([torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients])
+    scale = (largest / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+    if bool((scale < 1).any()):
+        for gradient in gradients:
+            gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
 
 
 def _length(example: TokenizedExample) -> int:
