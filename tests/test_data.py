@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from conftest import make_rows, tiny_tokenizer, write_jsonl
 from fedcustom.data.build import build_data
-from fedcustom.data.examples import Example, LearningTask
-from fedcustom.data.settings import ClientSettings, DataSettings
+from fedcustom.data.examples import Example, LearningTask, make_examples
+from fedcustom.data.own import read_own
+from fedcustom.data.settings import ClientSettings, DataSettings, PublicSettings
 from fedcustom.data.sources import read_file, read_rows
 from fedcustom.data.tokens import (
     IGNORED,
@@ -26,6 +27,7 @@ from fedcustom.data.tokens import (
     packed,
     tokenize,
 )
+from fedcustom.deployment.local import write_parts
 from fedcustom.errors import DataError
 
 
@@ -162,6 +164,29 @@ def test_references_are_kept_for_scoring(data_folder: Path) -> None:
     trained = data.clients["client-0"].train[0]
     assert trained.target.startswith(" the ")
     assert trained.references == (trained.target.strip(),)
+    own = {"source": "a", "target": "a second way", "references": ["first", "a second way"]}
+    given, *others = make_examples(
+        [own, {**own, "target": ""}, {k: v for k, v in own.items() if k != "target"}],
+        settings_, (), scoring=True, where="test",
+    )  # fmt: skip
+    assert given.target == " a second way"  # a row's own target comes before its references
+    assert [other.target for other in others] == [" first", " first"]
+
+
+@pytest.mark.parametrize("references", ["references", None])
+def test_what_a_local_site_reads_is_what_the_simulation_has(
+    data_folder: Path, tmp_path: Path, references: str | None
+) -> None:
+    settings_ = source(
+        data_folder, task="generation", prompt="{source} :", target=" {target}", references=references
+    )
+    data = build_data(settings_, ClientSettings(partition="iid", count=2, test_fraction=0.3), 0)
+    for number, (name, client) in enumerate(data.clients.items()):
+        parts = {"train": client.train, "development": client.development, "test": client.test}
+        own = write_parts(tmp_path / name, parts, data)
+        read = read_own(own, tmp_path / name, settings_, PublicSettings())
+        found = read.client(name, number, (), ClientSettings(), 0)
+        assert (found.train, found.development, found.test) == tuple(parts.values())
 
 
 def test_a_test_split_that_names_clients_gives_them_their_own(tmp_path: Path) -> None:

@@ -442,7 +442,7 @@ def test_parked_tensors_are_the_same_and_keep_what_is_written(tmp_path: Path) ->
 # --- what a hostile server or neighbour tries ---
 
 
-@pytest.mark.parametrize("run", ["/tmp/elsewhere", "../../x", "abc", "0123456789ABCDEF", ""])
+@pytest.mark.parametrize("run", ["/elsewhere", "../../x", "abc", "0123456789ABCDEF", ""])
 def test_a_run_is_no_path(resident: Any, tmp_path: Path, run: str) -> None:
     made, _ = resident()
     opened(made)
@@ -496,6 +496,10 @@ def test_every_model_of_a_recipe_is_looked_at() -> None:
     check_recipe(PolicySettings(base_models=["/models/a", "/models/b"]), recipe)
     with pytest.raises(PolicyError, match="/models/b"):
         check_recipe(PolicySettings(base_models=["/models/a"]), recipe)
+    pinned = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": "v2"})})
+    check_recipe(PolicySettings(base_models=["/models/a@v2", "/models/a", "/models/b"]), pinned)
+    with pytest.raises(PolicyError, match="'/models/a@v2' is not allowed"):
+        check_recipe(PolicySettings(base_models=["/models/a", "/models/b"]), pinned)
 
 
 def test_sums_of_sites_are_pooled() -> None:

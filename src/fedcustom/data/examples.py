@@ -130,13 +130,15 @@ def _generation_example(row: Mapping[str, Any], settings: DataSettings, scoring:
         references = tuple([value] if isinstance(value, str) else value)
         if not references or not all(isinstance(text, str) and text for text in references):
             raise DataError(f"{where}: column {settings.references!r} must hold a text or a list of texts")
-        # The loss is taken on the first reference, in the form in which the model learns to write it.
+        # The loss is taken on the row's own target or, where it has none, on the first reference, in the form
+        # in which the model learns to write it.
         names = fields(settings.target)
-        target = (
-            settings.target.format_map(dict.fromkeys(names, references[0]))
-            if len(names) == 1
-            else references[0]
-        )
+        if all(isinstance(row.get(name), str) and row[name] for name in names):
+            target = settings.target.format_map(row)
+        elif len(names) == 1:
+            target = settings.target.format_map(dict.fromkeys(names, references[0]))
+        else:
+            target = references[0]
         return Example(prompt, target=target, references=references)
     target = settings.target.format_map(row)
     return Example(prompt, target=target, references=(target.strip(),))

@@ -45,9 +45,12 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
 
 
 def models_of(recipe: Recipe) -> list[str]:
-    """Every pretrained model that a recipe names."""
+    """Every pretrained model that a recipe names; the base with its revision, as in ``name@revision``, where
+    the recipe asks for one.
+    """
     method: Any = recipe.method
-    named = [recipe.model.base, *(getattr(method, "client_models", None) or [])]
+    base, revision = recipe.model.base, recipe.model.revision
+    named = [f"{base}@{revision}" if revision else base, *(getattr(method, "client_models", None) or [])]
     named.append(getattr(method, "generator", None))
     if getattr(method, "strategy", None) == "in_context":
         named.append(method.retriever)
