@@ -35,7 +35,7 @@ def accuracy(name: str, data: Path, seed: int, rounds: int, width: int | None) -
 
 
 def main() -> None:
-    """Measure and write ``results/quality.json`` after every run."""
+    """Measure and write ``results/quality.json`` after every run; what it holds already is not run again."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--data", type=Path, required=True, help="folder with trec/ and banking77/")
     parser.add_argument("--rounds", type=int, default=10)
@@ -43,12 +43,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
     options = parser.parse_args()
     found: dict[str, dict[str, list[float]]] = {}
+    if options.out.exists():
+        kept = json.loads(options.out.read_text(encoding="utf-8"))
+        if (kept["rounds"], kept["torch"]) == (options.rounds, torch.__version__):
+            found = kept["accuracy"]
     for name in ("trec", "banking77"):
         if not (options.data / name).is_dir():
             parser.error(f"--data: {options.data} has no folder {name}")
     for seed in range(options.seeds):
         for name in ("trec", "banking77"):
             for label, width in (("on", None), ("off", 1)):
+                if len(found.get(name, {}).get(label, [])) > seed:
+                    continue
                 value = accuracy(name, options.data, seed, options.rounds, width)
                 found.setdefault(name, {}).setdefault(label, []).append(value)
                 print(f"{name}, seed {seed}, cohort training {label}: {value:.4f}", flush=True)

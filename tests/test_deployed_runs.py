@@ -109,21 +109,18 @@ def test_the_base_model_is_loaded_once_and_every_message_is_logged(federation: B
         assert all(event["keys"] == ["examples", "loss", "steps", "weight"] for event in sent)
 
 
-def test_a_job_process_killed_in_a_round(
-    federation: Bed, expected: Path, tmp_path: Path, record_property: Any
+@pytest.mark.parametrize(("process", "site", "when"), [("job", 1, 2), ("resident", 0, 3)])
+def test_a_sites_process_killed_in_a_round(
+    federation: Bed,
+    expected: Path,
+    tmp_path: Path,
+    record_property: Any,
+    process: str,
+    site: int,
+    number: int,
 ) -> None:
-    name = federation.names[1]
-    watcher = Watcher({2: lambda: kill(federation.job(name))})
-    federation.run(tmp_path / "run", watcher)
-    assert difference(tmp_path / "run", expected) == 0
-    report(record_property, "nothing", longest(watcher))
-
-
-def test_a_resident_process_killed_in_a_round(
-    federation: Bed, expected: Path, tmp_path: Path, record_property: Any
-) -> None:
-    name = federation.names[0]
-    watcher = Watcher({3: lambda: kill(federation.resident(name))})
+    name = federation.names[site]
+    watcher = Watcher({number: lambda: kill(getattr(federation, process)(name))})
     federation.run(tmp_path / "run", watcher)
     assert difference(tmp_path / "run", expected) == 0
     report(record_property, "nothing", longest(watcher))

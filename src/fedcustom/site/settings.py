@@ -23,8 +23,8 @@ class PolicySettings(Settings):
     methods: list[str] | None = Field(None, description="Methods that this site takes part in; unset: all")
     base_models: list[str] | None = Field(
         None,
-        description="Base models that this site loads, as name or, for one revision, name@revision; unset: any "
-        "that the recipe names",
+        description="Base models that this site loads, as name or, for one revision, name@revision; unset: "
+        "any that the recipe names",
     )
     texts: bool = Field(
         True, description="Whether messages may hold texts (passages, answers, prompts); false: numbers alone"
