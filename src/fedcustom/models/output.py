@@ -12,7 +12,7 @@ from torch.nn import functional
 LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**30}
 """Logits that exist at one time: on a CPU what its cache holds."""
 
-FEWEST_ROWS = 64
+FEWEST_ROWS = 256
 """Products of fewer rows are slow, however large the vocabulary."""
 
 
