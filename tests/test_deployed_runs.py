@@ -111,16 +111,10 @@ def test_the_base_model_is_loaded_once_and_every_message_is_logged(federation: B
 
 @pytest.mark.parametrize(("process", "site", "when"), [("job", 1, 2), ("resident", 0, 3)])
 def test_a_sites_process_killed_in_a_round(
-    federation: Bed,
-    expected: Path,
-    tmp_path: Path,
-    record_property: Any,
-    process: str,
-    site: int,
-    number: int,
+    federation: Bed, expected: Path, tmp_path: Path, record_property: Any, process: str, site: int, when: int
 ) -> None:
     name = federation.names[site]
-    watcher = Watcher({number: lambda: kill(getattr(federation, process)(name))})
+    watcher = Watcher({when: lambda: kill(getattr(federation, process)(name))})
     federation.run(tmp_path / "run", watcher)
     assert difference(tmp_path / "run", expected) == 0
     report(record_property, "nothing", longest(watcher))
