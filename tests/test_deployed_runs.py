@@ -170,13 +170,18 @@ def test_a_slow_site_does_not_hold_up_the_round(
     federation: Bed, tmp_path: Path, record_property: Any
 ) -> None:
     name = federation.names[0]
-    stopped = federation.resident(name)
-    watcher = Watcher({2: lambda: kill(stopped, signal.SIGSTOP), 4: lambda: kill(stopped, signal.SIGCONT)})
+    watcher = Watcher(
+        {
+            2: lambda: kill(federation.resident(name), signal.SIGSTOP),
+            4: lambda: kill(federation.resident(name), signal.SIGCONT),
+        }
+    )
     federation.patience(round_seconds=6.0)
     try:
         federation.run(tmp_path / "run", watcher, rounds__count=8)
     finally:
-        kill(stopped, signal.SIGCONT)
+        if running := federation.resident(name):
+            kill(running, signal.SIGCONT)
         federation.patience(round_seconds=120.0)
     rows = [row for row in metrics(tmp_path / "run") if row["round"]]
     assert rows[2]["left_out"] == {name: "no answer in time"}
