@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 import fedcustom
 from fedcustom.data.examples import LearningTask
 from fedcustom.errors import ModelError
+from fedcustom.models.first_token import first_token_only
 from fedcustom.models.forward import target_losses
 from fedcustom.models.kernels import fuse_activations
 from fedcustom.models.load import faster, load_base
@@ -49,6 +50,73 @@ def test_auto_measures_a_step_in_each_precision(tiny: dict[str, str], kind: str)
     assert base.precision == faster(base.measured)
     assert all(p.grad is None and p.dtype == torch.float32 for p in base.model.parameters())
     assert not load_base(ModelSettings(base=tiny[kind]), task, 0).measured
+
+
+SIZE = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+CLASSIFIERS = {
+    "bert": (transformers.BertConfig(**SIZE, intermediate_size=48), "bert.encoder.layer.1.intermediate"),
+    "roberta": (
+        transformers.RobertaConfig(**SIZE, intermediate_size=48),
+        "roberta.encoder.layer.1.intermediate",
+    ),
+    "electra": (
+        transformers.ElectraConfig(**SIZE, embedding_size=16, intermediate_size=48),
+        "electra.encoder.layer.1.intermediate",
+    ),
+    "mpnet": (transformers.MPNetConfig(**SIZE, intermediate_size=48), "mpnet.encoder.layer.1.intermediate"),
+    "distilbert": (
+        transformers.DistilBertConfig(vocab_size=400, dim=32, n_layers=2, n_heads=4, hidden_dim=48),
+        "distilbert.transformer.layer.1.ffn",
+    ),
+    "modernbert": (
+        transformers.ModernBertConfig(**SIZE, intermediate_size=48, pad_token_id=0, classifier_pooling="cls"),
+        "model.layers.1.mlp",
+    ),
+    "modernbert, mean": (
+        transformers.ModernBertConfig(
+            **SIZE, intermediate_size=48, pad_token_id=0, classifier_pooling="mean"
+        ),
+        "model.layers.1.mlp",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(CLASSIFIERS))
+def test_the_last_layer_is_computed_for_the_first_token(kind: str) -> None:
+    configuration, feed_forward = CLASSIFIERS[kind]
+    torch.manual_seed(3)
+    plain = transformers.AutoModelForSequenceClassification.from_config(configuration).eval()
+    model = copy.deepcopy(plain)
+    by_first = kind != "modernbert, mean"
+    assert first_token_only(model) == by_first
+
+    ids = torch.randint(5, 400, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    seen = []
+    module = model.get_submodule(feed_forward)
+    hook = module.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    for each in (model, plain):
+        torch.nn.functional.cross_entropy(
+            each(input_ids=ids, attention_mask=mask).logits, torch.tensor([0, 1, 1])
+        ).backward()
+    assert seen == [1 if by_first else 9]
+    torch.testing.assert_close(
+        model(input_ids=ids, attention_mask=mask).logits,
+        plain(input_ids=ids, attention_mask=mask).logits,
+        rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+    # A pass of the body by itself gives all tokens, in the classifier's copies too.
+    hook.remove()
+    body = getattr(copy.deepcopy(model), model.base_model_prefix)
+    states = body(input_ids=ids, attention_mask=mask).last_hidden_state
+    whole = plain.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(states, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_must_win_clearly() -> None:

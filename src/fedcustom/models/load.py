@@ -17,6 +17,7 @@ from torch import nn
 
 from ..data.examples import LearningTask
 from ..errors import ModelError, nearest
+from .first_token import first_token_only
 from .kernels import fuse_activations
 from .output import OutputLayer, output_layer
 from .settings import ModelSettings
@@ -166,6 +167,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         raise ModelError(
             f"model.base: {settings.base} is an encoder and cannot generate; data.task must be classification"
         )
+    classifies = head and task.kind == "classification"
     device = choose_device(settings.device)
     if settings.compile and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise ModelError("model.compile = true: needs a C++ compiler (g++); this machine has none")
@@ -175,7 +177,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **common)
         if not head and architecture == "encoder":
             loader: Any = transformers.AutoModel
-        elif head and task.kind == "classification":
+        elif classifies:
             loader = transformers.AutoModelForSequenceClassification
             configuration.num_labels = len(task.labels)
             configuration.id2label = dict(enumerate(task.labels))
@@ -202,6 +204,8 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
     fuse_activations(model)
     model.eval()
     model.to(device)
+    if architecture == "encoder" and classifies and not settings.compile:
+        first_token_only(model)
     plain = architecture == "decoder" and task.kind == "generation" and not settings.compile
     measured = measure_precision(model, device) if settings.dtype == "auto" else {}
     return Base(
@@ -211,7 +215,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         task=task,
         name=settings.base,
         path=path,
-        head=head_modules(model) if head and task.kind == "classification" else (),
+        head=head_modules(model) if classifies else (),
         precision=faster(measured) if settings.dtype == "auto" else settings.dtype,
         device=device,
         measured=measured,
