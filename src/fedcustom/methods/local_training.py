@@ -200,10 +200,11 @@ class LocalTraining:
         modules, parameters, first = self._stand_ins, self.tuned.parameters, jobs[0]
         assert modules is not None
         stacks = {n: p.new_empty(len(jobs), *p.shape) for n, p in parameters.items()}
-        for position, job in enumerate(jobs):
-            self.tuned.write(job.before)
-            for name, parameter in parameters.items():
-                stacks[name][position] = parameter.detach()
+        with torch.no_grad():
+            for position, job in enumerate(jobs):
+                values = self.tuned.inwards(job.before)
+                for name, stack in stacks.items():
+                    stack[position] = values[name]
         trained = {n for n in parameters if first.trains(n)}
 
         def losses(tensors: Mapping[str, Tensor], rows: Sequence[TokenizedExample], owners: Tensor) -> Tensor:

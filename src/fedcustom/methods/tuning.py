@@ -193,7 +193,7 @@ class WeightTuning:
     def _prepare(
         self, task: Task, client: Client, correction: Correction, merging: Merging, *, own: bool = False
     ) -> Job:
-        """Everything that a client's training starts from; the model has the client's tensors afterwards.
+        """Everything that a client's training starts from.
 
         What is trained for the client's ``own`` use keeps the client's label prior, and all of it is trained.
         """
@@ -201,7 +201,6 @@ class WeightTuning:
         if not examples:
             raise DataError(f"client {client.name!r} has no examples to train on")
         before = self._own(without(task.tensors, CONTROL), client.memory)
-        self.tuned.write(before)
         start = int(client.memory.values.get("examples_seen", 0))
         ranges = batch_ranges(len(examples), start, self.context.training.batch_size, task.values)
         seed = [self.context.seed, 5, name_seed(client.name)]
@@ -241,7 +240,8 @@ class WeightTuning:
         return self.tuned.head if rests else frozenset()
 
     def _alone(self, job: Job) -> Update:
-        """One client's training; the model has its tensors already."""
+        """One client's training."""
+        self.tuned.write(job.before)
         return self._close(job, self.local.alone(job))
 
     def _close(self, job: Job, result: LocalResult) -> Update:

@@ -73,15 +73,20 @@ def train_together(
     ``room`` may be kept for the next cohort. ``losses_of`` is called by up to ``lanes`` threads at a time.
     """
     order = sorted(range(len(work)), key=lambda i: -len(work[i].batches))
-    chosen = torch.tensor(order)
-    ours = {name: stack[chosen] for name, stack in stacks.items()}
+    chosen = None if order == sorted(order) else torch.tensor(order)  # None: no copies are needed
+
+    def in_order(tensors: Mapping[str, Tensor]) -> Tensors:
+        return {name: stack if chosen is None else stack[chosen] for name, stack in tensors.items()}
+
+    ours = in_order(stacks)
     trainer = _Trainer(ours, [work[i] for i in order], losses_of, units_of, settings, factor, head)
-    trainer.fixed = {name: stack[chosen] for name, stack in (fixed or {}).items()}
+    trainer.fixed = in_order(fixed or {})
     trainer.room = room or Room()
     with Lanes(lanes) as trainer.lanes:
         trainer.train()
-    for name, stack in stacks.items():
-        stack[chosen] = ours[name]
+    if chosen is not None:
+        for name, stack in stacks.items():
+            stack[chosen] = ours[name]
     return [item.result() for item in work]
 
 
