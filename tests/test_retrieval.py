@@ -186,6 +186,21 @@ def test_training_goes_on_after_a_stop(recipe: dict[str, Any], tmp_path: Path, t
         assert json.loads((whole.directory / "model" / "modules.json").read_text())[1]["path"] == "1_Pooling"
 
 
+def test_a_trained_run_keeps_the_index_of_its_encoder_alone(recipe: dict[str, Any], tmp_path: Path) -> None:
+    held = {
+        **changed(recipe, train="full"),
+        "training": {"local_steps": 2, "batch_size": 6, "learning_rate": 1e-3},
+        "evaluation": {"untuned": True},
+    }
+    run = fedcustom.run(held, out=tmp_path / "run")
+    for client in ("site-0", "site-1", "site-2"):
+        assert len(list((run.directory / "clients" / client).glob("store-*"))) == 1
+    assert library.ask(run.directory, rows(1)[0]["question"]).passages
+
+    with pytest.raises(RecipeError, match=r"method.train = 'full': an index is built with the encoder as it is"):
+        library.index(held, tmp_path / "index")
+
+
 def test_answers_with_passages_are_measured(
     recipe: dict[str, Any], tmp_path: Path, tiny: dict[str, str]
 ) -> None:

@@ -56,12 +56,17 @@ def index(
     Documents that are there already are not embedded again, those that are gone are deleted.
 
     Raises:
-        RecipeError: the recipe's method is another one.
+        RecipeError: the recipe's method is another one, or trains its encoder.
         RunError: the folder holds something else, or no client has documents.
     """
     checked, folder = load_recipe(recipe, overrides).complete(), Path(out)
     if checked.method.name != "retrieval":
         raise RecipeError(f"method.name = {checked.method.name!r}: only method retrieval has an index")
+    if checked.method.train != "none":
+        raise RecipeError(
+            f"method.train = {checked.method.train!r}: an index is built with the encoder as it is; fedcustom "
+            "run trains it and builds the index too, or set method.train = 'none'"
+        )
     known = (folder / INDEX).exists() or (folder / "clients").is_dir()
     if folder.exists() and any(folder.iterdir()) and not known:
         raise RunError(f"{folder}: is not empty and holds no index; name another --out")

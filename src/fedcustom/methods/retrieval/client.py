@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,7 +65,11 @@ class Librarian:
         documents = documents_of(client)
         if not documents:
             raise DataError(f"client {client.name!r} has no documents")
-        updated = self.store(client, task.values["encoder"]).update(documents, self.embed)
+        store = self.store(client, task.values["encoder"])
+        updated = store.update(documents, self.embed)
+        for other in store.folder.parent.glob("store-*"):
+            if other != store.folder:  # of an encoder that nobody asks with any more
+                shutil.rmtree(other)
         return Update({}, 1.0, {"documents": updated.documents, "chunks": updated.chunks})
 
     def _route(self, task: Task, client: Client) -> Update:

@@ -35,7 +35,9 @@ class RetrievalSettings(MethodSettingsBase):
     most_chunks: int | None = Field(
         None, ge=1, description="Index at most this many chunks of a document; unset: all"
     )
-    top: int = Field(10, ge=1, le=1000, description="Documents that a search finds")
+    top: int = Field(
+        10, ge=1, le=1000, description="Documents that a search finds; below 10, recall@10 counts those alone"
+    )
     search: Literal["vector", "text", "hybrid"] = Field(
         "vector", description="vector: nearest chunks; text: matching words (BM25); hybrid: both, by rank"
     )
