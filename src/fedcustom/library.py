@@ -64,8 +64,8 @@ def index(
         raise RecipeError(f"method.name = {checked.method.name!r}: only method retrieval has an index")
     if checked.method.train != "none":
         raise RecipeError(
-            f"method.train = {checked.method.train!r}: an index is built with the encoder as it is; fedcustom "
-            "run trains it and builds the index too, or set method.train = 'none'"
+            f"method.train = {checked.method.train!r}: an index is built with the encoder as it is; "
+            "fedcustom run trains it and builds the index too, or set method.train = 'none'"
         )
     known = (folder / INDEX).exists() or (folder / "clients").is_dir()
     if folder.exists() and any(folder.iterdir()) and not known:
