@@ -22,6 +22,7 @@ from fedcustom.methods.objective import Supervised
 from fedcustom.training.cohort import clip_each, passes
 from fedcustom.training.lanes import Lanes
 from test_grid import SETTINGS
+from test_kernels import watched
 from test_methods import examples_for, make
 from test_techniques import MODELS
 
@@ -82,6 +83,16 @@ def test_the_same_as_one_by_one(tiny: dict[str, str], name: str, model: str) -> 
             assert update.weight == after[client].weight
             assert update.values["steps"] == after[client].values["steps"]
             assert update.values["loss"] == pytest.approx(after[client].values["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prefix", "soft_prompt", "lora", "adapter", "ia3", "bitfit", "full"])
+def test_a_last_layer_is_computed_for_the_first_token(tiny: dict[str, str], name: str) -> None:
+    method = make(tiny["bert"], name)
+    seen = watched(method.base.model, "bert.encoder.layer.1.intermediate")
+    for together in (True, False):
+        rounds(method, "classification", together=together)
+    assert seen
+    assert set(seen) == {1}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -16,7 +17,7 @@ import fedcustom
 from fedcustom.data.examples import LearningTask
 from fedcustom.errors import ModelError
 from fedcustom.models.first_token import first_token_only
-from fedcustom.models.forward import target_losses
+from fedcustom.models.forward import classification_loss, target_losses
 from fedcustom.models.kernels import fuse_activations
 from fedcustom.models.load import faster, load_base
 from fedcustom.models.output import output_layer
@@ -91,32 +92,31 @@ def test_the_last_layer_is_computed_for_the_first_token(kind: str) -> None:
     assert first_token_only(model) == by_first
 
     ids = torch.randint(5, 400, (3, 9))
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    seen = []
-    module = model.get_submodule(feed_forward)
-    hook = module.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
-    for each in (model, plain):
-        torch.nn.functional.cross_entropy(
-            each(input_ids=ids, attention_mask=mask).logits, torch.tensor([0, 1, 1])
-        ).backward()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 1])}
+    batch["attention_mask"][1, 6:] = 0
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    seen = watched(model, feed_forward)
+    loss = classification_loss(model, batch)
+    expected = torch.nn.functional.cross_entropy(plain(**inputs).logits, batch["labels"])
+    loss.backward()
+    expected.backward()
     assert seen == [1 if by_first else 9]
-    torch.testing.assert_close(
-        model(input_ids=ids, attention_mask=mask).logits,
-        plain(input_ids=ids, attention_mask=mask).logits,
-        rtol=1e-5, atol=1e-6,
-    )  # fmt: skip
-    expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     for name, parameter in model.named_parameters():
-        if name in expected:
-            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
 
-    # A pass of the body by itself gives all tokens, in the classifier's copies too.
-    hook.remove()
-    body = getattr(copy.deepcopy(model), model.base_model_prefix)
-    states = body(input_ids=ids, attention_mask=mask).last_hidden_state
-    whole = plain.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
-    torch.testing.assert_close(states, whole, rtol=1e-5, atol=1e-5)
+    # All other passes give all tokens.
+    states = model.base_model(**inputs).last_hidden_state
+    torch.testing.assert_close(states, plain.base_model(**inputs).last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
+def watched(model: Any, name: str) -> list[int]:
+    """How many tokens a row the module sees in each pass from now on."""
+    seen: list[int] = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    return seen
 
 
 def test_bfloat16_must_win_clearly() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ and ModernBERT.
 
 
 class _Pass(threading.local):
-    """Whether the thread is in a pass of the whole classifier."""
+    """Whether the thread is in a pass of which only logits are wanted."""
 
     classifies = False
 
@@ -25,14 +27,23 @@ class _Pass(threading.local):
 _PASS = _Pass()
 
 
+@contextmanager
+def classifying() -> Iterator[None]:
+    """Meanwhile, of passes in this thread only the classifier's logits are wanted."""
+    _PASS.classifies = True
+    try:
+        yield
+    finally:
+        _PASS.classifies = False
+
+
 @torch.no_grad()
 def first_token_only(model: Any) -> bool:
-    """Let a classifier compute what follows attention in its last layer for the first token alone, where
-    nothing else reaches its logits; whether it does so now.
+    """While :func:`classifying`, let a classifier compute what follows attention in its last layer for the
+    first token alone, where nothing else reaches its logits; whether it can.
 
-    That saves an eighth of the products of six layers whose feed-forward parts are four times as wide.
-    Passes of the body by itself stay whole. A pass with and one without must give the same logits; otherwise
-    the model is left as it is.
+    That saves an eighth of the products of six layers whose feed-forward parts are four times as wide. A pass
+    with and one without must give the same logits; otherwise the model is left as it is.
     """
     found = transformer_layers(model)
     if found is None:
@@ -41,31 +52,20 @@ def first_token_only(model: Any) -> bool:
     vocabulary = len(model.get_input_embeddings().weight)
     ids = torch.arange(3, 13, device=model.device).view(2, 5) % vocabulary
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=model.device)
+    whole = model(input_ids=ids, attention_mask=mask).logits
     for name in AFTER_ATTENTION:
         if name not in last:
             continue
-        whole = model(input_ids=ids, attention_mask=mask).logits
-        hooks = [
-            model.register_forward_pre_hook(_begin),
-            model.register_forward_hook(_end, always_call=True),
-            last[name].register_forward_pre_hook(_first),
-        ]
+        hook = last[name].register_forward_pre_hook(_first)
         try:
-            if torch.allclose(model(input_ids=ids, attention_mask=mask).logits, whole, atol=1e-5):
+            with classifying():
+                logits = model(input_ids=ids, attention_mask=mask).logits
+            if torch.allclose(logits, whole, atol=1e-5):
                 return True
         except RuntimeError:
             pass
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     return False
-
-
-def _begin(model: Any, arguments: Any) -> None:
-    _PASS.classifies = True
-
-
-def _end(model: Any, arguments: Any, result: Any) -> None:
-    _PASS.classifies = False
 
 
 def _first(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..data.tokens import IGNORED, Batch
+from .first_token import classifying
 from .output import OutputLayer
 
 LABEL_OFFSET = "label_offset"
@@ -16,7 +17,8 @@ LABEL_OFFSET = "label_offset"
 
 def classification_logits(model: Any, batch: Batch) -> Tensor:
     """Logits of (examples, labels) in float32."""
-    logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    with classifying():
+        logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return logits.float()
 
 
