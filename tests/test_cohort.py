@@ -19,7 +19,7 @@ from fedcustom.data.examples import ClientData
 from fedcustom.errors import UpdateError
 from fedcustom.methods import Answer, Client, Update, WeightTuning
 from fedcustom.methods.objective import Supervised
-from fedcustom.training.cohort import clip_each, passes
+from fedcustom.training.cohort import clip_each, passes, train_together
 from fedcustom.training.lanes import Lanes
 from test_grid import SETTINGS
 from test_kernels import watched
@@ -209,6 +209,33 @@ def test_corrections_of_drift(tiny: dict[str, str], correction: str) -> None:
     alone = rounds(make(tiny["bert"], "prefix", **options), "classification", together=False)
     together = rounds(make(tiny["bert"], "prefix", **options), "classification", together=True)
     for before, after in zip(alone, together, strict=True):
+        assert all(distance(update, after[client]) < 1e-5 for client, update in before.items())
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize("model", ["bert", "gpt2"])
+@pytest.mark.parametrize("variant", ["flora", "flexlora", "hetlora"])
+def test_clients_of_different_ranks_share_a_batch(
+    tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch, variant: str, model: str, stabilised: bool
+) -> None:
+    options: dict[str, Any] = {
+        "variant": variant, "rank": 4, "client_ranks": [1, 2, 4], "clients": 4, "rank_stabilised": stabilised,
+        "training": {"batch_size": 3, "optimizer": "sgd", "learning_rate": 0.1, "proximal": 0.1},
+    }  # fmt: skip
+    kind = MODELS[model]
+    alone = rounds(make(tiny[model], "lora", kind, **options), kind, together=False)
+    batches = []
+
+    def counted(stacks: Any, work: Any, *rest: Any, **named: Any) -> Any:
+        batches.append(len(work))
+        return train_together(stacks, work, *rest, **named)
+
+    monkeypatch.setattr("fedcustom.methods.local_training.train_together", counted)
+    together = rounds(make(tiny[model], "lora", kind, **options), kind, together=True)
+    assert batches == [4, 4]
+    for before, after in zip(alone, together, strict=True):
+        shapes = {tuple(t.shape for t in update.tensors.values()) for update in after.values()}
+        assert len(shapes) == 3
         assert all(distance(update, after[client]) < 1e-5 for client, update in before.items())
 
 

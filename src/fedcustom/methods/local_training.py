@@ -32,6 +32,9 @@ from .together import ClientModules, stand_ins
 MOST_CLIENTS = 64
 """Clients that are trained in one batch at most; beyond that nothing is gained."""
 
+SCALE = "scale"
+"""The name under which a batch's clients have what their products are multiplied by."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -128,8 +131,7 @@ class LocalTraining:
         """
         buckets: dict[Hashable, list[int]] = {}
         for position, job in enumerate(jobs):
-            adjusted = job.label_offset is not None
-            alike = job.number, job.factor, bool(job.shift), adjusted, self.tuned.alike(job.before)
+            alike = job.number, job.factor, bool(job.shift), job.label_offset is not None
             buckets.setdefault(alike, []).append(position)
         answers: dict[int, Update | Exception] = {}
         for positions in buckets.values():
@@ -208,7 +210,8 @@ class LocalTraining:
         trained = {n for n in parameters if first.trains(n)}
 
         def losses(tensors: Mapping[str, Tensor], rows: Sequence[TokenizedExample], owners: Tensor) -> Tensor:
-            modules.give({name: tensors[name] for name in parameters}, owners)
+            own = {name: tensors[name] for name in parameters}
+            modules.give(own, owners, tensors.get(SCALE), self.tuned.scaled)
             offset = tensors[LABEL_OFFSET][owners] if LABEL_OFFSET in tensors else None
             return self.objective.row_losses(self.tuned.model, self._collated(rows, offset))
 
@@ -216,6 +219,9 @@ class LocalTraining:
         offsets = [job.label_offset for job in jobs if job.label_offset is not None]
         if offsets:
             fixed[LABEL_OFFSET] = torch.stack(offsets).to(self.device)
+        scales = [self.tuned.scale(job.before) for job in jobs]
+        if len(set(scales)) > 1:  # the model has the last client's
+            fixed[SCALE] = torch.tensor([scale / scales[-1] for scale in scales], device=self.device)
         self.tuned.model.eval()
         with modules.in_place(), self._passing_by():
             results = train_together(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -58,7 +58,8 @@ class Tuned:
     ``parameters`` are trained by a client's optimiser; :meth:`read` and :meth:`write` are what travels. They
     are the same tensors unless a method says otherwise. ``head`` names those of the classification head.
     ``corrects`` is whether a gradient has the form in which tensors travel, as corrections of drift need it.
-    ``alike`` gives what clients must have in common to be trained in one batch.
+    ``scale`` is what a client's state has its ``scaled`` matrices' outputs multiplied by, where that is not
+    the same for all (LoRA of different ranks); :meth:`inwards` sets it in the model.
     """
 
     model: Any
@@ -71,7 +72,8 @@ class Tuned:
     active_dropout: list[nn.Module] = field(default_factory=list)
     merging: Merging | None = None
     corrects: bool = True
-    alike: Callable[[Tensors], Hashable] = lambda tensors: None
+    scale: Callable[[Tensors], float] = lambda tensors: 1.0
+    scaled: frozenset[str] = frozenset()
 
     def read(self) -> Tensors:
         """A copy of the tensors that travel."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,13 +18,14 @@ class Given(threading.local):
 
     ``own`` holds the trained tensors under their names in the module, stacked to (clients, ...); the others
     stay the module's. ``owners``, (rows,) in rising order, says whose each of the batch's rows is, and
-    ``counts`` how many rows each client has.
+    ``counts`` how many rows each client has. ``scale``, (rows,), is what a trained product is multiplied by.
     """
 
     def __init__(self) -> None:
         self.own: dict[str, Tensor] = {}
         self.owners = torch.empty(0, dtype=torch.long)
         self.counts: list[int] = []
+        self.scale: Tensor | None = None
 
 
 class ClientModule(nn.Module):
@@ -53,7 +54,9 @@ class ClientModule(nn.Module):
         return rows.view(len(rows), *[1] * (like.dim() - 2), -1)
 
     def product(self, states: Tensor, name: str) -> Tensor:
-        """``x_k W_k^T`` of states (rows, ..., in) and a trained matrix (clients, out, in)."""
+        """``s_k x_k W_k^T`` of states (rows, ..., in) and a trained matrix (clients, out, in)."""
+        if (scale := self.given.scale) is not None:
+            states = states * scale.view(-1, *[1] * (states.dim() - 1)).to(states.dtype)
         weight = self.own[name].to(states.dtype)
         width = states.shape[-1]
         if len(set(self.given.counts)) == 1:
@@ -227,15 +230,24 @@ class ClientModules:
             for model, _ in self.prompted:
                 del model.__dict__["get_prompt"]
 
-    def give(self, tensors: Mapping[str, Tensor], owners: Tensor) -> None:
+    def give(
+        self,
+        tensors: Mapping[str, Tensor],
+        owners: Tensor,
+        scale: Tensor | None = None,
+        scaled: Collection[str] = (),
+    ) -> None:
         """In the thread that calls, let the stand-ins act with these tensors, stacked to (clients, ...), on
-        rows of these owners.
+        rows of these owners. Products of the ``scaled`` matrices are multiplied by ``scale``, (clients,).
         """
         counts = torch.bincount(owners).tolist()
         for stand_in, held in self.found:
             given = stand_in.given
             given.own = {name: tensors[other] for name, other in held.items() if other in tensors}
             given.owners, given.counts = owners, counts
+            given.scale = None
+            if scale is not None and any(other in scaled for other in held.values()):
+                given.scale = scale[owners]
 
 
 Kind = Callable[[nn.Module], ClientModule]

@@ -220,7 +220,8 @@ def _fit_ranks(
         return {**tensors, **applied}
 
     tuned.write_hook, tuned.read_hook = write, read
-    tuned.alike = lambda tensors: tuple(tensors[m.a_name].shape[0] for m in matrices)
+    tuned.scale = lambda tensors: settings.scale(tensors[matrices[0].a_name].shape[0])
+    tuned.scaled = frozenset(matrix.a_name for matrix in matrices)
     if not changes_base:
         return
 
