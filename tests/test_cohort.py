@@ -190,14 +190,15 @@ def test_every_option_of_training(tiny: dict[str, str], optimizer: str) -> None:
         "weight_decay": 0.01, "proximal": 0.1, "clip_norm": 0.5, "logit_adjustment": 1.0,
         "momentum": 0.9 if optimizer == "sgd" else 0.0,
     }  # fmt: skip
-    alone = rounds(
-        make(tiny["bert"], "prefix", length=4, training=training), "classification", together=False
-    )
-    method = make(tiny["bert"], "prefix", length=4, training=training)
-    for before, after in zip(alone, rounds(method, "classification", together=True), strict=True):
-        for client, update in before.items():
-            # Keys of one constant have no true gradient; AdamW makes a step of its rounding.
-            assert distance(update, after[client]) < (1e-5 if optimizer == "sgd" else 1e-3)
+    results = []
+    for together in (False, True):
+        method = make(tiny["bert"], "prefix", length=4, training=training)
+        if optimizer == "adamw":
+            # Keys of one constant have no true gradient, and AdamW makes a whole step of float32's rounding.
+            method.base.model.double()
+        results.append(rounds(method, "classification", together=together))
+    for before, after in zip(*results, strict=True):
+        assert all(distance(update, after[client]) < 1e-5 for client, update in before.items())
 
 
 @pytest.mark.parametrize("correction", ["scaffold", "feddyn"])
