@@ -24,7 +24,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"method": {"name": "lora", "rank": 2}, "aggregation": {"server_optimizer": "fedadam"}},
     "lora stacked": {"method": {"name": "lora", "rank": 2, "variant": "flora"}},
     "adapter": {"method": {"name": "adapter"}},
-    "ia3": {"method": {"name": "ia3"}},
+    "ia3 with a fitted head": {
+        "method": {"name": "ia3"}, "compression": {"kind": "int8"},
+        "training": {"batch_size": 8, "cohort_width": 1, "local_steps": 2, "fit_head_rounds": [1, 3]},
+    },
     "bitfit": {"method": {"name": "bitfit"}, "personalisation": {"keep": ["head"]}},
     "full": {
         "method": {"name": "full"}, "aggregation": {"correction": "scaffold"},

@@ -154,7 +154,7 @@ class Recipe(Settings):
                 raise ValueError(f"attack.kind = {self.attack.kind!r}: needs labels")
             if self.noise.labels:
                 raise ValueError(f"noise.labels = {self.noise.labels}: needs labels")
-            for key in ("logit_adjustment", "freeze_head_rounds"):
+            for key in ("logit_adjustment", "freeze_head_rounds", "fit_head_rounds"):
                 if getattr(training, key):
                     raise ValueError(f"training.{key} = {getattr(training, key)!r}: needs labels and a head")
         if training.freeze_head_rounds >= self.rounds.count:
@@ -162,10 +162,27 @@ class Recipe(Settings):
                 f"training.freeze_head_rounds = {training.freeze_head_rounds}: "
                 f"must be below rounds.count = {self.rounds.count}"
             )
+        if training.fit_head_rounds:
+            self._check_head_fit()
         if not training.logit_adjustment and training.prior_count != 1:
             raise ValueError(
                 f"training.prior_count = {training.prior_count}: has no effect without logit_adjustment"
             )
+
+    def _check_head_fit(self) -> None:
+        """When a head is fitted, and what that goes with."""
+        wanted, last = self.training.fit_head_rounds, self.rounds.count
+        where = f"training.fit_head_rounds = {wanted}"
+        if len(set(wanted)) < len(wanted) or not all(1 <= number <= last for number in wanted):
+            raise ValueError(f"{where}: must be different rounds from 1 to rounds.count = {last}")
+        if len(wanted) == last:
+            raise ValueError(f"{where}: leaves no round of {last} to train in")
+        if self.aggregation.rule != "mean" or self.aggregation.correction != "none":
+            raise ValueError(f"{where}: needs aggregation.rule = 'mean' and aggregation.correction = 'none'")
+        if self.participation.buffer is not None:
+            raise ValueError(f"{where}: needs all clients at one state; leave participation.buffer unset")
+        if "head" in self.personalisation.keep:
+            raise ValueError(f"{where}: does not go with personalisation.keep = ['head']")
 
     def _check_correction(self) -> None:
         """What corrections of client drift are defined for."""

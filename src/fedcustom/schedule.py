@@ -70,7 +70,8 @@ def _synchronous(recipe: Recipe, names: Sequence[str]) -> Iterator[dict[str, Ass
     size = recipe.rounds.clients_per_round or len(names)
     for number in range(1, recipe.rounds.count + 1):
         generator = np.random.default_rng([recipe.seed, 6, number])
-        chosen = sorted(generator.choice(len(names), size=size, replace=False).tolist())
+        wanted = len(names) if number in recipe.training.fit_head_rounds else size
+        chosen = sorted(generator.choice(len(names), size=wanted, replace=False).tolist())
         yield {names[i]: Assignment(_whole(recipe), number - 1) for i in chosen}
 
 

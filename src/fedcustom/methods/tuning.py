@@ -21,6 +21,7 @@ from ..training.label_prior import label_offset
 from ..training.local import LocalResult, learning_rate, schedule_factor
 from .contract import Answer, Client, Memory, State, Task, Update, Values
 from .corrections import CONTROL, Correction, make_correction
+from .head_fit import FIT_HEAD, HeadFit, looked_at
 from .local_training import Job, LocalTraining, batch_ranges
 from .merging import BASE_CHANGE, Arrival, Merging
 from .objective import Objective, Supervised
@@ -55,6 +56,9 @@ class WeightTuning:
         self._personal = self._personal_names() if federated else frozenset()
         filled_in = not federated or self._personal or self.tuned.merging
         self._initial = self.tuned.read() if filled_in else {}
+        self.head_fit = HeadFit(context.training.fit_head_rounds, self.tuned, self.objective, self.base)
+        if self.head_fit.rounds and self.head_fit.weight in self._personal:
+            raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")
         self._tokens: dict[int, tuple[list[Example], list[TokenizedExample]]] = {}
         if self.base.compile:
             self.tuned.model.compile(dynamic=True)
@@ -70,10 +74,11 @@ class WeightTuning:
         return State(tensors, self.correction.start(self._travelling(tensors)))
 
     def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
-        """Train from the global state, for as long as ``work`` says (``epochs``, ``steps`` or
-        ``examples``).
+        """Train from the global state, for as long as ``work`` says (``epochs``, ``steps`` or ``examples``);
+        or send what the head is fitted from.
         """
         factor = schedule_factor(self.context.training, round_number, self.context.rounds)
+        kind = FIT_HEAD if round_number in self.head_fit.rounds else "train"
         tasks = {}
         for name, amount in work.items():
             tensors: Tensors = {}
@@ -81,13 +86,16 @@ class WeightTuning:
                 tensors = self._travelling(self.merging.down(state.tensors, name, round_number))
                 tensors |= {n: t for n, t in state.server.items() if n.startswith(CONTROL)}
             values = {"learning_rate_factor": factor, "round": round_number, **amount}
-            tasks[name] = Task("train", tensors, values)
+            tasks[name] = Task(kind, tensors, values)
         return tasks
 
     def check(self, task: Task, update: Update) -> None:
         """Refuse other names, shapes or dtypes than were asked for, numbers that are not finite, weights and
         steps that are not positive.
         """
+        if task.kind == FIT_HEAD:
+            self.head_fit.check(update, sent=self.context.keeps != "everything")
+            return
         if not is_finite(update.tensors):
             raise UpdateError("an update holds numbers that are not finite")
         wanted = self._wanted(task)
@@ -113,13 +121,18 @@ class WeightTuning:
             raise UpdateError(f"examples {examples!r} is not a positive integer")
 
     def merge(self, state: State, answers: Iterable[Answer]) -> State:
-        """One change for the cohort by the recipe's rule or the method's own, then the server optimiser;
-        where clients keep everything, nothing is merged.
+        """One change for the cohort by the recipe's rule or the method's own, then the server optimiser, or
+        the head that the clients' sums give; where clients keep everything, nothing is merged.
         """
         if self.context.keeps == "everything":
             for _ in answers:
                 pass
             return state
+        if self.head_fit.rounds:
+            kind, answers = looked_at(answers)
+            if kind == FIT_HEAD:
+                fitted = self.head_fit.fit(answer.update.tensors for answer in answers)
+                return replace(state, tensors={**state.tensors, **fitted})
         settings, gathered = self.aggregation, self.merging.round(state)
         answered: list[str] = []
 
@@ -163,28 +176,34 @@ class WeightTuning:
     # --- client ---
 
     def work(self, task: Task, client: Client) -> Update:
-        """Train on the client's own examples and return the change of the tensors that travel.
+        """Train on the client's own examples and return the change of the tensors that travel; or, in a round
+        that fits the head, the sums from which that is done.
 
         Raises:
             DataError: the client has nothing to train on.
             UpdateError: the training loss is not finite.
         """
+        if task.kind == FIT_HEAD:
+            return self._head_sums(task, client)
         return self._alone(self._prepare(task, client, self.correction, self.merging))
 
     def work_together(self, pairs: Sequence[tuple[Task, Client]]) -> list[Update | Exception]:
         """The tasks of several clients, trained in one batch where the method, the recipe and their states
         allow it. An answer is what :meth:`work` gives, to rounding, or the error that it raises.
         """
-        jobs: list[Job | Exception] = []
+        jobs: list[Job | Update | Exception] = []
         self._tokenize([client.data.train for _, client in pairs])
         for task, client in pairs:
             try:
-                jobs.append(self._prepare(task, client, self.correction, self.merging))
+                if task.kind == FIT_HEAD:
+                    jobs.append(self._head_sums(task, client))
+                else:
+                    jobs.append(self._prepare(task, client, self.correction, self.merging))
             except Exception as error:  # whatever one client does wrong, the others go on
                 jobs.append(error)
         ready = [job for job in jobs if isinstance(job, Job)]
         answers = iter(self.local.together(ready, self._close))
-        return [job if isinstance(job, Exception) else next(answers) for job in jobs]
+        return [next(answers) if isinstance(job, Job) else job for job in jobs]
 
     def widest_cohort(self) -> int:
         """How many clients to train in one batch."""
@@ -221,6 +240,20 @@ class WeightTuning:
             label_offset=None if own else self._label_offset(client),
             resting=frozenset() if own else self._resting(int(task.values["round"])),
         )
+
+    def _head_sums(self, task: Task, client: Client) -> Update:
+        """What a client sends for the head to be fitted; where it keeps everything, it fits its own."""
+        examples, memory = client.data.train, client.memory
+        if not examples:
+            raise DataError(f"client {client.name!r} has no examples to fit the head to")
+        own = self._own(without(task.tensors, CONTROL), memory)
+        self.tuned.write(own)
+        sums = self.head_fit.sums(examples, self.tokens(examples), self.context.evaluation.batch_size)
+        if self.context.keeps == "everything":
+            after = {**self.tuned.read(), **self.head_fit.fit([sums])}
+            self._remember(memory, after, part(memory.tensors, "moments/"))
+            sums = {}
+        return Update(sums, float(len(examples)))
 
     def _label_offset(self, client: Client) -> Tensor | None:
         """What the recipe has a client add to its logits in training."""

@@ -50,6 +50,11 @@ class TrainingSettings(Settings):
     freeze_head_rounds: int = Field(
         0, ge=0, description="First rounds in which the head rests, and is not sent"
     )
+    fit_head_rounds: list[int] = Field(
+        default_factory=list,
+        description="Rounds in which all clients send sums of the head's inputs instead of training, and the "
+        "server fits the head to them; 1: before training begins, the last one: after it",
+    )
     cohort_width: int | None = Field(
         None,
         ge=1,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import WireError
 from ..methods.contract import Memory, Task, Update, Values
+from ..methods.head_fit import FIT_HEAD
 from ..tensors import Tensors, add, subtract, zeros_like
 from . import wire
 from .compression import compress, compress_with_feedback, decompress
@@ -60,7 +61,7 @@ class Channel:
 
     def pack_up(self, update: Update, task: Task, memory: Memory) -> Packed:
         """What travels of an update's tensors. With error feedback the client remembers what was lost."""
-        if self.settings.kind == "none" or not update.tensors:
+        if not self._compresses(update.tensors, task):
             return Packed(update.tensors)
         layout = describe(update.tensors, task.tensors)
         if not self.settings.error_feedback:
@@ -94,7 +95,7 @@ class Channel:
         Raises:
             WireError: what came is not what :meth:`pack_up` gives.
         """
-        if self.settings.kind == "none" or not packed.tensors:
+        if not self._compresses(packed.tensors, task):
             return packed.tensors
         return decompress(packed.tensors, laid_out(packed.layout, task.tensors), self.settings)
 
@@ -113,6 +114,10 @@ class Channel:
         packed = self.pack_up(update, task, memory)
         received = self.unpack_up(packed, task)
         return replace(update, tensors=received), packed.length({"weight": update.weight, **update.values})
+
+    def _compresses(self, tensors: Tensors, task: Task) -> bool:
+        """Whether an update is compressed: changes of what is trained are, and sums must be exact."""
+        return self.settings.kind != "none" and bool(tensors) and task.kind != FIT_HEAD
 
     def _compressed(self, tensors: Tensors) -> tuple[Tensors, Packed]:
         """The tensors as they come out of their compressed form, and that; once for a whole cohort."""

@@ -124,8 +124,9 @@ class DistillationSettings(MethodSettingsBase):
                 )
         if sections["training"].proximal:
             raise ValueError("training.proximal: distillation has no global weights to stay close to")
-        if sections["training"].freeze_head_rounds:
-            raise ValueError("training.freeze_head_rounds: distillation merges no heads")
+        for key in ("freeze_head_rounds", "fit_head_rounds"):
+            if getattr(sections["training"], key):
+                raise ValueError(f"training.{key}: distillation merges no heads")
         public = sections["public"]
         if baseline == "federated" and public.source is None and not public.fraction:
             raise ValueError(

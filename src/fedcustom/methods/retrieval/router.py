@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...aggregation.discriminant import class_moments, discriminant
+
 RIDGE = 0.05
 """Part of the mean variance that is added to each direction of the covariance."""
 
@@ -29,25 +31,18 @@ class Sums:
 
 
 def fit_router(clients: Mapping[str, Sums]) -> tuple[Tensor, Tensor]:
-    """Linear discriminant analysis (Fisher 1936) of questions into clients: ``logits = x W^T + b``.
-
-    With means m_c, counts n_c and the covariance S within clients (plus a ridge)::
-
-        W_c = S^-1 m_c,   b_c = - m_c^T S^-1 m_c / 2 + log(n_c / n)
+    """Linear discriminant analysis of questions into clients, with a ridge: ``logits = x W^T + b``.
 
     As sums add up, this equals what one would compute from all questions in one place. Returns W of (clients,
     width) and b of (clients,), in the mapping's order.
     """
     sums = list(clients.values())
-    number = sum(each.count for each in sums)
-    means = torch.stack([each.total / each.count for each in sums])
-    within = sum((each.scatter for each in sums), torch.zeros_like(sums[0].scatter))
     counts = torch.tensor([each.count for each in sums], dtype=torch.float64)
-    within = (within - (means.T * counts) @ means) / max(1, number - len(sums))
+    totals = torch.stack([each.total for each in sums])
+    scatter = sum((each.scatter for each in sums), torch.zeros_like(sums[0].scatter))
+    means, within = class_moments(counts, totals, scatter)
     within = within + RIDGE * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype)
-    weight = torch.linalg.solve(within, means.T).T
-    bias = -0.5 * (weight * means).sum(dim=1) + torch.log(counts / number)
-    return weight, bias
+    return discriminant(means, within, counts / counts.sum())
 
 
 def mass_before(logits: Tensor, own: Tensor) -> Tensor:

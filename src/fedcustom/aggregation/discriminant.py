@@ -1,0 +1,39 @@
+"""Linear discriminant analysis from sums, which add up over clients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def class_moments(counts: Tensor, totals: Tensor, scatter: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the classes, (classes, width), and the covariance within them, (width, width), in float64.
+
+    ``counts`` n_c of (classes,), ``totals`` sum x of (classes, width), ``scatter`` sum x x^T of (width,
+    width) over all classes::
+
+        m_c = totals_c / n_c,   S = (scatter - sum_c n_c m_c m_c^T) / (n - C)
+
+    with C the number of classes that have examples. One that has none gets the mean of all examples.
+    """
+    counts, totals, scatter = counts.double(), totals.double(), scatter.double()
+    present = counts > 0
+    everywhere = totals.sum(dim=0) / counts.sum()
+    means = torch.where(present[:, None], totals / counts.clamp(min=1)[:, None], everywhere)
+    degrees = max(1.0, float(counts.sum()) - int(present.sum()))
+    return means, (scatter - (means.T * counts) @ means) / degrees
+
+
+def discriminant(means: Tensor, within: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """The linear discriminants of classes with one covariance (Fisher 1936): ``logits = x W^T + b``::
+
+        W_c = S^-1 m_c,   b_c = - m_c^T S^-1 m_c / 2 + log(share_c)
+
+    ``means`` of (classes, width), ``within`` S of (width, width), ``shares`` of (classes,); returns W of
+    (classes, width) and b of (classes,).
+
+    Raises:
+        RuntimeError: the covariance has no inverse.
+    """
+    weight = torch.linalg.solve(within, means.T).T
+    return weight, -0.5 * (weight * means).sum(dim=1) + torch.log(shares)

@@ -1,0 +1,196 @@
+"""Rounds in which the classification head is fitted in closed form, from sums that all clients send."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..aggregation.discriminant import class_moments, discriminant
+from ..data.examples import Example
+from ..data.tokens import TokenizedExample, by_length
+from ..errors import RecipeError, RunError, UpdateError
+from ..models.forward import classification_logits
+from ..models.load import Base
+from ..tensors import Tensors, is_finite
+from .contract import Answer, Update
+from .objective import Objective
+from .technique import Tuned
+
+FIT_HEAD = "fit head"
+"""The kind of task that asks for a client's sums."""
+
+COUNT = 0.5
+"""Added to each label's number of examples in the head's bias, so that a label without any is unlikely, and
+not impossible."""
+
+LEAST_SHARE = 1e-3
+"""Of the inputs' mean square: the least that counts as their variance, which float32 sums must resolve."""
+
+
+class HeadFit:
+    """The last layer of a head, in closed form from the first two moments of what goes into it.
+
+    In place of training, every client computes the inputs x of the head's last layer on its examples and
+    sends, for each label, their number and sum x, and over all labels sum x x^T. These add up, so that label
+    skew makes no difference: the server's head is the one that all examples in one place would give. It is
+    linear discriminant analysis, shrunk towards one variance v in all directions (v the mean variance of the
+    inputs), less the discriminant of the mean of all examples, which changes no prediction and keeps weights
+    small. Sums for a closed form are those of Fed3R (Fani et al. 2024); a head fitted before training against
+    label skew is Legate et al. 2023 (FedNCM).
+
+    Discloses: what is named above. Where a client has one example with a label, its sum is that example's
+    input to the head, from which a text may be guessed.
+    """
+
+    def __init__(self, rounds: Collection[int], tuned: Tuned, objective: Objective, base: Base) -> None:
+        self.rounds, self.tuned, self.objective, self.base = frozenset(rounds), tuned, objective, base
+        if rounds:
+            self.layer, self.weight, self.bias = _last_layer(tuned, base)
+
+    def sums(
+        self, examples: Sequence[Example], tokens: Sequence[TokenizedExample], batch_size: int
+    ) -> Tensors:
+        """What a client sends, of its examples in the model as it is: ``counts`` of (labels,), ``totals`` of
+        (labels, width) and ``scatter``, the upper triangle of (width, width) row by row.
+        """
+        model, width = self.tuned.model, self.layer.in_features
+        counts = torch.bincount(torch.tensor([e.label for e in examples]), minlength=self.layer.out_features)
+        totals = torch.zeros(len(counts), width, dtype=torch.float64)
+        scatter = torch.zeros(width, width, dtype=torch.float64)
+        inputs: list[Tensor] = []
+
+        def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs.append(arguments[0].detach().double().cpu().view(-1, width))
+
+        model.eval()
+        hook = self.layer.register_forward_pre_hook(note)
+        try:
+            for positions in by_length(tokens, batch_size):
+                batch = self.objective.collate([tokens[i] for i in positions])
+                with torch.no_grad(), self.base.autocast():
+                    classification_logits(model, batch)
+                vectors = inputs.pop()
+                totals.index_add_(0, batch["labels"].cpu(), vectors)
+                scatter += vectors.T @ vectors
+        finally:
+            hook.remove()
+        upper = torch.triu_indices(width, width)
+        return {
+            "counts": counts,
+            "totals": totals.float(),
+            "scatter": scatter[upper[0], upper[1]].float(),
+        }
+
+    def check(self, update: Update, *, sent: bool = True) -> None:
+        """Refuse what cannot be the sums of some examples; or any, unless they are to be ``sent``.
+
+        Raises:
+            UpdateError: says what is wrong.
+        """
+        classes, width = self.layer.out_features, self.layer.in_features
+        forms = {
+            "counts": ((classes,), torch.int64),
+            "totals": ((classes, width), torch.float32),
+            "scatter": ((width * (width + 1) // 2,), torch.float32),
+        }
+        wanted = forms.keys() if sent else set()
+        if update.tensors.keys() != wanted:
+            names = sorted(update.tensors.keys() ^ wanted)
+            raise UpdateError(f"wrong tensor names: {', '.join(names[:3])}")
+        if not sent:
+            return
+        for name, (shape, dtype) in forms.items():
+            tensor = update.tensors[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise UpdateError(
+                    f"{name} is {tensor.dtype} of {tuple(tensor.shape)}, not {dtype} of {shape}"
+                )
+        if not is_finite(update.tensors):
+            raise UpdateError("an update holds numbers that are not finite")
+        counts, totals = update.tensors["counts"].double(), update.tensors["totals"].double()
+        number = update.weight
+        if not (isinstance(number, int | float) and 0 < number < 1e12 and float(counts.sum()) == number):
+            raise UpdateError(f"weight {number!r} is not the number of examples")
+        if (counts < 0).any() or totals[counts == 0].any():
+            raise UpdateError("counts and totals are not those of examples")
+        squares = update.tensors["scatter"].double()[_diagonal(width)]
+        least = (totals.square() / counts.clamp(min=1)[:, None]).sum(dim=0)
+        if (squares < least - 1e-4 * (least + 1e-6)).any():
+            raise UpdateError("the scatter is smaller than the totals allow")
+
+    def fit(self, clients: Iterable[Tensors]) -> Tensors:
+        """The last layer's weight and bias, from the sums of clients.
+
+        Raises:
+            RunError: no head comes of these sums.
+        """
+        width = self.layer.in_features
+        counts = torch.zeros(self.layer.out_features, dtype=torch.float64)
+        totals = torch.zeros(len(counts), width, dtype=torch.float64)
+        triangle = torch.zeros(width * (width + 1) // 2, dtype=torch.float64)
+        for tensors in clients:
+            counts += tensors["counts"]
+            totals += tensors["totals"]
+            triangle += tensors["scatter"]
+        upper = torch.triu_indices(width, width)
+        scatter = torch.zeros(width, width, dtype=torch.float64)
+        scatter[upper[0], upper[1]] = triangle
+        scatter = scatter + scatter.triu(1).T
+        number = float(counts.sum())
+        means, within = class_moments(counts, totals, scatter)
+        centre = totals.sum(dim=0) / number
+        squares = float(scatter.diagonal().mean()) / number
+        variance = max(squares - float(centre.square().mean()), LEAST_SHARE * squares)
+        within += variance * torch.eye(width, dtype=torch.float64)
+        shares = (counts + COUNT) / (number + COUNT * len(counts))
+        try:
+            weight, bias = discriminant(means, within, shares)
+            base_weight, base_bias = discriminant(centre[None], within, torch.ones(1, dtype=torch.float64))
+        except RuntimeError as error:
+            raise RunError(f"no head fits the clients' sums: {error}") from None
+        fitted = {self.weight: (weight - base_weight).float(), self.bias: (bias - base_bias).float()}
+        if not is_finite(fitted):
+            raise RunError("the head fitted to the clients' sums is not finite: a sum was too large")
+        return fitted
+
+
+def looked_at(answers: Iterable[Answer]) -> tuple[str, Iterator[Answer]]:
+    """The kind of task that a round's answers are to, and all of them, held no longer than their reader holds
+    them. There must be one at least.
+    """
+    stream = iter(answers)
+    first = [next(stream)]
+
+    def again() -> Iterator[Answer]:
+        yield first.pop()
+        yield from stream
+
+    return first[0].task.kind, again()
+
+
+def _diagonal(width: int) -> Tensor:
+    """Where the diagonal is in an upper triangle, row by row."""
+    rows = torch.arange(width)
+    return rows * width - rows * (rows - 1) // 2
+
+
+def _last_layer(tuned: Tuned, base: Base) -> tuple[nn.Linear, str, str]:
+    """The head's last layer, and the names by which its weight and bias travel.
+
+    Raises:
+        RecipeError: the head has no such layer with a bias.
+    """
+    names: dict[int, str] = {id(tuned.parameters[name]): name for name in tuned.head}
+    modules: Any = tuned.model.modules()
+    for module in modules:
+        if not isinstance(module, nn.Linear) or module.out_features != len(base.task.labels):
+            continue
+        weight, bias = names.get(id(module.weight)), names.get(id(module.bias))
+        if weight is not None and bias is not None:
+            return module, weight, bias
+    raise RecipeError(
+        f"training.fit_head_rounds: the head of {base.name} does not end in a layer with a bias"
+    )

@@ -1,0 +1,244 @@
+"""A head fitted in closed form from sums that clients send."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import multivariate_normal
+
+import fedcustom
+from fedcustom.aggregation.discriminant import class_moments, discriminant
+from fedcustom.data.examples import ClientData, Example
+from fedcustom.errors import RecipeError, UpdateError
+from fedcustom.methods import Answer, Client, State, Update, WeightTuning
+from fedcustom.recipe import load_recipe
+from test_cohort import distance
+from test_label_prior import skewed
+from test_methods import classification_examples, make
+from test_run import rows_of
+
+ROUND: dict[str, Any] = {"fit_head_rounds": [1]}
+WIDTH, LABELS = 32, 3
+
+
+def sent(method: WeightTuning, clients: dict[str, Client]) -> tuple[State, list[Answer]]:
+    """The method's first state, and the clients' answers in its first round."""
+    state = method.start()
+    tasks = method.ask(state, 1, {name: {"epochs": 1} for name in clients})
+    answers = []
+    for name, client in clients.items():
+        update = method.work(tasks[name], client)
+        method.check(tasks[name], update)
+        answers.append(Answer(name, tasks[name], update))
+    return state, answers
+
+
+def inputs_of(method: WeightTuning, state: State, examples: list[Example]) -> np.ndarray[Any, Any]:
+    """What goes into the last layer, from the model's own parts and one text at a time."""
+    method.tuned.write(state.tensors)
+    model = method.tuned.model.eval()
+    tokenizer, rows = method.base.tokenizer, []
+    for example in examples:
+        batch = tokenizer(example.text, return_tensors="pt", truncation=True, max_length=24)
+        with torch.no_grad():
+            rows.append(model.bert(**batch).pooler_output[0])
+    return torch.stack(rows).double().numpy()
+
+
+def by_density(
+    vectors: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], asked: np.ndarray[Any, Any], classes: int
+) -> np.ndarray[Any, Any]:
+    """log( share_c N(x; m_c, S + v I) / N(x; m, S + v I) ) of each asked x and each class c."""
+    means = np.stack([vectors[labels == c].mean(axis=0) for c in range(classes)])
+    rest = vectors - means[labels]
+    shape = rest.T @ rest / (len(vectors) - classes) + vectors.var(axis=0).mean() * np.eye(vectors.shape[1])
+    counts = np.bincount(labels, minlength=classes)
+    shares = (counts + 0.5) / (len(labels) + 0.5 * classes)
+    whole = multivariate_normal(vectors.mean(axis=0), shape).logpdf(asked)
+    return np.stack(
+        [
+            multivariate_normal(means[c], shape).logpdf(asked) - whole + np.log(shares[c])
+            for c in range(classes)
+        ],
+        axis=1,
+    )
+
+
+@pytest.mark.parametrize("technique", ["bitfit", "full"])
+def test_logits_are_those_of_gaussians(tiny: dict[str, str], technique: str) -> None:
+    """From clients with other labels each; what changes is the last layer alone."""
+    method = make(tiny["bert"], technique, training=ROUND)
+    clients = skewed()
+    state, answers = sent(method, clients)
+    merged = method.merge(state, iter(answers))
+    examples = [example for client in clients.values() for example in client.data.train]
+    asked = classification_examples(9)
+    vectors = inputs_of(method, state, [*examples, *asked])
+    labels = np.array([example.label for example in examples])
+    expected = by_density(vectors[: len(examples)], labels, vectors[len(examples) :], LABELS)
+    found = method.predict(merged, asked, texts=False).scores
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    changed = {name for name in state.tensors if not torch.equal(state.tensors[name], merged.tensors[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize("technique", ["prefix", "lora", "soft_prompt", "adapter"])
+def test_skew_makes_no_difference(tiny: dict[str, str], technique: str) -> None:
+    """The clients' head is that of one client with all examples, alone or in a batch."""
+    method = make(tiny["bert"], technique, training=ROUND)
+    clients = skewed()
+    state, answers = sent(method, clients)
+    together = method.work_together([(a.task, clients[a.client]) for a in answers])
+    for answer, update in zip(answers, together, strict=True):
+        assert isinstance(update, Update)
+        assert all(torch.equal(t, update.tensors[n]) for n, t in answer.update.tensors.items())
+    everyone = [example for client in clients.values() for example in client.data.train]
+    pooled = {"all": Client("all", ClientData("all", everyone))}
+    one, other = (method.merge(state, iter(found)) for found in (answers, sent(method, pooled)[1]))
+    heads = [Update({name: state.tensors[name] for name in method.tuned.head}) for state in (one, other)]
+    # What the tiny model makes of a soft prompt hardly varies: its head magnifies float32's rounding.
+    assert distance(*heads) < (2e-3 if technique == "soft_prompt" else 1e-5)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=8, max_size=40), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_moments_add_up(rows: list[tuple[int, int]], seed: int) -> None:
+    """Over however many clients, and with labels that nobody has."""
+    generator = np.random.default_rng(seed)
+    vectors = generator.normal(size=(len(rows), 5))
+    labels, owners = np.array(rows).T
+    counts, totals, scatter = torch.zeros(6), torch.zeros(6, 5), torch.zeros(5, 5)
+    counts, totals, scatter = counts.double(), totals.double(), scatter.double()
+    for owner in set(owners.tolist()):
+        own, which = torch.from_numpy(vectors[owners == owner]), torch.from_numpy(labels[owners == owner])
+        counts += torch.bincount(which, minlength=6)
+        totals.index_add_(0, which, own)
+        scatter += own.T @ own
+    means, within = class_moments(counts, totals, scatter)
+    rest = vectors.copy()
+    for label in range(6):
+        mine = labels == label
+        mean = vectors[mine].mean(axis=0) if mine.any() else vectors.mean(axis=0)
+        np.testing.assert_allclose(means[label].numpy(), mean, atol=1e-9)
+        rest[mine] -= mean
+    degrees = max(1, len(rows) - len(set(labels.tolist())))
+    np.testing.assert_allclose(within.numpy(), rest.T @ rest / degrees, atol=1e-9)
+
+
+def test_discriminants_are_those_of_scikit_learn() -> None:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    generator = np.random.default_rng(0)
+    labels = np.repeat(range(3), [20, 35, 25])
+    vectors = generator.normal(size=(80, 4)) + 2 * generator.normal(size=(3, 4))[labels]
+    counts = torch.from_numpy(np.bincount(labels))
+    totals = torch.stack([torch.from_numpy(vectors[labels == c].sum(axis=0)) for c in range(3)])
+    means, within = class_moments(counts, totals, torch.from_numpy(vectors.T @ vectors))
+    weight, bias = discriminant(means, within * 77 / 80, counts.double() / 80)  # theirs divides by n
+    theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(vectors, labels)
+    np.testing.assert_allclose(weight.numpy(), theirs.coef_, rtol=1e-9)
+    np.testing.assert_allclose(bias.numpy(), theirs.intercept_, rtol=1e-9)
+
+
+def damaged(update: Update, name: str, tensor: torch.Tensor) -> Update:
+    return replace(update, tensors={**update.tensors, name: tensor})
+
+
+def test_sums_that_nobody_has_are_refused(tiny: dict[str, str]) -> None:
+    method = make(tiny["bert"], "prefix", training=ROUND)
+    _, answers = sent(method, {"b": skewed()["b"]})
+    task, update = answers[0].task, answers[0].update
+    counts, totals, scatter = (update.tensors[n] for n in ("counts", "totals", "scatter"))
+    assert {n: tuple(t.shape) for n, t in update.tensors.items()} == {
+        "counts": (LABELS,), "totals": (LABELS, WIDTH), "scatter": (WIDTH * (WIDTH + 1) // 2,),
+    }  # fmt: skip
+    upwards = torch.tensor([-1, 1, 0])
+    wrong = {
+        "not the number of examples": damaged(update, "counts", counts + 1),
+        "counts and totals": damaged(update, "counts", counts + upwards),
+        "counts and totals are not": damaged(update, "totals", totals + 1),
+        "smaller than the totals allow": damaged(update, "scatter", scatter * 0.5),
+        "smaller than the totals": damaged(update, "scatter", -scatter),
+        "not finite": damaged(update, "scatter", scatter * torch.inf),
+        "totals is torch.float64 of": damaged(update, "totals", totals.double()),
+        "counts is torch.int64 of .*4": damaged(update, "counts", torch.ones(4, dtype=torch.int64)),
+        "wrong tensor names": Update({"counts": counts, "totals": totals}, update.weight),
+        "is not the number": replace(update, weight=-1.0),
+    }
+    for message, answer in wrong.items():
+        with pytest.raises(UpdateError, match=message):
+            method.check(task, answer)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_whole_run(small: dict[str, Any], tmp_path: Path, compressed: bool) -> None:
+    """All four clients are asked where a round has two, and their sums travel as they are."""
+    recipe = {**small, "rounds": {"count": 3, "clients_per_round": 2, "checkpoint_every": 1}}
+    overrides: dict[str, Any] = {"training.fit_head_rounds": [1, 3], "evaluation.select": "last"}
+    if compressed:
+        overrides |= {"compression.kind": "int8", "compression.down": True}
+    run = fedcustom.run(recipe, overrides, out=tmp_path / "run")
+    rows = rows_of(run.directory)[1:]
+    assert [len(row["answered"]) for row in rows] == [4, 2, 4]
+    assert [row["train_loss"] is None for row in rows] == [True, False, True]
+    numbers = 8 * LABELS + 4 * LABELS * WIDTH + 4 * WIDTH * (WIDTH + 1) // 2
+    for row in (rows[0], rows[2]):
+        assert max(row["bytes_up"].values()) == pytest.approx(numbers, abs=400)
+
+
+def test_baselines(small: dict[str, Any], tmp_path: Path) -> None:
+    """Centralised, the sums are one client's; locally each client has a head of its own."""
+    overrides: dict[str, Any] = {"training.fit_head_rounds": [1], "evaluation.select": "last"}
+    for baseline in ("centralised", "local"):
+        run = fedcustom.run(small, {**overrides, "baseline": baseline}, out=tmp_path / baseline)
+        assert [row["train_loss"] is None for row in rows_of(run.directory)[1:]] == [True, False]
+
+
+def test_a_local_head(tiny: dict[str, str]) -> None:
+    method = make(tiny["bert"], "bitfit", training=ROUND)
+    alone = make(tiny["bert"], "bitfit", training=ROUND)
+    alone.context = replace(alone.context, keeps="everything")
+    alone._initial = alone.tuned.read()
+    client = skewed()["c"]
+    state, answers = sent(method, {"c": skewed()["c"]})
+    expected = method.merge(state, iter(answers)).tensors
+    task = alone.ask(alone.start(), 1, {"c": {"epochs": 1}})["c"]
+    update = alone.work(task, client)
+    alone.check(task, update)
+    assert not update.tensors
+    own = {name.removeprefix("state/"): t for name, t in client.memory.tensors.items()}
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(own[name], expected[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"training.fit_head_rounds": [0]},
+            r"_rounds = \[0\]: must be different rounds from 1 to .* 20",
+        ),
+        ({"training.fit_head_rounds": [1, 1]}, "must be different rounds"),
+        ({"training.fit_head_rounds": [1], "rounds.count": 1}, "leaves no round"),
+        ({"training.fit_head_rounds": [1], "aggregation.rule": "median"}, "needs aggregation.rule = 'mean'"),
+        ({"training.fit_head_rounds": [1], "aggregation.correction": "feddyn"}, "correction = 'none'"),
+        ({"training.fit_head_rounds": [1], "participation.buffer": 2}, "participation.buffer"),
+        ({"training.fit_head_rounds": [1], "personalisation.keep": ["head"]}, r"keep = \['head'\]"),
+        ({"training.fit_head_rounds": [1], "data.task": "generation"}, "needs labels"),
+    ],
+)
+def test_bad_input(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe({}, overrides)
+
+
+def test_a_head_without_a_bias(tiny: dict[str, str]) -> None:
+    with pytest.raises(RecipeError, match="does not end in a layer with a bias"):
+        make(tiny["llama"], "prefix", training=ROUND)
