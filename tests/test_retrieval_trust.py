@@ -104,7 +104,7 @@ def test_answers_need_the_question(recipe: dict[str, Any], tiny: dict[str, str])
 
 def test_index_keeps_its_router(recipe: dict[str, Any], tmp_path: Path) -> None:
     library.index(changed(recipe, routing="learned", route_recall=0.2), tmp_path / "i")
-    assert library.Library(tmp_path / "i").method.ready.router is not None
+    assert library.Library(tmp_path / "i").method.searcher.ready.router is not None
 
 
 def test_scores_have_a_range() -> None:

@@ -79,7 +79,7 @@ def index(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.toml", to_toml(checked))
     found = method.prepare(method.start())
-    method.save_router(folder)
+    method.searcher.save_router(folder)
     write_json(folder / INDEX, {"clients": sorted(found)})
     return found
 
@@ -119,7 +119,7 @@ class Library:
         model = folder / "model"
         self.state = self.method.open(model) if model.is_dir() else self.method.start()
         self.method.prepare(self.state, index=False)
-        self.method.load_router(folder)
+        self.method.searcher.load_router(folder)
         self.note = note
 
     def ask(self, question: str, *, top: int | None = None) -> Reply:
@@ -136,19 +136,20 @@ class Library:
                 f"the question has {length} tokens; those after the first {self.recipe.data.max_length} "
                 "(data.max_length) are not looked at"
             )
-        up, down = self.method.bytes_up, self.method.bytes_down
+        searcher = self.method.searcher
+        up, down = searcher.bytes_up, searcher.bytes_down
         searched = self.method.search(self.state, [question])
         hits = searched.hits[0][:top]
-        shown = self.method.passages(hits, searched.vectors[0])
+        shown = searcher.passages(hits, searched.vectors[0])
         hits = self.method.reranked(question, hits, shown)
         answer, places = self.method.answer(question, hits, shown)
         return Reply(
             [Passage(hit.client, hit.document, hit.score, shown.get(hit.document)) for hit in hits],
             answer,
             [place + 1 for place in places],
-            [n for n, yes in zip(self.method.ready.clients, searched.asked[0].tolist(), strict=True) if yes],
-            self.method.bytes_up - up,
-            self.method.bytes_down - down,
+            [n for n, yes in zip(searcher.ready.clients, searched.asked[0].tolist(), strict=True) if yes],
+            searcher.bytes_up - up,
+            searcher.bytes_down - down,
         )
 
 
