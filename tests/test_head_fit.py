@@ -167,8 +167,8 @@ def test_sums_that_nobody_has_are_refused(tiny: dict[str, str]) -> None:
         "smaller than the totals allow": damaged(update, "scatter", scatter * 0.5),
         "smaller than the totals": damaged(update, "scatter", -scatter),
         "not finite": damaged(update, "scatter", scatter * torch.inf),
-        "totals is torch.float64 of": damaged(update, "totals", totals.double()),
-        "counts is torch.int64 of .*4": damaged(update, "counts", torch.ones(4, dtype=torch.int64)),
+        "totals has dtype torch.float64": damaged(update, "totals", totals.double()),
+        r"counts has shape \(4,\), not \(3,\)": damaged(update, "counts", torch.ones(4, dtype=torch.int64)),
         "wrong tensor names": Update({"counts": counts, "totals": totals}, update.weight),
         "is not the number": replace(update, weight=-1.0),
     }

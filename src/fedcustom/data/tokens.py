@@ -115,8 +115,7 @@ def collate(
     """One padded batch: ``input_ids`` and ``attention_mask`` of (examples, tokens), and ``labels``.
 
     Labels are (examples,) class numbers, or (examples, tokens) token ids with :data:`IGNORED` where nothing
-    is to be learnt: on a decoder's prompt and on padding. Padding is on the right; ``left`` puts a
-    classifier's on the left.
+    is to be learnt: on a decoder's prompt and on padding. Padding is on the right.
     """
     if task.kind == "classification":
         batch = pad([example.source for example in examples], padding)

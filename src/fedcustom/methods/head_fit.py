@@ -18,6 +18,7 @@ from ..tensors import Tensors, is_finite
 from .contract import Answer, Update
 from .objective import Objective
 from .technique import Tuned
+from .update_checks import check_forms
 
 FIT_HEAD = "fit head"
 """The kind of task that asks for a client's sums."""
@@ -91,23 +92,14 @@ class HeadFit:
             UpdateError: says what is wrong.
         """
         classes, width = self.layer.out_features, self.layer.in_features
-        forms = {
-            "counts": ((classes,), torch.int64),
-            "totals": ((classes, width), torch.float32),
-            "scatter": ((width * (width + 1) // 2,), torch.float32),
+        wanted = {
+            "counts": torch.empty(classes, dtype=torch.int64),
+            "totals": torch.empty(classes, width),
+            "scatter": torch.empty(width * (width + 1) // 2),
         }
-        wanted = forms.keys() if sent else set()
-        if update.tensors.keys() != wanted:
-            names = sorted(update.tensors.keys() ^ wanted)
-            raise UpdateError(f"wrong tensor names: {', '.join(names[:3])}")
+        check_forms(update.tensors, wanted if sent else {})
         if not sent:
             return
-        for name, (shape, dtype) in forms.items():
-            tensor = update.tensors[name]
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise UpdateError(
-                    f"{name} is {tensor.dtype} of {tuple(tensor.shape)}, not {dtype} of {shape}"
-                )
         if not is_finite(update.tensors):
             raise UpdateError("an update holds numbers that are not finite")
         counts, totals = update.tensors["counts"].double(), update.tensors["totals"].double()

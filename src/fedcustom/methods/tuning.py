@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -27,6 +26,7 @@ from .merging import BASE_CHANGE, Arrival, Merging
 from .objective import Objective, Supervised
 from .seeds import name_seed
 from .technique import Context, Technique, prepare_precision
+from .update_checks import check_figures, check_forms
 
 ROOT = "(server)"
 """The name under which the server trains for itself."""
@@ -100,25 +100,8 @@ class WeightTuning:
             raise UpdateError("an update holds numbers that are not finite")
         wanted = self._wanted(task)
         change = self.merging.unpack(update.tensors, update.values, wanted)
-        if change.keys() != wanted.keys():
-            names = sorted(change.keys() ^ wanted.keys())
-            raise UpdateError(f"wrong tensor names: {', '.join(names[:3])}")
-        for name, expected in wanted.items():
-            tensor = change[name]
-            if tensor.shape != expected.shape:
-                raise UpdateError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected.shape)}")
-            if tensor.dtype != expected.dtype:
-                raise UpdateError(f"{name} has dtype {tensor.dtype}, not {expected.dtype}")
-        if not (isinstance(update.weight, int | float) and 0 < update.weight < 1e12):
-            raise UpdateError(f"weight {update.weight!r} is not a positive number")
-        loss, steps, examples = (update.values.get(key) for key in ("loss", "steps", "examples"))
-        if not isinstance(loss, int | float) or not math.isfinite(loss):
-            raise UpdateError(f"training loss {loss!r} is not a finite number")
-        most = _most_steps(task, update.weight)
-        if type(steps) is not int or not 0 < steps <= most:
-            raise UpdateError(f"steps {steps!r}: must be an integer from 1 to {most}")
-        if type(examples) is not int or examples < 1:
-            raise UpdateError(f"examples {examples!r} is not a positive integer")
+        check_forms(change, wanted)
+        check_figures(task, update)
 
     def merge(self, state: State, answers: Iterable[Answer]) -> State:
         """One change for the cohort by the recipe's rule or the method's own, then the server optimiser, or
@@ -450,10 +433,3 @@ class WeightTuning:
 
     def _loss(self, batch: Batch) -> Tensor:
         return self.objective.loss(self.tuned.model, batch)
-
-
-def _most_steps(task: Task, weight: float) -> int:
-    """How many optimiser steps a task can take a client that claims ``weight`` examples."""
-    if "steps" in task.values:
-        return int(task.values["steps"])
-    return math.ceil(float(task.values.get("examples", task.values.get("epochs", 1) * weight)))
