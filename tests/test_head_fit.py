@@ -239,6 +239,18 @@ def test_bad_input(overrides: dict[str, Any], message: str) -> None:
         load_recipe({}, overrides)
 
 
+def test_a_compiled_model(tiny: dict[str, str]) -> None:
+    """Compiled before or after: the sums are the same, and nothing of them stays in the model."""
+    expected = sent(make(tiny["bert"], "prefix", training=ROUND), skewed())[1]
+    method = make(tiny["bert"], "prefix", training=ROUND)
+    method.tuned.model.compile(backend="eager", dynamic=True)
+    method.predict(method.start(), classification_examples(3), texts=False)
+    for _ in range(2):
+        for one, other in zip(expected, sent(method, skewed())[1], strict=True):
+            assert all(torch.equal(t, other.update.tensors[n]) for n, t in one.update.tensors.items())
+    assert not method.head_fit.layer._forward_pre_hooks
+
+
 def test_a_head_without_a_bias(tiny: dict[str, str]) -> None:
     with pytest.raises(RecipeError, match="does not end in a layer with a bias"):
         make(tiny["llama"], "prefix", training=ROUND)

@@ -68,10 +68,11 @@ class HeadFit:
 
         model.eval()
         hook = self.layer.register_forward_pre_hook(note)
+        eager = torch.compiler.set_stance("force_eager")  # compiled code would not see the hook, or keep it
         try:
             for positions in by_length(tokens, batch_size):
                 batch = self.objective.collate([tokens[i] for i in positions])
-                with torch.no_grad(), self.base.autocast():
+                with eager, torch.no_grad(), self.base.autocast():
                     classification_logits(model, batch)
                 vectors = inputs.pop()
                 totals.index_add_(0, batch["labels"].cpu(), vectors)
