@@ -573,9 +573,7 @@ def export(arguments: argparse.Namespace) -> None:
             "tokens", "seconds", "precision", "machine", "seed", "planned", "batch_tokens", "peak_rate")},
     )  # fmt: skip
     (folder / "README.md").write_text(card)
-    log(
-        f"{folder}: {figure:.4f} bits per byte ({overlapping:.4f} in overlapping windows) after {state['tokens']:,} tokens"
-    )
+    log(f"{folder}: {figure:.4f} bits per byte, {overlapping:.4f} in overlapping windows")
 
 
 def main() -> None:
