@@ -240,6 +240,19 @@ def test_clients_of_different_ranks_share_a_batch(
         assert all(distance(update, after[client]) < 1e-5 for client, update in before.items())
 
 
+@pytest.mark.parametrize("wrong", ["lora_A", "classifier.bias"])
+def test_what_a_client_remembers_wrongly_spoils_its_answer_alone(tiny: dict[str, str], wrong: str) -> None:
+    method = make(tiny["bert"], "lora")
+    name = next(name for name in method.start().tensors if wrong in name)
+    pool = examples_for("classification")
+    clients = {f"c{i}": Client(f"c{i}", ClientData(f"c{i}", pool[3 * i : 3 * i + 3])) for i in range(3)}
+    clients["c1"].memory.tensors = {f"state/{name}": torch.zeros(7)}
+    tasks = method.ask(method.start(), 1, {client: {"epochs": 1} for client in clients})
+    answers = method.work_together([(tasks[client.name], client) for client in clients.values()])
+    assert [type(answer) for answer in answers] == [Update, UpdateError, Update]
+    assert f"{name} has shape (7,)" in str(answers[1])
+
+
 def test_out_of_memory_halves_the_batch(tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"rank": 4, "training": {"batch_size": 3, "optimizer": "sgd"}}
     expected = rounds(make(tiny["bert"], "lora", **options), "classification", together=True)

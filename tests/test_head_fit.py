@@ -15,6 +15,7 @@ from scipy.stats import multivariate_normal
 
 import fedcustom
 from fedcustom.aggregation.discriminant import class_moments, discriminant
+from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.data.examples import ClientData, Example
 from fedcustom.errors import RecipeError, UpdateError
 from fedcustom.methods import Answer, Client, State, Update, WeightTuning
@@ -151,6 +152,13 @@ def damaged(update: Update, name: str, tensor: torch.Tensor) -> Update:
     return replace(update, tensors={**update.tensors, name: tensor})
 
 
+def far_off_the_diagonal() -> torch.Tensor:
+    """A triangle of zeros, but for one pair of inputs."""
+    triangle = torch.zeros(WIDTH * (WIDTH + 1) // 2)
+    triangle[1] = 1e6
+    return triangle
+
+
 def test_sums_that_nobody_has_are_refused(tiny: dict[str, str]) -> None:
     method = make(tiny["bert"], "prefix", training=ROUND)
     _, answers = sent(method, {"b": skewed()["b"]})
@@ -164,8 +172,9 @@ def test_sums_that_nobody_has_are_refused(tiny: dict[str, str]) -> None:
         "not the number of examples": damaged(update, "counts", counts + 1),
         "counts and totals": damaged(update, "counts", counts + upwards),
         "counts and totals are not": damaged(update, "totals", totals + 1),
-        "smaller than the totals allow": damaged(update, "scatter", scatter * 0.5),
-        "smaller than the totals": damaged(update, "scatter", -scatter),
+        "the scatter is smaller in some": damaged(update, "scatter", scatter * 0.5),
+        "smaller in some direction than the totals": damaged(update, "scatter", -scatter),
+        "in some direction than": damaged(update, "scatter", scatter + far_off_the_diagonal()),
         "not finite": damaged(update, "scatter", scatter * torch.inf),
         "totals has dtype torch.float64": damaged(update, "totals", totals.double()),
         r"counts has shape \(4,\), not \(3,\)": damaged(update, "counts", torch.ones(4, dtype=torch.int64)),
@@ -175,6 +184,48 @@ def test_sums_that_nobody_has_are_refused(tiny: dict[str, str]) -> None:
     for message, answer in wrong.items():
         with pytest.raises(UpdateError, match=message):
             method.check(task, answer)
+
+
+def test_only_what_the_recipe_asks_for_is_answered(tiny: dict[str, str]) -> None:
+    """Whatever the server says: sums in a round of training, training in one of sums."""
+    client = skewed()["c"]
+    for rounds, kind in (([1], "train"), ([2], "fit head"), ([], "fit head")):
+        method = make(tiny["bert"], "prefix", training={"fit_head_rounds": rounds})
+        task = replace(method.ask(method.start(), 1, {"c": {"epochs": 1}})["c"], kind=kind)
+        with pytest.raises(UpdateError, match=f"no task '{kind}' in round 1"):
+            method.work(task, client)
+        (answer,) = method.work_together([(task, client)])
+        assert isinstance(answer, UpdateError)
+
+
+@pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam"])
+def test_a_former_head_is_forgotten(tiny: dict[str, str], optimizer: str) -> None:
+    """By the server's optimiser and, in a centralised run, by the client's."""
+    settings = AggregationSettings(server_optimizer=optimizer)  # type: ignore[arg-type]
+    method = make(tiny["bert"], "bitfit", training={"fit_head_rounds": [2]}, aggregation=settings)
+    method.context = replace(method.context, keeps="optimizer")
+    client, state = skewed()["c"], method.start()
+    for number in (1, 2):
+        task = method.ask(state, number, {"c": {"epochs": 1}})["c"]
+        state = method.merge(state, iter([Answer("c", task, method.work(task, client))]))
+        if number == 1:
+            state = replace(state, values={"method": "of round 1"})
+        head = {n: t for n, t in state.server.items() if "classifier" in n}
+        assert head
+        assert all(bool(t.any()) == (number == 1) for t in head.values())
+        assert any("classifier" in name for name in client.memory.tensors) == (number == 1)
+    assert any(t.any() for t in state.server.values())
+    assert any("moments/" in name for name in client.memory.tensors)
+    assert not state.values
+    task = method.ask(state, 3, {"c": {"epochs": 1}})["c"]
+    method.check(task, method.work(task, client))
+
+
+def test_poisoned_examples_have_sums_like_others(small: dict[str, Any], tmp_path: Path) -> None:
+    overrides = {"training.fit_head_rounds": [1], "attack.kind": "label_flip", "attack.fraction": 0.5,
+                 "attack.boost": 3.0}  # fmt: skip
+    run = fedcustom.run(small, overrides, out=tmp_path / "run")
+    assert [len(row["answered"]) for row in rows_of(run.directory)[1:]] == [4, 4]
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -231,6 +282,14 @@ def test_a_local_head(tiny: dict[str, str]) -> None:
         ({"training.fit_head_rounds": [1], "aggregation.correction": "feddyn"}, "correction = 'none'"),
         ({"training.fit_head_rounds": [1], "participation.buffer": 2}, "participation.buffer"),
         ({"training.fit_head_rounds": [1], "personalisation.keep": ["head"]}, r"keep = \['head'\]"),
+        (
+            {"training.fit_head_rounds": [1], "attack.kind": "alie"},
+            "'alie' is defined for changes, not for sums",
+        ),
+        (
+            {"training.fit_head_rounds": [1], "method.name": "lora", "method.variant": "rolora"},
+            "'rolora' needs every round",
+        ),
         ({"training.fit_head_rounds": [1], "data.task": "generation"}, "needs labels"),
     ],
 )
@@ -254,3 +313,12 @@ def test_a_compiled_model(tiny: dict[str, str]) -> None:
 def test_a_head_without_a_bias(tiny: dict[str, str]) -> None:
     with pytest.raises(RecipeError, match="does not end in a layer with a bias"):
         make(tiny["llama"], "prefix", training=ROUND)
+
+
+def test_a_bias_that_stays_with_its_client(small: dict[str, Any], tmp_path: Path) -> None:
+    overrides = {
+        **{f"training.{k}": v for k, v in ROUND.items()},
+        "personalisation.keep": ["classifier.bias"],
+    }
+    with pytest.raises(RecipeError, match="a head that stays with the clients"):
+        fedcustom.run(small, overrides, out=tmp_path / "run")

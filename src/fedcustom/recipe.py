@@ -183,6 +183,12 @@ class Recipe(Settings):
             raise ValueError(f"{where}: needs all clients at one state; leave participation.buffer unset")
         if "head" in self.personalisation.keep:
             raise ValueError(f"{where}: does not go with personalisation.keep = ['head']")
+        if self.attack.kind in ("sign_flip", "random", "alie"):
+            raise ValueError(
+                f"{where}: attack.kind = {self.attack.kind!r} is defined for changes, not for sums"
+            )
+        if getattr(self.method, "variant", "") == "rolora":
+            raise ValueError(f"{where}: method.variant = 'rolora' needs every round to train in turn")
 
     def _check_correction(self) -> None:
         """What corrections of client drift are defined for."""

@@ -15,7 +15,7 @@ from ..errors import RecipeError, RunError, UpdateError
 from ..models.forward import classification_logits
 from ..models.load import Base
 from ..tensors import Tensors, is_finite
-from .contract import Answer, Update
+from .contract import Answer, State, Update
 from .objective import Objective
 from .technique import Tuned
 from .update_checks import check_forms
@@ -27,6 +27,9 @@ COUNT = 0.5
 """Added to each label's number of examples in the head's bias, so that a label without any is unlikely, and
 not impossible."""
 
+ROUNDING = 1e-5
+"""Of the sum of all squares: what float32 sums may lack in a direction."""
+
 LEAST_SHARE = 1e-3
 """Of the inputs' mean square: the least that counts as their variance, which float32 sums must resolve."""
 
@@ -36,11 +39,12 @@ class HeadFit:
 
     In place of training, every client computes the inputs x of the head's last layer on its examples and
     sends, for each label, their number and sum x, and over all labels sum x x^T. These add up, so that label
-    skew makes no difference: the server's head is the one that all examples in one place would give. It is
-    linear discriminant analysis, shrunk towards one variance v in all directions (v the mean variance of the
-    inputs), less the discriminant of the mean of all examples, which changes no prediction and keeps weights
-    small. Sums for a closed form are those of Fed3R (Fani et al. 2024); a head fitted before training against
-    label skew is Legate et al. 2023 (FedNCM).
+    skew makes no difference: where all clients answer and have the same model below the head, the server's
+    head is the one that all examples in one place would give. Each example counts as one, whatever
+    ``aggregation.weighting`` says. It is linear discriminant analysis, shrunk towards one variance v in all
+    directions (v the mean variance of the inputs), less the discriminant of the mean of all examples, which
+    changes no prediction and keeps weights small. Sums for a closed form are those of Fed3R (Fani et al.
+    2024); a head fitted before training against label skew is Legate et al. 2023 (FedNCM).
 
     Discloses: what is named above. Where a client has one example with a label, its sum is that example's
     input to the head, from which a text may be guessed.
@@ -48,8 +52,10 @@ class HeadFit:
 
     def __init__(self, rounds: Collection[int], tuned: Tuned, objective: Objective, base: Base) -> None:
         self.rounds, self.tuned, self.objective, self.base = frozenset(rounds), tuned, objective, base
+        self.names: frozenset[str] = frozenset()
         if rounds:
             self.layer, self.weight, self.bias = _last_layer(tuned, base)
+            self.names = frozenset({self.weight, self.bias})
 
     def sums(
         self, examples: Sequence[Example], tokens: Sequence[TokenizedExample], batch_size: int
@@ -68,15 +74,16 @@ class HeadFit:
 
         model.eval()
         hook = self.layer.register_forward_pre_hook(note)
-        eager = torch.compiler.set_stance("force_eager")  # compiled code would not see the hook, or keep it
         try:
-            for positions in by_length(tokens, batch_size):
-                batch = self.objective.collate([tokens[i] for i in positions])
-                with eager, torch.no_grad(), self.base.autocast():
-                    classification_logits(model, batch)
-                vectors = inputs.pop()
-                totals.index_add_(0, batch["labels"].cpu(), vectors)
-                scatter += vectors.T @ vectors
+            # Compiled code would not see the hook, or would keep it.
+            with torch.compiler.set_stance("force_eager"), torch.no_grad():
+                for positions in by_length(tokens, batch_size):
+                    batch = self.objective.collate([tokens[i] for i in positions])
+                    with self.base.autocast():
+                        classification_logits(model, batch)
+                    vectors = inputs.pop()
+                    totals.index_add_(0, batch["labels"].cpu(), vectors)
+                    scatter += vectors.T @ vectors
         finally:
             hook.remove()
         upper = torch.triu_indices(width, width)
@@ -109,10 +116,22 @@ class HeadFit:
             raise UpdateError(f"weight {number!r} is not the number of examples")
         if (counts < 0).any() or totals[counts == 0].any():
             raise UpdateError("counts and totals are not those of examples")
-        squares = update.tensors["scatter"].double()[_diagonal(width)]
-        least = (totals.square() / counts.clamp(min=1)[:, None]).sum(dim=0)
-        if (squares < least - 1e-4 * (least + 1e-6)).any():
-            raise UpdateError("the scatter is smaller than the totals allow")
+        scatter = _symmetric(update.tensors["scatter"].double(), width)
+        within = scatter - (totals.T / counts.clamp(min=1)) @ totals
+        slack = ROUNDING * float(scatter.diagonal().clamp(min=0).sum()) + 1e-9
+        _, failed = torch.linalg.cholesky_ex(within + slack * torch.eye(width, dtype=torch.float64))
+        if failed:
+            raise UpdateError("the scatter is smaller in some direction than the totals allow")
+
+    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+        """The state with the fitted head, whose former momentum at the server is gone."""
+        fitted = self.fit(answer.update.tensors for answer in answers)
+        server = {
+            name: torch.zeros_like(tensor) if name.partition("/")[2] in self.names else tensor
+            for name, tensor in state.server.items()
+        }
+        values = {key: value for key, value in state.values.items() if key != "method"}
+        return State({**state.tensors, **fitted}, server, values)
 
     def fit(self, clients: Iterable[Tensors]) -> Tensors:
         """The last layer's weight and bias, from the sums of clients.
@@ -128,10 +147,7 @@ class HeadFit:
             counts += tensors["counts"]
             totals += tensors["totals"]
             triangle += tensors["scatter"]
-        upper = torch.triu_indices(width, width)
-        scatter = torch.zeros(width, width, dtype=torch.float64)
-        scatter[upper[0], upper[1]] = triangle
-        scatter = scatter + scatter.triu(1).T
+        scatter = _symmetric(triangle, width)
         number = float(counts.sum())
         means, within = class_moments(counts, totals, scatter)
         centre = totals.sum(dim=0) / number
@@ -164,10 +180,12 @@ def looked_at(answers: Iterable[Answer]) -> tuple[str, Iterator[Answer]]:
     return first[0].task.kind, again()
 
 
-def _diagonal(width: int) -> Tensor:
-    """Where the diagonal is in an upper triangle, row by row."""
-    rows = torch.arange(width)
-    return rows * width - rows * (rows - 1) // 2
+def _symmetric(triangle: Tensor, width: int) -> Tensor:
+    """The matrix with this upper triangle, row by row."""
+    upper = torch.triu_indices(width, width)
+    matrix = torch.zeros(width, width, dtype=triangle.dtype)
+    matrix[upper[0], upper[1]] = triangle
+    return matrix + matrix.triu(1).T
 
 
 def _last_layer(tuned: Tuned, base: Base) -> tuple[nn.Linear, str, str]:
@@ -178,7 +196,7 @@ def _last_layer(tuned: Tuned, base: Base) -> tuple[nn.Linear, str, str]:
     """
     names: dict[int, str] = {id(tuned.parameters[name]): name for name in tuned.head}
     modules: Any = tuned.model.modules()
-    for module in modules:
+    for module in reversed(list(modules)):
         if not isinstance(module, nn.Linear) or module.out_features != len(base.task.labels):
             continue
         weight, bias = names.get(id(module.weight)), names.get(id(module.bias))

@@ -26,7 +26,7 @@ from .merging import BASE_CHANGE, Arrival, Merging
 from .objective import Objective, Supervised
 from .seeds import name_seed
 from .technique import Context, Technique, prepare_precision
-from .update_checks import check_figures, check_forms
+from .update_checks import check_figures, check_forms, check_state
 
 ROOT = "(server)"
 """The name under which the server trains for itself."""
@@ -57,7 +57,7 @@ class WeightTuning:
         filled_in = not federated or self._personal or self.tuned.merging
         self._initial = self.tuned.read() if filled_in else {}
         self.head_fit = HeadFit(context.training.fit_head_rounds, self.tuned, self.objective, self.base)
-        if self.head_fit.rounds and self.head_fit.weight in self._personal:
+        if self._personal & self.head_fit.names:
             raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")
         self._tokens: dict[int, tuple[list[Example], list[TokenizedExample]]] = {}
         if self.base.compile:
@@ -114,8 +114,7 @@ class WeightTuning:
         if self.head_fit.rounds:
             kind, answers = looked_at(answers)
             if kind == FIT_HEAD:
-                fitted = self.head_fit.fit(answer.update.tensors for answer in answers)
-                return replace(state, tensors={**state.tensors, **fitted})
+                return self.head_fit.merge(state, answers)
         settings, gathered = self.aggregation, self.merging.round(state)
         answered: list[str] = []
 
@@ -166,7 +165,7 @@ class WeightTuning:
             DataError: the client has nothing to train on.
             UpdateError: the training loss is not finite.
         """
-        if task.kind == FIT_HEAD:
+        if self._fits_head(task):
             return self._head_sums(task, client)
         return self._alone(self._prepare(task, client, self.correction, self.merging))
 
@@ -178,7 +177,7 @@ class WeightTuning:
         self._tokenize([client.data.train for _, client in pairs])
         for task, client in pairs:
             try:
-                if task.kind == FIT_HEAD:
+                if self._fits_head(task):
                     jobs.append(self._head_sums(task, client))
                 else:
                     jobs.append(self._prepare(task, client, self.correction, self.merging))
@@ -203,6 +202,7 @@ class WeightTuning:
         if not examples:
             raise DataError(f"client {client.name!r} has no examples to train on")
         before = self._own(without(task.tensors, CONTROL), client.memory)
+        check_state(self.tuned.inwards(before), self.tuned.parameters)
         start = int(client.memory.values.get("examples_seen", 0))
         ranges = batch_ranges(len(examples), start, self.context.training.batch_size, task.values)
         seed = [self.context.seed, 5, name_seed(client.name)]
@@ -224,6 +224,17 @@ class WeightTuning:
             resting=frozenset() if own else self._resting(int(task.values["round"])),
         )
 
+    def _fits_head(self, task: Task) -> bool:
+        """Whether a task asks for sums, and not for training.
+
+        Raises:
+            UpdateError: it asks for other than the recipe does in that round.
+        """
+        asked, number = task.kind == FIT_HEAD, int(task.values["round"])
+        if asked != (number in self.head_fit.rounds):
+            raise UpdateError(f"the recipe has no task {task.kind!r} in round {number}")
+        return asked
+
     def _head_sums(self, task: Task, client: Client) -> Update:
         """What a client sends for the head to be fitted; where it keeps everything, it fits its own."""
         examples, memory = client.data.train, client.memory
@@ -232,10 +243,15 @@ class WeightTuning:
         own = self._own(without(task.tensors, CONTROL), memory)
         self.tuned.write(own)
         sums = self.head_fit.sums(examples, self.tokens(examples), self.context.evaluation.batch_size)
+        moments = part(memory.tensors, "moments/")
+        moments = {
+            name: m for name, m in moments.items() if name.partition("/")[2] not in self.head_fit.names
+        }
         if self.context.keeps == "everything":
-            after = {**self.tuned.read(), **self.head_fit.fit([sums])}
-            self._remember(memory, after, part(memory.tensors, "moments/"))
+            self._remember(memory, {**self.tuned.read(), **self.head_fit.fit([sums])}, moments)
             sums = {}
+        else:
+            memory.tensors = without(memory.tensors, "moments/") | named(moments, "moments/")
         return Update(sums, float(len(examples)))
 
     def _label_offset(self, client: Client) -> Tensor | None:

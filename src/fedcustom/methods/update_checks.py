@@ -1,4 +1,4 @@
-"""What a trained client's update must be to be merged."""
+"""What a state must be to be trained from, and a trained client's update to be merged."""
 
 from __future__ import annotations
 
@@ -26,6 +26,20 @@ def check_forms(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
             raise UpdateError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected.shape)}")
         if tensor.dtype != expected.dtype:
             raise UpdateError(f"{name} has dtype {tensor.dtype}, not {expected.dtype}")
+
+
+def check_state(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a state that the parameters cannot take.
+
+    Raises:
+        UpdateError: names the tensor.
+    """
+    for name, parameter in parameters.items():
+        if name not in tensors:
+            raise UpdateError(f"{name} is missing in what the client was sent and what it remembers")
+        if tensors[name].shape != parameter.shape:
+            shapes = f"{tuple(tensors[name].shape)}, not {tuple(parameter.shape)}"
+            raise UpdateError(f"{name} has shape {shapes}, in what the client was sent or remembers")
 
 
 def check_figures(task: Task, update: Update) -> None:

@@ -12,6 +12,11 @@ from torch import Tensor
 
 from .lower import transformer_layers
 
+FAMILIES = (
+    "bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta",
+)  # fmt: skip
+"""Configurations' names of the encoders whose layers are known to be of this form."""
+
 AFTER_ATTENTION = ("attention.output", "attention.LayerNorm", "sa_layer_norm", "mlp_norm")
 """Where a layer goes on once its tokens have looked at each other: in the families of BERT, MPNet, DistilBERT
 and ModernBERT.
@@ -46,7 +51,7 @@ def first_token_only(model: Any) -> bool:
     with and one without must give the same logits; otherwise the model is left as it is.
     """
     found = transformer_layers(model)
-    if found is None:
+    if found is None or model.config.model_type not in FAMILIES:
         return False
     last = dict(found[1][-1].named_modules())
     vocabulary = len(model.get_input_embeddings().weight)

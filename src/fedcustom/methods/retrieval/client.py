@@ -69,7 +69,7 @@ class Librarian:
         updated = store.update(documents, self.embed)
         for other in store.folder.parent.glob("store-*"):
             if other != store.folder:  # of an encoder that nobody asks with any more
-                shutil.rmtree(other)
+                shutil.rmtree(other, ignore_errors=True)
         return Update({}, 1.0, {"documents": updated.documents, "chunks": updated.chunks})
 
     def _route(self, task: Task, client: Client) -> Update:
