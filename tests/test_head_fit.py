@@ -284,7 +284,7 @@ def test_a_local_head(tiny: dict[str, str]) -> None:
         ({"training.fit_head_rounds": [1], "personalisation.keep": ["head"]}, r"keep = \['head'\]"),
         (
             {"training.fit_head_rounds": [1], "attack.kind": "alie"},
-            "'alie' is defined for changes, not for sums",
+            "'alie' is defined for changes, not",
         ),
         (
             {"training.fit_head_rounds": [1], "method.name": "lora", "method.variant": "rolora"},
