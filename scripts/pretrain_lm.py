@@ -149,6 +149,16 @@ def window_batch(tokens: np.ndarray, step: int, batch: int, length: int, seed: i
 # --- loss ---
 
 
+def softmax_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the summed cross-entropy by the logits ``(rows, vocabulary)``, in their precision, and the
+    sum itself; ``target`` is ``(rows, 1)``.
+    """
+    log_probabilities = logits.float().log_softmax(dim=1)
+    loss = -log_probabilities.gather(1, target).sum()
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    return (log_probabilities.exp() - (columns == target).float()).to(logits.dtype), loss
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of a tied output layer without holding all logits at once.
 
@@ -164,14 +174,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, rows, chunk):
             part, wanted = hidden[start : start + chunk], target[start : start + chunk, None]
-            logits = (part @ weight.t()).float()
-            logits -= logits.amax(dim=1, keepdim=True)
-            chosen = logits.gather(1, wanted)
-            normaliser = logits.exp_().sum(dim=1, keepdim=True)
-            total += (normaliser.log() - chosen).sum()
-            logits /= normaliser
-            logits.scatter_add_(1, wanted, torch.full_like(chosen, -1.0))
-            gradient = logits.to(hidden.dtype)
+            gradient, loss = softmax_loss(part @ weight.t(), wanted)
+            total += loss
             torch.mm(gradient, weight, out=grad_hidden[start : start + chunk])
             grad_weight.addmm_(gradient.t(), part)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -238,13 +242,14 @@ def bits_per_byte(
 # --- optimiser ---
 
 
-def orthogonalised(matrices: Tensor) -> Tensor:
+def orthogonalised(matrices: Tensor, precision: torch.dtype) -> Tensor:
     """Nearly the closest orthogonal matrix to each of ``(count, rows, columns)``, rows <= columns.
 
-    Five steps of the quintic Newton-Schulz iteration with the coefficients of Jordan et al. 2024 (Muon).
+    Five steps of the quintic Newton-Schulz iteration with the coefficients of Jordan et al. 2024 (Muon), in
+    ``precision``.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(precision)
     for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -254,12 +259,19 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), scaled to the size of AdamW's updates (Liu et al. 2025).
 
-    For hidden matrices. Matrices of one shape are orthogonalised in one batch, in their own precision:
-    ``torch.optim.Muon`` goes through bfloat16, which is slow on most CPUs.
+    For hidden matrices. Matrices of one shape are orthogonalised in one batch, in ``precision``:
+    ``torch.optim.Muon`` always goes through bfloat16, which is slow on most CPUs.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter], momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        parameters: list[torch.nn.Parameter],
+        momentum: float,
+        weight_decay: float,
+        precision: torch.dtype,
+    ) -> None:
         super().__init__(parameters, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
+        self.precision = precision
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -275,7 +287,7 @@ class Muon(torch.optim.Optimizer):
                     velocity.lerp_(p.grad, 1 - group["momentum"])
                     ahead = p.grad.lerp(velocity, group["momentum"])
                     wanted.append(ahead if p.shape[0] <= p.shape[1] else ahead.T)
-                directions = orthogonalised(torch.stack(wanted))
+                directions = orthogonalised(torch.stack(wanted), self.precision)
                 rate = group["lr"] * 0.2 * math.sqrt(shape[1])
                 for p, direction in zip(members, directions, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -285,12 +297,12 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """Muon for the hidden matrices, AdamW for embeddings and norms, as one."""
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: LlamaForCausalLM, precision: str) -> None:
         self.named = dict(model.named_parameters())
         hidden = [p for name, p in self.named.items() if p.dim() == 2 and "embed" not in name]
         embeddings = [p for name, p in self.named.items() if "embed" in name]
         vectors = [p for p in self.named.values() if p.dim() == 1]
-        self.muon = Muon(hidden, momentum=0.95, weight_decay=0.1)
+        self.muon = Muon(hidden, momentum=0.95, weight_decay=0.1, precision=getattr(torch, precision))
         groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
@@ -429,7 +441,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     torch.manual_seed(arguments.seed)
     model = build_model(arguments.size, tokenizer).to(device)
-    optimizers = Optimizers(model)
+    optimizers = Optimizers(model, precision)
     state = load_checkpoint(out, model, optimizers) or {
         "tokens": 0,
         "seconds": 0.0,
@@ -439,6 +451,12 @@ def train(arguments: argparse.Namespace) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     log(f"{parameters:,} parameters, {precision} on {device}, {state['tokens']:,} of {total:,} tokens seen")
     if arguments.compile:
+        global softmax_loss
+        softmax_loss = torch.compile(softmax_loss)
+        if device == "cpu":
+            model.set_attn_implementation(
+                "eager"
+            )  # fused by the compiler, faster than the flash kernel there
         model.model.compile()
 
     started, smoothed, logged = time.perf_counter(), None, (time.perf_counter(), state["tokens"])
@@ -472,10 +490,12 @@ def train(arguments: argparse.Namespace) -> None:
         if finished or time.perf_counter() - last_saved > arguments.save_minutes * 60:
             state["seconds"] += time.perf_counter() - started
             model.eval()
-            figure = bits_per_byte(model, held_out, size, precision, None if finished else 200_000)
+            with torch.compiler.set_stance("force_eager"):  # their many shapes are not worth compiling
+                figure = bits_per_byte(model, held_out, size, precision, None if finished else 200_000)
+                text = sample(model, tokenizer, PROMPTS[len(state["validation"]) % len(PROMPTS)])
             state["validation"].append([state["tokens"], round(figure, 4)])
             log(f"validation {figure:.4f} bits per byte" + ("" if finished else " (quick)"))
-            log("sample: " + sample(model, tokenizer, PROMPTS[len(state["validation"]) % len(PROMPTS)]))
+            log("sample: " + text)
             model.train()
             started = time.perf_counter()
             state.update(precision=precision, machine=machine(device), peak_rate=arguments.learning_rate)
@@ -546,7 +566,7 @@ def export(arguments: argparse.Namespace) -> None:
     data = arguments.data or arguments.out.parent / "data"
     tokenizer, tokens, held_out, size = prepare(arguments.corpus, data)
     model = build_model(arguments.size, tokenizer)
-    state = load_checkpoint(arguments.out, model, Optimizers(model))
+    state = load_checkpoint(arguments.out, model, Optimizers(model, "float32"))
     if state is None:
         sys.exit(f"no checkpoint in {arguments.out}")
     stored = torch.float16

@@ -256,7 +256,7 @@ def test_a_local_head(tiny: dict[str, str]) -> None:
     method = make(tiny["bert"], "bitfit", training=ROUND)
     alone = make(tiny["bert"], "bitfit", training=ROUND)
     alone.context = replace(alone.context, keeps="everything")
-    alone._initial = alone.tuned.read()
+    alone.ownership.initial = alone.tuned.read()
     client = skewed()["c"]
     state, answers = sent(method, {"c": skewed()["c"]})
     expected = method.merge(state, iter(answers)).tensors

@@ -9,7 +9,8 @@ import pytest
 
 from fedcustom.errors import RecipeError
 from fedcustom.methods import TECHNIQUES
-from fedcustom.recipe import Recipe, load_recipe, settings_help, to_toml
+from fedcustom.recipe import Recipe, load_recipe, to_toml
+from fedcustom.recipe_words import settings_help
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_comparison_settings_apply_to_their_method() -> None:
 
 
 def test_every_setting_has_help_and_a_default() -> None:
-    lines = list(settings_help())
+    lines = list(settings_help(Recipe))
     keys = [key for key, *_ in lines]
     for section, field in Recipe.model_fields.items():
         assert any(key == section or key.startswith((f"[{section}]", f"{section}.")) for key in keys), section

@@ -28,6 +28,7 @@ ROOMS = [
     {"assembly", "summary"},
     {"evaluator", "schedule", "progress"},
     {"recipe"},
+    {"recipe_words"},
     {"transport", "directory", "simulation"},
     {"methods"},
     {"aggregation", "training"},

@@ -56,7 +56,7 @@ def one_round(
                 ideal[matrix] = ideal.get(matrix, 0) + weight * size / sum(SIZES.values())
         state = method.merge(state, answers)
         errors.append(state.values.get("method", {}).get("aggregation_error"))
-        method.tuned.write({**method._initial, **state.tensors})
+        method.tuned.write(method.ownership.complete(state.tensors))
         pairs.append((effective(method), ideal))
     return pairs, errors
 
@@ -144,7 +144,7 @@ def test_fedsa_keeps_b_with_the_client(tiny: dict[str, str]) -> None:
     assert kept
     assert all("lora_B" in name for name in kept)
     again = method.ask(state, 2, {"a": {"epochs": 1}})["a"]
-    before = method._own(again.tensors, client.memory)
+    before = method.ownership.complete(again.tensors, client.memory)
     assert equal({n: before[n] for n in kept}, kept)
 
 

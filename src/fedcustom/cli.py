@@ -234,14 +234,15 @@ def recipe(
     help_all: Annotated[bool, typer.Option("--help-all", help="List every setting with its default")] = False,
 ) -> None:
     """Check a recipe and print it complete; without one, print a recipe to start from."""
-    from .recipe import Recipe, load_recipe, settings_help, to_toml
+    from .recipe import Recipe, load_recipe, to_toml
+    from .recipe_words import settings_help
 
     if help_all:
         table = Table(box=None, pad_edge=False, show_edge=False)
         table.add_column("setting", no_wrap=True)  # a name that is broken cannot be copied
         for heading in ("type", "default", "what it is"):
             table.add_column(heading, overflow="fold")
-        for key, kind, default, help_text in settings_help():
+        for key, kind, default, help_text in settings_help(Recipe):
             style = "bold" if key.startswith("[") else ""
             table.add_row(
                 key.replace("[", r"\["), kind, default.replace("[", r"\["), help_text,

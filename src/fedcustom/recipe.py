@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
 from .aggregation.settings import AggregationSettings
 from .data.settings import ClientSettings, DataSettings, PublicSettings, TaskKind
@@ -20,6 +18,7 @@ from .evaluation.settings import EvaluationSettings
 from .methods import METHODS, MethodSettings
 from .methods.prefix import PrefixSettings
 from .models.settings import ModelSettings
+from .recipe_words import explain, nearest
 from .settings import Settings
 from .simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
 from .training.settings import TrainingSettings
@@ -143,7 +142,7 @@ class Recipe(Settings):
         for name in self.compare:
             known = [*METHODS, "centralised", "local"]
             if name not in known:
-                raise ValueError(f"compare.{name}: unknown method or baseline{_nearest(name, known)}")
+                raise ValueError(f"compare.{name}: unknown method or baseline{nearest(name, known)}")
         return self
 
     def _check_training(self) -> None:
@@ -256,7 +255,7 @@ class Recipe(Settings):
             RecipeError: there is no such method, or its settings do not fit.
         """
         if name not in METHODS:
-            raise RecipeError(f"--methods: unknown method {name!r}{_nearest(name, list(METHODS))}")
+            raise RecipeError(f"--methods: unknown method {name!r}{nearest(name, list(METHODS))}")
         values = self.model_dump(exclude={"compare"})
         if name != self.method.name:
             values["method"] = {"name": name}
@@ -328,7 +327,7 @@ def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
+        problems = [explain(problem, Recipe) for problem in error.errors()]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise RecipeError(f"{where}: {problems[0]}{more}") from None
 
@@ -336,111 +335,6 @@ def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
 def to_toml(recipe: Recipe) -> str:
     """The complete recipe as TOML; settings that are unset are left out."""
     return tomli_w.dumps(recipe.model_dump(exclude_none=True))
-
-
-def settings_help() -> Iterator[tuple[str, str, str, str]]:
-    """Every setting as (key, type and bounds, default, help), section by section, methods one after the
-    other.
-    """
-    for name, field in Recipe.model_fields.items():
-        if name == "method":
-            for method, settings in METHODS.items():
-                yield f"[method] name = {method!r}", "", "", (settings.__doc__ or "").strip().splitlines()[0]
-                for key, sub in settings.model_fields.items():
-                    if key != "name":
-                        yield f"method.{key}", _type_text(sub), _default_text(sub), sub.description or ""
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-            yield f"[{name}]", "", "", (field.annotation.__doc__ or "").strip().splitlines()[0]
-            for key, sub in field.annotation.model_fields.items():
-                yield f"{name}.{key}", _type_text(sub), _default_text(sub), sub.description or ""
-        else:
-            yield name, _type_text(field), _default_text(field), field.description or ""
-
-
-def _type_text(field: FieldInfo) -> str:
-    annotation: Any = field.annotation
-    arguments = get_args(annotation)
-    if arguments and type(None) in arguments:
-        arguments = tuple(argument for argument in arguments if argument is not type(None))
-        annotation = arguments[0] if len(arguments) == 1 else annotation
-    choices = get_args(annotation)
-    if choices and all(isinstance(choice, str | int) for choice in choices):
-        text = " | ".join(map(str, choices))
-    elif str(annotation).startswith("list"):
-        item = get_args(annotation)[0]
-        known = {str: "list of texts", int: "list of integers", float: "list of numbers"}
-        text = known.get(item) or f"list of {' | '.join(map(str, get_args(item)))}"
-    elif str(annotation).startswith("dict"):
-        text = "table"
-    else:
-        text = {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}[
-            annotation.__name__
-        ]
-    bounds = {type(item).__name__.lower(): item for item in field.metadata}
-    signs = [("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")]
-    limits = [f"{sign} {getattr(bounds[name], name):g}" for name, sign in signs if name in bounds]
-    return " ".join([text, ", ".join(limits)]).strip()
-
-
-def _default_text(field: FieldInfo) -> str:
-    value = field.get_default(call_default_factory=True)
-    if value is None:
-        return "unset"
-    return tomli_w.dumps({"value": value}).partition("= ")[2].strip() if not isinstance(value, dict) else "{}"
-
-
-def _explain(problem: Any) -> str:
-    """One validation problem in one line: key, value, what is allowed, nearest right name."""
-    path = [str(part) for part in problem["loc"]]
-    if len(path) > 1 and path[0] == "method" and path[1] in METHODS:
-        path.pop(1)  # pydantic adds the chosen method's name to the path
-    key, kind, value = ".".join(path), problem["type"], problem["input"]
-    if kind == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
-        return f"{key}: unknown setting{_nearest(path[-1], known, everywhere=True)}"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        name = value.get("name") if isinstance(value, dict) else value
-        return f"method.name = {name!r}: unknown method{_nearest(str(name), list(METHODS))}"
-    if kind == "literal_error":
-        expected = problem["ctx"]["expected"]
-        return f"{key} = {value!r}: must be {expected}{_close(value, expected)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{key}: {message}" if key else message
-    message = message.removeprefix("Input ").replace("should", "must")
-    return f"{key} = {value!r}: {message}"
-
-
-def _known_keys(path: Sequence[Any]) -> list[str]:
-    if not path:
-        return list(Recipe.model_fields)
-    if path[0] == "method":
-        return list(METHODS[path[1]].model_fields) if len(path) > 1 and path[1] in METHODS else ["name"]
-    annotation = Recipe.model_fields[str(path[0])].annotation
-    return (
-        list(annotation.model_fields)
-        if isinstance(annotation, type) and issubclass(annotation, Settings)
-        else []
-    )
-
-
-def _nearest(name: str, allowed: Sequence[str], *, everywhere: bool = False) -> str:
-    """What is allowed and the nearest right name; with ``everywhere``, also the section that has such a
-    key.
-    """
-    close = difflib.get_close_matches(name, allowed, n=1)
-    if not close and everywhere:
-        sections = {
-            key.rpartition(".")[2]: key for key, *_ in settings_help() if "." in key and "[" not in key
-        }
-        close = [sections[match] for match in difflib.get_close_matches(name, sections, n=1)]
-    return f"; allowed: {', '.join(allowed)}" + (f"; did you mean {close[0]!r}?" if close else "")
-
-
-def _close(value: Any, expected: str) -> str:
-    choices = [choice.strip("' ") for choice in expected.replace(" or ", ", ").split(",")]
-    close = difflib.get_close_matches(str(value), choices, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _split(text: str) -> tuple[str, Any]:

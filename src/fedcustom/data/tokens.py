@@ -53,37 +53,22 @@ def tokenize(
     A decoder's prompt keeps its beginning-of-sequence token, if the tokenizer adds one, but loses a closing
     end-of-sequence token, since its target follows. Every target ends with the end-of-sequence token.
     """
+    end, nothing = tokenizer.eos_token_id, np.empty(0, dtype=np.int32)
     result: list[TokenizedExample] = []
     for start in range(0, len(examples), CHUNK):  # a tokenizer's own lists are ten times as large
         some = examples[start : start + CHUNK]
-        result += _tokenize(some, tokenizer, task, data, sequence_to_sequence=sequence_to_sequence)
+        texts = [example.text for example in some]
+        sources = tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"]
+        if task.kind == "classification":
+            for source, example in zip(sources, some, strict=True):
+                result.append(TokenizedExample(np.asarray(source, dtype=np.int32), nothing, example.label))
+            continue
+        if not sequence_to_sequence:
+            sources = [source[:-1] if source and source[-1] == end else source for source in sources]
+        targets = tokenizer([example.target for example in some], add_special_tokens=False)["input_ids"]
+        for source, target in zip(sources, targets, strict=True):
+            result.append(TokenizedExample.of(source, [*target[: data.max_target_length - 1], end]))
     return packed(result)
-
-
-def _tokenize(
-    examples: Sequence[Example],
-    tokenizer: Any,
-    task: LearningTask,
-    data: DataSettings,
-    *,
-    sequence_to_sequence: bool,
-) -> list[TokenizedExample]:
-    sources = tokenizer([e.text for e in examples], truncation=True, max_length=data.max_length)["input_ids"]
-    empty = np.empty(0, dtype=np.int32)
-    if task.kind == "classification":
-        return [
-            TokenizedExample(np.asarray(source, dtype=np.int32), empty, example.label)
-            for source, example in zip(sources, examples, strict=True)
-        ]
-    end = tokenizer.eos_token_id
-    if not sequence_to_sequence:
-        sources = [source[:-1] if source and source[-1] == end else source for source in sources]
-    targets = tokenizer([e.target for e in examples], add_special_tokens=False)["input_ids"]
-    targets = [[*target[: data.max_target_length - 1], end] for target in targets]
-    return [
-        TokenizedExample(np.asarray(source, dtype=np.int32), np.asarray(target, dtype=np.int32), -1)
-        for source, target in zip(sources, targets, strict=True)
-    ]
 
 
 def packed(examples: list[TokenizedExample], in_memory: int = IN_MEMORY) -> list[TokenizedExample]:

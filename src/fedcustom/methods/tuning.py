@@ -24,6 +24,7 @@ from .head_fit import FIT_HEAD, HeadFit, looked_at
 from .local_training import Job, LocalTraining, batch_ranges
 from .merging import BASE_CHANGE, Arrival, Merging
 from .objective import Objective, Supervised
+from .ownership import Ownership
 from .seeds import name_seed
 from .technique import Context, Technique, prepare_precision
 from .update_checks import check_figures, check_forms, check_state
@@ -53,11 +54,9 @@ class WeightTuning:
         self.merging = self.tuned.merging if federated and self.tuned.merging else Merging()
         self.correction = make_correction(self.aggregation, context.clients)
         self._check_rule()
-        self._personal = self._personal_names() if federated else frozenset()
-        filled_in = not federated or self._personal or self.tuned.merging
-        self._initial = self.tuned.read() if filled_in else {}
+        self.ownership = Ownership(context, self.tuned, self.merging)
         self.head_fit = HeadFit(context.training.fit_head_rounds, self.tuned, self.objective, self.base)
-        if self._personal & self.head_fit.names:
+        if self.ownership.personal & self.head_fit.names:
             raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")
         self._tokens: dict[int, tuple[list[Example], list[TokenizedExample]]] = {}
         if self.base.compile:
@@ -71,7 +70,7 @@ class WeightTuning:
     def start(self) -> State:
         """The tensors as the technique initialises them."""
         tensors = self.merging.start(self.tuned.read())
-        return State(tensors, self.correction.start(self._travelling(tensors)))
+        return State(tensors, self.correction.start(self.ownership.travelling(tensors)))
 
     def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
         """Train from the global state, for as long as ``work`` says (``epochs``, ``steps`` or ``examples``);
@@ -83,7 +82,7 @@ class WeightTuning:
         for name, amount in work.items():
             tensors: Tensors = {}
             if self.context.keeps != "everything":
-                tensors = self._travelling(self.merging.down(state.tensors, name, round_number))
+                tensors = self.ownership.travelling(self.merging.down(state.tensors, name, round_number))
                 tensors |= {n: t for n, t in state.server.items() if n.startswith(CONTROL)}
             values = {"learning_rate_factor": factor, "round": round_number, **amount}
             tasks[name] = Task(kind, tensors, values)
@@ -98,7 +97,7 @@ class WeightTuning:
             return
         if not is_finite(update.tensors):
             raise UpdateError("an update holds numbers that are not finite")
-        wanted = self._wanted(task)
+        wanted = self.ownership.wanted(task)
         change = self.merging.unpack(update.tensors, update.values, wanted)
         check_forms(change, wanted)
         check_figures(task, update)
@@ -146,7 +145,7 @@ class WeightTuning:
 
     def finish(self, state: State, folder: Path) -> None:
         """Write the adapter or model of this state, with its tokenizer."""
-        self.tuned.write({**self._initial, **state.tensors})
+        self.tuned.write(self.ownership.complete(state.tensors))
         self.tuned.save(folder)
         self.base.tokenizer.save_pretrained(folder)
 
@@ -201,7 +200,7 @@ class WeightTuning:
         examples = self.tokens(client.data.train)
         if not examples:
             raise DataError(f"client {client.name!r} has no examples to train on")
-        before = self._own(without(task.tensors, CONTROL), client.memory)
+        before = self.ownership.complete(without(task.tensors, CONTROL), client.memory)
         check_state(self.tuned.inwards(before), self.tuned.parameters)
         start = int(client.memory.values.get("examples_seen", 0))
         ranges = batch_ranges(len(examples), start, self.context.training.batch_size, task.values)
@@ -221,7 +220,7 @@ class WeightTuning:
             seed=[*seed, start],
             stop=ranges[-1][1],
             label_offset=None if own else self._label_offset(client),
-            resting=frozenset() if own else self._resting(int(task.values["round"])),
+            resting=frozenset() if own else self.ownership.resting(int(task.values["round"])),
         )
 
     def _fits_head(self, task: Task) -> bool:
@@ -240,7 +239,7 @@ class WeightTuning:
         examples, memory = client.data.train, client.memory
         if not examples:
             raise DataError(f"client {client.name!r} has no examples to fit the head to")
-        own = self._own(without(task.tensors, CONTROL), memory)
+        own = self.ownership.complete(without(task.tensors, CONTROL), memory)
         self.tuned.write(own)
         sums = self.head_fit.sums(examples, self.tokens(examples), self.context.evaluation.batch_size)
         moments = part(memory.tensors, "moments/")
@@ -248,7 +247,7 @@ class WeightTuning:
             name: m for name, m in moments.items() if name.partition("/")[2] not in self.head_fit.names
         }
         if self.context.keeps == "everything":
-            self._remember(memory, {**self.tuned.read(), **self.head_fit.fit([sums])}, moments)
+            self.ownership.remember(memory, {**self.tuned.read(), **self.head_fit.fit([sums])}, moments)
             sums = {}
         else:
             memory.tensors = without(memory.tensors, "moments/") | named(moments, "moments/")
@@ -266,11 +265,6 @@ class WeightTuning:
             prior_count=training.prior_count,
         )
 
-    def _resting(self, round_number: int) -> frozenset[str]:
-        """The tensors that are neither trained nor sent in a round."""
-        rests = round_number <= self.context.training.freeze_head_rounds
-        return self.tuned.head if rests else frozenset()
-
     def _alone(self, job: Job) -> Update:
         """One client's training."""
         self.tuned.write(job.before)
@@ -281,7 +275,7 @@ class WeightTuning:
         context, memory = self.context, job.client.memory
         memory.values["examples_seen"] = job.stop
         after = self.tuned.read()
-        self._remember(memory, after, result.moments)
+        self.ownership.remember(memory, after, result.moments)
         weight = float(len(job.client.data.train))
         values: Values = {"loss": result.loss, "examples": result.examples, "steps": result.steps}
         if context.keeps == "everything":
@@ -289,7 +283,7 @@ class WeightTuning:
         change = {
             name: after[name] - tensor
             for name, tensor in job.before.items()
-            if self._comes_up(name, job.number)
+            if self.ownership.comes_up(name, job.number)
         }
         packed, said = job.merging.pack(change)
 
@@ -304,7 +298,7 @@ class WeightTuning:
     ) -> Predictions:
         """Predictions of the global state or, for a client, of its own version of it."""
         memory = client.memory if client is not None else Memory()
-        self.tuned.write(self._own(state.tensors, memory))
+        self.tuned.write(self.ownership.complete(state.tensors, memory))
         return predict(
             self.tuned.model,
             self.base,
@@ -315,7 +309,7 @@ class WeightTuning:
 
     def keeps_parts(self) -> bool:
         """Whether clients keep tensors to themselves, while others are merged."""
-        return bool(self._personal)
+        return bool(self.ownership.personal)
 
     def adapt(self, state: State, client: Client, epochs: int) -> State:
         """The client's own tensors after ``epochs`` passes over its training data, at the first round's
@@ -369,55 +363,8 @@ class WeightTuning:
                     f"leave {key} at {AggregationSettings.model_fields[key].default!r}"
                 )
 
-    def _personal_names(self) -> frozenset[str]:
-        """The tensors that stay with the clients.
-
-        Raises:
-            RecipeError: a part that the recipe names does not exist.
-        """
-        names: set[str] = set()
-        keep = self.context.keep_local
-        if any(wanted != "head" for wanted in keep) and self.merging.own_rule:
-            raise RecipeError(
-                f"personalisation.keep = {list(keep)}: {self.merging.own_rule} merges all but the head; "
-                "allowed: head"
-            )
-        available = self.tuned.forms().keys()
-        for wanted in [*self.context.keep_local, *self.merging.personal]:
-            found = self.tuned.head if wanted == "head" else {name for name in available if wanted in name}
-            if not found:
-                known = [*(["head"] if self.tuned.head else []), *sorted(available - self.tuned.head)[:4]]
-                raise RecipeError(
-                    f"personalisation.keep = {wanted!r}: no trained tensor has that in its name; "
-                    f"there are {', '.join(known)}, ..."
-                )
-            names |= found
-        if names >= available:
-            raise RecipeError(f"personalisation.keep = {list(keep)}: leaves nothing to send")
-        return frozenset(names)
-
-    def _travelling(self, tensors: Tensors) -> Tensors:
-        return {name: tensor for name, tensor in tensors.items() if name not in self._personal}
-
-    def _comes_up(self, name: str, round_number: int) -> bool:
-        return (
-            name not in self._personal
-            and name not in self._resting(round_number)
-            and not name.startswith(BASE_CHANGE)
-            and self.merging.trains(name, round_number)
-        )
-
-    def _wanted(self, task: Task) -> Tensors:
-        """What an answer to the task must have the names, shapes and dtypes of."""
-        number = int(task.values["round"])
-        return {
-            name: tensor
-            for name, tensor in task.tensors.items()
-            if self._comes_up(name.removeprefix(CONTROL), number)
-        }
-
     def _arrival(self, answer: Answer) -> Arrival:
-        wanted = self._wanted(answer.task)
+        wanted = self.ownership.wanted(answer.task)
         change = self.merging.unpack(answer.update.tensors, answer.update.values, wanted)
         weight = answer.update.weight if self.aggregation.weighting == "examples" else 1.0
         sent = without(answer.task.tensors, CONTROL)
@@ -432,20 +379,6 @@ class WeightTuning:
         (own,) = self.ask(state, int(task.values["round"]), {ROOT: amount}).values()
         client = Client(ROOT, ClientData(ROOT, self.context.root))
         return replace(self._arrival(Answer(ROOT, own, self.work(own, client))), weight=0.0)
-
-    def _own(self, tensors: Tensors, memory: Memory) -> Tensors:
-        """A state with the client's own tensors in it; what it lacks is as it was initialised."""
-        return {**self._initial, **tensors, **part(memory.tensors, "state/")}
-
-    def _remember(self, memory: Memory, after: Tensors, moments: Tensors) -> None:
-        """Put into the client's memory what its role lets it keep."""
-        kept = without(memory.tensors, "state/", "moments/")
-        if self.context.keeps != "nothing":
-            kept |= named({name: tensor.clone() for name, tensor in moments.items()}, "moments/")
-        if self.context.keeps == "everything":
-            kept |= named(without(after, BASE_CHANGE), "state/")
-        kept |= named({name: after[name] for name in sorted(self._personal)}, "state/")
-        memory.tensors = kept
 
     def _loss(self, batch: Batch) -> Tensor:
         return self.objective.loss(self.tuned.model, batch)

@@ -18,7 +18,7 @@ from ...models.settings import ModelSettings
 from ...tensors import Tensors, part, without
 from ...training.local import train_locally
 from ...training.settings import TrainingSettings
-from ..contract import Client, Memory, Task, Update
+from ..contract import Client, Task, Update
 from ..full import Full, FullSettings
 from ..lora import Lora, LoraSettings
 from ..technique import Context, Technique
@@ -74,7 +74,7 @@ class Learner(WeightTuning):
 
     def put(self, tensors: Tensors) -> None:
         """Put tensors into the model; what they lack is as it was initialised."""
-        self.tuned.write(self._own(tensors, Memory()))
+        self.tuned.write(self.ownership.complete(tensors))
 
 
 def own_tensors(client: Client) -> Tensors:

@@ -92,7 +92,7 @@ class Retrieval(OneByOne):
         if task.kind == "train" and self.tuning:
             return self.tuning.work(task, client)
         if task.kind == "index" and self.tuning:
-            self.tuning.tuned.write({**self.tuning._initial, **task.tensors})
+            self.tuning.tuned.write(self.tuning.ownership.complete(task.tensors))
         return self.librarian.work(task, client)
 
     def check(self, task: Task, update: Update) -> None:
@@ -256,7 +256,7 @@ class Retrieval(OneByOne):
     def _use(self, state: State) -> None:
         """Put the state's encoder into the resident model."""
         if self.tuning:
-            self.tuning.tuned.write({**self.tuning._initial, **state.tensors})
+            self.tuning.tuned.write(self.tuning.ownership.complete(state.tensors))
 
     def _fingerprint(self, state: State) -> str:
         """A name of the encoder: its content, of the base and of the trained tensors."""

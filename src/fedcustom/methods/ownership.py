@@ -1,0 +1,92 @@
+"""Which of a method's tensors travel, which rest, and which stay with their clients."""
+
+from __future__ import annotations
+
+from ..errors import RecipeError
+from ..tensors import Tensors, named, part, without
+from .contract import Memory, Task
+from .corrections import CONTROL
+from .merging import BASE_CHANGE, Merging
+from .technique import Context, Tuned
+
+
+class Ownership:
+    """Who holds which tensors, by the recipe (``personalisation.keep``, ``baseline``) and the method's rules.
+
+    ``personal`` are the names of tensors that stay with the clients.
+
+    Raises:
+        RecipeError: a part that the recipe names does not exist, or nothing is left to send.
+    """
+
+    def __init__(self, context: Context, tuned: Tuned, merging: Merging) -> None:
+        self.context = context
+        self.tuned = tuned
+        self.merging = merging
+        federated = context.keeps == "nothing"
+        self.personal = self._personal_names() if federated else frozenset()
+        filled_in = not federated or self.personal or tuned.merging
+        self.initial: Tensors = tuned.read() if filled_in else {}
+
+    def _personal_names(self) -> frozenset[str]:
+        names: set[str] = set()
+        keep = self.context.keep_local
+        if any(wanted != "head" for wanted in keep) and self.merging.own_rule:
+            raise RecipeError(
+                f"personalisation.keep = {list(keep)}: {self.merging.own_rule} merges all but the head; "
+                "allowed: head"
+            )
+        available = self.tuned.forms().keys()
+        for wanted in [*keep, *self.merging.personal]:
+            found = self.tuned.head if wanted == "head" else {name for name in available if wanted in name}
+            if not found:
+                known = [*(["head"] if self.tuned.head else []), *sorted(available - self.tuned.head)[:4]]
+                raise RecipeError(
+                    f"personalisation.keep = {wanted!r}: no trained tensor has that in its name; "
+                    f"there are {', '.join(known)}, ..."
+                )
+            names |= found
+        if names >= available:
+            raise RecipeError(f"personalisation.keep = {list(keep)}: leaves nothing to send")
+        return frozenset(names)
+
+    def resting(self, round_number: int) -> frozenset[str]:
+        """The tensors that are neither trained nor sent in a round."""
+        rests = round_number <= self.context.training.freeze_head_rounds
+        return self.tuned.head if rests else frozenset()
+
+    def travelling(self, tensors: Tensors) -> Tensors:
+        """Those that go between server and clients."""
+        return {name: tensor for name, tensor in tensors.items() if name not in self.personal}
+
+    def comes_up(self, name: str, round_number: int) -> bool:
+        """Whether clients send a tensor's change in a round."""
+        return (
+            name not in self.personal
+            and name not in self.resting(round_number)
+            and not name.startswith(BASE_CHANGE)
+            and self.merging.trains(name, round_number)
+        )
+
+    def wanted(self, task: Task) -> Tensors:
+        """What an answer to the task must have the names, shapes and dtypes of."""
+        number = int(task.values["round"])
+        return {
+            name: tensor
+            for name, tensor in task.tensors.items()
+            if self.comes_up(name.removeprefix(CONTROL), number)
+        }
+
+    def complete(self, tensors: Tensors, memory: Memory | None = None) -> Tensors:
+        """A state with the client's own tensors in it; what it lacks is as it was initialised."""
+        return {**self.initial, **tensors, **(part(memory.tensors, "state/") if memory else {})}
+
+    def remember(self, memory: Memory, after: Tensors, moments: Tensors) -> None:
+        """Put into the client's memory what its role lets it keep."""
+        kept = without(memory.tensors, "state/", "moments/")
+        if self.context.keeps != "nothing":
+            kept |= named({name: tensor.clone() for name, tensor in moments.items()}, "moments/")
+        if self.context.keeps == "everything":
+            kept |= named(without(after, BASE_CHANGE), "state/")
+        kept |= named({name: after[name] for name in sorted(self.personal)}, "state/")
+        memory.tensors = kept
