@@ -203,7 +203,7 @@ def test_a_former_head_is_forgotten(tiny: dict[str, str], optimizer: str) -> Non
     """By the server's optimiser and, in a centralised run, by the client's."""
     settings = AggregationSettings(server_optimizer=optimizer)  # type: ignore[arg-type]
     method = make(tiny["bert"], "bitfit", training={"fit_head_rounds": [2]}, aggregation=settings)
-    method.context = replace(method.context, keeps="optimizer")
+    method.context = method.ownership.context = replace(method.context, keeps="optimizer")
     client, state = skewed()["c"], method.start()
     for number in (1, 2):
         task = method.ask(state, number, {"c": {"epochs": 1}})["c"]
@@ -255,7 +255,7 @@ def test_baselines(small: dict[str, Any], tmp_path: Path) -> None:
 def test_a_local_head(tiny: dict[str, str]) -> None:
     method = make(tiny["bert"], "bitfit", training=ROUND)
     alone = make(tiny["bert"], "bitfit", training=ROUND)
-    alone.context = replace(alone.context, keeps="everything")
+    alone.context = alone.ownership.context = replace(alone.context, keeps="everything")
     alone.ownership.initial = alone.tuned.read()
     client = skewed()["c"]
     state, answers = sent(method, {"c": skewed()["c"]})
