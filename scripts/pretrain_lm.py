@@ -21,6 +21,7 @@ import lzma
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -39,6 +40,7 @@ CONTEXT = 512
 VOCABULARY = 8192
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
+LAYER = re.compile(r"\.layers\.(\d+)\.")
 PROMPTS = ("The old house stood", "This film is", "In the morning, the doctor")
 
 SIZES: dict[str, dict[str, int]] = {
@@ -149,14 +151,14 @@ def window_batch(tokens: np.ndarray, step: int, batch: int, length: int, seed: i
 # --- loss ---
 
 
-def softmax_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the summed cross-entropy by the logits ``(rows, vocabulary)``, in their precision, and the
-    sum itself; ``target`` is ``(rows, 1)``.
+def softmax_loss_(logits: Tensor, target: Tensor) -> Tensor:
+    """The summed cross-entropy of float32 logits ``(rows, vocabulary)``, which become its gradient in place;
+    ``target`` is ``(rows, 1)``.
     """
-    log_probabilities = logits.float().log_softmax(dim=1)
-    loss = -log_probabilities.gather(1, target).sum()
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    return (log_probabilities.exp() - (columns == target).float()).to(logits.dtype), loss
+    wanted, peak = logits.gather(1, target), logits.amax(1, keepdim=True)
+    total = logits.sub_(peak).exp_().sum(1, keepdim=True)
+    logits.div_(total).scatter_add_(1, target, torch.full_like(wanted, -1.0))
+    return (peak + total.log() - wanted).sum()
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -170,15 +172,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, chunk: int = 512) -> Tensor:
         rows = hidden.shape[0]
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight.t())
+        buffer = hidden.new_empty(min(chunk, rows), weight.shape[0])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, rows, chunk):
             part, wanted = hidden[start : start + chunk], target[start : start + chunk, None]
-            gradient, loss = softmax_loss(part @ weight.t(), wanted)
-            total += loss
+            logits = torch.mm(part, weight.t(), out=buffer[: len(part)]).float()
+            total += softmax_loss_(logits, wanted)
+            gradient = logits.to(hidden.dtype)
             torch.mm(gradient, weight, out=grad_hidden[start : start + chunk])
-            grad_weight.addmm_(gradient.t(), part)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+            grad_weight.addmm_(part.t(), gradient)
+        ctx.save_for_backward(grad_hidden, grad_weight.t())
         ctx.rows = rows
         return total / rows
 
@@ -188,7 +192,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         scale = outputs[0] / ctx.rows
         return (
             grad_hidden * scale.to(grad_hidden.dtype),
-            grad_weight * scale.to(grad_weight.dtype),
+            (grad_weight * scale.to(grad_weight.dtype)).contiguous(),
             None,
             None,
         )
@@ -353,20 +357,30 @@ def save_checkpoint(folder: Path, model: LlamaForCausalLM, optimizers: Optimizer
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizers: Optimizers) -> dict | None:
-    """Put the last whole checkpoint back in place and return its progress, or None where there is none."""
-    source = next(
-        (folder / n for n in ("checkpoint", "checkpoint.old") if (folder / n / "state.json").exists()), None
-    )
+def saved_progress(folder: Path) -> dict | None:
+    """Progress of the last whole checkpoint, or None where there is none."""
+    source = _last_checkpoint(folder)
     if source is None:
         return None
+    state: dict = json.loads((source / "state.json").read_text())
+    return state
+
+
+def load_checkpoint(folder: Path, model: LlamaForCausalLM, optimizers: Optimizers) -> None:
+    """Put weights and moments of the last whole checkpoint back in place, where there is one."""
+    source = _last_checkpoint(folder)
+    if source is None:
+        return
     weights = load_file(source / "model.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
     optimizers.restore(load_file(source / "optimizer.safetensors"))
-    state: dict = json.loads((source / "state.json").read_text())
-    return state
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    names = ("checkpoint", "checkpoint.old")
+    return next((folder / n for n in names if (folder / n / "state.json").exists()), None)
 
 
 # --- training ---
@@ -397,8 +411,9 @@ def learning_rate(seen: float, total: float, peak: float, warmup: float = 0.3e6)
     return peak * min(1.0, (seen + 1) / warmup, max(0.01, (total - seen) / (0.4 * total)))
 
 
-def build_model(size: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A freshly initialised Llama of the named size."""
+def build_model(size: str, tokenizer: PreTrainedTokenizerFast, layers: int | None = None) -> LlamaForCausalLM:
+    """A freshly initialised Llama of the named size, or with other ``layers``."""
+    shape = {**SIZES[size], "num_hidden_layers": layers or SIZES[size]["num_hidden_layers"]}
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         max_position_embeddings=CONTEXT,
@@ -406,7 +421,7 @@ def build_model(size: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausal
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **SIZES[size],
+        **shape,
     )
     model = LlamaForCausalLM(config)
     # Residual branches start smaller with depth (GPT-2), which lets a small batch take a high rate.
@@ -414,6 +429,37 @@ def build_model(size: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausal
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             torch.nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
     return model
+
+
+@torch.no_grad()
+def grow(
+    shallow: LlamaForCausalLM, moments: dict[str, Tensor], size: str, tokenizer: PreTrainedTokenizerFast
+) -> tuple[LlamaForCausalLM, dict[str, Tensor]]:
+    """The model of the named size from one of half its layers, and the moments of the old layers' weights.
+
+    Each layer is followed by a copy of itself whose output projections are zero: the function stays what it
+    was (as in Wu et al. 2024, LLaMA Pro), and half the depth for the first tokens costs half the products of
+    the body (progressive stacking, Gong et al. 2019; Du et al. 2024).
+    """
+    deep = build_model(size, tokenizer).to(shallow.device)
+    old = dict(shallow.named_parameters())
+    for name, parameter in deep.named_parameters():
+        source = name
+        if match := LAYER.search(name):
+            source = LAYER.sub(f".layers.{int(match[1]) // 2}.", name)
+            if int(match[1]) % 2 and name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+                continue
+        parameter.copy_(old[source])
+    renamed = {LAYER.sub(lambda m: f".layers.{2 * int(m[1])}.", name): v for name, v in moments.items()}
+    return deep, renamed
+
+
+def window_length(seen: float, total: float) -> int:
+    """Tokens in a window after ``seen`` tokens. Short windows first: the same tokens cost less attention; the
+    last fifth teaches the full context.
+    """
+    return CONTEXT // 4 if seen < 0.4 * total else CONTEXT // 2 if seen < 0.8 * total else CONTEXT
 
 
 def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
@@ -440,30 +486,34 @@ def train(arguments: argparse.Namespace) -> None:
     )
 
     torch.manual_seed(arguments.seed)
-    model = build_model(arguments.size, tokenizer).to(device)
-    optimizers = Optimizers(model, precision)
-    state = load_checkpoint(out, model, optimizers) or {
+    depth = SIZES[arguments.size]["num_hidden_layers"]
+    state = saved_progress(out) or {
         "tokens": 0,
         "seconds": 0.0,
         "steps": {},
         "validation": [],
+        "layers": depth // 2 if arguments.grow_at > 0 else depth,
     }
+    model = build_model(arguments.size, tokenizer, state["layers"]).to(device)
+    optimizers = Optimizers(model, precision)
+    load_checkpoint(out, model, optimizers)
     parameters = sum(p.numel() for p in model.parameters())
     log(f"{parameters:,} parameters, {precision} on {device}, {state['tokens']:,} of {total:,} tokens seen")
     if arguments.compile:
-        global softmax_loss
-        softmax_loss = torch.compile(softmax_loss)
-        if device == "cpu":
-            model.set_attn_implementation(
-                "eager"
-            )  # fused by the compiler, faster than the flash kernel there
-        model.model.compile()
+        compile_body(model)
 
     started, smoothed, logged = time.perf_counter(), None, (time.perf_counter(), state["tokens"])
     last_saved = time.perf_counter()
     while state["tokens"] < total:
-        # Short windows first: the same tokens cost less attention; the last fifth teaches the full context.
-        length = CONTEXT // 2 if state["tokens"] < 0.8 * total else CONTEXT
+        if state["layers"] < depth and state["tokens"] >= arguments.grow_at * total:
+            model, moments = grow(model, optimizers.state(), arguments.size, tokenizer)
+            optimizers = Optimizers(model, precision)
+            optimizers.restore(moments)
+            state["layers"] = depth
+            log(f"grown to {depth} layers, {sum(p.numel() for p in model.parameters()):,} parameters")
+            if arguments.compile:
+                compile_body(model)
+        length = window_length(state["tokens"], total)
         rows = arguments.batch_tokens // length
         step = state["steps"].get(str(length), 0)
         windows = window_batch(tokens, step, rows, length, arguments.seed).to(device)
@@ -500,9 +550,17 @@ def train(arguments: argparse.Namespace) -> None:
             started = time.perf_counter()
             state.update(precision=precision, machine=machine(device), peak_rate=arguments.learning_rate)
             state.update(batch_tokens=arguments.batch_tokens, seed=arguments.seed, planned=total)
+            state.update(grow_at=arguments.grow_at)
             save_checkpoint(out, model, optimizers, state)
             last_saved = time.perf_counter()
     log("done")
+
+
+def compile_body(model: LlamaForCausalLM) -> None:
+    """Compile all but the output layer."""
+    if model.device.type == "cpu":
+        model.set_attn_implementation("eager")  # fused by the compiler, faster than the flash kernel there
+    model.model.compile()
 
 
 def machine(device: str) -> str:
@@ -566,9 +624,12 @@ def export(arguments: argparse.Namespace) -> None:
     data = arguments.data or arguments.out.parent / "data"
     tokenizer, tokens, held_out, size = prepare(arguments.corpus, data)
     model = build_model(arguments.size, tokenizer)
-    state = load_checkpoint(arguments.out, model, Optimizers(model, "float32"))
+    state = saved_progress(arguments.out)
     if state is None:
         sys.exit(f"no checkpoint in {arguments.out}")
+    if state["layers"] < SIZES[arguments.size]["num_hidden_layers"]:
+        sys.exit(f"the model in {arguments.out} has not grown to its full depth yet")
+    load_checkpoint(arguments.out, model, Optimizers(model, "float32"))
     stored = torch.float16
     model = model.to(stored).float().eval()  # the figure is that of the shipped weights
     figure = bits_per_byte(model, held_out, size, "float32")
@@ -613,6 +674,12 @@ def main() -> None:
     )
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens a step")
     parser.add_argument("--learning-rate", type=float, default=5e-3, help="peak learning rate")
+    parser.add_argument(
+        "--grow-at",
+        type=float,
+        default=0.4,
+        help="share of the tokens after which half the layers become all; 0: all from the start",
+    )
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
