@@ -1,0 +1,104 @@
+"""A trained model as it stands in the package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from .checkpoints import PROGRESS, load_checkpoint, saved_progress
+from .console import log
+from .corpus import CONTEXT, VOCABULARY, prepare
+from .model import SIZES, bits_per_byte, build_model
+from .optimizers import Optimizers
+
+RECORDED = (
+    "tokens", "seconds", "precision", "machine", "seed", "planned", "batch_tokens", "peak_rate", "grow_at"
+)  # fmt: skip
+
+CARD = """\
+---
+license: apache-2.0
+language: en
+library_name: transformers
+---
+# builtin:{name}
+
+A small English language model, so that generation works where no model hub can be reached. Llama
+architecture, {parameters:,} parameters (width {hidden_size}, {num_hidden_layers} layers,
+{num_attention_heads} heads, tied embeddings), context {context}, byte-level BPE tokenizer with {vocabulary:,}
+entries, weights in {stored}.
+
+| | |
+|---|---|
+| data | 190 million characters: public-domain English books, unlabelled IMDB film reviews |
+| held out | 1 % of the documents, chosen by a hash of their text; not seen by tokenizer or model |
+| tokens seen | {tokens:,} ({passes:.2f} passes over {corpus_tokens:,} training tokens) |
+| validation | **{figure:.3f} bits per byte** on {validation_bytes:,} bytes, in windows of {context} tokens |
+| | {overlapping:.3f} if each token has at least half a window before it |
+| optimiser | Muon (matrices), AdamW (embeddings, norms); rate {peak_rate}, falling over the last 40 % |
+| batch | {batch_tokens:,} tokens; windows of 128, 256 and 512 for 40, 40 and 20 % of the tokens |
+| depth | half the layers for the first {grown:.0%} of the tokens, then each is doubled |
+| precision | {precision} |
+| machine, time | {machine}; {seconds:,.0f} s of training, shared with other work |
+| seed | {seed} |
+
+## Limits
+
+It is a tiny model: it knows the rhythm of English prose, not facts. It has read old books and film reviews
+(Maas et al. 2011), with their prejudices; it has seen no code, little dialogue and no other language, and was
+not tuned to follow instructions. Use it to try methods, to test software and to compare training schemes; do
+not put its text before people as information.
+
+## Reproduce
+
+```
+python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --out build/{size} \\
+    --tokens {planned} --grow-at {grow_at}
+python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --out build/{size} --export DIR
+```
+
+`--begin DIR` goes on from this folder's weights, where `training.json` says how far they had come.
+"""
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the last checkpoint as a standard ``transformers`` folder with its model card."""
+    data = arguments.data or arguments.out.parent / "data"
+    tokenizer, tokens, held_out, size = prepare(arguments.corpus, data)
+    model = build_model(arguments.size, tokenizer)
+    state = saved_progress(arguments.out)
+    if state is None:
+        sys.exit(f"no checkpoint in {arguments.out}")
+    if state["layers"] < SIZES[arguments.size]["num_hidden_layers"]:
+        sys.exit(f"the model in {arguments.out} has not grown to its full depth yet")
+    load_checkpoint(arguments.out, model, Optimizers(model, "float32"))
+    stored = torch.float16
+    model = model.to(stored).float().eval()  # the figure is that of the shipped weights
+    figure = bits_per_byte(model, held_out, size, "float32")
+    overlapping = bits_per_byte(model, held_out, size, "float32", stride=CONTEXT // 2)
+    folder: Path = arguments.export
+    model.to(stored).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    card = CARD.format(
+        name="lm" if arguments.size == "base" else "lm-small",
+        size=arguments.size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        context=CONTEXT,
+        vocabulary=VOCABULARY,
+        stored=str(stored).removeprefix("torch."),
+        passes=state["tokens"] / len(tokens),
+        corpus_tokens=len(tokens),
+        grown=state["grow_at"],
+        figure=figure,
+        overlapping=overlapping,
+        validation_bytes=size,
+        **SIZES[arguments.size],
+        **{name: state[name] for name in RECORDED},
+    )
+    (folder / "README.md").write_text(card)
+    (folder / PROGRESS).write_text(json.dumps(state, indent=1) + "\n")
+    log(f"{folder}: {figure:.4f} bits per byte, {overlapping:.4f} in overlapping windows")
