@@ -37,8 +37,8 @@ def recipe(tiny: dict[str, str], data_folder: Path) -> dict[str, Any]:
         "method": {"name": "prefix", "length": 4},
         "training": {"batch_size": 8, "cohort_width": 1, "local_steps": 3},
         "rounds": {"count": ROUNDS},
-        # One example a batch: sites score their own examples, the simulation all clients' together, and a product's
-        # rounding depends on how many rows it has.
+        # One example a batch: sites score their own examples, the simulation all clients' together, and a
+        # product's rounding depends on how many rows it has.
         "evaluation": {"batch_size": 1, "select": "last"},
     }
 
