@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ def untuned(run: Path, sources: list[str]) -> list[str]:
     return generate(base.model, base, [prompt.source for prompt in prompts], recipe.evaluation)
 
 
+def labelled(runs: list[Path]) -> dict[str, Path]:
+    """The runs by what tells their paths apart."""
+    if len(runs) == 1:
+        return {runs[0].name: runs[0]}
+    common = os.path.commonpath([run.resolve() for run in runs])
+    return {run.resolve().relative_to(common).as_posix(): run for run in runs}
+
+
 def one_line(text: str, longest: int = 400) -> str:
     """The text in one line, cut if it goes on and on."""
     flat = " ".join(text.split())
@@ -48,7 +57,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run")
     parser.add_argument("--count", type=int, default=10, help="how many test examples")
     arguments = parser.parse_args()
-    said = {run.name: predictions(run) for run in arguments.runs}
+    said = {label: predictions(run) for label, run in labelled(arguments.runs).items()}
     first = next(iter(said.values()))
     if any([row["source"] for row in rows] != [row["source"] for row in first] for rows in said.values()):
         sys.exit("the runs do not have the same test examples")

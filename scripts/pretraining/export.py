@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,8 +41,8 @@ entries, weights in {stored}.
 | validation | **{figure:.3f} bits per byte** on {validation_bytes:,} bytes, in windows of {context} tokens |
 | | {overlapping:.3f} if each token has at least half a window before it |
 | optimiser | Muon (matrices), AdamW (embeddings, norms); rate {peak_rate}, falling over the last 40 % |
-| batch | {batch_tokens:,} tokens; windows of 128, 256 and 512 for 40, 40 and 20 % of the tokens |
-| depth | half the layers for the first {grown:.0%} of the tokens, then each is doubled |
+| batch | {batch_tokens:,} tokens; {windows} |
+| depth | {depth} |
 | precision | {precision} |
 | machine, time | {machine}; {seconds:,.0f} s of training, shared with other work |
 | seed | {seed} |
@@ -63,6 +64,20 @@ python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --out build
 
 `--begin DIR` goes on from this folder's weights, where `training.json` says how far they had come.
 """
+
+
+def windows_seen(state: dict[str, Any]) -> str:
+    """What share of the tokens came in windows of which length, in words."""
+    total = sum(state["steps"].values())
+    shares = [f"of {length} for {count / total:.0%}" for length, count in state["steps"].items()]
+    return "windows " + ", ".join(shares) + " of the tokens"
+
+
+def depth_seen(state: dict[str, Any]) -> str:
+    """How many layers were trained when, in words."""
+    if state["grow_at"] == 0:
+        return "all layers from the start"
+    return f"half the layers for the first {state['grow_at']:.0%} of the tokens, then each is doubled"
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -92,7 +107,8 @@ def export(arguments: argparse.Namespace) -> None:
         stored=str(stored).removeprefix("torch."),
         passes=state["tokens"] / len(tokens),
         corpus_tokens=len(tokens),
-        grown=state["grow_at"],
+        windows=windows_seen(state),
+        depth=depth_seen(state),
         figure=figure,
         overlapping=overlapping,
         validation_bytes=size,
