@@ -140,3 +140,8 @@ def test_an_export_loads_with_transformers_and_training_goes_on_from_it(
     further = json.loads((options.out / "checkpoint" / "state.json").read_text())
     assert further["tokens"] == 10 * 1024
     assert [tokens // 1024 for tokens, _ in further["validation"]] == list(range(1, 11))
+    options.export, options.grow_at = tmp_path / "again", 0.9
+    export(options)
+    card = (options.export / "README.md").read_text()
+    assert "| earlier part | 8,192 of 8,192 tokens, rate 0.01;" in card
+    assert "first 50% of the tokens" in card  # the model grew in its first part

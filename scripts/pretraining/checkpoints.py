@@ -66,4 +66,5 @@ def first_progress(begin: Path | None, layers: int) -> dict[str, Any]:
     if begin is None:
         return {"tokens": 0, "seconds": 0.0, "steps": {}, "validation": [], "layers": layers, "begun": 0}
     state: dict[str, Any] = json.loads((begin / PROGRESS).read_text())
-    return {**state, "begun": state["tokens"]}
+    part = {key: state[key] for key in ("tokens", "planned", "peak_rate")}
+    return {**state, "begun": state["tokens"], "earlier": [*state.get("earlier", []), part]}

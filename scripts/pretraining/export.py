@@ -43,7 +43,7 @@ entries, weights in {stored}.
 | optimiser | Muon (matrices), AdamW (embeddings, norms); rate {peak_rate}, falling over the last 40 % |
 | batch | {batch_tokens:,} tokens; {windows} |
 | depth | {depth} |
-| precision | {precision} |
+{earlier}| precision | {precision} |
 | machine, time | {machine}; {seconds:,.0f} s of training, shared with other work |
 | seed | {seed} |
 
@@ -80,6 +80,15 @@ def depth_seen(state: dict[str, Any]) -> str:
     return f"half the layers for the first {state['grow_at']:.0%} of the tokens, then each is doubled"
 
 
+def earlier_parts(state: dict[str, Any]) -> str:
+    """A row for each earlier model whose weights training went on from."""
+    return "".join(
+        f"| earlier part | {part['tokens']:,} of {part['planned']:,} tokens, rate {part['peak_rate']}; "
+        "training then went on from the exported weights (`--begin`) |\n"
+        for part in state.get("earlier", [])
+    )
+
+
 def export(arguments: argparse.Namespace) -> None:
     """Write the last checkpoint as a standard ``transformers`` folder with its model card."""
     data = arguments.data or arguments.out.parent / "data"
@@ -109,6 +118,7 @@ def export(arguments: argparse.Namespace) -> None:
         corpus_tokens=len(tokens),
         windows=windows_seen(state),
         depth=depth_seen(state),
+        earlier=earlier_parts(state),
         figure=figure,
         overlapping=overlapping,
         validation_bytes=size,

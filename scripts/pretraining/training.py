@@ -106,7 +106,7 @@ def train(arguments: argparse.Namespace) -> None:
         rows = arguments.batch_tokens // length
         step = state["steps"].get(str(length), 0)
         windows = window_batch(tokens, step, rows, length, arguments.seed).to(device)
-        rate = learning_rate(state["tokens"], total, arguments.learning_rate, state.get("begun", 0))
+        rate = learning_rate(state["tokens"], total, arguments.learning_rate, state["begun"])
         loss = batch_loss(model, windows, precision)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -139,7 +139,7 @@ def train(arguments: argparse.Namespace) -> None:
             started = time.perf_counter()
             state.update(precision=precision, machine=machine(device), peak_rate=arguments.learning_rate)
             state.update(batch_tokens=arguments.batch_tokens, seed=arguments.seed, planned=total)
-            state.update(grow_at=arguments.grow_at)
+            state.setdefault("grow_at", arguments.grow_at)
             save_checkpoint(out, model, optimizers, state)
             last_saved = time.perf_counter()
     log("done")
