@@ -19,6 +19,7 @@ import os
 from pathlib import Path
 
 import torch
+from pretraining.checkpoints import PROGRESS
 from pretraining.export import export
 from pretraining.model import SIZES
 from pretraining.training import train
@@ -60,6 +61,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", type=Path, help="write the trained model to this folder and stop")
     arguments = parser.parse_args()
+    if not arguments.corpus.is_file():
+        parser.error(f"--corpus: no file {arguments.corpus}")
+    if arguments.begin and not (arguments.begin / PROGRESS).is_file():
+        parser.error(f"--begin: {arguments.begin} is not a folder that --export wrote: no {PROGRESS}")
     torch.set_num_threads(arguments.threads)
     if arguments.export:
         export(arguments)
