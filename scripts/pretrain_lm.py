@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from pretraining.checkpoints import PROGRESS
+from pretraining.corpus import CONTEXT
 from pretraining.export import export
 from pretraining.model import SIZES
 from pretraining.training import train
@@ -65,6 +66,10 @@ def main() -> None:
         parser.error(f"--corpus: no file {arguments.corpus}")
     if arguments.begin and not (arguments.begin / PROGRESS).is_file():
         parser.error(f"--begin: {arguments.begin} is not a folder that --export wrote: no {PROGRESS}")
+    if not 0 <= arguments.grow_at < 1:
+        parser.error(f"--grow-at {arguments.grow_at}: must be at least 0 and below 1")
+    if arguments.batch_tokens < CONTEXT:
+        parser.error(f"--batch-tokens {arguments.batch_tokens}: must be at least {CONTEXT}")
     torch.set_num_threads(arguments.threads)
     if arguments.export:
         export(arguments)

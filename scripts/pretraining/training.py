@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -76,13 +77,15 @@ def train(arguments: argparse.Namespace) -> None:
 
     torch.manual_seed(arguments.seed)
     depth = SIZES[arguments.size]["num_hidden_layers"]
-    state = saved_progress(out)
-    if state is None:
-        layers = depth // 2 if arguments.grow_at > 0 else depth
-        state = first_progress(arguments.begin, layers)
+    saved = saved_progress(out)
+    layers = depth // 2 if arguments.grow_at > 0 else depth
+    state = saved or first_progress(arguments.begin, layers)
     model = build_model(arguments.size, tokenizer, state["layers"])
-    if arguments.begin:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(arguments.begin).state_dict())
+    if arguments.begin and saved is None:
+        begun = LlamaForCausalLM.from_pretrained(arguments.begin)
+        if begun.config.hidden_size != model.config.hidden_size:
+            sys.exit(f"--begin: {arguments.begin} is not of size {arguments.size}")
+        model.load_state_dict(begun.state_dict())
     model.to(device)
     optimizers = Optimizers(model, precision)
     load_checkpoint(out, model, optimizers)
