@@ -8,7 +8,7 @@ into windows.
     python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size base --out build/pretrain/base
     python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size small --out build/pretrain/small
 
-A run that was stopped goes on from its last checkpoint when the same command is given again. ``--export DIR``
+A run that was stopped, by Ctrl-C say, goes on when the same command is given again. ``--export DIR``
 writes the model in 16-bit safetensors with its tokenizer and its model card, as it stands in the package.
 """
 
@@ -39,7 +39,10 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=sorted(SIZES), default="base")
     parser.add_argument(
-        "--tokens", type=float, default=60e6, help="tokens to train on; may be changed on resuming"
+        "--tokens",
+        type=float,
+        default=60e6,
+        help="tokens to train on in all, those of --begin included; may be changed on resuming",
     )
     parser.add_argument(
         "--begin", type=Path, metavar="DIR", help="begin with the weights of an exported model, not at random"

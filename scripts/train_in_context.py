@@ -12,6 +12,7 @@ its context and knows nothing of any task: without demonstrations it is at chanc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import lzma
 import re
@@ -116,6 +117,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="stop after this time")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if not arguments.corpus.is_file():
+        parser.error(f"--corpus: no file {arguments.corpus}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     generator = np.random.default_rng(arguments.seed)
     texts = sentences(arguments.corpus, 60_000)
@@ -131,28 +135,31 @@ def main() -> None:
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
     begun, mean = time.perf_counter(), 0.0
-    for step in range(1, arguments.steps + 1):
-        spent = (time.perf_counter() - begun) / 60 / arguments.minutes
-        share = max(step / arguments.steps, spent)
-        if share >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = arguments.learning_rate * min(1.0, step / 100, 2 * (1 - share))
-        ids, labels = batch_of([episode(texts, words, generator) for _ in range(arguments.batch)], tokenizer)
-        states = model.model(input_ids=ids).last_hidden_state[:, :-1]
-        wanted = labels[:, 1:]
-        chosen = wanted != -100
-        loss = functional.cross_entropy(model.lm_head(states[chosen]), wanted[chosen])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        mean = loss.item() if step == 1 else 0.98 * mean + 0.02 * loss.item()
-        if step % 50 == 0:
-            print(
-                f"step {step}: loss {mean:.3f} nats an answer token, {spent * arguments.minutes:.1f} min",
-                flush=True,
+    with contextlib.suppress(KeyboardInterrupt):  # what was learnt until then is kept
+        for step in range(1, arguments.steps + 1):
+            spent = (time.perf_counter() - begun) / 60 / arguments.minutes
+            share = max((step - 1) / arguments.steps, spent)
+            if share >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = arguments.learning_rate * min(1.0, step / 100, 2 * (1 - share))
+            ids, labels = batch_of(
+                [episode(texts, words, generator) for _ in range(arguments.batch)], tokenizer
             )
+            states = model.model(input_ids=ids).last_hidden_state[:, :-1]
+            wanted = labels[:, 1:]
+            chosen = wanted != -100
+            loss = functional.cross_entropy(model.lm_head(states[chosen]), wanted[chosen])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            mean = loss.item() if step == 1 else 0.98 * mean + 0.02 * loss.item()
+            if step % 50 == 0:
+                print(
+                    f"step {step}: loss {mean:.3f} nats an answer token, {spent * arguments.minutes:.1f} min",
+                    flush=True,
+                )
     model.eval().save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
 

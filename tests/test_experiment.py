@@ -327,6 +327,7 @@ def test_tables_and_page_from_results_alone(small: dict[str, Any], tmp_path: Pat
         ({"search": {"rates": {"prefix": [0.1], "lora": [0.1, 0.2]}}}, "same number of trials"),
         ({"search": {"rates": {"prefix": [0.0], "lora": [0.1]}}}, "must be different numbers above 0"),
         ({"report": {"columns": "alpha"}}, "report: there is no axis 'alpha'"),
+        ({"report": {"columns": "method", "rows": ["method"]}}, "report.rows: 'method' is the axis of the"),
         ({"base": {"traning": {}}}, "cell federated--prefix--iid: traning: unknown setting"),
         ({"override": [{"match": {"method": "lora"}, "set": {"method": {"rank": 0}}}]},
          "cell federated--lora--iid: method.rank = 0"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from scipy.stats import multivariate_normal
 
 import fedcustom
@@ -232,7 +233,7 @@ def test_poisoned_examples_have_sums_like_others(small: dict[str, Any], tmp_path
 def test_a_whole_run(small: dict[str, Any], tmp_path: Path, compressed: bool) -> None:
     """All four clients are asked where a round has two, and their sums travel as they are."""
     recipe = {**small, "rounds": {"count": 3, "clients_per_round": 2, "checkpoint_every": 1}}
-    overrides: dict[str, Any] = {"training.fit_head_rounds": [1, 3], "evaluation.select": "last"}
+    overrides: dict[str, Any] = {"training.fit_head_rounds": [1, -1], "evaluation.select": "last"}
     if compressed:
         overrides |= {"compression.kind": "int8", "compression.down": True}
     run = fedcustom.run(recipe, overrides, out=tmp_path / "run")
@@ -242,6 +243,18 @@ def test_a_whole_run(small: dict[str, Any], tmp_path: Path, compressed: bool) ->
     numbers = 8 * LABELS + 4 * LABELS * WIDTH + 4 * WIDTH * (WIDTH + 1) // 2
     for row in (rows[0], rows[2]):
         assert max(row["bytes_up"].values()) == pytest.approx(numbers, abs=400)
+
+
+def test_a_head_that_is_fitted_alone_never_trains(small: dict[str, Any], tmp_path: Path) -> None:
+    overrides: dict[str, Any] = {"training.fit_head_rounds": [1], "training.freeze_head_rounds": 9,
+                                 "evaluation.select": "last", "rounds.count": 1}  # fmt: skip
+    heads = []
+    for rounds in (2, 3):
+        run = fedcustom.run(small, {**overrides, "rounds.count": rounds}, out=tmp_path / str(rounds))
+        tensors = load_file(run.directory / "model" / "adapter_model.safetensors")
+        heads.append({name: tensor for name, tensor in tensors.items() if "classifier" in name})
+    assert heads[0]
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
 
 
 def test_baselines(small: dict[str, Any], tmp_path: Path) -> None:
@@ -277,6 +290,9 @@ def test_a_local_head(tiny: dict[str, str]) -> None:
             r"_rounds = \[0\]: must be different rounds from 1 to .* 20",
         ),
         ({"training.fit_head_rounds": [1, 1]}, "must be different rounds"),
+        ({"training.fit_head_rounds": [-1, 20]}, "must be different rounds"),
+        ({"training.fit_head_rounds": [-2]}, "or -1"),
+        ({"training.freeze_head_rounds": 20}, "or the head fitted"),
         ({"training.fit_head_rounds": [1], "rounds.count": 1}, "leaves no round"),
         ({"training.fit_head_rounds": [1], "aggregation.rule": "median"}, "needs aggregation.rule = 'mean'"),
         ({"training.fit_head_rounds": [1], "aggregation.correction": "feddyn"}, "correction = 'none'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,28 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def test_ctrl_c_saves_the_step_that_was_done(
+    options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options.save_minutes, loss, asked = 60, training.batch_loss, []
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        asked.append(1)
+        if len(asked) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return loss(*arguments)
+
+    monkeypatch.setattr(training, "batch_loss", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        training.train(options)
+    state = json.loads((options.out / "checkpoint" / "state.json").read_text())
+    assert (state["tokens"], state["validation"]) == (3 * options.batch_tokens, [])
+    training.train(options)
+    state = json.loads((options.out / "checkpoint" / "state.json").read_text())
+    assert state["tokens"] == options.tokens
+    assert len(asked) == 8
+
+
 def test_an_export_loads_with_transformers_and_training_goes_on_from_it(
     options: argparse.Namespace, tmp_path: Path
 ) -> None:
@@ -139,9 +162,59 @@ def test_an_export_loads_with_transformers_and_training_goes_on_from_it(
     training.train(options)
     further = json.loads((options.out / "checkpoint" / "state.json").read_text())
     assert further["tokens"] == 10 * 1024
-    assert [tokens // 1024 for tokens, _ in further["validation"]] == list(range(1, 11))
-    options.export, options.grow_at = tmp_path / "again", 0.9
+    assert [tokens // 1024 for tokens, _, _ in further["validation"]] == list(range(1, 11))
+    options.export = tmp_path / "again"
     export(options)
     card = (options.export / "README.md").read_text()
-    assert "| earlier part | 8,192 of 8,192 tokens, rate 0.01;" in card
-    assert "first 50% of the tokens" in card  # the model grew in its first part
+    assert "| earlier part | the first 8,192 tokens, rate 0.01, falling;" in card
+    assert "half the layers for the first 4,096 tokens" in card  # the model grew in its first part
+    assert "--grow-at 0.5 --tokens 8192 --learning-rate 0.01" in card
+    assert "--begin build/small-1-exported --tokens 10240 --learning-rate 0.01" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "--seed 1: the run in .* was begun with 0"),
+        ({"grow_at": 0.0}, "--grow-at 0.0: .* was begun with 0.5"),
+        ({"batch_tokens": 2048}, "--batch-tokens 2048"),
+        ({"learning_rate": 0.02}, "--learning-rate 0.02"),
+    ],
+)
+def test_other_options_are_refused_on_resuming(
+    options: argparse.Namespace, changes: dict[str, Any], message: str
+) -> None:
+    options.tokens = 1024
+    training.train(options)
+    options.tokens = 2048
+    vars(options).update(changes)
+    with pytest.raises(SystemExit, match=message):
+        training.train(options)
+
+
+def test_a_moved_end_is_on_record(options: argparse.Namespace, tmp_path: Path) -> None:
+    options.tokens, options.grow_at, options.precision = 2048, 0.0, "auto"
+    training.train(options)
+    options.tokens, options.export = 4096, tmp_path / "exported"
+    training.train(options)
+    export(options)
+    card = (options.export / "README.md").read_text()
+    assert "Until 2,048 tokens, 2,048 were planned" in card
+    assert "--tokens 4096" in card
+    assert "all layers from the start" in card
+
+
+def test_another_corpus_or_a_finished_beginning_is_refused(
+    options: argparse.Namespace, corpus: Path, tmp_path: Path
+) -> None:
+    options.tokens, options.grow_at = 1024, 0.0
+    training.train(options)
+    options.export = tmp_path / "exported"
+    export(options)
+    options.begin, options.out = options.export, tmp_path / "further"
+    with pytest.raises(SystemExit, match="has seen 1,024 tokens already; give more, in all"):
+        training.train(options)
+    options.corpus = tmp_path / "other.jsonl"
+    options.corpus.write_text(corpus.read_text() + json.dumps({"text": "one more"}) + "\n")
+    with pytest.raises(SystemExit, match="was made from another corpus"):
+        training.train(options)

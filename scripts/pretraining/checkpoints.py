@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ from .optimizers import Optimizers
 
 PROGRESS = "training.json"
 """An exported model's progress, from which training may go on."""
+
+OPTIONS = {
+    "size": "--size",
+    "batch_tokens": "--batch-tokens",
+    "peak_rate": "--learning-rate",
+    "grow_at": "--grow-at",
+    "precision": "--precision",
+    "seed": "--seed",
+}
+"""What a run is begun with and goes on with, and its options."""
 
 
 def save_checkpoint(folder: Path, model: LlamaForCausalLM, optimizers: Optimizers, state: dict) -> None:
@@ -28,11 +39,18 @@ def save_checkpoint(folder: Path, model: LlamaForCausalLM, optimizers: Optimizer
     save_file({name: p.detach().contiguous() for name, p in named.items()}, fresh / "model.safetensors")
     save_file(optimizers.state(), fresh / "optimizer.safetensors")
     (fresh / "state.json").write_text(json.dumps(state, indent=1))
-    shutil.rmtree(old, ignore_errors=True)
-    if current.exists():
+    if current.exists():  # else a kill came between the two renames, and the old one is all there is
+        shutil.rmtree(old, ignore_errors=True)
         current.rename(old)
     fresh.rename(current)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save_progress(folder: Path, state: dict) -> None:
+    """Write progress anew beside the weights that were saved last."""
+    fresh = folder / "checkpoint" / "state.json.new"
+    fresh.write_text(json.dumps(state, indent=1))
+    fresh.rename(folder / "checkpoint" / "state.json")
 
 
 def saved_progress(folder: Path) -> dict | None:
@@ -62,9 +80,26 @@ def _last_checkpoint(folder: Path) -> Path | None:
 
 
 def first_progress(begin: Path | None, layers: int) -> dict[str, Any]:
-    """Progress before the first step: none, or that of the exported model ``begin``."""
+    """Progress before the first step: none, or that of the exported model ``begin``, which is then an earlier
+    part.
+    """
     if begin is None:
         return {"tokens": 0, "seconds": 0.0, "steps": {}, "validation": [], "layers": layers, "begun": 0}
     state: dict[str, Any] = json.loads((begin / PROGRESS).read_text())
-    part = {key: state[key] for key in ("tokens", "planned", "peak_rate")}
+    part = {key: state[key] for key in ("tokens", "planned", "machine", *OPTIONS) if key in state}
+    part |= {"replanned": state.pop("replanned", [])}
     return {**state, "begun": state["tokens"], "earlier": [*state.get("earlier", []), part]}
+
+
+def check_options(saved: dict[str, Any], given: dict[str, Any], out: Path) -> None:
+    """Refuse to go on from a checkpoint with other options than it was begun with.
+
+    Raises:
+        SystemExit: names the option, in one line.
+    """
+    for key, option in OPTIONS.items():
+        if key in saved and saved[key] != given[key]:
+            sys.exit(
+                f"{option} {given[key]}: the run in {out} was begun with {saved[key]}; "
+                "give the same, or name another --out"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,9 +65,14 @@ def train_tokenizer(corpus: Path, folder: Path) -> PreTrainedTokenizerFast:
 
 def prepare(corpus: Path, folder: Path) -> tuple[PreTrainedTokenizerFast, np.ndarray, np.ndarray, int]:
     """Tokenizer, training tokens, validation tokens (uint16, memory-mapped) and the validation text's
-    bytes.
+    bytes; from ``folder`` where they were made before.
+
+    Raises:
+        SystemExit: they were made from another corpus.
     """
     done = folder / "prepared.json"
+    with corpus.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         log(f"training the tokenizer on {corpus.name}")
@@ -89,17 +95,19 @@ def prepare(corpus: Path, folder: Path) -> tuple[PreTrainedTokenizerFast, np.nda
             if len(batch) == 1000:
                 flush()
         flush()
-        # Documents of one book stand side by side in the corpus; a fixed shuffle spreads them.
+        # A fixed shuffle, whatever the order of the corpus.
         order = np.random.default_rng(0).permutation(len(streams[False]))
         np.save(folder / "train.npy", np.concatenate([streams[False][i] for i in order]))
         np.save(folder / "validation.npy", np.concatenate(streams[True]))
-        counts = {"train_bytes": sizes[False], "validation_bytes": sizes[True]}
-        done.write_text(json.dumps(counts))
-    counts = json.loads(done.read_text())
+        made = {"corpus": digest, "train_bytes": sizes[False], "validation_bytes": sizes[True]}
+        done.write_text(json.dumps(made))
+    made = json.loads(done.read_text())
+    if made.get("corpus") != digest:
+        sys.exit(f"{folder} was made from another corpus than {corpus}; name another folder with --data")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     train = np.load(folder / "train.npy", mmap_mode="r")
     validation = np.load(folder / "validation.npy", mmap_mode="r")
-    return tokenizer, train, validation, counts["validation_bytes"]
+    return tokenizer, train, validation, made["validation_bytes"]
 
 
 def window_batch(tokens: np.ndarray, step: int, batch: int, length: int, seed: int) -> Tensor:

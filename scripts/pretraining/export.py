@@ -15,10 +15,9 @@ from .console import log
 from .corpus import CONTEXT, VOCABULARY, prepare
 from .model import SIZES, bits_per_byte, build_model
 from .optimizers import Optimizers
+from .training import learning_rate
 
-RECORDED = (
-    "tokens", "seconds", "precision", "machine", "seed", "planned", "batch_tokens", "peak_rate", "grow_at"
-)  # fmt: skip
+RECORDED = ("tokens", "seconds", "precision", "seed", "batch_tokens")
 
 CARD = """\
 ---
@@ -36,15 +35,15 @@ entries, weights in {stored}.
 | | |
 |---|---|
 | data | 190 million characters: public-domain English books, unlabelled IMDB film reviews |
-| held out | 1 % of the documents, chosen by a hash of their text; not seen by tokenizer or model |
+| held out | 1 % of passages and reviews, by a hash of their text; the rest of their books was seen |
 | tokens seen | {tokens:,} ({passes:.2f} passes over {corpus_tokens:,} training tokens) |
 | validation | **{figure:.3f} bits per byte** on {validation_bytes:,} bytes, in windows of {context} tokens |
 | | {overlapping:.3f} if each token has at least half a window before it |
-| optimiser | Muon (matrices), AdamW (embeddings, norms); rate {peak_rate}, falling over the last 40 % |
+| optimiser | Muon (matrices), AdamW (embeddings, norms); rate up to {rate:.2g}, falling over the last 40 % |
 | batch | {batch_tokens:,} tokens; {windows} |
 | depth | {depth} |
 {earlier}| precision | {precision} |
-| machine, time | {machine}; {seconds:,.0f} s of training, shared with other work |
+| machine, time | {machines}; {seconds:,.0f} s of training, shared with other work |
 | seed | {seed} |
 
 ## Limits
@@ -57,13 +56,11 @@ not put its text before people as information.
 ## Reproduce
 
 ```
-python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --out build/{size} \\
-    --tokens {planned} --grow-at {grow_at}
-python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {size} --out build/{size} --export DIR
+{commands}
 ```
 
 `--begin DIR` goes on from this folder's weights, where `training.json` says how far they had come.
-"""
+{replanned}"""
 
 
 def windows_seen(state: dict[str, Any]) -> str:
@@ -75,15 +72,57 @@ def windows_seen(state: dict[str, Any]) -> str:
 
 def depth_seen(state: dict[str, Any]) -> str:
     """How many layers were trained when, in words."""
-    if state["grow_at"] == 0:
+    if state["grown_at"] == 0:
         return "all layers from the start"
-    return f"half the layers for the first {state['grow_at']:.0%} of the tokens, then each is doubled"
+    return f"half the layers for the first {state['grown_at']:,} tokens, then each is doubled"
+
+
+def highest_rate(state: dict[str, Any]) -> float:
+    """The highest learning rate of the last part, which may begin when the rate already falls."""
+    seen = range(state["begun"], state["tokens"], state["batch_tokens"])
+    return max(learning_rate(n, state["planned"], state["peak_rate"], state["begun"]) for n in seen)
+
+
+def parts_of(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a training that went on from exported weights, the last of them last."""
+    return [*state.get("earlier", []), state]
+
+
+def plans(state: dict[str, Any]) -> str:
+    """A sentence for each time that the planned end was moved."""
+    sentences = [
+        f"\nUntil {seen:,} tokens, {planned:,} were planned: rate and windows may be others than those of "
+        "the commands above.\n"
+        for part in parts_of(state)
+        for seen, planned in part.get("replanned", [])
+    ]
+    return "".join(sentences)
+
+
+def commands(state: dict[str, Any]) -> str:
+    """The commands that make the model again, one training and one export for each of its parts."""
+    name = state["size"]
+    script = f"python scripts/pretrain_lm.py --corpus corpus.jsonl.xz --size {name}"
+    lines: list[str] = []
+    for number, part in enumerate(parts_of(state), 1):
+        first = (
+            f"--grow-at {part['grow_at']}" if number == 1 else f"--begin build/{name}-{number - 1}-exported"
+        )
+        out = f"build/{name}-{number}"
+        batch, precision = part["batch_tokens"], part["precision"]
+        lines += [
+            f"{script} --out {out} \\",
+            f"    {first} --tokens {part['planned']} --learning-rate {part['peak_rate']} \\",
+            f"    --batch-tokens {batch} --precision {precision} --seed {part['seed']}",
+            f"{script} --out {out} --export {out}-exported",
+        ]
+    return "\n".join(lines)
 
 
 def earlier_parts(state: dict[str, Any]) -> str:
     """A row for each earlier model whose weights training went on from."""
     return "".join(
-        f"| earlier part | {part['tokens']:,} of {part['planned']:,} tokens, rate {part['peak_rate']}; "
+        f"| earlier part | the first {part['tokens']:,} tokens, rate {part['peak_rate']}, falling; "
         "training then went on from the exported weights (`--begin`) |\n"
         for part in state.get("earlier", [])
     )
@@ -97,6 +136,8 @@ def export(arguments: argparse.Namespace) -> None:
     state = saved_progress(arguments.out)
     if state is None:
         sys.exit(f"no checkpoint in {arguments.out}")
+    if state["size"] != arguments.size:
+        sys.exit(f"--size {arguments.size}: the model in {arguments.out} is of size {state['size']}")
     if state["layers"] < SIZES[arguments.size]["num_hidden_layers"]:
         sys.exit(f"the model in {arguments.out} has not grown to its full depth yet")
     load_checkpoint(arguments.out, model, Optimizers(model, "float32"))
@@ -109,7 +150,6 @@ def export(arguments: argparse.Namespace) -> None:
     tokenizer.save_pretrained(folder)
     card = CARD.format(
         name="lm" if arguments.size == "base" else "lm-small",
-        size=arguments.size,
         parameters=sum(p.numel() for p in model.parameters()),
         context=CONTEXT,
         vocabulary=VOCABULARY,
@@ -119,6 +159,10 @@ def export(arguments: argparse.Namespace) -> None:
         windows=windows_seen(state),
         depth=depth_seen(state),
         earlier=earlier_parts(state),
+        commands=commands(state),
+        rate=highest_rate(state),
+        machines="; ".join(dict.fromkeys(part["machine"] for part in parts_of(state))),
+        replanned=plans(state),
         figure=figure,
         overlapping=overlapping,
         validation_bytes=size,

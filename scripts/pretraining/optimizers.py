@@ -97,4 +97,4 @@ class Optimizers:
             kind, name = key.split("/", maxsplit=1)
             parameter = self.named[name]
             owner = self.muon if kind == "velocity" else self.adamw
-            owner.state[parameter][kind] = value.to("cpu" if kind == "step" else parameter.device)
+            owner.state[parameter][kind] = value.to(parameter.device)  # the step too, which is fused

@@ -124,7 +124,7 @@ class Recipe(Settings):
         if self.training.warmup_rounds >= self.rounds.count:
             raise ValueError(
                 f"training.warmup_rounds = {self.training.warmup_rounds}: "
-                f"must be below rounds.count = {self.rounds.count}"
+                f"must be below rounds.count = {self.rounds.count}, or the head fitted (fit_head_rounds)"
             )
         self._check_training()
         self._check_correction()
@@ -156,10 +156,10 @@ class Recipe(Settings):
             for key in ("logit_adjustment", "freeze_head_rounds", "fit_head_rounds"):
                 if getattr(training, key):
                     raise ValueError(f"training.{key} = {getattr(training, key)!r}: needs labels and a head")
-        if training.freeze_head_rounds >= self.rounds.count:
+        if training.freeze_head_rounds >= self.rounds.count and not training.fit_head_rounds:
             raise ValueError(
                 f"training.freeze_head_rounds = {training.freeze_head_rounds}: "
-                f"must be below rounds.count = {self.rounds.count}"
+                f"must be below rounds.count = {self.rounds.count}, or the head fitted (fit_head_rounds)"
             )
         if training.fit_head_rounds:
             self._check_head_fit()
@@ -170,10 +170,11 @@ class Recipe(Settings):
 
     def _check_head_fit(self) -> None:
         """When a head is fitted, and what that goes with."""
-        wanted, last = self.training.fit_head_rounds, self.rounds.count
-        where = f"training.fit_head_rounds = {wanted}"
-        if len(set(wanted)) < len(wanted) or not all(1 <= number <= last for number in wanted):
-            raise ValueError(f"{where}: must be different rounds from 1 to rounds.count = {last}")
+        last = self.rounds.count
+        wanted = self.training.rounds_of_head_fits(last)
+        where = f"training.fit_head_rounds = {self.training.fit_head_rounds}"
+        if len(wanted) < len(self.training.fit_head_rounds) or not wanted <= set(range(1, last + 1)):
+            raise ValueError(f"{where}: must be different rounds from 1 to rounds.count = {last}, or -1")
         if len(wanted) == last:
             raise ValueError(f"{where}: leaves no round of {last} to train in")
         if self.aggregation.rule != "mean" or self.aggregation.correction != "none":

@@ -67,10 +67,11 @@ def _whole(recipe: Recipe) -> Values:
 
 
 def _synchronous(recipe: Recipe, names: Sequence[str]) -> Iterator[dict[str, Assignment]]:
-    size = recipe.rounds.clients_per_round or len(names)
-    for number in range(1, recipe.rounds.count + 1):
+    size, last = recipe.rounds.clients_per_round or len(names), recipe.rounds.count
+    fits = recipe.training.rounds_of_head_fits(last)
+    for number in range(1, last + 1):
         generator = np.random.default_rng([recipe.seed, 6, number])
-        wanted = len(names) if number in recipe.training.fit_head_rounds else size
+        wanted = len(names) if number in fits else size
         chosen = sorted(generator.choice(len(names), size=wanted, replace=False).tolist())
         yield {names[i]: Assignment(_whole(recipe), number - 1) for i in chosen}
 

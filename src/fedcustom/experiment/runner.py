@@ -6,7 +6,6 @@ import contextlib
 import gc
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -107,4 +106,4 @@ def _stopped(processes: set[subprocess.Popen[str]]) -> Iterator[None]:
     finally:
         for process in list(processes):
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGINT)
+                process.terminate()  # a background job may ignore SIGINT

@@ -125,6 +125,8 @@ class ExperimentSettings(Settings):
         check_match(self.report.reference, points, "report.reference")
         columns = [self.report.columns] if self.report.columns else []
         _check_axes([*self.report.rows, *columns, *self.report.same], points, "report")
+        if (column := self.report.columns or list(points)[-1]) in self.report.rows:
+            raise ValueError(f"report.rows: {column!r} is the axis of the columns; name another as columns")
         if self.search is not None:
             _check_axes([self.search.axis, *self.search.per, *self.search.at], points, "search")
             check_match({self.search.axis: list(self.search.rates)}, points, "search.rates")

@@ -55,7 +55,8 @@ class WeightTuning:
         self.correction = make_correction(self.aggregation, context.clients)
         self._check_rule()
         self.ownership = Ownership(context, self.tuned, self.merging)
-        self.head_fit = HeadFit(context.training.fit_head_rounds, self.tuned, self.objective, self.base)
+        fits = context.training.rounds_of_head_fits(context.rounds)
+        self.head_fit = HeadFit(fits, self.tuned, self.objective, self.base)
         if self.ownership.personal & self.head_fit.names:
             raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")
         self._tokens: dict[int, tuple[list[Example], list[TokenizedExample]]] = {}

@@ -48,12 +48,14 @@ class TrainingSettings(Settings):
         description="Added to each label's count in those shares, so that none is 0 (logit_adjustment)",
     )
     freeze_head_rounds: int = Field(
-        0, ge=0, description="First rounds in which the head rests, and is not sent"
+        0,
+        ge=0,
+        description="First rounds in which the head rests, and is not sent; all of them where it is fitted",
     )
     fit_head_rounds: list[int] = Field(
         default_factory=list,
         description="Rounds in which all clients send sums of the head's inputs instead of training, and the "
-        "server fits the head to them; 1: before training begins, the last one: after it",
+        "server fits the head to them; 1: before training begins, -1 (the last): after it",
     )
     cohort_width: int | None = Field(
         None,
@@ -61,3 +63,7 @@ class TrainingSettings(Settings):
         description="Clients trained in one batch, with the same result; unset: as memory allows; 1: none",
     )
     dropout: bool = Field(False, description="Use the base model's dropout while training")
+
+    def rounds_of_head_fits(self, last: int) -> frozenset[int]:
+        """``fit_head_rounds`` of a run with ``last`` rounds, counted from 1."""
+        return frozenset(last if number == -1 else number for number in self.fit_head_rounds)
