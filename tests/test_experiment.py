@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -362,3 +365,14 @@ def test_bad_arguments(command: Any, small: dict[str, Any], tmp_path: Path) -> N
     (tmp_path / "bad" / "x.json").write_text('{"seed": 1}')
     with pytest.raises(RunError, match="not a result"):
         read_results(tmp_path / "bad")
+
+
+def test_no_process_is_left_behind_even_one_that_ignores_ctrl_c() -> None:
+    ignores = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(flush=True)"
+    ignores += "; time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", ignores], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "\n"
+    with pytest.raises(KeyboardInterrupt), runner._stopped({process}):
+        raise KeyboardInterrupt
+    assert process.wait(timeout=30) == -signal.SIGTERM
