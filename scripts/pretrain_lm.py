@@ -67,8 +67,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.corpus.is_file():
         parser.error(f"--corpus: no file {arguments.corpus}")
-    if arguments.begin and not (arguments.begin / PROGRESS).is_file():
-        parser.error(f"--begin: {arguments.begin} is not a folder that --export wrote: no {PROGRESS}")
+    for name in (PROGRESS, "config.json", "model.safetensors", "tokenizer.json") if arguments.begin else ():
+        if not (arguments.begin / name).is_file():
+            parser.error(f"--begin: {arguments.begin} is not a folder that --export wrote: no {name}")
     if not 0 <= arguments.grow_at < 1:
         parser.error(f"--grow-at {arguments.grow_at}: must be at least 0 and below 1")
     if arguments.batch_tokens < CONTEXT:

@@ -35,7 +35,7 @@ entries, weights in {stored}.
 | | |
 |---|---|
 | data | 190 million characters: public-domain English books, unlabelled IMDB film reviews |
-| held out | 1 % of passages and reviews, by a hash of their text; the rest of their books was seen |
+| held out | 1 % of passages and reviews, by a hash of their text; their books' other passages may be seen |
 | tokens seen | {tokens:,} ({passes:.2f} passes over {corpus_tokens:,} training tokens) |
 | validation | **{figure:.3f} bits per byte** on {validation_bytes:,} bytes, in windows of {context} tokens |
 | | {overlapping:.3f} if each token has at least half a window before it |
