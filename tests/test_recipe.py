@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fedcustom.errors import RecipeError
+from fedcustom.experiment.grid import digest
 from fedcustom.methods import TECHNIQUES
 from fedcustom.recipe import Recipe, load_recipe, to_toml
 from fedcustom.recipe_words import settings_help
@@ -174,3 +175,9 @@ def test_every_setting_has_help_and_a_default() -> None:
         if not key.startswith("["):
             assert kind, key
             assert default, key
+
+
+def test_whole_epochs_are_the_same_recipe_however_they_are_written() -> None:
+    one, point, part = (load_recipe({"training": {"local_epochs": n}}) for n in (1, 1.0, 0.25))
+    assert repr(one.training.local_epochs) == repr(point.training.local_epochs) == "1"
+    assert digest(one) == digest(point) == digest(load_recipe({})) != digest(part)

@@ -20,6 +20,7 @@ from fedcustom.data.tokens import example_order
 from fedcustom.directory import Checkpoints
 from fedcustom.errors import RecipeError
 from fedcustom.methods import Answer, Client, State, WeightTuning
+from fedcustom.methods.local_training import batch_ranges
 from fedcustom.methods.seeds import name_seed
 from fedcustom.models.load import load_base
 from fedcustom.recipe import load_recipe
@@ -186,6 +187,36 @@ def test_partial_work() -> None:
     assert 0.5 < len(less) / len(amounts) < 0.7
     assert min(less) >= 3
     assert max(less) <= 10
+
+
+@given(count=st.integers(1, 60), batch_size=st.integers(1, 16), rounds=st.integers(1, 12))
+def test_a_part_of_an_epoch_goes_on_where_the_last_one_ended(
+    count: int, batch_size: int, rounds: int
+) -> None:
+    """With 1 / rounds of an epoch in each round, examples come once a pass, in batches that end with it."""
+    part, start, seen = max(1, round(1 / rounds * count)), 0, list[int]()
+    for _ in range(rounds):
+        ranges = batch_ranges(count, start, batch_size, {"epochs": 1 / rounds})
+        assert sum(stop - begin for begin, stop in ranges) == part
+        assert all(stop - begin <= batch_size for begin, stop in ranges)
+        assert all(begin // count == (stop - 1) // count for begin, stop in ranges)
+        seen += [i for begin, stop in ranges for i in range(begin, stop)]
+        start = ranges[-1][1]
+    assert seen == list(range(part * rounds))
+
+
+def test_a_centralised_run_sees_as_many_examples_as_parts_of_epochs() -> None:
+    """Three of the ten clients with ten examples each, a quarter of a pass: 3 * round(2.5) examples."""
+    recipe = load_recipe(
+        {
+            "baseline": "centralised",
+            "clients": {"partition": "iid", "count": 10},
+            "rounds": {"count": 2, "clients_per_round": 3},
+            "training": {"local_epochs": 0.25},
+        }
+    )
+    (first, second) = plan_rounds(recipe, federation(10))
+    assert first["centralised"].amount == second["centralised"].amount == {"examples": 6}
 
 
 @given(

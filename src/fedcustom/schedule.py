@@ -167,6 +167,6 @@ def _pooled(recipe: Recipe, data: FederatedData, cohort: Mapping[str, Assignment
         # A client with less than a batch makes its steps with what it has.
         examples = sum(training.local_steps * min(training.batch_size, count) for count in sizes)
     else:
-        examples = training.local_epochs * sum(sizes)
+        examples = sum(max(1, round(training.local_epochs * count)) for count in sizes)
     since = next(iter(cohort.values())).since
     return {EVERYONE: Assignment({"examples": examples}, since)}

@@ -254,8 +254,9 @@ def batch_ranges(count: int, start: int, batch_size: int, amount: Mapping[str, A
 
     ``amount`` holds ``epochs``, ``steps`` or ``examples``. A batch never crosses the end of a pass over the
     client's ``count`` examples, so that one epoch is every example once in ceil(count / batch_size) steps.
+    A part of an epoch is the nearest whole number of examples, and one at least.
     """
-    stop = start + int(amount.get("examples", amount.get("epochs", 0) * count))
+    stop = start + int(amount.get("examples", max(1, round(amount.get("epochs", 0) * count))))
     steps = amount.get("steps", math.inf)
     if "steps" in amount:
         stop = start + steps * batch_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..settings import Settings
 
@@ -12,7 +12,11 @@ from ..settings import Settings
 class TrainingSettings(Settings):
     """What one client does with the state it was sent."""
 
-    local_epochs: int = Field(1, ge=1, description="Passes over the client's training data a round")
+    local_epochs: float = Field(
+        1,
+        gt=0,
+        description="Passes over the client's training data a round; 0.25: the next quarter of it in each",
+    )
     local_steps: int | None = Field(
         None, ge=1, description="Optimiser steps a round, in place of local_epochs"
     )
@@ -63,6 +67,12 @@ class TrainingSettings(Settings):
         description="Clients trained in one batch, with the same result; unset: as memory allows; 1: none",
     )
     dropout: bool = Field(False, description="Use the base model's dropout while training")
+
+    @field_validator("local_epochs")
+    @classmethod
+    def _whole_epochs_are_integers(cls, epochs: float) -> float:
+        """So that recipes, and digests of them, say 1 whether 1 or 1.0 was asked for."""
+        return int(epochs) if epochs == int(epochs) else epochs
 
     def rounds_of_head_fits(self, last: int) -> frozenset[int]:
         """``fit_head_rounds`` of a run with ``last`` rounds, counted from 1."""
