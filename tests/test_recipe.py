@@ -63,6 +63,10 @@ from fedcustom.recipe_words import settings_help
             {"training": {"warmup_rounds": 20}},
             r"training.warmup_rounds = 20: must be below rounds.count = 20",
         ),
+        (
+            {"training": {"local_epochs": 0.5, "local_steps": 3}},
+            r"training: local_epochs = 0.5: has no effect while local_steps = 3",
+        ),
         ({"compare": {"lra": {}}}, r"compare.lra: unknown method.*did you mean 'lora'"),
         ({"seed": -1}, r"seed = -1: must be greater than or equal to 0"),
     ],

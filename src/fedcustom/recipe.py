@@ -124,7 +124,7 @@ class Recipe(Settings):
         if self.training.warmup_rounds >= self.rounds.count:
             raise ValueError(
                 f"training.warmup_rounds = {self.training.warmup_rounds}: "
-                f"must be below rounds.count = {self.rounds.count}, or the head fitted (fit_head_rounds)"
+                f"must be below rounds.count = {self.rounds.count}"
             )
         self._check_training()
         self._check_correction()

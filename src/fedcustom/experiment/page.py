@@ -38,7 +38,7 @@ def write_tables(file: Path, results: Path) -> list[Path]:
     metric = metric_of(settings.report, groups)
     plots = [(section.heading, dot_plot(section, metric)) for section in sections(settings, groups)]
     written = [results / "tables.md", results / "index.html"]
-    text = "\n\n".join([f"# {words.capitalised(file.stem)}", *facts, *(table.markdown() for table in shown)])
+    text = "\n\n".join([f"# Experiment {file.stem}", *facts, *(table.markdown() for table in shown)])
     write_text(written[0], text + "\n")
     for number, (_, plot) in enumerate(plots, start=1):
         if plot:
@@ -69,7 +69,7 @@ def _facts(file: Path, results: list[Result]) -> list[str]:
 
 
 def _page(name: str, facts: list[str], plots: list[tuple[str, str]], tables: list[Table]) -> str:
-    title = html.escape(words.capitalised(name))
+    title = html.escape(f"Experiment {name}")
     parts = ["<!doctype html><html lang='en'><head><meta charset='utf-8'>",
              f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"]  # fmt: skip
     parts += [f"<p>{html.escape(fact)}</p>" for fact in facts]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..settings import Settings
 
@@ -73,6 +73,15 @@ class TrainingSettings(Settings):
     def _whole_epochs_are_integers(cls, epochs: float) -> float:
         """So that recipes, and digests of them, say 1 whether 1 or 1.0 was asked for."""
         return int(epochs) if epochs == int(epochs) else epochs
+
+    @model_validator(mode="after")
+    def _says_once_how_long(self) -> Self:
+        if self.local_steps is not None and self.local_epochs != 1:
+            raise ValueError(
+                f"local_epochs = {self.local_epochs}: has no effect while local_steps = {self.local_steps} "
+                "says how long a client trains; set one of them"
+            )
+        return self
 
     def rounds_of_head_fits(self, last: int) -> frozenset[int]:
         """``fit_head_rounds`` of a run with ``last`` rounds, counted from 1."""
