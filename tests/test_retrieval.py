@@ -145,6 +145,32 @@ def test_routing_asks_fewer(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert 1 <= len(reply.clients_asked) <= 3
 
 
+def test_the_odds_of_the_router_are_added_to_scores(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """score + weight * log p(client | question), computed from the unweighted list of all documents."""
+    searchers = {}
+    for weight in (0.0, 0.3):
+        method = changed(recipe, routing="learned", route_recall=1.0, top=100, router_weight=weight)
+        library.index(method, tmp_path / str(weight))
+        searchers[weight] = library.Library(tmp_path / str(weight)).method.searcher
+        searchers[weight].ready.mass = 1.0  # ask all
+    questions = [row["question"] for row in rows(12, 45)]
+    plain, weighted = (searcher.search(questions) for searcher in searchers.values())
+    router, names = searchers[0.0].ready.router, searchers[0.0].ready.clients
+    assert router is not None
+    logits = torch.from_numpy(plain.vectors).double() @ router[0].T + router[1]
+    odds = torch.softmax(logits, dim=1).log()
+    moved = False
+    for i, hits in enumerate(plain.hits):
+        raised = {h.document: h.score + 0.3 * float(odds[i, names.index(h.client)]) for h in hits}
+        expected = sorted(raised, key=lambda document: (-raised[document], document))
+        assert [hit.document for hit in weighted.hits[i]] == expected
+        assert [hit.score for hit in weighted.hits[i]] == pytest.approx([raised[d] for d in expected])
+        moved = moved or expected != [hit.document for hit in hits]
+    assert moved
+    unrouted = [searcher.search(questions, routed=False).hits for searcher in searchers.values()]
+    assert unrouted[0] == unrouted[1]
+
+
 def test_privacy_is_measured(recipe: dict[str, Any], tmp_path: Path) -> None:
     run = fedcustom.run(changed(recipe, privacy_epsilon=1e7), out=tmp_path / "run")
     plain = fedcustom.run(recipe, out=tmp_path / "plain")
@@ -287,6 +313,11 @@ def test_a_client_without_documents_is_left_out(recipe: dict[str, Any], tmp_path
         ({"method": {"name": "retrieval", "search": "text"}}, RecipeError, "set method.send_query_text"),
         ({"method": {"name": "retrieval", "share_of": {"a": "all"}}}, RecipeError, "share_of.a = 'all'"),
         ({"method": {"name": "retrieval", "rerank": True}}, RecipeError, "rerank: needs method.generator"),
+        (
+            {"method": {"name": "retrieval", "router_weight": 0.1}},
+            RecipeError,
+            "router_weight = 0.1: needs method.routing = 'learned', and vectors",
+        ),
         (
             {"method": {"name": "retrieval", "privacy_epsilon": 1.0, "send_query_text": True}},
             RecipeError,

@@ -113,9 +113,12 @@ class Searcher:
         if settings.privacy_epsilon is not None and private:
             vectors = perturbed(vectors, settings.privacy_epsilon, noise or np.random.default_rng())
         asked = torch.ones(len(questions), len(self.ready.clients), dtype=torch.bool)
+        raised = torch.zeros(asked.shape, dtype=torch.float64)
         if self.ready.router is not None and routed:
             weight, bias = self.ready.router
-            asked = choose(torch.from_numpy(vectors).double() @ weight.T + bias, self.ready.mass)
+            logits = torch.from_numpy(vectors).double() @ weight.T + bias
+            asked = choose(logits, self.ready.mass)
+            raised = settings.router_weight * torch.log_softmax(logits, dim=1)
         tasks, rows = {}, {}
         for column, name in enumerate(self.ready.clients):
             chosen = asked[:, column].nonzero().flatten().tolist()
@@ -132,8 +135,9 @@ class Searcher:
             for way, by_query in lists.items():
                 if f"{way}/counts" in reply.update.tensors:
                     found = unpacked(way, reply.update.tensors)
-                    for i, each in zip(rows[name], found, strict=True):
-                        by_query[i][name] = each
+                    more = raised[rows[name], self.ready.clients.index(name)].tolist()
+                    for i, each, constant in zip(rows[name], found, more, strict=True):
+                        by_query[i][name] = each.plus(constant) if constant and way == "vector" else each
         return Searched(
             [self._merged(lists["vector"][i], lists["text"][i]) for i in range(len(questions))],
             asked,

@@ -66,6 +66,13 @@ class RetrievalSettings(MethodSettingsBase):
         le=1,
         description="Share of the clients' own development questions for which the right client is asked",
     )
+    router_weight: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="Added to the score of a document: this times the log of the probability that the router "
+        "gives its client; 0: the router chooses whom to ask, and no more",
+    )
     privacy_epsilon: float | None = Field(
         None, gt=0, description="Perturb each query's vector: (n, epsilon)-DistanceDP; unset: do not"
     )
@@ -88,6 +95,12 @@ class RetrievalSettings(MethodSettingsBase):
             raise ValueError(
                 f"method.search = {self.search!r}: words can only be matched where the question is sent; set "
                 "method.send_query_text = true"
+            )
+        by_score = self.merge == "scores" and self.search != "text"
+        if self.router_weight and not (self.routing == "learned" and by_score):
+            raise ValueError(
+                f"method.router_weight = {self.router_weight}: needs method.routing = 'learned', and vectors "
+                "that are merged by score"
             )
         if self.privacy_epsilon is not None and self.send_query_text:
             raise ValueError(

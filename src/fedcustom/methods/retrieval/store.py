@@ -28,6 +28,10 @@ class Found:
     documents: list[str]
     scores: list[float]
 
+    def plus(self, constant: float) -> Found:
+        """The same with a constant added to every score."""
+        return Found(self.documents, [score + constant for score in self.scores])
+
 
 @dataclass(frozen=True)
 class Updated:
