@@ -6,7 +6,9 @@ larger model is at hand.
 As in MetaICL (Min et al. 2022), the model learns from episodes: a few texts with answers, then a text whose
 answer is that of the text most like it. Texts are sentences of the corpus (JSON lines with a ``text``;
 ``.xz`` allowed), answers are random words that are drawn anew in each episode. So it can copy an answer from
-its context and knows nothing of any task: without demonstrations it is at chance.
+its context and knows nothing of any task: without demonstrations it is at chance. Beside the episodes it sees
+sequences of random tokens that stand there twice: on them the copying of what followed before (induction
+heads, Olsson et al. 2022) is learnt in minutes, on episodes alone it is not.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> Any:
 
 def episode(texts: list[str], words: list[str], generator: np.random.Generator) -> list[tuple[str, bool]]:
     """Pieces of one prompt, each with whether it is an answer that is to be learnt."""
-    shown, kinds = int(generator.integers(1, 6)), int(generator.integers(2, 7))
+    shown, kinds = int(generator.integers(1, 9)), int(generator.integers(2, 7))
     answers = [f" {' '.join(generator.choice(words, int(generator.integers(1, 3))))}" for _ in range(kinds)]
     labels = generator.integers(kinds, size=shown)
     demonstrations = [texts[i].split() for i in generator.integers(len(texts), size=shown)]
@@ -106,13 +108,35 @@ def batch_of(episodes: list[list[tuple[str, bool]]], tokenizer: Any) -> tuple[to
     return ids, labels
 
 
+def repeated(
+    count: int, vocabulary: int, generator: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences of random tokens that stand there twice; the second time, but for its first token, is to be
+    learnt.
+    """
+    length = int(generator.integers(6, 24))
+    once = torch.from_numpy(generator.integers(vocabulary, size=(count, length)))
+    ids = torch.cat([once, once], dim=1)
+    labels = ids.clone()
+    labels[:, : length + 1] = -100
+    return ids, labels
+
+
+def answer_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the tokens that are to be learnt."""
+    states = model.model(input_ids=ids).last_hidden_state[:, :-1]
+    wanted = labels[:, 1:]
+    chosen = wanted != -100
+    return functional.cross_entropy(model.lm_head(states[chosen]), wanted[chosen])
+
+
 def main() -> None:
     """Train, and write a ``transformers`` folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--minutes", type=float, default=60, help="stop after this time")
     parser.add_argument("--seed", type=int, default=0)
@@ -134,7 +158,7 @@ def main() -> None:
         )
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
-    begun, mean = time.perf_counter(), 0.0
+    begun, means = time.perf_counter(), [0.0, 0.0]
     with contextlib.suppress(KeyboardInterrupt):  # what was learnt until then is kept
         for step in range(1, arguments.steps + 1):
             spent = (time.perf_counter() - begun) / 60 / arguments.minutes
@@ -146,18 +170,20 @@ def main() -> None:
             ids, labels = batch_of(
                 [episode(texts, words, generator) for _ in range(arguments.batch)], tokenizer
             )
-            states = model.model(input_ids=ids).last_hidden_state[:, :-1]
-            wanted = labels[:, 1:]
-            chosen = wanted != -100
-            loss = functional.cross_entropy(model.lm_head(states[chosen]), wanted[chosen])
-            loss.backward()
+            loss = answer_loss(model, ids, labels)
+            copied = answer_loss(model, *repeated(32, len(tokenizer), generator))
+            (loss + copied).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            mean = loss.item() if step == 1 else 0.98 * mean + 0.02 * loss.item()
+            means = [
+                new.item() if step == 1 else 0.98 * mean + 0.02 * new.item()
+                for mean, new in zip(means, (loss, copied), strict=True)
+            ]
             if step % 50 == 0:
                 print(
-                    f"step {step}: loss {mean:.3f} nats an answer token, {spent * arguments.minutes:.1f} min",
+                    f"step {step}: {means[0]:.3f} nats a token of answers, {means[1]:.3f} of repetitions, "
+                    f"{spent * arguments.minutes:.1f} min",
                     flush=True,
                 )
     model.eval().save_pretrained(arguments.out)

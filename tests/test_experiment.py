@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from fedcustom.experiment.campaign import Campaign, open_campaign
 from fedcustom.experiment.grid import parse_only
 from fedcustom.experiment.page import write_tables
 from fedcustom.experiment.results import Result, reached, read_result, read_results, write_result
+from fedcustom.experiment.search import choose, chosen_tables
 from fedcustom.experiment.settings import ExperimentSettings
 from fedcustom.experiment.tables import cost_table, grouped, score_tables
 from fedcustom.recipe import load_recipe
@@ -108,9 +110,9 @@ def test_only_restricts_the_grid_and_not_where_trials_are_made(small: dict[str, 
     assert [cell.name for cell in cells] == ["federated--lora--skewed--seed-5"]
     every = {trial.name: trial.cell for trial in opened(path).trials()}
     some = {trial.name: trial.cell for trial in opened(path, partition="skewed", method="lora").trials()}
-    assert list(some) == ["lora--federated--0.0001", "lora--federated--0.01"]
+    assert list(some) == ["lora--federated--0.0001--seed-3", "lora--federated--0.01--seed-3"]
     assert all(every[name].digest == cell.digest for name, cell in some.items())
-    assert some["lora--federated--0.01"].recipe.clients.partition == "iid"
+    assert some["lora--federated--0.01--seed-3"].recipe.clients.partition == "iid"
 
 
 def test_a_whole_experiment(small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +163,30 @@ def test_a_whole_experiment(small: dict[str, Any], tmp_path: Path, monkeypatch: 
     )  # fmt: skip
     opened(edited).run(1, said.append)
     assert ran == ["federated--lora--skewed--seed-3"]
+
+
+def test_a_rate_is_chosen_by_its_mean_over_seeds(small: dict[str, Any], tmp_path: Path) -> None:
+    """The best rate of one seed alone is not chosen, nor one that fails with a seed."""
+    search = {"rates": {"prefix": [0.1, 0.2, 0.3], "lora": [0.1, 0.2, 0.3]}, "seeds": [3, 5]}
+    path = written(tmp_path, small, search=search)
+    campaign = opened(path, method="prefix")
+    made = campaign.trials()
+    names = [f"prefix--{rate}--seed-{seed}" for rate in (0.1, 0.2, 0.3) for seed in (3, 5)]
+    assert [trial.name for trial in made] == names
+    scores = [0.9, 0.2, 0.6, 0.7, 0.99, None]
+    results = {
+        name: SimpleNamespace(score=score, best_round=2, seconds={"total": 1.0})
+        for name, score in zip(names, scores, strict=True)
+        if score is not None
+    }
+    content = choose(campaign.settings, made, results, {names[-1]: "diverged"})  # type: ignore[arg-type]
+    entry = content["groups"]["prefix"]
+    assert entry["chosen"] == 0.2
+    assert not entry["at_edge"]
+    assert [trial["score"] for trial in entry["trials"]] == pytest.approx([0.55, 0.65, None])
+    assert [run["seed"] for run in entry["trials"][0]["runs"]] == [3, 5]
+    assert entry["trials"][2]["runs"][1]["failed"] == "diverged"
+    assert chosen_tables(content) == {("prefix",): {"training": {"learning_rate": 0.2}}}
 
 
 def test_one_that_fails_does_not_stop_the_others(command: Any, small: dict[str, Any], tmp_path: Path) -> None:
@@ -329,6 +355,8 @@ def test_tables_and_page_from_results_alone(small: dict[str, Any], tmp_path: Pat
         ({"search": {"rates": {"prefix": [0.1]}}}, "search.rates: none for lora"),
         ({"search": {"rates": {"prefix": [0.1], "lora": [0.1, 0.2]}}}, "same number of trials"),
         ({"search": {"rates": {"prefix": [0.0], "lora": [0.1]}}}, "must be different numbers above 0"),
+        ({"search": {"rates": {"prefix": [1.0], "lora": [1.0]}, "seeds": [1, 1]}},
+         "search: seeds = .1, 1.: must be different numbers from 0"),
         ({"report": {"columns": "alpha"}}, "report: there is no axis 'alpha'"),
         ({"report": {"columns": "method", "rows": ["method"]}}, "report.rows: 'method' is the axis of the"),
         ({"base": {"traning": {}}}, "cell federated--prefix--iid: traning: unknown setting"),

@@ -34,6 +34,39 @@ def test_fused_activations_are_the_same_functions() -> None:
         torch.testing.assert_close(model(states), expected, rtol=1e-6, atol=1e-8)
 
 
+def test_attention_in_bfloat16_is_computed_in_float32(
+    tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradients, the numbers are those of the rounded inputs in float32; without, nothing is changed."""
+    seen = []
+    plain_attention = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        seen.append((query.dtype, torch.is_autocast_enabled("cpu")))
+        return plain_attention(query, *arguments, **options)
+
+    base = load_base(ModelSettings(base=tiny["bert"]), LearningTask("classification", ("a", "b")), 0)
+    attend = transformers.AttentionInterface()["sdpa"]
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 4, 7, 8)
+    inputs = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for _ in range(3)]
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    with torch.autocast("cpu", torch.bfloat16):
+        states, _ = attend(base.model, *inputs, None, is_causal=False)
+        states.float().square().sum().backward()
+        with torch.no_grad():
+            attend(base.model, *inputs, None, is_causal=False)
+    assert seen == [(torch.float32, False), (torch.bfloat16, True)]
+    plain = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    weights = torch.softmax(plain[0] @ plain[1].transpose(2, 3) / 8**0.5, dim=-1)
+    expected = (weights @ plain[2]).transpose(1, 2)
+    expected.bfloat16().float().square().sum().backward()
+    assert states.dtype == torch.bfloat16
+    torch.testing.assert_close(states, expected.bfloat16(), rtol=0.01, atol=1e-6)
+    for mine, theirs in zip(inputs, plain, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad.bfloat16(), rtol=0.02, atol=1e-3)
+
+
 def test_a_loaded_model_gives_the_same_logits(tiny: dict[str, str]) -> None:
     plain = transformers.AutoModelForCausalLM.from_pretrained(tiny["gpt2"]).eval()
     base = load_base(ModelSettings(base=tiny["gpt2"]), LearningTask("generation"), 0)

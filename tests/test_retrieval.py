@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,9 +15,14 @@ import fedcustom
 from conftest import TOPICS, write_jsonl
 from fedcustom import library
 from fedcustom.cli import app
-from fedcustom.data.examples import ClientData
-from fedcustom.errors import DataError, FedcustomError, ModelError, RecipeError, RunError
-from fedcustom.methods import Client, Task
+from fedcustom.data.examples import ClientData, LearningTask
+from fedcustom.errors import DataError, FedcustomError, ModelError, RecipeError, RunError, UpdateError
+from fedcustom.methods import Client, Task, Update
+from fedcustom.methods.retrieval import Retrieval, RetrievalSettings
+from fedcustom.methods.retrieval.negatives import BORROWED, LENT, Negatives
+from fedcustom.models.embedding import embed
+from fedcustom.models.load import load_base
+from fedcustom.models.settings import ModelSettings
 from fedcustom.progress import Silent
 from fedcustom.recipe import load_recipe, to_toml
 
@@ -212,6 +218,71 @@ def test_training_goes_on_after_a_stop(recipe: dict[str, Any], tmp_path: Path, t
         assert json.loads((whole.directory / "model" / "modules.json").read_text())[1]["path"] == "1_Pooling"
 
 
+def test_clients_lend_each_other_negatives(
+    recipe: dict[str, Any], tmp_path: Path, tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From round 2 on a client gets the vectors, by that round's encoder, of passages of the others
+    whose policy lets passages out; and trains with them.
+    """
+    held = {
+        **changed(recipe, train="full", shared_negatives=4, share_of={"site-1": "scores"}),
+        "rounds": {"count": 2},
+        "training": {"local_steps": 2, "batch_size": 6, "learning_rate": 1e-3},
+        "evaluation": {"select": "last", "untuned": False},
+    }
+    seen: list[tuple[int, str, Task, Update, ClientData]] = []
+    work = Retrieval.work
+
+    def recorded(self: Retrieval, task: Task, client: Client) -> Update:
+        update = work(self, task, client)
+        if task.kind == "train":
+            seen.append((task.values["round"], client.name, task, update, client.data))
+        return update
+
+    monkeypatch.setattr(Retrieval, "work", recorded)
+    run = fedcustom.run(held, out=tmp_path / "run")
+    base = load_base(ModelSettings(base=tiny["bert"]), LearningTask("retrieval"), 0, head=False)
+    lent: dict[str, torch.Tensor] = {}
+    for number, name, task, update, data in seen:
+        assert (BORROWED in task.tensors) == (number == 2)
+        assert (LENT in update.tensors) == (name != "site-1")
+        if number == 1 and name != "site-1":
+            assert update.tensors[LENT].shape == (4, 32)
+            passages = sorted({example.target for example in data.train})
+            own = torch.from_numpy(embed(base, passages, max_length=24, batch_size=8))
+            nearest = (update.tensors[LENT].float() @ own.T).max(dim=1).values
+            assert torch.allclose(nearest, torch.ones(4), atol=2e-3)
+            lent[name] = update.tensors[LENT]
+        if number == 2:
+            others = torch.cat([vectors for owner, vectors in sorted(lent.items()) if owner != name])
+            assert torch.equal(task.tensors[BORROWED], others)
+    assert len(seen) == 6
+
+    without = fedcustom.run(changed(held, shared_negatives=0), out=tmp_path / "without")
+    first, second = (list(r.history["train_loss"]) for r in (run, without))
+    assert first[-2] == second[-2]  # nothing is borrowed yet
+    assert first[-1] > second[-1] + 0.1  # log of more terms
+
+
+def test_lent_vectors_are_checked(recipe: dict[str, Any]) -> None:
+    settings = RetrievalSettings(train="full", shared_negatives=4)
+    negatives = Negatives(settings, 0, lambda texts: np.zeros((len(texts), 2), dtype=np.float32))
+    unit = torch.nn.functional.normalize(torch.ones(4, 2)).half()
+    negatives.check(Update({LENT: unit}), 2)
+    negatives.check(Update({}), 2)
+    bad = [
+        unit.float(),
+        torch.cat([unit, unit]),
+        unit[0],
+        unit * 2,
+        unit * torch.nan,
+        torch.ones(4, 3).half(),
+    ]
+    for vectors in bad:
+        with pytest.raises(UpdateError, match="negatives/lent"):
+            negatives.check(Update({LENT: vectors}), 2)
+
+
 def test_a_trained_run_keeps_the_index_of_its_encoder_alone(recipe: dict[str, Any], tmp_path: Path) -> None:
     held = {
         **changed(recipe, train="full"),
@@ -313,6 +384,19 @@ def test_a_client_without_documents_is_left_out(recipe: dict[str, Any], tmp_path
         ({"method": {"name": "retrieval", "search": "text"}}, RecipeError, "set method.send_query_text"),
         ({"method": {"name": "retrieval", "share_of": {"a": "all"}}}, RecipeError, "share_of.a = 'all'"),
         ({"method": {"name": "retrieval", "rerank": True}}, RecipeError, "rerank: needs method.generator"),
+        (
+            {"method": {"name": "retrieval", "shared_negatives": 8}},
+            RecipeError,
+            "shared_negatives = 8: needs method.train = 'full' or 'lora'",
+        ),
+        (
+            {
+                "method": {"name": "retrieval", "train": "full", "shared_negatives": 8},
+                "compression": {"kind": "top_k"},
+            },
+            RecipeError,
+            "compression.kind = 'top_k': is for changes of weights",
+        ),
         (
             {"method": {"name": "retrieval", "router_weight": 0.1}},
             RecipeError,

@@ -315,6 +315,15 @@ def test_contrastive_loss_by_hand(tiny: dict[str, str]) -> None:
     ]
     torch.testing.assert_close(loss, sum(terms) / 3, rtol=1e-4, atol=1e-5)
 
+    others = torch.nn.functional.normalize(torch.randn(5, 32, generator=torch.Generator().manual_seed(0)))
+    objective.negatives = others.half()
+    loss = objective.loss(base.model, objective.collate(objective.tokens(examples)))
+    terms = []
+    for i in range(3):
+        every = [p[j] for j in negatives[i]] + list(others.half().float())
+        terms.append(-torch.log(torch.exp(q[i] @ p[i] / 0.1) / sum(torch.exp(q[i] @ x / 0.1) for x in every)))
+    torch.testing.assert_close(loss, sum(terms) / 3, rtol=1e-4, atol=1e-5)
+
 
 def test_recall_by_hand() -> None:
     found = retrieval_metrics([1, 3, 0, 7], [0.5, 0.5, 1.0, 1.0])

@@ -17,7 +17,9 @@ from .settings import ExperimentSettings, nested
 
 @dataclass(frozen=True)
 class Trial:
-    """One rate tried for one group of cells; ``cell`` is a run of its own, which is no cell of the grid."""
+    """One rate tried with one seed for one group of cells; ``cell`` is a run of its own, which is no cell of
+    the grid.
+    """
 
     group: tuple[str, ...]
     rate: float
@@ -25,8 +27,8 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """``<point>--<point>--<rate>``."""
-        return "--".join([*self.group, f"{self.rate:g}"])
+        """``<point>--<point>--<rate>--seed-<seed>``."""
+        return "--".join([*self.group, f"{self.rate:g}", f"seed-{self.cell.seed}"])
 
 
 def trials(
@@ -41,7 +43,6 @@ def trials(
     search = settings.search
     if search is None:
         return []
-    seed = settings.seeds[0] if search.seed is None else search.seed
     first: dict[tuple[str, ...], dict[str, str]] = {}
     for at in without_seeds(cells):
         first.setdefault(group_of(settings, at), {**at, **search.at})
@@ -52,8 +53,9 @@ def trials(
             more = merged(search.set, nested(search.setting, rate))
             # A trial is read on the development split alone; the rest need not be measured.
             more = merged({"evaluation": {"untuned": False}}, more)
-            recipe = cell_recipe(settings, base, at, seed, f"{where}, search", more)
-            found.append(Trial(group, rate, Cell(at, seed, recipe)))
+            for seed in search.seeds or settings.seeds[:1]:
+                recipe = cell_recipe(settings, base, at, seed, f"{where}, search", more)
+                found.append(Trial(group, rate, Cell(at, seed, recipe)))
     return found
 
 
@@ -63,23 +65,24 @@ def choose(
     results: Mapping[str, Result],
     failed: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The content of ``search.json``: of each group all trials with their development scores, and the rate
-    that was chosen, the best (of equals the first in the list).
+    """The content of ``search.json``: of each group every rate with its development score, the mean over the
+    search's seeds, and the rate that was chosen, the best (of equals the first in the list).
 
-    ``at_edge`` warns that the best rate is the smallest or the largest of those tried. A trial that failed
-    has no score.
+    ``at_edge`` warns that the best rate is the smallest or the largest of those tried. A rate that failed
+    with any seed has no score.
 
     Raises:
-        RecipeError: no trial of a group gave a score.
+        RecipeError: no rate of a group has a score.
     """
     assert settings.search is not None
-    groups: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for trial in made:
         result = results.get(trial.name)
-        entry = groups.setdefault("--".join(trial.group), {"points": list(trial.group), "trials": []})
-        entry["trials"].append(
+        entry = groups.setdefault("--".join(trial.group), {"points": list(trial.group), "trials": {}})
+        runs = entry["trials"].setdefault(trial.rate, [])
+        runs.append(
             {
-                "rate": trial.rate,
+                "seed": trial.cell.seed,
                 "score": result.score if result else None,
                 "round": result.best_round if result else None,
                 "seconds": result.seconds["total"] if result else None,
@@ -87,20 +90,26 @@ def choose(
                 "failed": failed.get(trial.name),
             }
         )
-        entry |= {"metric": trial.cell.recipe.metric, "seed": trial.cell.seed, "at": trial.cell.points}
+        entry |= {"metric": trial.cell.recipe.metric, "at": trial.cell.points}
     for name, entry in groups.items():
-        best: dict[str, Any] | None = None
-        for trial_ in entry["trials"]:
-            score = trial_["score"]
-            if score is None or not math.isfinite(score):
-                continue
-            if best is None or is_better(score, best["score"], entry["metric"]):
-                best = trial_
+        rates = entry["trials"]
+        means = {rate: _mean([run["score"] for run in runs]) for rate, runs in rates.items()}
+        entry["trials"] = [{"rate": rate, "score": means[rate], "runs": runs} for rate, runs in rates.items()]
+        best: tuple[float, float] | None = None
+        for rate, score in means.items():
+            if score is not None and (best is None or is_better(score, best[1], entry["metric"])):
+                best = rate, score
         if best is None:
-            raise RecipeError(f"search {name}: no trial gave a score; {entry['trials'][-1]['failed']}")
-        rates = [trial_["rate"] for trial_ in entry["trials"]]
-        entry |= {"chosen": best["rate"], "at_edge": best["rate"] in (min(rates), max(rates))}
+            reasons = [run["failed"] for runs in rates.values() for run in runs if run["failed"]]
+            raise RecipeError(f"search {name}: no rate gave a score; {(reasons or ['not a number'])[-1]}")
+        entry |= {"chosen": best[0], "at_edge": best[0] in (min(rates), max(rates))}
     return {"setting": settings.search.setting, "split": "development", "groups": groups}
+
+
+def _mean(scores: Sequence[float | None]) -> float | None:
+    """The mean of scores; None where one is not there or no number."""
+    there = [score for score in scores if score is not None and math.isfinite(score)]
+    return sum(there) / len(there) if len(there) == len(scores) else None
 
 
 def chosen_tables(content: Mapping[str, Any]) -> dict[tuple[str, ...], dict[str, Any]]:

@@ -43,11 +43,15 @@ class SearchSettings(Settings):
         default_factory=dict, description="Where on other axes it is made; unset: at the first cell"
     )
     setting: str = Field("training.learning_rate", description="What is searched")
-    seed: int | None = Field(None, ge=0, description="Seed of the trials; unset: the first of seeds")
+    seeds: list[int] = Field(
+        default_factory=list, description="Seeds of the trials of each rate; unset: the first of seeds"
+    )
     set: dict[str, Any] = Field(default_factory=dict, description="Tables of a recipe, for trials alone")
 
     @model_validator(mode="after")
     def _is_fair(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0:
+            raise ValueError(f"seeds = {self.seeds}: must be different numbers from 0")
         counts = {point: len(rates) for point, rates in self.rates.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
             raise ValueError(f"rates: every method must have the same number of trials, not {counts}")

@@ -103,13 +103,15 @@ class Contrastive:
 
         loss = - mean_i log( exp(q_i p_i / t) / sum_j exp(q_i p_j / t) )
 
-    A passage that stands in the batch twice is no negative of its own question.
+    A passage that stands in the batch twice is no negative of its own question. ``negatives``, unit vectors
+    (vectors, width), are further p_j that are not trained.
     """
 
     separable = False
 
     def __init__(self, base: Base, data: DataSettings, temperature: float) -> None:
         self.base, self.data, self.temperature = base, data, temperature
+        self.negatives: Tensor | None = None
 
     def tokens(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         """Question and passage, each cut to the recipe's length."""
@@ -153,8 +155,10 @@ class Contrastive:
             passages = pooled(
                 model, {"input_ids": batch["passage_ids"], "attention_mask": batch["passage_mask"]}
             )
-        scores = (questions @ passages.T / self.temperature).masked_fill(batch["same"], -torch.inf)
-        return functional.cross_entropy(scores, batch["labels"])
+        scores = (questions @ passages.T).masked_fill(batch["same"], -torch.inf)
+        if self.negatives is not None:
+            scores = torch.cat([scores, questions @ self.negatives.to(questions).T], dim=1)
+        return functional.cross_entropy(scores / self.temperature, batch["labels"])
 
     def row_losses(self, model: Any, batch: Batch) -> Tensor:
         """Not defined: a question's loss depends on the whole batch."""

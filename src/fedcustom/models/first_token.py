@@ -74,5 +74,7 @@ def first_token_only(model: Any) -> bool:
 
 
 def _first(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """(rows, tokens, width) to (rows, 1, width)."""
-    return tuple(states[:, :1] for states in arguments) if _PASS.classifies else None
+    """(rows, tokens, width) to (rows, 1, width), contiguous: else torch copies a matrix that follows for each
+    row.
+    """
+    return tuple(states[:, :1].contiguous() for states in arguments) if _PASS.classifies else None

@@ -18,7 +18,7 @@ from torch import nn
 from ..data.examples import LearningTask
 from ..errors import ModelError, nearest
 from .first_token import first_token_only
-from .kernels import fuse_activations
+from .kernels import attend_in_float32_on_processors, fuse_activations
 from .output import OutputLayer, output_layer
 from .settings import ModelSettings
 
@@ -202,6 +202,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
     if hasattr(model, "generation_config"):
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     fuse_activations(model)
+    attend_in_float32_on_processors()
     model.eval()
     model.to(device)
     if architecture == "encoder" and classifies and not settings.compile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ...errors import ModelError, RunError
 from ...models.embedding import embed
 from ...models.inference import Predictions
 from ...models.load import context_length
+from ...tensors import Tensors
 from ..contract import Answer, Asked, Client, State, Task, Update, Values
 from ..full import Full, FullSettings
 from ..lora import Lora, LoraSettings
@@ -31,6 +32,7 @@ from .export import weights_digest, write_modules
 from .generation import Generator, generator_of
 from .measures import answer_losses, search_figures
 from .merging import Hit
+from .negatives import BORROWED, LENT, Negatives, plain
 from .privacy import Vectors
 from .search import Searched, Searcher
 from .settings import RetrievalSettings
@@ -45,8 +47,9 @@ class Retrieval(OneByOne):
     server sends the query's vector to all clients or to those that a router names, merges their lists, and
     asks for the passages of what was found first.
 
-    Discloses: what training sends (:class:`~fedcustom.methods.tuning.WeightTuning`) and what a client answers
-    to each task (:class:`~.client.Librarian`). Clients see each query's vector, from which a text like the
+    Discloses: what training sends (:class:`~fedcustom.methods.tuning.WeightTuning`, and with
+    ``shared_negatives`` :class:`~.negatives.Negatives`) and what a client answers to each task
+    (:class:`~.client.Librarian`). Clients see each query's vector, from which a text like the
     query can be guessed; ``privacy_epsilon`` perturbs it.
     """
 
@@ -66,6 +69,7 @@ class Retrieval(OneByOne):
                 "(two tokens less than the window), data.max_length or data.max_target_length"
             )
         self._base_weights = weights_digest(context.base.model)
+        self.contrastive = Contrastive(context.base, context.data, settings.temperature)
         self.tuning = self._training()
         model = self.tuning.tuned.model if self.tuning else self.base.model
         self.encoder = replace(self.base, model=model)
@@ -73,6 +77,8 @@ class Retrieval(OneByOne):
         self.generator = generator_of(settings.generator, context.model, evaluation, settings.answer_tokens)
         self.librarian = Librarian(settings, self.base.tokenizer, self._embed, self.generator)
         self.searcher = Searcher(settings, self._embed_questions)
+        shares = settings.shared_negatives and context.keeps == "nothing"
+        self.negatives = Negatives(settings, context.seed, self._embed_passages) if shares else None
         self.report: dict[str, Any] = {}
 
     # --- rounds ---
@@ -84,13 +90,14 @@ class Retrieval(OneByOne):
     def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
         """Train the encoder, or say how many documents there are."""
         if self.tuning:
-            return self.tuning.ask(state, round_number, work)
+            tasks = self.tuning.ask(state, round_number, work)
+            return self.negatives.offered(state, tasks) if self.negatives else tasks
         return {name: Task("count", {}, {"round": round_number}) for name in work}
 
     def work(self, task: Task, client: Client) -> Update:
         """The task done on the client's questions or documents."""
         if task.kind == "train" and self.tuning:
-            return self.tuning.work(task, client)
+            return self._trained(self.tuning, task, client)
         if task.kind == "index" and self.tuning:
             self.tuning.tuned.write(self.tuning.ownership.complete(task.tensors))
         return self.librarian.work(task, client)
@@ -98,12 +105,25 @@ class Retrieval(OneByOne):
     def check(self, task: Task, update: Update) -> None:
         """Refuse what is not a sound answer."""
         if task.kind == "train" and self.tuning:
+            if self.negatives:
+                self.negatives.check(update, self.base.model.config.hidden_size)
+                task, update = plain(task), plain(update)
             self.tuning.check(task, update)
         else:
             check_answer(task, update, self.base.model.config.hidden_size)
 
     def merge(self, state: State, answers: Iterable[Answer]) -> State:
         """The next encoder, or the number of documents."""
+        if self.tuning and self.negatives:
+            lent: Tensors = {}
+
+            def trained() -> Iterator[Answer]:
+                for answer in answers:
+                    if LENT in answer.update.tensors:
+                        lent[answer.client] = answer.update.tensors[LENT]
+                    yield replace(answer, task=plain(answer.task), update=plain(answer.update))
+
+            return self.negatives.kept(self.tuning.merge(state, trained()), lent)
         if self.tuning:
             return self.tuning.merge(state, answers)
         counts = {answer.client: answer.update.values["documents"] for answer in answers}
@@ -247,7 +267,21 @@ class Retrieval(OneByOne):
         technique: Technique = Full(FullSettings())
         if settings.train == "lora":
             technique = Lora(LoraSettings(rank=settings.rank))
-        return WeightTuning(technique, context, Contrastive(context.base, context.data, settings.temperature))
+        return WeightTuning(technique, context, self.contrastive)
+
+    def _trained(self, tuning: WeightTuning, task: Task, client: Client) -> Update:
+        """The client's training, with what others lent as further negatives, and what it lends itself."""
+        if self.negatives is None:
+            return tuning.work(task, client)
+        own = plain(task)
+        tuning.tuned.write(tuning.ownership.complete(own.tensors))
+        lent = self.negatives.lend(client, int(task.values["round"]))
+        self.contrastive.negatives = task.tensors.get(BORROWED)
+        try:
+            update = tuning.work(own, client)
+        finally:
+            self.contrastive.negatives = None
+        return replace(update, tensors={**update.tensors, **lent})
 
     def _repeatable(self) -> np.random.Generator:
         """Noise for an evaluation, the same whenever a run is repeated."""
@@ -274,12 +308,16 @@ class Retrieval(OneByOne):
         size = self.context.evaluation.batch_size
         return embed(self.encoder, questions, max_length=self.context.data.max_length, batch_size=size)
 
+    def _embed_passages(self, passages: Sequence[str]) -> Vectors:
+        """As training sees them."""
+        size, longest = self.context.evaluation.batch_size, self.context.data.max_target_length
+        return embed(self.encoder, passages, max_length=longest, batch_size=size)
+
     def _estimate(self, state: State, examples: list[Example]) -> np.ndarray[Any, np.dtype[np.float64]]:
         self._use(state)
         questions = self._embed_questions([example.text for example in examples])
         texts = list(dict.fromkeys(example.target for example in examples))
-        size, longest = self.context.evaluation.batch_size, self.context.data.max_target_length
-        vectors = embed(self.encoder, texts, max_length=longest, batch_size=size)
+        vectors = self._embed_passages(texts)
         place = {text: number for number, text in enumerate(texts)}
         own = np.array([place[example.target] for example in examples])
         scores = questions @ vectors.T

@@ -29,6 +29,13 @@ class RetrievalSettings(MethodSettingsBase):
         "none", description="Fine-tune the encoder on the clients' pairs of question and passage"
     )
     rank: int = Field(8, ge=1, le=4096, description="Rank of that fine-tuning (train = lora)")
+    shared_negatives: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="In training, vectors of this many passages that each client sends in a round, so that "
+        "the others' questions are told apart from them too; 0: none",
+    )
     temperature: float = Field(0.05, gt=0, le=10, description="Temperature of its contrastive loss")
     chunk_length: int = Field(128, ge=4, le=100_000, description="Tokens of a chunk")
     chunk_overlap: int = Field(16, ge=0, description="Tokens that a chunk shares with the one before")
@@ -111,6 +118,10 @@ class RetrievalSettings(MethodSettingsBase):
                 "method.share = 'answer': a client writes an answer to a question that it is sent; set "
                 "method.send_query_text = true"
             )
+        if self.shared_negatives and self.train == "none":
+            raise ValueError(
+                f"method.shared_negatives = {self.shared_negatives}: needs method.train = 'full' or 'lora'"
+            )
         for name, policy in self.share_of.items():
             if policy not in ("passages", "scores", "answer"):
                 raise ValueError(
@@ -138,6 +149,11 @@ class RetrievalSettings(MethodSettingsBase):
                 raise ValueError(
                     f"[{key}]: has no meaning while method.train = 'none'; leave it at its defaults"
                 )
+        if self.shared_negatives and sections["compression"].kind != "none":
+            raise ValueError(
+                f"compression.kind = {sections['compression'].kind!r}: is for changes of weights, not for "
+                "the vectors of method.shared_negatives; leave it at 'none'"
+            )
         if self.train == "none" and sections["rounds"].count != 1:
             raise ValueError(
                 f"rounds.count = {sections['rounds'].count}: with method.train = 'none' there is nothing to "
