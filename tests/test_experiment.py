@@ -189,6 +189,16 @@ def test_a_rate_is_chosen_by_its_mean_over_seeds(small: dict[str, Any], tmp_path
     assert chosen_tables(content) == {("prefix",): {"training": {"learning_rate": 0.2}}}
 
 
+def test_some_cells_have_other_rates(small: dict[str, Any], tmp_path: Path) -> None:
+    other = {"match": {"training": "centralised"}, "rates": {"lora": [1.0, 2.0]}}
+    path = written(tmp_path, small, search={**SEARCH, "instead": [other]}, seeds=[3])
+    assert {t.name.removesuffix("--seed-3") for t in opened(path).trials()} == {
+        "prefix--federated--0.001", "prefix--federated--0.1", "prefix--centralised--0.001",
+        "prefix--centralised--0.1", "lora--federated--0.0001", "lora--federated--0.01",
+        "lora--centralised--1", "lora--centralised--2",
+    }  # fmt: skip
+
+
 def test_one_that_fails_does_not_stop_the_others(command: Any, small: dict[str, Any], tmp_path: Path) -> None:
     path = written(
         tmp_path, small, seeds=[3], exclude=[{"training": "centralised"}, {"partition": "skewed"}],
@@ -357,6 +367,15 @@ def test_tables_and_page_from_results_alone(small: dict[str, Any], tmp_path: Pat
         ({"search": {"rates": {"prefix": [0.0], "lora": [0.1]}}}, "must be different numbers above 0"),
         ({"search": {"rates": {"prefix": [1.0], "lora": [1.0]}, "seeds": [1, 1]}},
          "search: seeds = .1, 1.: must be different numbers from 0"),
+        ({"search": {"rates": {"prefix": [1.0], "lora": [1.0]},
+                     "instead": [{"match": {"training": "centralised"}, "rates": {"lora": [1.0, 2.0]}}]}},
+         "same number of trials"),
+        ({"search": {"rates": {"prefix": [1.0], "lora": [1.0]},
+                     "instead": [{"match": {"training": "centralised"}, "rates": {"lora": [2.0]}}]}},
+         "search.instead 1: 'training' is not among search.per"),
+        ({"search": {"rates": {"prefix": [1.0], "lora": [1.0]},
+                     "instead": [{"match": {"training": "central"}, "rates": {"lora": [2.0]}}]}},
+         "search.instead 1: axis 'training' has no point 'central'"),
         ({"report": {"columns": "alpha"}}, "report: there is no axis 'alpha'"),
         ({"report": {"columns": "method", "rows": ["method"]}}, "report.rows: 'method' is the axis of the"),
         ({"base": {"traning": {}}}, "cell federated--prefix--iid: traning: unknown setting"),

@@ -49,7 +49,7 @@ def trials(
     found = []
     for group, at in first.items():
         at = {**at, **dict(zip(search_axes(settings), group, strict=True))}
-        for rate in search.rates[at[search.axis]]:
+        for rate in search.rates_at(at):
             more = merged(search.set, nested(search.setting, rate))
             # A trial is read on the development split alone; the rest need not be measured.
             more = merged({"evaluation": {"untuned": False}}, more)

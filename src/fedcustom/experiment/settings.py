@@ -31,11 +31,19 @@ class Override(Settings):
     set: dict[str, Any] = Field(description="Tables of a recipe")
 
 
+class OtherRates(Settings):
+    """Rates of some cells, in place of the search's own: another optimiser wants others."""
+
+    match: Match = Field(description="Which cells")
+    rates: dict[str, list[float]] = Field(description="The rates to try, as many as elsewhere")
+
+
 class SearchSettings(Settings):
     """A learning rate for each point of an axis, chosen on the development split."""
 
     axis: str = Field("method", description="The axis whose points each have a list of rates")
     rates: dict[str, list[float]] = Field(description="The rates to try, as many for every point")
+    instead: list[OtherRates] = Field(default_factory=list, description="Other rates for some cells")
     per: list[str] = Field(
         default_factory=list, description="Axes for each of whose points the search is made anew"
     )
@@ -52,13 +60,24 @@ class SearchSettings(Settings):
     def _is_fair(self) -> Self:
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0:
             raise ValueError(f"seeds = {self.seeds}: must be different numbers from 0")
-        counts = {point: len(rates) for point, rates in self.rates.items()}
+        tables = {"rates": self.rates}
+        tables |= {f"instead {n}": other.rates for n, other in enumerate(self.instead, 1)}
+        counts = {f"{name}.{key}": len(rates) for name, t in tables.items() for key, rates in t.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
             raise ValueError(f"rates: every method must have the same number of trials, not {counts}")
-        for point, rates in self.rates.items():
-            if len(set(rates)) < len(rates) or min(rates) <= 0:
-                raise ValueError(f"rates.{point} = {rates}: must be different numbers above 0")
+        for name, table in tables.items():
+            for point, rates in table.items():
+                if len(set(rates)) < len(rates) or min(rates) <= 0:
+                    raise ValueError(f"{name}.{point} = {rates}: must be different numbers above 0")
         return self
+
+    def rates_at(self, at: Mapping[str, str]) -> list[float]:
+        """The rates to try for a cell at these points: the last that are given for it."""
+        found = self.rates[at[self.axis]]
+        for other in self.instead:
+            if matches(other.match, at):
+                found = other.rates.get(at[self.axis], found)
+        return found
 
 
 class EstimateSettings(Settings):
@@ -135,6 +154,11 @@ class ExperimentSettings(Settings):
             _check_axes([self.search.axis, *self.search.per, *self.search.at], points, "search")
             check_match({self.search.axis: list(self.search.rates)}, points, "search.rates")
             check_match(dict(self.search.at), points, "search.at")
+            for number, other in enumerate(self.search.instead, 1):
+                check_match(other.match, points, f"search.instead {number}")
+                check_match({self.search.axis: list(other.rates)}, points, f"search.instead {number}.rates")
+                if apart := other.match.keys() - {self.search.axis, *self.search.per}:
+                    raise ValueError(f"search.instead {number}: {min(apart)!r} is not among search.per")
             if missing := points[self.search.axis].keys() - self.search.rates.keys():
                 raise ValueError(f"search.rates: none for {', '.join(sorted(missing))}")
         if self.estimate is not None:
