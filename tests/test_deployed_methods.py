@@ -152,7 +152,10 @@ def test_retrieval_is_the_same_across_sites(tiny: dict[str, str], tmp_path: Path
             "target": "{answer}", "max_length": 16, "max_target_length": 24,
         },
         "clients": {"partition": "natural", "column": "site", "test_fraction": 0.0},
-        "method": {"name": "retrieval", "chunk_length": 12, "chunk_overlap": 4, "train": "lora"},
+        "method": {
+            "name": "retrieval", "chunk_length": 12, "chunk_overlap": 4, "train": "lora",
+            "shared_negatives": 3,
+        },
         "training": {"cohort_width": 1, "local_steps": 2, "batch_size": 8},
         "rounds": {"count": 2},
     }  # fmt: skip

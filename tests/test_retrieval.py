@@ -17,7 +17,7 @@ from fedcustom import library
 from fedcustom.cli import app
 from fedcustom.data.examples import ClientData, LearningTask
 from fedcustom.errors import DataError, FedcustomError, ModelError, RecipeError, RunError, UpdateError
-from fedcustom.methods import Client, Task, Update
+from fedcustom.methods import Client, State, Task, Update
 from fedcustom.methods.retrieval import Retrieval, RetrievalSettings
 from fedcustom.methods.retrieval.negatives import BORROWED, LENT, Negatives
 from fedcustom.models.embedding import embed
@@ -187,16 +187,19 @@ def test_privacy_is_measured(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert noisy.summary["metrics"]["mrr"] != plain.summary["metrics"]["mrr"]
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
-def test_training_goes_on_after_a_stop(recipe: dict[str, Any], tmp_path: Path, train: str) -> None:
+@pytest.mark.parametrize(("train", "shared"), [("lora", 0), ("full", 0), ("full", 3)])
+def test_training_goes_on_after_a_stop(
+    recipe: dict[str, Any], tmp_path: Path, train: str, shared: int
+) -> None:
     held = {
-        **changed(recipe, train=train, temperature=0.2),
+        **changed(recipe, train=train, temperature=0.2, shared_negatives=shared),
         "rounds": {"count": 3},
         "training": {"local_steps": 2, "batch_size": 6, "learning_rate": 1e-3},
         "evaluation": {"select": "last", "untuned": False},
     }
     whole = fedcustom.run(held, out=tmp_path / "whole")
-    assert whole.history["train_loss"].iloc[-1] < whole.history["train_loss"].iloc[0]
+    if not shared:  # from round 2 on there are more passages to tell a question apart from
+        assert whole.history["train_loss"].iloc[-1] < whole.history["train_loss"].iloc[0]
 
     class Stop(Silent):
         def round(self, row: Any) -> None:
@@ -207,6 +210,7 @@ def test_training_goes_on_after_a_stop(recipe: dict[str, Any], tmp_path: Path, t
         fedcustom.run(held, out=tmp_path / "run", progress=Stop())
     again = fedcustom.run(held, out=tmp_path / "run", resume=True)
     assert ranks(again) == ranks(whole)
+    assert list(again.history["train_loss"]) == list(whole.history["train_loss"])
     reply = library.ask(again.directory, rows(1)[0]["question"])
     before = library.ask(whole.directory, rows(1)[0]["question"])
     assert reply.passages == before.passages
@@ -245,7 +249,7 @@ def test_clients_lend_each_other_negatives(
     lent: dict[str, torch.Tensor] = {}
     for number, name, task, update, data in seen:
         assert (BORROWED in task.tensors) == (number == 2)
-        assert (LENT in update.tensors) == (name != "site-1")
+        assert (LENT in update.tensors) == (number == 1 and name != "site-1")  # nobody borrows after the last
         if number == 1 and name != "site-1":
             assert update.tensors[LENT].shape == (4, 32)
             passages = sorted({example.target for example in data.train})
@@ -266,7 +270,7 @@ def test_clients_lend_each_other_negatives(
 
 def test_lent_vectors_are_checked(recipe: dict[str, Any]) -> None:
     settings = RetrievalSettings(train="full", shared_negatives=4)
-    negatives = Negatives(settings, 0, lambda texts: np.zeros((len(texts), 2), dtype=np.float32))
+    negatives = Negatives(settings, 0, 2, lambda texts: np.zeros((len(texts), 2), dtype=np.float32))
     unit = torch.nn.functional.normalize(torch.ones(4, 2)).half()
     negatives.check(Update({LENT: unit}), 2)
     negatives.check(Update({}), 2)
@@ -281,6 +285,20 @@ def test_lent_vectors_are_checked(recipe: dict[str, Any]) -> None:
     for vectors in bad:
         with pytest.raises(UpdateError, match="negatives/lent"):
             negatives.check(Update({LENT: vectors}), 2)
+    with pytest.raises(UpdateError, match="wrong tensor names: negatives/more"):
+        negatives.check(Update({LENT: unit, "negatives/more": unit}), 2)
+
+
+def test_what_is_lent_is_kept_for_one_round() -> None:
+    settings = RetrievalSettings(train="full", shared_negatives=4)
+    negatives = Negatives(settings, 0, 9, lambda texts: np.zeros((len(texts), 2), dtype=np.float32))
+    state = negatives.kept(State({}, {"m/w": torch.ones(1)}), {"b": torch.ones(1, 2), "a": torch.zeros(2, 2)})
+    tasks = negatives.offered(state, {name: Task("train") for name in ("a", "b", "c")})
+    assert tasks["a"].tensors[BORROWED].tolist() == [[1, 1]]
+    assert tasks["c"].tensors[BORROWED].tolist() == [[0, 0], [0, 0], [1, 1]]
+    state = negatives.kept(state, {"b": torch.ones(1, 2)})
+    assert state.server.keys() == {"m/w", "negatives/lent/b"}
+    assert BORROWED not in negatives.offered(state, {"b": Task("train")})["b"].tensors
 
 
 def test_a_trained_run_keeps_the_index_of_its_encoder_alone(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -396,6 +414,27 @@ def test_a_client_without_documents_is_left_out(recipe: dict[str, Any], tmp_path
             },
             RecipeError,
             "compression.kind = 'top_k': is for changes of weights",
+        ),
+        (
+            {
+                "method": {"name": "retrieval", "train": "full", "shared_negatives": 8},
+                "attack": {"kind": "sign_flip"},
+            },
+            RecipeError,
+            "attack.kind = 'sign_flip': is for changes of weights",
+        ),
+        (
+            {
+                "method": {"name": "retrieval", "train": "full", "shared_negatives": 8},
+                "aggregation": {"rule": "fltrust"},
+            },
+            RecipeError,
+            "rule = 'fltrust': the server's own training has no negatives",
+        ),
+        (
+            {"method": {"name": "retrieval", "train": "full", "shared_negatives": 8, "share": "scores"}},
+            RecipeError,
+            "no client lends any while method.share = 'scores'",
         ),
         (
             {"method": {"name": "retrieval", "router_weight": 0.1}},

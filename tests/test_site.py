@@ -265,6 +265,13 @@ def test_the_policy_wins_over_the_recipe(small: dict[str, Any]) -> None:
             check_recipe(policy, recipe)
     with pytest.raises(PolicyError, match="trust_remote_code"):
         check_recipe(PolicySettings(), load_recipe(recipe, {"model.trust_remote_code": True}))
+    lends = {
+        "data": {"task": "retrieval", "prompt": "{q}", "target": "{a}"},
+        "method": {"name": "retrieval", "train": "full", "shared_negatives": 4},
+    }
+    check_recipe(PolicySettings(), load_recipe(lends))
+    with pytest.raises(PolicyError, match=r"texts = false: method.shared_negatives would send vectors"):
+        check_recipe(PolicySettings(texts=False), load_recipe(lends))
     check_round(PolicySettings(max_rounds=2), 1)
     with pytest.raises(PolicyError, match="max_rounds = 2"):
         check_round(PolicySettings(max_rounds=2), 2)

@@ -66,6 +66,8 @@ class SearchSettings(Settings):
         if len(set(counts.values())) != 1 or 0 in counts.values():
             raise ValueError(f"rates: every method must have the same number of trials, not {counts}")
         for name, table in tables.items():
+            if not table:
+                raise ValueError(f"{name}: no rates are given")
             for point, rates in table.items():
                 if len(set(rates)) < len(rates) or min(rates) <= 0:
                     raise ValueError(f"{name}.{point} = {rates}: must be different numbers above 0")
@@ -157,6 +159,9 @@ class ExperimentSettings(Settings):
             for number, other in enumerate(self.search.instead, 1):
                 check_match(other.match, points, f"search.instead {number}")
                 check_match({self.search.axis: list(other.rates)}, points, f"search.instead {number}.rates")
+                meant = other.match.get(self.search.axis, list(other.rates))
+                if out := other.rates.keys() - ({meant} if isinstance(meant, str) else set(meant)):
+                    raise ValueError(f"search.instead {number}.rates.{min(out)}: is not among those matched")
                 if apart := other.match.keys() - {self.search.axis, *self.search.per}:
                     raise ValueError(f"search.instead {number}: {min(apart)!r} is not among search.per")
             if missing := points[self.search.axis].keys() - self.search.rates.keys():

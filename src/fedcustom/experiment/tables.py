@@ -177,7 +177,9 @@ def target_of(report: ReportSettings, group: Group, groups: Sequence[Group]) -> 
 
 
 def search_table(content: Mapping[str, Any]) -> Table:
-    """The trials of a search: each rate with its score on the development split, the chosen one in bold."""
+    """The trials of a search: each rate with its score on the development split, the mean over the search's
+    seeds, the chosen one in bold.
+    """
     rows = []
     for name, entry in content["groups"].items():
         cells = []
@@ -187,7 +189,7 @@ def search_table(content: Mapping[str, Any]) -> Table:
             cells.append(f"**{text}**" if trial["rate"] == entry["chosen"] else text)
         rows.append([name, *cells, "yes" if entry["at_edge"] else ""])
     most = max(len(row) for row in rows) - 2
-    heading = f"Search of {content['setting']}, development split"
+    heading = f"Search of {content['setting']}, development split, mean over the search's seeds"
     return Table(heading, ["", *(f"trial {n}" for n in range(1, most + 1)), "best at the edge"], rows)
 
 

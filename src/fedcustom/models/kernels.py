@@ -25,7 +25,7 @@ def attend_in_float32_on_processors() -> None:
 
     Torch's backward pass of attention in bfloat16 takes ten times as long there as in float32, and longer
     than all matrix products of a small model together. Whatever else attention is asked for goes on as
-    before.
+    before. It holds for the whole process, as ``transformers`` has one such function for all models.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

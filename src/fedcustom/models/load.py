@@ -257,8 +257,7 @@ def measure_precision(model: Any, device: torch.device) -> dict[Precision, float
     """Seconds of a forward and a backward pass through the loaded model in each precision, over 8 rows of 64
     tokens (or as many as it takes): two steps each, of which the second counts.
 
-    Whole steps, since a fast matrix product says little: on some processors the backward pass of attention
-    in bfloat16 takes longer than all of them.
+    Whole steps, since a fast matrix product says little of what stands between the products.
     """
     embed = model.get_input_embeddings()
     ids = torch.zeros(8, min(64, context_length(model.config) or 64), dtype=torch.long, device=device)

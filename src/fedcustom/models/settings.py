@@ -19,7 +19,8 @@ class ModelSettings(Settings):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model")
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
         "float32",
-        description="Precision of forward and backward passes; auto: the faster in two steps on this machine",
+        description="Precision of forward and backward passes, but for attention where a processor trains: "
+        "that is float32; auto: the faster in two steps on this machine",
     )
     compile: bool = Field(
         False,

@@ -37,6 +37,10 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
         raise PolicyError("method.instructions_file: a site opens no files that a recipe names")
     if recipe.model.trust_remote_code:
         raise PolicyError("model.trust_remote_code = true: a site runs no code that a recipe brings")
+    if not policy.texts and getattr(recipe.method, "shared_negatives", None):
+        raise PolicyError(
+            "policy.texts = false: method.shared_negatives would send vectors from which texts can be guessed"
+        )
     if policy.minimum_noise > 0:
         raise PolicyError(
             f"policy.minimum_noise = {policy.minimum_noise}: the recipe asks for no privacy noise, "

@@ -25,6 +25,7 @@ from ..one_by_one import OneByOne
 from ..peft_support import loading_page
 from ..technique import Context, Technique
 from ..tuning import WeightTuning
+from ..update_checks import check_state
 from .checks import check_answer
 from .chunking import digest
 from .client import Librarian
@@ -78,7 +79,9 @@ class Retrieval(OneByOne):
         self.librarian = Librarian(settings, self.base.tokenizer, self._embed, self.generator)
         self.searcher = Searcher(settings, self._embed_questions)
         shares = settings.shared_negatives and context.keeps == "nothing"
-        self.negatives = Negatives(settings, context.seed, self._embed_passages) if shares else None
+        self.negatives = (
+            Negatives(settings, context.seed, context.rounds, self._embed_passages) if shares else None
+        )
         self.report: dict[str, Any] = {}
 
     # --- rounds ---
@@ -274,7 +277,9 @@ class Retrieval(OneByOne):
         if self.negatives is None:
             return tuning.work(task, client)
         own = plain(task)
-        tuning.tuned.write(tuning.ownership.complete(own.tensors))
+        tensors = tuning.ownership.complete(own.tensors)
+        check_state(tuning.tuned.inwards(tensors), tuning.tuned.parameters)
+        tuning.tuned.write(tensors)
         lent = self.negatives.lend(client, int(task.values["round"]))
         self.contrastive.negatives = task.tensors.get(BORROWED)
         try:

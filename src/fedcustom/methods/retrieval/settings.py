@@ -12,6 +12,9 @@ from ..settings import MethodSettingsBase
 Policy = Literal["passages", "scores", "answer"]
 
 
+CHANGES_ALONE = (("compression", "kind", "none"), ("attack", "kind", "none"))
+"""Sections that act on whatever an update holds, and what they must be where that is more than changes."""
+
 UNTRAINED = ("aggregation", "compression", "participation", "attack")
 """Sections that act on training alone."""
 
@@ -33,8 +36,8 @@ class RetrievalSettings(MethodSettingsBase):
         0,
         ge=0,
         le=100_000,
-        description="In training, vectors of this many passages that each client sends in a round, so that "
-        "the others' questions are told apart from them too; 0: none",
+        description="In federated training, vectors of this many passages that each client sends in a round, "
+        "so that the others' questions are told apart from them too; 0: none",
     )
     temperature: float = Field(0.05, gt=0, le=10, description="Temperature of its contrastive loss")
     chunk_length: int = Field(128, ge=4, le=100_000, description="Tokens of a chunk")
@@ -122,6 +125,11 @@ class RetrievalSettings(MethodSettingsBase):
             raise ValueError(
                 f"method.shared_negatives = {self.shared_negatives}: needs method.train = 'full' or 'lora'"
             )
+        if self.shared_negatives and "passages" not in (self.share, *self.share_of.values()):
+            raise ValueError(
+                f"method.shared_negatives = {self.shared_negatives}: no client lends any while method.share "
+                f"= {self.share!r}; only those with 'passages' do"
+            )
         for name, policy in self.share_of.items():
             if policy not in ("passages", "scores", "answer"):
                 raise ValueError(
@@ -149,10 +157,16 @@ class RetrievalSettings(MethodSettingsBase):
                 raise ValueError(
                     f"[{key}]: has no meaning while method.train = 'none'; leave it at its defaults"
                 )
-        if self.shared_negatives and sections["compression"].kind != "none":
+        for key, setting, allowed in CHANGES_ALONE if self.shared_negatives else ():
+            if (value := getattr(sections[key], setting)) != allowed:
+                raise ValueError(
+                    f"{key}.{setting} = {value!r}: is for changes of weights, not for the vectors of "
+                    f"method.shared_negatives; leave it at {allowed!r}"
+                )
+        if self.shared_negatives and sections["aggregation"].rule == "fltrust":
             raise ValueError(
-                f"compression.kind = {sections['compression'].kind!r}: is for changes of weights, not for "
-                "the vectors of method.shared_negatives; leave it at 'none'"
+                "aggregation.rule = 'fltrust': the server's own training has no negatives to borrow; leave "
+                "method.shared_negatives at 0"
             )
         if self.train == "none" and sections["rounds"].count != 1:
             raise ValueError(
