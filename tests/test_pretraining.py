@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scripts.pretraining import model, optimizers, training
-from scripts.pretraining.checkpoints import PROGRESS
+from scripts.pretraining.checkpoints import PROGRESS, first_progress
 from scripts.pretraining.corpus import is_held_out, window_batch
 from scripts.pretraining.export import export
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -202,6 +202,13 @@ def test_a_moved_end_is_on_record(options: argparse.Namespace, tmp_path: Path) -
     assert "Until 2,048 tokens, 2,048 were planned" in card
     assert "--tokens 4096" in card
     assert "all layers from the start" in card
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b'{"steps": {}, "layers": 2}'])
+def test_damaged_progress_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "training.json").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"--begin: .*training.json is damaged: "):
+        first_progress(tmp_path, 2)
 
 
 def test_another_corpus_or_a_finished_beginning_is_refused(

@@ -82,10 +82,19 @@ def _last_checkpoint(folder: Path) -> Path | None:
 def first_progress(begin: Path | None, layers: int) -> dict[str, Any]:
     """Progress before the first step: none, or that of the exported model ``begin``, which is then an earlier
     part.
+
+    Raises:
+        SystemExit: its file of progress is damaged, in one line.
     """
     if begin is None:
         return {"tokens": 0, "seconds": 0.0, "steps": {}, "validation": [], "layers": layers, "begun": 0}
-    state: dict[str, Any] = json.loads((begin / PROGRESS).read_text())
+    try:
+        state: dict[str, Any] = json.loads((begin / PROGRESS).read_text(encoding="utf-8"))
+        missing = {"tokens", "steps", "layers"} - state.keys()
+    except (ValueError, AttributeError) as error:
+        sys.exit(f"--begin: {begin / PROGRESS} is damaged: {error}")
+    if missing:
+        sys.exit(f"--begin: {begin / PROGRESS} is damaged: it lacks {min(missing)!r}")
     part = {key: state[key] for key in ("tokens", "planned", "machine", *OPTIONS) if key in state}
     part |= {"replanned": state.pop("replanned", [])}
     return {**state, "begun": state["tokens"], "earlier": [*state.get("earlier", []), part]}
