@@ -146,7 +146,14 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     generator = np.random.default_rng(arguments.seed)
-    texts = sentences(arguments.corpus, 60_000)
+    try:
+        texts = sentences(arguments.corpus, 60_000)
+    except (ValueError, KeyError, TypeError, AttributeError, lzma.LZMAError):
+        parser.error(f"--corpus: {arguments.corpus} must hold JSON lines, each with a text under 'text'")
+    if len(texts) < 100:
+        parser.error(
+            f"--corpus: {arguments.corpus} holds {len(texts)} sentences of 5 to 12 words; 100 at least"
+        )
     tokenizer = make_tokenizer(texts, 4096)
     words = sorted({word.lower() for text in texts[:5000] for word in re.findall(r"[A-Za-z]{3,}", text)})
     model = LlamaForCausalLM(

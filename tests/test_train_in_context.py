@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from scripts.train_in_context import TEMPLATES, answer_loss, batch_of, episode, make_tokenizer, repeated
+from scripts.train_in_context import TEMPLATES, answer_loss, batch_of, episode, main, make_tokenizer, repeated
 
 TEXTS = [" ".join(f"w{i}-{place}" for place in range(8)) for i in range(40)]
 WORDS = [f"label{i}" for i in range(30)]
@@ -25,6 +28,30 @@ def test_the_answer_is_that_of_the_most_similar_demonstration() -> None:
         shared = [sum(x == y for x, y in zip(query, shown.split(), strict=True)) for shown in questions[:-1]]
         agreed += answers[int(np.argmax(shared))] == answers[-1]
     assert agreed > 180
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds 0 sentences"),
+        (b'{"txt": 1}\n', "must hold JSON lines"),
+        (b"\xff", "must hold JSON lines"),
+    ],
+)
+def test_a_corpus_that_is_none_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+    message: str,
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["train", "--corpus", str(corpus), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_answers_alone_are_learnt() -> None:
