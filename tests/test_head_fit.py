@@ -199,6 +199,30 @@ def test_only_what_the_recipe_asks_for_is_answered(tiny: dict[str, str]) -> None
         assert isinstance(answer, UpdateError)
 
 
+def test_once_fitted_the_adjustment_is_relative_to_the_labels_of_all(tiny: dict[str, str]) -> None:
+    """By Bayes' rule: a client's logits plus log(own share / everybody's); and nothing where it is alone."""
+    method = make(tiny["bert"], "prefix", training={**ROUND, "logit_adjustment": 1.0})
+    clients = skewed()
+    state, answers = sent(method, clients)
+    state = method.merge(state, iter(answers))
+    labels = {name: [e.label for e in client.data.train] for name, client in clients.items()}
+    together = [sum(rows.count(c) for rows in labels.values()) for c in range(LABELS)]
+    assert state.values["label_counts"] == together
+    for name, task in method.ask(state, 2, {name: {"epochs": 1} for name in clients}).items():
+        everybody = (np.array(together) + 1) / (sum(together) + LABELS)
+        own = (np.bincount(labels[name], minlength=LABELS) + LABELS * everybody) / (
+            len(labels[name]) + LABELS
+        )
+        offset = method._label_offset(task, clients[name])
+        assert offset is not None
+        assert offset.numpy() == pytest.approx(np.log(own / everybody), rel=1e-5)
+        for wrong in ([1, 2], [1, 2, -3], [1, 2, True], [1, 2, 3.0], "123"):
+            with pytest.raises(UpdateError, match=r"label_counts .* must be 3 whole numbers"):
+                method.work(replace(task, values={**task.values, "label_counts": wrong}), clients[name])
+    method.context = replace(method.context, keeps="everything")
+    assert method._label_offset(task, clients[name]) is None
+
+
 @pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam"])
 def test_a_former_head_is_forgotten(tiny: dict[str, str], optimizer: str) -> None:
     """By the server's optimiser and, in a centralised run, by the client's."""
@@ -217,7 +241,7 @@ def test_a_former_head_is_forgotten(tiny: dict[str, str], optimizer: str) -> Non
         assert any("classifier" in name for name in client.memory.tensors) == (number == 1)
     assert any(t.any() for t in state.server.values())
     assert any("moments/" in name for name in client.memory.tensors)
-    assert not state.values
+    assert state.values == {"label_counts": [2, 3, 4]}
     task = method.ask(state, 3, {"c": {"epochs": 1}})["c"]
     method.check(task, method.work(task, client))
 

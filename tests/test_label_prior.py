@@ -44,6 +44,29 @@ def test_without_a_floor_labels_that_a_client_lacks_leave_its_softmax() -> None:
     torch.testing.assert_close(shares[1:], (logits[1:] + kept).softmax(0), rtol=1e-4, atol=1e-5)
 
 
+@given(st.lists(st.integers(0, 3), max_size=30), st.lists(st.integers(0, 40), min_size=4, max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_relative_to_everybody_the_offset_is_the_ratio_of_shares(
+    labels: list[int], others: list[int]
+) -> None:
+    """The client's shares, drawn towards everybody's by s examples a label, over everybody's."""
+    overall = [others[c] + labels.count(c) for c in range(4)]
+    found = label_offset(labels, 4, strength=2.0, prior_count=0.5, overall=overall)
+    for c in range(4):
+        everybody = (overall[c] + 0.5) / (sum(overall) + 2)
+        own = (labels.count(c) + 2 * everybody) / (len(labels) + 2)
+        assert float(found[c]) == pytest.approx(2 * math.log(own / everybody), rel=1e-5, abs=1e-6)
+
+
+@given(st.lists(st.integers(1, 9), min_size=3, max_size=3), st.integers(1, 20))
+@settings(max_examples=20, deadline=None)
+def test_a_client_like_everybody_adds_nothing(counts: list[int], clients: int) -> None:
+    """To the floor's rounding: shares that are equal but for the examples that it adds."""
+    labels = [c for c in range(3) for _ in range(100 * counts[c])]
+    found = label_offset(labels, 3, overall=[100 * clients * count for count in counts])
+    assert float(found.abs().max()) < 0.02
+
+
 def skewed() -> dict[str, Client]:
     pool = classification_examples(60)
     return {

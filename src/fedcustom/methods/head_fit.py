@@ -15,13 +15,16 @@ from ..errors import RecipeError, RunError, UpdateError
 from ..models.forward import classification_logits
 from ..models.load import Base
 from ..tensors import Tensors, is_finite
-from .contract import Answer, State, Update
+from .contract import Answer, State, Update, Values
 from .objective import Objective
 from .technique import Tuned
 from .update_checks import check_forms
 
 FIT_HEAD = "fit head"
 """The kind of task that asks for a client's sums."""
+
+LABEL_COUNTS = "label_counts"
+"""The value of a state, and of a task, that says how many examples of each label all clients have."""
 
 COUNT = 0.5
 """Added to each label's number of examples in the head's bias, so that a label without any is unlikely, and
@@ -124,14 +127,42 @@ class HeadFit:
             raise UpdateError("the scatter is smaller in some direction than the totals allow")
 
     def merge(self, state: State, answers: Iterable[Answer]) -> State:
-        """The state with the fitted head, whose former momentum at the server is gone."""
-        fitted = self.fit(answer.update.tensors for answer in answers)
+        """The state with the fitted head, whose former momentum at the server is gone, and the number of
+        examples of each label.
+        """
+        counts = torch.zeros(self.layer.out_features, dtype=torch.int64)
+
+        def noted() -> Iterator[Tensors]:
+            for answer in answers:
+                counts.add_(answer.update.tensors["counts"])
+                yield answer.update.tensors
+
+        fitted = self.fit(noted())
         server = {
             name: torch.zeros_like(tensor) if name.partition("/")[2] in self.names else tensor
             for name, tensor in state.server.items()
         }
         values = {key: value for key, value in state.values.items() if key != "method"}
-        return State({**state.tensors, **fitted}, server, values)
+        return State({**state.tensors, **fitted}, server, values | {LABEL_COUNTS: counts.tolist()})
+
+    def label_counts(self, values: Values) -> list[int] | None:
+        """What a task's values say of the labels of all clients; None before the head was first fitted.
+
+        Raises:
+            UpdateError: they are not counts of these labels.
+        """
+        counts = values.get(LABEL_COUNTS)
+        if counts is None:
+            return None
+        if (
+            not isinstance(counts, list)
+            or len(counts) != self.layer.out_features
+            or any(type(count) is not int or not 0 <= count < 2**53 for count in counts)
+        ):
+            raise UpdateError(
+                f"{LABEL_COUNTS} {counts!r}: must be {self.layer.out_features} whole numbers from 0"
+            )
+        return counts
 
     def fit(self, clients: Iterable[Tensors]) -> Tensors:
         """The last layer's weight and bias, from the sums of clients.

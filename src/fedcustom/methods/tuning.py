@@ -20,7 +20,7 @@ from ..training.label_prior import label_offset
 from ..training.local import LocalResult, learning_rate, schedule_factor
 from .contract import Answer, Client, Memory, State, Task, Update, Values
 from .corrections import CONTROL, Correction, make_correction
-from .head_fit import FIT_HEAD, HeadFit, looked_at
+from .head_fit import FIT_HEAD, LABEL_COUNTS, HeadFit, looked_at
 from .local_training import Job, LocalTraining, batch_ranges
 from .merging import BASE_CHANGE, Arrival, Merging
 from .objective import Objective, Supervised
@@ -79,13 +79,16 @@ class WeightTuning:
         """
         factor = schedule_factor(self.context.training, round_number, self.context.rounds)
         kind = FIT_HEAD if round_number in self.head_fit.rounds else "train"
+        known: Values = {}
+        if kind == "train" and self.context.training.logit_adjustment and LABEL_COUNTS in state.values:
+            known[LABEL_COUNTS] = state.values[LABEL_COUNTS]
         tasks = {}
         for name, amount in work.items():
             tensors: Tensors = {}
             if self.context.keeps != "everything":
                 tensors = self.ownership.travelling(self.merging.down(state.tensors, name, round_number))
                 tensors |= {n: t for n, t in state.server.items() if n.startswith(CONTROL)}
-            values = {"learning_rate_factor": factor, "round": round_number, **amount}
+            values = {"learning_rate_factor": factor, "round": round_number, **known, **amount}
             tasks[name] = Task(kind, tensors, values)
         return tasks
 
@@ -220,7 +223,7 @@ class WeightTuning:
             shift=shift,
             seed=[*seed, start],
             stop=ranges[-1][1],
-            label_offset=None if own else self._label_offset(client),
+            label_offset=None if own else self._label_offset(task, client),
             resting=frozenset() if own else self.ownership.resting(int(task.values["round"])),
         )
 
@@ -254,9 +257,15 @@ class WeightTuning:
             memory.tensors = without(memory.tensors, "moments/") | named(moments, "moments/")
         return Update(sums, float(len(examples)))
 
-    def _label_offset(self, client: Client) -> Tensor | None:
-        """What the recipe has a client add to its logits in training."""
-        training = self.context.training
+    def _label_offset(self, task: Task, client: Client) -> Tensor | None:
+        """What the recipe has a client add to its logits in training; once the head was fitted, relative to
+        the labels that it was fitted to.
+        """
+        training, overall = self.context.training, None
+        if self.head_fit.rounds:
+            if self.context.keeps == "everything":
+                return None  # its head is fitted to its own labels
+            overall = self.head_fit.label_counts(task.values)
         if not training.logit_adjustment:
             return None
         return label_offset(
@@ -264,6 +273,7 @@ class WeightTuning:
             len(self.base.task.labels),
             strength=training.logit_adjustment,
             prior_count=training.prior_count,
+            overall=overall,
         )
 
     def _alone(self, job: Job) -> Update:
