@@ -165,6 +165,7 @@ def test_the_same_seed_gives_the_same_bits(small: dict[str, Any], tmp_path: Path
 
 
 def test_training_learns(small: dict[str, Any], tmp_path: Path) -> None:
+    small |= {"evaluation": {"select": "last"}}
     run = fedcustom.run(
         small, {"rounds.count": 15, "method.name": "full", "training.learning_rate": 3e-3}, out=tmp_path / "r"
     )

@@ -17,6 +17,8 @@ from .evaluation.metrics import CLASSIFICATION_METRICS, RETRIEVAL_METRICS
 from .evaluation.settings import EvaluationSettings
 from .methods import METHODS, MethodSettings
 from .methods.prefix import PrefixSettings
+from .methods.settings import TuningSettings
+from .models.load import architecture_of, load_configuration
 from .models.settings import ModelSettings
 from .recipe_words import explain, nearest
 from .settings import Settings
@@ -46,6 +48,9 @@ SELECTION_METRICS: dict[TaskKind, tuple[str, ...]] = {
 """By what the best round can be chosen."""
 
 DEFAULT_METRIC: dict[TaskKind, str] = {"classification": "accuracy", "generation": "loss", "retrieval": "mrr"}
+
+FEWEST_ROUNDS_TO_FIT = 5
+"""From how many rounds on the head is fitted by default, which takes two of them."""
 
 FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation")
 """Sections that a baseline leaves at their defaults."""
@@ -173,22 +178,27 @@ class Recipe(Settings):
         last = self.rounds.count
         wanted = self.training.rounds_of_head_fits(last)
         where = f"training.fit_head_rounds = {self.training.fit_head_rounds}"
-        if len(wanted) < len(self.training.fit_head_rounds) or not wanted <= set(range(1, last + 1)):
+        if len(wanted) < len(self.training.fit_head_rounds or ()) or not wanted <= set(range(1, last + 1)):
             raise ValueError(f"{where}: must be different rounds from 1 to rounds.count = {last}, or -1")
         if len(wanted) == last:
             raise ValueError(f"{where}: leaves no round of {last} to train in")
+        if reason := self._why_no_head_fit():
+            raise ValueError(f"{where}: {reason}")
+
+    def _why_no_head_fit(self) -> str | None:
+        """What the sums that a head is fitted from do not go with."""
+        attack = self.attack.kind
         if self.aggregation.rule != "mean" or self.aggregation.correction != "none":
-            raise ValueError(f"{where}: needs aggregation.rule = 'mean' and aggregation.correction = 'none'")
+            return "needs aggregation.rule = 'mean' and aggregation.correction = 'none'"
         if self.participation.buffer is not None:
-            raise ValueError(f"{where}: needs all clients at one state; leave participation.buffer unset")
+            return "needs all clients at one state; leave participation.buffer unset"
         if "head" in self.personalisation.keep:
-            raise ValueError(f"{where}: does not go with personalisation.keep = ['head']")
-        if self.attack.kind in ("sign_flip", "random", "alie"):
-            raise ValueError(
-                f"{where}: attack.kind = {self.attack.kind!r} is defined for changes, not for sums"
-            )
+            return "does not go with personalisation.keep = ['head']"
+        if attack in ("sign_flip", "random", "alie"):
+            return f"attack.kind = {attack!r} is defined for changes, not for sums"
         if getattr(self.method, "variant", "") == "rolora":
-            raise ValueError(f"{where}: method.variant = 'rolora' needs every round to train in turn")
+            return "method.variant = 'rolora' needs every round to train in turn"
+        return None
 
     def _check_correction(self) -> None:
         """What corrections of client drift are defined for."""
@@ -240,11 +250,44 @@ class Recipe(Settings):
         return self.evaluation.metric or DEFAULT_METRIC[self.data.task]
 
     def complete(self) -> Recipe:
-        """With the method's own learning rate filled in where none is set."""
-        if self.training.learning_rate is not None:
+        """With the method's own learning rate where none is set, and with remedies for label skew where the
+        recipe says nothing of them and they are possible.
+
+        Raises:
+            ModelError: the model cannot be found, where they depend on it.
+        """
+        training, filled = self.training, dict[str, Any]()
+        if "training" in self.method.not_for:
             return self
-        rate = getattr(self.method, "default_learning_rate", None)
-        return self.model_copy(update={"training": self.training.model_copy(update={"learning_rate": rate})})
+        if training.learning_rate is None:
+            filled["learning_rate"] = getattr(self.method, "default_learning_rate", None)
+        if training.logit_adjustment is None or training.fit_head_rounds is None:
+            remedies = self._takes_remedies()
+            if training.logit_adjustment is None:
+                filled["logit_adjustment"] = 1.0 if remedies else 0.0
+            if training.fit_head_rounds is None:
+                filled["fit_head_rounds"] = [1, -1] if remedies else []
+        return self.model_copy(update={"training": training.model_copy(update=filled)}) if filled else self
+
+    def _takes_remedies(self) -> bool:
+        """Whether logit adjustment and a fitted head are the default: in federated training of a classifier
+        that is one model for all clients, where nothing was said of label skew and there are rounds to spare.
+        """
+        training = self.training
+        unsaid = training.logit_adjustment is None and training.fit_head_rounds is None
+        tunes = self.data.task == "classification" and isinstance(self.method, TuningSettings)
+        personal = getattr(self.method, "variant", "") == "fedsa" or getattr(self.method, "private_rank", 0)
+        return (
+            unsaid
+            and not training.freeze_head_rounds
+            and tunes
+            and self.baseline == "federated"
+            and self.rounds.count >= FEWEST_ROUNDS_TO_FIT
+            and not (personal or self.personalisation.keep)
+            and self._why_no_head_fit() is None
+            # Other architectures' heads have no bias, which the fit needs.
+            and architecture_of(load_configuration(self.model)) == "encoder"
+        )
 
     def for_method(self, name: str, baseline: Baseline = "federated") -> Recipe:
         """This recipe with another method and baseline, and with what ``[compare.<method>]`` and

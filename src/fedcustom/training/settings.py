@@ -38,12 +38,13 @@ class TrainingSettings(Settings):
     proximal: float = Field(
         0.0, ge=0, description="FedProx: weight mu of mu/2 * |w - w_global|^2 in the client's loss"
     )
-    logit_adjustment: float = Field(
-        0.0,
+    logit_adjustment: float | None = Field(
+        None,
         ge=0,
         le=10,
-        description="Classification: in training, this times the log of the client's own label shares is "
-        "added to the logits, against label skew; 1: balanced softmax; 0: off",
+        description="Classification, against label skew: in training, this times the log of the client's own "
+        "label shares (once the head was fitted: less that of everybody's) is added to the logits; 1: "
+        "balanced softmax; 0: off; unset: 1 where fit_head_rounds is unset too and the head is fitted",
     )
     prior_count: float = Field(
         1.0,
@@ -56,10 +57,11 @@ class TrainingSettings(Settings):
         ge=0,
         description="First rounds in which the head rests, and is not sent; all of them where it is fitted",
     )
-    fit_head_rounds: list[int] = Field(
-        default_factory=list,
+    fit_head_rounds: list[int] | None = Field(
+        None,
         description="Rounds in which all clients send sums of the head's inputs instead of training, and the "
-        "server fits the head to them; 1: before training begins, -1 (the last): after it",
+        "server fits the head to them; 1: before training begins, -1 (the last): after it; []: none; unset: "
+        "[1, -1] where that is possible, if no other remedy for label skew is set (docs/experiment.md)",
     )
     cohort_width: int | None = Field(
         None,
@@ -85,4 +87,4 @@ class TrainingSettings(Settings):
 
     def rounds_of_head_fits(self, last: int) -> frozenset[int]:
         """``fit_head_rounds`` of a run with ``last`` rounds, counted from 1."""
-        return frozenset(last if number == -1 else number for number in self.fit_head_rounds)
+        return frozenset(last if number == -1 else number for number in self.fit_head_rounds or ())

@@ -1,0 +1,78 @@
+"""What a recipe gets that says nothing of label skew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedcustom
+from fedcustom.recipe import load_recipe
+from test_run import rows_of
+
+ON, OFF = (1.0, [1, -1]), (0.0, [])
+
+
+def found(small: dict[str, Any], overrides: dict[str, Any]) -> tuple[float | None, list[int] | None]:
+    """The completed recipe's two settings; ``method`` is taken as a table."""
+    given = {**small, "method": overrides.get("method", small["method"])}
+    single = {key: value for key, value in overrides.items() if key != "method"}
+    training = load_recipe(given, single).complete().training
+    return training.logit_adjustment, training.fit_head_rounds
+
+
+@pytest.mark.parametrize("method", ["prefix", "lora", "soft_prompt", "full", "adapter", "ia3", "bitfit"])
+def test_every_method_that_tunes_a_classifier_has_them(small: dict[str, Any], method: str) -> None:
+    """So that a comparison of methods compares methods."""
+    assert found(small, {"method": {"name": method}, "rounds.count": 5}) == ON
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"rounds.count": 4},
+        {"baseline": "centralised"},
+        {"baseline": "local"},
+        {"aggregation.rule": "multi_krum"},
+        {"aggregation.rule": "fednova"},
+        {"aggregation.correction": "feddyn"},
+        {"participation.buffer": 2},
+        {"personalisation.keep": ["prefix"]},
+        {"attack.kind": "sign_flip", "attack.fraction": 0.3},
+        {"method": {"name": "lora", "variant": "fedsa"}},
+        {"method": {"name": "lora", "variant": "rolora"}},
+        {"method": {"name": "lora", "private_rank": 2}},
+        {"training.freeze_head_rounds": 1},
+    ],
+)
+def test_they_are_off_where_they_have_no_place(small: dict[str, Any], overrides: dict[str, Any]) -> None:
+    assert found(small, {"rounds.count": 6, **overrides}) == OFF
+
+
+def test_what_is_said_holds(small: dict[str, Any]) -> None:
+    """And one of the two that is set turns the other off."""
+    base = {"rounds.count": 6}
+    assert found(small, {**base, "training.logit_adjustment": 0.0}) == OFF
+    assert found(small, {**base, "training.fit_head_rounds": []}) == OFF
+    assert found(small, {**base, "training.logit_adjustment": 0.5}) == (0.5, [])
+    assert found(small, {**base, "training.fit_head_rounds": [2]}) == (0.0, [2])
+
+
+def test_decoders_have_none(tiny: dict[str, str], small: dict[str, Any]) -> None:
+    """Their heads have no bias."""
+    assert found(small, {"model.base": tiny["llama"], "rounds.count": 6}) == OFF
+
+
+def test_a_run_by_default_is_the_run_with_them(
+    tmp_path: Path, tiny: dict[str, str], small: dict[str, Any]
+) -> None:
+    base = {"model.base": tiny["bert"], "rounds.count": 5, "rounds.clients_per_round": 2}
+    said = {"training.logit_adjustment": 1.0, "training.fit_head_rounds": [1, -1]}
+    runs = {"default": {}, "said": said, "off": {"training.logit_adjustment": 0.0}}
+    scores = {}
+    for name, more in runs.items():
+        fedcustom.run(small, overrides={**base, **more}, out=tmp_path / name)
+        scores[name] = [row["development"] for row in rows_of(tmp_path / name) if row.get("development")]
+    assert scores["default"] == scores["said"] != scores["off"]
+    assert [len(row["cohort"]) for row in rows_of(tmp_path / "default")[1:]] == [4, 2, 2, 2, 4]
