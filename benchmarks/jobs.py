@@ -19,7 +19,7 @@ from fedcustom.methods.local_training import batch_ranges
 from fedcustom.methods.seeds import name_seed
 from fedcustom.methods.tuning import WeightTuning
 from fedcustom.models.load import load_base
-from fedcustom.recipe import Recipe, parse_recipe, to_toml
+from fedcustom.recipe import Recipe, merged, parse_recipe, to_toml
 from fedcustom.schedule import plan_rounds
 
 
@@ -27,7 +27,9 @@ def write_job(recipe: Mapping[str, Any], folder: Path) -> Path:
     """Write the job that a recipe asks for. Our own engine runs the recipe, the others the batches that it
     leads to.
     """
-    checked = parse_recipe(recipe, "benchmark").complete()
+    # Others know no remedies for label skew, which classifiers have by default.
+    plain = merged({"training": {"logit_adjustment": 0.0}}, recipe)
+    checked = parse_recipe(plain, "benchmark").complete()
     data = build_data(checked.data, checked.clients, checked.seed)
     base = load_base(checked.model, data.task, checked.seed)
     folder.mkdir(parents=True)

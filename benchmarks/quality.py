@@ -26,6 +26,7 @@ def accuracy(name: str, data: Path, seed: int, rounds: int, width: int | None) -
     changes: dict[str, Any] = {
         "data.source": str(data / name), "seed": seed, "rounds.count": rounds,
         "evaluation.every": rounds, "evaluation.untuned": False, "evaluation.select": "last",
+        "training.logit_adjustment": 0.0,
         **({} if width is None else {"training.cohort_width": width}),
     }  # fmt: skip
     recipe = load_recipe(RECIPES / f"{name}.toml", [f"{key}={json.dumps(v)}" for key, v in changes.items()])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import fedcustom
+from fedcustom.display import Display
 from fedcustom.recipe import load_recipe
 from test_run import rows_of
 
@@ -76,3 +79,12 @@ def test_a_run_by_default_is_the_run_with_them(
         scores[name] = [row["development"] for row in rows_of(tmp_path / name) if row.get("development")]
     assert scores["default"] == scores["said"] != scores["off"]
     assert [len(row["cohort"]) for row in rows_of(tmp_path / "default")[1:]] == [4, 2, 2, 2, 4]
+
+
+def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
+    written = StringIO()
+    display = Display(Console(file=written, width=100))
+    display.started(load_recipe(small, {"rounds.count": 5}).complete(), 0, Path())
+    for row in ({"round": 1}, {"round": 5, "train_loss": None}):
+        display.round(row)
+    assert written.getvalue().count("head fitted") == 2
