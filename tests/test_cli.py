@@ -174,7 +174,10 @@ def test_recipe_prints_a_recipe_that_runs(command: Any, tmp_path: Path) -> None:
     assert printed.code == 0
     (tmp_path / "start.toml").write_text(printed.out)
     assert load_recipe(tmp_path / "start.toml") == load_recipe({})
-    assert command("recipe", tmp_path / "start.toml").out == printed.out
+    complete = command("recipe", tmp_path / "start.toml").out
+    assert complete == to_toml(load_recipe({}).complete()) != printed.out
+    (tmp_path / "start.toml").write_text(complete)
+    assert command("recipe", tmp_path / "start.toml").out == complete
     everything = command("recipe", "--help-all").out
     for name in ("training.learning_rate", "clients.alpha", "method.length", "aggregation.rule"):
         assert name in everything

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from rich.console import Console
 
 import fedcustom
 from fedcustom.display import Display
+from fedcustom.errors import RecipeError
+from fedcustom.models.load import LINEAR_HEADS
 from fedcustom.recipe import load_recipe
 from test_run import rows_of
 
@@ -46,7 +50,12 @@ def test_every_method_that_tunes_a_classifier_has_them(small: dict[str, Any], me
         {"method": {"name": "lora", "variant": "fedsa"}},
         {"method": {"name": "lora", "variant": "rolora"}},
         {"method": {"name": "lora", "private_rank": 2}},
+        {"method": {"name": "lora", "variant": "hetlora", "client_ranks": [2, 4]}},
         {"training.freeze_head_rounds": 1},
+        {"participation.dropout": 0.3},
+        {"model.trust_remote_code": True},
+        {"model.base": "no/such-folder"},
+        {"clients.partition": "iid", "clients.count": 10, "rounds.clients_per_round": 3},
     ],
 )
 def test_they_are_off_where_they_have_no_place(small: dict[str, Any], overrides: dict[str, Any]) -> None:
@@ -88,3 +97,51 @@ def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
     for row in ({"round": 1}, {"round": 5, "train_loss": None}):
         display.round(row)
     assert written.getvalue().count("head fitted") == 2
+
+
+def test_asking_everybody_twice_is_little_beside_training(small: dict[str, Any]) -> None:
+    many = {"clients.partition": "iid", "clients.count": 9, "rounds.count": 6}
+    assert found(small, {**many, "rounds.clients_per_round": 3}) == ON
+    assert found(small, many) == ON
+
+
+@pytest.mark.parametrize("kind", sorted(LINEAR_HEADS))
+def test_heads_that_are_fitted_by_default_can_be(kind: str) -> None:
+    """Their last layer has a bias, and one vector for each text."""
+    configuration = transformers.AutoConfig.for_model(
+        kind, hidden_size=32, dim=32, embedding_size=32, input_embedding_size=32, output_embedding_size=32,
+        num_hidden_layers=2, n_layers=2, num_attention_heads=4, n_heads=4, intermediate_size=48,
+        hidden_dim=48, vocab_size=100, max_position_embeddings=64, pad_token_id=0,
+        type_vocab_size=2, num_labels=3,
+    )  # fmt: skip
+    model = transformers.AutoModelForSequenceClassification.from_config(configuration).eval()
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 3]
+    shapes = []
+    layers[-1].register_forward_pre_hook(lambda layer, given: shapes.append(given[0].shape))
+    ids = torch.arange(5, 65).view(4, 15)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    assert layers[-1].bias is not None
+    assert shapes == [(4, 32)]
+    assert logits.shape == (4, 3)
+
+
+def test_a_run_sends_in_training_what_it_sends_without_them(small: dict[str, Any], tmp_path: Path) -> None:
+    """The bytes a client and round are those of rounds that train; the totals have all."""
+    sent = {}
+    for name, more in (("on", {}), ("off", {"training.logit_adjustment": 0.0})):
+        run = fedcustom.run(small, {"rounds.count": 5, **more}, out=tmp_path / name)
+        sent[name] = run.summary["bytes"]
+        rows = rows_of(tmp_path / name)[1:]
+        assert sent[name]["up_total"] == sum(sum(row["bytes_up"].values()) for row in rows)
+    assert sent["on"]["up_per_client_round"] == pytest.approx(sent["off"]["up_per_client_round"], rel=0.01)
+    assert sent["on"]["up_total"] != sent["off"]["up_total"]
+
+
+def test_a_complete_recipe_of_a_method_without_training_is_one(small: dict[str, Any]) -> None:
+    """Those of older runs say 0 and [] where nothing is said now."""
+    given = {**small, "method": {"name": "prompt_engineering"}, "training": {}}
+    off = {"training.logit_adjustment": 0.0, "training.fit_head_rounds": []}
+    assert load_recipe(given, off).complete().training.logit_adjustment == 0.0
+    with pytest.raises(RecipeError, match="has no meaning"):
+        load_recipe(given, {"training.logit_adjustment": 1.0})

@@ -223,6 +223,19 @@ def test_once_fitted_the_adjustment_is_relative_to_the_labels_of_all(tiny: dict[
     assert method._label_offset(task, clients[name]) is None
 
 
+def test_a_fit_to_few_clients_is_none(tiny: dict[str, str]) -> None:
+    """Where fewer than half answer, the head and what is known of labels stay."""
+    for answering, fitted in ((1, False), (2, True)):
+        method = make(tiny["bert"], "prefix", training=ROUND, clients=4)
+        clients = {name: client for name, client in skewed().items() if name in ("b", "c")[-answering:]}
+        state, answers = sent(method, clients)
+        after = method.merge(state, iter(answers))
+        assert ("label_counts" in after.values) == fitted
+        assert all(torch.equal(after.tensors[n], state.tensors[n]) for n in state.tensors) == (not fitted)
+        if not fitted:
+            assert after.values["method"] == {"head": "not fitted: 1 of 4 clients answered"}
+
+
 @pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam"])
 def test_a_former_head_is_forgotten(tiny: dict[str, str], optimizer: str) -> None:
     """By the server's optimiser and, in a centralised run, by the client's."""

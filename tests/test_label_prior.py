@@ -67,6 +67,12 @@ def test_a_client_like_everybody_adds_nothing(counts: list[int], clients: int) -
     assert float(found.abs().max()) < 0.02
 
 
+def test_a_client_that_was_not_counted_counts_itself() -> None:
+    """Else a label that is missing in the counts of all would have the largest offset."""
+    found = label_offset([1] * 20, 3, overall=[5000, 0, 10])
+    assert found.tolist() == label_offset([1] * 20, 3, overall=[5000, 20, 10]).tolist()
+
+
 def skewed() -> dict[str, Client]:
     pool = classification_examples(60)
     return {
@@ -173,7 +179,14 @@ def test_whole_runs(small: dict[str, Any], tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         ({"training.logit_adjustment": -1.0}, "training.logit_adjustment = -1.0.*greater than or equal to 0"),
-        ({"training.prior_count": 0.5}, "training.prior_count = 0.5: has no effect"),
+        (
+            {"training.prior_count": 0.5, "training.logit_adjustment": 0.0},
+            "training.prior_count = 0.5: has no effect",
+        ),
+        (
+            {"training.prior_count": 0.5, "training.fit_head_rounds": [1]},
+            "training.prior_count = 0.5: has no effect",
+        ),
         ({"training.freeze_head_rounds": 20}, "freeze_head_rounds = 20: must be below rounds.count = 20"),
         (
             {"data.task": "generation", "training.logit_adjustment": 1.0},

@@ -272,6 +272,10 @@ def test_the_policy_wins_over_the_recipe(small: dict[str, Any]) -> None:
     check_recipe(PolicySettings(), load_recipe(lends))
     with pytest.raises(PolicyError, match=r"texts = false: method.shared_negatives would send vectors"):
         check_recipe(PolicySettings(texts=False), load_recipe(lends))
+    fits = load_recipe(small, {"training.fit_head_rounds": [1]})
+    check_recipe(PolicySettings(), fits)
+    with pytest.raises(PolicyError, match=r"texts = false: training.fit_head_rounds would send sums"):
+        check_recipe(PolicySettings(texts=False), fits)
     check_round(PolicySettings(max_rounds=2), 1)
     with pytest.raises(PolicyError, match="max_rounds = 2"):
         check_round(PolicySettings(max_rounds=2), 2)
@@ -321,6 +325,28 @@ def work(made: Resident, tmp_path: Path, number: int = 1) -> dict[str, Any]:
             "body": str(body),
         }
     )  # fmt: skip
+
+
+def test_a_recipe_is_refused_before_its_model_is_looked_for(
+    resident: Any, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a recipe that leaves out its remedies for label skew would have the site do."""
+    read: list[str] = []
+    monkeypatch.setattr(
+        "fedcustom.models.load._model_type", lambda base, revision: read.append(base) or "bert"
+    )
+    made, _ = resident(base_models=["allowed"])
+    content = {**small, "rounds": {"count": 9}, "model": {"base": "hub/other"}}
+    for model in ({"base": "hub/other"}, {"base": "allowed", "trust_remote_code": True}):
+        said = made.handle(
+            {"kind": "describe", "run": RUN, "values": {"recipe": {**content, "model": model}}}
+        )
+        assert "base_models" in str(said) or "trust_remote_code" in str(said)
+    assert not read
+    made.handle(
+        {"kind": "describe", "run": RUN, "values": {"recipe": {**content, "model": {"base": "allowed"}}}}
+    )
+    assert read == ["allowed"]
 
 
 def test_every_message_is_in_the_audit_log_with_its_hash(resident: Any, tmp_path: Path) -> None:

@@ -250,9 +250,10 @@ def recipe(
             )  # fmt: skip
         out_console.print(table, highlight=False)
         return
-    chosen = (
-        load_recipe(file, overrides or []) if file is not None else load_recipe(Recipe(), overrides or [])
-    )
+    if file is not None:
+        chosen = load_recipe(file, overrides or []).complete()
+    else:
+        chosen = load_recipe(Recipe(), overrides or [])  # to begin with: what depends on the rest stays open
     print(to_toml(chosen), end="")
 
 

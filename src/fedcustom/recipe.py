@@ -18,7 +18,7 @@ from .evaluation.settings import EvaluationSettings
 from .methods import METHODS, MethodSettings
 from .methods.prefix import PrefixSettings
 from .methods.settings import TuningSettings
-from .models.load import architecture_of, load_configuration
+from .models.load import has_linear_head
 from .models.settings import ModelSettings
 from .recipe_words import explain, nearest
 from .settings import Settings
@@ -168,7 +168,8 @@ class Recipe(Settings):
             )
         if training.fit_head_rounds:
             self._check_head_fit()
-        if not training.logit_adjustment and training.prior_count != 1:
+        unadjusted = training.logit_adjustment is None and training.fit_head_rounds is not None
+        if (training.logit_adjustment == 0 or unadjusted) and training.prior_count != 1:
             raise ValueError(
                 f"training.prior_count = {training.prior_count}: has no effect without logit_adjustment"
             )
@@ -183,7 +184,7 @@ class Recipe(Settings):
         if len(wanted) == last:
             raise ValueError(f"{where}: leaves no round of {last} to train in")
         if reason := self._why_no_head_fit():
-            raise ValueError(f"{where}: {reason}")
+            raise ValueError(f"{where}: {reason} (fit_head_rounds = [] and logit_adjustment = 0 turn it off)")
 
     def _why_no_head_fit(self) -> str | None:
         """What the sums that a head is fitted from do not go with."""
@@ -252,9 +253,6 @@ class Recipe(Settings):
     def complete(self) -> Recipe:
         """With the method's own learning rate where none is set, and with remedies for label skew where the
         recipe says nothing of them and they are possible.
-
-        Raises:
-            ModelError: the model cannot be found, where they depend on it.
         """
         training, filled = self.training, dict[str, Any]()
         if "training" in self.method.not_for:
@@ -271,22 +269,27 @@ class Recipe(Settings):
 
     def _takes_remedies(self) -> bool:
         """Whether logit adjustment and a fitted head are the default: in federated training of a classifier
-        that is one model for all clients, where nothing was said of label skew and there are rounds to spare.
+        that is one model for all clients, where nothing was said of label skew, all clients are likely to
+        answer, and asking all of them twice is little beside training.
         """
-        training = self.training
-        unsaid = training.logit_adjustment is None and training.fit_head_rounds is None
-        tunes = self.data.task == "classification" and isinstance(self.method, TuningSettings)
-        personal = getattr(self.method, "variant", "") == "fedsa" or getattr(self.method, "private_rank", 0)
+        training, rounds, method = self.training, self.rounds, self.method
+        said = training.logit_adjustment is not None or training.fit_head_rounds is not None
+        own_ranks = getattr(method, "client_ranks", None) or getattr(method, "private_rank", 0)
+        personal = getattr(method, "variant", "") == "fedsa" or own_ranks or self.personalisation.keep
+        counted = self.clients.partition != "natural"
+        cohort = rounds.clients_per_round or (self.clients.count if counted else 1)
         return (
-            unsaid
+            not said
             and not training.freeze_head_rounds
-            and tunes
             and self.baseline == "federated"
-            and self.rounds.count >= FEWEST_ROUNDS_TO_FIT
-            and not (personal or self.personalisation.keep)
+            and self.data.task == "classification"
+            and isinstance(method, TuningSettings)
+            and not personal
+            and not self.participation.dropout
+            and rounds.count >= FEWEST_ROUNDS_TO_FIT
+            and not (counted and 2 * self.clients.count > rounds.count * cohort)
             and self._why_no_head_fit() is None
-            # Other architectures' heads have no bias, which the fit needs.
-            and architecture_of(load_configuration(self.model)) == "encoder"
+            and has_linear_head(self.model)
         )
 
     def for_method(self, name: str, baseline: Baseline = "federated") -> Recipe:

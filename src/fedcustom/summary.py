@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from . import environment
@@ -56,7 +56,7 @@ def summarise(
         **_probed(result.probes),
         "trainable_parameters": sizes[0],
         "head_parameters": sizes[1],
-        "bytes": _bytes(trained),
+        "bytes": _bytes(trained, recipe.training.rounds_of_head_fits(recipe.rounds.count)),
         "seconds": {
             "total": round(max(elapsed, earlier) + finishing, 3),
             **{part: round(value, 3) for part, value in seconds.items()},
@@ -65,16 +65,14 @@ def summarise(
     }
 
 
-def _bytes(rows: Sequence[Row]) -> dict[str, int]:
-    """Bytes a client and round (means, rounded to whole bytes) and in total."""
-    ups = [count for row in rows for count in row["bytes_up"].values()]
-    downs = [count for row in rows for count in row["bytes_down"].values()]
-    return {
-        "up_per_client_round": round(sum(ups) / len(ups)) if ups else 0,
-        "down_per_client_round": round(sum(downs) / len(downs)) if downs else 0,
-        "up_total": sum(ups),
-        "down_total": sum(downs),
-    }
+def _bytes(rows: Sequence[Row], fits: Collection[int]) -> dict[str, int]:
+    """Bytes a client and round (means over the rounds that train, rounded to whole bytes) and in total."""
+    found = {}
+    for way in ("up", "down"):
+        training = [n for row in rows if row["round"] not in fits for n in row[f"bytes_{way}"].values()]
+        found[f"{way}_per_client_round"] = round(sum(training) / len(training)) if training else 0
+        found[f"{way}_total"] = sum(sum(row[f"bytes_{way}"].values()) for row in rows)
+    return found
 
 
 def _probed(probes: Mapping[str, Mapping[str, Metrics]]) -> dict[str, Any]:

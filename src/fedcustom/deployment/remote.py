@@ -13,6 +13,7 @@ from ..errors import DeploymentError, UpdateError
 from ..evaluation.statistics import Statistics, check_statistics
 from ..files import write_text
 from ..methods import Asked, Method, State, Task, Update
+from ..methods.head_fit import LABEL_COUNTS
 from ..recipe import Recipe
 from ..transport import wire
 from ..transport.channel import Channel
@@ -213,7 +214,7 @@ class Remote:
         own versions.
         """
         head = {"kind": "evaluate", "run": self.run, "part": part, "after": self.restored}
-        head |= {"values": state.values}
+        head |= {"values": {key: v for key, v in state.values.items() if key != LABEL_COUNTS}}
         names = [name for name, sizes in self.sizes.items() if sizes[part]]
         messages = dict.fromkeys(names, (head, state.tensors))
         found: dict[str, dict[str, Statistics]] = {}

@@ -49,12 +49,19 @@ class HeadFit:
     changes no prediction and keeps weights small. Sums for a closed form are those of Fed3R (Fani et al.
     2024); a head fitted before training against label skew is Legate et al. 2023 (FedNCM).
 
+    A fit to few clients would be no fit to all: where fewer than half of ``clients`` answer, the head stays
+    as it was.
+
     Discloses: what is named above. Where a client has one example with a label, its sum is that example's
-    input to the head, from which a text may be guessed.
+    input to the head, from which a text may be guessed. With logit adjustment every client is told in later
+    rounds how many examples of each label all have together; of two clients each then knows the other's.
     """
 
-    def __init__(self, rounds: Collection[int], tuned: Tuned, objective: Objective, base: Base) -> None:
+    def __init__(
+        self, rounds: Collection[int], tuned: Tuned, objective: Objective, base: Base, clients: int = 1
+    ) -> None:
         self.rounds, self.tuned, self.objective, self.base = frozenset(rounds), tuned, objective, base
+        self.clients = clients
         self.names: frozenset[str] = frozenset()
         if rounds:
             self.layer, self.weight, self.bias = _last_layer(tuned, base)
@@ -73,7 +80,10 @@ class HeadFit:
         inputs: list[Tensor] = []
 
         def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            inputs.append(arguments[0].detach().double().cpu().view(-1, width))
+            vectors = arguments[0].detach().double().cpu()
+            if vectors.shape != (vectors.shape[0], width):
+                raise RecipeError(f"training.fit_head_rounds: {self.base.name} has no head on one vector")
+            inputs.append(vectors)
 
         model.eval()
         hook = self.layer.register_forward_pre_hook(note)
@@ -128,21 +138,27 @@ class HeadFit:
 
     def merge(self, state: State, answers: Iterable[Answer]) -> State:
         """The state with the fitted head, whose former momentum at the server is gone, and the number of
-        examples of each label.
+        examples of each label. Where fewer than half of the clients answered, the head is as it was.
         """
+        answered = 0
         counts = torch.zeros(self.layer.out_features, dtype=torch.int64)
 
         def noted() -> Iterator[Tensors]:
+            nonlocal answered
             for answer in answers:
+                answered += 1
                 counts.add_(answer.update.tensors["counts"])
                 yield answer.update.tensors
 
         fitted = self.fit(noted())
+        values = {key: value for key, value in state.values.items() if key != "method"}
+        if 2 * answered < self.clients:
+            kept = f"not fitted: {answered} of {self.clients} clients answered"
+            return State(state.tensors, state.server, values | {"method": {"head": kept}})
         server = {
             name: torch.zeros_like(tensor) if name.partition("/")[2] in self.names else tensor
             for name, tensor in state.server.items()
         }
-        values = {key: value for key, value in state.values.items() if key != "method"}
         return State({**state.tensors, **fitted}, server, values | {LABEL_COUNTS: counts.tolist()})
 
     def label_counts(self, values: Values) -> list[int] | None:

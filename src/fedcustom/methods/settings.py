@@ -50,7 +50,7 @@ class MethodSettingsBase(Settings):
             for each in [name] if name else type(given).model_fields:
                 default = type(given).model_fields[each].get_default(call_default_factory=True)
                 value = getattr(given, each)
-                if value != default:
+                if value != default and (default is not None or value):  # 0 and [] say off, as unset does
                     raise ValueError(
                         f"{section}.{each} = {value!r}: has no meaning for method.name = "
                         f"{getattr(self, 'name', '')!r}; leave it at its default"

@@ -38,7 +38,8 @@ class WeightTuning:
 
     Discloses: each round, every client sends the change of its trained tensors, its number of training
     examples and its mean training loss. Changes of trained tensors can reveal training data to a server that
-    attacks them.
+    attacks them. In rounds of ``training.fit_head_rounds`` it sends what
+    :class:`~fedcustom.methods.head_fit.HeadFit` says instead.
     """
 
     def __init__(self, technique: Technique, context: Context, objective: Objective | None = None) -> None:
@@ -56,7 +57,8 @@ class WeightTuning:
         self._check_rule()
         self.ownership = Ownership(context, self.tuned, self.merging)
         fits = context.training.rounds_of_head_fits(context.rounds)
-        self.head_fit = HeadFit(fits, self.tuned, self.objective, self.base)
+        asked = context.clients if federated else 1
+        self.head_fit = HeadFit(fits, self.tuned, self.objective, self.base, asked)
         if self.ownership.personal & self.head_fit.names:
             raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")
         self._tokens: dict[int, tuple[list[Example], list[TokenizedExample]]] = {}

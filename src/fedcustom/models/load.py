@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,6 +113,30 @@ def load_configuration(settings: ModelSettings) -> Any:
         return AutoConfig.from_pretrained(
             locate(settings.base), revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
+
+
+LINEAR_HEADS = {
+    *("albert", "bert", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra", "ernie"),
+    *("modernbert", "mpnet", "nystromformer", "rembert", "roberta", "xlm-roberta"),
+}
+"""Types of encoders whose classification head ends in a layer with a bias that has one input for a text."""
+
+
+def has_linear_head(settings: ModelSettings) -> bool:
+    """Whether a classifier on this model is known to end in a linear layer with a bias; False too where its
+    configuration cannot be read or brings code of its own.
+    """
+    if settings.trust_remote_code:
+        return False
+    try:
+        return _model_type(settings.base, settings.revision) in LINEAR_HEADS
+    except ModelError:
+        return False
+
+
+@cache
+def _model_type(base: str, revision: str | None) -> str:
+    return str(load_configuration(ModelSettings(base=base, revision=revision)).model_type)
 
 
 def architecture_of(configuration: Any) -> Architecture:

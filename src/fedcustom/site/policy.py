@@ -41,6 +41,11 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
         raise PolicyError(
             "policy.texts = false: method.shared_negatives would send vectors from which texts can be guessed"
         )
+    if not policy.texts and recipe.training.fit_head_rounds:
+        raise PolicyError(
+            "policy.texts = false: training.fit_head_rounds would send sums from which a text can be guessed "
+            "where a label has a single example; training.logit_adjustment = 0 turns such rounds off"
+        )
     if policy.minimum_noise > 0:
         raise PolicyError(
             f"policy.minimum_noise = {policy.minimum_noise}: the recipe asks for no privacy noise, "

@@ -147,8 +147,7 @@ class Resident:
     def _describe(self, run: str, values: dict[str, Any]) -> Answer:
         """The recipe is checked against the policy, and this site's labels are told."""
         self.run, self.recipe, self.own = run, None, None
-        recipe = load_recipe(values["recipe"]).complete()
-        check_recipe(self.settings.policy, recipe)
+        recipe = self._allowed(values["recipe"])
         self.own = read_own(self.settings.data, self.where, recipe.data, recipe.public)
         self.recipe = recipe
         labels = self.own.label_values()
@@ -178,11 +177,20 @@ class Resident:
         if not file.exists():
             raise WireError("the run is not open here")
         kept = read_json(file)
-        recipe = load_recipe(kept["recipe"]).complete()
-        check_recipe(self.settings.policy, recipe)
+        recipe = self._allowed(kept["recipe"])
         self.run = run
         own = read_own(self.settings.data, self.where, recipe.data, recipe.public)
         return self._build(recipe, own, kept["names"], kept["labels"])
+
+    def _allowed(self, content: dict[str, Any]) -> Recipe:
+        """A recipe that this site takes part in. It is refused before a model is looked for, which completing
+        it may do, and again once it is complete.
+        """
+        recipe = load_recipe(content)
+        check_recipe(self.settings.policy, recipe)
+        recipe = recipe.complete()
+        check_recipe(self.settings.policy, recipe)
+        return recipe
 
     def _build(self, recipe: Recipe, own: OwnData, names: list[str], labels: list[str]) -> Participant:
         self.participant, self.open_run = None, ""  # only one base model at a time

@@ -35,6 +35,7 @@ def label_offset(
     if overall is None:
         shares = (counts + prior_count) / (len(labels) + floor)
     else:
-        everybody = torch.tensor(overall, dtype=torch.float64) + prior_count
+        # A client that was not counted knows of its own examples at least.
+        everybody = torch.maximum(torch.tensor(overall, dtype=torch.float64), counts) + prior_count
         shares = (counts * everybody.sum() / everybody + floor) / (len(labels) + floor)
     return (strength * shares.log()).float()

@@ -44,7 +44,7 @@ class TrainingSettings(Settings):
         le=10,
         description="Classification, against label skew: in training, this times the log of the client's own "
         "label shares (once the head was fitted: less that of everybody's) is added to the logits; 1: "
-        "balanced softmax; 0: off; unset: 1 where fit_head_rounds is unset too and the head is fitted",
+        "balanced softmax; 0: off; unset: 1 with a head that is fitted by default, else 0",
     )
     prior_count: float = Field(
         1.0,
@@ -61,7 +61,7 @@ class TrainingSettings(Settings):
         None,
         description="Rounds in which all clients send sums of the head's inputs instead of training, and the "
         "server fits the head to them; 1: before training begins, -1 (the last): after it; []: none; unset: "
-        "[1, -1] where that is possible, if no other remedy for label skew is set (docs/experiment.md)",
+        "[1, -1] where that is possible and logit_adjustment is unset too, else [] (docs/experiment.md)",
     )
     cohort_width: int | None = Field(
         None,
