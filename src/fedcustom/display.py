@@ -56,7 +56,7 @@ class Display:
         if row.get("train_loss") is not None:
             figures += f"  loss {row['train_loss']:.4f}"
         elif number in self.recipe.training.rounds_of_head_fits(rounds):
-            figures += "  head fitted"
+            figures += f"  head {row.get('method', {}).get('head', 'fitted')}"
         if "development" in row:
             metric = self.recipe.metric
             figures += f"  {metric} {row['development'][metric]:.4f}"
