@@ -34,8 +34,11 @@ class Cell:
 
 
 def digest(recipe: Recipe) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of the complete recipe."""
-    content = json.dumps(recipe.complete().model_dump(exclude={"compare"}), sort_keys=True)
+    """Twelve hexadecimal digits of the SHA-256 of the complete recipe. What is unset is left out, so that a
+    new setting that nobody sets makes no old result another's.
+    """
+    complete = recipe.complete().model_dump(exclude={"compare"}, exclude_none=True)
+    content = json.dumps(complete, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
