@@ -16,7 +16,7 @@ import pytest
 import fedcustom
 from fedcustom.directory import Checkpoints, History
 from fedcustom.errors import RunError
-from fedcustom.files import write_folder, write_json, write_tensors, write_text
+from fedcustom.files import held, write_folder, write_json, write_tensors, write_text
 from fedcustom.recipe import load_recipe, to_toml
 from fedcustom.tensors import equal
 from test_run import rows_of, tensors_of, without_seconds
@@ -115,6 +115,18 @@ def test_ctrl_c_leaves_a_run_that_can_go_on(small: dict[str, Any], tmp_path: Pat
     assert "stopped; go on with: fedcustom run" in said
     assert "Traceback" not in said
     assert checkpoints.rounds()[-1] >= 3
+
+
+def test_a_run_has_one_process(small: dict[str, Any], tmp_path: Path) -> None:
+    """A second one is refused while the first is at it, and goes on afterwards."""
+    directory = tmp_path / "run"
+    with held(directory / "run.pid") as alone:
+        assert alone
+        with pytest.raises(RunError, match=f"process {os.getpid()} is at this run"):
+            fedcustom.run(small, out=directory)
+        assert [path.name for path in directory.iterdir()] == ["run.pid"]
+    run = fedcustom.run(small, out=directory)
+    assert not (run.directory / "run.pid").exists()
 
 
 def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

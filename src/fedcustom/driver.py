@@ -15,8 +15,8 @@ from .directory import Checkpoint, Checkpoints, History, Row
 from .errors import RunError
 from .evaluation.metrics import is_better
 from .federation import Federation, Gather, Memories, has_one_model, simulate
-from .files import read_json, write_folder, write_json, write_text
-from .methods import Answer, State, Task
+from .files import held, holder, read_json, write_folder, write_json, write_text
+from .methods import Answer, State, Task, client_labels
 from .models.load import Base
 from .progress import Progress, Silent
 from .recipe import Recipe, load_recipe, to_toml
@@ -24,6 +24,9 @@ from .schedule import Assignment, last_uses, plan_rounds
 from .summary import summarise
 from .training.local import schedule_factor
 from .transport.reply import Reply
+
+RUNNING = "run.pid"
+"""The file that the process at a run holds."""
 
 
 def run_recipe(
@@ -49,7 +52,14 @@ def run_recipe(
     if finished is not None:
         progress.note(f"{directory} holds this run already; nothing to do")
         return finished
-    return _Driver(recipe, directory, progress, gather).drive()
+    lock = directory / RUNNING
+    with held(lock) as alone:
+        if not alone:
+            raise RunError(f"{directory}: process {holder(lock)} is at this run; wait for it, or stop it")
+        try:
+            return _Driver(recipe, directory, progress, gather).drive()
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _prepare_directory(recipe: Recipe, directory: Path, resume: bool) -> dict[str, Any] | None:
@@ -70,7 +80,7 @@ def _prepare_directory(recipe: Recipe, directory: Path, resume: bool) -> dict[st
             raise RunError(
                 f"{directory}: holds an unfinished run; go on with --resume, or name another --out"
             )
-    elif directory.exists() and any(directory.iterdir()):
+    elif directory.exists() and any(path.name != RUNNING for path in directory.iterdir()):
         raise RunError(f"{directory}: is not empty and holds no run; name another --out")
     return None
 
@@ -125,7 +135,8 @@ class _Driver:
             steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parties.base.measured.items())
             self.progress.note(f"model.dtype = auto: {parties.base.precision} (a step: {steps})")
         self.progress.started(recipe, done, self.directory)
-        plan = plan_rounds(recipe, parties.data)
+        plan = plan_rounds(recipe, parties.data, client_labels(state))
+        fits = recipe.training.rounds_of_head_fits(recipe.rounds.count)
         uses = last_uses(plan)
         states = self._earlier(state, done, uses, parties.origin)
         parties = replace(parties, origin=State({}))  # held no longer than it is needed
@@ -133,6 +144,8 @@ class _Driver:
             self._note_untuned(state)
         for number in range(done + 1, recipe.rounds.count + 1):
             state = self._round(number, plan[number - 1], states, parties)
+            if number in fits:  # clients told of their labels
+                plan = plan_rounds(recipe, parties.data, client_labels(state))
             states[number] = state
             needed = [since for since in states if uses.get(since, 0) > number]
             states = {since: states[since] for since in {*needed, number}}

@@ -20,6 +20,7 @@ from .methods.prefix import PrefixSettings
 from .methods.settings import TuningSettings
 from .models.load import has_linear_head
 from .models.settings import ModelSettings
+from .recipe_sections import PersonalisationSettings, RoundSettings
 from .recipe_words import explain, nearest
 from .settings import Settings
 from .simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
@@ -27,17 +28,6 @@ from .training.settings import TrainingSettings
 from .transport.settings import CompressionSettings
 
 Baseline = Literal["federated", "centralised", "local"]
-
-
-class RoundSettings(Settings):
-    """How many rounds, and who takes part in each."""
-
-    count: int = Field(20, ge=1, le=1_000_000, description="Number of rounds")
-    clients_per_round: int | None = Field(
-        None, ge=1, description="Clients drawn for each round; unset: all of them"
-    )
-    min_clients: int = Field(1, ge=1, description="A round with fewer answers stops the run")
-    checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints")
 
 
 SELECTION_METRICS: dict[TaskKind, tuple[str, ...]] = {
@@ -54,18 +44,6 @@ FEWEST_ROUNDS_TO_FIT = 5
 
 FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation")
 """Sections that a baseline leaves at their defaults."""
-
-
-class PersonalisationSettings(Settings):
-    """What makes each client's model its own."""
-
-    keep: list[str] = Field(
-        default_factory=list,
-        description="Parts that stay with each client: head, or parts of tensors' names such as lora_B",
-    )
-    finetune_epochs: int = Field(
-        0, ge=0, description="Passes over its own data that each client makes after the last round"
-    )
 
 
 class Recipe(Settings):
@@ -254,18 +232,30 @@ class Recipe(Settings):
         """With the method's own learning rate where none is set, and with remedies for label skew where the
         recipe says nothing of them and they are possible.
         """
-        training, filled = self.training, dict[str, Any]()
+        training, filled, selection = self.training, dict[str, Any](), self.rounds.selection
         if "training" in self.method.not_for:
             return self
         if training.learning_rate is None:
             filled["learning_rate"] = getattr(self.method, "default_learning_rate", None)
-        if training.logit_adjustment is None or training.fit_head_rounds is None:
-            remedies = self._takes_remedies()
-            if training.logit_adjustment is None:
-                filled["logit_adjustment"] = 1.0 if remedies else 0.0
-            if training.fit_head_rounds is None:
-                filled["fit_head_rounds"] = [1, -1] if remedies else []
-        return self.model_copy(update={"training": training.model_copy(update=filled)}) if filled else self
+        remedies, cohorts = self._takes_remedies(), self.rounds.clients_per_round is not None
+        if remedies and cohorts and selection is None:
+            selection = "balanced"
+        if training.logit_adjustment is None:  # what balanced cohorts cancel need not be taken out
+            filled["logit_adjustment"] = 1.0 if remedies and selection != "balanced" else 0.0
+        if training.fit_head_rounds is None:
+            filled["fit_head_rounds"] = [1, -1] if remedies else []
+        untold = self.baseline == "federated" and not (remedies or training.fit_head_rounds)
+        if selection == "balanced" and untold:
+            raise RecipeError(
+                "rounds.selection = 'balanced': needs training.fit_head_rounds, in which clients tell how "
+                "many examples of each label they have"
+            )
+        changed: dict[str, Any] = {}
+        if filled:
+            changed["training"] = training.model_copy(update=filled)
+        if selection != self.rounds.selection:
+            changed["rounds"] = self.rounds.model_copy(update={"selection": selection})
+        return self.model_copy(update=changed) if changed else self
 
     def _takes_remedies(self) -> bool:
         """Whether logit adjustment and a fitted head are the default: in federated training of a classifier

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .cohorts import balanced_cohorts
 from .data.examples import FederatedData
 from .errors import RecipeError
 from .methods.contract import Values
@@ -31,17 +32,26 @@ class Assignment:
 Plan = list[dict[str, Assignment]]
 
 
-def plan_rounds(recipe: Recipe, data: FederatedData) -> Plan:
-    """The assignments of every round, by client. A pure function of the recipe and the clients.
+def plan_rounds(
+    recipe: Recipe, data: FederatedData, labels: Mapping[str, Sequence[int]] | None = None
+) -> Plan:
+    """The assignments of every round, by client. A pure function of the recipe, the clients and, where
+    ``rounds.selection`` is balanced, of what they told of their ``labels`` when a head was fitted: how many
+    examples of each they have. Before, and where nobody told, clients are drawn at random; one that did not
+    tell counts as one that has none. A client of a balanced cohort makes an epoch in as many batches as any
+    other: Adam's steps are alike in length, so that only then the clients' pulls towards their own labels are
+    as strong as their weights in the mean, and cancel.
 
     A centralised run sees as many examples a round as the cohort of the federated run would; in a local run
     the same clients work as long as in the federated one.
     """
     names = list(data.clients)
+    if recipe.baseline != "federated" or recipe.rounds.selection != "balanced":
+        labels = None
     if recipe.participation.buffer is not None and recipe.baseline == "federated":
         plan = list(_buffered(recipe, names))
     else:
-        plan = list(_synchronous(recipe, names))
+        plan = list(_synchronous(recipe, names, labels or {}))
     if recipe.baseline == "centralised":
         return [_pooled(recipe, data, cohort) for cohort in plan]
     return [
@@ -66,14 +76,36 @@ def _whole(recipe: Recipe) -> Values:
     return {"epochs": training.local_epochs}
 
 
-def _synchronous(recipe: Recipe, names: Sequence[str]) -> Iterator[dict[str, Assignment]]:
+def _synchronous(
+    recipe: Recipe, names: Sequence[str], labels: Mapping[str, Sequence[int]]
+) -> Iterator[dict[str, Assignment]]:
     size, last = recipe.rounds.clients_per_round or len(names), recipe.rounds.count
     fits = recipe.training.rounds_of_head_fits(last)
+    waiting: list[list[int]] = []
     for number in range(1, last + 1):
-        generator = np.random.default_rng([recipe.seed, 6, number])
-        wanted = len(names) if number in fits else size
-        chosen = sorted(generator.choice(len(names), size=wanted, replace=False).tolist())
-        yield {names[i]: Assignment(_whole(recipe), number - 1) for i in chosen}
+        generator, amount = np.random.default_rng([recipe.seed, 6, number]), _whole(recipe)
+        if number in fits:
+            chosen = list(range(len(names)))
+        elif labels and number > min(fits):
+            waiting = waiting or balanced_cohorts(_table(names, labels), size, generator)
+            chosen = waiting.pop()
+            if "epochs" in amount:
+                amount["batches"] = _batches(recipe, labels)
+        else:
+            chosen = sorted(generator.choice(len(names), size=size, replace=False).tolist())
+        yield {names[i]: Assignment(amount, number - 1) for i in chosen}
+
+
+def _batches(recipe: Recipe, labels: Mapping[str, Sequence[int]]) -> int:
+    """In how many batches every client makes an epoch: as many as the mean client has."""
+    examples = sum(map(sum, labels.values())) / len(labels)
+    return max(1, math.ceil(examples / recipe.training.batch_size))
+
+
+def _table(names: Sequence[str], labels: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """The clients' label counts, (clients, labels)."""
+    nothing = [0] * len(next(iter(labels.values())))
+    return np.array([labels.get(name, nothing) for name in names], dtype=float)
 
 
 def _buffered(recipe: Recipe, names: Sequence[str]) -> Iterator[dict[str, Assignment]]:
@@ -156,7 +188,8 @@ def _with_partial_work(
 def _share(amount: Values, share: float, examples: int) -> Values:
     if "steps" in amount:
         return {"steps": max(1, math.floor(share * amount["steps"]))}
-    return {"examples": max(1, math.floor(share * amount["epochs"] * examples))}
+    less: Values = {"examples": max(1, math.floor(share * amount["epochs"] * examples))}
+    return {**amount, **less} if "batches" in amount else less
 
 
 def _pooled(recipe: Recipe, data: FederatedData, cohort: Mapping[str, Assignment]) -> dict[str, Assignment]:

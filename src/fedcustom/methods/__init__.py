@@ -12,6 +12,7 @@ from .bitfit import BitFit, BitFitSettings
 from .contract import Answer, Asked, AsksClients, Client, Memory, Method, State, Task, Update
 from .distillation import Distillation, DistillationSettings
 from .full import Full, FullSettings
+from .head_fit import client_labels
 from .ia3 import Ia3, Ia3Settings
 from .lora import Lora, LoraSettings
 from .prefix import Prefix, PrefixSettings
@@ -72,6 +73,7 @@ __all__ = [
     "Technique",
     "Update",
     "build_method",
+    "client_labels",
 ]
 
 

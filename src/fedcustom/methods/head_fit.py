@@ -14,7 +14,7 @@ from ..data.tokens import TokenizedExample, by_length
 from ..errors import RecipeError, RunError, UpdateError
 from ..models.forward import classification_logits
 from ..models.load import Base
-from ..tensors import Tensors, is_finite
+from ..tensors import Tensors, is_finite, part
 from .contract import Answer, State, Update, Values
 from .objective import Objective
 from .technique import Tuned
@@ -25,6 +25,9 @@ FIT_HEAD = "fit head"
 
 LABEL_COUNTS = "label_counts"
 """The value of a state, and of a task, that says how many examples of each label all clients have."""
+
+CLIENT_LABELS = "client_labels/"
+"""Before a client's name: what the server keeps of how many examples of each label it has, (labels,)."""
 
 COUNT = 0.5
 """Added to each label's number of examples in the head's bias, so that a label without any is unlikely, and
@@ -53,8 +56,10 @@ class HeadFit:
     as it was.
 
     Discloses: what is named above. Where a client has one example with a label, its sum is that example's
-    input to the head, from which a text may be guessed. With logit adjustment every client is told in later
-    rounds how many examples of each label all have together; of two clients each then knows the other's.
+    input to the head, from which a text may be guessed. The server keeps how many examples of each label each
+    client has, and with ``rounds.selection = "balanced"`` draws cohorts by it. With logit adjustment every
+    client is told in later rounds how many examples of each label all have together; of two clients each then
+    knows the other's.
     """
 
     def __init__(
@@ -138,28 +143,28 @@ class HeadFit:
 
     def merge(self, state: State, answers: Iterable[Answer]) -> State:
         """The state with the fitted head, whose former momentum at the server is gone, and the number of
-        examples of each label. Where fewer than half of the clients answered, the head is as it was.
+        examples of each label, of all and of each client. Where fewer than half of the clients answered, the
+        head is as it was.
         """
-        answered = 0
-        counts = torch.zeros(self.layer.out_features, dtype=torch.int64)
+        told: Tensors = {}
 
         def noted() -> Iterator[Tensors]:
-            nonlocal answered
             for answer in answers:
-                answered += 1
-                counts.add_(answer.update.tensors["counts"])
+                told[CLIENT_LABELS + answer.client] = answer.update.tensors["counts"]
                 yield answer.update.tensors
 
         fitted = self.fit(noted())
         values = {key: value for key, value in state.values.items() if key != "method"}
-        if 2 * answered < self.clients:
-            kept = f"not fitted: {answered} of {self.clients} clients answered"
+        if 2 * len(told) < self.clients:
+            kept = f"not fitted: {len(told)} of {self.clients} clients answered"
             return State(state.tensors, state.server, values | {"method": {"head": kept}})
         server = {
             name: torch.zeros_like(tensor) if name.partition("/")[2] in self.names else tensor
             for name, tensor in state.server.items()
         }
-        return State({**state.tensors, **fitted}, server, values | {LABEL_COUNTS: counts.tolist()})
+        counts = torch.stack(list(told.values())).sum(dim=0)
+        values[LABEL_COUNTS] = counts.tolist()
+        return State({**state.tensors, **fitted}, {**server, **told}, values)
 
     def label_counts(self, values: Values) -> list[int] | None:
         """What a task's values say of the labels of all clients; None before the head was first fitted.
@@ -211,6 +216,11 @@ class HeadFit:
         if not is_finite(fitted):
             raise RunError("the head fitted to the clients' sums is not finite: a sum was too large")
         return fitted
+
+
+def client_labels(state: State) -> dict[str, list[int]]:
+    """How many examples of each label the clients have that answered when a head was fitted."""
+    return {name: counts.tolist() for name, counts in part(state.server, CLIENT_LABELS).items()}
 
 
 def looked_at(answers: Iterable[Answer]) -> tuple[str, Iterator[Answer]]:

@@ -253,9 +253,12 @@ def batch_ranges(count: int, start: int, batch_size: int, amount: Mapping[str, A
     """Where each batch begins and ends in the client's endless stream of examples.
 
     ``amount`` holds ``epochs``, ``steps`` or ``examples``. A batch never crosses the end of a pass over the
-    client's ``count`` examples, so that one epoch is every example once in ceil(count / batch_size) steps.
-    A part of an epoch is the nearest whole number of examples, and one at least.
+    client's ``count`` examples, so that one epoch is every example once in ceil(count / batch_size) steps;
+    or, where ``amount`` has ``batches`` too, in as many at most, which set the batch's size. A part of an
+    epoch is the nearest whole number of examples, and one at least.
     """
+    if "batches" in amount:
+        batch_size = math.ceil(count / max(1, int(amount["batches"])))
     stop = start + int(amount.get("examples", max(1, round(amount.get("epochs", 0) * count))))
     steps = amount.get("steps", math.inf)
     if "steps" in amount:

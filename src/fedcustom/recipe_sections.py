@@ -1,0 +1,39 @@
+"""Small sections of the recipe: the rounds, and what makes models personal."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .settings import Settings
+
+
+class RoundSettings(Settings):
+    """How many rounds, and who takes part in each."""
+
+    count: int = Field(20, ge=1, le=1_000_000, description="Number of rounds")
+    clients_per_round: int | None = Field(
+        None, ge=1, description="Clients drawn for each round; unset: all of them"
+    )
+    selection: Literal["uniform", "balanced"] | None = Field(
+        None,
+        description="How a round's clients are drawn. uniform: at random, anew in each round; balanced: once "
+        "a head was fitted, all in turn, so that a round's labels are nearly everybody's; each client "
+        "makes as many batches an epoch (as the mean client has by batch_size); unset: balanced where the "
+        "head is fitted by default and clients_per_round set, else uniform",
+    )
+    min_clients: int = Field(1, ge=1, description="A round with fewer answers stops the run")
+    checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints")
+
+
+class PersonalisationSettings(Settings):
+    """What makes each client's model its own."""
+
+    keep: list[str] = Field(
+        default_factory=list,
+        description="Parts that stay with each client: head, or parts of tensors' names such as lora_B",
+    )
+    finetune_epochs: int = Field(
+        0, ge=0, description="Passes over its own data that each client makes after the last round"
+    )

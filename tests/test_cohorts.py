@@ -1,0 +1,182 @@
+"""Cohorts whose labels are nearly everybody's."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+import fedcustom
+from fedcustom.cohorts import balanced_cohorts
+from fedcustom.data.examples import ClientData, FederatedData, LearningTask
+from fedcustom.errors import RecipeError
+from fedcustom.methods.local_training import batch_ranges
+from fedcustom.recipe import load_recipe
+from fedcustom.schedule import Plan, plan_rounds
+from test_run import rows_of, tensors_of
+
+
+def unlikeness(counts: np.ndarray, cohorts: list[list[int]]) -> float:
+    """What the cohorts' sums of each label are squared, over that label's examples."""
+    total = counts.sum(axis=0)
+    return float(sum(np.sum(counts[c].sum(axis=0) ** 2 / np.maximum(total, 1)) for c in cohorts))
+
+
+tables = arrays.arrays(
+    np.int64,
+    st.tuples(st.integers(1, 14), st.integers(1, 4)),
+    elements=st.integers(0, 50),
+)
+
+
+@given(counts=tables, size=st.integers(1, 14), seed=st.integers(0, 9))
+def test_every_client_is_in_one_cohort(counts: np.ndarray, size: int, seed: int) -> None:
+    size = min(size, len(counts))
+    cohorts = balanced_cohorts(counts.astype(float), size, np.random.default_rng(seed))
+    assert [len(cohort) for cohort in cohorts] == [size] * (len(counts) // size)
+    assert all(cohort == sorted(cohort) for cohort in cohorts)
+    members = [client for cohort in cohorts for client in cohort]
+    assert len(set(members)) == len(members)
+    assert set(members) <= set(range(len(counts)))
+
+
+@given(counts=tables, size=st.integers(1, 5), seed=st.integers(0, 9))
+def test_no_swap_makes_cohorts_more_alike(counts: np.ndarray, size: int, seed: int) -> None:
+    cohorts = balanced_cohorts(counts.astype(float), min(size, len(counts)), np.random.default_rng(seed))
+    found = unlikeness(counts, cohorts)
+    for one, other in itertools.combinations(range(len(cohorts)), 2):
+        for i, j in itertools.product(range(len(cohorts[one])), range(len(cohorts[other]))):
+            swapped = [list(cohort) for cohort in cohorts]
+            swapped[one][i], swapped[other][j] = swapped[other][j], swapped[one][i]
+            assert unlikeness(counts, swapped) >= found - 1e-6 * max(1.0, found)
+
+
+def test_clients_with_one_label_each() -> None:
+    """Cohorts have all labels alike, though no client has more than one; each time they are others."""
+    counts = np.zeros((30, 3))
+    counts[np.arange(30), np.arange(30) % 3] = 20
+    first, second = (balanced_cohorts(counts, 6, np.random.default_rng(seed)) for seed in (0, 1))
+    for cohorts in (first, second):
+        assert len(cohorts) == 5
+        assert all(counts[cohort].sum(axis=0).tolist() == [40, 40, 40] for cohort in cohorts)
+    assert sorted(first) != sorted(second)
+
+
+def test_skewed_clients() -> None:
+    """A hundred clients of Dirichlet 0.1 with six labels, ten at a time: nearer to everybody's labels than
+    cohorts at random are.
+    """
+    generator = np.random.default_rng(0)
+    shares = generator.dirichlet(np.full(6, 0.1), size=100)
+    sizes = 3 + generator.exponential(60, size=100)
+    counts = np.stack([generator.multinomial(int(n), q) for n, q in zip(sizes, shares, strict=True)])
+    everybody = counts.sum(axis=0) / counts.sum()
+
+    def distance(cohorts: Any) -> float:
+        return float(np.mean([np.abs(counts[c].sum(0) / counts[c].sum() - everybody).sum() for c in cohorts]))
+
+    drawn = [generator.choice(100, size=10, replace=False) for _ in range(100)]
+    balanced = balanced_cohorts(counts.astype(float), 10, generator)
+    assert distance(balanced) < 0.5 * distance(drawn)
+
+
+def plan_of(labels: dict[str, list[int]] | None, selection: str = "uniform", **training: Any) -> Plan:
+    recipe = load_recipe(
+        {
+            "clients": {"partition": "iid", "count": 12},
+            "training": {"fit_head_rounds": [2, -1], **training},
+            "rounds": {"count": 9, "clients_per_round": 4, "selection": selection},
+        }
+    )
+    clients = {f"c{i}": ClientData(f"c{i}", []) for i in range(12)}
+    data = FederatedData(LearningTask("classification", ("a", "b")), clients, [], [], False)
+    return plan_rounds(recipe, data, labels)
+
+
+def test_plans() -> None:
+    """At random until clients told of their labels; then each client once in three rounds of four."""
+    labels = {f"c{i}": [10, 0] if i < 6 else [0, 10] for i in range(11)}  # one did not tell
+    plan, uniform = (plan_of(labels, selection=way) for way in ("balanced", "uniform"))
+    everybody = {f"c{i}" for i in range(12)}
+    assert plan[0] == uniform[0]
+    assert uniform == plan_of(None, selection="balanced")
+    assert set(plan[1]) == set(plan[8]) == everybody
+    for start in (2, 5):
+        turn = [set(cohort) for cohort in plan[start : start + 3]]
+        assert set.union(*turn) == everybody
+        assert all(len(cohort) == 4 for cohort in turn)
+        assert all(len(cohort & {f"c{i}" for i in range(6)}) == 2 for cohort in turn)
+    assert plan[2:5] != plan[5:8]
+
+
+def test_steps_are_the_mean_clients() -> None:
+    """By the batch size; a recipe that counts steps itself is left alone."""
+    labels = {f"c{i}": [10 * i, 7] for i in range(12)}  # 62 examples each, in the mean
+    plan = plan_of(labels, "balanced", batch_size=16)
+    amounts = [[assignment.amount for assignment in cohort.values()] for cohort in plan]
+    assert amounts[2] == 4 * [{"epochs": 1, "batches": 4}]
+    for number in (0, 1, 8):
+        assert all(amount == {"epochs": 1} for amount in amounts[number])
+    counted = plan_of(labels, "balanced", local_steps=3)[2]
+    assert all(assignment.amount == {"steps": 3} for assignment in counted.values())
+
+
+@given(
+    count=st.integers(1, 200), batches=st.integers(1, 12), passes=st.integers(1, 3), done=st.integers(0, 3)
+)
+def test_an_epoch_in_so_many_batches(count: int, batches: int, passes: int, done: int) -> None:
+    start, amount = done * count, {"epochs": passes, "batches": batches}
+    ranges = batch_ranges(count, start, 16, amount)
+    assert [i for begin, end in ranges for i in range(begin, end)] == list(
+        range(start, start + passes * count)
+    )
+    assert len(ranges) <= passes * batches
+    sizes = {end - begin for begin, end in ranges}
+    assert max(sizes) <= count / batches + 1
+    if count % batches == 0:
+        assert (len(ranges), sizes) == (passes * batches, {count // batches})
+
+
+def test_a_run_and_its_second_half(small: dict[str, Any], tmp_path: Path) -> None:
+    """What clients tell in the first round decides who is asked later, in a resumed run too."""
+    recipe = {**small, "rounds": {"count": 6, "clients_per_round": 2}}
+    overrides: dict[str, Any] = {"training.fit_head_rounds": [1], "rounds.selection": "balanced"}
+    whole = fedcustom.run(recipe, overrides, out=tmp_path / "whole")
+    cohorts = [set(row["cohort"]) for row in rows_of(whole.directory)[1:]]
+    assert len(cohorts[0]) == 4
+    assert cohorts[1] | cohorts[2] == cohorts[3] | cohorts[4] == cohorts[0]
+    half = tmp_path / "half"
+
+    class Interrupted(Exception):
+        pass
+
+    class Stop(fedcustom.progress.Silent):
+        def round(self, row: Any) -> None:
+            if row["round"] == 3:
+                raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fedcustom.run(recipe, overrides, out=half, progress=Stop())
+    again = fedcustom.run(recipe, overrides, out=half, resume=True)
+    assert [set(row["cohort"]) for row in rows_of(half)[1:]] == cohorts
+    ours, theirs = tensors_of(whole.directory), tensors_of(again.directory)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rounds.selection": "balanced"}, "needs training.fit_head_rounds"),
+        ({"rounds.selection": "balanced", "training.fit_head_rounds": []}, "needs training.fit_head_rounds"),
+        ({"rounds.selection": "fair"}, "'uniform' or 'balanced'"),
+    ],
+)
+def test_what_balance_needs(small: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(small, change).complete()
