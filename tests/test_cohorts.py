@@ -15,17 +15,24 @@ from hypothesis.extra import numpy as arrays
 import fedcustom
 from fedcustom.cohorts import balanced_cohorts
 from fedcustom.data.examples import ClientData, FederatedData, LearningTask
-from fedcustom.errors import RecipeError
+from fedcustom.errors import RecipeError, UpdateError
+from fedcustom.methods import Client
 from fedcustom.methods.local_training import batch_ranges
 from fedcustom.recipe import load_recipe
 from fedcustom.schedule import Plan, plan_rounds
+from test_methods import classification_examples, make
 from test_run import rows_of, tensors_of
 
 
-def unlikeness(counts: np.ndarray, cohorts: list[list[int]]) -> float:
-    """What the cohorts' sums of each label are squared, over that label's examples."""
+def unlikeness(counts: np.ndarray, groups: list[list[int]]) -> float:
+    """How far groups are from their shares of everybody's examples of each label."""
     total = counts.sum(axis=0)
-    return float(sum(np.sum(counts[c].sum(axis=0) ** 2 / np.maximum(total, 1)) for c in cohorts))
+    return float(
+        sum(
+            np.sum((counts[g].sum(axis=0) - len(g) / len(counts) * total) ** 2 / np.maximum(total, 1))
+            for g in groups
+        )
+    )
 
 
 tables = arrays.arrays(
@@ -48,11 +55,13 @@ def test_every_client_is_in_one_cohort(counts: np.ndarray, size: int, seed: int)
 
 @given(counts=tables, size=st.integers(1, 5), seed=st.integers(0, 9))
 def test_no_swap_makes_cohorts_more_alike(counts: np.ndarray, size: int, seed: int) -> None:
-    cohorts = balanced_cohorts(counts.astype(float), min(size, len(counts)), np.random.default_rng(seed))
-    found = unlikeness(counts, cohorts)
-    for one, other in itertools.combinations(range(len(cohorts)), 2):
-        for i, j in itertools.product(range(len(cohorts[one])), range(len(cohorts[other]))):
-            swapped = [list(cohort) for cohort in cohorts]
+    """Nor with those who are left over."""
+    groups = balanced_cohorts(counts.astype(float), min(size, len(counts)), np.random.default_rng(seed))
+    groups.append([i for i in range(len(counts)) if not any(i in cohort for cohort in groups)])
+    found = unlikeness(counts, groups)
+    for one, other in itertools.combinations(range(len(groups)), 2):
+        for i, j in itertools.product(range(len(groups[one])), range(len(groups[other]))):
+            swapped = [list(group) for group in groups]
             swapped[one][i], swapped[other][j] = swapped[other][j], swapped[one][i]
             assert unlikeness(counts, swapped) >= found - 1e-6 * max(1.0, found)
 
@@ -66,6 +75,13 @@ def test_clients_with_one_label_each() -> None:
         assert len(cohorts) == 5
         assert all(counts[cohort].sum(axis=0).tolist() == [40, 40, 40] for cohort in cohorts)
     assert sorted(first) != sorted(second)
+
+
+def test_one_cohort_is_balanced_against_those_left_over() -> None:
+    counts = np.kron(np.eye(4), np.full((2, 1), 20.0))  # eight clients, two of each label
+    for seed in range(5):
+        (cohort,) = balanced_cohorts(counts, 5, np.random.default_rng(seed))
+        assert sorted(counts[cohort].sum(axis=0).tolist()) == [20, 20, 20, 40]
 
 
 def test_skewed_clients() -> None:
@@ -116,13 +132,17 @@ def test_plans() -> None:
 
 
 def test_steps_are_the_mean_clients() -> None:
-    """By the batch size; a recipe that counts steps itself is left alone."""
+    """By the batch size; a recipe that counts steps itself is left alone. One client that claims to have very
+    many examples does not make everybody's batches tiny.
+    """
     labels = {f"c{i}": [10 * i, 7] for i in range(12)}  # 62 examples each, in the mean
     plan = plan_of(labels, "balanced", batch_size=16)
     amounts = [[assignment.amount for assignment in cohort.values()] for cohort in plan]
     assert amounts[2] == 4 * [{"epochs": 1, "batches": 4}]
     for number in (0, 1, 8):
         assert all(amount == {"epochs": 1} for amount in amounts[number])
+    liar = plan_of({**labels, "c3": [10**9, 0]}, "balanced", batch_size=16)[2]
+    assert {a.amount["batches"] for a in liar.values()} == {10 * 72 // 16}  # 72: the median client's
     counted = plan_of(labels, "balanced", local_steps=3)[2]
     assert all(assignment.amount == {"steps": 3} for assignment in counted.values())
 
@@ -136,11 +156,9 @@ def test_an_epoch_in_so_many_batches(count: int, batches: int, passes: int, done
     assert [i for begin, end in ranges for i in range(begin, end)] == list(
         range(start, start + passes * count)
     )
-    assert len(ranges) <= passes * batches
+    assert len(ranges) == passes * min(count, batches)
     sizes = {end - begin for begin, end in ranges}
-    assert max(sizes) <= count / batches + 1
-    if count % batches == 0:
-        assert (len(ranges), sizes) == (passes * batches, {count // batches})
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_a_run_and_its_second_half(small: dict[str, Any], tmp_path: Path) -> None:
@@ -172,11 +190,49 @@ def test_a_run_and_its_second_half(small: dict[str, Any], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rounds.selection": "balanced"}, "needs training.fit_head_rounds"),
-        ({"rounds.selection": "balanced", "training.fit_head_rounds": []}, "needs training.fit_head_rounds"),
+        ({"rounds.selection": "balanced"}, "needs a round before the last"),
+        ({"rounds.selection": "balanced", "training.fit_head_rounds": []}, "needs a round before the last"),
+        ({"rounds.selection": "balanced", "training.fit_head_rounds": [-1]}, "needs a round before the last"),
+        (
+            {"rounds.selection": "balanced", "rounds.count": 9, "aggregation.rule": "median"},
+            "which needs aggregation.rule = 'mean'",
+        ),
         ({"rounds.selection": "fair"}, "'uniform' or 'balanced'"),
     ],
 )
 def test_what_balance_needs(small: dict[str, Any], change: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(small, change).complete()
+
+
+def test_a_large_batch_goes_through_in_parts(tiny: dict[str, str]) -> None:
+    """Where clients train one by one, no pass has more rows than the recipe's batch; the step is the same."""
+    client = Client("c", ClientData("c", classification_examples(10)))
+    updates = []
+    for size, amount in ((10, {"epochs": 1}), (4, {"epochs": 1, "batches": 1})):
+        method = make(tiny["bert"], "prefix", training={"batch_size": size})
+        task = method.ask(method.start(), 1, {"c": amount})["c"]
+        rows: list[int] = []
+        original = method.objective.loss
+
+        def noted(model: Any, batch: Any, original: Any = original, rows: list[int] = rows) -> Any:
+            rows.append(len(batch["labels"]))
+            return original(model, batch)
+
+        method.objective.loss = noted  # type: ignore[method-assign]
+        updates.append(method.work(task, Client(client.name, client.data)))
+        assert rows == ([10] if size == 10 else [4, 4, 2])
+    whole, parts = updates
+    assert whole.values["steps"] == parts.values["steps"] == 1
+    assert parts.values["loss"] == pytest.approx(whole.values["loss"], rel=1e-5)
+    assert parts.values["examples"] == 10
+    for name, change in whole.tensors.items():
+        assert parts.tensors[name].numpy() == pytest.approx(change.numpy(), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("batches", [0, -1, 2.0, True, "3"])
+def test_a_client_checks_what_it_is_asked(tiny: dict[str, str], batches: Any) -> None:
+    method = make(tiny["bert"], "prefix")
+    task = method.ask(method.start(), 1, {"c": {"epochs": 1, "batches": batches}})["c"]
+    with pytest.raises(UpdateError, match=r"batches .* must be a whole number from 1"):
+        method.work(task, Client("c", ClientData("c", classification_examples(4))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import fedcustom
 from fedcustom.display import Display
 from fedcustom.errors import RecipeError
 from fedcustom.models.load import LINEAR_HEADS
-from fedcustom.recipe import load_recipe
+from fedcustom.recipe import load_recipe, to_toml
 from test_run import rows_of
 
 ON, OFF = (1.0, [1, -1]), (0.0, [])
@@ -80,11 +81,7 @@ def test_a_run_by_default_is_the_run_with_them(
     tmp_path: Path, tiny: dict[str, str], small: dict[str, Any]
 ) -> None:
     base = {"model.base": tiny["bert"], "rounds.count": 5, "rounds.clients_per_round": 2}
-    said = {
-        "training.logit_adjustment": 0.0,
-        "training.fit_head_rounds": [1, -1],
-        "rounds.selection": "balanced",
-    }
+    said = {"training.logit_adjustment": 1.0, "training.fit_head_rounds": [1, -1]}
     runs = {"default": {}, "said": said, "off": {"training.logit_adjustment": 0.0}}
     scores = {}
     for name, more in runs.items():
@@ -107,7 +104,7 @@ def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
 
 def test_asking_everybody_twice_is_little_beside_training(small: dict[str, Any]) -> None:
     many = {"clients.partition": "iid", "clients.count": 9, "rounds.count": 6}
-    assert found(small, {**many, "rounds.clients_per_round": 3}) == (0.0, [1, -1])
+    assert found(small, {**many, "rounds.clients_per_round": 3}) == ON
     assert found(small, many) == ON
 
 
@@ -115,25 +112,31 @@ def test_asking_everybody_twice_is_little_beside_training(small: dict[str, Any])
     ("overrides", "adjustment", "selection"),
     [
         ({}, 0.0, "balanced"),
+        ({"clients.partition": "iid", "clients.count": 20}, 0.0, "balanced"),
         ({"rounds.selection": "balanced"}, 0.0, "balanced"),
         ({"rounds.selection": "uniform"}, 1.0, "uniform"),
         ({"rounds.clients_per_round": None}, 1.0, None),
+        ({"rounds.clients_per_round": 9}, 1.0, None),
+        ({"rounds.clients_per_round": 9, "rounds.selection": "balanced"}, 0.0, "balanced"),
+        ({"clients.partition": "iid", "clients.count": 19}, 1.0, None),
+        ({"participation.partial": 0.5}, 1.0, None),
+        ({"training.prior_count": 0.5}, 1.0, None),
         ({"training.logit_adjustment": 0.0}, 0.0, None),
         ({"training.fit_head_rounds": [1]}, 0.0, None),
         ({"training.fit_head_rounds": [1], "rounds.selection": "balanced"}, 0.0, "balanced"),
-        ({"baseline": "centralised"}, 0.0, None),
+        ({"baseline": "centralised", "training.prior_count": 0.5}, 0.0, None),
         ({"baseline": "centralised", "rounds.selection": "balanced"}, 0.0, "balanced"),
     ],
 )
 def test_balanced_cohorts_take_the_place_of_the_adjustment(
     small: dict[str, Any], overrides: dict[str, Any], adjustment: float, selection: str | None
 ) -> None:
-    """Where a round has some of the clients only, and nobody says otherwise."""
-    base = {"rounds.count": 6, "rounds.clients_per_round": 2}
+    """Where cohorts are large, and nobody says otherwise. What was completed reads as it is."""
+    base = {"rounds.count": 6, "rounds.clients_per_round": 10}
     given = load_recipe(small, {k: v for k, v in {**base, **overrides}.items() if v is not None})
     complete = given.complete()
     assert (complete.training.logit_adjustment, complete.rounds.selection) == (adjustment, selection)
-    assert complete.complete() == complete
+    assert load_recipe(tomllib.loads(to_toml(complete))).complete() == complete
 
 
 @pytest.mark.parametrize("kind", sorted(LINEAR_HEADS))

@@ -26,6 +26,7 @@ from fedcustom.experiment.results import Result, reached, read_result, read_resu
 from fedcustom.experiment.search import choose, chosen_tables
 from fedcustom.experiment.settings import ExperimentSettings
 from fedcustom.experiment.tables import cost_table, grouped, score_tables
+from fedcustom.files import held
 from fedcustom.recipe import load_recipe
 from test_cli import command
 from test_run import rows_of
@@ -163,6 +164,14 @@ def test_a_whole_experiment(small: dict[str, Any], tmp_path: Path, monkeypatch: 
     )  # fmt: skip
     opened(edited).run(1, said.append)
     assert ran == ["federated--lora--skewed--seed-3"]
+
+
+def test_one_process_searches(tmp_path: Path, small: dict[str, Any]) -> None:
+    """A trial that another one is at would pass for one that failed."""
+    campaign = opened(written(tmp_path, small, search=SEARCH, seeds=[3]))
+    with held(campaign.runs / "search.pid"), pytest.raises(RunError, match="searches learning rates; wait"):
+        campaign.run(1, print)
+    assert not campaign.results.exists()
 
 
 def test_a_rate_is_chosen_by_its_mean_over_seeds(small: dict[str, Any], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fedcustom.aggregation.discriminant import class_moments, discriminant
 from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.data.examples import ClientData, Example
 from fedcustom.errors import RecipeError, UpdateError
-from fedcustom.methods import Answer, Client, State, Update, WeightTuning
+from fedcustom.methods import Answer, Client, State, Update, WeightTuning, client_labels
 from fedcustom.recipe import load_recipe
 from test_cohort import distance
 from test_label_prior import skewed
@@ -232,6 +232,11 @@ def test_a_fit_to_few_clients_is_none(tiny: dict[str, str]) -> None:
         after = method.merge(state, iter(answers))
         assert ("label_counts" in after.values) == fitted
         assert all(torch.equal(after.tensors[n], state.tensors[n]) for n in state.tensors) == (not fitted)
+        told = {
+            name: np.bincount([e.label for e in client.data.train], minlength=LABELS).tolist()
+            for name, client in clients.items()
+        }
+        assert client_labels(after) == told
         if not fitted:
             assert after.values["method"] == {"head": "not fitted: 1 of 4 clients answered"}
 

@@ -15,7 +15,7 @@ import pytest
 
 import fedcustom
 from fedcustom.directory import Checkpoints, History
-from fedcustom.errors import RunError
+from fedcustom.errors import DataError, RunError
 from fedcustom.files import held, write_folder, write_json, write_tensors, write_text
 from fedcustom.recipe import load_recipe, to_toml
 from fedcustom.tensors import equal
@@ -126,7 +126,13 @@ def test_a_run_has_one_process(small: dict[str, Any], tmp_path: Path) -> None:
             fedcustom.run(small, out=directory)
         assert [path.name for path in directory.iterdir()] == ["run.pid"]
     run = fedcustom.run(small, out=directory)
-    assert not (run.directory / "run.pid").exists()
+    assert (run.directory / "run.pid").read_text() == ""
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(small: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        fedcustom.run(small, {"data.source": str(tmp_path / "nowhere")}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_files_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

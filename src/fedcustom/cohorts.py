@@ -12,40 +12,37 @@ def balanced_cohorts(counts: np.ndarray, size: int, generator: np.random.Generat
     """Clients in cohorts of ``size``, each with nearly the same number of examples of every label.
 
     ``counts`` of (clients, labels) are the clients' examples of each label. From a random split, each client
-    in turn changes places with the client of another cohort that lowers most, if any does, ::
+    in turn changes places with the client of another group that lowers most, if any does, ::
 
-        sum_g sum_c S_gc^2 / N_c
+        sum_g sum_c (S_gc - s_g / n N_c)^2 / N_c
 
-    with S_gc the examples of label c in cohort g and N_c those of all clients; it is least where all cohorts
-    are alike. (Choosing cohorts by how alike their labels are is the idea of Fed-CBS, Zhang et al. 2023.)
-    Clients that are left over, where ``size`` does not divide their number, are drawn at random. The cohorts
-    come in random order, a cohort's clients in theirs.
+    with s_g of n clients in group g, S_gc its examples of label c, and N_c those of all clients. Groups are
+    the cohorts and, where ``size`` does not divide n, those who are left over this time. (Choosing cohorts by
+    how alike their labels are is the idea of Fed-CBS, Zhang et al. 2023.) The cohorts come in random order.
     """
-    order = generator.permutation(len(counts))
-    cohorts = len(counts) // size
-    placed = order[: cohorts * size]
-    cohort = np.full(len(counts), -1)
-    cohort[placed] = np.arange(len(placed)) % cohorts
-    shares = counts[placed] / np.sqrt(np.maximum(counts.sum(axis=0), 1))
-    of = cohort[placed]
-    sums = np.zeros((cohorts, counts.shape[1]))
-    np.add.at(sums, of, shares)
+    clients, labels = counts.shape
+    cohorts = clients // size
+    group = np.empty(clients, dtype=int)
+    group[generator.permutation(clients)] = np.arange(clients) // size  # the last group: who is left over
+    scaled = counts / np.sqrt(np.maximum(counts.sum(axis=0), 1))
+    excess = np.zeros((int(group.max()) + 1, labels))  # of each group, over its share of everybody's
+    np.add.at(excess, group, scaled - scaled.mean(axis=0))
     for _ in range(SWEEPS):
-        if not sum(_swap(one, shares, of, sums) for one in range(len(placed))):
+        if not sum(_swap(one, scaled, group, excess) for one in range(clients)):
             break
-    cohort[placed] = of
-    return [np.flatnonzero(cohort == number).tolist() for number in generator.permutation(cohorts)]
+    return [np.flatnonzero(group == number).tolist() for number in generator.permutation(cohorts)]
 
 
-def _swap(one: int, shares: np.ndarray, of: np.ndarray, sums: np.ndarray) -> bool:
-    """Whether a client changed places with another; ``of`` and ``sums`` are then up to date."""
-    change = shares - shares[one]  # what the one's cohort gains, and the other's loses
-    gained = change @ sums[of[one]] - np.einsum("ij,ij->i", change, sums[of]) + np.square(change).sum(axis=1)
-    gained[of == of[one]] = 0.0
+def _swap(one: int, scaled: np.ndarray, group: np.ndarray, excess: np.ndarray) -> bool:
+    """Whether a client changed places with another; ``group`` and ``excess`` are then up to date."""
+    change = scaled - scaled[one]  # what the one's group gains, and the other's loses
+    before = excess[group[one]] - excess[group]
+    gained = np.einsum("ij,ij->i", change, before + change)  # half of what the sum of squares gains
+    gained[group == group[one]] = 0.0
     other = int(np.argmin(gained))
     if gained[other] > -1e-12:
         return False
-    sums[of[one]] += change[other]
-    sums[of[other]] -= change[other]
-    of[one], of[other] = of[other], of[one]
+    excess[group[one]] += change[other]
+    excess[group[other]] -= change[other]
+    group[one], group[other] = group[other], group[one]
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -56,10 +57,15 @@ def run_recipe(
     with held(lock) as alone:
         if not alone:
             raise RunError(f"{directory}: process {holder(lock)} is at this run; wait for it, or stop it")
+        finished = _prepare_directory(recipe, directory, resume)  # another may have been at it until now
+        if finished is not None:
+            return finished
         try:
             return _Driver(recipe, directory, progress, gather).drive()
-        finally:
-            lock.unlink(missing_ok=True)
+        except BaseException:
+            if [path.name for path in directory.iterdir()] == [RUNNING]:  # nothing was begun
+                shutil.rmtree(directory)
+            raise
 
 
 def _prepare_directory(recipe: Recipe, directory: Path, resume: bool) -> dict[str, Any] | None:
@@ -144,7 +150,7 @@ class _Driver:
             self._note_untuned(state)
         for number in range(done + 1, recipe.rounds.count + 1):
             state = self._round(number, plan[number - 1], states, parties)
-            if number in fits:  # clients told of their labels
+            if number in fits and number < recipe.rounds.count:  # clients told of their labels
                 plan = plan_rounds(recipe, parties.data, client_labels(state))
             states[number] = state
             needed = [since for since in states if uses.get(since, 0) > number]

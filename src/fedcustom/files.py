@@ -83,30 +83,32 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[bool]:
     """Hold a file for this process alone, with its number in it; gives whether that was possible. The system
-    lets go of it however the process ends.
+    lets go of it however the process ends. A file system without locks holds nothing back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             yield False
             return
+        except OSError:
+            pass
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield True
-        file.truncate(0)
+        try:
+            yield True
+        finally:
+            file.truncate(0)
 
 
 def holder(path: Path) -> int | None:
     """The process that holds a file (:func:`held`), if one does."""
-    if not path.exists():
-        return None
-    with path.open("r+", encoding="ascii") as file:
+    with contextlib.suppress(OSError), path.open("r+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             number = file.read()
             return int(number) if number.isdigit() else None
     return None

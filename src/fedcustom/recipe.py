@@ -42,6 +42,9 @@ DEFAULT_METRIC: dict[TaskKind, str] = {"classification": "accuracy", "generation
 FEWEST_ROUNDS_TO_FIT = 5
 """From how many rounds on the head is fitted by default, which takes two of them."""
 
+FEWEST_TO_BALANCE = 10
+"""From how many clients a round on cohorts are balanced by default."""
+
 FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation")
 """Sections that a baseline leaves at their defaults."""
 
@@ -233,23 +236,21 @@ class Recipe(Settings):
         recipe says nothing of them and they are possible.
         """
         training, filled, selection = self.training, dict[str, Any](), self.rounds.selection
+        remedies = self._takes_remedies()
+        if remedies and selection is None and self._can_balance():
+            selection = "balanced"
+        if selection == "balanced":
+            self._check_balance(remedies)
         if "training" in self.method.not_for:
             return self
         if training.learning_rate is None:
             filled["learning_rate"] = getattr(self.method, "default_learning_rate", None)
-        remedies, cohorts = self._takes_remedies(), self.rounds.clients_per_round is not None
-        if remedies and cohorts and selection is None:
-            selection = "balanced"
         if training.logit_adjustment is None:  # what balanced cohorts cancel need not be taken out
             filled["logit_adjustment"] = 1.0 if remedies and selection != "balanced" else 0.0
+            if not filled["logit_adjustment"]:
+                filled["prior_count"] = 1.0  # which has no effect then
         if training.fit_head_rounds is None:
             filled["fit_head_rounds"] = [1, -1] if remedies else []
-        untold = self.baseline == "federated" and not (remedies or training.fit_head_rounds)
-        if selection == "balanced" and untold:
-            raise RecipeError(
-                "rounds.selection = 'balanced': needs training.fit_head_rounds, in which clients tell how "
-                "many examples of each label they have"
-            )
         changed: dict[str, Any] = {}
         if filled:
             changed["training"] = training.model_copy(update=filled)
@@ -257,10 +258,36 @@ class Recipe(Settings):
             changed["rounds"] = self.rounds.model_copy(update={"selection": selection})
         return self.model_copy(update=changed) if changed else self
 
+    def _can_balance(self) -> bool:
+        """Whether cohorts are balanced by default: where they are large enough that labels even out, as in
+        what was measured, two of them at least fit into the clients, and each does all its work.
+        """
+        asked, count = self.rounds.clients_per_round or 0, self.clients.count
+        counted = self.clients.partition != "natural"
+        enough = asked >= FEWEST_TO_BALANCE and not (counted and 2 * asked > count)
+        said = self.training.prior_count != 1  # of the adjustment
+        return enough and not said and not self.participation.partial
+
+    def _check_balance(self, remedies: bool) -> None:
+        """What balanced cohorts need.
+
+        Raises:
+            RecipeError: no round before the last fits the head, which is when clients tell of their labels.
+        """
+        last = self.rounds.count
+        first = min(self.training.rounds_of_head_fits(last), default=last)
+        if remedies or self.baseline != "federated" or first < last:
+            return
+        reason = self._why_no_head_fit() if self.training.fit_head_rounds is None else None
+        raise RecipeError(
+            "rounds.selection = 'balanced': needs a round before the last in training.fit_head_rounds, when "
+            f"clients tell how many examples of each label they have{'; which ' + reason if reason else ''}"
+        )
+
     def _takes_remedies(self) -> bool:
-        """Whether logit adjustment and a fitted head are the default: in federated training of a classifier
-        that is one model for all clients, where nothing was said of label skew, all clients are likely to
-        answer, and asking all of them twice is little beside training.
+        """Whether a fitted head, with balanced cohorts or logit adjustment, is the default: in federated
+        training of a classifier that is one model for all clients, where nothing was said of label skew, all
+        clients are likely to answer, and asking all of them twice is little beside training.
         """
         training, rounds, method = self.training, self.rounds, self.method
         said = training.logit_adjustment is not None or training.fit_head_rounds is not None

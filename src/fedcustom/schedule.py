@@ -1,4 +1,6 @@
-"""Who works in each round, on how much, and from which state: planned before the first round begins."""
+"""Who works in each round, on how much, and from which state: planned before the first round begins, and
+again when clients have told of their labels.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ def plan_rounds(
     as strong as their weights in the mean, and cancel.
 
     A centralised run sees as many examples a round as the cohort of the federated run would; in a local run
-    the same clients work as long as in the federated one.
+    clients drawn at random work as long as in the federated one.
     """
     names = list(data.clients)
     if recipe.baseline != "federated" or recipe.rounds.selection != "balanced":
@@ -85,9 +87,9 @@ def _synchronous(
     for number in range(1, last + 1):
         generator, amount = np.random.default_rng([recipe.seed, 6, number]), _whole(recipe)
         if number in fits:
-            chosen = list(range(len(names)))
+            chosen, waiting = list(range(len(names))), []
         elif labels and number > min(fits):
-            waiting = waiting or balanced_cohorts(_table(names, labels), size, generator)
+            waiting = waiting or balanced_cohorts(_table(recipe, names, labels), size, generator)
             chosen = waiting.pop()
             if "epochs" in amount:
                 amount["batches"] = _batches(recipe, labels)
@@ -97,15 +99,21 @@ def _synchronous(
 
 
 def _batches(recipe: Recipe, labels: Mapping[str, Sequence[int]]) -> int:
-    """In how many batches every client makes an epoch: as many as the mean client has."""
-    examples = sum(map(sum, labels.values())) / len(labels)
-    return max(1, math.ceil(examples / recipe.training.batch_size))
+    """In how many batches every client makes an epoch: as many as the mean client has, but no more than ten
+    times the median one, for one client that claims many examples would have everybody make tiny steps.
+    """
+    examples = np.array([sum(counts) for counts in labels.values()], dtype=float)
+    typical = min(float(examples.mean()), 10 * float(np.median(examples)))
+    return max(1, math.ceil(typical / recipe.training.batch_size))
 
 
-def _table(names: Sequence[str], labels: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """The clients' label counts, (clients, labels)."""
+def _table(recipe: Recipe, names: Sequence[str], labels: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """What each label has of each client's weight in the mean, (clients, labels)."""
     nothing = [0] * len(next(iter(labels.values())))
-    return np.array([labels.get(name, nothing) for name in names], dtype=float)
+    counts = np.array([labels.get(name, nothing) for name in names], dtype=float)
+    if recipe.aggregation.weighting == "uniform":
+        counts /= np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return counts
 
 
 def _buffered(recipe: Recipe, names: Sequence[str]) -> Iterator[dict[str, Assignment]]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json
+from ..errors import RunError
+from ..files import held, holder, read_json, write_json
 from ..report import words
 from .estimate import Rates, total
 from .grid import Cell, grid, group_of
@@ -94,19 +95,30 @@ class Campaign:
         return chosen_tables(read_json(path)) if self.settings.search and path.exists() else {}
 
     def run(self, jobs: int, say: Say) -> dict[str, str]:
-        """Search, then run all cells that have no result yet; what failed, by name, with the reason."""
+        """Search, then run all cells that have no result yet; what failed, by name, with the reason.
+
+        Raises:
+            RunError: another process searches this experiment's rates.
+        """
+        cells = self.cells(self._search(jobs, say))
+        # A rate that fails in a trial is a rate that was not chosen, and no failure of the experiment.
+        return self._all([(c.name, c, self.result_path(c.name)) for c in cells], "cells", jobs, say)
+
+    def _search(self, jobs: int, say: Say) -> dict[tuple[str, ...], dict[str, Any]]:
+        """The rates of the best trials, after running those that have no result yet."""
         made = self.trials()
-        failed = self._all([(t.name, t.cell, self.trial_path(t.name)) for t in made], "search", jobs, say)
-        chosen: dict[tuple[str, ...], dict[str, Any]] = {}
-        if made:
+        if not made:
+            return {}
+        lock = self.runs / "search.pid"
+        with held(lock) as alone:  # a trial that another process is at would pass for one that failed
+            if not alone:
+                raise RunError(f"{self.runs}: process {holder(lock)} searches learning rates; wait for it")
+            failed = self._all([(t.name, t.cell, self.trial_path(t.name)) for t in made], "search", jobs, say)
             paths = {trial.name: self.trial_path(trial.name) for trial in made if trial.name not in failed}
             found = {name: read_result(path) for name, path in paths.items()}
             content = choose(self.settings, made, found, failed)
             self._note_search(content)
-            chosen = chosen_tables(content)
-        cells = self.cells(chosen)
-        # A rate that fails in a trial is a rate that was not chosen, and no failure of the experiment.
-        return self._all([(c.name, c, self.result_path(c.name)) for c in cells], "cells", jobs, say)
+        return chosen_tables(content)
 
     def _all(
         self, wanted: Sequence[tuple[str, Cell, Path]], kind: str, jobs: int, say: Say

@@ -57,9 +57,9 @@ class HeadFit:
 
     Discloses: what is named above. Where a client has one example with a label, its sum is that example's
     input to the head, from which a text may be guessed. The server keeps how many examples of each label each
-    client has, and with ``rounds.selection = "balanced"`` draws cohorts by it. With logit adjustment every
-    client is told in later rounds how many examples of each label all have together; of two clients each then
-    knows the other's.
+    client has; with ``rounds.selection = "balanced"`` it draws cohorts by it, and every client is told in
+    later rounds how many batches the mean client has. With logit adjustment every client is told how many
+    examples of each label all have together; of two clients each then knows the other's.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class HeadFit:
     def merge(self, state: State, answers: Iterable[Answer]) -> State:
         """The state with the fitted head, whose former momentum at the server is gone, and the number of
         examples of each label, of all and of each client. Where fewer than half of the clients answered, the
-        head is as it was.
+        head is as it was, and their labels alone are noted.
         """
         told: Tensors = {}
 
@@ -157,7 +157,7 @@ class HeadFit:
         values = {key: value for key, value in state.values.items() if key != "method"}
         if 2 * len(told) < self.clients:
             kept = f"not fitted: {len(told)} of {self.clients} clients answered"
-            return State(state.tensors, state.server, values | {"method": {"head": kept}})
+            return State(state.tensors, {**state.server, **told}, values | {"method": {"head": kept}})
         server = {
             name: torch.zeros_like(tensor) if name.partition("/")[2] in self.names else tensor
             for name, tensor in state.server.items()

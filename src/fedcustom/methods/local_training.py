@@ -114,7 +114,7 @@ class LocalTraining:
             with self._passing_by():
                 return train_locally(
                     trained,
-                    (self._collated(batch, job.label_offset) for batch in job.batches),
+                    (self._pieces(batch, job.label_offset) for batch in job.batches),
                     self.loss,
                     job.correction.training(self.training),
                     job.factor,
@@ -140,6 +140,16 @@ class LocalTraining:
             found = self._in_one_batch(bucket, close) if shared else self._in_turn(bucket, close)
             answers |= zip(positions, found, strict=True)
         return [answers[position] for position in range(len(jobs))]
+
+    def _pieces(
+        self, rows: Sequence[TokenizedExample], offset: Tensor | None
+    ) -> Iterator[tuple[Batch, float]]:
+        """A batch, and its weight in the loss; one that is larger than the recipe says, in parts."""
+        size = self.training.batch_size if self.objective.separable else len(rows)
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        units = [max(1, sum(map(self.objective.units, part))) for part in parts]
+        for some, share in zip(parts, units, strict=True):
+            yield self._collated(some, offset), share / sum(units)
 
     def _collated(self, rows: Sequence[TokenizedExample], offset: Tensor | None) -> Batch:
         """One batch, with what is added to its logits: the same for all rows, (labels,), or a row of its own
@@ -254,18 +264,22 @@ def batch_ranges(count: int, start: int, batch_size: int, amount: Mapping[str, A
 
     ``amount`` holds ``epochs``, ``steps`` or ``examples``. A batch never crosses the end of a pass over the
     client's ``count`` examples, so that one epoch is every example once in ceil(count / batch_size) steps;
-    or, where ``amount`` has ``batches`` too, in as many at most, which set the batch's size. A part of an
-    epoch is the nearest whole number of examples, and one at least.
+    or, where ``amount`` has ``batches`` too, in min(count, batches) steps, whose sizes differ by one at most.
+    A part of an epoch is the nearest whole number of examples, and one at least.
     """
-    if "batches" in amount:
-        batch_size = math.ceil(count / max(1, int(amount["batches"])))
     stop = start + int(amount.get("examples", max(1, round(amount.get("epochs", 0) * count))))
     steps = amount.get("steps", math.inf)
     if "steps" in amount:
         stop = start + steps * batch_size
     ranges: list[tuple[int, int]] = []
+    batches = min(count, amount["batches"]) if "batches" in amount else None
     while start < stop and len(ranges) < steps:
-        end = min(start + batch_size, stop, (start // count + 1) * count)
+        whole, seen = start // count * count, start % count
+        if batches is None:
+            end = min(start + batch_size, stop, whole + count)
+        else:  # the first of the points i * count / batches, rounded down, that lies beyond
+            i = math.ceil((seen + 1) * batches / count)
+            end = min(whole + i * count // batches, stop)
         ranges.append((start, end))
         start = end
     return ranges

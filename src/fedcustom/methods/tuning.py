@@ -168,7 +168,7 @@ class WeightTuning:
 
         Raises:
             DataError: the client has nothing to train on.
-            UpdateError: the training loss is not finite.
+            UpdateError: the training loss is not finite, or the task is none.
         """
         if self._fits_head(task):
             return self._head_sums(task, client)
@@ -209,6 +209,9 @@ class WeightTuning:
         before = self.ownership.complete(without(task.tensors, CONTROL), client.memory)
         check_state(self.tuned.inwards(before), self.tuned.parameters)
         start = int(client.memory.values.get("examples_seen", 0))
+        batches = task.values.get("batches", 1)
+        if type(batches) is not int or batches < 1:
+            raise UpdateError(f"batches {batches!r}: must be a whole number from 1")
         ranges = batch_ranges(len(examples), start, self.context.training.batch_size, task.values)
         seed = [self.context.seed, 5, name_seed(client.name)]
         order = example_order(len(examples), start, ranges[-1][1], seed)

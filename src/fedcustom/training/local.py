@@ -72,7 +72,7 @@ def make_optimizer(
 
 def train_locally(
     parameters: Mapping[str, nn.Parameter],
-    batches: Iterable[Batch],
+    steps: Iterable[Iterable[tuple[Batch, float]]],
     loss_of: Callable[[Batch], Tensor],
     settings: TrainingSettings,
     factor: float,
@@ -81,9 +81,11 @@ def train_locally(
     moments: Mapping[str, Tensor] | None = None,
     shift: Mapping[str, Tensor] | None = None,
 ) -> LocalResult:
-    """Train ``parameters`` in place, one optimiser step a batch.
+    """Train ``parameters`` in place.
 
-    ``loss_of`` gives a batch's mean loss, ``factor`` is the schedule's. With ``settings.proximal`` the values
+    ``steps`` has the batches of each optimiser step, with their weights in its loss, which sum to 1: one
+    batch, or several that are small enough for the memory. ``loss_of`` gives a batch's mean loss, ``factor``
+    is the schedule's. With ``settings.proximal`` the values
     at the start are the anchor of FedProx (Li et al. 2020, eq. 2); its gradient mu * (w - w_start) is added
     to the loss's. ``shift`` is added to every gradient as well. ``moments`` are those of an earlier call, for
     a client that keeps its optimiser.
@@ -95,15 +97,17 @@ def train_locally(
     if moments:
         restore_moments(optimizer, parameters, moments)
     anchors = {name: p.detach().clone() for name, p in parameters.items()} if settings.proximal else {}
-    total, examples, steps = 0.0, 0, 0
-    for batch in batches:
-        loss = loss_of(batch)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise UpdateError(
-                f"the training loss is not finite after {steps} steps; lower training.learning_rate"
-            )
-        loss.backward()  # type: ignore[no-untyped-call]
+    total, examples, done = 0.0, 0, 0
+    for batches in steps:
+        value, size = 0.0, 0
+        for batch, weight in batches:
+            loss = weight * loss_of(batch)
+            value, size = value + loss.item(), size + len(batch["labels"])
+            if not math.isfinite(value):
+                raise UpdateError(
+                    f"the training loss is not finite after {done} steps; lower training.learning_rate"
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
         for name, anchor in anchors.items():
             gradient = parameters[name].grad
             if gradient is not None:
@@ -115,11 +119,10 @@ def train_locally(
             torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        size = len(batch["labels"])
-        total, examples, steps = total + value * size, examples + size, steps + 1
-    if not steps:
+        total, examples, done = total + value * size, examples + size, done + 1
+    if not done:
         raise UpdateError("there was nothing to train on")
-    return LocalResult(total / examples, examples, steps, named_moments(optimizer, parameters))
+    return LocalResult(total / examples, examples, done, named_moments(optimizer, parameters))
 
 
 def named_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Tensors:

@@ -44,7 +44,8 @@ class TrainingSettings(Settings):
         le=10,
         description="Classification, against label skew: in training, this times the log of the client's own "
         "label shares (once the head was fitted: less that of everybody's) is added to the logits; 1: "
-        "balanced softmax; 0: off; unset: 1 with a head that is fitted by default, else 0",
+        "balanced softmax; 0: off; unset: 1 with a head that is fitted by default and cohorts that are not "
+        "balanced, else 0",
     )
     prior_count: float = Field(
         1.0,

@@ -67,8 +67,9 @@ class Learner(WeightTuning):
             self.tuned.model.train(self.context.training.dropout)
             for module in self.tuned.active_dropout:
                 module.train()
+            steps = ([(batch, 1.0)] for batch in batches)
             result = train_locally(
-                self.tuned.parameters, batches, loss_of, training, factor, head=self.tuned.head
+                self.tuned.parameters, steps, loss_of, training, factor, head=self.tuned.head
             )
         return self.tuned.read(), result.loss
 
