@@ -14,9 +14,12 @@ from rich.console import Console
 
 import fedcustom
 from fedcustom.display import Display
+from fedcustom.driver import run_recipe
 from fedcustom.errors import RecipeError
 from fedcustom.models.load import LINEAR_HEADS
+from fedcustom.progress import Silent
 from fedcustom.recipe import load_recipe, to_toml
+from fedcustom.remedies import in_words
 from test_run import rows_of
 
 ON, OFF = (1.0, [1, -1]), (0.0, [])
@@ -100,6 +103,35 @@ def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
         display.round(row)
     assert "head fitted" in written.getvalue()
     assert f"head {kept}" in written.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({}, "all clients fit the head in rounds 1, 5; logits are adjusted by each client's labels"),
+        (
+            {"rounds.selection": "balanced"},
+            "all clients fit the head in rounds 1, 5; cohorts have everybody's labels",
+        ),
+        ({"training.fit_head_rounds": [1]}, "all clients fit the head in round 1"),
+        ({"training.logit_adjustment": 0.5}, "logits are adjusted by each client's labels"),
+        ({"training.logit_adjustment": 0}, None),
+        ({"baseline": "centralised", "rounds.selection": "balanced"}, None),
+    ],
+)
+def test_in_words(small: dict[str, Any], overrides: dict[str, Any], said: str | None) -> None:
+    assert in_words(load_recipe(small, {"rounds.count": 5, **overrides}).complete()) == said
+
+
+def test_a_run_says_what_it_does_against_label_skew(small: dict[str, Any], tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Noting(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    run_recipe(load_recipe(small, {"rounds.count": 5}), tmp_path / "run", progress=Noting())
+    assert [text for text in notes if text.startswith("against label skew: all clients fit the head")]
 
 
 def test_asking_everybody_twice_is_little_beside_training(small: dict[str, Any]) -> None:

@@ -28,6 +28,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "method": {"name": "ia3"}, "compression": {"kind": "int8"},
         "training": {"batch_size": 8, "cohort_width": 1, "local_steps": 2, "fit_head_rounds": [1, 3]},
     },
+    "balanced cohorts": {
+        "method": {"name": "prefix", "length": 4},
+        "training": {"batch_size": 8, "cohort_width": 1, "fit_head_rounds": [1, -1]},
+        "rounds": {"count": 4, "clients_per_round": 2, "selection": "balanced"},
+    },
     "bitfit": {"method": {"name": "bitfit"}, "personalisation": {"keep": ["head"]}},
     "full": {
         "method": {"name": "full"}, "aggregation": {"correction": "scaffold"},

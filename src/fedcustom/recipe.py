@@ -17,11 +17,10 @@ from .evaluation.metrics import CLASSIFICATION_METRICS, RETRIEVAL_METRICS
 from .evaluation.settings import EvaluationSettings
 from .methods import METHODS, MethodSettings
 from .methods.prefix import PrefixSettings
-from .methods.settings import TuningSettings
-from .models.load import has_linear_head
 from .models.settings import ModelSettings
 from .recipe_sections import PersonalisationSettings, RoundSettings
 from .recipe_words import explain, nearest
+from .remedies import remedies_of, why_no_head_fit
 from .settings import Settings
 from .simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
 from .training.settings import TrainingSettings
@@ -38,12 +37,6 @@ SELECTION_METRICS: dict[TaskKind, tuple[str, ...]] = {
 """By what the best round can be chosen."""
 
 DEFAULT_METRIC: dict[TaskKind, str] = {"classification": "accuracy", "generation": "loss", "retrieval": "mrr"}
-
-FEWEST_ROUNDS_TO_FIT = 5
-"""From how many rounds on the head is fitted by default, which takes two of them."""
-
-FEWEST_TO_BALANCE = 10
-"""From how many clients a round on cohorts are balanced by default."""
 
 FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation")
 """Sections that a baseline leaves at their defaults."""
@@ -164,23 +157,8 @@ class Recipe(Settings):
             raise ValueError(f"{where}: must be different rounds from 1 to rounds.count = {last}, or -1")
         if len(wanted) == last:
             raise ValueError(f"{where}: leaves no round of {last} to train in")
-        if reason := self._why_no_head_fit():
+        if reason := why_no_head_fit(self):
             raise ValueError(f"{where}: {reason} (fit_head_rounds = [] and logit_adjustment = 0 turn it off)")
-
-    def _why_no_head_fit(self) -> str | None:
-        """What the sums that a head is fitted from do not go with."""
-        attack = self.attack.kind
-        if self.aggregation.rule != "mean" or self.aggregation.correction != "none":
-            return "needs aggregation.rule = 'mean' and aggregation.correction = 'none'"
-        if self.participation.buffer is not None:
-            return "needs all clients at one state; leave participation.buffer unset"
-        if "head" in self.personalisation.keep:
-            return "does not go with personalisation.keep = ['head']"
-        if attack in ("sign_flip", "random", "alie"):
-            return f"attack.kind = {attack!r} is defined for changes, not for sums"
-        if getattr(self.method, "variant", "") == "rolora":
-            return "method.variant = 'rolora' needs every round to train in turn"
-        return None
 
     def _check_correction(self) -> None:
         """What corrections of client drift are defined for."""
@@ -235,79 +213,17 @@ class Recipe(Settings):
         """With the method's own learning rate where none is set, and with remedies for label skew where the
         recipe says nothing of them and they are possible.
         """
-        training, filled, selection = self.training, dict[str, Any](), self.rounds.selection
-        remedies = self._takes_remedies()
-        if remedies and selection is None and self._can_balance():
-            selection = "balanced"
-        if selection == "balanced":
-            self._check_balance(remedies)
-        if "training" in self.method.not_for:
-            return self
-        if training.learning_rate is None:
-            filled["learning_rate"] = getattr(self.method, "default_learning_rate", None)
-        if training.logit_adjustment is None:  # what balanced cohorts cancel need not be taken out
-            filled["logit_adjustment"] = 1.0 if remedies and selection != "balanced" else 0.0
-            if not filled["logit_adjustment"]:
-                filled["prior_count"] = 1.0  # which has no effect then
-        if training.fit_head_rounds is None:
-            filled["fit_head_rounds"] = [1, -1] if remedies else []
+        remedies = remedies_of(self)
         changed: dict[str, Any] = {}
-        if filled:
-            changed["training"] = training.model_copy(update=filled)
-        if selection != self.rounds.selection:
-            changed["rounds"] = self.rounds.model_copy(update={"selection": selection})
+        if "training" not in self.method.not_for:
+            filled = remedies.training
+            if self.training.learning_rate is None:
+                filled["learning_rate"] = getattr(self.method, "default_learning_rate", None)
+            if filled:
+                changed["training"] = self.training.model_copy(update=filled)
+        if remedies.selection != self.rounds.selection:
+            changed["rounds"] = self.rounds.model_copy(update={"selection": remedies.selection})
         return self.model_copy(update=changed) if changed else self
-
-    def _can_balance(self) -> bool:
-        """Whether cohorts are balanced by default: where they are large enough that labels even out, as in
-        what was measured, two of them at least fit into the clients, and each does all its work.
-        """
-        asked, count = self.rounds.clients_per_round or 0, self.clients.count
-        counted = self.clients.partition != "natural"
-        enough = asked >= FEWEST_TO_BALANCE and not (counted and 2 * asked > count)
-        said = self.training.prior_count != 1  # of the adjustment
-        return enough and not said and not self.participation.partial
-
-    def _check_balance(self, remedies: bool) -> None:
-        """What balanced cohorts need.
-
-        Raises:
-            RecipeError: no round before the last fits the head, which is when clients tell of their labels.
-        """
-        last = self.rounds.count
-        first = min(self.training.rounds_of_head_fits(last), default=last)
-        if remedies or self.baseline != "federated" or first < last:
-            return
-        reason = self._why_no_head_fit() if self.training.fit_head_rounds is None else None
-        raise RecipeError(
-            "rounds.selection = 'balanced': needs a round before the last in training.fit_head_rounds, when "
-            f"clients tell how many examples of each label they have{'; which ' + reason if reason else ''}"
-        )
-
-    def _takes_remedies(self) -> bool:
-        """Whether a fitted head, with balanced cohorts or logit adjustment, is the default: in federated
-        training of a classifier that is one model for all clients, where nothing was said of label skew, all
-        clients are likely to answer, and asking all of them twice is little beside training.
-        """
-        training, rounds, method = self.training, self.rounds, self.method
-        said = training.logit_adjustment is not None or training.fit_head_rounds is not None
-        own_ranks = getattr(method, "client_ranks", None) or getattr(method, "private_rank", 0)
-        personal = getattr(method, "variant", "") == "fedsa" or own_ranks or self.personalisation.keep
-        counted = self.clients.partition != "natural"
-        cohort = rounds.clients_per_round or (self.clients.count if counted else 1)
-        return (
-            not said
-            and not training.freeze_head_rounds
-            and self.baseline == "federated"
-            and self.data.task == "classification"
-            and isinstance(method, TuningSettings)
-            and not personal
-            and not self.participation.dropout
-            and rounds.count >= FEWEST_ROUNDS_TO_FIT
-            and not (counted and 2 * self.clients.count > rounds.count * cohort)
-            and self._why_no_head_fit() is None
-            and has_linear_head(self.model)
-        )
 
     def for_method(self, name: str, baseline: Baseline = "federated") -> Recipe:
         """This recipe with another method and baseline, and with what ``[compare.<method>]`` and

@@ -153,11 +153,12 @@ class HeadFit:
                 told[CLIENT_LABELS + answer.client] = answer.update.tensors["counts"]
                 yield answer.update.tensors
 
-        fitted = self.fit(noted())
+        sums = self._together(noted())
         values = {key: value for key, value in state.values.items() if key != "method"}
         if 2 * len(told) < self.clients:
             kept = f"not fitted: {len(told)} of {self.clients} clients answered"
             return State(state.tensors, {**state.server, **told}, values | {"method": {"head": kept}})
+        fitted = self._solved(*sums)
         server = {
             name: torch.zeros_like(tensor) if name.partition("/")[2] in self.names else tensor
             for name, tensor in state.server.items()
@@ -191,6 +192,10 @@ class HeadFit:
         Raises:
             RunError: no head comes of these sums.
         """
+        return self._solved(*self._together(clients))
+
+    def _together(self, clients: Iterable[Tensors]) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums over all clients: ``counts``, ``totals`` and ``scatter``."""
         width = self.layer.in_features
         counts = torch.zeros(self.layer.out_features, dtype=torch.float64)
         totals = torch.zeros(len(counts), width, dtype=torch.float64)
@@ -199,6 +204,15 @@ class HeadFit:
             counts += tensors["counts"]
             totals += tensors["totals"]
             triangle += tensors["scatter"]
+        return counts, totals, triangle
+
+    def _solved(self, counts: Tensor, totals: Tensor, triangle: Tensor) -> Tensors:
+        """The last layer's weight and bias, from the sums over all clients.
+
+        Raises:
+            RunError: no head comes of these sums.
+        """
+        width = self.layer.in_features
         scatter = _symmetric(triangle, width)
         number = float(counts.sum())
         means, within = class_moments(counts, totals, scatter)
