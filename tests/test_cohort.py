@@ -182,7 +182,7 @@ def test_gradients_are_clipped_client_by_client() -> None:
         torch.testing.assert_close(two[k], b)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_every_option_of_training(tiny: dict[str, str], optimizer: str) -> None:
     """FedProx, momentum, weight decay, a head's own rate, clipping, logit adjustment."""
     training = {
@@ -192,8 +192,9 @@ def test_every_option_of_training(tiny: dict[str, str], optimizer: str) -> None:
     }  # fmt: skip
     results = []
     for together in (False, True):
-        method = make(tiny["bert"], "prefix", length=4, training=training)
-        if optimizer == "adamw":
+        # Of a few examples' gradients Muon makes whole steps in directions that are rounding; one row has none.
+        method = make(tiny["bert"], "prefix", length=1 if optimizer == "muon" else 4, training=training)
+        if optimizer != "sgd":
             # Keys of one constant have no true gradient, and AdamW makes a whole step of float32's rounding.
             method.base.model.double()
         results.append(rounds(method, "classification", together=together))

@@ -119,6 +119,7 @@ class LocalTraining:
                     job.correction.training(self.training),
                     job.factor,
                     head=tuned.head,
+                    matrices=self._matrices,
                     moments=part(job.client.memory.tensors, "moments/"),
                     shift=job.shift,
                 )
@@ -189,6 +190,10 @@ class LocalTraining:
         return torch.get_num_threads() if self.device.type == "cpu" and self._lower is None else 1
 
     @cached_property
+    def _matrices(self) -> dict[str, int]:
+        return self.tuned.matrices()
+
+    @cached_property
     def _room(self) -> Room:
         return Room(self.tuned.model.parameters())
 
@@ -242,6 +247,7 @@ class LocalTraining:
                 first.factor,
                 units_of=self.objective.units,
                 head=self.tuned.head,
+                matrices=self._matrices,
                 fixed=fixed,
                 room=self._room,
                 lanes=self._lanes(),

@@ -58,6 +58,7 @@ def train_together(
     *,
     units_of: Callable[[TokenizedExample], int],
     head: frozenset[str] = frozenset(),
+    matrices: Mapping[str, int] | None = None,
     fixed: Mapping[str, Tensor] | None = None,
     room: Room | None = None,
     lanes: int = 1,
@@ -80,6 +81,7 @@ def train_together(
 
     ours = in_order(stacks)
     trainer = _Trainer(ours, [work[i] for i in order], losses_of, units_of, settings, factor, head)
+    trainer.matrices = matrices or {}
     trainer.fixed = in_order(fixed or {})
     trainer.room = room or Room()
     with Lanes(lanes) as trainer.lanes:
@@ -153,6 +155,7 @@ class _Trainer:
     ) -> None:
         self.stacks, self.work, self.losses_of, self.units_of = stacks, work, losses_of, units_of
         self.settings, self.factor, self.head = settings, factor, head
+        self.matrices: Mapping[str, int] = {}
         self.fixed: Tensors = {}
         self.room = Room()
         self.anchors = {n: t.clone() for n, t in stacks.items()} if settings.proximal else {}
@@ -174,7 +177,7 @@ class _Trainer:
             if count != active:  # who is done leaves; the others' moments stay
                 moments = {name: optimizer.state[p] for name, p in parameters.items()} if optimizer else {}
                 parameters = {name: nn.Parameter(stack[:count]) for name, stack in self.stacks.items()}
-                optimizer = make_optimizer(parameters, self.settings, self.factor, self.head)
+                optimizer = make_optimizer(parameters, self.settings, self.factor, self.head, self.matrices)
                 for name, kinds in moments.items():
                     optimizer.state[parameters[name]] = {
                         kind: value[:count] if value.dim() else value for kind, value in kinds.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..data.tokens import Batch
 from ..errors import UpdateError
 from ..tensors import Tensors
+from .muon import Muon
 from .settings import TrainingSettings
 
 
@@ -53,16 +55,25 @@ def learning_rate(settings: TrainingSettings, *, head: bool) -> float:
 
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], settings: TrainingSettings, factor: float, head: frozenset[str]
+    parameters: Mapping[str, nn.Parameter],
+    settings: TrainingSettings,
+    factor: float,
+    head: frozenset[str],
+    matrices: Mapping[str, int],
 ) -> torch.optim.Optimizer:
-    """The client's optimiser; the head has a learning rate of its own where the recipe gives one."""
+    """The client's optimiser; the head has a learning rate of its own where the recipe gives one.
+    ``matrices`` says which tensors are matrices to Muon, and how many lie side by side in each.
+    """
     rate = factor * learning_rate(settings, head=False)
     head_rate = factor * learning_rate(settings, head=True)
-    groups = [
-        {"params": [p for name, p in parameters.items() if name not in head], "lr": rate},
-        {"params": [p for name, p in parameters.items() if name in head], "lr": head_rate},
+    ours = matrices if settings.optimizer == "muon" else {}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in parameters.items() if n not in head and n not in ours], "lr": rate},
+        {"params": [p for n, p in parameters.items() if n in head and n not in ours], "lr": head_rate},
     ]
     groups = [group for group in groups if group["params"]]
+    if muon := [{"params": [parameters[n]], "lr": rate, "parts": ours[n]} for n in parameters if n in ours]:
+        return Muon(muon, groups, settings.weight_decay)
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
             groups, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay
@@ -78,6 +89,7 @@ def train_locally(
     factor: float,
     *,
     head: frozenset[str] = frozenset(),
+    matrices: Mapping[str, int] | None = None,
     moments: Mapping[str, Tensor] | None = None,
     shift: Mapping[str, Tensor] | None = None,
 ) -> LocalResult:
@@ -93,7 +105,7 @@ def train_locally(
     Raises:
         UpdateError: the loss is not finite, or there was no batch.
     """
-    optimizer = make_optimizer(parameters, settings, factor, head)
+    optimizer = make_optimizer(parameters, settings, factor, head, matrices or {})
     if moments:
         restore_moments(optimizer, parameters, moments)
     anchors = {name: p.detach().clone() for name, p in parameters.items()} if settings.proximal else {}

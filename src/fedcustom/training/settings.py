@@ -21,14 +21,18 @@ class TrainingSettings(Settings):
         None, ge=1, description="Optimiser steps a round, in place of local_epochs"
     )
     batch_size: int = Field(16, ge=1, description="Examples a step")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Client optimiser, fresh in every round")
+    optimizer: Literal["adamw", "sgd", "muon"] = Field(
+        "adamw",
+        description="Client optimiser, fresh in every round; muon: for matrices (the keys of a prefix in a "
+        "layer are one, its values another), adamw for all else",
+    )
     learning_rate: float | None = Field(
         None, gt=0, description="Client learning rate; unset: the method's own default"
     )
     head_learning_rate: float | None = Field(
         None, gt=0, description="Learning rate of the classification head; unset: learning_rate"
     )
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (adamw), L2 (sgd)")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (adamw, muon), L2 (sgd)")
     momentum: float = Field(0.0, ge=0, lt=1, description="Momentum (sgd)")
     clip_norm: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping")
     schedule: Literal["constant", "linear", "cosine"] = Field(

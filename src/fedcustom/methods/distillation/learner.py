@@ -69,7 +69,13 @@ class Learner(WeightTuning):
                 module.train()
             steps = ([(batch, 1.0)] for batch in batches)
             result = train_locally(
-                self.tuned.parameters, steps, loss_of, training, factor, head=self.tuned.head
+                self.tuned.parameters,
+                steps,
+                loss_of,
+                training,
+                factor,
+                head=self.tuned.head,
+                matrices=self.tuned.matrices(),
             )
         return self.tuned.read(), result.loss
 

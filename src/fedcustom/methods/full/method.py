@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+from torch import nn
 
 from ...models.load import Base
 from ..peft_support import head_names, loading_page
@@ -40,4 +41,12 @@ class Full:
             saved = type(model).from_pretrained(folder, dtype=torch.float32)
             model.load_state_dict(saved.state_dict())
 
-        return Tuned(model, parameters, head_names(base, parameters), save, load)
+        tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+        return Tuned(
+            model,
+            parameters,
+            head_names(base, parameters),
+            save,
+            load,
+            side_by_side={f"{name}.weight": 0 for name in tables},
+        )
