@@ -192,7 +192,7 @@ def test_every_option_of_training(tiny: dict[str, str], optimizer: str) -> None:
     }  # fmt: skip
     results = []
     for together in (False, True):
-        # Of a few examples' gradients Muon makes whole steps in directions that are rounding; one row has none.
+        # Of few examples' gradients Muon makes steps in directions that are rounding; one row has none.
         method = make(tiny["bert"], "prefix", length=1 if optimizer == "muon" else 4, training=training)
         if optimizer != "sgd":
             # Keys of one constant have no true gradient, and AdamW makes a whole step of float32's rounding.
