@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedcustom.data.examples import ClientData
+from fedcustom.data.tokens import TokenizedExample
+from fedcustom.errors import RecipeError
 from fedcustom.methods import Client
-from fedcustom.training.local import make_optimizer
+from fedcustom.recipe import load_recipe
+from fedcustom.training.cohort import Work, train_together
+from fedcustom.training.local import make_optimizer, train_locally
 from fedcustom.training.muon import Muon, orthogonalised, side_by_side
 from fedcustom.training.settings import TrainingSettings
 from test_methods import examples_for, make
@@ -22,10 +29,11 @@ RATE = 0.01
 def expected(matrix: np.ndarray) -> np.ndarray:
     """The iteration on singular values alone: s becomes a s + b s^3 + c s^5, five times."""
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
-    values = values / max(np.linalg.norm(matrix), 1e-7)
+    norm = np.linalg.norm(matrix)
+    values = values / norm
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    return np.asarray((left * values) @ right)
+    return np.asarray((left * values * min(1, norm / 1e-7)) @ right)
 
 
 def step(
@@ -47,13 +55,17 @@ def test_singular_values_become_alike(rows: int, columns: int, seed: int, scale:
     found = orthogonalised(torch.from_numpy(matrix)).numpy()
     np.testing.assert_allclose(found, expected(matrix), atol=1e-7)
     values = np.linalg.svd(matrix, compute_uv=False)
-    if values[-1] > 0.01 * values[0]:
+    if values[-1] > 0.01 * values[0] and np.linalg.norm(matrix) > 1e-7:
         after = np.linalg.svd(found, compute_uv=False)
         assert 0.65 < after.min() <= after.max() < 1.25
 
 
 def test_no_gradient_is_no_step() -> None:
+    """And one that is rounding next to none."""
     assert step(torch.ones(3, 4), [torch.zeros(3, 4)]).equal(torch.ones(3, 4))
+    gradient = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    gradient *= 1e-9 / gradient.norm()
+    assert 0 < float(orthogonalised(gradient).norm()) < 0.03
 
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
@@ -121,16 +133,104 @@ def test_everything_else_is_adamws() -> None:
     assert all(parameter.grad is None for parameter in parameters.values())
 
 
+def test_a_client_goes_on_where_its_moments_are_kept() -> None:
+    """Two rounds that keep the state are one of as many steps."""
+    torch.manual_seed(0)
+    start = {"w": torch.randn(4, 6), "bias": torch.randn(4)}
+    targets = [torch.randn(4) for _ in range(4)]
+    inputs = torch.randn(4, 6)
+    training = TrainingSettings(optimizer="muon", learning_rate=RATE)
+
+    def train(parameters: dict[str, nn.Parameter], chosen: list[torch.Tensor], moments: Any = None) -> Any:
+        batches = ([({"labels": target}, 1.0)] for target in chosen)
+        return train_locally(
+            parameters,
+            batches,
+            lambda batch: (
+                ((parameters["w"] * inputs).sum(1) + parameters["bias"] - batch["labels"]).square().sum()
+            ),
+            training,
+            1.0,
+            matrices={"w": 2},
+            moments=moments,
+        )
+
+    whole = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items()}
+    train(whole, targets)
+    halves = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items()}
+    kept = train(halves, targets[:2]).moments
+    assert {key.split("/")[0] for key in kept} == {"momentum", "step", "exp_avg", "exp_avg_sq"}
+    train(halves, targets[2:], kept)
+    for name, parameter in whole.items():
+        torch.testing.assert_close(halves[name], parameter)
+
+
+def test_a_cohort_is_its_clients_one_by_one() -> None:
+    """With matrices of full rank, clients that are done at different times, and two matrices side by side."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    values = {n: torch.randn(4, 6, generator=generator, dtype=torch.float64) for n in range(20)}
+    training = TrainingSettings(optimizer="muon", learning_rate=RATE, weight_decay=0.1)
+    examples = [TokenizedExample.of([n], []) for n in values]
+    batches = [[examples[:3], examples[3:5]], [examples[5:9]], [[e] for e in examples[9:14]]]
+
+    def loss(weights: torch.Tensor, rows: Sequence[TokenizedExample]) -> torch.Tensor:
+        wanted = torch.stack([values[n] for n in rows_of(rows)])
+        return (weights - wanted).square().sum((1, 2)) + (weights.sin() * wanted).sum((1, 2))
+
+    stacks = {"w": start.repeat(3, 1, 1)}
+    train_together(
+        stacks,
+        [Work(own) for own in batches],
+        lambda tensors, rows, owners: loss(tensors["w"][owners], rows),
+        training,
+        0.5,
+        units_of=lambda example: 1,
+        matrices={"w": 2},
+    )
+    for client, own in enumerate(batches):
+        alone = nn.Parameter(start.clone())
+        pieces = ([({"labels": torch.tensor(rows_of(rows))}, 1.0)] for rows in own)
+        train_locally(
+            {"w": alone},
+            pieces,
+            lambda batch, w=alone: loss(w[None], [examples[n] for n in batch["labels"].tolist()]).mean(),
+            training,
+            0.5,
+            matrices={"w": 2},
+        )
+        torch.testing.assert_close(stacks["w"][client], alone.detach())
+
+
+def rows_of(rows: Sequence[TokenizedExample]) -> list[int]:
+    return [int(row.source[0]) for row in rows]
+
+
 def test_which_tensors_are_matrices(tiny: dict[str, str]) -> None:
     layers = 2
-    prefix = make(tiny["bert"], "prefix", length=4).tuned
-    assert prefix.matrices() == {"prefix": 2 * layers}
-    lora = make(tiny["bert"], "lora", rank=2).tuned
-    assert set(lora.matrices()) == set(lora.parameters) - lora.head
-    assert make(tiny["bert"], "bitfit").tuned.matrices() == {}
+    assert make(tiny["bert"], "prefix", length=4).tuned.matrices == {"prefix": 2 * layers}
+    assert make(tiny["bert"], "soft_prompt", length=4).tuned.matrices == {"soft_prompt": 1}
+    for name in ("lora", "adapter"):
+        tuned = make(tiny["bert"], name).tuned
+        weights = {n for n, p in tuned.parameters.items() if p.dim() == 2 and n not in tuned.head}
+        assert weights
+        assert set(tuned.matrices) == weights
     full = make(tiny["bert"], "full").tuned
-    assert not [name for name in full.matrices() if "embeddings" in name or name in full.head]
-    assert "bert.encoder.layer.0.attention.self.query.weight" in full.matrices()
+    assert not [name for name in full.matrices if "embeddings" in name or name in full.head]
+    assert "bert.encoder.layer.0.attention.self.query.weight" in full.matrices
+
+
+@pytest.mark.parametrize("name", ["bitfit", "ia3", "prefix reparametrised"])
+def test_methods_without_matrices_refuse_it(tiny: dict[str, str], name: str) -> None:
+    options: dict[str, Any] = {"reparametrise": True} if " " in name else {}
+    with pytest.raises(RecipeError, match="trains no matrices"):
+        make(tiny["bert"], name.split()[0], training={"optimizer": "muon"}, **options)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_momentum_is_for_plain_gradient_steps(optimizer: str) -> None:
+    with pytest.raises(RecipeError, match=r"momentum = 0.9: is for optimizer = 'sgd'"):
+        load_recipe({"training": {"optimizer": optimizer, "momentum": 0.9}})
 
 
 def test_a_clients_first_step_moves_all_keys_and_values_alike(tiny: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from .directory import Row
 from .recipe import Recipe
+from .remedies import in_words
 
 
 class Display:
@@ -33,6 +34,8 @@ class Display:
         self.name = self.name or f"{recipe.baseline} {recipe.method.name}"
         if self.quiet:
             return
+        if remedies := in_words(recipe):
+            self.console.print(f"{self.name}: against label skew, {remedies}", highlight=False)
         if done:
             self.console.print(
                 f"{self.name}: going on after round {done} of {recipe.rounds.count}", highlight=False

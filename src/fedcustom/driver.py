@@ -21,7 +21,6 @@ from .methods import Answer, State, Task, client_labels
 from .models.load import Base
 from .progress import Progress, Silent
 from .recipe import Recipe, load_recipe, to_toml
-from .remedies import in_words
 from .schedule import Assignment, last_uses, plan_rounds
 from .summary import summarise
 from .training.local import schedule_factor
@@ -141,8 +140,6 @@ class _Driver:
         if parties.base.measured:
             steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parties.base.measured.items())
             self.progress.note(f"model.dtype = auto: {parties.base.precision} (a step: {steps})")
-        if remedies := in_words(recipe):
-            self.progress.note(f"against label skew: {remedies} (training.logit_adjustment = 0: nothing)")
         self.progress.started(recipe, done, self.directory)
         plan = plan_rounds(recipe, parties.data, client_labels(state))
         fits = recipe.training.rounds_of_head_fits(recipe.rounds.count)

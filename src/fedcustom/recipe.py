@@ -216,7 +216,7 @@ class Recipe(Settings):
         remedies = remedies_of(self)
         changed: dict[str, Any] = {}
         if "training" not in self.method.not_for:
-            filled = remedies.training
+            filled = dict(remedies.training)
             if self.training.learning_rate is None:
                 filled["learning_rate"] = getattr(self.method, "default_learning_rate", None)
             if filled:

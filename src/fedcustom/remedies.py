@@ -1,4 +1,6 @@
-"""What a recipe that says nothing of label skew gets against it (docs/experiment.md)."""
+"""Remedies against label skew: which a recipe has by default, what they need, and in words
+(docs/experiment.md).
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,7 @@ def in_words(recipe: Sections) -> str | None:
         named = f"round {fits[0]}" if len(fits) == 1 else f"rounds {', '.join(map(str, fits))}"
         parts.append(f"all clients fit the head in {named}")
     if recipe.baseline == "federated" and recipe.rounds.selection == "balanced":
-        parts.append("cohorts have everybody's labels")
+        parts.append("cohorts have nearly everybody's labels")
     if training.logit_adjustment:
         parts.append("logits are adjusted by each client's labels")
     return "; ".join(parts) or None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data.tokens import Batch, TokenizedExample
 from ..environment import free_memory
+from ..errors import RecipeError
 from ..models.forward import LABEL_OFFSET
 from ..models.load import Base
 from ..models.lower import LowerLayers, lower_layers
@@ -82,6 +83,8 @@ class LocalTraining:
     ) -> None:
         self.tuned, self.objective, self.training = tuned, objective, training
         self.device, self.compiled, self.loss = base.device, base.compile, loss
+        if training.optimizer == "muon" and not tuned.matrices:
+            raise RecipeError("training.optimizer = 'muon': this method trains no matrices; use 'adamw'")
 
     def widest(self) -> int:
         """How many clients to train in one batch: as many as the recipe says, or as fit into a quarter of
@@ -119,7 +122,7 @@ class LocalTraining:
                     job.correction.training(self.training),
                     job.factor,
                     head=tuned.head,
-                    matrices=self._matrices,
+                    matrices=self.tuned.matrices,
                     moments=part(job.client.memory.tensors, "moments/"),
                     shift=job.shift,
                 )
@@ -190,10 +193,6 @@ class LocalTraining:
         return torch.get_num_threads() if self.device.type == "cpu" and self._lower is None else 1
 
     @cached_property
-    def _matrices(self) -> dict[str, int]:
-        return self.tuned.matrices()
-
-    @cached_property
     def _room(self) -> Room:
         return Room(self.tuned.model.parameters())
 
@@ -247,7 +246,7 @@ class LocalTraining:
                 first.factor,
                 units_of=self.objective.units,
                 head=self.tuned.head,
-                matrices=self._matrices,
+                matrices=self.tuned.matrices,
                 fixed=fixed,
                 room=self._room,
                 lanes=self._lanes(),

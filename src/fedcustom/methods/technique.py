@@ -59,8 +59,8 @@ class Tuned:
     are the same tensors unless a method says otherwise. ``head`` names those of the classification head.
     ``corrects`` is whether a gradient has the form in which tensors travel, as corrections of drift need it.
     ``scale`` is what a client's state has its ``scaled`` matrices' outputs multiplied by, where that is not
-    the same for all (LoRA of different ranks); :meth:`inwards` sets it in the model. ``side_by_side`` says of
-    a parameter that several matrices lie side by side in it, and how many; or 0, that it is a table and none.
+    the same for all (LoRA of different ranks); :meth:`inwards` sets it in the model. ``matrices`` names the
+    parameters that an optimiser of matrices takes as such, and how many lie side by side in each.
     """
 
     model: Any
@@ -75,13 +75,7 @@ class Tuned:
     corrects: bool = True
     scale: Callable[[Tensors], float] = lambda tensors: 1.0
     scaled: frozenset[str] = frozenset()
-    side_by_side: Mapping[str, int] = field(default_factory=dict)
-
-    def matrices(self) -> dict[str, int]:
-        """What is a matrix to an optimiser of matrices, and how many lie side by side in it."""
-        inner = {name: p for name, p in self.parameters.items() if p.dim() == 2 and name not in self.head}
-        parts = {name: self.side_by_side.get(name, 1) for name in inner}
-        return {name: count for name, count in parts.items() if count}
+    matrices: dict[str, int] = field(default_factory=dict)
 
     def read(self) -> Tensors:
         """A copy of the tensors that travel."""

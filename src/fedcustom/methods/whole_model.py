@@ -28,7 +28,9 @@ def partly_trained(base: Base, seed: int, names: Collection[str]) -> Tuned:
         with in_float32(base.model):
             whole.save(folder)
 
-    return dataclasses.replace(whole, parameters=parameters, head=head_names(base, parameters), save=save)
+    matrices = {name: count for name, count in whole.matrices.items() if name in parameters}
+    head = head_names(base, parameters)
+    return dataclasses.replace(whole, parameters=parameters, head=head, save=save, matrices=matrices)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPSILON = 1e-7
-"""Of a matrix of gradients: a norm below it is rounding, and is not made a whole step of."""
+"""A matrix with a smaller norm is taken for rounding, and makes a step that is smaller in proportion."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -22,10 +22,10 @@ class Muon(torch.optim.Optimizer):
 
         m = b m + (1 - b) g;   u = b m + (1 - b) g;   w <- w - rate (decay w + sqrt(max(rows, columns)) O(u))
 
-    O(u) has the singular vectors of u, and singular values of about one (:func:`orthogonalised`). So a
-    matrix's numbers move by the rate in root mean square, as in Adam's first step, whatever the gradient's
-    length: rates for AdamW are of the right order. PyTorch's own Muon takes a fifth of that
-    (``match_rms_adamw``), in bfloat16, and one matrix at a time.
+    O(u) has the singular vectors of u, and singular values of about one (:func:`orthogonalised`). So the
+    numbers of a matrix whose gradient has full rank move by the rate in root mean square, as in Adam's first
+    step, whatever the gradient's length: rates for AdamW are of the right order. PyTorch's own Muon takes a
+    fifth of that (``match_rms_adamw``), in bfloat16, and one matrix at a time.
 
     ``matrices`` are groups of parameters with ``parts``: how many matrices lie side by side in each. The last
     two dimensions are a matrix's (or those of its neighbours with it), those before them are clients. The
@@ -80,8 +80,10 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x: Tensor = matrices.mT if tall else matrices
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=EPSILON)
+    norm = torch.linalg.matrix_norm(x, keepdim=True)
+    x = x / norm.clamp(min=torch.finfo(x.dtype).tiny)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x * (norm / EPSILON).clamp(max=1)
     return x.mT if tall else x

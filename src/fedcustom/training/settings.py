@@ -23,8 +23,8 @@ class TrainingSettings(Settings):
     batch_size: int = Field(16, ge=1, description="Examples a step")
     optimizer: Literal["adamw", "sgd", "muon"] = Field(
         "adamw",
-        description="Client optimiser, fresh in every round; muon: for matrices (the keys of a prefix in a "
-        "layer are one, its values another), adamw for all else",
+        description="Client optimiser, fresh in every round (baselines keep its state); muon: for matrices "
+        "(the keys of a prefix in a layer are one, its values another), adamw for all else",
     )
     learning_rate: float | None = Field(
         None, gt=0, description="Client learning rate; unset: the method's own default"
@@ -80,6 +80,14 @@ class TrainingSettings(Settings):
     def _whole_epochs_are_integers(cls, epochs: float) -> float:
         """So that recipes, and digests of them, say 1 whether 1 or 1.0 was asked for."""
         return int(epochs) if epochs == int(epochs) else epochs
+
+    @model_validator(mode="after")
+    def _momentum_is_plain_gradient_steps(self) -> Self:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(
+                f"momentum = {self.momentum}: is for optimizer = 'sgd'; {self.optimizer} has its own"
+            )
+        return self
 
     @model_validator(mode="after")
     def _says_once_how_long(self) -> Self:

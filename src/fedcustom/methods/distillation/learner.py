@@ -75,7 +75,7 @@ class Learner(WeightTuning):
                 training,
                 factor,
                 head=self.tuned.head,
-                matrices=self.tuned.matrices(),
+                matrices=self.tuned.matrices,
             )
         return self.tuned.read(), result.loss
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ...models.load import Base
 from ..peft_support import head_names, loading_page
@@ -41,12 +42,9 @@ class Full:
             saved = type(model).from_pretrained(folder, dtype=torch.float32)
             model.load_state_dict(saved.state_dict())
 
-        tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-        return Tuned(
-            model,
-            parameters,
-            head_names(base, parameters),
-            save,
-            load,
-            side_by_side={f"{name}.weight": 0 for name in tables},
-        )
+        tuned = Tuned(model, parameters, head_names(base, parameters), save, load)
+        output = model.get_output_embeddings()
+        inner = (n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not output)
+        weights = {f"{name}.weight" for name in inner}
+        tuned.matrices = {name: 1 for name in parameters if name in weights - tuned.head}
+        return tuned

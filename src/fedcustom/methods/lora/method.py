@@ -89,6 +89,7 @@ class Lora:
             _save_as_lora(tuned, layers)
         if settings.private_rank:
             _split_private(tuned, matrices, settings.rank)
+        tuned.matrices = {n: 1 for n, p in tuned.parameters.items() if p.dim() == 2 and n not in tuned.head}
         if settings.dropout:
             tuned.active_dropout = [m for name, m in model.named_modules() if name.endswith("lora_dropout")]
         return tuned

@@ -75,7 +75,7 @@ class Prefix:
             )
         else:
             parameters[NAME] = weight
-            tuned.side_by_side = {NAME: 2 * layout.layers}
+            tuned.matrices = {NAME: 2 * layout.layers}
             tuned.read_hook = lambda tensors: {**tensors, NAME: layout.from_peft(tensors[NAME])}
             tuned.write_hook = lambda tensors: {**tensors, NAME: layout.to_peft(tensors[NAME])}
         layers = layout.layers

@@ -74,6 +74,7 @@ class SoftPrompt:
         if settings.encoder == "none":
             parameters = {NAME if name == PEFT_NAME else name: p for name, p in parameters.items()}
             tuned = tuned_with(base, model, parameters)
+            tuned.matrices = {NAME: 1}
         else:
             del parameters[PEFT_NAME]
             tuned = tuned_with(base, model, parameters)
