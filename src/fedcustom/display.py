@@ -35,7 +35,9 @@ class Display:
         if self.quiet:
             return
         if remedies := in_words(recipe):
-            self.console.print(f"{self.name}: against label skew, {remedies}", highlight=False)
+            self.console.print(
+                f"{self.name}: against label skew, {remedies}", highlight=False, soft_wrap=True
+            )
         if done:
             self.console.print(
                 f"{self.name}: going on after round {done} of {recipe.rounds.count}", highlight=False
