@@ -69,7 +69,7 @@ def make_optimizer(
     ours = matrices if settings.optimizer == "muon" else {}
     groups: list[dict[str, Any]] = [
         {"params": [p for n, p in parameters.items() if n not in head and n not in ours], "lr": rate},
-        {"params": [p for n, p in parameters.items() if n in head and n not in ours], "lr": head_rate},
+        {"params": [p for n, p in parameters.items() if n in head], "lr": head_rate},
     ]
     groups = [group for group in groups if group["params"]]
     if muon := [{"params": [parameters[n]], "lr": rate, "parts": ours[n]} for n in parameters if n in ours]:
