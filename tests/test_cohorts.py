@@ -102,9 +102,15 @@ def test_skewed_clients() -> None:
     assert distance(balanced) < 0.5 * distance(drawn)
 
 
-def plan_of(labels: dict[str, list[int]] | None, selection: str = "uniform", **training: Any) -> Plan:
+def plan_of(
+    labels: dict[str, list[int]] | None,
+    selection: str = "uniform",
+    baseline: str = "federated",
+    **training: Any,
+) -> Plan:
     recipe = load_recipe(
         {
+            "baseline": baseline,
             "clients": {"partition": "iid", "count": 12},
             "training": {"fit_head_rounds": [2, -1], **training},
             "rounds": {"count": 9, "clients_per_round": 4, "selection": selection},
@@ -145,6 +151,16 @@ def test_steps_are_the_mean_clients() -> None:
     assert {a.amount["batches"] for a in liar.values()} == {10 * 72 // 16}  # 72: the median client's
     counted = plan_of(labels, "balanced", local_steps=3)[2]
     assert all(assignment.amount == {"steps": 3} for assignment in counted.values())
+
+
+def test_plans_that_fit_the_head_to_some_clients() -> None:
+    """Others each time; what the other rounds do is as without. Clients that train alone fit their own."""
+    some, everybody = plan_of(None, fit_head_clients=7), plan_of(None)
+    assert [len(cohort) for cohort in some] == [4, 7, 4, 4, 4, 4, 4, 4, 7]
+    assert set(some[1]) != set(some[8])
+    assert all(some[i] == everybody[i] for i in range(9) if i not in (1, 8))
+    alone = plan_of(None, baseline="local", fit_head_clients=7)
+    assert [len(alone[i]) for i in (1, 8)] == [12, 12]
 
 
 @given(

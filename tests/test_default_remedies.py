@@ -137,6 +137,58 @@ def test_asking_everybody_twice_is_little_beside_training(small: dict[str, Any])
 
 
 @pytest.mark.parametrize(
+    ("count", "cohort", "rounds", "asked"),
+    [
+        (200, 10, 40, None),  # all twice are as many as train
+        (201, 10, 40, 200),
+        (1000, 10, 40, 200),
+        (1000, 10, 10, 50),
+        (1000, 9, 10, 0),  # too few for a fit
+    ],
+)
+def test_of_very_many_clients_some_fit_the_head(
+    small: dict[str, Any], count: int, cohort: int, rounds: int, asked: int | None
+) -> None:
+    """As many in both rounds together as train in all; nobody draws balanced cohorts then."""
+    base = {"clients.partition": "iid", "clients.count": count, "rounds.count": rounds}
+    given = load_recipe(small, {**base, "rounds.clients_per_round": cohort})
+    complete = given.complete()
+    training = complete.training
+    assert (training.fit_head_rounds, training.fit_head_clients) == (
+        ([], None) if asked == 0 else ([1, -1], asked)
+    )
+    assert training.logit_adjustment == (1.0 if asked else 0.0)
+    assert complete.rounds.selection == ("balanced" if asked is None else None)
+    said = f"{asked or 'all'} clients fit the head in rounds 1, {rounds}; "
+    assert asked == 0 or str(in_words(complete)).startswith(said)
+    assert load_recipe(tomllib.loads(to_toml(complete))).complete() == complete
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"training.fit_head_rounds": []}, "3: has no effect without fit_head_rounds"),
+        ({"training.logit_adjustment": 1.0}, "3: has no effect without fit_head_rounds"),
+        ({"clients.partition": "iid", "clients.count": 2}, "3: there are 2 clients"),
+        ({"rounds.selection": "balanced", "rounds.count": 9}, "needs all clients to tell of their labels"),
+        ({"training.fit_head_clients": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_what_a_fit_to_some_clients_needs(
+    small: dict[str, Any], overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(small, {"training.fit_head_clients": 3, **overrides}).complete()
+
+
+def test_more_than_there_are(small: dict[str, Any], tmp_path: Path) -> None:
+    """Where clients are natural, their number is known when they are counted."""
+    more = {"rounds.count": 9, "training.fit_head_clients": 5}
+    with pytest.raises(RecipeError, match="fit_head_clients = 5: there are 4 clients"):
+        fedcustom.run(small, more, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
     ("overrides", "adjustment", "selection"),
     [
         ({}, 0.0, "balanced"),
@@ -147,6 +199,13 @@ def test_asking_everybody_twice_is_little_beside_training(small: dict[str, Any])
         ({"rounds.clients_per_round": 9}, 1.0, None),
         ({"rounds.clients_per_round": 9, "rounds.selection": "balanced"}, 0.0, "balanced"),
         ({"clients.partition": "iid", "clients.count": 19}, 1.0, None),
+        ({"clients.partition": "iid", "clients.count": 10}, 0.0, "balanced"),  # nobody is left out
+        (
+            {"clients.partition": "iid", "clients.count": 10, "rounds.clients_per_round": None},
+            0.0,
+            "balanced",
+        ),
+        ({"clients.partition": "iid", "clients.count": 9, "rounds.clients_per_round": None}, 1.0, None),
         ({"participation.partial": 0.5}, 1.0, None),
         ({"training.prior_count": 0.5}, 1.0, None),
         ({"training.logit_adjustment": 0.0}, 0.0, None),

@@ -224,9 +224,10 @@ def test_once_fitted_the_adjustment_is_relative_to_the_labels_of_all(tiny: dict[
 
 
 def test_a_fit_to_few_clients_is_none(tiny: dict[str, str]) -> None:
-    """Where fewer than half answer, the head and what is known of labels stay."""
-    for answering, fitted in ((1, False), (2, True)):
-        method = make(tiny["bert"], "prefix", training=ROUND, clients=4)
+    """Where fewer than half of those asked answer, the head and what is known of labels stay."""
+    for answering, asked, fitted in ((1, 4, False), (2, 4, True), (1, 2, True)):
+        training = ROUND if asked == 4 else {**ROUND, "fit_head_clients": asked}
+        method = make(tiny["bert"], "prefix", training=training, clients=4)
         clients = {name: client for name, client in skewed().items() if name in ("b", "c")[-answering:]}
         state, answers = sent(method, clients)
         after = method.merge(state, iter(answers))

@@ -21,6 +21,9 @@ from .training.settings import TrainingSettings
 FEWEST_ROUNDS_TO_FIT = 5
 """From how many rounds on the head is fitted by default, which takes two of them."""
 
+FEWEST_TO_ASK = 50
+"""From how many clients on the head is fitted by default to some of them, where all would be too many."""
+
 FEWEST_TO_BALANCE = 10
 """From how many clients a round on cohorts are balanced by default."""
 
@@ -61,15 +64,18 @@ class Remedies:
 
 
 def remedies_of(recipe: Sections) -> Remedies:
-    """A head that all clients fit before and after training, with balanced cohorts or else logit adjustment,
-    where that is the default; what the recipe itself says stays.
+    """A head that all clients fit before and after training, or some where all would be too many, with
+    balanced cohorts or else logit adjustment, where that is the default; what the recipe itself says stays.
 
     Raises:
         RecipeError: the recipe asks for balanced cohorts, which nobody could draw.
     """
     training, selection, filled = recipe.training, recipe.rounds.selection, dict[str, Any]()
     default = _by_default(recipe)
-    if default and selection is None and _can_balance(recipe):
+    asked = training.fit_head_clients
+    if default and asked is None and not _can_ask(recipe, recipe.clients.count):
+        asked = filled["fit_head_clients"] = _answers(recipe) // 2
+    if default and selection is None and asked is None and _can_balance(recipe):
         selection = "balanced"
     if selection == "balanced":
         _check_balance(recipe, default)
@@ -79,6 +85,8 @@ def remedies_of(recipe: Sections) -> Remedies:
             filled["prior_count"] = 1.0  # which has no effect then
     if training.fit_head_rounds is None:
         filled["fit_head_rounds"] = [1, -1] if default else []
+        if not default:
+            filled["fit_head_clients"] = None  # which has no effect then
     return Remedies(filled, selection)
 
 
@@ -88,7 +96,8 @@ def in_words(recipe: Sections) -> str | None:
     parts = []
     if fits := sorted(training.rounds_of_head_fits(last)):
         named = f"round {fits[0]}" if len(fits) == 1 else f"rounds {', '.join(map(str, fits))}"
-        parts.append(f"all clients fit the head in {named}")
+        who = f"{training.fit_head_clients} clients" if training.fit_head_clients else "all clients"
+        parts.append(f"{who} fit the head in {named}")
     if recipe.baseline == "federated" and recipe.rounds.selection == "balanced":
         parts.append("cohorts have nearly everybody's labels")
     if training.logit_adjustment:
@@ -121,8 +130,9 @@ def _by_default(recipe: Sections) -> bool:
     said = training.logit_adjustment is not None or training.fit_head_rounds is not None
     own_ranks = getattr(method, "client_ranks", None) or getattr(method, "private_rank", 0)
     personal = getattr(method, "variant", "") == "fedsa" or own_ranks or recipe.personalisation.keep
-    counted = recipe.clients.partition != "natural"
-    cohort = rounds.clients_per_round or (recipe.clients.count if counted else 1)
+    asked = training.fit_head_clients or recipe.clients.count
+    if training.fit_head_clients is None and rounds.selection != "balanced":  # some will do
+        asked = min(asked, max(FEWEST_TO_ASK, _answers(recipe) // 2))
     return (
         not said
         and not training.freeze_head_rounds
@@ -132,19 +142,33 @@ def _by_default(recipe: Sections) -> bool:
         and not personal
         and not recipe.participation.dropout
         and rounds.count >= FEWEST_ROUNDS_TO_FIT
-        and not (counted and 2 * recipe.clients.count > rounds.count * cohort)
+        and _can_ask(recipe, asked)
         and why_no_head_fit(recipe) is None
         and has_linear_head(recipe.model)
     )
 
 
+def _can_ask(recipe: Sections, clients: int) -> bool:
+    """Whether asking so many clients twice is no more than what all rounds ask; so it is where clients are
+    natural, for how many there are is not known beforehand.
+    """
+    return recipe.clients.partition == "natural" or 2 * clients <= _answers(recipe)
+
+
+def _answers(recipe: Sections) -> int:
+    """How many answers all rounds have."""
+    return recipe.rounds.count * (recipe.rounds.clients_per_round or recipe.clients.count)
+
+
 def _can_balance(recipe: Sections) -> bool:
     """Whether cohorts are balanced by default: where they are large enough that labels even out, as in what
-    was measured, two of them at least fit into the clients, and each does all its work.
+    was measured, two of them at least fit into the clients or all clients are one, and each does all its
+    work.
     """
-    asked, count = recipe.rounds.clients_per_round or 0, recipe.clients.count
-    counted = recipe.clients.partition != "natural"
-    enough = asked >= FEWEST_TO_BALANCE and not (counted and 2 * asked > count)
+    counted, count = recipe.clients.partition != "natural", recipe.clients.count
+    asked = recipe.rounds.clients_per_round or (count if counted else 0)
+    fits = not counted or 2 * asked <= count or asked == count
+    enough = asked >= FEWEST_TO_BALANCE and fits
     said = recipe.training.prior_count != 1  # of the adjustment
     return enough and not said and not recipe.participation.partial
 
@@ -153,8 +177,14 @@ def _check_balance(recipe: Sections, default: bool) -> None:
     """What balanced cohorts need.
 
     Raises:
-        RecipeError: no round before the last fits the head, which is when clients tell of their labels.
+        RecipeError: no round before the last fits the head, which is when clients tell of their labels, or
+            not all clients are asked then.
     """
+    if recipe.training.fit_head_clients is not None and recipe.baseline == "federated":
+        raise RecipeError(
+            "rounds.selection = 'balanced': needs all clients to tell of their labels; leave "
+            f"training.fit_head_clients = {recipe.training.fit_head_clients} unset"
+        )
     last = recipe.rounds.count
     first = min(recipe.training.rounds_of_head_fits(last), default=last)
     if default or recipe.baseline != "federated" or first < last:

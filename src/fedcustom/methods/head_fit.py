@@ -52,8 +52,9 @@ class HeadFit:
     changes no prediction and keeps weights small. Sums for a closed form are those of Fed3R (Fani et al.
     2024); a head fitted before training against label skew is Legate et al. 2023 (FedNCM).
 
-    A fit to few clients would be no fit to all: where fewer than half of ``clients`` answer, the head stays
-    as it was.
+    With ``training.fit_head_clients`` it is fitted to so many clients, drawn at random. A fit to few clients
+    would be no fit to all: where fewer than half of the ``clients`` that are asked answer, the head stays as
+    it was.
 
     Discloses: what is named above. Where a client has one example with a label, its sum is that example's
     input to the head, from which a text may be guessed. The server keeps how many examples of each label each
@@ -143,8 +144,8 @@ class HeadFit:
 
     def merge(self, state: State, answers: Iterable[Answer]) -> State:
         """The state with the fitted head, whose former momentum at the server is gone, and the number of
-        examples of each label, of all and of each client. Where fewer than half of the clients answered, the
-        head is as it was, and their labels alone are noted.
+        examples of each label, of all and of each client that answered. Where fewer than half of those asked
+        did, the head is as it was, and their labels alone are noted.
         """
         told: Tensors = {}
 

@@ -68,6 +68,12 @@ class TrainingSettings(Settings):
         "server fits the head to them; 1: before training begins, -1 (the last): after it; []: none; unset: "
         "[1, -1] where that is possible and logit_adjustment is unset too, else [] (docs/experiment.md)",
     )
+    fit_head_clients: int | None = Field(
+        None,
+        ge=1,
+        description="Clients asked in a round that fits the head, drawn at random; unset: all, or where the "
+        "head is fitted by default and all twice are more than the rounds have, half of what the rounds have",
+    )
     cohort_width: int | None = Field(
         None,
         ge=1,
