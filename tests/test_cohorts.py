@@ -105,15 +105,14 @@ def test_skewed_clients() -> None:
 def plan_of(
     labels: dict[str, list[int]] | None,
     selection: str = "uniform",
-    baseline: str = "federated",
+    cohort: int = 4,
     **training: Any,
 ) -> Plan:
     recipe = load_recipe(
         {
-            "baseline": baseline,
             "clients": {"partition": "iid", "count": 12},
             "training": {"fit_head_rounds": [2, -1], **training},
-            "rounds": {"count": 9, "clients_per_round": 4, "selection": selection},
+            "rounds": {"count": 9, "clients_per_round": cohort, "selection": selection},
         }
     )
     clients = {f"c{i}": ClientData(f"c{i}", []) for i in range(12)}
@@ -154,13 +153,20 @@ def test_steps_are_the_mean_clients() -> None:
 
 
 def test_plans_that_fit_the_head_to_some_clients() -> None:
-    """Others each time; what the other rounds do is as without. Clients that train alone fit their own."""
+    """Others each time; what the other rounds do is as without."""
     some, everybody = plan_of(None, fit_head_clients=7), plan_of(None)
     assert [len(cohort) for cohort in some] == [4, 7, 4, 4, 4, 4, 4, 4, 7]
     assert set(some[1]) != set(some[8])
     assert all(some[i] == everybody[i] for i in range(9) if i not in (1, 8))
-    alone = plan_of(None, baseline="local", fit_head_clients=7)
-    assert [len(alone[i]) for i in (1, 8)] == [12, 12]
+    assert plan_of(None, fit_head_clients=13) == everybody  # as where there are fewer sites than was thought
+
+
+def test_a_cohort_of_all_clients_is_balanced_as_it_is() -> None:
+    """What it gains is that clients make as many batches as each other."""
+    labels = {f"c{i}": [10 * i, 7] for i in range(12)}  # 62 examples each, in the mean
+    plan = plan_of(labels, "balanced", cohort=12, batch_size=16)
+    assert all(set(cohort) == set(labels) for cohort in plan)
+    assert [a.amount for a in plan[4].values()] == 12 * [{"epochs": 1, "batches": 4}]
 
 
 @given(

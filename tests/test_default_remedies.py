@@ -18,7 +18,7 @@ from fedcustom.errors import RecipeError
 from fedcustom.models.load import LINEAR_HEADS
 from fedcustom.recipe import load_recipe, to_toml
 from fedcustom.remedies import in_words
-from test_run import rows_of
+from test_run import rows_of, tensors_of
 
 ON, OFF = (1.0, [1, -1]), (0.0, [])
 
@@ -109,7 +109,8 @@ def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
         ({}, "all clients fit the head in rounds 1, 5; logits are adjusted by each client's labels"),
         (
             {"rounds.selection": "balanced"},
-            "all clients fit the head in rounds 1, 5; cohorts have nearly everybody's labels",
+            "all clients fit the head in rounds 1, 5; cohorts have nearly everybody's labels, and clients as "
+            "many batches as each other",
         ),
         ({"training.fit_head_rounds": [1]}, "all clients fit the head in round 1"),
         ({"training.logit_adjustment": 0.5}, "logits are adjusted by each client's labels"),
@@ -136,27 +137,27 @@ def test_asking_everybody_twice_is_little_beside_training(small: dict[str, Any])
     assert found(small, many) == ON
 
 
+@pytest.mark.parametrize("partition", ["iid", "dirichlet"])
 @pytest.mark.parametrize(
     ("count", "cohort", "rounds", "asked"),
     [
         (200, 10, 40, None),  # all twice are as many as train
         (201, 10, 40, 200),
         (1000, 10, 40, 200),
-        (1000, 10, 10, 50),
-        (1000, 9, 10, 0),  # too few for a fit
+        (1000, 10, 20, 100),
+        (1000, 9, 20, 0),  # too few for a fit
     ],
 )
 def test_of_very_many_clients_some_fit_the_head(
-    small: dict[str, Any], count: int, cohort: int, rounds: int, asked: int | None
+    small: dict[str, Any], partition: str, count: int, cohort: int, rounds: int, asked: int | None
 ) -> None:
     """As many in both rounds together as train in all; nobody draws balanced cohorts then."""
-    base = {"clients.partition": "iid", "clients.count": count, "rounds.count": rounds}
+    base = {"clients.partition": partition, "clients.count": count, "rounds.count": rounds}
     given = load_recipe(small, {**base, "rounds.clients_per_round": cohort})
     complete = given.complete()
     training = complete.training
-    assert (training.fit_head_rounds, training.fit_head_clients) == (
-        ([], None) if asked == 0 else ([1, -1], asked)
-    )
+    fits = ([], None) if asked == 0 else ([1, -1], asked)
+    assert (training.fit_head_rounds, training.fit_head_clients) == fits
     assert training.logit_adjustment == (1.0 if asked else 0.0)
     assert complete.rounds.selection == ("balanced" if asked is None else None)
     said = f"{asked or 'all'} clients fit the head in rounds 1, {rounds}; "
@@ -164,28 +165,76 @@ def test_of_very_many_clients_some_fit_the_head(
     assert load_recipe(tomllib.loads(to_toml(complete))).complete() == complete
 
 
+def test_how_many_fit_the_head_is_for_the_recipe_to_say(small: dict[str, Any]) -> None:
+    """More than by default, too; what turns the fits off turns this off, and baselines have no use for it."""
+    base = {"clients.partition": "iid", "clients.count": 1000, "rounds.count": 40}
+    base |= {"rounds.clients_per_round": 10, "training.fit_head_clients": 300}
+
+    def asked(**more: Any) -> tuple[list[int] | None, int | None]:
+        training = load_recipe(small, {**base, **more}).complete().training
+        return training.fit_head_rounds, training.fit_head_clients
+
+    assert asked() == asked(**{"training.fit_head_rounds": [1, -1]}) == ([1, -1], 300)
+    assert asked(**{"clients.count": 100}) == ([1, -1], 300)
+    assert (
+        asked(**{"training.fit_head_rounds": []}) == asked(**{"training.logit_adjustment": 0}) == ([], None)
+    )
+    assert asked(baseline="local") == ([], None)
+    assert asked(**{"baseline": "local", "training.fit_head_rounds": [1, -1]}) == ([1, -1], None)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"training.fit_head_rounds": []}, "3: has no effect without fit_head_rounds"),
-        ({"training.logit_adjustment": 1.0}, "3: has no effect without fit_head_rounds"),
-        ({"clients.partition": "iid", "clients.count": 2}, "3: there are 2 clients"),
-        ({"rounds.selection": "balanced", "rounds.count": 9}, "needs all clients to tell of their labels"),
-        ({"training.fit_head_clients": 0}, "greater than or equal to 1"),
+        ({"rounds.count": 2}, r"fit_head_clients = 3: no head is fitted by default here; say in which"),
+        ({"participation.dropout": 0.3}, "fit_head_clients = 3: no head is fitted by default here"),
+        ({"rounds.selection": "balanced"}, "needs all clients to tell of their labels"),
+        ({"training.fit_head_rounds": [1], "rounds.selection": "balanced"}, "leave one of the two unset"),
+        ({"training.fit_head_clients": 1}, "greater than or equal to 2"),
     ],
 )
 def test_what_a_fit_to_some_clients_needs(
     small: dict[str, Any], overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        load_recipe(small, {"training.fit_head_clients": 3, **overrides}).complete()
+        load_recipe(small, {"rounds.count": 9, "training.fit_head_clients": 3, **overrides}).complete()
 
 
-def test_more_than_there_are(small: dict[str, Any], tmp_path: Path) -> None:
-    """Where clients are natural, their number is known when they are counted."""
-    more = {"rounds.count": 9, "training.fit_head_clients": 5}
-    with pytest.raises(RecipeError, match="fit_head_clients = 5: there are 4 clients"):
-        fedcustom.run(small, more, out=tmp_path / "run")
+def test_why_cohorts_of_very_many_clients_are_not_balanced(small: dict[str, Any]) -> None:
+    base = {"clients.partition": "iid", "clients.count": 1000, "rounds.count": 40}
+    more = {**base, "rounds.clients_per_round": 10, "rounds.selection": "balanced"}
+    with pytest.raises(RecipeError, match="which asks more clients than train in all rounds"):
+        load_recipe(small, more).complete()
+    more["training.fit_head_rounds"] = [1, -1]
+    assert load_recipe(small, more).complete().rounds.selection == "balanced"
+
+
+def test_a_run_with_a_head_fitted_to_some_clients(small: dict[str, Any], tmp_path: Path) -> None:
+    """Stopped after its first fit it goes on as if it had not been. It asks no more than there are."""
+    said = {"training.fit_head_rounds": [1, -1], "training.logit_adjustment": 1.0, "rounds.count": 4}
+    some = {**said, "training.fit_head_clients": 2, "rounds.clients_per_round": 3}
+    whole = fedcustom.run(small, some, out=tmp_path / "whole")
+    assert [len(row["cohort"]) for row in rows_of(whole.directory)[1:]] == [2, 3, 3, 2]
+
+    class Interrupted(Exception):
+        pass
+
+    class Stop(fedcustom.progress.Silent):
+        def round(self, row: Any) -> None:
+            if row["round"] == 2:
+                raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fedcustom.run(small, some, out=tmp_path / "half", progress=Stop())
+    again = fedcustom.run(small, some, out=tmp_path / "half", resume=True)
+    ours, theirs = tensors_of(whole.directory), tensors_of(again.directory)
+    assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
+    all_four = {**said, "training.fit_head_clients": 9}
+    heads = [
+        tensors_of(fedcustom.run(small, more, out=tmp_path / name).directory)
+        for name, more in (("nine", all_four), ("all", said))
+    ]
+    assert all((heads[0][name] == heads[1][name]).all() for name in heads[0])
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,6 @@ def check_cohort(recipe: Recipe, data: FederatedData) -> None:
         asked = getattr(recipe.rounds, key)
         if asked is not None and asked > len(data.clients):
             raise RecipeError(f"rounds.{key} = {asked}: there are {len(data.clients)} clients")
-    asked = recipe.training.fit_head_clients
-    if asked is not None and asked > len(data.clients):
-        raise RecipeError(f"training.fit_head_clients = {asked}: there are {len(data.clients)} clients")
     buffer = recipe.participation.buffer
     if buffer is not None and buffer > len(data.clients):
         raise RecipeError(f"participation.buffer = {buffer}: there are {len(data.clients)} clients")

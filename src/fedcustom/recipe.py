@@ -142,14 +142,6 @@ class Recipe(Settings):
             )
         if training.fit_head_rounds:
             self._check_head_fit()
-        asked, count = training.fit_head_clients, self.clients.count
-        unfitted = training.logit_adjustment is not None and training.fit_head_rounds is None
-        if asked is not None and (unfitted or training.fit_head_rounds == []):
-            raise ValueError(f"training.fit_head_clients = {asked}: has no effect without fit_head_rounds")
-        if asked is not None and self.clients.partition != "natural" and asked > count:
-            raise ValueError(
-                f"training.fit_head_clients = {asked}: there are {count} clients (clients.count)"
-            )
         unadjusted = training.logit_adjustment is None and training.fit_head_rounds is not None
         if (training.logit_adjustment == 0 or unadjusted) and training.prior_count != 1:
             raise ValueError(

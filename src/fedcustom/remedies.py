@@ -21,7 +21,7 @@ from .training.settings import TrainingSettings
 FEWEST_ROUNDS_TO_FIT = 5
 """From how many rounds on the head is fitted by default, which takes two of them."""
 
-FEWEST_TO_ASK = 50
+FEWEST_TO_FIT = 100
 """From how many clients on the head is fitted by default to some of them, where all would be too many."""
 
 FEWEST_TO_BALANCE = 10
@@ -64,29 +64,33 @@ class Remedies:
 
 
 def remedies_of(recipe: Sections) -> Remedies:
-    """A head that all clients fit before and after training, or some where all would be too many, with
-    balanced cohorts or else logit adjustment, where that is the default; what the recipe itself says stays.
+    """A head that clients fit before and after training, with balanced cohorts or else logit adjustment,
+    where that is the default; what the recipe itself says stays.
 
     Raises:
-        RecipeError: the recipe asks for balanced cohorts, which nobody could draw.
+        RecipeError: the recipe asks for balanced cohorts, which nobody could draw, or says how many clients
+            fit a head that is not fitted.
     """
     training, selection, filled = recipe.training, recipe.rounds.selection, dict[str, Any]()
-    default = _by_default(recipe)
-    asked = training.fit_head_clients
-    if default and asked is None and not _can_ask(recipe, recipe.clients.count):
-        asked = filled["fit_head_clients"] = _answers(recipe) // 2
-    if default and selection is None and asked is None and _can_balance(recipe):
+    default, said = _by_default(recipe), training.fit_head_clients
+    fitted = training.fit_head_rounds or default
+    if said is not None and not fitted and _open(recipe):
+        raise RecipeError(
+            f"training.fit_head_clients = {said}: no head is fitted by default here; say in which rounds "
+            "(training.fit_head_rounds = [1, -1])"
+        )
+    some = _clients_to_fit(recipe) if default else said
+    filled["fit_head_clients"] = some = some if fitted and recipe.baseline == "federated" else None
+    if default and selection is None and some is None and _can_balance(recipe):
         selection = "balanced"
     if selection == "balanced":
-        _check_balance(recipe, default)
+        _check_balance(recipe, default, some)
     if training.logit_adjustment is None:  # what balanced cohorts cancel need not be taken out
         filled["logit_adjustment"] = 1.0 if default and selection != "balanced" else 0.0
         if not filled["logit_adjustment"]:
             filled["prior_count"] = 1.0  # which has no effect then
     if training.fit_head_rounds is None:
         filled["fit_head_rounds"] = [1, -1] if default else []
-        if not default:
-            filled["fit_head_clients"] = None  # which has no effect then
     return Remedies(filled, selection)
 
 
@@ -99,7 +103,7 @@ def in_words(recipe: Sections) -> str | None:
         who = f"{training.fit_head_clients} clients" if training.fit_head_clients else "all clients"
         parts.append(f"{who} fit the head in {named}")
     if recipe.baseline == "federated" and recipe.rounds.selection == "balanced":
-        parts.append("cohorts have nearly everybody's labels")
+        parts.append("cohorts have nearly everybody's labels, and clients as many batches as each other")
     if training.logit_adjustment:
         parts.append("logits are adjusted by each client's labels")
     return "; ".join(parts) or None
@@ -121,75 +125,84 @@ def why_no_head_fit(recipe: Sections) -> str | None:
     return None
 
 
-def _by_default(recipe: Sections) -> bool:
-    """Whether remedies are the default: in federated training of a classifier that is one model for all
-    clients, where nothing was said of label skew, all clients are likely to answer, and asking all of them
-    twice is little beside training.
+def _open(recipe: Sections) -> bool:
+    """Whether remedies are for the defaults to say: in federated training of a classifier, where the recipe
+    says nothing of them.
     """
-    training, rounds, method = recipe.training, recipe.rounds, recipe.method
-    said = training.logit_adjustment is not None or training.fit_head_rounds is not None
-    own_ranks = getattr(method, "client_ranks", None) or getattr(method, "private_rank", 0)
-    personal = getattr(method, "variant", "") == "fedsa" or own_ranks or recipe.personalisation.keep
-    asked = training.fit_head_clients or recipe.clients.count
-    if training.fit_head_clients is None and rounds.selection != "balanced":  # some will do
-        asked = min(asked, max(FEWEST_TO_ASK, _answers(recipe) // 2))
+    training = recipe.training
     return (
-        not said
-        and not training.freeze_head_rounds
+        training.logit_adjustment is None
+        and training.fit_head_rounds is None
         and recipe.baseline == "federated"
         and recipe.data.task == "classification"
-        and isinstance(method, TuningSettings)
+        and isinstance(recipe.method, TuningSettings)
+    )
+
+
+def _by_default(recipe: Sections) -> bool:
+    """Whether remedies are the default: where the recipe leaves them open, one model is trained for all
+    clients, these are likely to answer, and a head can be fitted without asking more of them than train.
+    """
+    method = recipe.method
+    own_ranks = getattr(method, "client_ranks", None) or getattr(method, "private_rank", 0)
+    personal = getattr(method, "variant", "") == "fedsa" or own_ranks or recipe.personalisation.keep
+    return (
+        _open(recipe)
+        and not recipe.training.freeze_head_rounds
         and not personal
         and not recipe.participation.dropout
-        and rounds.count >= FEWEST_ROUNDS_TO_FIT
-        and _can_ask(recipe, asked)
+        and recipe.rounds.count >= FEWEST_ROUNDS_TO_FIT
+        and _clients_to_fit(recipe) != 0
         and why_no_head_fit(recipe) is None
         and has_linear_head(recipe.model)
     )
 
 
-def _can_ask(recipe: Sections, clients: int) -> bool:
-    """Whether asking so many clients twice is no more than what all rounds ask; so it is where clients are
-    natural, for how many there are is not known beforehand.
+def _clients_to_fit(recipe: Sections) -> int | None:
+    """How many clients are asked in each of two fits by default: as many as the recipe says; else all (None),
+    where these are natural, so that their number is not known beforehand, or asking them twice is no more
+    than what all rounds ask; else half as many as all rounds ask, or none (0) where these are few.
     """
-    return recipe.clients.partition == "natural" or 2 * clients <= _answers(recipe)
-
-
-def _answers(recipe: Sections) -> int:
-    """How many answers all rounds have."""
-    return recipe.rounds.count * (recipe.rounds.clients_per_round or recipe.clients.count)
+    if recipe.training.fit_head_clients is not None:
+        return recipe.training.fit_head_clients
+    answers = recipe.rounds.count * (recipe.rounds.clients_per_round or recipe.clients.count)
+    if recipe.clients.partition == "natural" or 2 * recipe.clients.count <= answers:
+        return None
+    return answers // 2 if answers // 2 >= FEWEST_TO_FIT and recipe.rounds.selection != "balanced" else 0
 
 
 def _can_balance(recipe: Sections) -> bool:
     """Whether cohorts are balanced by default: where they are large enough that labels even out, as in what
-    was measured, two of them at least fit into the clients or all clients are one, and each does all its
-    work.
+    was measured, they are at most half of all clients or all of them, and each does all its work.
     """
     counted, count = recipe.clients.partition != "natural", recipe.clients.count
-    asked = recipe.rounds.clients_per_round or (count if counted else 0)
-    fits = not counted or 2 * asked <= count or asked == count
-    enough = asked >= FEWEST_TO_BALANCE and fits
+    cohort = recipe.rounds.clients_per_round or (count if counted else 0)
+    even = not counted or 2 * cohort <= count or cohort == count
     said = recipe.training.prior_count != 1  # of the adjustment
-    return enough and not said and not recipe.participation.partial
+    return cohort >= FEWEST_TO_BALANCE and even and not said and not recipe.participation.partial
 
 
-def _check_balance(recipe: Sections, default: bool) -> None:
+def _check_balance(recipe: Sections, default: bool, some: int | None) -> None:
     """What balanced cohorts need.
 
     Raises:
         RecipeError: no round before the last fits the head, which is when clients tell of their labels, or
-            not all clients are asked then.
+            only ``some`` are asked then.
     """
-    if recipe.training.fit_head_clients is not None and recipe.baseline == "federated":
+    if some is not None:
         raise RecipeError(
-            "rounds.selection = 'balanced': needs all clients to tell of their labels; leave "
-            f"training.fit_head_clients = {recipe.training.fit_head_clients} unset"
+            "rounds.selection = 'balanced': needs all clients to tell of their labels, where "
+            f"training.fit_head_clients = {some} asks some of them; leave one of the two unset"
         )
     last = recipe.rounds.count
     first = min(recipe.training.rounds_of_head_fits(last), default=last)
     if default or recipe.baseline != "federated" or first < last:
         return
-    reason = why_no_head_fit(recipe) if recipe.training.fit_head_rounds is None else None
+    reason = None
+    if recipe.training.fit_head_rounds is None:
+        reason = why_no_head_fit(recipe)
+        if reason is None and _open(recipe) and _clients_to_fit(recipe) == 0:
+            reason = "asks more clients than train in all rounds, and is left out unless you set it"
     raise RecipeError(
         "rounds.selection = 'balanced': needs a round before the last in training.fit_head_rounds, when "
         f"clients tell how many examples of each label they have{'; which ' + reason if reason else ''}"

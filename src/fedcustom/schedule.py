@@ -87,7 +87,8 @@ def _synchronous(
     for number in range(1, last + 1):
         generator, amount = np.random.default_rng([recipe.seed, 6, number]), _whole(recipe)
         if number in fits:
-            chosen, waiting = _asked_to_fit(recipe, len(names), generator), []
+            asked = min(recipe.training.fit_head_clients or len(names), len(names))
+            chosen, waiting = sorted(generator.choice(len(names), size=asked, replace=False).tolist()), []
         elif labels and number > min(fits):
             waiting = waiting or balanced_cohorts(_table(recipe, names, labels), size, generator)
             chosen = waiting.pop()
@@ -96,14 +97,6 @@ def _synchronous(
         else:
             chosen = sorted(generator.choice(len(names), size=size, replace=False).tolist())
         yield {names[i]: Assignment(amount, number - 1) for i in chosen}
-
-
-def _asked_to_fit(recipe: Recipe, count: int, generator: np.random.Generator) -> list[int]:
-    """Who sends what the head is fitted from; a client that trains alone fits its own."""
-    asked = recipe.training.fit_head_clients
-    if asked is None or recipe.baseline != "federated":
-        return list(range(count))
-    return sorted(generator.choice(count, size=asked, replace=False).tolist())
 
 
 def _batches(recipe: Recipe, labels: Mapping[str, Sequence[int]]) -> int:

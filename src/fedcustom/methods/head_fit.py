@@ -1,4 +1,4 @@
-"""Rounds in which the classification head is fitted in closed form, from sums that all clients send."""
+"""Rounds in which the classification head is fitted in closed form, from sums that clients send."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIT_HEAD = "fit head"
 """The kind of task that asks for a client's sums."""
 
 LABEL_COUNTS = "label_counts"
-"""The value of a state, and of a task, that says how many examples of each label all clients have."""
+"""The value of a state, and of a task, that says how many examples of each label all have who were asked."""
 
 CLIENT_LABELS = "client_labels/"
 """Before a client's name: what the server keeps of how many examples of each label it has, (labels,)."""
@@ -60,7 +60,7 @@ class HeadFit:
     input to the head, from which a text may be guessed. The server keeps how many examples of each label each
     client has; with ``rounds.selection = "balanced"`` it draws cohorts by it, and every client is told in
     later rounds how many batches the mean client has. With logit adjustment every client is told how many
-    examples of each label all have together; of two clients each then knows the other's.
+    examples of each label those who were asked have together; of two each then knows the other's.
     """
 
     def __init__(

@@ -25,10 +25,10 @@ def label_offset(
     With s near 0 a label that the client has never seen is left out of its softmax (FedRS, Li and Zhan 2021,
     at its limit); the larger s, the more such a label is pushed down as without adjustment.
 
-    With ``overall``, the number of examples of each label at all clients together and p_c the shares that
-    follow from them, it is ``tau log(((n_c + s C p_c) / (n + s C)) / p_c)``: by Bayes' rule the difference
-    between the client's labels and everybody's, so that the logits learn the shares p. A client whose shares
-    are p adds nothing.
+    With ``overall``, the number of examples of each label at all clients that were asked and p_c the shares
+    that follow from them, it is ``tau log(((n_c + s C p_c) / (n + s C)) / p_c)``: by Bayes' rule the
+    difference between the client's labels and everybody's, so that the logits learn the shares p. A client
+    whose shares are p adds nothing.
     """
     counts = torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=classes).double()
     floor = prior_count * classes

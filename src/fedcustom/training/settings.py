@@ -64,15 +64,15 @@ class TrainingSettings(Settings):
     )
     fit_head_rounds: list[int] | None = Field(
         None,
-        description="Rounds in which all clients send sums of the head's inputs instead of training, and the "
+        description="Rounds in which clients send sums of the head's inputs instead of training, and the "
         "server fits the head to them; 1: before training begins, -1 (the last): after it; []: none; unset: "
         "[1, -1] where that is possible and logit_adjustment is unset too, else [] (docs/experiment.md)",
     )
     fit_head_clients: int | None = Field(
         None,
-        ge=1,
-        description="Clients asked in a round that fits the head, drawn at random; unset: all, or where the "
-        "head is fitted by default and all twice are more than the rounds have, half of what the rounds have",
+        ge=2,
+        description="At most so many clients, drawn at random, are asked in a round that fits the head; "
+        "unset: all, or by default half as many as train in all rounds, where all would be more",
     )
     cohort_width: int | None = Field(
         None,
