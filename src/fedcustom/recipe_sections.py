@@ -21,7 +21,7 @@ class RoundSettings(Settings):
         description="How a round's clients are drawn. uniform: at random, anew in each round; balanced: once "
         "a head was fitted, in turn, so that a round's labels are nearly everybody's, and each client makes "
         "as many batches an epoch as the mean client; unset: balanced where all clients fit the head by "
-        "default and a round has ten of them or more, at most half of all or all; else uniform",
+        "default and a round has ten of them or more, be it at most half of all or all; else uniform",
     )
     min_clients: int = Field(1, ge=1, description="A round with fewer answers stops the run")
     checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints")

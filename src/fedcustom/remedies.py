@@ -79,8 +79,10 @@ def remedies_of(recipe: Sections) -> Remedies:
             f"training.fit_head_clients = {said}: no head is fitted by default here; say in which rounds "
             "(training.fit_head_rounds = [1, -1])"
         )
-    some = _clients_to_fit(recipe) if default else said
-    filled["fit_head_clients"] = some = some if fitted and recipe.baseline == "federated" else None
+    some = None
+    if fitted and recipe.baseline == "federated":
+        some = _clients_to_fit(recipe) if default else said
+    filled["fit_head_clients"] = some
     if default and selection is None and some is None and _can_balance(recipe):
         selection = "balanced"
     if selection == "balanced":

@@ -87,7 +87,7 @@ def _synchronous(
     for number in range(1, last + 1):
         generator, amount = np.random.default_rng([recipe.seed, 6, number]), _whole(recipe)
         if number in fits:
-            asked = min(recipe.training.fit_head_clients or len(names), len(names))
+            asked = recipe.training.clients_of_head_fits(len(names))
             chosen, waiting = sorted(generator.choice(len(names), size=asked, replace=False).tolist()), []
         elif labels and number > min(fits):
             waiting = waiting or balanced_cohorts(_table(recipe, names, labels), size, generator)

@@ -57,7 +57,7 @@ class WeightTuning:
         self._check_rule()
         self.ownership = Ownership(context, self.tuned, self.merging)
         fits = context.training.rounds_of_head_fits(context.rounds)
-        asked = min(context.training.fit_head_clients or context.clients, context.clients) if federated else 1
+        asked = context.training.clients_of_head_fits(context.clients) if federated else 1
         self.head_fit = HeadFit(fits, self.tuned, self.objective, self.base, asked)
         if self.ownership.personal & self.head_fit.names:
             raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")

@@ -107,3 +107,7 @@ class TrainingSettings(Settings):
     def rounds_of_head_fits(self, last: int) -> frozenset[int]:
         """``fit_head_rounds`` of a run with ``last`` rounds, counted from 1."""
         return frozenset(last if number == -1 else number for number in self.fit_head_rounds or ())
+
+    def clients_of_head_fits(self, count: int) -> int:
+        """How many of ``count`` clients are asked in such a round."""
+        return min(self.fit_head_clients or count, count)
