@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -14,10 +14,10 @@ from typing import Any
 from . import environment
 from .directory import Checkpoint, Checkpoints, History, Row
 from .errors import RunError
-from .evaluation.metrics import is_better
+from .evaluation.metrics import Metrics, is_better
 from .federation import Federation, Gather, Memories, has_one_model, simulate
 from .files import held, holder, read_json, write_folder, write_json, write_text
-from .methods import Answer, State, Task, client_labels
+from .methods import UNFINISHED, Answer, ScalesLogits, State, Task, client_labels
 from .models.load import Base
 from .progress import Progress, Silent
 from .recipe import Recipe, load_recipe, to_toml
@@ -204,19 +204,67 @@ class _Driver:
                 f"round {number}: {len(noted.answered)} of {len(tasks)} clients answered, "
                 f"rounds.min_clients = {needed}; the last reason: {list(noted.left_out.values())[-1]}"
             )
+        candidates = [following]
+        while UNFINISHED in following.values:
+            following = self._next_exchange(number, cohort, following, parties, noted)
+            candidates = [candidates[0], following]
         merged = time.perf_counter() - begun
         row = self._row(number, cohort, noted, merged)
+        evaluation = self.recipe.evaluation
+        due = number % evaluation.every == 0 or number == self.recipe.rounds.count
+        fits = number in self.recipe.training.rounds_of_head_fits(self.recipe.rounds.count)
+        if due or fits:
+            begun = time.perf_counter()
+            if fits and number > 1:
+                candidates.insert(0, state)
+            following, row["development"] = self._better(candidates)
+            row["seconds"]["evaluate"] = round(time.perf_counter() - begun, 4)
         if report := following.values.get("method"):
             row["method"] = report
-        evaluation = self.recipe.evaluation
-        if number % evaluation.every == 0 or number == self.recipe.rounds.count:
-            begun = time.perf_counter()
-            row["development"] = self.evaluation.development(following)
-            row["seconds"]["evaluate"] = round(time.perf_counter() - begun, 4)
         row["peak_memory_bytes"] = environment.peak_memory()
         self.history.append(row)
         self.progress.round(row)
         return following
+
+    def _next_exchange(
+        self, number: int, cohort: Mapping[str, Assignment], state: State, parties: Federation, noted: _Round
+    ) -> State:
+        """A further exchange of an unfinished round, with those who answered so far."""
+        amounts = {name: cohort[name].amount for name in noted.answered}
+        tasks = parties.method.ask(state, number, amounts)
+        noted.answered = []
+        accepted = self._accept(parties.transport.exchange(tasks, f"{number:06d}"), noted, number, cohort)
+        following = parties.method.merge(state, accepted)
+        if not noted.answered:
+            raise RunError(
+                f"round {number}: no client went on with it; the last reason: "
+                f"{list(noted.left_out.values())[-1]}"
+            )
+        return following
+
+    def _better(self, candidates: Sequence[State]) -> tuple[State, Metrics]:
+        """The best on the development split of states that a round may end with, the later where two are
+        alike; the last one where the recipe keeps the last round's. What the first exchange left unfinished
+        is finished.
+        """
+        metric = self.recipe.metric
+        if self.recipe.evaluation.select == "last":
+            candidates = candidates[-1:]
+        scored = [(state, self.evaluation.development(state)) for state in candidates]
+        best = len(scored) - 1
+        for place in reversed(range(best)):
+            if is_better(scored[place][1][metric], scored[best][1][metric], metric):
+                best = place
+        state, development = scored[best]
+        latest = candidates[-1].values
+        if best < len(scored) - 1:
+            kept = "the discriminant" if UNFINISHED in state.values else "as it was"
+            told = ", ".join(f"{found[metric]:.4f}" for _, found in scored)
+            values = {key: value for key, value in latest.items() if key != "method"}
+            said = latest.get("method", {}).get("head", "fitted")
+            values["method"] = {"head": f"{said}; kept {kept} (development {metric} of candidates: {told})"}
+            state = State(state.tensors, {**candidates[-1].server}, values)
+        return state, development
 
     def _accept(
         self,
@@ -229,9 +277,9 @@ class _Driver:
         exponent = self.recipe.participation.staleness_exponent
         for reply in replies:
             noted.seconds += reply.seconds
-            noted.bytes_down[reply.client] = reply.bytes_down
+            noted.bytes_down[reply.client] = noted.bytes_down.get(reply.client, 0) + reply.bytes_down
             if reply.bytes_up:
-                noted.bytes_up[reply.client] = reply.bytes_up
+                noted.bytes_up[reply.client] = noted.bytes_up.get(reply.client, 0) + reply.bytes_up
             if reply.update is None:
                 noted.left_out[reply.client] = reply.reason
                 if reply.detail:  # a simulated drop-out is no surprise
@@ -333,12 +381,28 @@ class _Driver:
                 best, value = row["round"], new
         return best
 
+    def _calibrated(self, state: State, parties: Federation) -> tuple[State, float | None]:
+        """The state with the temperature that the development split gives it, and what its logits were
+        multiplied by; None where they were not.
+        """
+        recipe, method = self.recipe, parties.method
+        wanted = recipe.evaluation.calibrate and recipe.data.task == "classification"
+        if (
+            not (wanted and has_one_model(recipe) and isinstance(method, ScalesLogits))
+            or method.keeps_parts()
+        ):
+            return state, None
+        if method.scaled(state, 1.0) is None:
+            return state, None
+        scale = self.evaluation.scale(state)
+        return method.scaled(state, scale) or state, scale
+
     def _finish(self, parties: Federation, elapsed: float) -> dict[str, Any]:
         recipe, data, method, begun = self.recipe, parties.data, parties.method, time.perf_counter()
         best = self._best()
         checkpoint = self.checkpoints.load(best)
         parties.memories.restore(best, checkpoint.memories, checkpoint.files)
-        state = checkpoint.state
+        state, scale = self._calibrated(checkpoint.state, parties)
         result = self.evaluation.final(state)
         if result.predictions is not None:
             lines = "".join(result.prediction_lines(data))
@@ -358,6 +422,7 @@ class _Driver:
             untuned=state.values.get("untuned", {}),
             elapsed=elapsed,
             finishing=finishing,
+            temperature=None if scale is None else 1 / scale,
         )
         write_json(self.directory / "summary.json", summary)
         return summary

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .data.examples import Example, FederatedData
+from .evaluation.calibration import best_scale, tempered_losses
 from .evaluation.metrics import Metrics, client_mean, worst_client
 from .methods import Method, State
 from .models.inference import Predictions, measure
@@ -104,6 +105,12 @@ class Evaluator:
         if not parts:  # the recipe names a development split that is nobody's
             parts = dict.fromkeys(self.data.clients, self.data.development)
         return client_mean({name: self._own(state, name, examples) for name, examples in parts.items()})
+
+    def scale(self, state: State) -> float:
+        """What a classifier's logits are best multiplied by, on the development split."""
+        examples = self.data.development
+        said = self.method.predict(state, examples, texts=False)
+        return best_scale(tempered_losses(said.scores, [example.label for example in examples]))
 
     def test(self, state: State) -> Metrics:
         """Quality of one global state on the test split."""

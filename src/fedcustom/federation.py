@@ -30,6 +30,9 @@ class Evaluation(Protocol):
     def development(self, state: State) -> Metrics:
         """Quality on the development split."""
 
+    def scale(self, state: State) -> float:
+        """What a classifier's logits are best multiplied by, on the development split."""
+
     def test(self, state: State) -> Metrics:
         """Quality of one global state on the test split."""
 

@@ -26,12 +26,14 @@ def summarise(
     untuned: Mapping[str, float],
     elapsed: float,
     finishing: float,
+    temperature: float | None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``.
 
     ``rows`` are the lines of the history, ``best`` the round whose state was evaluated, ``sizes`` the numbers
     that are trained (the method's and the head's), ``elapsed`` and ``finishing`` the seconds of this process
-    up to the final evaluation and of that.
+    up to the final evaluation and of that,
+    ``temperature`` what the logits were divided by after the last round.
     """
     seconds = {part: sum(row["seconds"][part] for row in rows) for part in PHASES}
     earlier = sum(seconds.values())
@@ -49,6 +51,7 @@ def summarise(
         "labels": list(data.task.labels),
         "metrics": result.metrics,
         "untuned": dict(untuned),
+        "temperature": temperature,
         "client_mean": result.client_mean,
         "worst_client": result.worst_client,
         "clients": result.clients,

@@ -37,3 +37,19 @@ def discriminant(means: Tensor, within: Tensor, shares: Tensor) -> tuple[Tensor,
     """
     weight = torch.linalg.solve(within, means.T).T
     return weight, -0.5 * (weight * means).sum(dim=1) + torch.log(shares)
+
+
+def shrunk(within: Tensor, examples: float) -> Tensor:
+    """A covariance of (width, width), estimated from so many ``examples``, drawn towards its mean variance v.
+
+    ``(1 - s) S + s v I`` with the s that has the least expected error for Gaussian examples, known from S
+    alone (OAS, Chen et al. 2010, eq. 23)::
+
+        s = min(1, (a + v^2) / ((n + 1) (a - v^2 / width))),   v = trace(S) / width,  a = mean of S's squares
+    """
+    width = len(within)
+    v = float(within.diagonal().mean())
+    a = float(within.square().mean())
+    spread = (examples + 1) * (a - v * v / width)
+    share = 1.0 if spread <= 0 else min(1.0, (a + v * v) / spread)
+    return (1 - share) * within + share * v * torch.eye(width, dtype=within.dtype)

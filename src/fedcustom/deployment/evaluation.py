@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from ..data.examples import Example, FederatedData
 from ..errors import DeploymentError
+from ..evaluation.calibration import best_scale, tempered_losses
 from ..evaluation.metrics import Metrics, client_mean, worst_client
-from ..evaluation.statistics import Statistics, pooled_metrics
+from ..evaluation.statistics import Statistics, pooled_metrics, pooled_scale
 from ..evaluator import Result
 from ..methods import Method, State
 from ..models.inference import measure
@@ -26,6 +27,15 @@ class RemoteEvaluation:
         if self.data.development:
             return self._here(state, self.data.development, texts=False)
         return self._pooled(self.remote.evaluate(state, "development"), "development")
+
+    def scale(self, state: State) -> float:
+        """What a classifier's logits are best multiplied by, on the development split."""
+        if examples := self.data.development:
+            said = self.method.predict(state, examples, texts=False)
+            return best_scale(tempered_losses(said.scores, [example.label for example in examples]))
+        told = self.remote.evaluate(state, "development").values()
+        parts = [statistics["whole"] for statistics in told if "whole" in statistics]
+        return pooled_scale(parts) if parts else 1.0
 
     def test(self, state: State) -> Metrics:
         """Quality of one global state on the test split."""

@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .calibration import expected_calibration_error, reliability
+
 Metrics = dict[str, float]
 
-LOWER_IS_BETTER = frozenset({"loss", "clients_asked"})
-CLASSIFICATION_METRICS = ("accuracy", "macro_f1", "loss")
+LOWER_IS_BETTER = frozenset({"loss", "clients_asked", "calibration_error"})
+CLASSIFICATION_METRICS = ("accuracy", "macro_f1", "loss", "calibration_error")
 RETRIEVAL_METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
 GENERATION_METRICS = ("loss", "bleu", "chrf", "rouge_l")
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
-    """Accuracy and macro-F1 (0 to 1) and mean loss (nats).
+    """Accuracy and macro-F1 (0 to 1), mean loss (nats) and expected calibration error (0 to 1).
 
     ``logits`` is (examples, labels) and ``labels`` (examples,); there must be one example at least.
     F1 is averaged over the labels that occur or were predicted.
@@ -32,6 +34,9 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
         "accuracy": float((predicted == labels).double().mean()),
         "macro_f1": float(f1_score(labels.numpy(), predicted.numpy(), average="macro", zero_division=0.0)),
         "loss": float(cross_entropy(logits.double(), labels)),
+        "calibration_error": expected_calibration_error(
+            reliability(logits.double().numpy(), labels.tolist())
+        ),
     }
 
 

@@ -20,6 +20,11 @@ class EvaluationSettings(Settings):
         None, description="Metric of that choice; unset: accuracy, loss (generation) or mrr (retrieval)"
     )
     batch_size: int = Field(64, ge=1, description="Examples a forward pass in evaluation")
+    calibrate: bool = Field(
+        True,
+        description="Classification: after the last round, divide the logits by the temperature that gives "
+        "the development split the least loss",
+    )
     untuned: bool = Field(True, description="Evaluate the untuned base model too, for comparison")
     perturb: list[Literal["typos", "characters", "words"]] = Field(
         default_factory=list,

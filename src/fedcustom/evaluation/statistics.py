@@ -12,6 +12,14 @@ import numpy as np
 import torch
 
 from ..errors import UpdateError
+from .calibration import (
+    BINS,
+    SCALES,
+    best_scale,
+    expected_calibration_error,
+    reliability,
+    tempered_losses,
+)
 from .metrics import Metrics
 
 Statistics = dict[str, Any]
@@ -19,7 +27,9 @@ Statistics = dict[str, Any]
 
 def classification_statistics(scores: np.ndarray[Any, Any], labels: Sequence[int]) -> Statistics:
     """Of logits ``(examples, labels)``: how often each label was taken for each (``confusion``, true label by
-    predicted one), and the sum of losses in nats. Discloses how many examples of each label there are.
+    predicted one), the sum of losses in nats, as they are and with logits at several temperatures
+    (``tempered``), and how confident predictions are and how often right (``bins``; see
+    :mod:`.calibration`). Discloses how many examples of each label there are.
     """
     size = scores.shape[1]
     confusion = np.zeros((size, size), dtype=int)
@@ -27,7 +37,13 @@ def classification_statistics(scores: np.ndarray[Any, Any], labels: Sequence[int
     loss = torch.nn.functional.cross_entropy(
         torch.from_numpy(scores), torch.tensor(labels, dtype=torch.long), reduction="sum"
     )
-    return {"examples": len(labels), "confusion": confusion.tolist(), "loss": float(loss)}
+    return {
+        "examples": len(labels),
+        "confusion": confusion.tolist(),
+        "loss": float(loss),
+        "bins": reliability(scores, labels),
+        "tempered": tempered_losses(scores, labels),
+    }
 
 
 def mean_statistics(metrics: Metrics, counts: Mapping[str, int], examples: int) -> Statistics:
@@ -56,7 +72,15 @@ def pooled_metrics(parts: Sequence[Statistics]) -> Metrics:
         "accuracy": float(right.sum() / total),
         "macro_f1": float(f1.mean()),
         "loss": math.fsum(part["loss"] for part in parts) / total,
+        "calibration_error": expected_calibration_error(
+            np.sum([part["bins"] for part in parts], axis=0).tolist()
+        ),
     }
+
+
+def pooled_scale(parts: Sequence[Statistics]) -> float:
+    """What a classifier's logits are best multiplied by, for all sites' examples together."""
+    return best_scale(np.sum([part["tempered"] for part in parts], axis=0).tolist())
 
 
 def check_statistics(part: Mapping[str, Any], labels: int) -> Statistics:
@@ -75,7 +99,23 @@ def check_statistics(part: Mapping[str, Any], labels: int) -> Statistics:
             raise UpdateError("statistics: the counts of labels are not sound")
         if not is_number(loss):
             raise UpdateError("statistics: the loss is not a finite number")
-        return {"examples": count, "confusion": confusion, "loss": float(loss)}
+        bins: Any = part.get("bins")
+        tempered: Any = part.get("tempered")
+        if not (_is_row(tempered, len(SCALES)) and min(tempered) >= 0):
+            raise UpdateError("statistics: the losses at several temperatures are not sound")
+        if not (isinstance(bins, list) and len(bins) == BINS and all(_is_row(each, 3) for each in bins)):
+            raise UpdateError("statistics: the bins of confidence are not sound")
+        if not all(min(each) >= 0 and max(each) <= each[0] for each in bins) or (
+            sum(each[0] for each in bins) != count
+        ):
+            raise UpdateError("statistics: the bins of confidence are not those of the examples")
+        return {
+            "examples": count,
+            "confusion": confusion,
+            "loss": float(loss),
+            "bins": bins,
+            "tempered": tempered,
+        }
     sums = part.get("sums")
     if not isinstance(sums, dict) or not all(_is_sum(value) for value in sums.values()):
         raise UpdateError("statistics: the sums are not finite numbers with their counts")
@@ -85,6 +125,10 @@ def check_statistics(part: Mapping[str, Any], labels: int) -> Statistics:
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether something is a finite number that a float can hold."""
     return isinstance(value, int | float) and -1e300 < value < 1e300
+
+
+def _is_row(value: Any, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length and all(is_number(each) for each in value)
 
 
 def _is_sum(value: Any) -> bool:

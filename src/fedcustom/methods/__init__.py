@@ -9,7 +9,19 @@ from typing import Any
 
 from .adapter import Adapter, AdapterSettings
 from .bitfit import BitFit, BitFitSettings
-from .contract import Answer, Asked, AsksClients, Client, Memory, Method, State, Task, Update
+from .contract import (
+    UNFINISHED,
+    Answer,
+    Asked,
+    AsksClients,
+    Client,
+    Memory,
+    Method,
+    ScalesLogits,
+    State,
+    Task,
+    Update,
+)
 from .distillation import Distillation, DistillationSettings
 from .full import Full, FullSettings
 from .head_fit import client_labels
@@ -60,6 +72,7 @@ MethodSettings = (
 )
 
 __all__ = [
+    "UNFINISHED",
     "Answer",
     "Asked",
     "AsksClients",
@@ -68,6 +81,7 @@ __all__ = [
     "Memory",
     "Method",
     "MethodSettings",
+    "ScalesLogits",
     "State",
     "Task",
     "Technique",

@@ -15,6 +15,10 @@ Values = dict[str, Any]
 """Numbers, texts and lists or dicts of them: what JSON can hold."""
 
 
+UNFINISHED = "unfinished"
+"""The value of a state that says that its round is not over: the same clients are to be asked again."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What the server asks of one client in a round."""
@@ -98,6 +102,16 @@ class AsksClients(Protocol):
 
     def connect(self, ask: Callable[[Mapping[str, Task]], dict[str, Asked]], clients: Sequence[str]) -> None:
         """Give the method a way to its clients: from tasks to the sound answers of those who gave one."""
+
+
+@runtime_checkable
+class ScalesLogits(Protocol):
+    """A method whose classifier's logits can be multiplied by a number that becomes part of the model."""
+
+    def scaled(self, state: State, factor: float) -> State | None:
+        """The state whose logits are ``factor`` times as large; None where its head does not end in a linear
+        layer.
+        """
 
 
 class Method(Protocol):

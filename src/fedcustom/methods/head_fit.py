@@ -1,21 +1,26 @@
-"""Rounds in which the classification head is fitted in closed form, from sums that clients send."""
+"""Rounds in which the classification head is fitted to frozen vectors, from sums that clients send."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from ..aggregation.discriminant import class_moments, discriminant
+from ..aggregation.discriminant import class_moments, discriminant, shrunk
+from ..aggregation.logistic import LogisticFit, loss_and_gradient
 from ..data.examples import Example
 from ..data.tokens import TokenizedExample, by_length
 from ..errors import RecipeError, RunError, UpdateError
 from ..models.forward import classification_logits
 from ..models.load import Base
 from ..tensors import Tensors, is_finite, part
-from .contract import Answer, State, Update, Values
+from ..training.settings import TrainingSettings
+from .contract import UNFINISHED, Answer, State, Task, Update, Values
 from .objective import Objective
 from .technique import Tuned
 from .update_checks import check_forms
@@ -23,11 +28,25 @@ from .update_checks import check_forms
 FIT_HEAD = "fit head"
 """The kind of task that asks for a client's sums."""
 
+SCALE_HEAD = "scale head"
+"""The kind of task that asks for the losses of a head at several temperatures."""
+
+HEAD_GRADIENT = "head gradient"
+"""The kind of task that asks for loss and gradient of a head."""
+
+HEAD_TASKS = (FIT_HEAD, SCALE_HEAD, HEAD_GRADIENT)
+
 LABEL_COUNTS = "label_counts"
 """The value of a state, and of a task, that says how many examples of each label all have who were asked."""
 
 CLIENT_LABELS = "client_labels/"
 """Before a client's name: what the server keeps of how many examples of each label it has, (labels,)."""
+
+POINT = "head_point"
+"""The tensor of a task that holds a head, (labels, width + 1), biases last."""
+
+LEAST = 2
+"""Examples of a label that a client must have for their sum to be sent: the sum of one would be that one."""
 
 COUNT = 0.5
 """Added to each label's number of examples in the head's bias, so that a label without any is unlikely, and
@@ -39,134 +58,341 @@ ROUNDING = 1e-5
 LEAST_SHARE = 1e-3
 """Of the inputs' mean square: the least that counts as their variance, which float32 sums must resolve."""
 
+TEMPERATURES = tuple(0.02 * 1.25**power for power in range(24))
+"""By which the discriminant's logits are tried to be multiplied, 0.02 to 3.4."""
+
+
+@dataclass
+class Sums:
+    """What clients' sums add up to. ``counts`` of (labels,) are of all examples, ``sent`` of those in
+    ``totals``, sum x of (labels, width), and ``scatter``, sum x x^T of (width, width).
+    """
+
+    counts: Tensor
+    sent: Tensor
+    totals: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def zero(cls, labels: int, width: int) -> Sums:
+        """Of nobody."""
+        counts = torch.zeros(labels, dtype=torch.float64)
+        totals = torch.zeros(labels, width, dtype=torch.float64)
+        return cls(counts, counts.clone(), totals, torch.zeros(width, width, dtype=torch.float64))
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add what a client sent."""
+        counts, width = tensors["counts"], len(self.scatter)
+        present = counts >= LEAST
+        self.counts += counts
+        self.sent += torch.where(present, counts, 0)
+        self.totals[present] += tensors["totals"].double()
+        factor = _unpacked(tensors["factor"].double(), width)
+        self.scatter += factor.T @ factor
+
+
+@dataclass
+class _Fit:
+    """A fit under way at the server: the head so far, and what is asked next."""
+
+    clients: int
+    sums: Sums
+    examples: float = 0.0
+    logistic: LogisticFit | None = None
+    report: list[str] = field(default_factory=list)
+
 
 class HeadFit:
-    """The last layer of a head, in closed form from the first two moments of what goes into it.
+    """The last layer of a head on vectors x that do not change while it is fitted (a linear probe).
 
-    In place of training, every client computes the inputs x of the head's last layer on its examples and
-    sends, for each label, their number and sum x, and over all labels sum x x^T. These add up, so that label
-    skew makes no difference: where all clients answer and have the same model below the head, the server's
-    head is the one that all examples in one place would give. Each example counts as one, whatever
-    ``aggregation.weighting`` says. It is linear discriminant analysis, shrunk towards one variance v in all
-    directions (v the mean variance of the inputs), less the discriminant of the mean of all examples, which
-    changes no prediction and keeps weights small. Sums for a closed form are those of Fed3R (Fani et al.
-    2024); a head fitted before training against label skew is Legate et al. 2023 (FedNCM).
+    First each client sends sums: for each label the number of its examples and, where it has
+    :data:`LEAST` or more, sum x; and over those the triangular factor R of sum x x^T = R^T R, which has no
+    more rows than there are examples. They add up to a linear discriminant, whose covariance is shrunk by
+    :func:`~fedcustom.aggregation.discriminant.shrunk`, less the discriminant of the mean of all examples,
+    which changes no prediction and keeps weights small. Then, in ``training.fit_head_steps`` further
+    exchanges of the same round, clients send the loss of that head at several temperatures, and losses and
+    gradients from which the server finds the logistic regression of all their examples
+    (:class:`~fedcustom.aggregation.logistic.LogisticFit`). No text passes through the model again: a client
+    keeps its vectors until the round is over. Label skew makes no difference, since all of it adds up; each
+    example counts as one, whatever ``aggregation.weighting`` says. Which of the two heads is kept is decided
+    on the development split. Sums for a closed form are those of Fed3R (Fani et al. 2024); a head fitted
+    before training against label skew is Legate et al. 2023 (FedNCM).
 
     With ``training.fit_head_clients`` it is fitted to so many clients, drawn at random. A fit to few clients
     would be no fit to all: where fewer than half of the ``clients`` that are asked answer, the head stays as
     it was.
 
-    Discloses: what is named above. Where a client has one example with a label, its sum is that example's
-    input to the head, from which a text may be guessed. The server keeps how many examples of each label each
-    client has; with ``rounds.selection = "balanced"`` it draws cohorts by it, and every client is told in
-    later rounds how many batches the mean client has. With logit adjustment every client is told how many
-    examples of each label those who were asked have together; of two each then knows the other's.
+    Discloses: what is named above. A client with one example takes no part but for its label. Sums and
+    gradients over few examples of a label say much about their vectors, from which texts may be guessed; of
+    the only example of its label at a client, the gradient gives the vector to a server that looks for it.
+    The server keeps how many examples of each label each client has; with ``rounds.selection = "balanced"``
+    it draws cohorts by it, and every client is told in later rounds how many batches the mean client has.
+    With logit adjustment every client is told how many examples of each label those who were asked have
+    together; of two each then knows the other's.
     """
 
     def __init__(
-        self, rounds: Collection[int], tuned: Tuned, objective: Objective, base: Base, clients: int = 1
+        self,
+        training: TrainingSettings,
+        rounds: int,
+        tuned: Tuned,
+        objective: Objective,
+        base: Base,
+        *,
+        clients: int = 1,
+        batch_size: int = 64,
     ) -> None:
-        self.rounds, self.tuned, self.objective, self.base = frozenset(rounds), tuned, objective, base
-        self.clients = clients
+        self.training, self.tuned, self.objective, self.base = training, tuned, objective, base
+        self.rounds = training.rounds_of_head_fits(rounds)
+        self.clients, self.batch_size = clients, batch_size
         self.names: frozenset[str] = frozenset()
-        if rounds:
-            self.layer, self.weight, self.bias = _last_layer(tuned, base)
+        self.fitting: _Fit | None = None
+        self.vectors: dict[str, tuple[Tensor, Tensor]] = {}
+        if self.rounds:
+            self.layer, self.weight, self.bias = last_layer(tuned, base)
             self.names = frozenset({self.weight, self.bias})
 
-    def sums(
-        self, examples: Sequence[Example], tokens: Sequence[TokenizedExample], batch_size: int
-    ) -> Tensors:
-        """What a client sends, of its examples in the model as it is: ``counts`` of (labels,), ``totals`` of
-        (labels, width) and ``scatter``, the upper triangle of (width, width) row by row.
+    # --- client ---
+
+    def work(
+        self, task: Task, name: str, examples: Sequence[Example], tokens: Sequence[TokenizedExample]
+    ) -> Update:
+        """A client's answer to one of :data:`HEAD_TASKS`; for the first the model holds the state.
+
+        Raises:
+            UpdateError: its vectors are gone, since its process was started anew within the round.
         """
+        number = float(len(examples))
+        if task.kind == FIT_HEAD:
+            labels = torch.tensor([example.label for example in examples])
+            vectors = self.inputs(tokens)
+            self.vectors[name] = vectors, labels
+            return Update(self.sums(vectors, labels), number)
+        if name not in self.vectors:
+            raise UpdateError("the vectors of this round are gone: this client was started anew")
+        vectors, labels = self.vectors[name]
+        if len(labels) < LEAST:  # nothing of a single example
+            vectors, labels = vectors[:0], labels[:0]
+        point = task.tensors[POINT]
+        if task.kind == SCALE_HEAD:
+            logits = vectors.double() @ point[:, :-1].double().T + point[:, -1].double()
+            losses = [
+                float(functional.cross_entropy(scale * logits, labels, reduction="sum"))
+                for scale in TEMPERATURES
+            ]
+            return Update({"losses": torch.tensor(losses)}, float(len(labels)))
+        loss, gradient = loss_and_gradient(point, vectors, labels)
+        return Update({"gradient": gradient.float()}, float(len(labels)), {"objective": loss})
+
+    def forget(self) -> None:
+        """Drop the clients' vectors: the model changes."""
+        self.vectors.clear()
+
+    def inputs(self, tokens: Sequence[TokenizedExample]) -> Tensor:
+        """What goes into the head's last layer for each example in the model as it is, (examples, width)."""
         model, width = self.tuned.model, self.layer.in_features
-        counts = torch.bincount(torch.tensor([e.label for e in examples]), minlength=self.layer.out_features)
-        totals = torch.zeros(len(counts), width, dtype=torch.float64)
-        scatter = torch.zeros(width, width, dtype=torch.float64)
-        inputs: list[Tensor] = []
+        found = torch.zeros(len(tokens), width)
+        noted: list[Tensor] = []
 
         def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            vectors = arguments[0].detach().double().cpu()
+            vectors = arguments[0].detach().float().cpu()
             if vectors.shape != (vectors.shape[0], width):
                 raise RecipeError(f"training.fit_head_rounds: {self.base.name} has no head on one vector")
-            inputs.append(vectors)
+            noted.append(vectors)
 
         model.eval()
         hook = self.layer.register_forward_pre_hook(note)
         try:
             # Compiled code would not see the hook, or would keep it.
             with torch.compiler.set_stance("force_eager"), torch.no_grad():
-                for positions in by_length(tokens, batch_size):
+                for positions in by_length(tokens, self.batch_size):
                     batch = self.objective.collate([tokens[i] for i in positions])
                     with self.base.autocast():
                         classification_logits(model, batch)
-                    vectors = inputs.pop()
-                    totals.index_add_(0, batch["labels"].cpu(), vectors)
-                    scatter += vectors.T @ vectors
+                    found[positions] = noted.pop()
         finally:
             hook.remove()
-        upper = torch.triu_indices(width, width)
+        return found
+
+    def sums(self, vectors: Tensor, labels: Tensor) -> Tensors:
+        """What a client sends first: ``counts`` of (labels,); ``totals``, of (labels of which it has
+        :data:`LEAST` examples, width); and ``factor``, the rows of R from the diagonal on.
+        """
+        counts = torch.bincount(labels, minlength=self.layer.out_features)
+        present = counts >= LEAST
+        kept = present[labels]
+        own, which = vectors[kept].double(), labels[kept]
+        totals = torch.zeros(len(counts), own.shape[1], dtype=torch.float64).index_add_(0, which, own)
         return {
-            "counts": counts,
-            "totals": totals.float(),
-            "scatter": scatter[upper[0], upper[1]].float(),
+            "counts": counts.int(),
+            "totals": totals[present].float(),
+            "factor": _packed(torch.linalg.qr(own, mode="r").R).float(),
         }
 
-    def check(self, update: Update, *, sent: bool = True) -> None:
+    def alone(self, vectors: Tensor, labels: Tensor) -> Tensors:
+        """The head of a client that keeps everything to itself."""
+        together = Sums.zero(self.layer.out_features, self.layer.in_features)
+        together.add(self.sums(vectors, labels))
+        if not together.sent.any():
+            return {}
+        if not self.training.fit_head_steps:
+            return self.discriminant(together)
+        fit = self._logistic(together)
+        while not fit.done:
+            fit.tell(*loss_and_gradient(fit.point, vectors, labels), len(labels))
+        return self._head(fit.best)
+
+    # --- server ---
+
+    def tasks(self, state: State, names: Iterable[str], values: Values) -> dict[str, Task]:
+        """What is asked after the first exchange of a round."""
+        assert self.fitting is not None
+        kind = str(state.values[UNFINISHED])
+        fit = self.fitting.logistic
+        if kind == HEAD_GRADIENT and fit is not None:
+            point = fit.point.float()
+        else:
+            point = torch.cat([state.tensors[self.weight], state.tensors[self.bias][:, None]], dim=1)
+        return {name: Task(kind, {POINT: point}, values) for name in names}
+
+    def check(self, task: Task, update: Update, *, sent: bool = True) -> None:
         """Refuse what cannot be the sums of some examples; or any, unless they are to be ``sent``.
 
         Raises:
             UpdateError: says what is wrong.
         """
         classes, width = self.layer.out_features, self.layer.in_features
-        wanted = {
-            "counts": torch.empty(classes, dtype=torch.int64),
-            "totals": torch.empty(classes, width),
-            "scatter": torch.empty(width * (width + 1) // 2),
-        }
-        check_forms(update.tensors, wanted if sent else {})
         if not sent:
+            check_forms(update.tensors, {})
             return
         if not is_finite(update.tensors):
             raise UpdateError("an update holds numbers that are not finite")
-        counts, totals = update.tensors["counts"].double(), update.tensors["totals"].double()
         number = update.weight
-        if not (isinstance(number, int | float) and 0 < number < 1e12 and float(counts.sum()) == number):
+        if not (isinstance(number, int | float) and 0 <= number < 1e12 and number == int(number)):
             raise UpdateError(f"weight {number!r} is not the number of examples")
-        if (counts < 0).any() or totals[counts == 0].any():
-            raise UpdateError("counts and totals are not those of examples")
-        scatter = _symmetric(update.tensors["scatter"].double(), width)
-        within = scatter - (totals.T / counts.clamp(min=1)) @ totals
-        slack = ROUNDING * float(scatter.diagonal().clamp(min=0).sum()) + 1e-9
+        if task.kind == SCALE_HEAD:
+            check_forms(update.tensors, {"losses": torch.empty(len(TEMPERATURES))})
+            if (update.tensors["losses"] < 0).any():
+                raise UpdateError("losses below 0")
+            return
+        if task.kind == HEAD_GRADIENT:
+            check_forms(update.tensors, {"gradient": torch.empty(classes, width + 1)})
+            loss = update.values.get("objective")
+            if not isinstance(loss, int | float) or not 0 <= loss < 1e300 or not math.isfinite(loss):
+                raise UpdateError(f"objective {loss!r} is not a sum of losses")
+            return
+        self._check_sums(update)
+
+    def _check_sums(self, update: Update) -> None:
+        """Refuse what cannot be a client's first sums."""
+        width = self.layer.in_features
+        if "counts" in update.tensors:
+            check_forms(
+                {"counts": update.tensors["counts"]},
+                {"counts": torch.empty(self.layer.out_features, dtype=torch.int32)},
+            )
+        counts = update.tensors.get(
+            "counts", torch.zeros(self.layer.out_features, dtype=torch.int32)
+        ).double()
+        if (counts < 0).any() or float(counts.sum()) != update.weight:
+            raise UpdateError(f"weight {update.weight!r} is not the number of examples that counts have")
+        present = counts >= LEAST
+        sent = float(counts[present].sum())
+        rows = int(min(sent, width))
+        wanted = {
+            "counts": torch.empty(self.layer.out_features, dtype=torch.int32),
+            "totals": torch.empty(int(present.sum()), width),
+            "factor": torch.empty(rows * width - rows * (rows - 1) // 2),
+        }
+        check_forms(update.tensors, wanted)
+        if not sent:
+            return
+        totals, factor = (
+            update.tensors["totals"].double(),
+            _unpacked(update.tensors["factor"].double(), width),
+        )
+        scatter = factor.T @ factor
+        within = scatter - (totals.T / counts[present]) @ totals
+        slack = ROUNDING * float(scatter.diagonal().sum()) + 1e-9
         _, failed = torch.linalg.cholesky_ex(within + slack * torch.eye(width, dtype=torch.float64))
         if failed:
             raise UpdateError("the scatter is smaller in some direction than the totals allow")
 
-    def merge(self, state: State, answers: Iterable[Answer]) -> State:
-        """The state with the fitted head, whose former momentum at the server is gone, and the number of
-        examples of each label, of all and of each client that answered. Where fewer than half of those asked
-        did, the head is as it was, and their labels alone are noted.
+    def merge(self, kind: str, state: State, answers: Iterable[Answer]) -> State:
+        """The state after one exchange of a round that fits the head; :data:`UNFINISHED` in its values says
+        what is asked next, if anything is. The first one holds the discriminant, the last one the logistic
+        regression.
+        """
+        if kind == FIT_HEAD:
+            return self._begin(state, answers)
+        assert self.fitting is not None
+        fitting = self.fitting
+        examples, loss, answered = 0.0, 0.0, 0
+        tensor: Tensor | None = None
+        for answer in answers:
+            update = answer.update
+            (sent,) = update.tensors.values()
+            tensor = sent.double() if tensor is None else tensor + sent.double()
+            examples, answered = examples + update.weight, answered + 1
+            loss += float(update.values.get("objective", 0.0))
+        if tensor is None or 2 * answered < fitting.clients or not examples:
+            return self._finished(
+                state, f"{answered} of {fitting.clients} clients went on; kept the discriminant"
+            )
+        if kind == SCALE_HEAD:
+            scale = TEMPERATURES[int(tensor.argmin())]
+            head = {name: scale * state.tensors[name] for name in self.names}
+            fitting.logistic = self._logistic(fitting.sums)
+            return State({**state.tensors, **head}, state.server, {**state.values, UNFINISHED: HEAD_GRADIENT})
+        fit = fitting.logistic
+        assert fit is not None
+        fit.tell(loss, tensor, examples)
+        if not fit.done:
+            return state
+        head = self._head(fit.best)
+        if not is_finite(head):
+            return self._finished(state, "the logistic regression is not finite; kept the discriminant")
+        return self._finished(State({**state.tensors, **head}, state.server, state.values), "")
+
+    def _begin(self, state: State, answers: Iterable[Answer]) -> State:
+        """The state with the discriminant as its head, whose former momentum at the server is gone, and the
+        number of examples of each label, of all and of each client that answered. Where fewer than half of
+        those asked did, the head is as it was, and their labels alone are noted.
         """
         told: Tensors = {}
-
-        def noted() -> Iterator[Tensors]:
-            for answer in answers:
-                told[CLIENT_LABELS + answer.client] = answer.update.tensors["counts"]
-                yield answer.update.tensors
-
-        sums = self._together(noted())
+        sums = Sums.zero(self.layer.out_features, self.layer.in_features)
+        for answer in answers:
+            told[CLIENT_LABELS + answer.client] = answer.update.tensors["counts"].long()
+            sums.add(answer.update.tensors)
         values = {key: value for key, value in state.values.items() if key != "method"}
         if 2 * len(told) < self.clients:
             kept = f"not fitted: {len(told)} of {self.clients} clients answered"
             return State(state.tensors, {**state.server, **told}, values | {"method": {"head": kept}})
-        fitted = self._solved(*sums)
+        if not sums.sent.any():
+            kept = "not fitted: no client has two examples of a label"
+            return State(state.tensors, {**state.server, **told}, values | {"method": {"head": kept}})
+        fitted = self.discriminant(sums)
         server = {
             name: torch.zeros_like(tensor) if name.partition("/")[2] in self.names else tensor
             for name, tensor in state.server.items()
         }
-        counts = torch.stack(list(told.values())).sum(dim=0)
-        values[LABEL_COUNTS] = counts.tolist()
+        values[LABEL_COUNTS] = torch.stack(list(told.values())).sum(dim=0).tolist()
+        number, withheld = int(sums.counts.sum()), int((sums.counts - sums.sent).sum())
+        said = f"fitted to {number} examples of {len(told)} clients"
+        if withheld:
+            said += f" ({withheld} of them, the only ones of their label at a client, not in the sums)"
+        values["method"] = {"head": said}
+        if self.training.fit_head_steps:
+            self.fitting = _Fit(len(told), sums)
+            values[UNFINISHED] = SCALE_HEAD
         return State({**state.tensors, **fitted}, {**server, **told}, values)
+
+    def _finished(self, state: State, note: str) -> State:
+        self.fitting = None
+        values = {key: value for key, value in state.values.items() if key != UNFINISHED}
+        if note:
+            values["method"] = {"head": f"{values['method']['head']}; {note}"}
+        return State(state.tensors, state.server, values)
 
     def label_counts(self, values: Values) -> list[int] | None:
         """What a task's values say of the labels of all clients; None before the head was first fitted.
@@ -187,41 +413,19 @@ class HeadFit:
             )
         return counts
 
-    def fit(self, clients: Iterable[Tensors]) -> Tensors:
-        """The last layer's weight and bias, from the sums of clients.
+    def discriminant(self, sums: Sums) -> Tensors:
+        """The last layer's weight and bias as the linear discriminant of the sums.
 
         Raises:
             RunError: no head comes of these sums.
         """
-        return self._solved(*self._together(clients))
-
-    def _together(self, clients: Iterable[Tensors]) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums over all clients: ``counts``, ``totals`` and ``scatter``."""
-        width = self.layer.in_features
-        counts = torch.zeros(self.layer.out_features, dtype=torch.float64)
-        totals = torch.zeros(len(counts), width, dtype=torch.float64)
-        triangle = torch.zeros(width * (width + 1) // 2, dtype=torch.float64)
-        for tensors in clients:
-            counts += tensors["counts"]
-            totals += tensors["totals"]
-            triangle += tensors["scatter"]
-        return counts, totals, triangle
-
-    def _solved(self, counts: Tensor, totals: Tensor, triangle: Tensor) -> Tensors:
-        """The last layer's weight and bias, from the sums over all clients.
-
-        Raises:
-            RunError: no head comes of these sums.
-        """
-        width = self.layer.in_features
-        scatter = _symmetric(triangle, width)
-        number = float(counts.sum())
-        means, within = class_moments(counts, totals, scatter)
-        centre = totals.sum(dim=0) / number
-        squares = float(scatter.diagonal().mean()) / number
-        variance = max(squares - float(centre.square().mean()), LEAST_SHARE * squares)
-        within += variance * torch.eye(width, dtype=torch.float64)
-        shares = (counts + COUNT) / (number + COUNT * len(counts))
+        number, width = float(sums.sent.sum()), len(sums.scatter)
+        means, within = class_moments(sums.sent, sums.totals, sums.scatter)
+        centre = sums.totals.sum(dim=0) / number
+        squares = float(sums.scatter.diagonal().mean()) / number
+        within = shrunk(within, max(1.0, number - int((sums.sent > 0).sum())))
+        within += LEAST_SHARE * squares * torch.eye(width, dtype=torch.float64)
+        shares = (sums.counts + COUNT) / (float(sums.counts.sum()) + COUNT * len(sums.counts))
         try:
             weight, bias = discriminant(means, within, shares)
             base_weight, base_bias = discriminant(centre[None], within, torch.ones(1, dtype=torch.float64))
@@ -231,6 +435,23 @@ class HeadFit:
         if not is_finite(fitted):
             raise RunError("the head fitted to the clients' sums is not finite: a sum was too large")
         return fitted
+
+    def _logistic(self, sums: Sums) -> LogisticFit:
+        """The fit that follows; its gradients are of all examples, not only of those in the sums."""
+        classes, width = self.layer.out_features, self.layer.in_features
+        examples = float(sums.counts.sum())
+        more = examples / float(sums.sent.sum())
+        return LogisticFit(
+            torch.zeros(classes, width + 1),
+            more * sums.scatter,
+            more * sums.totals.sum(dim=0),
+            examples,
+            c=self.training.fit_head_c,
+            steps=self.training.fit_head_steps,
+        )
+
+    def _head(self, point: Tensor) -> Tensors:
+        return {self.weight: point[:, :-1].float(), self.bias: point[:, -1].float()}
 
 
 def client_labels(state: State) -> dict[str, list[int]]:
@@ -252,15 +473,38 @@ def looked_at(answers: Iterable[Answer]) -> tuple[str, Iterator[Answer]]:
     return first[0].task.kind, again()
 
 
-def _symmetric(triangle: Tensor, width: int) -> Tensor:
-    """The matrix with this upper triangle, row by row."""
-    upper = torch.triu_indices(width, width)
-    matrix = torch.zeros(width, width, dtype=triangle.dtype)
-    matrix[upper[0], upper[1]] = triangle
-    return matrix + matrix.triu(1).T
+def _packed(factor: Tensor) -> Tensor:
+    """The numbers of an upper triangular (rows, width) from the diagonal on, row by row."""
+    rows, columns = torch.triu_indices(*factor.shape)
+    return factor[rows, columns]
 
 
-def _last_layer(tuned: Tuned, base: Base) -> tuple[nn.Linear, str, str]:
+def _unpacked(numbers: Tensor, width: int) -> Tensor:
+    """The upper triangular matrix, (rows, width), of which these are the numbers."""
+    rows = 0
+    while rows < width and rows * width - rows * (rows - 1) // 2 < len(numbers):
+        rows += 1
+    places = torch.triu_indices(rows, width)
+    matrix = torch.zeros(rows, width, dtype=numbers.dtype)
+    matrix[places[0], places[1]] = numbers
+    return matrix
+
+
+def output_names(tuned: Tuned, base: Base) -> frozenset[str]:
+    """The names by which weight and, where there is one, bias of a head's last linear layer travel; none
+    where the head does not end in one.
+    """
+    names: dict[int, str] = {id(tuned.parameters[name]): name for name in tuned.head}
+    modules: Any = tuned.model.modules()
+    for module in reversed(list(modules)):
+        if not isinstance(module, nn.Linear) or module.out_features != len(base.task.labels):
+            continue
+        if id(module.weight) in names and (module.bias is None or id(module.bias) in names):
+            return frozenset(names[id(p)] for p in module.parameters())
+    return frozenset()
+
+
+def last_layer(tuned: Tuned, base: Base) -> tuple[nn.Linear, str, str]:
     """The head's last layer, and the names by which its weight and bias travel.
 
     Raises:

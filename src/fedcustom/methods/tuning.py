@@ -18,9 +18,9 @@ from ..models.inference import Predictions, predict
 from ..tensors import Tensors, count, is_finite, named, part, without, zeros_like
 from ..training.label_prior import label_offset
 from ..training.local import LocalResult, learning_rate, schedule_factor
-from .contract import Answer, Client, Memory, State, Task, Update, Values
+from .contract import UNFINISHED, Answer, Client, Memory, State, Task, Update, Values
 from .corrections import CONTROL, Correction, make_correction
-from .head_fit import FIT_HEAD, LABEL_COUNTS, HeadFit, looked_at
+from .head_fit import FIT_HEAD, HEAD_TASKS, LABEL_COUNTS, HeadFit, looked_at, output_names
 from .local_training import Job, LocalTraining, batch_ranges
 from .merging import BASE_CHANGE, Arrival, Merging
 from .objective import Objective, Supervised
@@ -56,9 +56,16 @@ class WeightTuning:
         self.correction = make_correction(self.aggregation, context.clients)
         self._check_rule()
         self.ownership = Ownership(context, self.tuned, self.merging)
-        fits = context.training.rounds_of_head_fits(context.rounds)
         asked = context.training.clients_of_head_fits(context.clients) if federated else 1
-        self.head_fit = HeadFit(fits, self.tuned, self.objective, self.base, asked)
+        self.head_fit = HeadFit(
+            context.training,
+            context.rounds,
+            self.tuned,
+            self.objective,
+            self.base,
+            clients=asked,
+            batch_size=context.evaluation.batch_size,
+        )
         if self.ownership.personal & self.head_fit.names:
             raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")
         self._tokens: dict[int, tuple[list[Example], list[TokenizedExample]]] = {}
@@ -84,6 +91,8 @@ class WeightTuning:
         known: Values = {}
         if kind == "train" and self.context.training.logit_adjustment and LABEL_COUNTS in state.values:
             known[LABEL_COUNTS] = state.values[LABEL_COUNTS]
+        if UNFINISHED in state.values:
+            return self.head_fit.tasks(state, work, {"round": round_number})
         tasks = {}
         for name, amount in work.items():
             tensors: Tensors = {}
@@ -98,8 +107,8 @@ class WeightTuning:
         """Refuse other names, shapes or dtypes than were asked for, numbers that are not finite, weights and
         steps that are not positive.
         """
-        if task.kind == FIT_HEAD:
-            self.head_fit.check(update, sent=self.context.keeps != "everything")
+        if task.kind in HEAD_TASKS:
+            self.head_fit.check(task, update, sent=self.context.keeps != "everything")
             return
         if not is_finite(update.tensors):
             raise UpdateError("an update holds numbers that are not finite")
@@ -118,8 +127,8 @@ class WeightTuning:
             return state
         if self.head_fit.rounds:
             kind, answers = looked_at(answers)
-            if kind == FIT_HEAD:
-                return self.head_fit.merge(state, answers)
+            if kind in HEAD_TASKS:
+                return self.head_fit.merge(kind, state, answers)
         settings, gathered = self.aggregation, self.merging.round(state)
         answered: list[str] = []
 
@@ -148,6 +157,15 @@ class WeightTuning:
         if report:
             values["method"] = report
         return State({**state.tensors, **tensors, **own}, {**state.server, **kept}, values)
+
+    def scaled(self, state: State, factor: float) -> State | None:
+        """The state whose logits are ``factor`` times as large, by the weight and bias of the head's last
+        layer; None where there is none, or it stays with the clients.
+        """
+        names = output_names(self.tuned, self.base)
+        if not names or not names <= state.tensors.keys():
+            return None
+        return replace(state, tensors={n: t * factor if n in names else t for n, t in state.tensors.items()})
 
     def finish(self, state: State, folder: Path) -> None:
         """Write the adapter or model of this state, with its tokenizer."""
@@ -203,6 +221,7 @@ class WeightTuning:
 
         What is trained for the client's ``own`` use keeps the client's label prior, and all of it is trained.
         """
+        self.head_fit.forget()
         examples = self.tokens(client.data.train)
         if not examples:
             raise DataError(f"client {client.name!r} has no examples to train on")
@@ -238,7 +257,7 @@ class WeightTuning:
         Raises:
             UpdateError: it asks for other than the recipe does in that round.
         """
-        asked, number = task.kind == FIT_HEAD, int(task.values["round"])
+        asked, number = task.kind in HEAD_TASKS, int(task.values["round"])
         if asked != (number in self.head_fit.rounds):
             raise UpdateError(f"the recipe has no task {task.kind!r} in round {number}")
         return asked
@@ -248,19 +267,21 @@ class WeightTuning:
         examples, memory = client.data.train, client.memory
         if not examples:
             raise DataError(f"client {client.name!r} has no examples to fit the head to")
+        if task.kind != FIT_HEAD:
+            return self.head_fit.work(task, client.name, examples, [])
         own = self.ownership.complete(without(task.tensors, CONTROL), memory)
         self.tuned.write(own)
-        sums = self.head_fit.sums(examples, self.tokens(examples), self.context.evaluation.batch_size)
+        update = self.head_fit.work(task, client.name, examples, self.tokens(examples))
         moments = part(memory.tensors, "moments/")
         moments = {
             name: m for name, m in moments.items() if name.partition("/")[2] not in self.head_fit.names
         }
         if self.context.keeps == "everything":
-            self.ownership.remember(memory, {**self.tuned.read(), **self.head_fit.fit([sums])}, moments)
-            sums = {}
-        else:
-            memory.tensors = without(memory.tensors, "moments/") | named(moments, "moments/")
-        return Update(sums, float(len(examples)))
+            head = self.head_fit.alone(*self.head_fit.vectors.pop(client.name))
+            self.ownership.remember(memory, {**self.tuned.read(), **head}, moments)
+            return Update({}, update.weight)
+        memory.tensors = without(memory.tensors, "moments/") | named(moments, "moments/")
+        return update
 
     def _label_offset(self, task: Task, client: Client) -> Tensor | None:
         """What the recipe has a client add to its logits in training; once the head was fitted, relative to

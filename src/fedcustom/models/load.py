@@ -21,6 +21,8 @@ from ..errors import ModelError, nearest
 from .first_token import first_token_only
 from .kernels import attend_in_float32_on_processors, fuse_activations
 from .output import OutputLayer, output_layer
+from .pooled_classifier import PooledClassifier, PooledClassifierConfig, with_pooling
+from .pooling import Pooling, find_pooling
 from .settings import ModelSettings
 
 Architecture = Literal["encoder", "decoder", "encoder-decoder"]
@@ -109,10 +111,23 @@ def load_configuration(settings: ModelSettings) -> Any:
     """
     from transformers import AutoConfig
 
+    _know_own_classes()
     with _loading(settings.base):
-        return AutoConfig.from_pretrained(
+        configuration = AutoConfig.from_pretrained(
             locate(settings.base), revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
+        if isinstance(configuration, PooledClassifierConfig):
+            configuration = configuration.encoder_config()
+        return configuration
+
+
+@cache
+def _know_own_classes() -> None:
+    """Let ``transformers`` read the classifiers that this package saves without their copy of the code."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    AutoConfig.register(PooledClassifierConfig.model_type, PooledClassifierConfig)
+    AutoModelForSequenceClassification.register(PooledClassifierConfig, PooledClassifier)
 
 
 LINEAR_HEADS = {
@@ -129,14 +144,42 @@ def has_linear_head(settings: ModelSettings) -> bool:
     if settings.trust_remote_code:
         return False
     try:
-        return _model_type(settings.base, settings.revision) in LINEAR_HEADS
+        configuration = _configuration(settings.base, settings.revision)
+        return configuration.model_type in LINEAR_HEADS or pooling_of(settings) is not None
     except ModelError:
         return False
 
 
+def pooling_of(settings: ModelSettings) -> Pooling | None:
+    """How a classifier on this model pools its states; None: as its architecture's own head does.
+
+    Raises:
+        ModelError: the model cannot be read, or the recipe names a pooling that it cannot have.
+    """
+    plain = settings.pooling == "auto" and settings.normalize is None
+    if settings.trust_remote_code and plain:
+        return None
+    if settings.trust_remote_code:
+        configuration = load_configuration(settings)
+    else:
+        configuration = _configuration(settings.base, settings.revision)
+    architecture = architecture_of(configuration)
+    if architecture == "encoder":
+        return find_pooling(settings, locate(settings.base))
+    if not plain and not (architecture == "decoder" and settings.pooling == "last"):
+        allowed = "last" if architecture == "decoder" else "auto"
+        said = f"pooling = {settings.pooling!r}" if settings.pooling != "auto" else "normalize"
+        raise ModelError(
+            f"model.{said}: is for encoders; {settings.base} is an {architecture}, whose own head is used "
+            f"(model.pooling = {allowed!r})".replace("an decoder,", "a decoder,")
+        )
+    return None
+
+
 @cache
-def _model_type(base: str, revision: str | None) -> str:
-    return str(load_configuration(ModelSettings(base=base, revision=revision)).model_type)
+def _configuration(base: str, revision: str | None) -> Any:
+    """A configuration that is only looked at."""
+    return load_configuration(ModelSettings(base=base, revision=revision))
 
 
 def architecture_of(configuration: Any) -> Architecture:
@@ -193,6 +236,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
             f"model.base: {settings.base} is an encoder and cannot generate; data.task must be classification"
         )
     classifies = head and task.kind == "classification"
+    pooling = pooling_of(settings) if classifies else None
     device = choose_device(settings.device)
     if settings.compile and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise ModelError("model.compile = true: needs a C++ compiler (g++); this machine has none")
@@ -208,6 +252,9 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
             configuration.id2label = dict(enumerate(task.labels))
             configuration.label2id = {label: number for number, label in enumerate(task.labels)}
             configuration.problem_type = "single_label_classification"
+            if pooling is not None:
+                loader = PooledClassifier
+                with_pooling(configuration, pooling.name, normalize=pooling.normalize)
         elif architecture == "encoder-decoder":
             loader = transformers.AutoModelForSeq2SeqLM
         else:
@@ -230,7 +277,8 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
     attend_in_float32_on_processors()
     model.eval()
     model.to(device)
-    if architecture == "encoder" and classifies and not settings.compile:
+    reads_first = pooling is None or pooling.name in ("first", "pooler")
+    if architecture == "encoder" and classifies and reads_first and not settings.compile:
         first_token_only(model)
     plain = architecture == "decoder" and task.kind == "generation" and not settings.compile
     measured = measure_precision(model, device) if settings.dtype == "auto" else {}

@@ -22,6 +22,16 @@ class ModelSettings(Settings):
         description="Precision of forward and backward passes, but for attention where a processor trains: "
         "that is float32; auto: the faster in two steps on this machine",
     )
+    pooling: Literal["auto", "mean", "first", "max", "last", "pooler"] = Field(
+        "auto",
+        description="Classification with an encoder: which vector is classified. mean: of all tokens' "
+        "states; first, last: one token's; pooler: BERT's pooling layer; auto: as a sentence-transformers "
+        "model says (1_Pooling), else the architecture's own head",
+    )
+    normalize: bool | None = Field(
+        None,
+        description="Divide that vector by its length; unset: as a sentence-transformers model says, else no",
+    )
     compile: bool = Field(
         False,
         description="Train through torch.compile, client by client: minutes at the start, for long runs of "

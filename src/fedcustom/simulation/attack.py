@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from ..methods.contract import Task, Update
-from ..methods.head_fit import FIT_HEAD
+from ..methods.head_fit import HEAD_TASKS
 from ..tensors import Tensors
 from .settings import AttackSettings
 
@@ -84,7 +84,7 @@ def falsifier(
     """What becomes of a client's honest update before it is sent: hostile ones falsify it."""
 
     def falsified(task: Task, client: str, update: Update) -> Update:
-        if client not in hostile or settings.kind == "alie" or task.kind == FIT_HEAD:
+        if client not in hostile or settings.kind == "alie" or task.kind in HEAD_TASKS:
             return update  # sums of poisoned examples are malice enough
         number = int(task.values.get("round", 0))
         return attack(update, settings, [seed, 9, number, *client.encode()])

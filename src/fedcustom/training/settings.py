@@ -74,6 +74,18 @@ class TrainingSettings(Settings):
         description="At most so many clients, drawn at random, are asked in a round that fits the head; "
         "unset: all, or by default half as many as train in all rounds, where all would be more",
     )
+    fit_head_steps: int = Field(
+        12,
+        ge=0,
+        le=1000,
+        description="Further exchanges of such a round, by which the head becomes the logistic regression of "
+        "all clients' examples; 0: it stays the linear discriminant of the sums",
+    )
+    fit_head_c: float = Field(
+        10.0,
+        gt=0,
+        description="Inverse strength of that regression's penalty: scikit-learn's C for vectors of length 1",
+    )
     cohort_width: int | None = Field(
         None,
         ge=1,

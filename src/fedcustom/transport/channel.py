@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import WireError
 from ..methods.contract import Memory, Task, Update, Values
-from ..methods.head_fit import FIT_HEAD
+from ..methods.head_fit import HEAD_TASKS, POINT
 from ..tensors import Tensors, add, subtract, zeros_like
 from . import wire
 from .compression import compress, compress_with_feedback, decompress
@@ -55,7 +55,7 @@ class Channel:
 
     def pack_down(self, task: Task) -> Packed:
         """What travels of a task's tensors."""
-        if not self.settings.down or self.settings.kind == "none" or not task.tensors:
+        if not self._compresses_down(task.tensors):
             return Packed(task.tensors)
         return self._compressed(task.tensors)[1]
 
@@ -83,7 +83,7 @@ class Channel:
         Raises:
             WireError: what came is not what :meth:`pack_down` gives.
         """
-        if not self.settings.down or self.settings.kind == "none" or not packed.tensors:
+        if not self._compresses_down(packed.tensors):
             return packed.tensors
         like = laid_out(packed.layout, self.start)
         origin = {name: self._origin(name, tensor) for name, tensor in like.items()}
@@ -104,7 +104,7 @@ class Channel:
     def down(self, task: Task) -> tuple[Task, int]:
         """A task as the client gets it, and the length of its message in bytes."""
         values = {"kind": task.kind, **task.values}
-        if not self.settings.down or self.settings.kind == "none" or not task.tensors:
+        if not self._compresses_down(task.tensors):
             return task, wire.length(task.tensors, values)
         tensors, packed = self._compressed(task.tensors)
         return replace(task, tensors=tensors), packed.length(values)
@@ -115,9 +115,13 @@ class Channel:
         received = self.unpack_up(packed, task)
         return replace(update, tensors=received), packed.length({"weight": update.weight, **update.values})
 
+    def _compresses_down(self, tensors: Tensors) -> bool:
+        """Whether a task is compressed: states are, and a head that is being fitted must be exact."""
+        return self.settings.down and self.settings.kind != "none" and bool(tensors) and POINT not in tensors
+
     def _compresses(self, tensors: Tensors, task: Task) -> bool:
         """Whether an update is compressed: changes of what is trained are, and sums must be exact."""
-        return self.settings.kind != "none" and bool(tensors) and task.kind != FIT_HEAD
+        return self.settings.kind != "none" and bool(tensors) and task.kind not in HEAD_TASKS
 
     def _compressed(self, tensors: Tensors) -> tuple[Tensors, Packed]:
         """The tensors as they come out of their compressed form, and that; once for a whole cohort."""

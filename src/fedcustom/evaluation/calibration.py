@@ -1,0 +1,64 @@
+"""Whether probabilities say how often they are right, and the one temperature that makes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+BINS = 15
+"""Bins of equal width in which confidence is compared with accuracy."""
+
+SCALES = tuple(10 ** (step / 20 - 1) for step in range(41))
+"""What logits are multiplied by when a temperature is looked for: 0.1 to 10 in steps of an eighth."""
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def reliability(logits: Array, labels: Sequence[int]) -> list[list[float]]:
+    """Of logits (examples, labels), for each of :data:`BINS` bins of the highest probability: how many
+    examples it has, the sum of these probabilities, and how many of them were right. These add up over
+    clients.
+    """
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    confidence = odds.max(axis=1) / odds.sum(axis=1)
+    right = logits.argmax(axis=1) == np.asarray(labels, dtype=int)
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    columns = [
+        np.bincount(place, weights=w, minlength=BINS) for w in (np.ones(len(place)), confidence, right)
+    ]
+    return [[float(count), float(said), float(true)] for count, said, true in zip(*columns, strict=True)]
+
+
+def expected_calibration_error(bins: Sequence[Sequence[float]]) -> float:
+    """The mean over examples of |accuracy - mean confidence| of their bin (Guo et al. 2017, eq. 3), from
+    :func:`reliability` or the sum of several.
+    """
+    total = sum(count for count, _, _ in bins)
+    return sum(abs(right - said) for _, said, right in bins) / total
+
+
+def tempered_losses(logits: Array, labels: Sequence[int]) -> list[float]:
+    """The sum of losses in nats of logits (examples, labels) times each of :data:`SCALES`; these add up over
+    clients.
+    """
+    scores, wanted = torch.from_numpy(logits).double(), torch.tensor(labels, dtype=torch.long)
+    return [float(functional.cross_entropy(scale * scores, wanted, reduction="sum")) for scale in SCALES]
+
+
+def best_scale(losses: Sequence[float]) -> float:
+    """What logits are best multiplied by (1 / temperature; Guo et al. 2017, section 4.2): the least of the
+    sums of :func:`tempered_losses`, between whose neighbours a parabola in log scale is laid.
+    """
+    place = int(np.argmin(losses))
+    if not 0 < place < len(SCALES) - 1:
+        return SCALES[place]
+    before, here, after = losses[place - 1 : place + 2]
+    bend = before - 2 * here + after
+    shift = 0.5 * (before - after) / bend if bend > 0 else 0.0
+    step = math.log(SCALES[1] / SCALES[0])
+    return math.exp(math.log(SCALES[place]) + shift * step)
