@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fedcustom import load
 from fedcustom.cli import main
 from fedcustom.display import Display
 from fedcustom.recipe import load_recipe, to_toml
@@ -77,6 +78,12 @@ def test_run_report_predict_export(command: Any, recipe_file: Path, tmp_path: Pa
     answers = [json.loads(line) for line in many.out.splitlines()]
     assert answers[0]["label"] == label
     assert len(answers) == 2
+    exact = load(out).predict(["the old cat", "bread"])
+    for shown, full in zip(answers, exact, strict=True):
+        assert shown["probability"] == round(full["probability"], 4) != full["probability"]
+        assert shown["probabilities"] == {
+            name: round(share, 4) for name, share in full["probabilities"].items()
+        }
     (tmp_path / "inputs.txt").write_text("the old cat\nbread\n")
     assert command("predict", out, "--input", tmp_path / "inputs.txt").out == many.out
 

@@ -29,6 +29,9 @@ app.command()(experiment)
 app.add_typer(deploy, name="deploy")
 app.add_typer(site, name="site")
 
+DECIMALS = 4
+"""Decimals of a printed probability."""
+
 COMPARED = "prefix,lora,soft_prompt,full"
 RunDirectory = Annotated[Path, typer.Argument(help="A run's directory")]
 
@@ -154,7 +157,9 @@ def predict(
         ),
     ] = None,
 ) -> None:
-    """Ask the customised model: one text, or a file; a file's answers are JSON, a line each."""
+    """Ask the customised model: one text, or a file; a file's answers are JSON, a line each, with
+    probabilities of four decimals.
+    """
     from . import api
 
     if (text is None) == (input_file is None):
@@ -171,7 +176,7 @@ def predict(
         return
     assert input_file is not None
     for answer in finished.predict(_inputs(input_file)):
-        print(json.dumps(answer, ensure_ascii=False))
+        print(json.dumps(_readable(answer), ensure_ascii=False))
 
 
 @app.command()
@@ -271,6 +276,14 @@ def _stop(*_: object) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _readable(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer with probabilities of four decimals."""
+    if "label" not in answer:
+        return answer
+    shares = {label: round(share, DECIMALS) for label, share in answer["probabilities"].items()}
+    return answer | {"probability": round(answer["probability"], DECIMALS), "probabilities": shares}
 
 
 def _inputs(path: Path) -> list[Any]:
