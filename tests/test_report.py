@@ -336,6 +336,26 @@ def test_bytes_at_equal_quality(tmp_path: Path) -> None:
     assert f"{start}LoRA did not get there with 600\N{NO-BREAK SPACE}kB." in said
 
 
+def test_clients_without_a_test_part_are_counted(tmp_path: Path) -> None:
+    def fact(place: Path) -> str:
+        text = Tags(write_report([place], tmp_path / "report.html")).text
+        found = re.search(r"Clients(.*?)\n", text)
+        assert found is not None
+        return found[1]
+
+    place = write_run(tmp_path / "run", clients=["a", "b", "c"], client_count=20)
+    assert fact(place) == "20, 3 with a test part"
+    summary = json.loads((place / "summary.json").read_text())
+    (place / "summary.json").write_text(json.dumps(summary | {"client_count": 3}))
+    assert fact(place) == "3"
+    none = {"clients": {}, "client_mean": {}, "worst_client": {}}
+    (place / "summary.json").write_text(json.dumps(summary | {"client_count": 3} | none))
+    assert fact(place) == "3, none with a test part"
+    summary.pop("client_count")  # of an older version: those that were asked
+    (place / "summary.json").write_text(json.dumps(summary | {"clients": {"a": {"accuracy": 1.0}}}))
+    assert fact(place) == "3, 1 with a test part"
+
+
 def test_overlapping_intervals_are_said(tmp_path: Path) -> None:
     for seed in range(3):
         small_run(tmp_path / f"p{seed}", 0.9 + 0.02 * seed, seed)

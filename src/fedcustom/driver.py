@@ -17,7 +17,7 @@ from .errors import RunError
 from .evaluation.metrics import is_better
 from .federation import Federation, Gather, Memories, has_one_model, simulate
 from .files import held, holder, read_json, write_folder, write_json, write_text
-from .methods import Answer, State, Task, client_labels
+from .methods import Answer, AsksClients, State, Task, client_labels
 from .models.load import Base
 from .progress import Progress, Silent
 from .recipe import Recipe, load_recipe, to_toml
@@ -358,6 +358,7 @@ class _Driver:
             untuned=state.values.get("untuned", {}),
             elapsed=elapsed,
             finishing=finishing,
+            a_query=method.bytes_a_query() if isinstance(method, AsksClients) else None,
         )
         write_json(self.directory / "summary.json", summary)
         return summary

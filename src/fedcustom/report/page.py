@@ -18,7 +18,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from . import words
-from .groups import Group, best_group, client_scores, group_runs, lower_is_better, metric_names
+from .groups import Group, best_group, client_counts, client_scores, group_runs, lower_is_better, metric_names
 from .plots import BOX_FROM, Figures, as_json, colour, confusion, figures
 from .read import Prediction, Run, Runs, read_predictions, read_runs
 from .rows import Section, comparison_columns, comparison_sections
@@ -197,12 +197,12 @@ def _joined(names: set[str]) -> str:
 
 def _facts(groups: Sequence[Group], runs: Runs) -> list[tuple[str, str]]:
     results = [run.summary for run in runs.finished]
-    clients = max(len(result.clients) for result in results)
+    clients, scored = client_counts(runs.finished)
     facts = [
         ("Model", _joined({result.model for result in results})),
         ("Data", _joined({result.data for result in results})),
         ("Task", results[0].task),
-        ("Clients", str(clients) if clients else ""),
+        ("Clients", words.clients(clients, scored)),
         ("Rounds", " or ".join(map(str, sorted({result.rounds for result in results})))),
         (
             "Runs",
