@@ -19,6 +19,7 @@ from .errors import DataError, RunError
 from .files import read_json, write_folder
 from .frames import client_frame, round_frame
 from .methods import Method, State
+from .methods.model_card import bundle
 from .models.load import load_base
 from .progress import Progress
 from .recipe import Recipe, load_recipe
@@ -130,6 +131,8 @@ class Run:
 
     def export(self, to: str | Path) -> Path:
         """Copy the model to a folder, from which ``peft`` or ``transformers`` load it without this package.
+        An adapter of a base model that is a part of this package takes that along, as ``base/`` (14 MB at
+        most).
 
         Raises:
             RunError: the run has no single model, or the folder exists and is not empty.
@@ -141,6 +144,7 @@ class Run:
 
         def fill(folder: Path) -> None:
             shutil.copytree(self.directory / "model", folder, dirs_exist_ok=True)
+            bundle(folder, self.recipe.model.base)
 
         write_folder(target, fill)
         return target
