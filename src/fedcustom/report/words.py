@@ -109,10 +109,10 @@ def plural(number: int, noun: str) -> str:
 
 
 def clients(number: int, scored: int) -> str:
-    """How many clients there are, and of how many a test part is known: ``20, 18 with a test part``."""
+    """How many clients there are, and of how many a test part is known: ``20 (18 with a test part)``."""
     if scored >= number:
-        return str(number) if number else ""
-    return f"{number}, {scored or 'none'} with a test part"
+        return f"{number:,}" if number else ""
+    return f"{number:,} ({f'{scored:,}' if scored else 'none'} with a test part)"
 
 
 def _difference(value: float, metric: str) -> str:
