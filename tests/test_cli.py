@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from fedcustom import load
 from fedcustom.cli import main
+from fedcustom.display import Display
 from fedcustom.recipe import load_recipe, to_toml
+from fedcustom.terminal import command_line
 
 
 class Result:
@@ -74,6 +78,12 @@ def test_run_report_predict_export(command: Any, recipe_file: Path, tmp_path: Pa
     answers = [json.loads(line) for line in many.out.splitlines()]
     assert answers[0]["label"] == label
     assert len(answers) == 2
+    exact = load(out).predict(["the old cat", "bread"])
+    for shown, full in zip(answers, exact, strict=True):
+        assert shown["probability"] == round(full["probability"], 4) != full["probability"]
+        assert shown["probabilities"] == {
+            name: round(share, 4) for name, share in full["probabilities"].items()
+        }
     (tmp_path / "inputs.txt").write_text("the old cat\nbread\n")
     assert command("predict", out, "--input", tmp_path / "inputs.txt").out == many.out
 
@@ -127,6 +137,63 @@ def test_quiet(command: Any, recipe_file: Path, tmp_path: Path) -> None:
         f"run: {tmp_path / 'run'}",
         f"report: {tmp_path / 'run' / 'report.html'}",
     ]
+
+
+def interrupted(command: Any, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> list[str]:
+    """Stop a command by Ctrl-C after its first round; the words of what it says to go on with."""
+
+    def stop(self: Display, row: dict[str, Any]) -> None:
+        if row["round"] == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "round", stop)
+        stopped = command(*arguments)
+    assert stopped.code == 130
+    said = stopped.error.splitlines()[-1]
+    assert said.startswith("stopped; go on with: fedcustom ")
+    return shlex.split(said.removeprefix("stopped; go on with: "))
+
+
+def test_what_is_said_after_ctrl_c_can_be_pasted(
+    command: Any, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a folder's run"
+    arguments = ["run", recipe_file, "--out", out, "--set", "method.length=5", "--set", "data.text={text} !"]
+    words = interrupted(command, monkeypatch, *arguments)
+    assert words == [
+        *("fedcustom", "run", str(recipe_file), "--set", "method.length=5", "--set", "data.text={text} !"),
+        *("--out", str(out), "--resume"),
+    ]
+    assert command(*arguments[:-4], "--resume").code == 2  # without --set it would be another recipe's
+    gone_on = command(*words[1:])
+    assert gone_on.code == 0, gone_on.error
+    assert json.loads((out / "summary.json").read_text())["rounds"] == 2
+
+
+def test_a_comparison_stopped_by_ctrl_c_says_its_whole_command(
+    command: Any, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "compared"
+    options = ["--set", "method.length=5", "--methods", "prefix", "--seeds", "2", "--out", str(out)]
+    words = interrupted(command, monkeypatch, "compare", recipe_file, *options, "--quiet")
+    assert words == ["fedcustom", "compare", str(recipe_file), *options]
+    assert command(*words[1:]).code == 0
+    assert len(list(out.rglob("summary.json"))) == 2
+
+
+def test_a_command_as_it_is_pasted() -> None:
+    options = {
+        "--out": Path("a b"),
+        "--port": None,
+        "--only": ["x=1", "y=it's"],
+        "--resume": True,
+        "-q": False,
+    }
+    assert command_line("run", Path("r.toml"), overrides=["data.text=a b"], options=options) == (
+        "fedcustom run r.toml --set 'data.text=a b' --out 'a b' --only x=1 --only 'y=it'\"'\"'s' --resume"
+    )
+    assert command_line("run", "r.toml") == "fedcustom run r.toml"
 
 
 @pytest.mark.parametrize(

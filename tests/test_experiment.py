@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -409,6 +410,30 @@ def test_bad_files(
     result = command("experiment", path, "--list")
     assert result.code == 2
     assert len(result.error.strip().splitlines()) == 1
+
+
+def test_an_experiment_stopped_by_ctrl_c_says_its_whole_command(
+    command: Any, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Campaign, "run", stop)
+    path = written(tmp_path, small)
+    options = [
+        "--jobs",
+        "2",
+        "--only",
+        "method=prefix",
+        "--only",
+        "seed=3",
+        "--runs",
+        str(tmp_path / "my runs"),
+    ]
+    stopped = command("experiment", path, *options)
+    assert stopped.code == 130
+    said = stopped.error.strip().removeprefix("stopped; go on with: ")
+    assert shlex.split(said) == ["fedcustom", "experiment", str(path), *options]
 
 
 def test_bad_arguments(command: Any, small: dict[str, Any], tmp_path: Path) -> None:

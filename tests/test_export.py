@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ import pytest
 import torch
 
 import fedcustom
-from fedcustom.data.examples import Example
+from fedcustom.data.examples import Example, LearningTask
 from fedcustom.errors import RunError
+from fedcustom.methods.model_card import offline
+from fedcustom.models.load import load_base
+from fedcustom.models.settings import ModelSettings
 
 CLASSIFIER = """
 import json, sys
@@ -118,6 +122,83 @@ def test_the_saved_page_names_what_is_needed(small: dict[str, Any], tmp_path: Pa
         [sys.executable, "-c", code], cwd=run.directory / "model", capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == run.predict(["a text"])[0]["label"]
+
+
+def run_card(folder: Path, *, without: str = "") -> str:
+    """What the code of a folder's card prints, in a fresh interpreter that can reach no hub; ``without`` is a
+    package that it cannot import either.
+    """
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    hidden = f"import sys\nsys.modules[{without!r}] = None\n" if without else ""
+    nowhere = "http://localhost:9"
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + code], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": nowhere, "HF_HOME": str(folder / "none")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+BUILTIN = {"base": "builtin:lm-small"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_a_generator_on_a_builtin_base_needs_no_hub(
+    generation: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    recipe = {**generation, "model": BUILTIN, "method": {"name": method}}
+    run = fedcustom.run(recipe, {"rounds.count": 1, "evaluation.untuned": False}, out=tmp_path / "run")
+    inputs = run.tokenizer()("a text", return_tensors="pt", return_token_type_ids=False)
+    output = run.model().generate(**inputs, max_new_tokens=64)[0]
+    expected = run.tokenizer().decode(output, skip_special_tokens=True).strip()
+    assert run_card(run.directory / "model") == expected
+
+    folder = run.export(tmp_path / "exported")
+    assert run_card(folder, without="fedcustom") == expected
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert sum(path.stat().st_size for path in (folder / "base").iterdir()) < 14e6
+    for path in (folder / "README.md", folder / "adapter_config.json"):
+        assert str(Path(fedcustom.__file__).parent) not in path.read_text()
+
+
+def test_a_classifier_on_a_builtin_decoder_needs_no_hub(small: dict[str, Any], tmp_path: Path) -> None:
+    recipe = {**small, "model": BUILTIN, "method": {"name": "lora"}}
+    run = fedcustom.run(recipe, {"rounds.count": 1, "evaluation.untuned": False}, out=tmp_path / "run")
+    expected = run.predict(["a text"])[0]["label"]
+    assert run_card(run.directory / "model") == expected
+    assert run_card(run.export(tmp_path / "exported"), without="fedcustom") == expected
+
+
+def test_a_prompt_for_a_builtin_base_needs_no_hub(small: dict[str, Any], tmp_path: Path) -> None:
+    recipe = {**small, "model": BUILTIN, "method": {"name": "prompt_engineering"}}
+    recipe.pop("training")
+    run = fedcustom.run(recipe, {"rounds.count": 1, "evaluation.untuned": False}, out=tmp_path / "run")
+    expected = run.predict(["a text"])[0]["label"]
+    assert run_card(run.directory / "model") == expected
+    folder = run.export(tmp_path / "exported")
+    assert run_card(folder, without="fedcustom") == expected
+    assert (folder / "base" / "config.json").exists()
+
+
+def test_a_whole_model_takes_no_base_along(generation: dict[str, Any], tmp_path: Path) -> None:
+    recipe = {**generation, "model": BUILTIN, "method": {"name": "full"}}
+    run = fedcustom.run(recipe, {"rounds.count": 1, "evaluation.untuned": False}, out=tmp_path / "run")
+    folder = run.export(tmp_path / "exported")
+    assert not (folder / "base").exists()
+
+
+def test_an_encoder_of_a_package_is_found_in_it(tmp_path: Path) -> None:
+    base = load_base(ModelSettings(base="builtin:minilm"), LearningTask("retrieval"), 0, head=False)
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    code = (
+        f'from transformers import AutoModel\nprint(AutoModel.from_pretrained("{name}").config.hidden_size)'
+    )
+    card = offline(f"# For {name}\n\n```python\n{code}\n```\n", base)
+    assert f"hub: {name}" in card
+    (tmp_path / "README.md").write_text(card)
+    assert run_card(tmp_path, without="fedcustom") == "384"
+    assert offline("# No code", base) == "# No code"
 
 
 def test_export_does_not_overwrite(small: dict[str, Any], tmp_path: Path) -> None:

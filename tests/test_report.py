@@ -209,6 +209,10 @@ class Tags(HTMLParser):
         self._inside = ""
         self.feed(page.read_text(encoding="utf-8"))
 
+    def plots(self) -> set[str]:
+        """The names of the charts."""
+        return {attributes["data-plot"] or "" for _, attributes in self.tags if "data-plot" in attributes}
+
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         self._inside = tag
@@ -336,6 +340,26 @@ def test_bytes_at_equal_quality(tmp_path: Path) -> None:
     assert f"{start}LoRA did not get there with 600\N{NO-BREAK SPACE}kB." in said
 
 
+def test_clients_without_a_test_part_are_counted(tmp_path: Path) -> None:
+    def fact(place: Path) -> str:
+        text = Tags(write_report([place], tmp_path / "report.html")).text
+        found = re.search(r"Clients(.*?)\n", text)
+        assert found is not None
+        return found[1]
+
+    place = write_run(tmp_path / "run", clients=["a", "b", "c"], client_count=20)
+    assert fact(place) == "20 (3 with a test part)"
+    summary = json.loads((place / "summary.json").read_text())
+    (place / "summary.json").write_text(json.dumps(summary | {"client_count": 3}))
+    assert fact(place) == "3"
+    none = {"clients": {}, "client_mean": {}, "worst_client": {}}
+    (place / "summary.json").write_text(json.dumps(summary | {"client_count": 3} | none))
+    assert fact(place) == "3 (none with a test part)"
+    summary.pop("client_count")  # of an older version: those that were asked
+    (place / "summary.json").write_text(json.dumps(summary | {"clients": {"a": {"accuracy": 1.0}}}))
+    assert fact(place) == "3 (1 with a test part)"
+
+
 def test_overlapping_intervals_are_said(tmp_path: Path) -> None:
     for seed in range(3):
         small_run(tmp_path / f"p{seed}", 0.9 + 0.02 * seed, seed)
@@ -350,8 +374,9 @@ def test_page_holds_everything_itself(tmp_path: Path) -> None:
             assert not re.search("^(https?:)?//", attributes.get(name) or ""), (tag, attributes)
         assert tag not in ("img", "iframe", "object", "embed", "base")
     assert "@import" not in (tmp_path / "deep" / "report.html").read_text().split("</style>")[0]
-    assert [script.startswith("/**\n* plotly.js") for script in page.scripts].count(True) == 1
-    assert len(page.scripts) == 3
+    assert len(page.scripts) == 1
+    assert (tmp_path / "deep" / "report.html").stat().st_size < 400_000
+    assert page.plots() == {"rounds", "bytes", "clients", "reliability"}
     assert page.headings[0] == 1
     assert all(after - before <= 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
     assert sum(tag == "table" for tag, _ in page.tags) == sum(tag == "caption" for tag, _ in page.tags)
@@ -383,12 +408,11 @@ def test_what_comes_from_files_is_inert(tmp_path: Path) -> None:
     (run / "environment.json").write_text(json.dumps({PAYLOAD: PAYLOAD}))
     page = Tags(write_report([run], tmp_path / "report.html"))
     scripts = [attributes for tag, attributes in page.tags if tag == "script"]
-    assert scripts == [{"type": "application/json", "id": "figures"}, {}, {}]
+    assert scripts == [{}]
     assert not any(tag in ("img", "a") or "onerror" in attributes for tag, attributes in page.tags)
-    figures = json.loads(page.scripts[0])
-    assert "<" not in page.scripts[0]
-    assert "<script>" not in json.dumps(figures)  # plotly itself reads some HTML in texts
     assert page.text.count("window.injected = 1") > 10
+    tips = [attributes["data-tip"] or "" for _, attributes in page.tags if "data-tip" in attributes]
+    assert any(PAYLOAD in tip for tip in tips)  # as an attribute's text
 
 
 def test_policy_lets_only_the_own_scripts_run(tmp_path: Path) -> None:
@@ -404,7 +428,7 @@ def test_generation_run(tmp_path: Path) -> None:
     page = Tags(write_report([place], tmp_path / "report.html"))
     assert "By the riverside, The Eagle 9 serves" in page.text
     assert "The Eagle 10" not in page.text
-    assert set(json.loads(page.scripts[0])) == {"rounds", "bytes", "clients"}
+    assert page.plots() == {"rounds", "bytes", "clients"}
     assert re.search(r"Federated prefix reaches 6\d\.\d ROUGE-L on the test split", page.text)
 
 
@@ -427,7 +451,7 @@ def test_single_run_with_bare_files(tmp_path: Path) -> None:
         (place / name).unlink()
     page = Tags(write_report([place], tmp_path / "report.html"))
     assert "One seed each" in page.text
-    assert set(json.loads(page.scripts[0])) == {"clients"}
+    assert page.plots() == {"clients"}
 
 
 def test_unfinished_runs_are_listed(tmp_path: Path) -> None:
@@ -514,9 +538,16 @@ onload = () => setTimeout(() => {{
   page.document.querySelector("input[value=loss]").click();
   for (const hidden of page.document.querySelectorAll("details")) hidden.open = true;
   const found = {{overflow: root.scrollWidth - root.clientWidth, width: root.clientWidth,
-    plots: page.document.querySelectorAll(".js-plotly-plot").length, injected: page.injected ?? null,
-    outside: [...page.document.querySelectorAll(".plot .main-svg")].filter(
-      (plot) => plot.getBoundingClientRect().right > root.clientWidth).length}};
+    plots: [...page.document.querySelectorAll(".plot")].filter((plot) => plot.clientHeight > 50).length,
+    injected: page.injected ?? null,
+    outside: [...page.document.querySelectorAll(".chart, .chart *")].filter(
+      (part) => part.getBoundingClientRect().right > root.clientWidth + 1).length,
+    hints: page.document.querySelector(".scroll").classList.contains("wider"), tip: ""}};
+  const mark = page.document.querySelector(".plot:not([hidden]) [data-tip]");
+  const box = mark.getBoundingClientRect();
+  mark.closest(".area").dispatchEvent(new PointerEvent("pointermove", {{
+    clientX: box.x + 2, clientY: box.y + 2, bubbles: true}}));
+  found.tip = page.document.querySelector(".tip").textContent;
   document.body.setAttribute("data-found", JSON.stringify(found));
 }}, 1500);
 </script></body>"""
@@ -556,7 +587,10 @@ def test_page_in_a_browser(tmp_path: Path, width: int, case: str) -> None:
     match = re.search('data-found="([^"]*)"', result.stdout)
     assert match is not None, result.stdout[-2000:]
     found = json.loads(match[1].replace("&quot;", '"'))
-    assert found == {"overflow": 0, "width": width, "plots": 4, "injected": None, "outside": 0}
+    assert found.pop("tip").endswith("round 0: 2.200 ± 0.000" if case == "comparison" else "round 0: 2.200")
+    assert found == {
+        "overflow": 0, "width": width, "plots": 4, "injected": None, "outside": 0, "hints": width < 600,
+    }  # fmt: skip
 
 
 def test_rounds_missed_and_bytes_stand_client_by_client(tmp_path: Path) -> None:

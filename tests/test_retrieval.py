@@ -25,6 +25,7 @@ from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
 from fedcustom.progress import Silent
 from fedcustom.recipe import load_recipe, to_toml
+from fedcustom.transport import wire
 
 WORDS = [word for words in TOPICS.values() for word in words]
 
@@ -83,7 +84,29 @@ def test_many_stores_find_what_one_store_finds(recipe: dict[str, Any], tmp_path:
     assert content["clients"] == ["site-0", "site-1", "site-2"]
     asked = content["searches"]["as set"]
     assert asked["bytes_down_per_query"] > 3 * 32 * 4  # the vector, to each of three
-    assert (federated.directory / "report.html").exists() or fedcustom.load(federated.directory)
+    assert federated.summary["client_count"] == 3
+
+
+def test_the_bytes_of_a_query_are_shown(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Down: twelve questions' vectors of 32 numbers go to each of three clients, in a message each."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(load_recipe(recipe)))
+    done = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    values = {"kind": "retrieve", "encoder": 64 * "0", "top": 10}
+    message = len(wire.encode({"queries": torch.zeros(12, 32)}, values))
+    sent = fedcustom.load(tmp_path / "run").summary["bytes"]
+    assert sent["down_per_query"] == round(3 * message / 12)
+    # Up: of each question and client ten names (16 bytes of a hash at least) and scores.
+    assert 3 * 10 * (16 + 4) < sent["up_per_query"] < 3 * 10 * (64 + 8)
+    assert f"bytes a query {sent['down_per_query']:,} down, {sent['up_per_query']:,} up" in done.output
+    heading = next(line for line in done.output.splitlines() if "params" in line)
+    assert heading.split("sent")[1].split()[:2] == ["a", "query"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "A query costs" in page
+    assert page.count("<small>a query</small>") == 2
+    pooled = fedcustom.run({**recipe, "baseline": "centralised"}, out=tmp_path / "pooled")
+    assert "down_per_query" not in pooled.summary["bytes"]
 
 
 def test_a_run_can_be_asked(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from fedcustom.methods.retrieval.router import Sums, choose, fit_router, mass_be
 from fedcustom.methods.retrieval.store import DocumentStore, Found, ranked
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
+from fedcustom.report.words import metric_name
 
 WIDTH = 8
 
@@ -331,6 +332,14 @@ def test_recall_by_hand() -> None:
         "recall_at_1": 0.25, "recall_at_5": 0.5, "recall_at_10": 0.75,
         "mrr": pytest.approx((1 + 1 / 3 + 1 / 7) / 4), "clients_asked": 0.75,
     }  # fmt: skip
+
+
+def test_ranks_beyond_ten_count_as_not_found() -> None:
+    ranks = [2, 10, 11, 400]
+    found = retrieval_metrics(ranks, [1.0] * 4)
+    assert found == retrieval_metrics([2, 10, 0, 0], [1.0] * 4)
+    assert found["mrr"] == pytest.approx((1 / 2 + 1 / 10) / 4)
+    assert metric_name("mrr") == "MRR@10"
 
 
 # --- what a client may answer ---

@@ -17,7 +17,9 @@ from .directory import History
 from .driver import run_recipe
 from .errors import DataError, RunError
 from .files import read_json, write_folder
+from .frames import client_frame, round_frame
 from .methods import Method, State
+from .methods.model_card import bundle
 from .models.load import load_base
 from .progress import Progress
 from .recipe import Recipe, load_recipe
@@ -47,8 +49,27 @@ class Run:
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row a round; nested figures have dotted names, such as ``development.accuracy``."""
-        return pd.json_normalize(History.read(self.directory / "metrics.jsonl").rows, max_level=1)
+        """One row a round, and as many columns for a thousand clients as for two: ``round``; how many clients
+        were asked (``cohort``), ``answered``, were ``left_out`` and were ``late``; ``bytes_up`` and
+        ``bytes_down`` of all of them together, and the running totals of both. Nested figures have dotted
+        names, such as ``development.accuracy`` and ``seconds.train``.
+
+        Raises:
+            RunError: a line of ``metrics.jsonl`` is not JSON.
+        """
+        return round_frame(History.read(self.directory / "metrics.jsonl").rows)
+
+    @property
+    def client_history(self) -> pd.DataFrame:
+        """One row for each client that was asked in a round: ``round``, ``client``, ``bytes_up`` and
+        ``bytes_down`` (0 in a run that sends nothing), ``answered`` (whether its answer was merged),
+        ``left_out`` (the reason; missing for an answer that was merged) and ``late`` (rounds by which its
+        start was behind the newest, 0 for one on time).
+
+        Raises:
+            RunError: a line of ``metrics.jsonl`` is not JSON.
+        """
+        return client_frame(History.read(self.directory / "metrics.jsonl").rows)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
@@ -110,6 +131,8 @@ class Run:
 
     def export(self, to: str | Path) -> Path:
         """Copy the model to a folder, from which ``peft`` or ``transformers`` load it without this package.
+        An adapter of a base model that is a part of this package takes that along, as ``base/`` (14 MB at
+        most).
 
         Raises:
             RunError: the run has no single model, or the folder exists and is not empty.
@@ -121,6 +144,7 @@ class Run:
 
         def fill(folder: Path) -> None:
             shutil.copytree(self.directory / "model", folder, dirs_exist_ok=True)
+            bundle(folder, self.recipe.model.base)
 
         write_folder(target, fill)
         return target

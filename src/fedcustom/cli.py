@@ -16,7 +16,7 @@ from rich.table import Table
 from .deploy_commands import deploy, site
 from .errors import DataError, FedcustomError
 from .experiment_command import experiment
-from .terminal import Overrides, Quiet, RecipeFile, display, err_console, out_console
+from .terminal import Overrides, Quiet, RecipeFile, command_line, display, err_console, out_console
 
 app = typer.Typer(
     help="Customise a large pretrained model with data that stays with its owners.",
@@ -29,6 +29,10 @@ app.command()(experiment)
 app.add_typer(deploy, name="deploy")
 app.add_typer(site, name="site")
 
+DECIMALS = 4
+"""Decimals of a printed probability."""
+
+COMPARED = "prefix,lora,soft_prompt,full"
 RunDirectory = Annotated[Path, typer.Argument(help="A run's directory")]
 
 
@@ -66,7 +70,8 @@ def run(
 
     checked = load_recipe(recipe, overrides or [])
     directory = out or api.default_directory(recipe, checked)
-    with display(f"fedcustom run {recipe} --out {directory} --resume", quiet) as make:
+    again = command_line("run", recipe, overrides=overrides, options={"--out": directory, "--resume": True})
+    with display(again, quiet) as make:
         api.run(checked, out=directory, resume=resume, progress=make(""))
     page = write_report([directory], directory / "report.html")
     if not quiet:
@@ -77,9 +82,7 @@ def run(
 @app.command()
 def compare(
     recipe: RecipeFile,
-    methods: Annotated[
-        str, typer.Option(help="Methods to compare, separated by commas")
-    ] = "prefix,lora,soft_prompt,full",
+    methods: Annotated[str, typer.Option(help="Methods to compare, separated by commas")] = COMPARED,
     baselines: Annotated[str, typer.Option(help="centralised, local, or both, separated by a comma")] = "",
     baseline_methods: Annotated[
         str, typer.Option(help="Methods of the baselines (default: the recipe's own method)")
@@ -105,7 +108,14 @@ def compare(
         seeds,
         baseline_methods=_names(baseline_methods) or None,
     )
-    with display("the same command", quiet) as make:
+    options = {
+        "--methods": methods if methods != COMPARED else None,
+        "--baselines": baselines or None,
+        "--baseline-methods": baseline_methods or None,
+        "--seeds": seeds if seeds != 1 else None,
+        "--out": out,
+    }
+    with display(command_line("compare", recipe, overrides=overrides, options=options), quiet) as make:
         failed = run_cells(cells, lambda cell: make(cell.name))
     finished = [cell.directory for cell in cells if cell.name not in failed]
     if finished:
@@ -147,7 +157,9 @@ def predict(
         ),
     ] = None,
 ) -> None:
-    """Ask the customised model: one text, or a file; a file's answers are JSON, a line each."""
+    """Ask the customised model: one text, or a file; a file's answers are JSON, a line each, with
+    probabilities of four decimals.
+    """
     from . import api
 
     if (text is None) == (input_file is None):
@@ -164,7 +176,7 @@ def predict(
         return
     assert input_file is not None
     for answer in finished.predict(_inputs(input_file)):
-        print(json.dumps(answer, ensure_ascii=False))
+        print(json.dumps(_readable(answer), ensure_ascii=False))
 
 
 @app.command()
@@ -264,6 +276,14 @@ def _stop(*_: object) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _readable(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer with probabilities of four decimals."""
+    if "label" not in answer:
+        return answer
+    shares = {label: round(share, DECIMALS) for label, share in answer["probabilities"].items()}
+    return answer | {"probability": round(answer["probability"], DECIMALS), "probabilities": shares}
 
 
 def _inputs(path: Path) -> list[Any]:

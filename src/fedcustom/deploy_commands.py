@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .errors import DeploymentError
-from .terminal import Overrides, Quiet, RecipeFile, display, err_console, out_console
+from .terminal import Overrides, Quiet, RecipeFile, command_line, display, err_console, out_console
 
 deploy = typer.Typer(
     help="Run a recipe across sites, over NVIDIA FLARE with mutual TLS (docs/deployment.md).",
@@ -46,13 +46,13 @@ def init(
         raise DeploymentError(f"{folder}: is not empty; name another --federation")
     provision(folder, server, port, names)
     save_federation(folder, FederationSettings(server=server, port=port, sites=names))
+    deployed = command_line("deploy", "run", recipe, overrides=overrides, options={"--federation": folder})
     for name in names:
         out_console.print(f"kit of {name}: {folder / 'sites' / name}", highlight=False, soft_wrap=True)
     out_console.print(
         "Hand each site its kit over a channel that both trust, then delete it here; keep authority/ to "
         "yourself.\nA site runs: fedcustom site start KIT --data site.toml\n"
-        f"You run: fedcustom deploy run {recipe} "
-        f"--federation {folder}",
+        f"You run: {deployed}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -73,8 +73,9 @@ def run(
 
     checked = load_recipe(recipe, overrides or [])
     directory = out or api.default_directory(recipe, checked)
-    command = f"fedcustom deploy run {recipe} --federation {folder} --out {directory} --resume"
-    with display(command, quiet) as make:
+    options = {"--federation": folder, "--out": directory, "--resume": True}
+    again = command_line("deploy", "run", recipe, overrides=overrides, options=options)
+    with display(again, quiet) as make:
         run_deployed(checked, folder, directory, resume=resume, progress=make(""))
     _show(directory, quiet)
 
@@ -96,8 +97,9 @@ def local(
     checked = load_recipe(recipe, overrides or [])
     directory = out or api.default_directory(recipe, checked)
     folder = directory.with_name(directory.name + ".federation")
-    command = f"fedcustom deploy local {recipe} --out {directory} --port {port} --resume"
-    with display(command, quiet) as make:
+    options = {"--out": directory, "--port": port, "--resume": True}
+    again = command_line("deploy", "local", recipe, overrides=overrides, options=options)
+    with display(again, quiet) as make:
         run_locally(checked, folder, directory, port=port, resume=resume, progress=make(""))
     _show(directory, quiet)
 

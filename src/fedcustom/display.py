@@ -83,6 +83,9 @@ class Display:
         self.close()
         if not self.quiet:
             metrics = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
+            sent = summary["bytes"]
+            if "down_per_query" in sent:
+                metrics += f"  bytes a query {sent['down_per_query']:,} down, {sent['up_per_query']:,} up"
             self.console.print(
                 f"{self.name}: test {metrics}  ({duration(summary['seconds']['total'])})",
                 highlight=False,

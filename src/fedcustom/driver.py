@@ -17,7 +17,7 @@ from .errors import RunError
 from .evaluation.metrics import Metrics, is_better
 from .federation import Federation, Gather, Memories, has_one_model, simulate
 from .files import held, holder, read_json, write_folder, write_json, write_text
-from .methods import UNFINISHED, Answer, ScalesLogits, State, Task, client_labels
+from .methods import UNFINISHED, Answer, AsksClients, ScalesLogits, State, Task, client_labels
 from .models.load import Base
 from .progress import Progress, Silent
 from .recipe import Recipe, load_recipe, to_toml
@@ -423,6 +423,7 @@ class _Driver:
             elapsed=elapsed,
             finishing=finishing,
             temperature=None if scale is None else 1 / scale,
+            a_query=method.bytes_a_query() if isinstance(method, AsksClients) else None,
         )
         write_json(self.directory / "summary.json", summary)
         return summary

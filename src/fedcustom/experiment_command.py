@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .errors import RunError
-from .terminal import err_console, out_console
+from .terminal import command_line, err_console, out_console
 
 ExperimentFile = Annotated[Path, typer.Argument(help="The experiment, a TOML file (docs/experiment.md)")]
 
@@ -50,7 +50,13 @@ def experiment(
         try:
             failed = campaign.run(jobs, _say)
         except KeyboardInterrupt:
-            _say("stopped; go on with the same command")
+            options = {
+                "--jobs": jobs if jobs != 1 else None,
+                "--only": only,
+                "--runs": runs,
+                "--results": results,
+            }
+            _say(f"stopped; go on with: {command_line('experiment', file, options=options)}")
             raise typer.Exit(130) from None
     try:
         for path in write_tables(file, campaign.results):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -27,13 +28,14 @@ def summarise(
     elapsed: float,
     finishing: float,
     temperature: float | None,
+    a_query: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``.
 
     ``rows`` are the lines of the history, ``best`` the round whose state was evaluated, ``sizes`` the numbers
     that are trained (the method's and the head's), ``elapsed`` and ``finishing`` the seconds of this process
-    up to the final evaluation and of that,
-    ``temperature`` what the logits were divided by after the last round.
+    up to the final evaluation and of that, ``temperature`` what the logits were divided by after the last
+    round, ``a_query`` the bytes down and up of one query, where a method searches its clients.
     """
     seconds = {part: sum(row["seconds"][part] for row in rows) for part in PHASES}
     earlier = sum(seconds.values())
@@ -49,6 +51,7 @@ def summarise(
         "rounds": recipe.rounds.count,
         "best_round": best,
         "labels": list(data.task.labels),
+        "client_count": len(data.clients),
         "metrics": result.metrics,
         "untuned": dict(untuned),
         "temperature": temperature,
@@ -59,7 +62,10 @@ def summarise(
         **_probed(result.probes),
         "trainable_parameters": sizes[0],
         "head_parameters": sizes[1],
-        "bytes": _bytes(trained, recipe.training.rounds_of_head_fits(recipe.rounds.count)),
+        "bytes": {
+            **_bytes(trained, recipe.training.rounds_of_head_fits(recipe.rounds.count)),
+            **_a_query(a_query if recipe.baseline == "federated" else None),
+        },
         "seconds": {
             "total": round(max(elapsed, earlier) + finishing, 3),
             **{part: round(value, 3) for part, value in seconds.items()},
@@ -76,6 +82,13 @@ def _bytes(rows: Sequence[Row], fits: Collection[int]) -> dict[str, int]:
         found[f"{way}_per_client_round"] = round(sum(training) / len(training)) if training else 0
         found[f"{way}_total"] = sum(sum(row[f"bytes_{way}"].values()) for row in rows)
     return found
+
+
+def _a_query(sent: tuple[float, float] | None) -> dict[str, int]:
+    """Bytes of one query, where that is known."""
+    if sent is None or math.isnan(sum(sent)):
+        return {}
+    return {"down_per_query": round(sent[0]), "up_per_query": round(sent[1])}
 
 
 def _probed(probes: Mapping[str, Mapping[str, Metrics]]) -> dict[str, Any]:

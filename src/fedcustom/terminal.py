@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,27 @@ Overrides = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and the result alone")]
+
+
+def command_line(
+    *words: object, options: Mapping[str, object] | None = None, overrides: Sequence[str] | None = None
+) -> str:
+    """A command of this package as it can be pasted into a shell.
+
+    Args:
+        words: The command's name and its arguments.
+        options: Options by name. One that is None is left out; True stands for a flag, and a list for an
+            option that is given once for each of its elements.
+        overrides: The values of ``--set``.
+    """
+    parts = ["fedcustom", *map(str, words)]
+    for name, value in {"--set": list(overrides or []), **(options or {})}.items():
+        if value is True:
+            parts.append(name)
+        elif value is not None and value is not False:
+            for one in value if isinstance(value, list) else [value]:
+                parts += [name, str(one)]
+    return shlex.join(parts)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ Metrics = dict[str, float]
 LOWER_IS_BETTER = frozenset({"loss", "clients_asked", "calibration_error"})
 CLASSIFICATION_METRICS = ("accuracy", "macro_f1", "loss", "calibration_error")
 RETRIEVAL_METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
+RANKS = 10
+"""The ranks that count in the mean reciprocal rank."""
 GENERATION_METRICS = ("loss", "bleu", "chrf", "rouge_l")
 
 
@@ -63,12 +65,16 @@ def text_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]
 
 
 def retrieval_metrics(ranks: Sequence[int], asked: Sequence[float]) -> Metrics:
-    """Recall at 1, 5 and 10, and the mean of 1 / rank (MRR), all 0 to 1, from the rank of each question's
-    document (0 where it was not found); and the mean share of clients that were asked.
+    """Recall at 1, 5 and 10 and MRR@10, all 0 to 1, from the rank of each question's document (0 where it was
+    not found); and the mean share of clients that were asked.
+
+    MRR@10 is the mean of 1 / rank, with 0 for ranks beyond 10: a search knows no more of them than that, and
+    where more is known, figures stay comparable.
     """
     places = np.array([rank if rank > 0 else np.inf for rank in ranks])
     recall = {f"recall_at_{k}": float((places <= k).mean()) for k in (1, 5, 10)}
-    return {**recall, "mrr": float((1 / places).mean()), "clients_asked": float(np.mean(asked))}
+    reciprocal = np.where(places <= RANKS, 1 / places, 0.0)
+    return {**recall, "mrr": float(reciprocal.mean()), "clients_asked": float(np.mean(asked))}
 
 
 def token_loss(losses: Sequence[float], counts: Sequence[int]) -> float:

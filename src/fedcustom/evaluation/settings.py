@@ -17,7 +17,8 @@ class EvaluationSettings(Settings):
         "best", description="Which round's state is kept: the best on the development split, or the last"
     )
     metric: str | None = Field(
-        None, description="Metric of that choice; unset: accuracy, loss (generation) or mrr (retrieval)"
+        None,
+        description="Metric of that choice; unset: accuracy, loss (generation) or mrr (retrieval, MRR@10)",
     )
     batch_size: int = Field(64, ge=1, description="Examples a forward pass in evaluation")
     calibrate: bool = Field(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from ..report import words
+from ..report.axes import round_numbers, value_range
 from .tables import Group, Section
 
 COLOURS = ("#0b7285", "#c2410c", "#5b3fa8", "#3f7d20", "#b0215e", "#8a6d00", "#4a5568", "#1d4ed8")
@@ -22,9 +23,7 @@ def dot_plot(section: Section, metric: str) -> str:
     ends = [
         mean + sign * (0 if math.isnan(half) else half) for mean, half in found.values() for sign in (-1, 1)
     ]
-    low, high = min(ends), max(ends)
-    margin = 0.06 * (high - low or abs(high) or 1.0)
-    low, high = low - margin, high + margin
+    low, high = value_range(ends, metric)
     legend = 18 * math.ceil(len(section.rows) / 4)
     height = HEIGHT + legend
 
@@ -37,7 +36,7 @@ def dot_plot(section: Section, metric: str) -> str:
         f'font-family="system-ui, sans-serif" font-size="12" fill="#1f2933">',
         f"<title>{html.escape(section.heading or words.metric_name(metric))}</title>",
     ]
-    for tick in _ticks(low, high):
+    for tick in round_numbers(low, high):
         parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{WIDTH - 12}" stroke="#d9dee3"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for place, column in enumerate(section.columns):
@@ -67,12 +66,3 @@ def dot_plot(section: Section, metric: str) -> str:
 
 def _there(section: Section) -> Sequence[tuple[tuple[str, str], Group]]:
     return list(section.groups.items())
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two ends, four to eight of them."""
-    rough = (high - low) / 5
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
-    first = math.ceil(low / step)
-    return [round(number * step, 10) for number in range(first, math.floor(high / step) + 1)]

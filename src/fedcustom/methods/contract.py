@@ -103,6 +103,11 @@ class AsksClients(Protocol):
     def connect(self, ask: Callable[[Mapping[str, Task]], dict[str, Asked]], clients: Sequence[str]) -> None:
         """Give the method a way to its clients: from tasks to the sound answers of those who gave one."""
 
+    def bytes_a_query(self) -> tuple[float, float]:
+        """What one query of the last evaluation took, mean over its queries: bytes down to the clients that
+        it was sent to, and bytes of their answers; both NaN before there was one.
+        """
+
 
 @runtime_checkable
 class ScalesLogits(Protocol):

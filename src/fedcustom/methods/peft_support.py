@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ModelError, RunError
 from ..models.load import HUB_NAMES, Base
 from ..models.lower import in_upper_layers
+from .model_card import offline
 from .technique import Tuned
 
 
@@ -128,7 +129,10 @@ def save_peft(base: Base, model: Any, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").write_text(loading_page(base, adapter=True), encoding="utf-8")
+    card = loading_page(base, adapter=True)
+    if base.architecture != "encoder" or base.task.kind != "classification":
+        card = offline(card, base)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def loading_page(base: Base, *, adapter: bool) -> str:

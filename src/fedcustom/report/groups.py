@@ -187,6 +187,20 @@ def bytes_to_reach(group: Group, metric: str, value: float) -> float:
     return math.nan if reached.empty else float(reached["bytes"].iloc[0])
 
 
+def client_counts(runs: Sequence[Run]) -> tuple[int, int]:
+    """How many clients there are in the run that has most, and of how many of them a test part is known.
+
+    A summary of an older version does not say how many there are; then it is those that were ever asked.
+    """
+
+    def counts(run: Run) -> tuple[int, int]:
+        scored = len(run.summary.clients)
+        asked = {client for line in run.history for client in line.cohort} | set(run.summary.clients)
+        return run.summary.client_count or len(asked), scored
+
+    return max(map(counts, runs), default=(0, 0))
+
+
 def client_scores(group: Group, metric: str) -> pd.DataFrame:
     """Each client's score on its own test part, mean over seeds: columns ``client``, ``score`` and
     ``examples``.

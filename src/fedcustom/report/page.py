@@ -6,22 +6,24 @@ import base64
 import hashlib
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import groupby, islice
 from pathlib import Path
 
+import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from . import words
-from .groups import Group, best_group, client_scores, group_runs, lower_is_better, metric_names
-from .plots import BOX_FROM, Figures, as_json, colour, confusion, figures
+from .calibration import Bin, reliability, reliability_charts, verdict
+from .confusion import confusions
+from .groups import Group, best_group, client_counts, client_scores, group_runs, lower_is_better, metric_names
+from .plots import BOX_FROM, ENDS, MOST_POINTS, Plots, colour, figures
 from .read import Prediction, Run, Runs, read_predictions, read_runs
 from .rows import Section, comparison_columns, comparison_sections
+from .svg import definitions
 from .traffic import traffic
 
 STYLES = ("palette.css", "style.css", "print.css")
@@ -29,6 +31,8 @@ EXAMPLES = 10
 LONGEST_TEXT = 800
 LONGEST_LOG = 20_000
 MOST_VALUES = 4
+MOST_CLIENTS = 200
+"""Clients that a table of all of them lists; of more, the worst."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,7 @@ class ClientTable:
     metric: str
     headings: list[str]
     rows: list[tuple[str, list[str]]]
+    left_out: int
 
 
 def _shortened(text: str) -> str:
@@ -97,11 +102,19 @@ def _examples(groups: Sequence[Group], first: Group) -> list[Examples]:
     return shown
 
 
-def _confusion(run: Run, paint: str) -> Figures:
-    pairs = Counter(
-        (str(line.label), str(line.prediction)) for line in read_predictions(run) if line.label is not None
-    )
-    return {"confusion": {"all": confusion(pairs, run.summary.labels, paint)}} if pairs else {}
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How far one run's probabilities are to be believed: in a sentence, as charts and bin by bin."""
+
+    verdict: str
+    charts: Markup
+    bins: list[Bin]
+
+
+def _calibration(predictions: Sequence[Prediction], paint: str) -> Calibration | None:
+    bins = reliability(predictions)
+    filled = [each for each in bins if each.count]
+    return Calibration(verdict(bins), reliability_charts(bins, paint), filled) if filled else None
 
 
 def _left_out(groups: Sequence[Group]) -> list[LeftOut]:
@@ -128,7 +141,8 @@ def _client_tables(groups: Sequence[Group], metrics: Sequence[str]) -> list[Clie
     for metric in metrics:
         columns = {group.label: client_scores(group, metric).set_index("client")["score"] for group in groups}
         columns = {label: scores for label, scores in columns.items() if not scores.empty}
-        clients = dict.fromkeys(str(client) for scores in columns.values() for client in scores.index)
+        every = dict.fromkeys(str(client) for scores in columns.values() for client in scores.index)
+        clients = _worst(list(every), list(columns.values()), metric)
         rows = [
             (
                 client,
@@ -137,8 +151,19 @@ def _client_tables(groups: Sequence[Group], metrics: Sequence[str]) -> list[Clie
             for client in clients
         ]
         if rows:
-            tables.append(ClientTable(metric, [words.capitalised(label) for label in columns], rows))
+            headings = [words.capitalised(label) for label in columns]
+            tables.append(ClientTable(metric, headings, rows, len(every) - len(rows)))
     return tables
+
+
+def _worst(clients: list[str], columns: Sequence[pd.Series], metric: str) -> list[str]:
+    """The clients that a table shows: all in their order or, of many, those that are worst on average."""
+    if len(clients) <= MOST_CLIENTS:
+        return clients
+    means = pd.concat(columns, axis=1).mean(axis=1)
+    return [str(client) for client in means.sort_values(ascending=not lower_is_better(metric)).index][
+        :MOST_CLIENTS
+    ]
 
 
 def _environment(runs: Sequence[Run]) -> list[tuple[str, str]]:
@@ -150,7 +175,22 @@ def _environment(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return rows
 
 
-def _captions(plots: Figures, metrics: Sequence[str]) -> dict[str, dict[str, str]]:
+def _unscored(runs: Sequence[Run]) -> str:
+    """What is said where some clients have no test part."""
+    clients, scored = client_counts(runs)
+    return f" {scored:,} of {clients:,} clients have one." if scored < clients else ""
+
+
+def _by_metrics(drawn: dict[str, Markup], metrics: Sequence[str]) -> list[tuple[list[str], Markup]]:
+    """A plot's charts, each with the metrics for which it is shown: the first also for those without one."""
+    missing = [metric for metric in metrics if metric not in drawn]
+    return [
+        ([metric, *(missing if place == 0 else [])], chart)
+        for place, (metric, chart) in enumerate(drawn.items())
+    ]
+
+
+def _captions(plots: Plots, metrics: Sequence[str]) -> dict[str, dict[str, str]]:
     """What stands below each plot, by metric: which direction is good, or that another metric is shown
     instead.
     """
@@ -195,14 +235,28 @@ def _joined(names: set[str]) -> str:
     return ", ".join(sorted(names))
 
 
+def _page_title(runs: Sequence[Run]) -> str:
+    """Which model was customised, and on which data; of a path, its last part."""
+    models, sources = (
+        _joined(
+            {
+                name.rstrip("/").rpartition("/")[2] if name.startswith((".", "/", "~")) else name
+                for name in names
+            }
+        )
+        for names in ({run.summary.model for run in runs}, {run.summary.data for run in runs})
+    )
+    return f"Customising {models or 'a model'}" + (f" on {sources}" if sources else "")
+
+
 def _facts(groups: Sequence[Group], runs: Runs) -> list[tuple[str, str]]:
     results = [run.summary for run in runs.finished]
-    clients = max(len(result.clients) for result in results)
+    clients, scored = client_counts(runs.finished)
     facts = [
         ("Model", _joined({result.model for result in results})),
         ("Data", _joined({result.data for result in results})),
         ("Task", results[0].task),
-        ("Clients", str(clients) if clients else ""),
+        ("Clients", words.clients(clients, scored)),
         ("Rounds", " or ".join(map(str, sorted({result.rounds for result in results})))),
         (
             "Runs",
@@ -224,8 +278,8 @@ def _script(text: str) -> tuple[Markup, str]:
 
 
 def render(runs: Runs) -> str:
-    """The page as text. Everything that comes from files is escaped: by the template, or inside the
-    figures' JSON.
+    """The page as text. Everything that comes from files is escaped: by the template, or where a chart is
+    drawn.
     """
     groups = group_runs(runs.finished)
     metrics = metric_names(runs.finished)
@@ -233,9 +287,9 @@ def render(runs: Runs) -> str:
     paint = colour(primary.method, groups)
     plots = figures(groups, metrics)
     captions = _captions(plots, metrics)
-    plots |= _confusion(primary.runs[0], paint)
-    plotly, plotly_hash = _script(get_plotlyjs())
+    predictions = list(read_predictions(primary.runs[0]))
     script, script_hash = _script(_asset("page.js"))
+    most_clients = max(len(run.summary.clients) for run in runs.finished)
     columns = comparison_columns(groups, metrics)
     headings = [
         (above, metric, len(list(same)))
@@ -246,7 +300,7 @@ def render(runs: Runs) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(_asset("page.html"))
     return template.render(
-        title=f"Customising {_joined({run.summary.model for run in runs.finished}) or 'a model'}",
+        title=_page_title(runs.finished),
         facts=_facts(groups, runs),
         findings=words.findings(groups, metrics[0]),
         notes=_notes(groups),
@@ -258,13 +312,19 @@ def render(runs: Runs) -> str:
         starts=["" if place else " first" for *_, span in headings for place in range(span)],
         task="classification" if runs.finished[0].summary.task == "classification" else "generation",
         any_local=any(group.baseline == "local" for group in groups),
-        boxed=any(len(run.summary.clients) >= BOX_FROM for run in runs.finished),
+        boxed=most_clients >= BOX_FROM,
+        unscored=_unscored(runs.finished),
+        ends=ENDS if most_clients > MOST_POINTS else 0,
         width=1 + sum(not column.metric or column.metric == metrics[0] for column in columns),
         names={metric: words.capitalised(words.metric_name(metric)) for metric in metrics},
         compared=primary.baseline,
         several_methods=sum(group.baseline == primary.baseline for group in groups) > 1,
         several_seeds=any(len(group.runs) > 1 for group in groups),
-        plots=plots,
+        symbols=definitions(),
+        plots={name: _by_metrics(drawn, metrics) for name, drawn in plots.items()},
+        confusions=confusions(predictions, primary.runs[0].summary.labels),
+        calibration=_calibration(predictions, paint),
+        paint=paint,
         captions=captions,
         clients=_client_tables(groups, metrics),
         primary=_title(primary, primary.runs[0]),
@@ -281,10 +341,8 @@ def render(runs: Runs) -> str:
         recipes=[(words.capitalised(group.label), group.runs) for group in groups],
         environment=_environment(runs.finished),
         style=Markup("".join(map(_asset, STYLES))),
-        plotly=plotly,
         script=script,
-        hashes=f"{plotly_hash} {script_hash}",
-        figures=Markup(as_json(plots)),
+        hash=script_hash,
     )
 
 
@@ -292,7 +350,7 @@ def write_report(directories: Sequence[Path], to: Path) -> Path:
     """Write one HTML page about all runs below ``directories`` to the file ``to`` and return its path.
 
     The page holds everything that it shows and loads nothing. The file appears whole or not at all; folders
-    on the way to it are made. Its size is that of plotly.js (5 MB) and a little more.
+    on the way to it are made.
 
     Raises:
         RunError: a folder holds no finished run, or a file in it is malformed.

@@ -1,56 +1,48 @@
-"""Figures, without colours: ``meta`` names a trace's role and its colour in palette.css; page.js paints it.
-
-Names that come from files are escaped, since plotly reads a part of HTML in texts.
-"""
+"""The charts of a report: quality by round and by bytes, and client by client."""
 
 from __future__ import annotations
 
-import html
-import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
+from markupsafe import Markup
 
 from . import words
-from .groups import PERCENT_METRICS, Group, client_scores, history, lower_is_better
+from .axes import Axis, Tick, limits, linear, logarithmic, value_range, whole
+from .groups import Group, client_scores, history
+from .svg import Chart, Mark
 
-METHODS = (
-    "prefix",
-    "lora",
-    "soft_prompt",
-    "full",
-    "adapter",
-    "ia3",
-    "bitfit",
-    "prompt_engineering",
-    "distillation",
-    "retrieval",
-)
+METHODS = {
+    "prefix": "circle",
+    "lora": "square",
+    "soft_prompt": "diamond",
+    "full": "triangle-up",
+    "adapter": "triangle-down",
+    "ia3": "pentagon",
+    "bitfit": "star",
+    "prompt_engineering": "cross",
+    "distillation": "x",
+    "retrieval": "hexagon",
+}
+"""Methods that have a colour of their own in palette.css, with their symbols."""
 OTHER_COLOURS = 3
-SYMBOLS = (
-    "circle",
-    "square",
-    "diamond",
-    "triangle-up",
-    "triangle-down",
-    "pentagon",
-    "star",
-    "cross",
-    "x",
-    "hexagram",
-)
 DASHES = {"federated": "solid", "centralised": "dash", "local": "dot"}
+MOST_MARKS = 40
+"""Points up to which a curve shows its marks."""
+MOST_HITS = 60
+"""Points of a curve that answer to the pointer."""
 BOX_FROM = 10
 """Fewer clients than this are shown as points without a box."""
-LARGEST_CONFUSION = 30
-LONGEST_TICK = 18
+MOST_POINTS, ENDS = 400, 50
+"""Of more clients than this, only so many at each end are shown as points."""
+ROW = 62
+LONGEST_NAME = 18
+GOLDEN = (math.sqrt(5) - 1) / 2
 
-Figures = dict[str, dict[str, go.Figure]]
+Plots = dict[str, dict[str, Markup]]
+"""Charts by name and metric."""
 
 
 def colour(method: str, groups: Sequence[Group]) -> str:
@@ -67,113 +59,68 @@ def _place_among_variants(group: Group, groups: Sequence[Group]) -> int:
 
 
 def _symbol(group: Group, groups: Sequence[Group]) -> str:
-    place = METHODS.index(group.method) if group.method in METHODS else len(METHODS)
-    return SYMBOLS[(place + _place_among_variants(group, groups)) % len(SYMBOLS)]
+    symbols = list(METHODS.values())
+    place = list(METHODS).index(group.method) if group.method in METHODS else len(METHODS)
+    return symbols[(place + _place_among_variants(group, groups)) % len(symbols)]
 
 
-def _marker(group: Group, groups: Sequence[Group], size: int) -> dict[str, Any]:
-    symbol = _symbol(group, groups)
-    return {"symbol": symbol, "size": size + 2 if symbol.startswith("triangle") else size}
+def _metric_axis(curves: Sequence[pd.DataFrame], metric: str) -> Axis:
+    together = pd.concat([curve[["mean", "interval"]] for curve in curves])
+    return linear(*value_range(list(together["mean"]), metric, list(together["interval"])))
 
 
-def _escaped(text: str) -> str:
-    return html.escape(text, quote=False)
+def _band(chart: Chart, curve: pd.DataFrame, metric: str, paint: str) -> None:
+    """The 95% interval around a curve, where two rounds at least have one."""
+    certain = curve.dropna()
+    if len(certain) > 1:
+        low = (certain["mean"] - certain["interval"]).clip(*limits(metric))
+        high = (certain["mean"] + certain["interval"]).clip(*limits(metric))
+        chart.band(list(certain["round"]), list(low), list(high), paint)
 
 
-def _figure(traces: Sequence[Any], **layout: Any) -> go.Figure:
-    figure = go.Figure(traces)
-    figure.update_layout(template=None, dragmode=False, **layout)
-    figure.update_xaxes(fixedrange=True)
-    figure.update_yaxes(fixedrange=True)
-    return figure
-
-
-def _limits(metric: str) -> tuple[float, float]:
-    if lower_is_better(metric):
-        return 0.0, math.inf
-    return 0.0, 100.0 if metric in PERCENT_METRICS else 1.0
-
-
-def _y_axis(curves: Sequence[pd.DataFrame], metric: str) -> dict[str, Any]:
-    """An axis that shows all means; a wide band may leave it, since with two seeds it would flatten every
-    curve.
-    """
-    means = pd.concat([curve["mean"] for curve in curves])
-    halves = pd.concat([curve["interval"] for curve in curves]).fillna(0.0)
-    low, high = float(means.min()), float(means.max())
-    span = (high - low) or abs(high) or 1.0
-    floor, ceiling = _limits(metric)
-    bottom = max(float((means - halves).min()), low - 0.25 * span, floor) - 0.04 * span
-    top = min(float((means + halves).max()), high + 0.25 * span, ceiling) + 0.04 * span
-    name = words.capitalised(words.metric_name(metric))
-    return {"title": {"text": name}, "range": [bottom, top], "zeroline": False}
-
-
-def _band(x: pd.Series, curve: pd.DataFrame, metric: str, name: str, paint: str) -> go.Scatter:
-    floor, ceiling = _limits(metric)
-    high = (curve["mean"] + curve["interval"]).clip(floor, ceiling)
-    low = (curve["mean"] - curve["interval"]).clip(floor, ceiling)
-    return go.Scatter(
-        x=[*x, *x[::-1]],
-        y=[*high, *low[::-1]],
-        fill="toself",
-        mode="lines",
-        line={"width": 0},
-        hoverinfo="skip",
-        showlegend=False,
-        legendgroup=name,
-        meta={"role": "band", "colour": paint},
+def _curve(
+    chart: Chart,
+    points: Sequence[tuple[float, float]],
+    tips: Sequence[str],
+    group: Group,
+    groups: Sequence[Group],
+) -> None:
+    """A group's curve with its marks; of many points, some answer to the pointer, the last one among them."""
+    paint, symbol = colour(group.method, groups), _symbol(group, groups)
+    chart.line(
+        points, paint, DASHES[group.baseline], max(0.4, 1 - 0.25 * _place_among_variants(group, groups))
     )
+    step = max(1, math.ceil(len(points) / MOST_HITS))
+    shown = [n for n in range(len(points)) if (len(points) - 1 - n) % step == 0]
+    marks = [Mark(chart.x.place(points[n][0]), chart.y.place(points[n][1]), tips[n]) for n in shown]
+    drawn = symbol if len(points) <= MOST_MARKS else "hit"
+    chart.marks(marks, paint, drawn, words.capitalised(group.label))
 
 
-def _line(x: Any, y: Any, group: Group, groups: Sequence[Group], **more: Any) -> go.Scatter:
-    name = _escaped(group.label).replace(" (", "<br>(")
-    return go.Scatter(
-        **{
-            "x": list(x),
-            "y": list(y),
-            "name": name,
-            "legendgroup": _escaped(group.label),
-            "mode": "lines+markers" if len(x) <= 40 else "lines",
-            "line": {"width": 2, "dash": DASHES[group.baseline]},
-            "marker": _marker(group, groups, 6),
-            "cliponaxis": False,
-            "opacity": max(0.4, 1 - 0.25 * _place_among_variants(group, groups)),
-            "meta": {"role": "line", "colour": colour(group.method, groups)},
-        }
-        | more
-    )
+def _entry(chart: Chart, group: Group, groups: Sequence[Group]) -> None:
+    chart.entry(group.label, colour(group.method, groups), DASHES[group.baseline], _symbol(group, groups))
 
 
-def by_round(groups: Sequence[Group], metric: str) -> go.Figure | None:
+def by_round(groups: Sequence[Group], metric: str) -> Markup | None:
     """Development quality by round, mean and 95% interval over seeds; None where no round was evaluated."""
-    curves = [history(group, metric) for group in groups]
+    curves = [history(group, metric).dropna(subset="mean") for group in groups]
     if all(curve.empty for curve in curves):
         return None
-    bands, lines = [], []
+    last = max(int(curve["round"].max()) for curve in curves if not curve.empty)
+    name = words.capitalised(words.metric_name(metric))
+    chart = Chart(whole(last), _metric_axis(curves, metric), "Round", name, grid="y")
     for group, curve in zip(groups, curves, strict=True):
-        certain = curve.dropna()
-        if len(certain) > 1:
-            paint = colour(group.method, groups)
-            bands.append(_band(certain["round"], certain, metric, _escaped(group.label), paint))
-        halves = [words.interval(half, metric) for half in curve["interval"]]
-        template = f"%{{y:.{words.decimals(metric)}f}} %{{customdata}}"
-        if not curve.empty:
-            lines.append(
-                _line(curve["round"], curve["mean"], group, groups, customdata=halves, hovertemplate=template)
-            )
-    return _figure(
-        [*bands, *lines],
-        xaxis={
-            "title": {"text": "Round"},
-            "zeroline": False,
-            "rangemode": "tozero",
-            "unifiedhovertitle": {"text": "Round %{x:d}"},
-            "dtick": 1 if max(curve["round"].max() for curve in curves if not curve.empty) <= 12 else None,
-        },
-        yaxis=_y_axis([curve for curve in curves if not curve.empty], metric),
-        hovermode="x unified",
-    )
+        _band(chart, curve, metric, colour(group.method, groups))
+    for group, curve in zip(groups, curves, strict=True):
+        if curve.empty:
+            continue
+        tips = [
+            f"round {int(number)}: {words.score(mean, metric)} {words.interval(half, metric)}".strip()
+            for number, mean, half in zip(curve["round"], curve["mean"], curve["interval"], strict=True)
+        ]
+        _curve(chart, list(zip(curve["round"], curve["mean"], strict=True)), tips, group, groups)
+        _entry(chart, group, groups)
+    return chart.html()
 
 
 def _at_best_round(group: Group, metric: str) -> float:
@@ -186,189 +133,121 @@ def _at_best_round(group: Group, metric: str) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def by_bytes(groups: Sequence[Group], metric: str) -> go.Figure | None:
+def by_bytes(groups: Sequence[Group], metric: str) -> Markup | None:
     """Development quality against bytes sent so far; None where no run sent anything.
 
     Groups that send nothing are level lines, at the quality of their best round.
     """
-    curves = {group.label: history(group, metric).query("bytes > 0") for group in groups}
+    curves = {
+        group.label: history(group, metric).query("bytes > 0").dropna(subset="mean") for group in groups
+    }
     sent = pd.concat([curve["bytes"] for curve in curves.values()])
     if sent.empty:
         return None
     least, most = float(sent.min()), float(sent.max())
-    logarithmic = most >= 100 * least
-    traces, shown = [], []
+    shown = []
     for group in groups:
-        curve = curves[group.label]
+        if curves[group.label].empty:
+            level = pd.DataFrame(
+                {"bytes": [least, most], "mean": _at_best_round(group, metric), "interval": math.nan}
+            )
+            curves[group.label] = level.dropna(subset="mean")
+        shown.append(curves[group.label])
+    title, x = "Bytes sent so far", linear(0, 1.04 * most, words.byte_count, most=7)
+    if most >= 100 * least:
+        title, x = f"{title} (log scale)", logarithmic(least, most, words.byte_count)
+    y_title = words.capitalised(words.metric_name(metric))
+    chart = Chart(x, _metric_axis(shown, metric), title, y_title)
+    for group, curve in zip(groups, shown, strict=True):
         if curve.empty:
-            level = _at_best_round(group, metric)
-            if math.isnan(level):
-                continue
-            curve = pd.DataFrame({"bytes": [least, most], "mean": level, "interval": math.nan})
-            note, mode = "best round, sends nothing", "lines"
-        else:
-            note, mode = "%{x:.3s}B", "lines+markers" if len(curve) <= 40 else "lines"
-        template = f"{_escaped(group.label)}<br>%{{y:.{words.decimals(metric)}f}}, {note}<extra></extra>"
-        traces.append(_line(curve["bytes"], curve["mean"], group, groups, mode=mode, hovertemplate=template))
-        shown.append(curve)
-    title = "Bytes sent so far" + (" (log scale)" if logarithmic else "")
-    axis: dict[str, Any] = {
-        "title": {"text": title},
-        "tickformat": "~s",
-        "ticksuffix": "B",
-        "zeroline": False,
-    }
-    if logarithmic:
-        axis |= {"type": "log", "dtick": 1}
-    return _figure(traces, xaxis=axis, yaxis=_y_axis(shown, metric), hovermode="closest")
-
-
-def _tick(text: str) -> str:
-    return _escaped(text if len(text) <= LONGEST_TICK else text[: LONGEST_TICK - 1] + "…")
-
-
-def _row_label(group: Group) -> str:
-    parts = [words.capitalised(group.plain_name), *filter(None, group.variant.split(", ")[:2])]
-    return "<br>".join([*map(_tick, parts), f"<i>{group.baseline}</i>"])
-
-
-def by_client(groups: Sequence[Group], metric: str) -> go.Figure | None:
-    """Each client's score on its own test part, one row a group, and a bar at the mean over clients."""
-    traces: list[Any] = []
-    rows: list[str] = []
-    for group in groups:
-        frame = client_scores(group, metric).dropna(subset="score")
-        if frame.empty:
             continue
-        row = len(rows)
-        rows.append(_row_label(group))
-        paint = colour(group.method, groups)
-        texts = [
-            f"{_escaped(str(client))}: {words.score(score, metric)}"
-            + ("" if math.isnan(examples) else f" ({words.plural(round(examples), 'test example')})")
-            for client, score, examples in frame.itertuples(index=False)
+        sends = "round" in curve
+        tips = [
+            f"{words.score(mean, metric)}, "
+            + (words.byte_count(amount) if sends else "best round, sends nothing")
+            for amount, mean in zip(curve["bytes"], curve["mean"], strict=True)
         ]
-        boxed = len(frame) >= BOX_FROM
-        traces += [
-            go.Box(
-                x=list(frame["score"]),
-                y=[row] * len(frame),
-                orientation="h",
-                boxpoints="all",
-                jitter=0.6 if boxed else 0.3,
-                pointpos=0,
-                line={"width": 1 if boxed else 0},
-                marker=_marker(group, groups, 5 if boxed else 7) | {"opacity": 0.75},
-                hoveron="points",
-                text=texts,
-                hovertemplate="%{text}<extra></extra>",
-                meta={"role": "box" if boxed else "strip", "colour": paint},
-            ),
-            go.Scatter(
-                x=[float(frame["score"].mean())],
-                y=[row],
-                mode="markers",
-                marker={"symbol": "line-ns", "size": 30, "line": {"width": 2.5}},
-                hovertemplate=f"mean over {words.plural(len(frame), 'client')}: "
-                f"%{{x:.{words.decimals(metric)}f}}<extra></extra>",
-                meta={"role": "mean", "colour": paint},
-            ),
-        ]
-    if not traces:
-        return None
-    return _figure(
-        traces,
-        xaxis={"title": {"text": words.capitalised(words.metric_name(metric))}, "zeroline": False},
-        yaxis={
-            "tickvals": list(range(len(rows))),
-            "ticktext": rows,
-            "range": [len(rows) - 0.5, -0.5],
-            "zeroline": False,
-        },
-        showlegend=False,
-        height=90 + 62 * len(rows),
-        hovermode="closest",
-    )
+        points = list(zip(curve["bytes"], curve["mean"], strict=True))
+        _curve(chart, points, tips, group, groups)
+        _entry(chart, group, groups)
+    return chart.html()
 
 
-def confusion(pairs: Counter[tuple[str, str]], order: Sequence[str], paint: str) -> go.Figure:
-    """How often each label (row) was predicted as each label (column); colours are shares of a row.
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
 
-    Labels stand in the given order, and others behind them by name.
 
-    Beyond thirty labels, the rarest are taken together as "other labels".
-    """
-    frequency: Counter[str] = Counter()
-    for (label, predicted), number in pairs.items():
-        frequency[label] += number
-        frequency[predicted] += 0
-    common = {label for label, _ in frequency.most_common(LARGEST_CONFUSION)}
-    kept = [label for label in dict.fromkeys([*order, *sorted(frequency)]) if label in common]
-    names = {label: label if label in kept else "other labels" for label in frequency}
-    labels = list(dict.fromkeys(kept + (["other labels"] if len(frequency) > len(kept) else [])))
-    counts = np.zeros((len(labels), len(labels)), dtype=int)
-    for (label, predicted), number in pairs.items():
-        counts[labels.index(names[label]), labels.index(names[predicted])] += number
-    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    ticks = [_tick(label) for label in labels]
-    hover = [
-        [
-            f"{_escaped(label)} predicted as {_escaped(predicted)}: {number}"
-            for predicted, number in zip(labels, row, strict=True)
-        ]
-        for label, row in zip(labels, counts, strict=True)
+def _row_name(group: Group) -> str:
+    parts = [
+        words.capitalised(group.plain_name),
+        *filter(None, group.variant.split(", ")[:1]),
+        group.baseline,
     ]
-    positions = list(range(len(labels)))
-    return _figure(
-        go.Heatmap(
-            z=shares.tolist(),
-            text=counts.tolist(),
-            customdata=hover,
-            texttemplate="%{text}" if len(labels) <= 15 else None,
-            hovertemplate="%{customdata}<extra></extra>",
-            zmin=0,
-            zmax=1,
-            xgap=1,
-            ygap=1,
-            showscale=False,
-            meta={"role": "heat", "colour": paint},
-        ),
-        xaxis={
-            "title": {"text": "Predicted"},
-            "tickvals": positions,
-            "ticktext": ticks,
-            "showgrid": False,
-            "zeroline": False,
-        },
-        yaxis={
-            "title": {"text": "Label"},
-            "tickvals": positions,
-            "ticktext": ticks,
-            "autorange": "reversed",
-            "showgrid": False,
-            "zeroline": False,
-        },
-        height=max(320, 150 + 26 * len(labels)),
-    )
+    return "\n".join(map(_short, parts))
 
 
-def figures(groups: Sequence[Group], metrics: Sequence[str]) -> Figures:
-    """All figures that depend on a metric: plot, then metric. A plot without any figure is missing."""
+def by_client(groups: Sequence[Group], metric: str) -> Markup | None:
+    """Each client's score on its own test part, one row a group, and a bar at the mean over clients.
+
+    With many clients only those at the ends are points; the box has the middle half of all of them, and the
+    line through it the middle nine tenths.
+    """
+    frames = [(group, client_scores(group, metric).dropna(subset="score")) for group in groups]
+    frames = [(group, frame) for group, frame in frames if not frame.empty]
+    if not frames:
+        return None
+    scores = [float(score) for _, frame in frames for score in frame["score"]]
+    x = linear(*value_range(scores, metric))
+    ticks = (Tick(1 - (row + 0.5) / len(frames), _row_name(group)) for row, (group, _) in enumerate(frames))
+    rows = Axis(0, len(frames), tuple(ticks))
+    title = words.capitalised(words.metric_name(metric))
+    chart = Chart(x, rows, title, height=ROW * len(frames), gutter="names", grid="x")
+    for row, (group, frame) in enumerate(frames):
+        _strip(chart, 1 - (row + 0.5) / len(frames), 1 / len(frames), frame, metric, group, groups)
+    return chart.html()
+
+
+def _strip(
+    chart: Chart,
+    y: float,
+    width: float,
+    frame: pd.DataFrame,
+    metric: str,
+    group: Group,
+    groups: Sequence[Group],
+) -> None:
+    """One row: clients as points, spread over the row so that equal ones are told apart."""
+    paint, name = colour(group.method, groups), words.capitalised(group.label)
+    ordered = frame.sort_values("score", kind="stable")
+    boxed, mean = len(frame) >= BOX_FROM, float(frame["score"].mean())
+    if boxed:
+        ends = [chart.x.place(float(end)) for end in ordered["score"].quantile([0.05, 0.25, 0.75, 0.95])]
+        chart.segment((ends[0], y), (ends[3], y), "whisker", paint)
+        chart.box(ends[1], ends[2], y - 0.3 * width, y + 0.3 * width, paint, "box")
+    shown = ordered
+    if len(ordered) > MOST_POINTS:
+        shown = pd.concat([ordered.head(ENDS), ordered.tail(ENDS)])
+    spread = (0.5 if boxed else 0.3) * width
+    marks = [
+        Mark(
+            chart.x.place(float(score)),
+            y + spread * ((number * GOLDEN) % 1 - 0.5),
+            f"{client}: {words.score(score, metric)}"
+            + ("" if math.isnan(examples) else f" ({words.plural(round(examples), 'test example')})"),
+        )
+        for number, (client, score, examples) in enumerate(shown.itertuples(index=False))
+    ]
+    chart.marks(marks, paint, _symbol(group, groups), name, "faint")
+    place = chart.x.place(mean)
+    tip = f"{name}: mean over {words.plural(len(frame), 'client')} {words.score(mean, metric)}"
+    chart.segment((place, y - 0.32 * width), (place, y + 0.32 * width), "mean", tip=tip)
+
+
+def figures(groups: Sequence[Group], metrics: Sequence[str]) -> Plots:
+    """All charts that depend on a metric: plot, then metric. A plot without any chart is missing."""
     plots: Mapping[str, Any] = {"rounds": by_round, "bytes": by_bytes, "clients": by_client}
     drawn = {
-        name: {metric: figure for metric in metrics if (figure := draw(groups, metric)) is not None}
+        name: {metric: chart for metric in metrics if (chart := draw(groups, metric)) is not None}
         for name, draw in plots.items()
     }
     return {name: by_metric for name, by_metric in drawn.items() if by_metric}
-
-
-def as_json(plots: Figures) -> str:
-    """The figures as JSON that may stand inside a ``script`` element: ``<``, ``>`` and ``&`` are written
-    as escapes.
-    """
-    plain = {
-        name: {key: json.loads(figure.to_json()) for key, figure in by_key.items()}
-        for name, by_key in plots.items()
-    }
-    text = json.dumps(plain, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -30,12 +30,16 @@ Scores = dict[str, Number]
 
 @dataclass(frozen=True, slots=True)
 class ByteCounts:
-    """Bytes that a run sent: by one client in one round, and by all clients in all rounds."""
+    """Bytes that a run sent: by one client in one round, and by all clients in all rounds; and those of one
+    query to all clients that are asked, where a method searches them (NaN elsewhere).
+    """
 
     up_per_client_round: Number = 0.0
     down_per_client_round: Number = 0.0
     up_total: Number = 0.0
     down_total: Number = 0.0
+    up_per_query: Number = math.nan
+    down_per_query: Number = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class Summary:
     client_mean: Scores = field(default_factory=dict)
     worst_client: Scores = field(default_factory=dict)
     clients: dict[str, Scores] = field(default_factory=dict)
+    client_count: int | None = None
     trainable_parameters: int = 0
     head_parameters: int = 0
     bytes: ByteCounts = field(default_factory=ByteCounts)

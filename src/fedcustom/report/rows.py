@@ -93,6 +93,11 @@ def comparison_columns(groups: Sequence[Group], metrics: Sequence[str]) -> list[
         above = "Over clients" if shown == metric else f"Over clients ({words.metric_name(shown)})"
         columns.append(_metric_column(shown, "client_mean_", "Mean", above, metric))
         columns.append(_metric_column(shown, "worst_client_", "Worst", above, metric))
+    searched = any(not math.isnan(run.summary.bytes.down_per_query) for g in groups for run in g.runs)
+    queries = [
+        Column("bytes_up_per_query", "Up", "a query", "Bytes sent", words.byte_count),
+        Column("bytes_down_per_query", "Down", "a query", "Bytes sent", words.byte_count),
+    ]
     return [
         *columns,
         Column("trainable_parameters", "Method", "", "Parameters", words.count),
@@ -101,6 +106,7 @@ def comparison_columns(groups: Sequence[Group], metrics: Sequence[str]) -> list[
         Column("bytes_down_per_client_round", "Down", "client, round", "Bytes sent", words.byte_count),
         Column("bytes_up_total", "Up", "in total", "Bytes sent", words.byte_count),
         Column("bytes_down_total", "Down", "in total", "Bytes sent", words.byte_count),
+        *(queries if searched else []),
         Column("seconds", "Time", "", "A run", words.duration),
         Column("peak_memory_bytes", "Memory", "peak", "A run", words.byte_count),
     ]

@@ -24,6 +24,8 @@ def _costs(run: Run) -> dict[str, float]:
         "bytes_down_per_client_round": result.bytes.down_per_client_round,
         "bytes_up_total": result.bytes.up_total,
         "bytes_down_total": result.bytes.down_total,
+        "bytes_up_per_query": result.bytes.up_per_query,
+        "bytes_down_per_query": result.bytes.down_per_query,
         "seconds": result.seconds.get("total", math.nan),
         "peak_memory_bytes": result.peak_memory_bytes,
     }
@@ -66,8 +68,9 @@ def comparison(directories: Sequence[Path]) -> pd.DataFrame:
     prefixes ``client_mean_``, ``worst_client_`` and ``untuned_`` the same over clients and for the untuned
     model, each followed by ``..._interval``, half the width of its 95% interval (Student's t; NaN for a
     single seed); then means of ``trainable_parameters``, ``head_parameters``, ``bytes_up_per_client_round``,
-    ``bytes_down_per_client_round``, ``bytes_up_total``, ``bytes_down_total``, ``seconds`` and
-    ``peak_memory_bytes``. Rows are sorted: centralised, federated, local; each by the first metric.
+    ``bytes_down_per_client_round``, ``bytes_up_total``, ``bytes_down_total``, ``bytes_up_per_query`` and
+    ``bytes_down_per_query`` (NaN for methods that search nothing), ``seconds`` and ``peak_memory_bytes``.
+    Rows are sorted: centralised, federated, local; each by the first metric.
 
     Raises:
         RunError: a folder holds no finished run, or a file in it is malformed.
@@ -94,9 +97,13 @@ def comparison_table(directories: Sequence[Path]) -> Table:
         ", ".join(sorted(names))
         for names in ({run.summary.model for run in runs}, {run.summary.data for run in runs})
     )
+    searched = bool(frame["bytes_down_per_query"].notna().any())
+    caption = ["± half of the 95% interval over seeds", "sent: up and down, all clients and rounds"]
+    if searched:
+        caption.append("a query: bytes up and down, all clients that are asked")
     table = Table(
         title=Text(f"{models} on {data}, test split, mean over seeds"),
-        caption=Text("± half of the 95% interval over seeds; sent: up and down, all clients and rounds"),
+        caption=Text("; ".join(caption)),
         box=None,
         padding=(0, 2, 0, 0),
         title_justify="left",
@@ -105,7 +112,7 @@ def comparison_table(directories: Sequence[Path]) -> Table:
     table.add_column("method", overflow="fold", max_width=30)
     worst = next((metric for metric in metrics if measured_on_clients(groups, metric)), metrics[0])
     worst_heading = "worst" if worst == metrics[0] else f"worst {words.metric_name(worst)}"
-    costs = ("seeds", "params", "sent", "time", "memory")
+    costs = ("seeds", "params", "sent", *(["a query"] if searched else []), "time", "memory")
     for heading in (*map(words.metric_name, metrics[:4]), worst_heading, *costs):
         table.add_column(heading, justify="right", no_wrap=True)
     for group, (_, row) in zip(groups, frame.iterrows(), strict=True):
@@ -117,6 +124,11 @@ def comparison_table(directories: Sequence[Path]) -> Table:
             str(row["seeds"]),
             words.count(row["trainable_parameters"]),
             words.byte_count(sent),
+            *(
+                [words.byte_count(row["bytes_up_per_query"] + row["bytes_down_per_query"])]
+                if searched
+                else []
+            ),
             words.duration(row["seconds"]),
             words.byte_count(row["peak_memory_bytes"]),
         ]

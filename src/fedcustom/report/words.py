@@ -24,7 +24,10 @@ METRIC_NAMES = {
     "rouge_l": "ROUGE-L",
     "bleu": "BLEU",
     "chrf": "chrF",
-    "mrr": "MRR",
+    "mrr": "MRR@10",
+    "recall_at_1": "recall@1",
+    "recall_at_5": "recall@5",
+    "recall_at_10": "recall@10",
 }
 MISSING = "–"
 
@@ -105,6 +108,13 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def clients(number: int, scored: int) -> str:
+    """How many clients there are, and of how many a test part is known: ``20 (18 with a test part)``."""
+    if scored >= number:
+        return f"{number:,}" if number else ""
+    return f"{number:,} ({f'{scored:,}' if scored else 'none'} with a test part)"
+
+
 def _difference(value: float, metric: str) -> str:
     if lower_is_better(metric):
         return f"{abs(value):.3f}"
@@ -160,6 +170,9 @@ def findings(groups: Sequence[Group], metric: str) -> list[str]:
     worst = mean_and_interval(run.summary.worst_client.get(metric, math.nan) for run in best.runs)[0]
     if not math.isnan(worst):
         found.append(f"Its weakest client is at {score(worst, metric)}.")
+    down, up = (mean_and_interval(sent)[0] for sent in _a_query(best))
+    if not math.isnan(down + up):
+        found.append(f"A query costs {byte_count(down)} down to the clients and {byte_count(up)} up.")
     untuned = untuned_metric(groups, metric)
     if not math.isnan(untuned):
         found.append(f"The untuned model has {score(untuned, metric)}.")
@@ -168,6 +181,12 @@ def findings(groups: Sequence[Group], metric: str) -> list[str]:
         second = min(rivals, key=lambda group: best_first(mean_metric(group, metric)[0], metric))
         found += _second(best, second, groups, metric)
     return found + _at_equal_quality(groups, metric)
+
+
+def _a_query(group: Group) -> tuple[list[float], list[float]]:
+    """Bytes of one query by run: down to all clients that are asked, and up from them."""
+    sent = [run.summary.bytes for run in group.runs]
+    return [each.down_per_query for each in sent], [each.up_per_query for each in sent]
 
 
 def _at_equal_quality(groups: Sequence[Group], metric: str) -> list[str]:

@@ -23,6 +23,7 @@ from ...models.embedding import pooled
 from ...models.inference import Predictions, to_device
 from ...models.load import HUB_NAMES, context_length
 from ..contract import Answer, Client, State, Task, Update, Values
+from ..model_card import offline
 from ..seeds import name_seed
 from ..technique import Context
 from .evolution import (
@@ -305,7 +306,8 @@ class BlackBox(PromptMethod):
             f"# A soft prompt for {name}\n\nThe model's weights are unchanged; `prompt.json` says how labels "
             "are written.\n"
         )
-        return head + (_ENCODER_PAGE if self.scorer.encoder else _DECODER_PAGE).replace("MODEL", name)
+        page = _ENCODER_PAGE if self.scorer.encoder else _DECODER_PAGE
+        return offline(head + page.replace("MODEL", name), self.base)
 
 
 class _Prefixed:

@@ -9,6 +9,7 @@ from typing import Any
 from ...errors import RunError
 from ...files import read_json, write_json
 from ...models.load import HUB_NAMES, Base
+from ..model_card import offline
 
 FILE = "prompt.json"
 
@@ -56,11 +57,12 @@ def _page(base: Base, content: dict[str, Any]) -> str:
         code = _CLASSIFIER
     loader = "AutoModelForSeq2SeqLM" if base.architecture == "encoder-decoder" else "AutoModelForCausalLM"
     code = code.replace("MODEL", name).replace("LOADER", loader)
-    return (
+    card = (
         f"# A prompt for {name}\n\nThe model's weights are unchanged. `prompt.json` holds the prompt, for "
         "any chat or completion interface:\nput the text in the place of `{input}` in `messages`. With "
         f"transformers, in this folder:\n\n```python\n{code}```\n"
     )
+    return offline(card, base)
 
 
 _ENCODER = """import json

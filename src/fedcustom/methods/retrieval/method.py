@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +197,12 @@ class Retrieval(OneByOne):
                 if reply is not None:
                     return str(reply.update.values["answer"]), own[: len(documents)]
         return "", []
+
+    def bytes_a_query(self) -> tuple[float, float]:
+        """Bytes down and up of one query of the last evaluation, mean over its queries."""
+        figures = self.report.get("searches", {}).get("as set", {})
+        down, up = (figures.get(f"bytes_{way}_per_query", math.nan) for way in ("down", "up"))
+        return down, up
 
     # --- evaluation and export ---
 

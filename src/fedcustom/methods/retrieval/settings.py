@@ -46,7 +46,10 @@ class RetrievalSettings(MethodSettingsBase):
         None, ge=1, description="Index at most this many chunks of a document; unset: all"
     )
     top: int = Field(
-        10, ge=1, le=1000, description="Documents that a search finds; below 10, recall@10 counts those alone"
+        10,
+        ge=1,
+        le=1000,
+        description="Documents that a search finds; below 10, recall@10 and MRR@10 count those alone",
     )
     search: Literal["vector", "text", "hybrid"] = Field(
         "vector", description="vector: nearest chunks; text: matching words (BM25); hybrid: both, by rank"

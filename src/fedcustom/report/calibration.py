@@ -1,0 +1,98 @@
+"""Whether a classifier's probabilities are to be believed: reliability by bins of confidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from . import words
+from .axes import Axis, linear
+from .read import Prediction
+from .svg import Chart
+
+BINS = 15
+COUNTS_HEIGHT = 96
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """The examples whose confidence is above ``low`` and at most ``high`` (the first bin includes 0)."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    accuracy: float
+
+
+def reliability(predictions: Sequence[Prediction], bins: int = BINS) -> list[Bin]:
+    """The bins of equal width over 0 to 1; confidence and accuracy are means, NaN in empty ones.
+
+    Predictions without a label or a probability are left out.
+    """
+    members: list[list[tuple[float, bool]]] = [[] for _ in range(bins)]
+    for line in predictions:
+        if line.label is not None and line.probability is not None:
+            place = min(bins - 1, max(0, math.ceil(line.probability * bins) - 1))
+            members[place].append((line.probability, str(line.label) == str(line.prediction)))
+    return [
+        Bin(
+            place / bins,
+            (place + 1) / bins,
+            len(there),
+            sum(confidence for confidence, _ in there) / len(there) if there else math.nan,
+            sum(right for _, right in there) / len(there) if there else math.nan,
+        )
+        for place, there in enumerate(members)
+    ]
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """The expected calibration error: the mean over examples of their bin's distance between confidence and
+    accuracy; NaN without examples.
+    """
+    total = sum(each.count for each in bins)
+    if not total:
+        return math.nan
+    return sum(each.count * abs(each.accuracy - each.confidence) for each in bins if each.count) / total
+
+
+def verdict(bins: Sequence[Bin]) -> str:
+    """What the bins say, in a sentence or two."""
+    filled = [each for each in bins if each.count]
+    total = sum(each.count for each in filled)
+    confidence = sum(each.count * each.confidence for each in filled) / total
+    accuracy = sum(each.count * each.accuracy for each in filled) / total
+    return (
+        f"Expected calibration error {calibration_error(bins):.3f}, over {len(bins)} bins of equal width and "
+        f"{words.plural(total, 'test example')}; mean confidence {confidence:.3f}, accuracy {accuracy:.3f}."
+    )
+
+
+def reliability_charts(bins: Sequence[Bin], paint: str) -> Markup:
+    """Accuracy by confidence beside the diagonal, and below it how many examples each bin has."""
+    shares = linear(0, 1, most=12)
+    chart = Chart(shares, linear(0, 1), "", "Accuracy", height=300)
+    most = max(each.count for each in bins)
+    counts = Chart(
+        shares, Axis(0, most), "Confidence (probability of the prediction)", "Examples",
+        height=COUNTS_HEIGHT, grid="",
+    )  # fmt: skip
+    chart.segment((0, 0), (1, 1), "diagonal")
+    gap = 0.08 / len(bins)
+    for each in bins:
+        if not each.count:
+            continue
+        tip = (
+            f"confidence {each.low:.2f} to {each.high:.2f}: {words.plural(each.count, 'example')}, "
+            f"mean confidence {each.confidence:.3f}, accuracy {each.accuracy:.3f}"
+        )
+        chart.box(each.low + gap, each.high - gap, 0, each.accuracy, paint, "bar", tip)
+        chart.segment((each.confidence, each.accuracy), (each.confidence, each.confidence), "gap")
+        share = 0.82 * each.count / most
+        counts.box(each.low + gap, each.high - gap, 0, share, paint, "bar", tip)
+        counts.text((each.low + each.high) / 2, share + 0.04, words.count(each.count), "count")
+    return chart.html() + counts.html()
