@@ -28,6 +28,7 @@ from .head_fit import client_labels
 from .ia3 import Ia3, Ia3Settings
 from .lora import Lora, LoraSettings
 from .prefix import Prefix, PrefixSettings
+from .probe import Probe, ProbeSettings
 from .prompt_engineering import PromptEngineeringSettings, prompt_engineering
 from .retrieval import Retrieval, RetrievalSettings
 from .settings import MethodSettingsBase, TuningSettings
@@ -43,6 +44,7 @@ TECHNIQUES: dict[str, tuple[type[TuningSettings], type[Any]]] = {
     "adapter": (AdapterSettings, Adapter),
     "ia3": (Ia3Settings, Ia3),
     "bitfit": (BitFitSettings, BitFit),
+    "probe": (ProbeSettings, Probe),
 }
 """Methods that train tensors: their settings, and which tensors those are."""
 
@@ -66,6 +68,7 @@ MethodSettings = (
     | AdapterSettings
     | Ia3Settings
     | BitFitSettings
+    | ProbeSettings
     | DistillationSettings
     | RetrievalSettings
     | PromptEngineeringSettings

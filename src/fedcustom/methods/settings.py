@@ -58,9 +58,12 @@ class MethodSettingsBase(Settings):
 
 
 class TuningSettings(MethodSettingsBase):
-    """That of a method that trains tensors; ``default_learning_rate`` is used where the recipe sets none."""
+    """That of a method that trains tensors; ``default_learning_rate`` is used where the recipe sets none.
+    ``only_fits`` is whether its one round fits the head, and nothing is trained by steps.
+    """
 
     default_learning_rate: ClassVar[float]
+    only_fits: ClassVar[bool] = False
 
 
 class UpperLayersSettings(TuningSettings):
