@@ -119,13 +119,14 @@ def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
     ],
 )
 def test_in_words(small: dict[str, Any], overrides: dict[str, Any], said: str | None) -> None:
-    assert in_words(load_recipe(small, {"rounds.count": 5, **overrides}).complete()) == said
+    recipe = load_recipe(small, {"rounds.count": 5, **overrides}).complete()
+    assert in_words(recipe.settled(100)) == said
 
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_progress_says_what_is_done_against_label_skew(small: dict[str, Any], quiet: bool) -> None:
     written = StringIO()
-    recipe = load_recipe(small, {"rounds.count": 5}).complete()
+    recipe = load_recipe(small, {"rounds.count": 5}).complete().settled(4)
     Display(Console(file=written, width=200), quiet=quiet).started(recipe, 0, Path())
     said = "federated prefix: against label skew, all clients fit the head in rounds 1, 5; logits"
     assert (said in written.getvalue()) != quiet

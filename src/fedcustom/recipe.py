@@ -20,7 +20,7 @@ from .methods.prefix import PrefixSettings
 from .models.settings import ModelSettings
 from .recipe_sections import PersonalisationSettings, RoundSettings
 from .recipe_words import explain, nearest
-from .remedies import remedies_of, why_no_head_fit
+from .remedies import remedies_of, settled, why_no_head_fit
 from .settings import Settings
 from .simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
 from .training.settings import TrainingSettings
@@ -224,6 +224,17 @@ class Recipe(Settings):
         if remedies.selection != self.rounds.selection:
             changed["rounds"] = self.rounds.model_copy(update={"selection": remedies.selection})
         return self.model_copy(update=changed) if changed else self
+
+    def settled(self, clients: int) -> Recipe:
+        """This recipe, complete, as it is run where there are so many ``clients``
+        (:func:`fedcustom.remedies.settled`).
+        """
+        found = settled(self, clients)
+        if not found.training:
+            return self
+        training = self.training.model_copy(update=found.training)
+        rounds = self.rounds.model_copy(update={"selection": found.selection})
+        return self.model_copy(update={"training": training, "rounds": rounds})
 
     def for_method(self, name: str, baseline: Baseline = "federated") -> Recipe:
         """This recipe with another method and baseline, and with what ``[compare.<method>]`` and
