@@ -25,7 +25,7 @@ ROOMS = [
     {"api", "library"},
     {"driver"},
     {"federation", "site"},
-    {"assembly", "summary"},
+    {"assembly", "outline", "summary"},
     {"evaluator", "schedule", "progress"},
     {"recipe"},
     {"recipe_words", "remedies"},
