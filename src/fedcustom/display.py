@@ -20,7 +20,7 @@ from .remedies import in_words
 EVERY = 10.0
 """Seconds without a line after which what is being done is said again."""
 
-FIRST = 4.0
+FIRST = 2.0
 """Seconds after which it is said for the first time."""
 
 
@@ -44,6 +44,7 @@ class Display:
         self.bar: Progress | None = None
         self.recipe: Recipe | None = None
         self.last_line = -math.inf
+        self.spent: dict[bool, list[float]] = {}
         self.doing, self.since = "", 0.0
         self.counts = (0, 0)
         self.due: float | None = None
@@ -71,6 +72,7 @@ class Display:
     def started(self, recipe: Recipe, done: int, directory: Path) -> None:
         """Begin with ``done`` rounds behind."""
         self.recipe, self.begun, self.before = recipe, self.clock(), done
+        self.spent = {}
         self.name = self.name or f"{recipe.baseline} {recipe.method.name}"
         if self.quiet:
             return
@@ -99,14 +101,31 @@ class Display:
         if "development" in row:
             metric = self.recipe.metric
             figures += f"  {metric} {row['development'][metric]:.4f}"
-        if number > self.before:
-            left = (self.clock() - self.begun) / (number - self.before) * (rounds - number)
+        if (left := self._left(number)) is not None:
             figures += f"  {duration(left)} left"
         if self.bar is not None:
             self._live(completed=number, figures=figures)
         elif number == rounds or self.clock() - self.last_line >= 1:
             self._line(figures)
             self.last_line = self.clock()
+
+    def _left(self, number: int) -> float | None:
+        """The seconds that the rounds after this one will take, by what those before took that did the same:
+        trained, or fitted the head. None as long as some are of a kind that was not seen.
+        """
+        assert self.recipe is not None
+        rounds = self.recipe.rounds.count
+        fits = self.recipe.training.rounds_of_head_fits(rounds)
+        begun, self.begun = self.begun, self.clock()
+        if number <= self.before:  # the untuned model
+            return None
+        self.spent.setdefault(number in fits, []).append(self.begun - begun)
+        to_fit = sum(one > number for one in fits)
+        counts = {True: to_fit, False: rounds - number - to_fit}
+        if any(count and kind not in self.spent for kind, count in counts.items()):
+            return None
+        means = {kind: sum(seconds) / len(seconds) for kind, seconds in self.spent.items()}
+        return sum(count * means[kind] for kind, count in counts.items() if count)
 
     def note(self, text: str) -> None:
         """Show a warning."""
@@ -157,8 +176,9 @@ class Display:
 
     def _live(self, **changes: Any) -> None:
         """Bring the live line up to date; its clock runs by itself."""
-        if self.bar is None:
-            self.bar = Progress(
+        bar = self.bar
+        if bar is None:
+            bar = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[figures]}", markup=False),
@@ -166,9 +186,11 @@ class Display:
                 TimeElapsedColumn(),
                 console=self.console,
             )
-            self.bar.add_task(self.name or "fedcustom", total=None, figures="", doing="")
-            self.bar.start()
-        self.bar.update(self.bar.task_ids[0], **changes)
+            bar.add_task(self.name or "fedcustom", total=None, figures="", doing="")
+        bar.update(bar.task_ids[0], **changes)
+        if self.bar is None:
+            self.bar = bar
+            bar.start()
 
 
 def asked(recipe: Recipe, outline: Outline) -> str:

@@ -144,6 +144,7 @@ class _Driver:
             steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parties.base.measured.items())
             self.progress.note(f"model.dtype = auto: {parties.base.precision} (a step: {steps})")
         self.progress.started(recipe, done, self.directory)
+        self.progress.phase("planning the rounds")
         plan = plan_rounds(recipe, parties.data, client_labels(state))
         self.progress.outlined(outline(recipe, parties.data, parties.method, parties.origin, plan))
         fits = recipe.training.rounds_of_head_fits(recipe.rounds.count)
@@ -155,6 +156,7 @@ class _Driver:
         for number in range(done + 1, recipe.rounds.count + 1):
             state = self._round(number, plan[number - 1], states, parties)
             if number in fits and number < recipe.rounds.count:  # clients told of their labels
+                self.progress.phase("planning the rounds")
                 plan = plan_rounds(recipe, parties.data, client_labels(state))
             states[number] = state
             needed = [since for since in states if uses.get(since, 0) > number]
