@@ -16,7 +16,6 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 from fedcustom import environment
 from fedcustom.deployment.local import local_sites, prepare
 from fedcustom.deployment.run import run_deployed
+from fedcustom.progress import Silent
 from fedcustom.recipe import load_recipe
 
 WORDS = (
@@ -79,14 +79,12 @@ def write_model(folder: Path, width: int, layers: int, vocabulary: int) -> None:
     GPT2LMHeadModel(config).save_pretrained(folder)
 
 
-class Clock:
+class Clock(Silent):
     """A progress that notes when rounds end."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.trained: list[float] = []
-
-    def started(self, recipe: Any, done: int, directory: Path) -> None: ...
 
     def round(self, row: dict[str, Any]) -> None:
         self.times.append(time.perf_counter())
@@ -94,8 +92,6 @@ class Clock:
 
     def note(self, text: str) -> None:
         print(text, flush=True)
-
-    def finished(self, summary: Mapping[str, Any]) -> None: ...
 
 
 class Peaks:

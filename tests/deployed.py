@@ -17,6 +17,7 @@ from fedcustom.deployment.local import prepare
 from fedcustom.deployment.run import run_deployed
 from fedcustom.deployment.settings import load_federation, save_federation
 from fedcustom.files import read_json
+from fedcustom.progress import Silent
 from fedcustom.recipe import load_recipe
 from fedcustom.site.resident import Resident
 from fedcustom.site.settings import load_site
@@ -50,7 +51,7 @@ def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
             os.kill(pid, number)
 
 
-class Watcher:
+class Watcher(Silent):
     """A progress that does something when a round has ended, and keeps what it was told."""
 
     def __init__(self, after: Mapping[int, Callable[[], None]] | None = None) -> None:
@@ -67,8 +68,6 @@ class Watcher:
 
     def note(self, text: str) -> None:
         self.notes.append(f"{time.monotonic():.1f} {text}")
-
-    def finished(self, summary: Mapping[str, Any]) -> None: ...
 
 
 class Bed:

@@ -16,7 +16,7 @@ import fedcustom
 from fedcustom.display import Display
 from fedcustom.errors import RecipeError
 from fedcustom.models.load import LINEAR_HEADS
-from fedcustom.recipe import load_recipe, to_toml
+from fedcustom.recipe import Recipe, load_recipe, to_toml
 from fedcustom.remedies import in_words
 from test_run import rows_of, tensors_of
 
@@ -119,13 +119,14 @@ def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
     ],
 )
 def test_in_words(small: dict[str, Any], overrides: dict[str, Any], said: str | None) -> None:
-    assert in_words(load_recipe(small, {"rounds.count": 5, **overrides}).complete()) == said
+    recipe = load_recipe(small, {"rounds.count": 5, **overrides}).complete()
+    assert in_words(recipe.settled(100)) == said
 
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_progress_says_what_is_done_against_label_skew(small: dict[str, Any], quiet: bool) -> None:
     written = StringIO()
-    recipe = load_recipe(small, {"rounds.count": 5}).complete()
+    recipe = load_recipe(small, {"rounds.count": 5}).complete().settled(4)
     Display(Console(file=written, width=200), quiet=quiet).started(recipe, 0, Path())
     said = "federated prefix: against label skew, all clients fit the head in rounds 1, 5; logits"
     assert (said in written.getvalue()) != quiet
@@ -315,3 +316,84 @@ def test_a_complete_recipe_of_a_method_without_training_is_one(small: dict[str, 
     assert load_recipe(given, off).complete().training.logit_adjustment == 0.0
     with pytest.raises(RecipeError, match="has no meaning"):
         load_recipe(given, {"training.logit_adjustment": 1.0})
+
+
+# --- natural clients, whose number is known only when their data is ---
+
+
+def natural(small: dict[str, Any], **overrides: Any) -> Recipe:
+    return load_recipe(small, {"rounds.count": 20, **{k.replace("__", "."): v for k, v in overrides.items()}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "most"),
+    [
+        ({}, 500),  # half of 20 rounds of 50
+        ({"rounds__clients_per_round": 30}, 300),
+        ({"rounds__clients_per_round": 9}, 100),  # never fewer
+        ({"rounds__min_clients": 80}, 800),
+        ({"rounds__selection": "balanced"}, None),  # needs all of them
+        ({"training__fit_head_clients": 7}, 7),
+    ],
+)
+def test_so_many_natural_clients_fit_the_head_at_most(
+    small: dict[str, Any], overrides: dict[str, Any], most: int | None
+) -> None:
+    complete = natural(small, **overrides).complete()
+    assert complete.training.fit_head_clients == most
+    assert complete.training.fit_head_rounds == [1, -1]
+    assert load_recipe(tomllib.loads(to_toml(complete))).complete() == complete
+
+
+def test_natural_clients_are_balanced_while_all_of_them_tell_of_their_labels(small: dict[str, Any]) -> None:
+    """Settled alike by everybody who knows how many there are, once or twice; where they are not, the logits
+    are adjusted, as the default is elsewhere.
+    """
+    complete = natural(small, rounds__clients_per_round=30).complete()
+    few, many = complete.settled(300), complete.settled(301)
+    assert (complete.rounds.selection, complete.training.logit_adjustment) == ("balanced", 0.0)
+    assert (few.rounds.selection, few.training.logit_adjustment) == ("balanced", 0.0)
+    assert (many.rounds.selection, many.training.logit_adjustment) == ("uniform", 1.0)
+    assert str(in_words(few)).startswith("all clients fit the head in rounds 1, 20; cohorts have nearly")
+    assert in_words(many) == (
+        "300 clients fit the head in rounds 1, 20; logits are adjusted by each client's labels"
+    )
+    assert few.settled(300) == few
+    assert many.settled(301) == many
+    asked = natural(small, rounds__clients_per_round=30, rounds__selection="balanced").complete()
+    assert asked.settled(10_000) == asked  # whoever asks for balance gets it, and all are asked
+
+
+def test_recipes_that_count_their_clients_are_settled_already(small: dict[str, Any]) -> None:
+    for more in ({"clients__count": 1000, "rounds__clients_per_round": 10}, {"clients__count": 40}):
+        complete = natural(small, clients__partition="iid", **more).complete()
+        assert complete.settled(complete.clients.count) == complete
+
+
+@pytest.mark.parametrize(
+    ("overrides", "clients", "cohort"),
+    [
+        ({}, 4, 4),
+        ({}, 50, 50),
+        ({}, 5000, 50),
+        ({"rounds__min_clients": 80}, 5000, 80),
+        ({"rounds__min_clients": 80}, 60, 60),
+        ({"rounds__clients_per_round": 7}, 5000, 7),
+        ({"rounds__clients_per_round": 200}, 5000, 200),
+    ],
+)
+def test_a_cohort_by_default(
+    small: dict[str, Any], overrides: dict[str, Any], clients: int, cohort: int
+) -> None:
+    rounds = natural(small, **overrides).rounds
+    assert rounds.cohort(clients) == cohort
+
+
+def test_counted_clients_in_cohorts_by_default_are_asked_as_natural_ones_are(small: dict[str, Any]) -> None:
+    """1,000 of them, 50 a round over 20 rounds: 500 fit the head."""
+    complete = natural(small, clients__partition="iid", clients__count=1000).complete()
+    assert complete.training.fit_head_clients == 500
+    assert complete.rounds.selection is None
+    everybody = natural(small, clients__partition="iid", clients__count=500).complete()
+    assert everybody.training.fit_head_clients is None
+    assert everybody.rounds.selection == "balanced"

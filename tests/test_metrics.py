@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
 from fedcustom.evaluation.metrics import (
     classification_metrics,
@@ -33,6 +35,16 @@ def test_classification_by_hand() -> None:
 def test_f1_counts_only_labels_that_occur() -> None:
     metrics = classification_metrics(torch.tensor([[2.0, 0, 0, 0]] * 3), torch.tensor([0, 0, 0]))
     assert metrics["macro_f1"] == 1.0
+
+
+def test_f1_is_scikit_learns() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        labels, rows = int(generator.integers(2, 9)), int(generator.integers(1, 40))
+        true, chosen = generator.integers(0, labels, (2, rows))
+        logits = torch.nn.functional.one_hot(torch.from_numpy(chosen), labels).double()
+        expected = f1_score(true, chosen, average="macro", zero_division=0.0)
+        assert classification_metrics(logits, torch.from_numpy(true))["macro_f1"] == expected
 
 
 def test_texts_that_equal_one_of_several_references_are_perfect() -> None:

@@ -25,7 +25,7 @@ ROOMS = [
     {"api", "library"},
     {"driver"},
     {"federation", "site"},
-    {"assembly", "summary", "frames"},
+    {"assembly", "outline", "summary", "frames"},
     {"evaluator", "schedule", "progress"},
     {"recipe"},
     {"recipe_words", "remedies"},

@@ -24,6 +24,8 @@ def make_method(recipe: Recipe, base: Base, federation: FederatedData | None = N
         ModelError: the method does not fit the model.
     """
     data, _ = with_builtin_columns(recipe.data, recipe.clients)
+    if federation is not None:
+        recipe = recipe.settled(len(federation.clients))
     context = Context(
         base=base,
         data=data,

@@ -19,6 +19,7 @@ from .federation import Federation, Gather, Memories, has_one_model, simulate
 from .files import held, holder, read_json, write_folder, write_json, write_text
 from .methods import UNFINISHED, Answer, AsksClients, ScalesLogits, State, Task, client_labels
 from .models.load import Base
+from .outline import outline
 from .progress import Progress, Silent
 from .recipe import Recipe, load_recipe, to_toml
 from .schedule import Assignment, last_uses, plan_rounds
@@ -66,6 +67,8 @@ def run_recipe(
             if [path.name for path in directory.iterdir()] == [RUNNING]:  # nothing was begun
                 shutil.rmtree(directory)
             raise
+        finally:
+            progress.phase("")
 
 
 def _prepare_directory(recipe: Recipe, directory: Path, resume: bool) -> dict[str, Any] | None:
@@ -132,16 +135,18 @@ class _Driver:
         """From the last checkpoint, or from the beginning, to the summary."""
         started = time.perf_counter()
         environment.restart_peak_memory()
-        recipe = self.recipe
-        parties = self.gather(recipe, self.directory, self.checkpoints.clients, self.progress.note)
+        parties = self.gather(self.recipe, self.directory, self.checkpoints.clients, self.progress)
         self.evaluation, memories = parties.evaluation, parties.memories
         state, done = self._resume(parties.origin, memories)
         self._describe(parties.base)
+        recipe = self.recipe = self.recipe.settled(len(parties.data.clients))
         if parties.base.measured:
             steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parties.base.measured.items())
             self.progress.note(f"model.dtype = auto: {parties.base.precision} (a step: {steps})")
         self.progress.started(recipe, done, self.directory)
+        self.progress.phase("planning the rounds")
         plan = plan_rounds(recipe, parties.data, client_labels(state))
+        self.progress.outlined(outline(recipe, parties.data, parties.method, parties.origin, plan))
         fits = recipe.training.rounds_of_head_fits(recipe.rounds.count)
         uses = last_uses(plan)
         states = self._earlier(state, done, uses, parties.origin)
@@ -151,6 +156,7 @@ class _Driver:
         for number in range(done + 1, recipe.rounds.count + 1):
             state = self._round(number, plan[number - 1], states, parties)
             if number in fits and number < recipe.rounds.count:  # clients told of their labels
+                self.progress.phase("planning the rounds")
                 plan = plan_rounds(recipe, parties.data, client_labels(state))
             states[number] = state
             needed = [since for since in states if uses.get(since, 0) > number]
@@ -158,6 +164,7 @@ class _Driver:
             last = number == recipe.rounds.count
             due = number % recipe.rounds.checkpoint_every == 0 or any(since < number for since in needed)
             if last or due or self._best() == number:
+                self._phase(number, "writing its checkpoint")
                 checkpoint = Checkpoint(number, state, *memories.snapshot())
                 self.checkpoints.save(checkpoint, keep=[self._best(), *needed])
                 states[number] = state = self.checkpoints.mapped(checkpoint)
@@ -192,6 +199,7 @@ class _Driver:
             amounts = {name: a.amount for name, a in cohort.items() if a.since == since}
             tasks |= method.ask(states[since], since + 1, amounts)
         tasks = {name: tasks[name] for name in cohort}
+        self._phase(number, self._kind(number), of=len(tasks))
         begun = time.perf_counter()
         absent = {name for name, assignment in cohort.items() if assignment.absent}
         replies = parties.transport.exchange(tasks, f"{number:06d}", absent)
@@ -207,13 +215,16 @@ class _Driver:
         candidates = [following]
         while UNFINISHED in following.values:
             following = self._next_exchange(number, cohort, following, parties, noted)
-            candidates = [candidates[0], following]
+            if following.tensors is not candidates[-1].tensors:
+                candidates = [candidates[-1], following]
+            candidates[-1] = following
         merged = time.perf_counter() - begun
         row = self._row(number, cohort, noted, merged)
         evaluation = self.recipe.evaluation
         due = number % evaluation.every == 0 or number == self.recipe.rounds.count
         fits = number in self.recipe.training.rounds_of_head_fits(self.recipe.rounds.count)
         if due or fits:
+            self._phase(number, "evaluating")
             begun = time.perf_counter()
             if fits and number > 1:
                 candidates.insert(0, state)
@@ -274,8 +285,9 @@ class _Driver:
         cohort: Mapping[str, Assignment],
     ) -> Iterator[Answer]:
         """The sound answers, one by one; the others are noted with a warning that names the client."""
-        exponent = self.recipe.participation.staleness_exponent
-        for reply in replies:
+        exponent, kind = self.recipe.participation.staleness_exponent, self._kind(number)
+        for done, reply in enumerate(replies, start=1):
+            self._phase(number, kind, done, len(cohort))
             noted.seconds += reply.seconds
             noted.bytes_down[reply.client] = noted.bytes_down.get(reply.client, 0) + reply.bytes_down
             if reply.bytes_up:
@@ -325,10 +337,20 @@ class _Driver:
             },
         }
 
+    def _kind(self, number: int) -> str:
+        """What clients do in a round, in a word or two."""
+        fits = self.recipe.training.rounds_of_head_fits(self.recipe.rounds.count)
+        return "fitting the head" if number in fits else "training"
+
+    def _phase(self, number: int, text: str, done: int = 0, of: int = 0) -> None:
+        """Tell what is being done in a round."""
+        self.progress.phase(f"round {number} of {self.recipe.rounds.count}, {text}", done, of)
+
     def _note_untuned(self, state: State) -> None:
         """Round 0: the quality of the untuned model, which the state carries along to the summary."""
         if not self.recipe.evaluation.untuned:
             return
+        self.progress.phase("evaluating the untuned model")
         begun = time.perf_counter()
         state.values["untuned"] = self.evaluation.test(state)
         row: Row = {"round": 0, "development": self.evaluation.development(state)}
@@ -399,6 +421,7 @@ class _Driver:
 
     def _finish(self, parties: Federation, elapsed: float) -> dict[str, Any]:
         recipe, data, method, begun = self.recipe, parties.data, parties.method, time.perf_counter()
+        self.progress.phase("evaluating the best round")
         best = self._best()
         checkpoint = self.checkpoints.load(best)
         parties.memories.restore(best, checkpoint.memories, checkpoint.files)
@@ -407,6 +430,7 @@ class _Driver:
         if result.predictions is not None:
             lines = "".join(result.prediction_lines(data))
             write_text(self.directory / "predictions.jsonl", lines)
+        self.progress.phase("writing the model")
         for name, text in method.notes(state).items():
             write_text(self.directory / name, text)
         if has_one_model(recipe):

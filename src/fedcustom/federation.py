@@ -15,6 +15,7 @@ from .evaluation.metrics import Metrics
 from .evaluator import Evaluator, Probes, Result
 from .methods import Method, State, Task
 from .models.load import Base, load_base
+from .progress import Progress
 from .recipe import Recipe
 from .simulation.attack import conspiracy, falsifier, hostile_clients
 from .simulation.poison import backdoor_probes, poisoned, with_noise
@@ -77,21 +78,23 @@ class Federation:
     memories: Memories
 
 
-Gather = Callable[[Recipe, Path, Path, Callable[[str], None]], Federation]
-"""From a recipe, the run's directory, its folder for clients' private tensors and something that takes
-notes, to its parties."""
+Gather = Callable[[Recipe, Path, Path, Progress], Federation]
+"""From a recipe, the run's directory, its folder for clients' private tensors and something that is told how
+this goes, to its parties."""
 
 
-def simulate(recipe: Recipe, directory: Path, private: Path, note: Callable[[str], None]) -> Federation:
+def simulate(recipe: Recipe, directory: Path, private: Path, progress: Progress) -> Federation:
     """All parties in this process, on one resident base model.
 
     Raises:
         RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
     """
+    progress.phase("reading the data")
     check_fit(recipe)
     settings, clients = with_builtin_columns(recipe.data, recipe.clients)
     data = build_data(settings, clients, recipe.seed, recipe.public)
     check_cohort(recipe, data)
+    progress.phase(f"loading {recipe.model.base}")
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     method = make_method(recipe, base, data)
     hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
@@ -112,7 +115,7 @@ def simulate(recipe: Recipe, directory: Path, private: Path, note: Callable[[str
     origin = method.start()
     channel = Channel(recipe.compression, origin.tensors)
     falsify = falsifier(hostile, recipe.attack, recipe.seed)
-    transport = InProcess(method, store, channel, falsify, note)
+    transport = InProcess(method, store, channel, falsify, progress.note)
     if recipe.attack.kind == "alie":
         transport.conspire(hostile, conspiracy(recipe.attack))
     return Federation(base, data, method, origin, evaluator, transport, store)

@@ -12,15 +12,16 @@ from pydantic import Field, ValidationError, model_validator
 
 from .aggregation.settings import AggregationSettings
 from .data.settings import ClientSettings, DataSettings, PublicSettings, TaskKind
-from .errors import RecipeError
+from .errors import ModelError, RecipeError
 from .evaluation.metrics import CLASSIFICATION_METRICS, RETRIEVAL_METRICS
 from .evaluation.settings import EvaluationSettings
 from .methods import METHODS, MethodSettings
 from .methods.prefix import PrefixSettings
+from .models.load import pooling_of
 from .models.settings import ModelSettings
 from .recipe_sections import PersonalisationSettings, RoundSettings
 from .recipe_words import explain, nearest
-from .remedies import remedies_of, why_no_head_fit
+from .remedies import only_fits, remedies_of, settled, why_no_head_fit
 from .settings import Settings
 from .simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
 from .training.settings import TrainingSettings
@@ -155,7 +156,7 @@ class Recipe(Settings):
         where = f"training.fit_head_rounds = {self.training.fit_head_rounds}"
         if len(wanted) < len(self.training.fit_head_rounds or ()) or not wanted <= set(range(1, last + 1)):
             raise ValueError(f"{where}: must be different rounds from 1 to rounds.count = {last}, or -1")
-        if len(wanted) == last:
+        if len(wanted) == last and not only_fits(self):
             raise ValueError(f"{where}: leaves no round of {last} to train in")
         if reason := why_no_head_fit(self):
             raise ValueError(f"{where}: {reason} (fit_head_rounds = [] and logit_adjustment = 0 turn it off)")
@@ -221,9 +222,43 @@ class Recipe(Settings):
                 filled["learning_rate"] = getattr(self.method, "default_learning_rate", None)
             if filled:
                 changed["training"] = self.training.model_copy(update=filled)
-        if remedies.selection != self.rounds.selection:
+        if only_fits(self):
+            one = {"count": 1, "clients_per_round": None, "min_clients": 1, "selection": remedies.selection}
+            changed["rounds"] = self.rounds.model_copy(update=one)
+        elif remedies.selection != self.rounds.selection:
             changed["rounds"] = self.rounds.model_copy(update={"selection": remedies.selection})
+        if (model := self._pooled()) is not None:
+            changed["model"] = model
         return self.model_copy(update=changed) if changed else self
+
+    def settled(self, clients: int) -> Recipe:
+        """This recipe, complete, as it is run where there are so many ``clients``
+        (:func:`fedcustom.remedies.settled`).
+        """
+        found = settled(self, clients)
+        if not found.training:
+            return self
+        training = self.training.model_copy(update=found.training)
+        rounds = self.rounds.model_copy(update={"selection": found.selection})
+        return self.model_copy(update={"training": training, "rounds": rounds})
+
+    def _pooled(self) -> ModelSettings | None:
+        """The model with the pooling that its folder says, so that all parties read the same; None where
+        there is none to fill in.
+        """
+        if self.data.task != "classification" or not self.method.with_head:
+            return None
+        if self.model.trust_remote_code or (
+            self.model.pooling != "auto" and self.model.normalize is not None
+        ):
+            return None
+        try:
+            found = pooling_of(self.model)
+        except ModelError:  # said when the model is loaded
+            return None
+        if found is None:
+            return None
+        return self.model.model_copy(update={"pooling": found.name, "normalize": found.normalize})
 
     def for_method(self, name: str, baseline: Baseline = "federated") -> Recipe:
         """This recipe with another method and baseline, and with what ``[compare.<method>]`` and

@@ -22,7 +22,8 @@ FEWEST_ROUNDS_TO_FIT = 5
 """From how many rounds on the head is fitted by default, which takes two of them."""
 
 FEWEST_TO_FIT = 100
-"""From how many clients on the head is fitted by default to some of them, where all would be too many."""
+"""From how many clients on the head is fitted by default to some of them, where all would be too many; of
+natural clients, whose number is not known beforehand, so many fit it at least."""
 
 FEWEST_TO_BALANCE = 10
 """From how many clients a round on cohorts are balanced by default."""
@@ -73,6 +74,8 @@ def remedies_of(recipe: Sections) -> Remedies:
     """
     training, selection, filled = recipe.training, recipe.rounds.selection, dict[str, Any]()
     default, said = _by_default(recipe), training.fit_head_clients
+    if only_fits(recipe):
+        return Remedies(_probing(recipe), "uniform" if selection == "balanced" else selection)
     fitted = training.fit_head_rounds or default
     if said is not None and not fitted and _open(recipe):
         raise RecipeError(
@@ -83,16 +86,50 @@ def remedies_of(recipe: Sections) -> Remedies:
     if fitted and recipe.baseline == "federated":
         some = _clients_to_fit(recipe) if default else said
     filled["fit_head_clients"] = some
-    if default and selection is None and some is None and _can_balance(recipe):
+    told = some is None or (said is None and _is_natural(recipe))  # by all, for all that is known by now
+    federated = recipe.baseline == "federated"
+    if default and federated and selection is None and told and _can_balance(recipe):
         selection = "balanced"
     if selection == "balanced":
         _check_balance(recipe, default, some)
     if training.logit_adjustment is None:  # what balanced cohorts cancel need not be taken out
-        filled["logit_adjustment"] = 1.0 if default and selection != "balanced" else 0.0
+        skewed = default and federated and selection != "balanced"
+        filled["logit_adjustment"] = 1.0 if skewed else 0.0
         if not filled["logit_adjustment"]:
             filled["prior_count"] = 1.0  # which has no effect then
     if training.fit_head_rounds is None:
         filled["fit_head_rounds"] = [1, -1] if default else []
+    return Remedies(filled, selection)
+
+
+def only_fits(recipe: Sections) -> bool:
+    """Whether the method's one round fits the head, and nothing is trained by steps."""
+    return isinstance(recipe.method, TuningSettings) and recipe.method.only_fits
+
+
+def _probing(recipe: Sections) -> dict[str, Any]:
+    """What the training settings of such a method become: a fit in its one round, and all that trains off."""
+    some = recipe.training.fit_head_clients
+    if recipe.baseline == "federated" and some is None and _is_natural(recipe):
+        some = FEWEST_TO_FIT
+    return {
+        "fit_head_rounds": [1], "fit_head_clients": some, "logit_adjustment": 0.0, "prior_count": 1.0,
+        "freeze_head_rounds": 0, "warmup_rounds": 0,
+    }  # fmt: skip
+
+
+def settled(recipe: Sections, clients: int) -> Remedies:
+    """What a complete recipe's settings become once it is known how many clients there are: of natural ones,
+    all fit the head as long as that is allowed; where they are more, nobody could draw balanced cohorts, and
+    logits are adjusted instead. A pure function, so that all parties and a resumed run come to the same.
+    """
+    some, selection, filled = recipe.training.fit_head_clients, recipe.rounds.selection, dict[str, Any]()
+    if some is None or not _is_natural(recipe) or recipe.baseline != "federated":
+        return Remedies(filled, selection)
+    if clients <= some:
+        filled["fit_head_clients"] = None
+    elif selection == "balanced":
+        selection, filled["logit_adjustment"] = "uniform", 1.0
     return Remedies(filled, selection)
 
 
@@ -109,6 +146,11 @@ def in_words(recipe: Sections) -> str | None:
     if training.logit_adjustment:
         parts.append("logits are adjusted by each client's labels")
     return "; ".join(parts) or None
+
+
+def _is_natural(recipe: Sections) -> bool:
+    """Whether the number of clients is known only when their data is."""
+    return recipe.clients.partition == "natural"
 
 
 def why_no_head_fit(recipe: Sections) -> str | None:
@@ -128,14 +170,13 @@ def why_no_head_fit(recipe: Sections) -> str | None:
 
 
 def _open(recipe: Sections) -> bool:
-    """Whether remedies are for the defaults to say: in federated training of a classifier, where the recipe
-    says nothing of them.
+    """Whether remedies are for the defaults to say: in training a classifier, where the recipe says nothing
+    of them. Baselines have their head fitted alike, so that a comparison compares one thing.
     """
     training = recipe.training
     return (
         training.logit_adjustment is None
         and training.fit_head_rounds is None
-        and recipe.baseline == "federated"
         and recipe.data.task == "classification"
         and isinstance(recipe.method, TuningSettings)
     )
@@ -162,13 +203,17 @@ def _by_default(recipe: Sections) -> bool:
 
 def _clients_to_fit(recipe: Sections) -> int | None:
     """How many clients are asked in each of two fits by default: as many as the recipe says; else all (None),
-    where these are natural, so that their number is not known beforehand, or asking them twice is no more
-    than what all rounds ask; else half as many as all rounds ask, or none (0) where these are few.
+    where asking them twice is no more than what all rounds ask; else half as many as all rounds ask, or none
+    (0) where these are few. Of natural clients, whose number is not known beforehand, at most half as many as
+    all rounds ask, or a few more; all, if the recipe asks for cohorts that need it.
     """
     if recipe.training.fit_head_clients is not None:
         return recipe.training.fit_head_clients
-    answers = recipe.rounds.count * (recipe.rounds.clients_per_round or recipe.clients.count)
-    if recipe.clients.partition == "natural" or 2 * recipe.clients.count <= answers:
+    count = None if _is_natural(recipe) else recipe.clients.count
+    answers = recipe.rounds.count * recipe.rounds.cohort(count)
+    if count is None:
+        return None if recipe.rounds.selection == "balanced" else max(FEWEST_TO_FIT, answers // 2)
+    if 2 * count <= answers:
         return None
     return answers // 2 if answers // 2 >= FEWEST_TO_FIT and recipe.rounds.selection != "balanced" else 0
 
@@ -177,8 +222,8 @@ def _can_balance(recipe: Sections) -> bool:
     """Whether cohorts are balanced by default: where they are large enough that labels even out, as in what
     was measured, they are at most half of all clients or all of them, and each does all its work.
     """
-    counted, count = recipe.clients.partition != "natural", recipe.clients.count
-    cohort = recipe.rounds.clients_per_round or (count if counted else 0)
+    counted, count = not _is_natural(recipe), recipe.clients.count
+    cohort = recipe.rounds.cohort(count) if counted else recipe.rounds.clients_per_round or 0
     even = not counted or 2 * cohort <= count or cohort == count
     said = recipe.training.prior_count != 1  # of the adjustment
     return cohort >= FEWEST_TO_BALANCE and even and not said and not recipe.participation.partial
@@ -189,9 +234,9 @@ def _check_balance(recipe: Sections, default: bool, some: int | None) -> None:
 
     Raises:
         RecipeError: no round before the last fits the head, which is when clients tell of their labels, or
-            only ``some`` are asked then.
+            only ``some`` are asked then, and these cannot be all there are.
     """
-    if some is not None:
+    if some is not None and not (_is_natural(recipe) and some >= FEWEST_TO_FIT):
         raise RecipeError(
             "rounds.selection = 'balanced': needs all clients to tell of their labels, where "
             f"training.fit_head_clients = {some} asks some of them; leave one of the two unset"

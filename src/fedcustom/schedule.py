@@ -44,6 +44,7 @@ def plan_rounds(
     other: Adam's steps are alike in length, so that only then the clients' pulls towards their own labels are
     as strong as their weights in the mean, and cancel.
 
+    A round has as many clients as ``rounds`` says (:meth:`~fedcustom.recipe_sections.RoundSettings.cohort`).
     A centralised run sees as many examples a round as the cohort of the federated run would; in a local run
     clients drawn at random work as long as in the federated one.
     """
@@ -53,7 +54,7 @@ def plan_rounds(
     if recipe.participation.buffer is not None and recipe.baseline == "federated":
         plan = list(_buffered(recipe, names))
     else:
-        plan = list(_synchronous(recipe, names, labels or {}))
+        plan = list(_synchronous(recipe, data, labels or {}))
     if recipe.baseline == "centralised":
         return [_pooled(recipe, data, cohort) for cohort in plan]
     return [
@@ -79,16 +80,16 @@ def _whole(recipe: Recipe) -> Values:
 
 
 def _synchronous(
-    recipe: Recipe, names: Sequence[str], labels: Mapping[str, Sequence[int]]
+    recipe: Recipe, data: FederatedData, labels: Mapping[str, Sequence[int]]
 ) -> Iterator[dict[str, Assignment]]:
-    size, last = recipe.rounds.clients_per_round or len(names), recipe.rounds.count
+    names, last = list(data.clients), recipe.rounds.count
+    size = recipe.rounds.cohort(len(names))
     fits = recipe.training.rounds_of_head_fits(last)
     waiting: list[list[int]] = []
     for number in range(1, last + 1):
         generator, amount = np.random.default_rng([recipe.seed, 6, number]), _whole(recipe)
         if number in fits:
-            asked = recipe.training.clients_of_head_fits(len(names))
-            chosen, waiting = sorted(generator.choice(len(names), size=asked, replace=False).tolist()), []
+            chosen, waiting = _asked_to_fit(recipe, data, generator), []
         elif labels and number > min(fits):
             waiting = waiting or balanced_cohorts(_table(recipe, names, labels), size, generator)
             chosen = waiting.pop()
@@ -97,6 +98,19 @@ def _synchronous(
         else:
             chosen = sorted(generator.choice(len(names), size=size, replace=False).tolist())
         yield {names[i]: Assignment(amount, number - 1) for i in chosen}
+
+
+def _asked_to_fit(recipe: Recipe, data: FederatedData, generator: np.random.Generator) -> list[int]:
+    """The places of the clients that are asked in a round that fits the head. Where they are some of natural
+    clients, each next one is drawn in proportion to its training examples, as far as these are known: of
+    clients with one row and others with hundreds, those say most. Across sites, whose rows are not known
+    beforehand, all are alike.
+    """
+    asked = recipe.training.clients_of_head_fits(len(data.clients))
+    sizes = np.array([len(client.train) for client in data.clients.values()], dtype=float)
+    some = asked < len(sizes) and recipe.clients.partition == "natural"
+    shares = sizes / sizes.sum() if some and np.count_nonzero(sizes) >= asked else None
+    return sorted(generator.choice(len(sizes), size=asked, replace=False, p=shares).tolist())
 
 
 def _batches(recipe: Recipe, labels: Mapping[str, Sequence[int]]) -> int:
@@ -123,7 +137,7 @@ def _buffered(recipe: Recipe, names: Sequence[str]) -> Iterator[dict[str, Assign
     from the newest state.
     """
     settings, generator = recipe.participation, np.random.default_rng([recipe.seed, 10])
-    size, buffer = recipe.rounds.clients_per_round or len(names), settings.buffer or 1
+    size, buffer = recipe.rounds.cohort(len(names)), settings.buffer or 1
     positions = {name: i for i, name in enumerate(names)}
     working: list[tuple[float, int, int]] = []  # when it is done, client, the round it starts from
     busy: set[int] = set()

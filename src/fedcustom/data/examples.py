@@ -104,9 +104,9 @@ def make_examples(
         row.
     """
     numbers = {label: number for number, label in enumerate(labels)}
-    examples = []
+    examples, named = [], columns(settings, scoring=scoring)
     for position, row in enumerate(rows):
-        for name in columns(settings, scoring=scoring):
+        for name in named:
             if row[name] is None or row[name] == "":
                 raise DataError(f"{where}, row {position + 1}: column {name!r} is empty")
             if isinstance(row[name], str) and any("\ud800" <= letter <= "\udfff" for letter in row[name]):

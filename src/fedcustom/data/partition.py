@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,9 +72,16 @@ def fill_up(parts: Partition, minimum: int) -> Partition:
     time.
     """
     parts = [list(part) for part in parts]
-    for part in parts:
+    sizes = [(-len(part), number) for number, part in enumerate(parts)]  # the largest first, and some stale
+    heapq.heapify(sizes)
+    for number, part in enumerate(parts):
         while len(part) < minimum:
-            part.append(max(parts, key=len).pop())
+            while -sizes[0][0] != len(parts[sizes[0][1]]):
+                heapq.heappop(sizes)
+            giver = sizes[0][1]
+            part.append(parts[giver].pop())
+            for changed in (giver, number):
+                heapq.heappush(sizes, (-len(parts[changed]), changed))
     return parts
 
 
@@ -97,7 +105,7 @@ def _by_label_skew(labels: Sequence[int], settings: ClientSettings, seed: int) -
         seed=seed,
     )
     partitioner.dataset = datasets.Dataset.from_dict({"label": labels, "position": range(len(labels))})
-    return [list(partitioner.load_partition(number)["position"]) for number in range(settings.count)]
+    return [partitioner.load_partition(number)["position"][:] for number in range(settings.count)]
 
 
 def _by_few_labels(

@@ -45,9 +45,8 @@ def run_deployed(
     check_deployable(complete)
     with _alone(folder), serving(folder, settings, progress.note) as sites:
 
-        def parties(
-            recipe: Recipe, directory: Path, private: Path, note: Callable[[str], None]
-        ) -> Federation:
+        def parties(recipe: Recipe, directory: Path, private: Path, progress: Progress) -> Federation:
+            progress.phase("waiting for the sites")
             return gather(recipe, settings, folder, sites, directory)
 
         return run_recipe(complete, directory, resume=resume, progress=progress, gather=parties)

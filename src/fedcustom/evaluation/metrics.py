@@ -28,18 +28,28 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:
     ``logits`` is (examples, labels) and ``labels`` (examples,); there must be one example at least.
     F1 is averaged over the labels that occur or were predicted.
     """
-    from sklearn.metrics import f1_score
     from torch.nn.functional import cross_entropy
 
     predicted = logits.argmax(dim=1)
     return {
         "accuracy": float((predicted == labels).double().mean()),
-        "macro_f1": float(f1_score(labels.numpy(), predicted.numpy(), average="macro", zero_division=0.0)),
+        "macro_f1": _macro_f1(labels.numpy(), predicted.numpy()),
         "loss": float(cross_entropy(logits.double(), labels)),
         "calibration_error": expected_calibration_error(
             reliability(logits.double().numpy(), labels.tolist())
         ),
     }
+
+
+def _macro_f1(true: np.ndarray, predicted: np.ndarray) -> float:
+    """The mean of 2 TP / (2 TP + FP + FN) over the labels that occur or were predicted. (scikit-learn takes
+    milliseconds for it, which adds up over thousands of clients.)
+    """
+    size = int(max(true.max(), predicted.max())) + 1
+    hits = np.bincount(true[true == predicted], minlength=size)
+    named = np.bincount(true, minlength=size) + np.bincount(predicted, minlength=size)
+    seen = named > 0
+    return float(np.mean(2 * hits[seen] / named[seen]))
 
 
 def text_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Metrics:

@@ -72,7 +72,8 @@ class TrainingSettings(Settings):
         None,
         ge=2,
         description="At most so many clients, drawn at random, are asked in a round that fits the head; "
-        "unset: all, or by default half as many as train in all rounds, where all would be more",
+        "unset: all, or by default half as many as train in all rounds, where all would be more (of natural "
+        "clients, who are drawn by their numbers of examples, never fewer than 100)",
     )
     fit_head_steps: int = Field(
         12,
