@@ -86,12 +86,13 @@ def test_the_summary_says_what_happened(small: dict[str, Any], tmp_path: Path) -
     assert said == ["prefix", "federated", 3, 0]
     assert summary["trainable_parameters"] == 2 * 2 * 32 * 4
     assert summary["head_parameters"] == 3 * 33
-    assert set(summary["metrics"]) == {"accuracy", "macro_f1", "loss"}
+    assert set(summary["metrics"]) == {"accuracy", "macro_f1", "loss", "calibration_error"}
     assert set(summary["clients"]) == {f"site-{i}" for i in range(4)}
-    for name in ("accuracy", "macro_f1", "loss"):
+    for name in ("accuracy", "macro_f1", "loss", "calibration_error"):
         values = [client[name] for client in summary["clients"].values()]
         assert summary["client_mean"][name] == pytest.approx(np.mean(values))
-        assert summary["worst_client"][name] == (max if name == "loss" else min)(values)
+        worst = max if name in ("loss", "calibration_error") else min
+        assert summary["worst_client"][name] == worst(values)
     rows = rows_of(run.directory)
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     best = max(rows[1:], key=lambda row: row["development"]["accuracy"])
