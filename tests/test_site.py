@@ -34,7 +34,7 @@ from fedcustom.evaluation.statistics import (
     pooled_metrics,
 )
 from fedcustom.files import held, holder
-from fedcustom.methods import Memory, Task, Update
+from fedcustom.methods import Answer, Memory, Task, Update
 from fedcustom.models.park import leave_memory, parked
 from fedcustom.models.pooling import Pooling
 from fedcustom.recipe import load_recipe
@@ -281,6 +281,9 @@ def test_the_policy_wins_over_the_recipe(small: dict[str, Any]) -> None:
     check_round(PolicySettings(max_rounds=2), 1)
     with pytest.raises(PolicyError, match="max_rounds = 2"):
         check_round(PolicySettings(max_rounds=2), 2)
+    check_round(PolicySettings(max_rounds=2), 1, 8, further=1)
+    with pytest.raises(PolicyError, match="max_rounds = 2"):
+        check_round(PolicySettings(max_rounds=2), 1, 12, further=1)
     check_outgoing(PolicySettings(texts=False), "work", {"loss": 1.0, "counts": [1, 2]}, 10, 0)
     with pytest.raises(PolicyError, match=r"would hold a text \(passages.text\)"):
         check_outgoing(PolicySettings(texts=False), "work", {"passages": [{"text": "private"}]}, 10, 0)
@@ -353,6 +356,29 @@ def test_a_recipe_is_refused_before_its_model_is_looked_for(
         {"kind": "describe", "run": RUN, "values": {"recipe": {**content, "model": {"base": "allowed"}}}}
     )
     assert set(read) == {"allowed"}
+
+
+def test_all_exchanges_of_a_fit_are_one_round(resident: Any, small: dict[str, Any], tmp_path: Path) -> None:
+    """A site that answers one round takes part in a whole fit of the head, and in nothing after it."""
+    small["training"] |= {"fit_head_rounds": [1], "fit_head_steps": 9}
+    made, _ = resident(max_rounds=1)
+    named = {"names": ["site-1", "site-2"], "labels": ["animal", "food", "place"]}
+    made.handle({"kind": "open", "run": RUN, "values": named})
+    method, kinds = made.participant.method, []
+    state = method.start()
+    while not kinds or "unfinished" in state.values:
+        task = method.ask(state, 1, {"site-1": {"epochs": 1}})["site-1"]
+        kinds.append(task.kind)
+        safetensors.torch.save_file(task.tensors, tmp_path / "in.safetensors")
+        message = {"kind": "work", "run": RUN, "task": task.kind, "round": 1, "values": task.values}
+        answer = made.handle({**message, "body": str(tmp_path / "in.safetensors")})
+        said = dict(answer["values"])
+        update = Update(safetensors.torch.load_file(answer["body"]), said.pop("weight"), said)
+        method.check(task, update)
+        state = method.merge(state, iter([Answer("site-1", task, update)]))
+    assert kinds[:3] == ["fit head", "scale head", "head gradient"]
+    assert len(kinds) > 5
+    assert "policy.max_rounds = 1" in str(work(made, tmp_path, 2))
 
 
 def test_every_message_is_in_the_audit_log_with_its_hash(resident: Any, tmp_path: Path) -> None:
