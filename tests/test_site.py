@@ -281,9 +281,6 @@ def test_the_policy_wins_over_the_recipe(small: dict[str, Any]) -> None:
     check_round(PolicySettings(max_rounds=2), 1)
     with pytest.raises(PolicyError, match="max_rounds = 2"):
         check_round(PolicySettings(max_rounds=2), 2)
-    check_round(PolicySettings(max_rounds=2), 1, 8, further=1)
-    with pytest.raises(PolicyError, match="max_rounds = 2"):
-        check_round(PolicySettings(max_rounds=2), 1, 12, further=1)
     check_outgoing(PolicySettings(texts=False), "work", {"loss": 1.0, "counts": [1, 2]}, 10, 0)
     with pytest.raises(PolicyError, match=r"would hold a text \(passages.text\)"):
         check_outgoing(PolicySettings(texts=False), "work", {"passages": [{"text": "private"}]}, 10, 0)

@@ -83,16 +83,15 @@ def check_labels(labels: Sequence[Any], *, named: bool) -> None:
         raise PolicyError("the recipe's column of labels holds texts; name another in site.toml (data.label)")
 
 
-def check_round(policy: PolicySettings, answered: int, work: int = 0, further: int = 0) -> None:
-    """Refuse one round too many. ``answered`` counts other rounds, ``work`` all answers to tasks in this run,
-    ``further`` the tasks beyond one a round that its recipe has.
+def check_round(policy: PolicySettings, answered: int, work: int = 0) -> None:
+    """Refuse one round too many. ``answered`` counts other rounds, ``work`` all answers to tasks in this run.
 
     Raises:
         PolicyError: the site has answered as many rounds of this run as it may, or so many tasks that rounds
             must have been asked again and again.
     """
     most = policy.max_rounds
-    if most is not None and (answered >= most or work >= REPEATS * (most + further)):
+    if most is not None and (answered >= most or work >= REPEATS * most):
         raise PolicyError(f"policy.max_rounds = {most}: so many have been answered")
 
 

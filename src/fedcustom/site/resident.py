@@ -130,9 +130,7 @@ class Resident:
         if kind == "work":
             number = message.get("round")
             round_number = int(number) if number is not None else None
-            answered, work = self._answered(round_number), self._ledger().get("work", 0)
-            further = participant.recipe.training.further_exchanges(participant.recipe.rounds.count)
-            check_round(self.settings.policy, answered, work, further)
+            check_round(self.settings.policy, self._answered(round_number), self._ledger().get("work", 0))
             packed = Packed(tensors, message.get("layout"))
             answer, said = participant.work(str(message["task"]), values, packed, round_number)
             return said, answer

@@ -121,13 +121,6 @@ class TrainingSettings(Settings):
         """``fit_head_rounds`` of a run with ``last`` rounds, counted from 1."""
         return frozenset(last if number == -1 else number for number in self.fit_head_rounds or ())
 
-    def further_exchanges(self, last: int) -> int:
-        """How often clients of a run with ``last`` rounds are asked beyond once a round, at most: in rounds
-        that fit the head, for temperatures and for each step.
-        """
-        steps = self.fit_head_steps
-        return len(self.rounds_of_head_fits(last)) * (1 + steps) if steps else 0
-
     def clients_of_head_fits(self, count: int) -> int:
         """How many of ``count`` clients are asked in such a round."""
         return min(self.fit_head_clients or count, count)
