@@ -111,7 +111,7 @@ def collect(
         command=command,
         baseline=recipe.baseline,
         metric=metric,
-        learning_rate=recipe.training.learning_rate,
+        learning_rate=summary.get("search", {}).get("learning_rate", recipe.training.learning_rate),
         score=best["development"][metric],
         curve=[
             [row["round"], row["development"][metric], row["bytes_up_total"] + row["bytes_down_total"]]

@@ -29,6 +29,9 @@ from .seeds import name_seed
 from .technique import Context, Technique, prepare_precision
 from .update_checks import check_figures, check_forms, check_state
 
+RATE_FACTOR = "rate_factor"
+"""The value of a state by which the recipe's learning rate is multiplied: what a search of rates found."""
+
 ROOT = "(server)"
 """The name under which the server trains for itself."""
 
@@ -87,6 +90,7 @@ class WeightTuning:
         or send what the head is fitted from.
         """
         factor = schedule_factor(self.context.training, round_number, self.context.rounds)
+        factor *= float(state.values.get(RATE_FACTOR, 1.0))
         kind = FIT_HEAD if round_number in self.head_fit.rounds else "train"
         known: Values = {}
         if kind == "train" and self.context.training.logit_adjustment and LABEL_COUNTS in state.values:
