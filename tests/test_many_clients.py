@@ -95,9 +95,7 @@ def test_a_run_of_many_clients(many: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         fedcustom.run(many, out=tmp_path / "half", progress=Stopping(Console(file=StringIO())))
     again = fedcustom.run(many, out=tmp_path / "half", resume=True)
-    assert [row["cohort"] for row in rows_of(again.directory)] == [
-        row["cohort"] for row in rows_of(run.directory)
-    ]
+    assert [row["cohort"] for row in rows_of(again.directory)[1:]] == [row["cohort"] for row in rows]
     ours, theirs = tensors_of(run.directory), tensors_of(again.directory)
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
