@@ -306,7 +306,9 @@ class _Driver:
     ) -> Iterator[Answer]:
         """The sound answers, one by one; the others are noted with a warning that names the client."""
         exponent, kind = self.recipe.participation.staleness_exponent, self._kind(number)
-        for done, reply in enumerate(replies, start=1):
+        done = 0
+        for reply in replies:  # enumerate would hold on to each until the next one is there
+            done += 1
             self._phase(number, kind, done, len(cohort))
             noted.seconds += reply.seconds
             noted.bytes_down[reply.client] = noted.bytes_down.get(reply.client, 0) + reply.bytes_down
