@@ -14,6 +14,7 @@ from typing import Any
 from . import environment
 from .directory import Checkpoint, Checkpoints, History, Row
 from .errors import RunError
+from .evaluation.degenerate import in_words
 from .evaluation.metrics import Metrics, is_better
 from .federation import Federation, Gather, Memories, has_one_model, simulate
 from .files import held, holder, read_json, write_folder, write_json, write_text
@@ -178,6 +179,8 @@ class _Driver:
         del state
         summary = self._finish(parties, time.perf_counter() - started)
         self.progress.finished(summary)
+        if said := in_words(summary.get("degenerate", {})):
+            self._warn(said)
         return summary
 
     # --- rounds ---
@@ -389,7 +392,7 @@ class _Driver:
         self.history.append(row)
         self.progress.round(row)
 
-    def _warn(self, text: str, detail: str) -> None:
+    def _warn(self, text: str, detail: str = "") -> None:
         self.progress.note(text)
         with (self.directory / "warnings.log").open("a", encoding="utf-8") as file:
             file.write(f"{_now()} {text}\n{detail}")

@@ -55,6 +55,8 @@ def summarise(
         "client_count": len(data.clients),
         "metrics": result.metrics,
         "untuned": dict(untuned),
+        **({"copy": result.copy} if result.copy else {}),
+        **({"degenerate": result.degenerate} if result.degenerate else {}),
         "temperature": temperature,
         "client_mean": result.client_mean,
         "worst_client": result.worst_client,
