@@ -141,7 +141,8 @@ class Recipe(Settings):
             for key in ("logit_adjustment", "freeze_head_rounds", "fit_head_rounds"):
                 if getattr(training, key):
                     raise ValueError(f"training.{key} = {getattr(training, key)!r}: needs labels and a head")
-        if training.freeze_head_rounds >= self.rounds.count and not training.fit_head_rounds:
+        frozen = training.freeze_head_rounds or 0
+        if frozen >= self.rounds.count and not training.fit_head_rounds:
             raise ValueError(
                 f"training.freeze_head_rounds = {training.freeze_head_rounds}: "
                 f"must be below rounds.count = {self.rounds.count}, or the head fitted (fit_head_rounds)"

@@ -99,6 +99,9 @@ def remedies_of(recipe: Sections) -> Remedies:
             filled["prior_count"] = 1.0  # which has no effect then
     if training.fit_head_rounds is None:
         filled["fit_head_rounds"] = [1, -1] if default else []
+    if training.freeze_head_rounds is None:  # what was fitted before training is not to drift
+        before = 1 in (filled.get("fit_head_rounds") or training.fit_head_rounds or ())
+        filled["freeze_head_rounds"] = recipe.rounds.count if before else 0
     return Remedies(filled, selection)
 
 

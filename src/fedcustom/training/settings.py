@@ -66,10 +66,11 @@ class TrainingSettings(Settings):
         le=1e6,
         description="Added to each label's count in those shares, so that none is 0 (logit_adjustment)",
     )
-    freeze_head_rounds: int = Field(
-        0,
+    freeze_head_rounds: int | None = Field(
+        None,
         ge=0,
-        description="First rounds in which the head rests, and is not sent; all of them where it is fitted",
+        description="First rounds in which the head rests, and is not sent; unset: all where it is fitted in "
+        "round 1, else none",
     )
     fit_head_rounds: list[int] | None = Field(
         None,
