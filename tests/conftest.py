@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,30 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         tokenizer.save_pretrained(folder)
         folders[kind] = str(folder)
     return folders
+
+
+def sentence_files(folder: Path, pooling: Any, *, normalize: bool) -> Path:
+    """Make an encoder's folder a sentence-transformers one; ``pooling`` is its configuration of that, or the
+    text of one.
+    """
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"} | ({"2_Normalize": "Normalize"} if normalize else {})
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (path, kind) in enumerate(kinds.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for path in list(kinds)[1:]:
+        (folder / path).mkdir()
+    said = pooling if isinstance(pooling, str) else json.dumps({"word_embedding_dimension": 32, **pooling})
+    (folder / "1_Pooling" / "config.json").write_text(said)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentence(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny BERT as a sentence-transformers folder: mean pooling, length 1."""
+    folder = shutil.copytree(tiny["bert"], tmp_path_factory.mktemp("models") / "sentence")
+    return str(sentence_files(folder, {"pooling_mode_mean_tokens": True}, normalize=True))
 
 
 @pytest.fixture

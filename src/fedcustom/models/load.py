@@ -157,18 +157,22 @@ def pooling_of(settings: ModelSettings) -> Pooling | None:
         ModelError: the model cannot be read, or the recipe names a pooling that it cannot have.
     """
     plain = settings.pooling == "auto" and settings.normalize is None
-    if settings.trust_remote_code and plain:
-        return None
+    said = f"pooling = {settings.pooling!r}" if settings.pooling != "auto" else "normalize"
     if settings.trust_remote_code:
         configuration = load_configuration(settings)
     else:
         configuration = _configuration(settings.base, settings.revision)
     architecture = architecture_of(configuration)
+    if not type(configuration).__module__.startswith("transformers."):
+        if plain:
+            return None
+        raise ModelError(
+            f"model.{said}: {settings.base} brings code of its own, whose own head is used; leave it unset"
+        )
     if architecture == "encoder":
         return find_pooling(settings, locate(settings.base))
     if not plain and not (architecture == "decoder" and settings.pooling == "last"):
         allowed = "last" if architecture == "decoder" else "auto"
-        said = f"pooling = {settings.pooling!r}" if settings.pooling != "auto" else "normalize"
         raise ModelError(
             f"model.{said}: is for encoders; {settings.base} is an {architecture}, whose own head is used "
             f"(model.pooling = {allowed!r})".replace("an decoder,", "a decoder,")

@@ -73,11 +73,13 @@ class PooledClassifier(PreTrainedModel):
     config_class = PooledClassifierConfig
     base_model_prefix = "encoder"
     supports_gradient_checkpointing = True
-    _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
 
     def __init__(self, config: Any) -> None:
         if isinstance(config, PooledClassifierConfig):
             config = config.encoder_config()
+        kind = _class_of(config)
+        for attention in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
+            setattr(self, attention, getattr(kind, attention, False))
         super().__init__(config)
         self.encoder = AutoModel.from_config(config, **_options(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -106,6 +108,29 @@ class PooledClassifier(PreTrainedModel):
         config.label2id = {label: number for number, label in enumerate(labels)}
         with_pooling(config, pooling, normalize=normalize, skip=skip)
         return cls.from_pretrained(encoder, config=config, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *arguments: Any, config: Any = None, **options: Any) -> Any:
+        """A classifier that was saved or, with the ``config`` of :func:`with_pooling`, one on an encoder,
+        whatever head its checkpoint has.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of the encoder.
+        """
+        # A masked language model's checkpoint calls the encoder bert, roberta or model.
+        called = getattr(_class_of(config), "base_model_prefix", "")
+        if called:
+            options["key_mapping"] = {rf"^{called}\.": "encoder.", **options.get("key_mapping", {})}
+        wanted = options.pop("output_loading_info", False)
+        model, found = super().from_pretrained(
+            name, *arguments, config=config, output_loading_info=True, **options
+        )
+        if called:
+            model._weight_conversions = None  # it is saved under its own names
+        lacking = sorted(key for key in found["missing_keys"] if key.startswith("encoder."))
+        if lacking:
+            raise ValueError(f"no weights for {lacking[0].removeprefix('encoder.')} of the encoder")
+        return (model, found) if wanted else model
 
     def forward(
         self,
@@ -184,15 +209,20 @@ def copy_code(folder: Path) -> None:
         shutil.copyfile(__file__, target)
 
 
-def _options(config: Any) -> dict[str, Any]:
-    """Leave out a pooling layer that nobody reads."""
+def _class_of(config: Any) -> Any:
+    """The encoder's class; None where ``transformers`` has none."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     if type(config) not in MODEL_MAPPING:  # code of its own
-        return {}
+        return None
     kind: Any = MODEL_MAPPING[type(config)]
-    kind = kind[0] if isinstance(kind, tuple) else kind
-    takes = "add_pooling_layer" in inspect.signature(kind).parameters
+    return kind[0] if isinstance(kind, tuple) else kind
+
+
+def _options(config: Any) -> dict[str, Any]:
+    """Leave out a pooling layer that nobody reads."""
+    kind = _class_of(config)
+    takes = kind is not None and "add_pooling_layer" in inspect.signature(kind).parameters
     return {"add_pooling_layer": config.pooling == "pooler"} if takes else {}
 
 
