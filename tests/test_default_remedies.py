@@ -111,8 +111,8 @@ def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
         ),
         (
             {"rounds.selection": "balanced"},
-            "all clients fit the head in rounds 1, 5, and it rests otherwise; cohorts have nearly everybody's "
-            "labels, and clients as many batches as each other",
+            "all clients fit the head in rounds 1, 5, and it rests otherwise; cohorts have nearly "
+            "everybody's labels, and clients as many batches as each other",
         ),
         (
             {"training.fit_head_rounds": [1], "training.freeze_head_rounds": 0},
