@@ -114,12 +114,13 @@ def comparison_table(directories: Sequence[Path]) -> Table:
     caption = ["± half of the 95% interval over seeds", "sent: up and down, all clients and rounds"]
     if searched:
         caption.append("a query: bytes up and down, all clients that are asked")
+    below = ["; ".join(caption)]
     if "calibration_error" in metrics[:4]:
-        caption.append("ECE: expected calibration error")
-    warned = [*unbeaten(groups, metrics[0]), *degenerate(groups)]
+        below.append("ECE: expected calibration error, lower is better")
+    below += [*unbeaten(groups, metrics[0]), *degenerate(groups)]
     table = Table(
         title=Text(f"{models} on {data}, test split, mean over seeds"),
-        caption=Text("\n".join(["; ".join(caption), *warned])),
+        caption=Text("\n".join(below)),
         box=None,
         padding=(0, 2, 0, 0),
         title_justify="left",
