@@ -4,8 +4,8 @@
     fedcustom compare recipes/many_labels.toml --methods prefix,lora --out runs/many_labels_compared
 
 Labels are banking77's intents, TREC's fine types of questions, MedQuAD's types of questions and Dolly's
-categories of instructions, each named after its set; those with fewer than ten training rows, or without a test
-row, are left out. Test rows are at most twenty a label. ``train.jsonl`` and ``test.jsonl`` are written.
+categories of instructions, each named after its set; those with fewer than ten training rows, or without a
+test row, are left out. Test rows are at most twenty a label. ``train.jsonl`` and ``test.jsonl`` are written.
 """
 
 from __future__ import annotations
