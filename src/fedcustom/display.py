@@ -77,7 +77,8 @@ class Display:
         if self.quiet:
             return
         if remedies := in_words(recipe):
-            self._line(f"against label skew, {remedies}")
+            against = "against label skew, " if recipe.baseline == "federated" else ""
+            self._line(f"{against}{remedies}")
         if done:
             self._line(f"going on after round {done} of {recipe.rounds.count}")
         if self.console.is_terminal:

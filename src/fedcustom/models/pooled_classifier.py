@@ -107,7 +107,8 @@ class PooledClassifier(PreTrainedModel):
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: number for number, label in enumerate(labels)}
         with_pooling(config, pooling, normalize=normalize, skip=skip)
-        return cls.from_pretrained(encoder, config=config, **options)
+        model: PooledClassifier = cls.from_pretrained(encoder, config=config, **options)
+        return model
 
     @classmethod
     def from_pretrained(cls, name: Any, *arguments: Any, config: Any = None, **options: Any) -> Any:
