@@ -148,6 +148,7 @@ class HeadFit:
         self.names: frozenset[str] = frozenset()
         self.fitting: _Fit | None = None
         self.vectors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.read: dict[str, Tensor] = {}
         if self.rounds:
             self.layer, self.weight, self.bias = last_layer(tuned, base)
             self.names = frozenset({self.weight, self.bias})
@@ -165,7 +166,7 @@ class HeadFit:
         number = float(len(examples))
         if task.kind == FIT_HEAD:
             labels = torch.tensor([example.label for example in examples])
-            vectors = self.inputs(tokens)
+            vectors = self.read.pop(name) if name in self.read else self.inputs(tokens)
             self.vectors[name] = vectors, labels
             return Update(self.sums(vectors, labels), number)
         if name not in self.vectors:
@@ -187,6 +188,7 @@ class HeadFit:
     def forget(self) -> None:
         """Drop the clients' vectors: the model changes."""
         self.vectors.clear()
+        self.read.clear()
 
     def inputs(self, tokens: Sequence[TokenizedExample]) -> Tensor:
         """What goes into the head's last layer for each example in the model as it is, (examples, width)."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..aggregation.combine import Change, combine
@@ -204,6 +205,7 @@ class WeightTuning:
         """
         jobs: list[Job | Update | Exception] = []
         self._tokenize([client.data.train for _, client in pairs])
+        self._read_together([(task, client) for task, client in pairs if task.kind == FIT_HEAD])
         for task, client in pairs:
             try:
                 if self._fits_head(task):
@@ -268,6 +270,22 @@ class WeightTuning:
             raise UpdateError(f"the recipe has no task {task.kind!r} in round {number}")
         return asked
 
+    def _read_together(self, pairs: Sequence[tuple[Task, Client]]) -> None:
+        """Compute what the head is fitted to for several clients that have the same model, with passes over
+        all of their examples, since many clients have few.
+        """
+        same = {tuple(map(id, task.tensors.values())) for task, _ in pairs}
+        if len(pairs) < 2 or len(same) > 1 or self.ownership.personal or self.context.keeps != "nothing":
+            return
+        task = pairs[0][0]
+        if int(task.values["round"]) not in self.head_fit.rounds:
+            return
+        self.tuned.write(self.ownership.complete(without(task.tensors, CONTROL)))
+        tokens = [self.tokens(client.data.train) for _, client in pairs]
+        vectors = self.head_fit.inputs([row for rows in tokens for row in rows])
+        parts = torch.split(vectors, [len(rows) for rows in tokens])
+        self.head_fit.read = {client.name: part for (_, client), part in zip(pairs, parts, strict=True)}
+
     def _head_sums(self, task: Task, client: Client) -> Update:
         """What a client sends for the head to be fitted; where it keeps everything, it fits its own."""
         examples, memory = client.data.train, client.memory
@@ -275,8 +293,8 @@ class WeightTuning:
             raise DataError(f"client {client.name!r} has no examples to fit the head to")
         if task.kind != FIT_HEAD:
             return self.head_fit.work(task, client.name, examples, [])
-        own = self.ownership.complete(without(task.tensors, CONTROL), memory)
-        self.tuned.write(own)
+        if client.name not in self.head_fit.read:
+            self.tuned.write(self.ownership.complete(without(task.tensors, CONTROL), memory))
         update = self.head_fit.work(task, client.name, examples, self.tokens(examples))
         moments = part(memory.tensors, "moments/")
         moments = {
