@@ -10,7 +10,7 @@ import torch
 
 from fedcustom.errors import UpdateError
 from fedcustom.methods import UNFINISHED, Update
-from fedcustom.methods.head_fit import TEMPERATURES
+from fedcustom.methods.head_messages import TEMPERATURES
 from test_head_fit import LABELS, ROUND, WIDTH, asked
 from test_label_prior import skewed
 from test_methods import make

@@ -21,7 +21,8 @@ from ..training.label_prior import label_offset
 from ..training.local import LocalResult, learning_rate, schedule_factor
 from .contract import UNFINISHED, Answer, Client, Memory, State, Task, Update, Values
 from .corrections import CONTROL, Correction, make_correction
-from .head_fit import FIT_HEAD, HEAD_TASKS, LABEL_COUNTS, HeadFit, looked_at, output_names
+from .head_fit import LABEL_COUNTS, HeadFit, looked_at, output_names
+from .head_messages import FIT_HEAD, HEAD_TASKS
 from .local_training import Job, LocalTraining, batch_ranges
 from .merging import BASE_CHANGE, Arrival, Merging
 from .objective import Objective, Supervised
