@@ -65,8 +65,8 @@ class HeadFit:
 
     First each client sends sums: for each label the number of its examples and, where it has two or more
     (:data:`~.head_messages.LEAST`), sum x; and over those the triangular factor R of sum x x^T = R^T R, which
-    has no more rows than there are examples. They add up to a linear discriminant, whose covariance is shrunk by
-    :func:`~fedcustom.aggregation.discriminant.shrunk`, less the discriminant of the mean of all examples,
+    has no more rows than there are examples. They add up to a linear discriminant, whose covariance is shrunk
+    by :func:`~fedcustom.aggregation.discriminant.shrunk`, less the discriminant of the mean of all examples,
     which changes no prediction and keeps weights small. Then, in ``training.fit_head_steps`` further
     exchanges of the same round, clients send the loss of that head at several temperatures, and losses and
     gradients from which the server finds the logistic regression of all their examples
