@@ -107,6 +107,7 @@ class HeadFit:
         self.fitting: _Fit | None = None
         self.vectors: dict[str, tuple[Tensor, Tensor]] = {}
         self.read: dict[str, Tensor] = {}
+        self.steps: dict[str, int] = {}
         if self.rounds:
             self.layer, self.weight, self.bias = last_layer(tuned, base)
             self.names = frozenset({self.weight, self.bias})
@@ -119,16 +120,22 @@ class HeadFit:
         """A client's answer to one of :data:`HEAD_TASKS`; for the first the model holds the state.
 
         Raises:
-            UpdateError: its vectors are gone, since its process was started anew within the round.
+            UpdateError: its vectors are gone, since its process was started anew within the round; or more
+                steps are asked for than the recipe says.
         """
         number = float(len(examples))
         if task.kind == FIT_HEAD:
             labels = torch.tensor([example.label for example in examples])
             vectors = self.read.pop(name) if name in self.read else self.inputs(tokens)
-            self.vectors[name] = vectors, labels
+            self.vectors[name], self.steps[name] = (vectors, labels), 0
             return Update(self.sums(vectors, labels), number)
         if name not in self.vectors:
             raise UpdateError("the vectors of this round are gone: this client was started anew")
+        self.steps[name] += 1
+        if self.steps[name] > self.training.fit_head_steps + 1:
+            raise UpdateError(
+                f"more steps were asked for than training.fit_head_steps = {self.training.fit_head_steps}"
+            )
         vectors, labels = self.vectors[name]
         if len(labels) < LEAST:  # nothing of a single example
             vectors, labels = vectors[:0], labels[:0]
