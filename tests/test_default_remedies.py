@@ -62,6 +62,34 @@ def test_they_are_off_where_they_have_no_place(small: dict[str, Any], overrides:
     assert found(small, {"rounds.count": 6, **overrides}) == OFF
 
 
+@pytest.mark.parametrize("baseline", ["centralised", "local"])
+def test_baselines_have_the_fits_alone(small: dict[str, Any], baseline: str) -> None:
+    """So that they differ from a federated run in what is shared, and not in how the head comes about; there
+    is no skew between clients for logits to be adjusted by.
+    """
+    base = {"baseline": baseline, "rounds.count": 6}
+    assert found(small, base) == (0.0, [1, -1])
+    for off in ({"training.freeze_head_rounds": 1}, {"rounds.count": 4}, {"training.fit_head_rounds": []}):
+        assert found(small, {**base, **off}) == OFF
+    few = {"clients.partition": "iid", "clients.count": 10, "rounds.clients_per_round": 3}
+    assert found(small, {**base, **few}) == OFF  # as the federated run
+
+
+@pytest.mark.parametrize("said", [{}, {"training.fit_head_rounds": []}, {"training.logit_adjustment": 1.0}])
+def test_a_probe_is_a_fit_and_nothing_else(small: dict[str, Any], said: dict[str, Any]) -> None:
+    probe = {**small, "method": {"name": "probe"}}
+    for baseline in ("federated", "centralised", "local"):
+        complete = load_recipe(probe, {"baseline": baseline, **said}).complete()
+        training = complete.training
+        assert (training.logit_adjustment, training.fit_head_rounds) == (0.0, [1])
+        assert complete.rounds.count == 1
+        most = 100 if baseline == "federated" else None  # of clients whose number is not known yet
+        assert training.fit_head_clients == most
+        assert complete.settled(4).training.fit_head_clients is None
+    some = load_recipe(probe, {"training.fit_head_clients": 3}).complete().settled(9)
+    assert in_words(some) == "3 clients fit the head in round 1"
+
+
 def test_what_is_said_holds(small: dict[str, Any]) -> None:
     """And one of the two that is set turns the other off."""
     base = {"rounds.count": 6}

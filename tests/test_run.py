@@ -94,10 +94,11 @@ def test_the_summary_says_what_happened(small: dict[str, Any], tmp_path: Path) -
     gaps = [abs((right - confidence)[places == place].sum()) for place in range(15)]
     assert summary["metrics"]["calibration_error"] == pytest.approx(sum(gaps) / len(right), abs=1e-5)
     assert set(summary["clients"]) == {f"site-{i}" for i in range(4)}
-    for name in ("accuracy", "macro_f1", "loss"):
+    for name in ("accuracy", "macro_f1", "loss", "calibration_error"):
         values = [client[name] for client in summary["clients"].values()]
         assert summary["client_mean"][name] == pytest.approx(np.mean(values))
-        assert summary["worst_client"][name] == (max if name == "loss" else min)(values)
+        worst = max if name in ("loss", "calibration_error") else min
+        assert summary["worst_client"][name] == worst(values)
     rows = rows_of(run.directory)
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     best = max(rows[1:], key=lambda row: row["development"]["accuracy"])
