@@ -145,5 +145,5 @@ def test_no_more_steps_than_the_recipe_says(tiny: dict[str, str]) -> None:
     step = replace(first, kind="head gradient", tensors=point)
     for _ in range(3):  # the temperature, and two gradients
         method.check(step, method.work(step, client))
-    with pytest.raises(UpdateError, match="more steps were asked for than training.fit_head_steps = 2"):
+    with pytest.raises(UpdateError, match="more steps were asked for than"):
         method.work(step, client)
