@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+import fedcustom
 from fedcustom import load
 from fedcustom.cli import main
 from fedcustom.display import Display
+from fedcustom.errors import RunError
 from fedcustom.recipe import load_recipe, to_toml
 from fedcustom.terminal import command_line
 
@@ -112,19 +114,89 @@ def test_compare_runs_what_is_missing(command: Any, recipe_file: Path, tmp_path:
     first = command(*arguments)
     assert first.code == 0, first.error
     names = {str(path.parent.relative_to(out)) for path in out.rglob("summary.json")}
-    assert names == {f"{name}/seed-0" for name in ("prefix", "lora", "centralised-prefix", "local-prefix")}
-    for name in ("centralised prefix", "federated prefix", "federated lora", "local prefix"):
+    probes, methods = ("centralised-probe", "probe"), ("prefix", "lora", "centralised-prefix", "local-prefix")
+    assert names == {f"{name}/seed-0" for name in (*probes, *methods)}
+    begun = {path.parent.parent.name: path.stat().st_ctime_ns for path in out.rglob("summary.json")}
+    assert tuple(sorted(begun, key=lambda name: begun[name])[:2]) == probes  # they are there early
+    for name in (
+        *("centralised probe", "federated probe", "untuned"),
+        *("centralised prefix", "federated prefix", "federated lora", "local prefix"),
+    ):
         assert name in " ".join(first.out.split()).lower(), name
     assert (out / "report.html").exists()
     second = command(*arguments, "--seeds", "2")
-    assert second.error.count("nothing to do") == 4
-    assert len(list(out.rglob("summary.json"))) == 8
+    assert second.error.count("nothing to do") == 6
+    assert len(list(out.rglob("summary.json"))) == 12
+
+
+def test_the_probe_is_logistic_regression(
+    command: Any, small: dict[str, Any], recipe_file: Path, tmp_path: Path
+) -> None:
+    """Its rows are those of the probe run by itself, federated as accurate as centralised; a method that it
+    is named among is not run twice.
+    """
+    out = tmp_path / "compared"
+    assert command("compare", recipe_file, "--methods", "probe", "--out", out).code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["centralised-probe", "probe", "report.html"]
+    found = {
+        name: json.loads((out / name / "seed-0" / "summary.json").read_text())
+        for name in ("centralised-probe", "probe")
+    }
+    by_hand = fedcustom.run({**small, "method": {"name": "probe"}}, out=tmp_path / "alone")
+    assert found["probe"]["metrics"] == by_hand.summary["metrics"]
+    assert found["probe"]["rounds"] == found["centralised-probe"]["rounds"] == 1
+    accuracies = [summary["metrics"]["accuracy"] for summary in found.values()]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.051)  # 2 of 40 texts
+
+
+def test_where_there_is_no_probe(
+    command: Any, recipe_file: Path, tmp_path: Path, generation: dict[str, Any]
+) -> None:
+    arguments = ("compare", recipe_file, "--methods", "prefix", "--set", "rounds.count=1", "--out")
+    left_out = command(*arguments, tmp_path / "none", "--no-probe")
+    assert (left_out.code, "probe" in left_out.error) == (0, False)
+    assert [path.name for path in (tmp_path / "none").iterdir() if path.is_dir()] == ["prefix"]
+    robust = command(*arguments, tmp_path / "robust", "--set", "aggregation.rule=median")
+    assert robust.code == 0
+    reason = "no federated probe: needs aggregation.rule = 'mean' and aggregation.correction = 'none'"
+    assert reason in robust.error.splitlines()
+    assert {path.name for path in (tmp_path / "robust").iterdir()} == {
+        "prefix", "centralised-probe", "report.html",
+    }  # fmt: skip
+    texts = tmp_path / "texts.toml"
+    texts.write_text(to_toml(load_recipe({**generation, "rounds": {"count": 1}})))
+    copied = command("compare", texts, "--methods", "prefix", "--out", tmp_path / "texts")
+    assert (copied.code, "probe" in copied.error) == (0, False)
+    assert "copy" in [line.split()[0] for line in copied.out.splitlines() if line]
+
+
+def test_a_probe_that_fails_is_no_failure_of_the_others(
+    command: Any, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedcustom.experiments as experiments
+
+    plain = experiments.run_recipe
+
+    def failing(recipe: Any, *rest: Any, **more: Any) -> Any:
+        if recipe.method.name == "probe":
+            raise RunError("out of luck")
+        return plain(recipe, *rest, **more)
+
+    monkeypatch.setattr(experiments, "run_recipe", failing)
+    result = command(
+        "compare", recipe_file, "--methods", "prefix", "--set", "rounds.count=1", "--out", tmp_path / "out"
+    )
+    assert result.code == 0
+    assert "no centralised-probe, seed 0: out of luck" in result.error.splitlines()
+    assert "federated prefix" in result.out
 
 
 def test_compare_goes_on_past_a_method_that_fails(command: Any, recipe_file: Path, tmp_path: Path) -> None:
     with recipe_file.open("a") as file:
         file.write("\n[compare.soft_prompt.method]\nlength = 63\n")
-    result = command("compare", recipe_file, "--methods", "soft_prompt,prefix", "--out", tmp_path / "out")
+    result = command(
+        "compare", recipe_file, "--methods", "soft_prompt,prefix", "--no-probe", "--out", tmp_path / "out"
+    )
     assert result.code == 2
     assert "error: soft_prompt, seed 0: data.max_length = 24" in result.error
     assert "federated prefix" in result.out
@@ -175,7 +247,17 @@ def test_a_comparison_stopped_by_ctrl_c_says_its_whole_command(
     command: Any, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "compared"
-    options = ["--set", "method.length=5", "--methods", "prefix", "--seeds", "2", "--out", str(out)]
+    options = [
+        "--set",
+        "method.length=5",
+        "--methods",
+        "prefix",
+        "--seeds",
+        "2",
+        "--out",
+        str(out),
+        "--no-probe",
+    ]
     words = interrupted(command, monkeypatch, "compare", recipe_file, *options, "--quiet")
     assert words == ["fedcustom", "compare", str(recipe_file), *options]
     assert command(*words[1:]).code == 0

@@ -132,18 +132,25 @@ def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({}, "all clients fit the head in rounds 1, 5; logits are adjusted by each client's labels"),
+        (
+            {},
+            "all clients fit the head in rounds 1, 5, and it rests otherwise; logits are adjusted by each "
+            "client's labels",
+        ),
         (
             {"rounds.selection": "balanced"},
-            "all clients fit the head in rounds 1, 5; cohorts have nearly everybody's labels, and clients as "
-            "many batches as each other",
+            "all clients fit the head in rounds 1, 5, and it rests otherwise; cohorts have nearly "
+            "everybody's labels, and clients as many batches as each other",
         ),
-        ({"training.fit_head_rounds": [1]}, "all clients fit the head in round 1"),
+        (
+            {"training.fit_head_rounds": [1], "training.freeze_head_rounds": 0},
+            "all clients fit the head in round 1",
+        ),
         ({"training.logit_adjustment": 0.5}, "logits are adjusted by each client's labels"),
         ({"training.logit_adjustment": 0}, None),
         (
             {"baseline": "centralised", "rounds.selection": "balanced"},
-            "all clients fit the head in rounds 1, 5",
+            "all data fits the head in rounds 1, 5, and it rests otherwise",
         ),
         ({"baseline": "centralised", "training.fit_head_rounds": []}, None),
     ],
@@ -158,7 +165,7 @@ def test_progress_says_what_is_done_against_label_skew(small: dict[str, Any], qu
     written = StringIO()
     recipe = load_recipe(small, {"rounds.count": 5}).complete().settled(4)
     Display(Console(file=written, width=200), quiet=quiet).started(recipe, 0, Path())
-    said = "federated prefix: against label skew, all clients fit the head in rounds 1, 5; logits"
+    said = "federated prefix: against label skew, all clients fit the head in rounds 1, 5, and it rests"
     assert (said in written.getvalue()) != quiet
 
 
@@ -191,7 +198,7 @@ def test_of_very_many_clients_some_fit_the_head(
     assert (training.fit_head_rounds, training.fit_head_clients) == fits
     assert training.logit_adjustment == (1.0 if asked else 0.0)
     assert complete.rounds.selection == ("balanced" if asked is None else None)
-    said = f"{asked or 'all'} clients fit the head in rounds 1, {rounds}; "
+    said = f"{asked or 'all'} clients fit the head in rounds 1, {rounds}, and it rests otherwise; "
     assert asked == 0 or str(in_words(complete)).startswith(said)
     assert load_recipe(tomllib.loads(to_toml(complete))).complete() == complete
 
@@ -330,7 +337,10 @@ def test_heads_that_are_fitted_by_default_can_be(kind: str) -> None:
 def test_a_run_sends_in_training_what_it_sends_without_them(small: dict[str, Any], tmp_path: Path) -> None:
     """The bytes a client and round are those of rounds that train; the totals have all."""
     sent = {}
-    for name, more in (("on", {}), ("off", {"training.logit_adjustment": 0.0})):
+    for name, more in (
+        ("on", {"training.freeze_head_rounds": 0}),
+        ("off", {"training.logit_adjustment": 0.0}),
+    ):
         run = fedcustom.run(small, {"rounds.count": 5, **more}, out=tmp_path / name)
         sent[name] = run.summary["bytes"]
         rows = rows_of(tmp_path / name)[1:]
@@ -384,7 +394,7 @@ def test_natural_clients_are_balanced_while_all_of_them_tell_of_their_labels(sma
     assert (complete.rounds.selection, complete.training.logit_adjustment) == ("balanced", 0.0)
     assert (few.rounds.selection, few.training.logit_adjustment) == ("balanced", 0.0)
     assert (many.rounds.selection, many.training.logit_adjustment) == ("uniform", 1.0)
-    assert str(in_words(few)).startswith("all clients fit the head in rounds 1, 20; cohorts have nearly")
+    assert "in rounds 1, 20, and it rests otherwise; cohorts have nearly" in str(in_words(few))
     assert in_words(many) == (
         "300 clients fit the head in rounds 1, 20; logits are adjusted by each client's labels"
     )

@@ -358,6 +358,143 @@ def test_tables_and_page_from_results_alone(small: dict[str, Any], tmp_path: Pat
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
 
 
+# --- baselines beside the grid ---
+
+PROBES = ["centralised-probe", "federated-probe"]
+
+
+def test_added_baselines_are_one_for_all_cells_that_share_data(small: dict[str, Any], tmp_path: Path) -> None:
+    plain = opened(written(tmp_path, small))
+    before = {cell.name: cell.digest for cell in plain.cells()}
+    campaign = opened(written(tmp_path, small, baselines=PROBES))
+    assert {cell.name: cell.digest for cell in campaign.cells()} == before
+    cells, reasons = campaign.added()
+    assert reasons == []
+    assert [cell.name for cell in cells] == [
+        f"{name}--{partition}--seed-{seed}"
+        for partition in ("iid", "skewed")
+        for seed in (3, 5)
+        for name in PROBES
+    ]
+    recipes = {cell.name: cell.recipe for cell in cells}
+    one = recipes["centralised-probe--skewed--seed-5"]
+    assert (one.method.name, one.baseline, one.clients.alpha, one.seed) == ("probe", "centralised", 0.5, 5)
+    assert recipes["federated-probe--iid--seed-3"].baseline == "federated"
+    assert plain.added() == ([], [])
+    some = opened(written(tmp_path, small, baselines=PROBES), method="lora", partition="skewed", seed="5")
+    assert [cell.name for cell in some.added()[0]] == [f"{name}--skewed--seed-5" for name in PROBES]
+    alone = opened(written(tmp_path, small, baselines=PROBES, search=SEARCH), baseline="federated-probe")
+    assert [cell.name for cell in alone.added()[0]] == [
+        f"federated-probe--{partition}--seed-{seed}" for partition in ("iid", "skewed") for seed in (3, 5)
+    ]
+    assert (alone.cells(), alone.trials()) == ([], [])
+
+
+def test_what_decides_on_an_added_baseline(small: dict[str, Any], tmp_path: Path) -> None:
+    """An axis of the data or the model, by its points, a sweep or an override; a method's length does not."""
+    path = written(
+        tmp_path, small, baselines=PROBES[:1],
+        sweeps={
+            "length": {"setting": "method.length", "values": [2, 3]},
+            "rows": {"setting": "data.limit", "values": [40, 60]},
+        },
+        override=[{"match": {"training": "federated"}, "set": {"clients": {"count": 3}}}],
+        exclude=[{"method": "lora"}], seeds=[3],
+    )  # fmt: skip
+    names = {cell.name for cell in opened(path).added()[0]}
+    assert names == {
+        f"centralised-probe--{training}--{partition}--{rows}--seed-3"
+        for training in ("federated", "centralised") for partition in ("iid", "skewed") for rows in (40, 60)
+    }  # fmt: skip
+
+
+def test_an_experiment_with_added_baselines(
+    command: Any, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probes are run first, by the same rules as cells, and are rows of every table that they stand for."""
+    path = written(
+        tmp_path, small, baselines=PROBES, seeds=[3], exclude=[{"training": "centralised"}],
+        report={"columns": "method"}, search={**SEARCH, "per": []},
+    )  # fmt: skip
+    said: list[str] = []
+    assert opened(path, method="lora").run(1, said.append) == {}
+    ran = [line.split()[1] for line in said if line.startswith(tuple("123456")) and "--" in line]
+    assert [name.partition(":")[0] for name in ran[2:]] == [
+        *(f"{name}--{partition}--seed-3" for partition in ("iid", "skewed") for name in PROBES),
+        "federated--lora--iid--seed-3", "federated--lora--skewed--seed-3",
+    ]  # fmt: skip
+    results = {path.stem: read_result(path) for path in (tmp_path / "results").glob("*-3.json")}
+    probe = results["centralised-probe--skewed--seed-3"]
+    assert probe.points == {"baseline": "centralised-probe", "partition": "skewed"}
+    by_hand = fedcustom.run(
+        {**small, "clients": {"count": 4, "development_fraction": 0.2, "partition": "dirichlet",
+                              "alpha": 0.5},
+         "seed": 3, "method": {"name": "probe"}, "baseline": "centralised"},
+        out=tmp_path / "by-hand",
+    )  # fmt: skip
+    assert probe.metrics == by_hand.summary["metrics"]
+    assert probe.more["temperature"] == by_hand.summary["temperature"]
+
+    opened(path, method="lora").run(1, said.append)
+    assert said[-1] == "cells: 6, of which 6 are done"
+    folders = ("--runs", tmp_path / "runs", "--results", tmp_path / "results")
+    listed = command("experiment", path, "--list", *folders)
+    assert "cell federated-probe--iid--seed-3  done" in listed.out
+    again = shlex.split(probe.command)[2:]
+    assert again[1:] == ["--only=baseline=centralised-probe", "--only=partition=skewed", "--only=seed=3"]
+    assert command("experiment", *again, *folders).error.strip() == "cells: 1, of which 1 are done"
+    table = (tmp_path / "results" / "tables.md").read_text().split("### ")[1]
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines()}
+    accuracy = results["federated-probe--iid--seed-3"].metrics["accuracy"]
+    assert rows["iid, federated-probe"] == f"| iid, federated-probe | {accuracy:.3f} |"
+    lora = results["federated--lora--iid--seed-3"]
+    assert rows["iid, untuned"] == f"| iid, untuned | {lora.untuned['accuracy']:.3f} |"
+
+
+def test_where_no_baseline_can_be_added(
+    command: Any, small: dict[str, Any], generation: dict[str, Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    import fedcustom.experiments as experiments
+
+    monkeypatch.setattr(experiments, "has_linear_head", lambda model: False)
+    path = written(tmp_path, small, baselines=PROBES, seeds=[3])
+    lines = command("experiment", path, "--list").out.splitlines()
+    assert lines[0] == (
+        "no centralised-probe--iid: the model's classification head is not known to end in one linear layer"
+    )
+    assert [line.split(":")[0] for line in lines if line.startswith("no ")] == [
+        f"no {name}--{partition}" for partition in ("iid", "skewed") for name in PROBES
+    ]
+    texts = {**generation, "clients": {}}
+    assert opened(written(tmp_path, texts, baselines=PROBES)).added() == ([], [])
+
+
+def test_tables_with_baselines(small: dict[str, Any], tmp_path: Path) -> None:
+    """A probe stands in the column of its partition; what is untuned is the mean over the column's runs."""
+    path = written(
+        tmp_path, small, baselines=PROBES,
+        report={"rows": ["method"], "columns": "partition",
+                "reference": {"method": "prefix"}},
+    )  # fmt: skip
+    calibrated = {"accuracy": 0.8, "calibration_error": 0.04}
+    results = [
+        made_up("prefix", "iid", 0, 0.8, metrics=calibrated, untuned={"accuracy": 0.1}),
+        made_up("lora", "iid", 0, 0.7, untuned={"accuracy": 0.3}),
+        made_up("lora", "skewed", 0, 0.6, untuned={"accuracy": 0.5}),
+        made_up("", "", 0, 0.9, points={"baseline": "federated-probe", "partition": "iid"}),
+    ]
+    settings = opened(path).settings
+    tables = {table.heading: table.rows for table in score_tables(settings, grouped(results))}
+    assert tables["Training federated: accuracy".replace("T", "t", 1)] == [
+        ["prefix", "0.800", "–"], ["lora", "0.700", "0.600"], ["federated-probe", "0.900", "–"],
+        ["untuned", "0.200", "0.500"],
+    ]  # fmt: skip
+    assert tables["training federated: ECE"][0] == ["prefix", "0.040", "–"]
+    costs = {row[0]: row for row in cost_table(settings, grouped(results)).rows}
+    assert costs["federated-probe, iid"][-1] == "–"
+
+
 # --- bad input ---
 
 
@@ -392,6 +529,10 @@ def test_tables_and_page_from_results_alone(small: dict[str, Any], tmp_path: Pat
         ({"search": {"rates": {"prefix": [1.0], "lora": [1.0]},
                      "instead": [{"match": {"method": "lora"}, "rates": {}}]}},
          "instead 1: no rates are given"),
+        ({"baselines": ["probe"]}, "baselines.0: must be 'centralised-probe' or 'federated-probe'"),
+        ({"baselines": ["federated-probe"] * 2}, "baselines = .*: must be different"),
+        ({"baselines": ["federated-probe"], "sweeps": {"baseline": {"setting": "seed", "values": [1]}}},
+         "axes.baseline: with baselines that is an axis already"),
         ({"report": {"columns": "alpha"}}, "report: there is no axis 'alpha'"),
         ({"report": {"columns": "method", "rows": ["method"]}}, "report.rows: 'method' is the axis of the"),
         ({"base": {"traning": {}}}, "cell federated--prefix--iid: traning: unknown setting"),
@@ -442,6 +583,7 @@ def test_bad_arguments(command: Any, small: dict[str, Any], tmp_path: Path) -> N
         ("method", "write axis=point"),
         ("metod=prefix", "there is no axis 'metod'"),
         ("seed=4", "axis 'seed' has no point '4'"),
+        ("baseline=federated-probe", "there is no axis 'baseline'"),
     ):
         result = command("experiment", path, "--list", "--only", only)
         assert (result.code, message in result.error) == (2, True), result.error

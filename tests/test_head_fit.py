@@ -20,7 +20,8 @@ from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.data.examples import ClientData, Example
 from fedcustom.errors import RecipeError, UpdateError
 from fedcustom.methods import UNFINISHED, Answer, Client, State, Task, Update, WeightTuning, client_labels
-from fedcustom.methods.head_fit import LEAST, HeadFit, Sums
+from fedcustom.methods.head_fit import HeadFit
+from fedcustom.methods.head_messages import LEAST, Sums
 from test_cohort import distance
 from test_label_prior import skewed
 from test_methods import classification_examples, make

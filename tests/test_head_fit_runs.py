@@ -15,7 +15,8 @@ from fedcustom.directory import Checkpoints
 from fedcustom.errors import RecipeError, RunError
 from fedcustom.evaluator import Evaluator
 from fedcustom.methods import State
-from fedcustom.methods.head_fit import TEMPERATURES, HeadFit
+from fedcustom.methods.head_fit import HeadFit
+from fedcustom.methods.head_messages import TEMPERATURES
 from fedcustom.progress import Silent
 from fedcustom.recipe import load_recipe
 from fedcustom.tensors import Tensors, equal

@@ -10,7 +10,7 @@ import torch
 
 from fedcustom.errors import UpdateError
 from fedcustom.methods import UNFINISHED, Update
-from fedcustom.methods.head_fit import TEMPERATURES
+from fedcustom.methods.head_messages import TEMPERATURES
 from test_head_fit import LABELS, ROUND, WIDTH, asked
 from test_label_prior import skewed
 from test_methods import make
@@ -133,3 +133,17 @@ def test_only_what_the_recipe_asks_for_is_answered(tiny: dict[str, str]) -> None
             method.work(task, client)
         (answer,) = method.work_together([(task, client)])
         assert isinstance(answer, UpdateError)
+
+
+def test_no_more_steps_than_the_recipe_says(tiny: dict[str, str]) -> None:
+    """A server that asks on and on learns no more than the recipe tells."""
+    method = make(tiny["bert"], "bitfit", training={**ROUND, "fit_head_steps": 2})
+    client = skewed()["c"]
+    first = method.ask(method.start(), 1, {"c": {"epochs": 1}})["c"]
+    method.work(first, client)
+    point = {"head_point": torch.zeros(LABELS, WIDTH + 1)}
+    step = replace(first, kind="head gradient", tensors=point)
+    for _ in range(3):  # the temperature, and two gradients
+        method.check(step, method.work(step, client))
+    with pytest.raises(UpdateError, match="more steps were asked for than"):
+        method.work(step, client)

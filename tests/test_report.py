@@ -508,8 +508,8 @@ def test_terminal_table(tmp_path: Path) -> None:
     assert max(len(line.rstrip()) for line in lines) <= 110
     names = [line.split("  ")[0] for line in lines[2:-1]]
     assert names[0] == "centralised prefix"
-    assert names[-1] == "local prefix"
-    assert set(names[1:-1]) == {f"federated {method}" for method in METHODS}
+    assert names[-2:] == ["local prefix", "untuned"]
+    assert set(names[1:-2]) == {f"federated {method}" for method in METHODS}
     assert "±" in lines[2]
 
 

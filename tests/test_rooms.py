@@ -24,6 +24,7 @@ ROOMS = [
     {"deployment"},
     {"api", "library"},
     {"driver"},
+    {"rate_search"},
     {"federation", "site"},
     {"assembly", "outline", "summary", "frames"},
     {"evaluator", "schedule", "progress"},

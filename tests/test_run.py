@@ -87,6 +87,12 @@ def test_the_summary_says_what_happened(small: dict[str, Any], tmp_path: Path) -
     assert summary["trainable_parameters"] == 2 * 2 * 32 * 4
     assert summary["head_parameters"] == 3 * 33
     assert set(summary["metrics"]) == {"accuracy", "macro_f1", "loss", "calibration_error"}
+    predictions = [json.loads(line) for line in (run.directory / "predictions.jsonl").open()]
+    confidence = np.array([line["probability"] for line in predictions])
+    right = np.array([line["label"] == line["prediction"] for line in predictions])
+    places = np.digitize(confidence, np.arange(1, 15) / 15, right=True)
+    gaps = [abs((right - confidence)[places == place].sum()) for place in range(15)]
+    assert summary["metrics"]["calibration_error"] == pytest.approx(sum(gaps) / len(right), abs=1e-5)
     assert set(summary["clients"]) == {f"site-{i}" for i in range(4)}
     for name in ("accuracy", "macro_f1", "loss", "calibration_error"):
         values = [client[name] for client in summary["clients"].values()]

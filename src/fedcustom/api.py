@@ -20,9 +20,10 @@ from .files import read_json, write_folder
 from .frames import client_frame, round_frame
 from .methods import Method, State
 from .methods.model_card import bundle
+from .methods.peft_support import leave_out_virtual_tokens
 from .models.load import load_base
 from .progress import Progress
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, read_toml
 
 Source = str | Path | Mapping[str, Any] | Recipe
 
@@ -42,6 +43,16 @@ class Run:
             raise RunError(f"{self.directory}: the run is not finished; go on with fedcustom run --resume")
         self.recipe: Recipe = load_recipe(self.directory / "recipe.toml")
         self.summary: dict[str, Any] = read_json(self.directory / "summary.json")
+        if "pooling" not in read_toml(self.directory / "recipe.toml").get("model", {}):
+            self._refuse_unpooled()
+
+    def _refuse_unpooled(self) -> None:
+        """A classifier from before ``model.pooling`` read another vector than one that is built now."""
+        if self.recipe.complete().model != self.recipe.model:
+            raise RunError(
+                f"{self.directory}: was made before classifiers pooled their encoder's states "
+                "(model.pooling); run its recipe again"
+            )
 
     def __repr__(self) -> str:
         metrics = ", ".join(f"{name} {value:.3f}" for name, value in self.summary["metrics"].items())
@@ -93,6 +104,9 @@ class Run:
             base = load_base(
                 self.recipe.model, self._task, self.recipe.seed, head=self.recipe.method.with_head
             )
+            adapter = read_json(self.directory / "model" / "adapter_config.json")
+            if adapter["peft_type"] == "PROMPT_TUNING":
+                leave_out_virtual_tokens(base.model, adapter["num_virtual_tokens"])
             return PeftModel.from_pretrained(base.model, folder).eval()
         settings = self.recipe.model
         if (self.directory / "model" / "config.json").exists():  # else the method leaves the weights alone

@@ -91,29 +91,41 @@ def compare(
         int, typer.Option(min=1, help="Runs of each, with seeds counting up from the recipe's")
     ] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs (default: runs/<recipe>)")] = None,
+    no_probe: Annotated[
+        bool,
+        typer.Option("--no-probe", help="Leave out the probe, which every classifier should beat"),
+    ] = False,
     overrides: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
-    """Compare methods and baselines on one recipe; finished runs are not run again."""
-    from .experiments import comparison_cells, run_cells
+    """Compare methods and baselines on one recipe; finished runs are not run again. Classifiers are held
+    against a probe: logistic regression on the frozen model's vectors.
+    """
+    from .experiments import comparison_cells, run_cells, with_probes
     from .recipe import load_recipe
     from .report import comparison_table, write_report
 
     folder = out or Path("runs") / recipe.stem
+    checked, reasons = load_recipe(recipe, overrides or []), list[str]()
     cells = comparison_cells(
-        load_recipe(recipe, overrides or []),
+        checked,
         folder,
         _names(methods),
         _names(baselines),
         seeds,
         baseline_methods=_names(baseline_methods) or None,
     )
+    if not no_probe:
+        cells, reasons = with_probes(checked, folder, seeds, cells)
+    for reason in reasons:
+        _note(reason)
     options = {
         "--methods": methods if methods != COMPARED else None,
         "--baselines": baselines or None,
         "--baseline-methods": baseline_methods or None,
         "--seeds": seeds if seeds != 1 else None,
         "--out": out,
+        "--no-probe": no_probe,
     }
     with display(command_line("compare", recipe, overrides=overrides, options=options), quiet) as make:
         failed = run_cells(cells, lambda cell: make(cell.name))
@@ -122,6 +134,8 @@ def compare(
         page = write_report([folder], folder / "report.html")
         out_console.print(comparison_table(finished))
         out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    for name in [cell.name for cell in cells if cell.added and cell.name in failed]:
+        _note(f"no {name}: {failed.pop(name)}")
     for name, error in failed.items():
         err_console.print(
             f"error: {name}: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True

@@ -77,7 +77,8 @@ class Display:
         if self.quiet:
             return
         if remedies := in_words(recipe):
-            self._line(f"against label skew, {remedies}")
+            against = "against label skew, " if recipe.baseline == "federated" else ""
+            self._line(f"{against}{remedies}")
         if done:
             self._line(f"going on after round {done} of {recipe.rounds.count}")
         if self.console.is_terminal:
@@ -208,6 +209,8 @@ def asked(recipe: Recipe, outline: Outline) -> str:
     parts = [f"{_clients(outline.clients)}{examples}", f"{rounds} {whose}"]
     if outline.total is not None:
         each = f"{size(outline.down or 0)} down and {size(outline.up or 0)} up a client and round"
+        if not (outline.down or outline.up):
+            each = "no round trains"
         fits = f", {size(outline.fitting)} of them to fit the head" if outline.fitting else ""
         parts += [each, f"about {size(outline.total)} in all{fits}"]
     return "; ".join(parts)

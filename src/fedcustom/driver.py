@@ -14,15 +14,18 @@ from typing import Any
 from . import environment
 from .directory import Checkpoint, Checkpoints, History, Row
 from .errors import RunError
+from .evaluation.degenerate import in_words
 from .evaluation.metrics import Metrics, is_better
 from .federation import Federation, Gather, Memories, has_one_model, simulate
 from .files import held, holder, read_json, write_folder, write_json, write_text
 from .methods import UNFINISHED, Answer, AsksClients, ScalesLogits, State, Task, client_labels
+from .methods.tuning import RATE_FACTOR
 from .models.load import Base
 from .outline import outline
 from .progress import Progress, Silent
+from .rate_search import search_rate
 from .recipe import Recipe, load_recipe, to_toml
-from .schedule import Assignment, last_uses, plan_rounds
+from .schedule import Assignment, Plan, last_uses, plan_rounds
 from .summary import summarise
 from .training.local import schedule_factor
 from .transport.reply import Reply
@@ -154,6 +157,8 @@ class _Driver:
         if done == 0:
             self._note_untuned(state)
         for number in range(done + 1, recipe.rounds.count + 1):
+            if recipe.training.search_rates and RATE_FACTOR not in state.values and number not in fits:
+                states[number - 1] = state = self._with_found_rate(state, number, plan, parties)
             state = self._round(number, plan[number - 1], states, parties)
             if number in fits and number < recipe.rounds.count:  # clients told of their labels
                 self.progress.phase("planning the rounds")
@@ -174,9 +179,27 @@ class _Driver:
         del state
         summary = self._finish(parties, time.perf_counter() - started)
         self.progress.finished(summary)
+        if said := in_words(summary.get("degenerate", {})):
+            self._warn(said)
         return summary
 
     # --- rounds ---
+
+    def _with_found_rate(self, state: State, number: int, plan: Plan, parties: Federation) -> State:
+        """The state with the learning rate that a search finds, which is written to ``search.json``."""
+        found = search_rate(self.recipe, state, plan, number, parties, lambda text: self._phase(number, text))
+        write_json(self.directory / "search.json", found.described())
+        trials = ", ".join(
+            f"{t.learning_rate:g}: {'failed' if t.score is None else f'{t.score:.4f}'} after {t.rounds}"
+            for t in found.trials
+        )
+        self.progress.note(
+            f"learning rate {found.learning_rate:g} of {trials} rounds ({self.recipe.metric} on the "
+            f"development split; {found.bytes_up + found.bytes_down:,} bytes, {found.seconds:.0f} s)"
+        )
+        usual = self.recipe.training.learning_rate
+        assert isinstance(usual, float)
+        return replace(state, values={**state.values, RATE_FACTOR: found.learning_rate / usual})
 
     def _earlier(self, state: State, done: int, uses: Mapping[int, int], origin: State) -> dict[int, State]:
         """The states, by round, that clients of later rounds start from."""
@@ -286,7 +309,9 @@ class _Driver:
     ) -> Iterator[Answer]:
         """The sound answers, one by one; the others are noted with a warning that names the client."""
         exponent, kind = self.recipe.participation.staleness_exponent, self._kind(number)
-        for done, reply in enumerate(replies, start=1):
+        done = 0
+        for reply in replies:  # enumerate would hold on to each until the next one is there
+            done += 1
             self._phase(number, kind, done, len(cohort))
             noted.seconds += reply.seconds
             noted.bytes_down[reply.client] = noted.bytes_down.get(reply.client, 0) + reply.bytes_down
@@ -321,7 +346,7 @@ class _Driver:
             "answered": noted.answered,
             "left_out": noted.left_out,
             "late": {name: number - 1 - a.since for name, a in cohort.items() if a.since < number - 1},
-            "learning_rate": (recipe.training.learning_rate or 0.0) * factor,
+            "learning_rate": self._rate() * factor,
             "train_loss": sum(n * loss for loss, n in noted.losses) / max(1, examples)
             if noted.losses
             else None,
@@ -336,6 +361,14 @@ class _Driver:
                 "aggregate": round(seconds - training, 4),
             },
         }
+
+    def _rate(self) -> float:
+        """The client's learning rate before the schedule; 0 where nothing is trained by steps."""
+        file = self.directory / "search.json"
+        if self.recipe.training.search_rates and file.exists():
+            return float(read_json(file)["learning_rate"])
+        rate = self.recipe.training.learning_rate
+        return rate if isinstance(rate, float) else 0.0
 
     def _kind(self, number: int) -> str:
         """What clients do in a round, in a word or two."""
@@ -359,7 +392,7 @@ class _Driver:
         self.history.append(row)
         self.progress.round(row)
 
-    def _warn(self, text: str, detail: str) -> None:
+    def _warn(self, text: str, detail: str = "") -> None:
         self.progress.note(text)
         with (self.directory / "warnings.log").open("a", encoding="utf-8") as file:
             file.write(f"{_now()} {text}\n{detail}")
@@ -447,6 +480,7 @@ class _Driver:
             elapsed=elapsed,
             finishing=finishing,
             temperature=None if scale is None else 1 / scale,
+            search=read_json(file) if (file := self.directory / "search.json").exists() else None,
             a_query=method.bytes_a_query() if isinstance(method, AsksClients) else None,
         )
         write_json(self.directory / "summary.json", summary)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from .data.examples import Example, FederatedData
+from .data.examples import Example, FederatedData, LearningTask
 from .evaluation.calibration import best_scale, tempered_losses
-from .evaluation.metrics import Metrics, client_mean, worst_client
+from .evaluation.degenerate import degenerate_shares
+from .evaluation.metrics import Metrics, client_mean, text_metrics, worst_client
 from .methods import Method, State
 from .models.inference import Predictions, measure
 from .models.load import Base
@@ -26,7 +27,9 @@ class Result:
     """The final evaluation of a run.
 
     ``personalised`` is that of the clients' own versions on their own test parts, where they have such;
-    ``probes`` that on further test sets, by kind and name.
+    ``probes`` that on further test sets, by kind and name. Of a generator, ``copy`` is the quality of the
+    prompts as outputs, and ``degenerate`` has the shares of outputs that are degenerate, by kind
+    (:mod:`.evaluation.degenerate`).
     """
 
     metrics: Metrics
@@ -36,6 +39,8 @@ class Result:
     predictions: Predictions | None
     personalised: dict[str, Metrics] = field(default_factory=dict)
     probes: dict[str, dict[str, Metrics]] = field(default_factory=dict)
+    copy: Metrics = field(default_factory=dict)
+    degenerate: dict[str, float] = field(default_factory=dict)
 
     def prediction_lines(self, data: FederatedData) -> Iterator[str]:
         """The lines of ``predictions.jsonl``."""
@@ -67,6 +72,21 @@ class Result:
                     "prediction": texts[number],
                 }
             yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def with_references(result: Result, task: LearningTask, examples: Sequence[Example]) -> Result:
+    """The result with what a generator's outputs are held against: the quality of copies of the prompts, and
+    how many outputs are degenerate. ``examples`` are the test split.
+    """
+    if task.kind != "generation" or not examples:
+        return result
+    wanted = [example.references for example in examples]
+    texts = result.predictions.texts if result.predictions is not None else None
+    return replace(
+        result,
+        copy=text_metrics([example.text.strip() for example in examples], wanted),
+        degenerate=degenerate_shares(texts, wanted) if texts else {},
+    )
 
 
 class Evaluator:
@@ -122,7 +142,8 @@ class Evaluator:
             kind: {name: self._probe(state, examples) for name, examples in sets.items()}
             for kind, sets in self.probes.items()
         }
-        return replace(self._final(state), probes=probes)
+        result = replace(self._final(state), probes=probes)
+        return with_references(result, self.data.task, self.data.test)
 
     def _probe(self, state: State, examples: list[Example]) -> Metrics:
         """Quality on a further test set; where clients have their own models, the mean over them."""

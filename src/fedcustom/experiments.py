@@ -7,21 +7,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .aggregation.settings import AggregationSettings
 from .driver import run_recipe
 from .errors import FedcustomError, RecipeError, nearest
+from .models.load import has_linear_head
 from .progress import Progress
 from .recipe import Baseline, Recipe
+from .remedies import why_no_head_fit
 
 BASELINES: tuple[Baseline, ...] = ("centralised", "local")
+PROBE = "probe"
+PROBED: tuple[Baseline, ...] = ("centralised", "federated")
+"""How the probe is run beside other methods."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison: its name, its recipe and its directory."""
+    """One run of a comparison: its name, its recipe and its directory. Nobody asked for one that is
+    ``added``: if it fails, that is no failure of the comparison.
+    """
 
     name: str
     recipe: Recipe
     directory: Path
+    added: bool = False
 
 
 def comparison_cells(
@@ -62,6 +71,46 @@ def comparison_cells(
             exact = chosen.model_copy(update={"baseline": baseline, "seed": seed})
             cells.append(Cell(f"{name}, seed {seed}", exact, out / name / f"seed-{seed}"))
     return cells
+
+
+def with_probes(recipe: Recipe, out: Path, seeds: int, cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
+    """The cells of a comparison behind those of the probe, centralised and federated, once a seed, unless
+    they are among them; and why some probe is not possible, one line each.
+
+    For what is no classification there is none, and nothing is said.
+    """
+    if recipe.data.task != "classification":
+        return list(cells), []
+    there, added, reasons = {cell.directory for cell in cells}, list[Cell](), list[str]()
+    for baseline in PROBED:
+        name = PROBE if baseline == "federated" else f"{baseline}-{PROBE}"
+        try:
+            probe = probe_of(recipe, baseline)
+        except RecipeError as error:
+            reasons.append(f"no {baseline} probe: {error}")
+            continue
+        for seed in range(recipe.seed, recipe.seed + seeds):
+            directory = out / name / f"seed-{seed}"
+            if directory not in there:
+                exact = probe.model_copy(update={"seed": seed})
+                added.append(Cell(f"{name}, seed {seed}", exact, directory, added=True))
+    return [*added, *cells], reasons
+
+
+def probe_of(recipe: Recipe, baseline: Baseline) -> Recipe:
+    """The recipe with the probe as its method, which the other methods have to beat.
+
+    Raises:
+        RecipeError: it is not possible; the message says why.
+    """
+    if not has_linear_head(recipe.model):
+        raise RecipeError("the model's classification head is not known to end in one linear layer")
+    probe = recipe.for_method(PROBE, baseline)
+    if baseline != "federated":  # one client has all data: nothing is merged
+        probe = probe.model_copy(update={"aggregation": AggregationSettings()})
+    if reason := why_no_head_fit(probe):
+        raise RecipeError(reason)
+    return probe
 
 
 def run_cells(cells: Sequence[Cell], progress_for: Callable[[Cell], Progress]) -> dict[str, FedcustomError]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .data.examples import FederatedData
 from .methods.contract import Memory, Method, State, Task, Update, Values
-from .methods.head_fit import HEAD_GRADIENT, LEAST, POINT, SCALE_HEAD, TEMPERATURES, HeadFit
+from .methods.head_fit import HeadFit
+from .methods.head_messages import HEAD_GRADIENT, LEAST, POINT, SCALE_HEAD, TEMPERATURES
 from .methods.tuning import WeightTuning
 from .progress import Outline
 from .recipe import Recipe

@@ -17,6 +17,7 @@ from .evaluation.metrics import CLASSIFICATION_METRICS, RETRIEVAL_METRICS
 from .evaluation.settings import EvaluationSettings
 from .methods import METHODS, MethodSettings
 from .methods.prefix import PrefixSettings
+from .methods.settings import TuningSettings
 from .models.load import pooling_of
 from .models.settings import ModelSettings
 from .recipe_sections import PersonalisationSettings, RoundSettings
@@ -38,6 +39,9 @@ SELECTION_METRICS: dict[TaskKind, tuple[str, ...]] = {
 """By what the best round can be chosen."""
 
 DEFAULT_METRIC: dict[TaskKind, str] = {"classification": "accuracy", "generation": "loss", "retrieval": "mrr"}
+
+SEARCHED = (0.3, 1.0, 3.0, 10.0)
+"""What of a method's default learning rate ``training.learning_rate = "auto"`` tries."""
 
 FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation")
 """Sections that a baseline leaves at their defaults."""
@@ -107,6 +111,7 @@ class Recipe(Settings):
                 f"must be below rounds.count = {self.rounds.count}"
             )
         self._check_training()
+        self._check_search()
         self._check_correction()
         self._check_federated()
         self.method.check_sections(self.baseline, dict(self))
@@ -136,7 +141,8 @@ class Recipe(Settings):
             for key in ("logit_adjustment", "freeze_head_rounds", "fit_head_rounds"):
                 if getattr(training, key):
                     raise ValueError(f"training.{key} = {getattr(training, key)!r}: needs labels and a head")
-        if training.freeze_head_rounds >= self.rounds.count and not training.fit_head_rounds:
+        frozen = training.freeze_head_rounds or 0
+        if frozen >= self.rounds.count and not training.fit_head_rounds:
             raise ValueError(
                 f"training.freeze_head_rounds = {training.freeze_head_rounds}: "
                 f"must be below rounds.count = {self.rounds.count}, or the head fitted (fit_head_rounds)"
@@ -150,6 +156,17 @@ class Recipe(Settings):
             raise ValueError(
                 f"training.prior_count = {training.prior_count}: has no effect without logit_adjustment"
             )
+
+    def _check_search(self) -> None:
+        """What a search of learning rates needs."""
+        training = self.training
+        if not training.search_rates and training.learning_rate != "auto":
+            return
+        where = "learning_rate = 'auto'" if training.learning_rate == "auto" else "search_rates"
+        if not isinstance(self.method, TuningSettings):
+            raise ValueError(f"training.{where}: method {self.method.name!r} trains no tensors by steps")
+        if self.participation.buffer is not None:
+            raise ValueError(f"training.{where}: does not go with participation.buffer")
 
     def _check_head_fit(self) -> None:
         """When a head is fitted, and what that goes with."""
@@ -220,8 +237,12 @@ class Recipe(Settings):
         changed: dict[str, Any] = {}
         if "training" not in self.method.not_for:
             filled = dict(remedies.training)
-            if self.training.learning_rate is None:
-                filled["learning_rate"] = getattr(self.method, "default_learning_rate", None)
+            default = getattr(self.method, "default_learning_rate", None)
+            if self.training.learning_rate in (None, "auto"):
+                filled["learning_rate"] = default
+            if self.training.learning_rate == "auto" and default and not only_fits(self):
+                tried = [float(f"{factor * default:.3g}") for factor in SEARCHED]
+                filled["search_rates"] = self.training.search_rates or tried
             if filled:
                 changed["training"] = self.training.model_copy(update=filled)
         if only_fits(self):
@@ -277,7 +298,9 @@ class Recipe(Settings):
         if name != self.method.name:
             values["method"] = {"name": name}
             # A rate that suits one method does not suit another.
-            values["training"]["learning_rate"] = None
+            if values["training"]["learning_rate"] != "auto":
+                values["training"]["learning_rate"] = None
+            values["training"]["search_rates"] = None
             values["training"]["head_learning_rate"] = None
         if name != self.method.name:
             for key in METHODS[name].not_for:

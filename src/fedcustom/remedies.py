@@ -99,6 +99,9 @@ def remedies_of(recipe: Sections) -> Remedies:
             filled["prior_count"] = 1.0  # which has no effect then
     if training.fit_head_rounds is None:
         filled["fit_head_rounds"] = [1, -1] if default else []
+    if training.freeze_head_rounds is None:  # what was fitted before training is not to drift
+        before = 1 in (filled.get("fit_head_rounds") or training.fit_head_rounds or ())
+        filled["freeze_head_rounds"] = recipe.rounds.count if before else 0
     return Remedies(filled, selection)
 
 
@@ -139,8 +142,11 @@ def in_words(recipe: Sections) -> str | None:
     parts = []
     if fits := sorted(training.rounds_of_head_fits(last)):
         named = f"round {fits[0]}" if len(fits) == 1 else f"rounds {', '.join(map(str, fits))}"
-        who = f"{training.fit_head_clients} clients" if training.fit_head_clients else "all clients"
-        parts.append(f"{who} fit the head in {named}")
+        who = f"{training.fit_head_clients} clients fit" if training.fit_head_clients else "all clients fit"
+        if recipe.baseline == "centralised":
+            who = "all data fits"
+        rests = (training.freeze_head_rounds or 0) >= last > len(fits)
+        parts.append(f"{who} the head in {named}{', and it rests otherwise' if rests else ''}")
     if recipe.baseline == "federated" and recipe.rounds.selection == "balanced":
         parts.append("cohorts have nearly everybody's labels, and clients as many batches as each other")
     if training.logit_adjustment:

@@ -28,6 +28,7 @@ def summarise(
     elapsed: float,
     finishing: float,
     temperature: float | None,
+    search: Mapping[str, Any] | None = None,
     a_query: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``.
@@ -54,6 +55,8 @@ def summarise(
         "client_count": len(data.clients),
         "metrics": result.metrics,
         "untuned": dict(untuned),
+        **({"copy": result.copy} if result.copy else {}),
+        **({"degenerate": result.degenerate} if result.degenerate else {}),
         "temperature": temperature,
         "client_mean": result.client_mean,
         "worst_client": result.worst_client,
@@ -62,8 +65,9 @@ def summarise(
         **_probed(result.probes),
         "trainable_parameters": sizes[0],
         "head_parameters": sizes[1],
+        **({"search": dict(search)} if search else {}),
         "bytes": {
-            **_bytes(trained, recipe.training.rounds_of_head_fits(recipe.rounds.count)),
+            **_bytes(trained, recipe.training.rounds_of_head_fits(recipe.rounds.count), search or {}),
             **_a_query(a_query if recipe.baseline == "federated" else None),
         },
         "seconds": {
@@ -74,13 +78,16 @@ def summarise(
     }
 
 
-def _bytes(rows: Sequence[Row], fits: Collection[int]) -> dict[str, int]:
-    """Bytes a client and round (means over the rounds that train, rounded to whole bytes) and in total."""
+def _bytes(rows: Sequence[Row], fits: Collection[int], search: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes a client and round (means over the rounds that train, rounded to whole bytes) and in total, with
+    those of a search of learning rates.
+    """
     found = {}
     for way in ("up", "down"):
         training = [n for row in rows if row["round"] not in fits for n in row[f"bytes_{way}"].values()]
         found[f"{way}_per_client_round"] = round(sum(training) / len(training)) if training else 0
         found[f"{way}_total"] = sum(sum(row[f"bytes_{way}"].values()) for row in rows)
+        found[f"{way}_total"] += int(search.get(f"bytes_{way}", 0))
     return found
 
 

@@ -9,7 +9,7 @@ from ..errors import DeploymentError
 from ..evaluation.calibration import best_scale, tempered_losses
 from ..evaluation.metrics import Metrics, client_mean, worst_client
 from ..evaluation.statistics import Statistics, pooled_metrics, pooled_scale
-from ..evaluator import Result
+from ..evaluator import Result, with_references
 from ..methods import Method, State
 from ..models.inference import measure
 from ..models.load import Base
@@ -63,7 +63,8 @@ class RemoteEvaluation:
             }
             for name, values in whole.items()
         }
-        return Result(metrics, described, client_mean(whole), worst_client(whole), predictions, own)
+        result = Result(metrics, described, client_mean(whole), worst_client(whole), predictions, own)
+        return with_references(result, self.data.task, self.data.test)
 
     def _here(self, state: State, examples: list[Example], *, texts: bool) -> Metrics:
         return measure(self.method.predict(state, examples, texts=texts), examples, self.base)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn import functional
 
 BINS = 15
 """Bins of equal width in which confidence is compared with accuracy."""
@@ -19,33 +17,40 @@ SCALES = tuple(10 ** (step / 20 - 1) for step in range(41))
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def reliability(logits: Array, labels: Sequence[int]) -> list[list[float]]:
-    """Of logits (examples, labels), for each of :data:`BINS` bins of the highest probability: how many
-    examples it has, the sum of these probabilities, and how many of them were right. These add up over
+def binned(confidence: Array, right: Array) -> list[list[float]]:
+    """For each of :data:`BINS` bins of confidence (0 to 1; a bin leaves out its lower edge, but for 0): how
+    many examples it has, the sum of their confidences, and how many of them were ``right``. These add up over
     clients.
     """
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    confidence = odds.max(axis=1) / odds.sum(axis=1)
-    right = logits.argmax(axis=1) == np.asarray(labels, dtype=int)
-    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     columns = [
         np.bincount(place, weights=w, minlength=BINS) for w in (np.ones(len(place)), confidence, right)
     ]
     return [[float(count), float(said), float(true)] for count, said, true in zip(*columns, strict=True)]
 
 
+def reliability(logits: Array, labels: Sequence[int]) -> list[list[float]]:
+    """:func:`binned` of logits (examples, labels); confidence is the highest probability."""
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    right = logits.argmax(axis=1) == np.asarray(labels, dtype=int)
+    return binned(odds.max(axis=1) / odds.sum(axis=1), right)
+
+
 def expected_calibration_error(bins: Sequence[Sequence[float]]) -> float:
     """The mean over examples of |accuracy - mean confidence| of their bin (Guo et al. 2017, eq. 3), from
-    :func:`reliability` or the sum of several.
+    :func:`binned` or the sum of several; NaN without examples.
     """
     total = sum(count for count, _, _ in bins)
-    return sum(abs(right - said) for _, said, right in bins) / total
+    return sum(abs(right - said) for _, said, right in bins) / total if total else math.nan
 
 
 def tempered_losses(logits: Array, labels: Sequence[int]) -> list[float]:
     """The sum of losses in nats of logits (examples, labels) times each of :data:`SCALES`; these add up over
     clients.
     """
+    import torch  # here: a report's figures need none of it
+    from torch.nn import functional
+
     scores, wanted = torch.from_numpy(logits).double(), torch.tensor(labels, dtype=torch.long)
     return [float(functional.cross_entropy(scale * scores, wanted, reduction="sum")) for scale in SCALES]
 

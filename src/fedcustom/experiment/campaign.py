@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
+from ..evaluation.degenerate import in_words
 from ..files import held, holder, read_json, write_json
 from ..report import words
+from .baselines import added_cells
 from .estimate import Rates, total
 from .grid import Cell, grid, group_of
 from .results import Result, collect, has_result, read_result, write_result
@@ -37,6 +39,7 @@ class Campaign:
     def __post_init__(self) -> None:
         self.settings: ExperimentSettings
         self.settings, self.base = load_experiment(self.file)
+        self.added()
         self.cells()  # a file that is not in order is refused before anything runs
 
     @property
@@ -45,8 +48,18 @@ class Campaign:
         return self.file.stem
 
     def cells(self, chosen: Mapping[tuple[str, ...], Mapping[str, Any]] | None = None) -> list[Cell]:
-        """The grid's cells, with the learning rates of a search."""
+        """The grid's cells, with the learning rates of a search; none where added baselines alone are asked
+        for.
+        """
+        if self.settings.is_added(self.only):
+            return []
         return grid(self.settings, self.base, str(self.file), only=self.only, chosen=chosen)
+
+    def added(self) -> tuple[list[Cell], list[str]]:
+        """The baselines that the file adds to the grid, and why some are not possible."""
+        if not self.settings.baselines:
+            return [], []
+        return added_cells(self.settings, self.base, str(self.file), only=self.only)
 
     def trials(self) -> list[Trial]:
         """The search's trials for those cells; where they are made does not depend on ``only``."""
@@ -70,7 +83,9 @@ class Campaign:
         measured = [read_result(path) for path in sorted(folder.glob("*.json")) if path.name != "search.json"]
         measured += [read_result(path) for path in sorted((folder / "search").glob("*.json"))]
         rates = Rates(self.settings, measured)
-        made, cells = self.trials(), self.cells(self._chosen())
+        added, reasons = self.added()
+        made, cells = self.trials(), [*added, *self.cells(self._chosen())]
+        yield from reasons
         for kind, named in (
             ("trial", [(t.name, t.cell, self.trial_path(t.name)) for t in made]),
             ("cell", [(c.name, c, self.result_path(c.name)) for c in cells]),
@@ -100,7 +115,10 @@ class Campaign:
         Raises:
             RunError: another process searches this experiment's rates.
         """
-        cells = self.cells(self._search(jobs, say))
+        added, reasons = self.added()
+        for reason in reasons:
+            say(reason)
+        cells = [*added, *self.cells(self._search(jobs, say))]
         # A rate that fails in a trial is a rate that was not chosen, and no failure of the experiment.
         return self._all([(c.name, c, self.result_path(c.name)) for c in cells], "cells", jobs, say)
 
@@ -188,4 +206,6 @@ def _said(result: Result, kind: str) -> str:
     else:
         first = next(iter(result.metrics))
         text = f"test {first} {result.metrics[first]:.4f}"
+        if warning := in_words(result.more.get("degenerate", {})):
+            text += f", {warning}"
     return f"{text}  ({result.seconds['total']:.0f} s)"

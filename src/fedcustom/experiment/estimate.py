@@ -20,15 +20,15 @@ class Rates:
 
     def seconds(self, cell: Cell) -> float | None:
         """A cell's time on one core: as measured on the same points, else as the file's ``[estimate]``
-        says; None where nothing is known.
+        says; None where nothing is known (of added baselines, before one has run).
         """
         rounds = cell.recipe.rounds.count
         estimate = self.settings.estimate
         if same := [result for result in self.measured if result.points == cell.points]:
             return rounds * sum(r.seconds["total"] / r.rounds for r in same) / len(same)
-        if estimate is None or cell.points[estimate.axis] not in estimate.seconds:
+        if estimate is None or cell.points.get(estimate.axis) not in estimate.seconds:
             return None
-        factors = [by.get(cell.points[axis], 1.0) for axis, by in estimate.times.items()]
+        factors = [by.get(cell.points.get(axis, ""), 1.0) for axis, by in estimate.times.items()]
         return rounds * estimate.seconds[cell.points[estimate.axis]] * math.prod(factors)
 
 

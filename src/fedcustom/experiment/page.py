@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Collection
 from pathlib import Path
 
 from ..files import read_json, write_text
 from ..report import words
+from .baselines import deciding_axes
 from .plots import dot_plot
 from .results import Result, read_results
-from .settings import ExperimentSettings, load_experiment
+from .settings import BASELINE, ExperimentSettings, load_experiment
 from .tables import Table, cost_table, grouped, metric_of, score_tables, search_table, sections
 
 STYLE = """
@@ -50,7 +52,9 @@ def write_tables(file: Path, results: Path) -> list[Path]:
 
 def _fits(settings: ExperimentSettings, result: Result) -> bool:
     """Whether the file still knows the result's points; those of an older grid are left out."""
-    points = settings.points()
+    points: dict[str, Collection[str]] = {**settings.points()}
+    if settings.is_added(result.points):
+        points = {BASELINE: settings.baselines} | {axis: points[axis] for axis in deciding_axes(settings)}
     return result.points.keys() == points.keys() and all(
         result.points[axis] in there for axis, there in points.items()
     )

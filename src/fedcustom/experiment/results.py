@@ -24,7 +24,7 @@ class Result:
     makes it again. ``score`` is the best round's on the development split, by ``metric``; the other qualities
     are on the test split, with that round's state. ``curve`` has [round, development score, bytes sent so
     far, both ways] of each evaluated round. ``more`` holds what only some runs have: ``backdoor``,
-    ``perturbed``, ``personalised``.
+    ``perturbed``, ``personalised``, ``copy``, ``degenerate``, ``temperature``.
     """
 
     experiment: str
@@ -111,7 +111,7 @@ def collect(
         command=command,
         baseline=recipe.baseline,
         metric=metric,
-        learning_rate=recipe.training.learning_rate,
+        learning_rate=summary.get("search", {}).get("learning_rate", recipe.training.learning_rate),
         score=best["development"][metric],
         curve=[
             [row["round"], row["development"][metric], row["bytes_up_total"] + row["bytes_down_total"]]
@@ -120,11 +120,13 @@ def collect(
         machine={key: described.get(key) for key in MACHINE}
         | {"torch": described["packages"]["torch"], "transformers": described["packages"]["transformers"]},
         recipe=set_values(recipe),
-        more={key: summary[key] for key in ("backdoor", "perturbed") if key in summary}
+        more={key: summary[key] for key in _ONLY_SOME if summary.get(key) is not None}
         | (_personalised(summary["personalised"]) if "personalised" in summary else {}),
         **{key: summary[key] for key in _COPIED},
     )
 
+
+_ONLY_SOME = ("backdoor", "perturbed", "copy", "degenerate", "temperature")
 
 _COPIED = (
     "best_round", "rounds", "metrics", "untuned", "client_mean", "worst_client", "trainable_parameters",

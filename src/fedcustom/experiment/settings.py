@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from ..errors import RecipeError, nearest
 from ..recipe import Baseline, read_toml
 from ..settings import Settings
+
+BASELINE = "baseline"
+"""The axis on which added baselines lie, in place of the file's axes that have no meaning for them."""
 
 Match = dict[str, str | list[str]]
 """Points by axis: those cells are meant that lie on one of the points named, on each axis named."""
@@ -113,6 +116,9 @@ class ExperimentSettings(Settings):
     recipe: str | None = Field(None, description="A recipe to start from; its path is relative to this file")
     base: dict[str, Any] = Field(default_factory=dict, description="Tables of a recipe, for every cell")
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="Seeds of every cell")
+    baselines: list[Literal["centralised-probe", "federated-probe"]] = Field(
+        default_factory=list, description="Baselines added for each data, partition and seed of the grid"
+    )
     axes: dict[str, dict[str, dict[str, Any]]] = Field(
         default_factory=dict, description="[axes.<axis>.<point>]: tables of a recipe"
     )
@@ -135,6 +141,10 @@ class ExperimentSettings(Settings):
         if both := self.axes.keys() & self.sweeps.keys():
             raise ValueError(f"sweeps.{min(both)}: there is such an axis already")
         points = self.points()
+        if len(set(self.baselines)) < len(self.baselines):
+            raise ValueError(f"baselines = {self.baselines}: must be different")
+        if self.baselines and BASELINE in points:
+            raise ValueError(f"axes.{BASELINE}: with baselines that is an axis already; name it otherwise")
         for axis, there in points.items():
             if axis == "seed" or not _is_name(axis):
                 raise ValueError(f"axes.{axis}: not a name for an axis (letters, digits, . _ -, not seed)")
@@ -171,6 +181,10 @@ class ExperimentSettings(Settings):
             for axis, factors in self.estimate.times.items():
                 check_match({axis: list(factors)}, points, "estimate.times")
         return self
+
+    def is_added(self, points: Mapping[str, object]) -> bool:
+        """Whether these are the points of an added baseline, and no cell of the grid."""
+        return bool(self.baselines) and BASELINE in points
 
     def points(self) -> dict[str, dict[str, dict[str, Any]]]:
         """What each point of each axis says of a recipe, as tables."""

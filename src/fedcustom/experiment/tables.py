@@ -10,8 +10,9 @@ from typing import Any
 from ..evaluation.metrics import LOWER_IS_BETTER
 from ..report import words
 from ..report.groups import mean_and_interval
+from .baselines import deciding_axes, reference_rows
 from .results import Result, reached
-from .settings import ExperimentSettings, ReportSettings, matches
+from .settings import BASELINE, ExperimentSettings, ReportSettings, matches
 
 Value = Callable[[Result], float]
 """A figure of one result."""
@@ -67,14 +68,15 @@ def sections(settings: ExperimentSettings, groups: Sequence[Group]) -> list[Sect
     """The groups as the file's ``[report]`` lays them out; in the order of the file.
 
     Axes that are neither rows nor columns have a section for each combination of their points. Without
-    ``columns``, the last axis is; without ``rows``, all others are.
+    ``columns``, the last axis is; without ``rows``, all others are. Added baselines are rows, in each section
+    and column that they stand for.
     """
     points = settings.points()
-    column = settings.report.columns or list(points)[-1]
-    rows = settings.report.rows or [axis for axis in points if axis != column]
+    column, rows = _layout(settings)
     rest = [axis for axis in points if axis not in (*rows, column)]
     places = {axis: {point: i for i, point in enumerate(there)} for axis, there in points.items()}
-    ordered = sorted(groups, key=lambda group: [places[axis].get(group.points[axis], -1) for axis in points])
+    cells = [group for group in groups if not settings.is_added(group.points)]
+    ordered = sorted(cells, key=lambda group: [places[axis].get(group.points[axis], -1) for axis in points])
     found: dict[str, list[Group]] = {}
     for group in ordered:
         heading = ", ".join(f"{axis} {group.points[axis]}" for axis in rest if len(points[axis]) > 1)
@@ -83,15 +85,30 @@ def sections(settings: ExperimentSettings, groups: Sequence[Group]) -> list[Sect
     def row(group: Group) -> str:
         return ", ".join(group.points[axis] for axis in rows)
 
-    return [
-        Section(
-            heading,
-            rows=list(dict.fromkeys(map(row, there))),
-            columns=[point for point in points[column] if any(g.points[column] == point for g in there)],
-            groups={(row(group), group.points[column]): group for group in there},
-        )
-        for heading, there in found.items()
-    ]
+    made = []
+    for heading, there in found.items():
+        columns = [point for point in points[column] if any(g.points[column] == point for g in there)]
+        named = {(row(group), group.points[column]): group for group in there}
+        for group in groups:
+            if settings.is_added(group.points) and _agree(group.points, there[0].points, rest):
+                name = ", ".join(group.points[axis] for axis in [*rows, BASELINE] if axis in group.points)
+                at = group.points.get(column)
+                named |= {(name, point): group for point in columns if at is None or at == point}
+        names = list(dict.fromkeys(name for name, _ in named))
+        made.append(Section(heading, names, columns, named))
+    return made
+
+
+def _layout(settings: ExperimentSettings) -> tuple[str, list[str]]:
+    """The axis of the columns, and those of the rows."""
+    points = settings.points()
+    column = settings.report.columns or list(points)[-1]
+    return column, settings.report.rows or [axis for axis in points if axis != column]
+
+
+def _agree(points: Mapping[str, str], others: Mapping[str, str], axes: Sequence[str]) -> bool:
+    """Whether an added baseline stands beside cells at other points: it does where it has no point."""
+    return all(points.get(axis, others[axis]) == others[axis] for axis in axes)
 
 
 def score_tables(settings: ExperimentSettings, groups: Sequence[Group]) -> list[Table]:
@@ -103,6 +120,8 @@ def score_tables(settings: ExperimentSettings, groups: Sequence[Group]) -> list[
         (name, lambda result: result.metrics.get(metric, math.nan)),
         (f"worst client's {name}", lambda result: result.worst_client.get(metric, math.nan)),
     ]
+    if metric == "accuracy" and any("calibration_error" in result.metrics for result in results):
+        kinds.insert(1, ("ECE", lambda result: result.metrics.get("calibration_error", math.nan)))
     if any("backdoor" in result.more for result in results):
         kinds.append(("success rate of the backdoor", _extra("backdoor", "success_rate")))
     perturbed = dict.fromkeys(kind for result in results for kind in result.more.get("perturbed", {}))
@@ -115,9 +134,25 @@ def score_tables(settings: ExperimentSettings, groups: Sequence[Group]) -> list[
             for row in section.rows:
                 there = [section.groups.get((row, column)) for column in section.columns]
                 rows.append([row, *(_shown(group, value, metric) for group in there)])
+            if kind == name:
+                rows += _references(settings, section, metric)
             if any(cell != words.MISSING for row in rows for cell in row[1:]):
                 tables.append(Table(heading, ["", *section.columns], rows))
     return tables
+
+
+def _references(settings: ExperimentSettings, section: Section, metric: str) -> list[list[str]]:
+    """The rows of a section for the untuned model and copies of the prompts."""
+    axes = [axis for axis in _layout(settings)[1] if axis in deciding_axes(settings)]
+    places: dict[tuple[str, str], list[Result]] = {}
+    for (_, column), group in section.groups.items():
+        if not settings.is_added(group.points):
+            row = ", ".join(group.points[axis] for axis in axes)
+            places.setdefault((column, row), []).extend(group.results)
+    return [
+        [name, *(words.score(values.get(column, math.nan), metric) for column in section.columns)]
+        for name, values in reference_rows(settings, places, metric)
+    ]
 
 
 def cost_table(settings: ExperimentSettings, groups: Sequence[Group]) -> Table:
@@ -132,7 +167,9 @@ def cost_table(settings: ExperimentSettings, groups: Sequence[Group]) -> Table:
     rows = []
     for group in groups:
         first = group.results[0]
-        target = target_of(settings.report, group, groups)
+        known_cells = [other for other in groups if not settings.is_added(other.points)]
+        added = settings.is_added(group.points)
+        target = None if added else target_of(settings.report, group, known_cells)
         found = [reached(result, target) if target is not None else None for result in group.results]
         known = [pair for pair in found if pair is not None]
         missed = len(found) - len(known) if target is not None else 0

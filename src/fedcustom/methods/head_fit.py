@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,20 +20,20 @@ from ..models.load import Base
 from ..tensors import Tensors, is_finite, part
 from ..training.settings import TrainingSettings
 from .contract import UNFINISHED, Answer, State, Task, Update, Values
+from .head_messages import (
+    FIT_HEAD,
+    HEAD_GRADIENT,
+    LEAST,
+    POINT,
+    SCALE_HEAD,
+    TEMPERATURES,
+    Sums,
+    check_answer,
+    sums_of,
+)
 from .objective import Objective
 from .technique import Tuned
 from .update_checks import check_forms
-
-FIT_HEAD = "fit head"
-"""The kind of task that asks for a client's sums."""
-
-SCALE_HEAD = "scale head"
-"""The kind of task that asks for the losses of a head at several temperatures."""
-
-HEAD_GRADIENT = "head gradient"
-"""The kind of task that asks for loss and gradient of a head."""
-
-HEAD_TASKS = (FIT_HEAD, SCALE_HEAD, HEAD_GRADIENT)
 
 LABEL_COUNTS = "label_counts"
 """The value of a state, and of a task, that says how many examples of each label all have who were asked."""
@@ -42,53 +41,12 @@ LABEL_COUNTS = "label_counts"
 CLIENT_LABELS = "client_labels/"
 """Before a client's name: what the server keeps of how many examples of each label it has, (labels,)."""
 
-POINT = "head_point"
-"""The tensor of a task that holds a head, (labels, width + 1), biases last."""
-
-LEAST = 2
-"""Examples of a label that a client must have for their sum to be sent: the sum of one would be that one."""
-
 COUNT = 0.5
 """Added to each label's number of examples in the head's bias, so that a label without any is unlikely, and
 not impossible."""
 
-ROUNDING = 1e-5
-"""Of the sum of all squares: what float32 sums may lack in a direction."""
-
 LEAST_SHARE = 1e-3
 """Of the inputs' mean square: the least that counts as their variance, which float32 sums must resolve."""
-
-TEMPERATURES = tuple(0.02 * 1.25**power for power in range(24))
-"""By which the discriminant's logits are tried to be multiplied, 0.02 to 3.4."""
-
-
-@dataclass
-class Sums:
-    """What clients' sums add up to. ``counts`` of (labels,) are of all examples, ``sent`` of those in
-    ``totals``, sum x of (labels, width), and ``scatter``, sum x x^T of (width, width).
-    """
-
-    counts: Tensor
-    sent: Tensor
-    totals: Tensor
-    scatter: Tensor
-
-    @classmethod
-    def zero(cls, labels: int, width: int) -> Sums:
-        """Of nobody."""
-        counts = torch.zeros(labels, dtype=torch.float64)
-        totals = torch.zeros(labels, width, dtype=torch.float64)
-        return cls(counts, counts.clone(), totals, torch.zeros(width, width, dtype=torch.float64))
-
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add what a client sent."""
-        counts, width = tensors["counts"], len(self.scatter)
-        present = counts >= LEAST
-        self.counts += counts
-        self.sent += torch.where(present, counts, 0)
-        self.totals[present] += tensors["totals"].double()
-        factor = _unpacked(tensors["factor"].double(), width)
-        self.scatter += factor.T @ factor
 
 
 @dataclass
@@ -105,10 +63,10 @@ class _Fit:
 class HeadFit:
     """The last layer of a head on vectors x that do not change while it is fitted (a linear probe).
 
-    First each client sends sums: for each label the number of its examples and, where it has
-    :data:`LEAST` or more, sum x; and over those the triangular factor R of sum x x^T = R^T R, which has no
-    more rows than there are examples. They add up to a linear discriminant, whose covariance is shrunk by
-    :func:`~fedcustom.aggregation.discriminant.shrunk`, less the discriminant of the mean of all examples,
+    First each client sends sums: for each label the number of its examples and, where it has two or more
+    (:data:`~.head_messages.LEAST`), sum x; and over those the triangular factor R of sum x x^T = R^T R, which
+    has no more rows than there are examples. They add up to a linear discriminant, whose covariance is shrunk
+    by :func:`~fedcustom.aggregation.discriminant.shrunk`, less the discriminant of the mean of all examples,
     which changes no prediction and keeps weights small. Then, in ``training.fit_head_steps`` further
     exchanges of the same round, clients send the loss of that head at several temperatures, and losses and
     gradients from which the server finds the logistic regression of all their examples
@@ -148,6 +106,8 @@ class HeadFit:
         self.names: frozenset[str] = frozenset()
         self.fitting: _Fit | None = None
         self.vectors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.read: dict[str, Tensor] = {}
+        self.steps: dict[str, int] = {}
         if self.rounds:
             self.layer, self.weight, self.bias = last_layer(tuned, base)
             self.names = frozenset({self.weight, self.bias})
@@ -160,16 +120,22 @@ class HeadFit:
         """A client's answer to one of :data:`HEAD_TASKS`; for the first the model holds the state.
 
         Raises:
-            UpdateError: its vectors are gone, since its process was started anew within the round.
+            UpdateError: its vectors are gone, since its process was started anew within the round; or more
+                steps are asked for than the recipe says.
         """
         number = float(len(examples))
         if task.kind == FIT_HEAD:
             labels = torch.tensor([example.label for example in examples])
-            vectors = self.inputs(tokens)
-            self.vectors[name] = vectors, labels
+            vectors = self.read.pop(name) if name in self.read else self.inputs(tokens)
+            self.vectors[name], self.steps[name] = (vectors, labels), 0
             return Update(self.sums(vectors, labels), number)
         if name not in self.vectors:
             raise UpdateError("the vectors of this round are gone: this client was started anew")
+        self.steps[name] += 1
+        if self.steps[name] > self.training.fit_head_steps + 1:
+            raise UpdateError(
+                f"more steps were asked for than training.fit_head_steps = {self.training.fit_head_steps}"
+            )
         vectors, labels = self.vectors[name]
         if len(labels) < LEAST:  # nothing of a single example
             vectors, labels = vectors[:0], labels[:0]
@@ -187,6 +153,7 @@ class HeadFit:
     def forget(self) -> None:
         """Drop the clients' vectors: the model changes."""
         self.vectors.clear()
+        self.read.clear()
 
     def inputs(self, tokens: Sequence[TokenizedExample]) -> Tensor:
         """What goes into the head's last layer for each example in the model as it is, (examples, width)."""
@@ -215,19 +182,8 @@ class HeadFit:
         return found
 
     def sums(self, vectors: Tensor, labels: Tensor) -> Tensors:
-        """What a client sends first: ``counts`` of (labels,); ``totals``, of (labels of which it has
-        :data:`LEAST` examples, width); and ``factor``, the rows of R from the diagonal on.
-        """
-        counts = torch.bincount(labels, minlength=self.layer.out_features)
-        present = counts >= LEAST
-        kept = present[labels]
-        own, which = vectors[kept].double(), labels[kept]
-        totals = torch.zeros(len(counts), own.shape[1], dtype=torch.float64).index_add_(0, which, own)
-        return {
-            "counts": counts.int(),
-            "totals": totals[present].float(),
-            "factor": _packed(torch.linalg.qr(own, mode="r").R).float(),
-        }
+        """What a client sends first (:func:`~.head_messages.sums_of`)."""
+        return sums_of(vectors, labels, self.layer.out_features)
 
     def alone(self, vectors: Tensor, labels: Tensor) -> Tensors:
         """The head of a client that keeps everything to itself."""
@@ -256,67 +212,15 @@ class HeadFit:
         return {name: Task(kind, {POINT: point}, values) for name in names}
 
     def check(self, task: Task, update: Update, *, sent: bool = True) -> None:
-        """Refuse what cannot be the sums of some examples; or any, unless they are to be ``sent``.
+        """Refuse what cannot be an answer to a task about the head; or any, unless they are to be ``sent``.
 
         Raises:
             UpdateError: says what is wrong.
         """
-        classes, width = self.layer.out_features, self.layer.in_features
-        if not sent:
+        if sent:
+            check_answer(task.kind, update, self.layer.out_features, self.layer.in_features)
+        else:
             check_forms(update.tensors, {})
-            return
-        if not is_finite(update.tensors):
-            raise UpdateError("an update holds numbers that are not finite")
-        number = update.weight
-        if not (isinstance(number, int | float) and 0 <= number < 1e12 and number == int(number)):
-            raise UpdateError(f"weight {number!r} is not the number of examples")
-        if task.kind == SCALE_HEAD:
-            check_forms(update.tensors, {"losses": torch.empty(len(TEMPERATURES))})
-            if (update.tensors["losses"] < 0).any():
-                raise UpdateError("losses below 0")
-            return
-        if task.kind == HEAD_GRADIENT:
-            check_forms(update.tensors, {"gradient": torch.empty(classes, width + 1)})
-            loss = update.values.get("objective")
-            if not isinstance(loss, int | float) or not 0 <= loss < 1e300 or not math.isfinite(loss):
-                raise UpdateError(f"objective {loss!r} is not a sum of losses")
-            return
-        self._check_sums(update)
-
-    def _check_sums(self, update: Update) -> None:
-        """Refuse what cannot be a client's first sums."""
-        width = self.layer.in_features
-        if "counts" in update.tensors:
-            check_forms(
-                {"counts": update.tensors["counts"]},
-                {"counts": torch.empty(self.layer.out_features, dtype=torch.int32)},
-            )
-        counts = update.tensors.get(
-            "counts", torch.zeros(self.layer.out_features, dtype=torch.int32)
-        ).double()
-        if (counts < 0).any() or float(counts.sum()) != update.weight:
-            raise UpdateError(f"weight {update.weight!r} is not the number of examples that counts have")
-        present = counts >= LEAST
-        sent = float(counts[present].sum())
-        rows = int(min(sent, width))
-        wanted = {
-            "counts": torch.empty(self.layer.out_features, dtype=torch.int32),
-            "totals": torch.empty(int(present.sum()), width),
-            "factor": torch.empty(rows * width - rows * (rows - 1) // 2),
-        }
-        check_forms(update.tensors, wanted)
-        if not sent:
-            return
-        totals, factor = (
-            update.tensors["totals"].double(),
-            _unpacked(update.tensors["factor"].double(), width),
-        )
-        scatter = factor.T @ factor
-        within = scatter - (totals.T / counts[present]) @ totals
-        slack = ROUNDING * float(scatter.diagonal().sum()) + 1e-9
-        _, failed = torch.linalg.cholesky_ex(within + slack * torch.eye(width, dtype=torch.float64))
-        if failed:
-            raise UpdateError("the scatter is smaller in some direction than the totals allow")
 
     def merge(self, kind: str, state: State, answers: Iterable[Answer]) -> State:
         """The state after one exchange of a round that fits the head; :data:`UNFINISHED` in its values says
@@ -471,23 +375,6 @@ def looked_at(answers: Iterable[Answer]) -> tuple[str, Iterator[Answer]]:
         yield from stream
 
     return first[0].task.kind, again()
-
-
-def _packed(factor: Tensor) -> Tensor:
-    """The numbers of an upper triangular (rows, width) from the diagonal on, row by row."""
-    rows, columns = torch.triu_indices(*factor.shape)
-    return factor[rows, columns]
-
-
-def _unpacked(numbers: Tensor, width: int) -> Tensor:
-    """The upper triangular matrix, (rows, width), of which these are the numbers."""
-    rows = 0
-    while rows < width and rows * width - rows * (rows - 1) // 2 < len(numbers):
-        rows += 1
-    places = torch.triu_indices(rows, width)
-    matrix = torch.zeros(rows, width, dtype=numbers.dtype)
-    matrix[places[0], places[1]] = numbers
-    return matrix
 
 
 def output_names(tuned: Tuned, base: Base) -> frozenset[str]:

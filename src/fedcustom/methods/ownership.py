@@ -52,7 +52,7 @@ class Ownership:
 
     def resting(self, round_number: int) -> frozenset[str]:
         """The tensors that are neither trained nor sent in a round."""
-        rests = round_number <= self.context.training.freeze_head_rounds
+        rests = round_number <= (self.context.training.freeze_head_rounds or 0)
         return self.tuned.head if rests else frozenset()
 
     def travelling(self, tensors: Tensors) -> Tensors:

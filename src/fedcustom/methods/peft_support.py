@@ -13,8 +13,12 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ModelError, RunError
 from ..models.load import HUB_NAMES, Base
 from ..models.lower import in_upper_layers
+from ..models.pooled_classifier import FILE, PooledClassifier, copy_code
 from .model_card import offline
 from .technique import Tuned
+
+CARD = "# A customised {name}\n\nLoad it, in this folder, with the ecosystem's own tools:\n\n"
+"""How a page begins that shows how to load a model."""
 
 
 def task_type(base: Base) -> str:
@@ -129,15 +133,17 @@ def save_peft(base: Base, model: Any, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(str(folder), save_embedding_layers=False)
-    card = loading_page(base, adapter=True)
-    if base.architecture != "encoder" or base.task.kind != "classification":
-        card = offline(card, base)
+    if isinstance(base.model, PooledClassifier):
+        copy_code(folder)
+    card = offline(loading_page(base, adapter=True), base)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def loading_page(base: Base, *, adapter: bool) -> str:
     """How to load what was saved, without this package."""
     name = HUB_NAMES.get(base.name, base.path)
+    if isinstance(base.model, PooledClassifier):
+        return _pooled_page(base, name, adapter=adapter)
     if base.task.kind == "classification":
         loader = "AutoModelForSequenceClassification"
         labels = list(base.task.labels)
@@ -167,8 +173,41 @@ def loading_page(base: Base, *, adapter: bool) -> str:
         load = f'{head}model = {loader}.from_pretrained(".").eval()\n'
         imports = f"from transformers import {loader}, AutoTokenizer\n"
     return (
-        f"# A customised {name}\n\nLoad it, in this folder, with the ecosystem's own tools:\n\n"
-        f"```python\n{imports}\n{load}"
+        f"{CARD.format(name=name)}```python\n{imports}\n{load}"
         f'tokenizer = AutoTokenizer.from_pretrained(".")\n'
         f'inputs = tokenizer("a text", return_tensors="pt", return_token_type_ids=False)\n{use}\n```\n'
     )
+
+
+def _pooled_page(base: Base, name: str, *, adapter: bool) -> str:
+    """How to load a classifier of pooled states, whose code stands beside the page."""
+    labels, config = list(base.task.labels), base.model.config
+    module = FILE.removesuffix(".py")
+    if adapter:
+        imports = "from peft import PeftModel\nfrom transformers import AutoTokenizer\n"
+        imports += f"from {module} import PooledClassifier  # the file beside this page\n"
+        pooling = f"pooling={config.pooling!r}, normalize={config.normalize}"
+        pooling += f", skip={config.skip}" if config.skip else ""
+        load = (
+            f'base = PooledClassifier.from_encoder("{name}", labels=labels, {pooling})\n'
+            'model = PeftModel.from_pretrained(base, ".").eval()\n'
+        )
+    else:
+        imports = "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        load = (
+            f"# trust_remote_code: transformers reads {FILE}, beside this page\n"
+            'model = AutoModelForSequenceClassification.from_pretrained(".", trust_remote_code=True).eval()\n'
+        )
+    trust = "" if adapter else ", trust_remote_code=True"
+    return (
+        f"{CARD.format(name=name)}```python\n{imports}\nlabels = {labels!r}\n{load}"
+        f'tokenizer = AutoTokenizer.from_pretrained("."{trust})\n'
+        'inputs = tokenizer("a text", return_tensors="pt", return_token_type_ids=False)\n'
+        "print(labels[model(**inputs).logits.argmax(-1).item()])\n```\n"
+    )
+
+
+def leave_out_virtual_tokens(model: Any, length: int) -> None:
+    """Have a classifier of pooled states pool those of the text alone, and not of tokens before it."""
+    if isinstance(model, PooledClassifier):
+        model.config.skip = length

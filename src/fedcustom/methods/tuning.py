@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..aggregation.combine import Change, combine
@@ -20,7 +21,8 @@ from ..training.label_prior import label_offset
 from ..training.local import LocalResult, learning_rate, schedule_factor
 from .contract import UNFINISHED, Answer, Client, Memory, State, Task, Update, Values
 from .corrections import CONTROL, Correction, make_correction
-from .head_fit import FIT_HEAD, HEAD_TASKS, LABEL_COUNTS, HeadFit, looked_at, output_names
+from .head_fit import LABEL_COUNTS, HeadFit, looked_at, output_names
+from .head_messages import FIT_HEAD, HEAD_TASKS
 from .local_training import Job, LocalTraining, batch_ranges
 from .merging import BASE_CHANGE, Arrival, Merging
 from .objective import Objective, Supervised
@@ -28,6 +30,9 @@ from .ownership import Ownership
 from .seeds import name_seed
 from .technique import Context, Technique, prepare_precision
 from .update_checks import check_figures, check_forms, check_state
+
+RATE_FACTOR = "rate_factor"
+"""The value of a state by which the recipe's learning rate is multiplied: what a search of rates found."""
 
 ROOT = "(server)"
 """The name under which the server trains for itself."""
@@ -87,6 +92,7 @@ class WeightTuning:
         or send what the head is fitted from.
         """
         factor = schedule_factor(self.context.training, round_number, self.context.rounds)
+        factor *= float(state.values.get(RATE_FACTOR, 1.0))
         kind = FIT_HEAD if round_number in self.head_fit.rounds else "train"
         known: Values = {}
         if kind == "train" and self.context.training.logit_adjustment and LABEL_COUNTS in state.values:
@@ -200,6 +206,7 @@ class WeightTuning:
         """
         jobs: list[Job | Update | Exception] = []
         self._tokenize([client.data.train for _, client in pairs])
+        self._read_together([(task, client) for task, client in pairs if task.kind == FIT_HEAD])
         for task, client in pairs:
             try:
                 if self._fits_head(task):
@@ -264,6 +271,22 @@ class WeightTuning:
             raise UpdateError(f"the recipe has no task {task.kind!r} in round {number}")
         return asked
 
+    def _read_together(self, pairs: Sequence[tuple[Task, Client]]) -> None:
+        """Compute what the head is fitted to for several clients that have the same model, with passes over
+        all of their examples, since many clients have few.
+        """
+        same = {tuple(map(id, task.tensors.values())) for task, _ in pairs}
+        if len(pairs) < 2 or len(same) > 1 or self.ownership.personal or self.context.keeps != "nothing":
+            return
+        task = pairs[0][0]
+        if int(task.values["round"]) not in self.head_fit.rounds:
+            return
+        self.tuned.write(self.ownership.complete(without(task.tensors, CONTROL)))
+        tokens = [self.tokens(client.data.train) for _, client in pairs]
+        vectors = self.head_fit.inputs([row for rows in tokens for row in rows])
+        parts = torch.split(vectors, [len(rows) for rows in tokens])
+        self.head_fit.read = {client.name: part for (_, client), part in zip(pairs, parts, strict=True)}
+
     def _head_sums(self, task: Task, client: Client) -> Update:
         """What a client sends for the head to be fitted; where it keeps everything, it fits its own."""
         examples, memory = client.data.train, client.memory
@@ -271,8 +294,8 @@ class WeightTuning:
             raise DataError(f"client {client.name!r} has no examples to fit the head to")
         if task.kind != FIT_HEAD:
             return self.head_fit.work(task, client.name, examples, [])
-        own = self.ownership.complete(without(task.tensors, CONTROL), memory)
-        self.tuned.write(own)
+        if client.name not in self.head_fit.read:
+            self.tuned.write(self.ownership.complete(without(task.tensors, CONTROL), memory))
         update = self.head_fit.work(task, client.name, examples, self.tokens(examples))
         moments = part(memory.tensors, "moments/")
         moments = {

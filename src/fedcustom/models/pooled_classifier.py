@@ -3,7 +3,7 @@
 This file stands alone (``torch`` and ``transformers``): a copy of it is saved beside customised models.
 """
 
-# mypy: disable-error-code="no-untyped-call"
+# mypy: disable-error-code="no-untyped-call, override"
 from __future__ import annotations
 
 import inspect
@@ -107,7 +107,8 @@ class PooledClassifier(PreTrainedModel):
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: number for number, label in enumerate(labels)}
         with_pooling(config, pooling, normalize=normalize, skip=skip)
-        return cls.from_pretrained(encoder, config=config, **options)
+        model: PooledClassifier = cls.from_pretrained(encoder, config=config, **options)
+        return model
 
     @classmethod
     def from_pretrained(cls, name: Any, *arguments: Any, config: Any = None, **options: Any) -> Any:
@@ -122,9 +123,10 @@ class PooledClassifier(PreTrainedModel):
         if called:
             options["key_mapping"] = {rf"^{called}\.": "encoder.", **options.get("key_mapping", {})}
         wanted = options.pop("output_loading_info", False)
-        model, found = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             name, *arguments, config=config, output_loading_info=True, **options
         )
+        model, found = loaded
         if called:
             model._weight_conversions = None  # it is saved under its own names
         lacking = sorted(key for key in found["missing_keys"] if key.startswith("encoder."))

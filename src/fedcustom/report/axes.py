@@ -45,7 +45,7 @@ class Axis:
 
 def limits(metric: str) -> tuple[float, float]:
     """The least and the largest value that a metric can have."""
-    if metric == "clients_asked":
+    if metric in ("clients_asked", "calibration_error"):
         return 0.0, 1.0
     if lower_is_better(metric):
         return 0.0, math.inf

@@ -6,14 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup
 
+from ..evaluation.calibration import BINS, binned, expected_calibration_error
 from . import words
 from .axes import Axis, linear
 from .read import Prediction
 from .svg import Chart
 
-BINS = 15
 COUNTS_HEIGHT = 96
 
 
@@ -28,36 +29,34 @@ class Bin:
     accuracy: float
 
 
-def reliability(predictions: Sequence[Prediction], bins: int = BINS) -> list[Bin]:
-    """The bins of equal width over 0 to 1; confidence and accuracy are means, NaN in empty ones.
+def reliability(predictions: Sequence[Prediction]) -> list[Bin]:
+    """The bins of equal width over 0 to 1 (:func:`fedcustom.evaluation.calibration.binned`); confidence and
+    accuracy are means, NaN in empty ones.
 
     Predictions without a label or a probability are left out.
     """
-    members: list[list[tuple[float, bool]]] = [[] for _ in range(bins)]
-    for line in predictions:
-        if line.label is not None and line.probability is not None:
-            place = min(bins - 1, max(0, math.ceil(line.probability * bins) - 1))
-            members[place].append((line.probability, str(line.label) == str(line.prediction)))
+    known = [
+        (line.probability, str(line.label) == str(line.prediction))
+        for line in predictions
+        if line.label is not None and line.probability is not None
+    ]
+    confidence, right = np.array([c for c, _ in known]), np.array([r for _, r in known], dtype=float)
     return [
         Bin(
-            place / bins,
-            (place + 1) / bins,
-            len(there),
-            sum(confidence for confidence, _ in there) / len(there) if there else math.nan,
-            sum(right for _, right in there) / len(there) if there else math.nan,
+            place / BINS,
+            (place + 1) / BINS,
+            round(count),
+            said / count if count else math.nan,
+            true / count if count else math.nan,
         )
-        for place, there in enumerate(members)
+        for place, (count, said, true) in enumerate(binned(confidence, right))
     ]
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
-    """The expected calibration error: the mean over examples of their bin's distance between confidence and
-    accuracy; NaN without examples.
-    """
-    total = sum(each.count for each in bins)
-    if not total:
-        return math.nan
-    return sum(each.count * abs(each.accuracy - each.confidence) for each in bins if each.count) / total
+    """The expected calibration error of bins; NaN without examples."""
+    sums = [[each.count, each.count * each.confidence, each.count * each.accuracy] for each in bins]
+    return expected_calibration_error([each for each in sums if each[0]])
 
 
 def verdict(bins: Sequence[Bin]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import pandas as pd
 from scipy import stats
@@ -13,11 +13,13 @@ from scipy import stats
 from .read import Baseline, Run
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
-METRIC_ORDER = ("accuracy", "macro_f1", "rouge_l", "bleu", "chrf", "mrr", "loss")
+METRIC_ORDER = ("accuracy", "calibration_error", "macro_f1", "rouge_l", "bleu", "chrf", "mrr", "loss")
 PERCENT_METRICS = frozenset({"rouge_l", "bleu", "chrf"})
 METHOD_NAMES = {"full": "full fine-tuning", "lora": "LoRA", "ia3": "IA3", "bitfit": "BitFit"}
 WITHOUT_WEIGHTS = frozenset({"distillation", "prompt_engineering", "retrieval"})
 """Methods that send no weights of a model."""
+PROBE = "probe"
+"""The method that customises nothing but a head, which the others have to beat."""
 NOT_COMPARED = frozenset({"seed", "output", "device", "threads", "workers"})
 """Last parts of settings that leave the question that a run answers as it is."""
 
@@ -53,7 +55,7 @@ class Group:
 
 def lower_is_better(metric: str) -> bool:
     """Whether small values of a metric are good ones."""
-    return "loss" in metric or metric in ("perplexity", "clients_asked")
+    return "loss" in metric or metric in ("perplexity", "clients_asked", "calibration_error")
 
 
 def best_first(value: float, metric: str) -> float:
@@ -81,6 +83,16 @@ def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
 def mean_metric(group: Group, metric: str) -> tuple[float, float]:
     """Mean over seeds of a metric on the test split, and half its 95% interval."""
     return mean_and_interval(run.summary.metrics.get(metric, math.nan) for run in group.runs)
+
+
+def trivial_metric(groups: Sequence[Group], kind: Literal["copy", "untuned"], metric: str) -> float:
+    """A metric on the test split of the untuned model, or of copies of the prompts: the mean over all runs
+    that measured it, NaN where none did.
+    """
+    summaries = [run.summary for group in groups for run in group.runs]
+    every = [summary.copy if kind == "copy" else summary.untuned for summary in summaries]
+    values = [values[metric] for values in every if not math.isnan(values.get(metric, math.nan))]
+    return mean_and_interval(values)[0]
 
 
 def metric_names(runs: Sequence[Run]) -> list[str]:
@@ -143,9 +155,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def best_group(groups: Sequence[Group], metric: str) -> Group:
-    """The best federated group, or the best of all where none is federated."""
-    federated = [group for group in groups if group.baseline == "federated"]
-    return min(federated or groups, key=lambda group: best_first(mean_metric(group, metric)[0], metric))
+    """The best federated group, or the best of all where none is federated; a probe only where there is
+    nothing else.
+    """
+    customised = [group for group in groups if group.method != PROBE] or groups
+    federated = [group for group in customised if group.baseline == "federated"]
+    return min(federated or customised, key=lambda group: best_first(mean_metric(group, metric)[0], metric))
 
 
 def history(group: Group, metric: str) -> pd.DataFrame:

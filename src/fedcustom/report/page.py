@@ -17,11 +17,12 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from . import words
+from .baselines import all_beat, degenerate, unbeaten
 from .calibration import Bin, reliability, reliability_charts, verdict
 from .confusion import confusions
 from .groups import Group, best_group, client_counts, client_scores, group_runs, lower_is_better, metric_names
 from .plots import BOX_FROM, ENDS, MOST_POINTS, Plots, colour, figures
-from .read import Prediction, Run, Runs, read_predictions, read_runs
+from .read import Prediction, Run, Runs, Summary, read_predictions, read_runs
 from .rows import Section, comparison_columns, comparison_sections
 from .svg import definitions
 from .traffic import traffic
@@ -107,14 +108,19 @@ class Calibration:
     """How far one run's probabilities are to be believed: in a sentence, as charts and bin by bin."""
 
     verdict: str
+    temperature: str
     charts: Markup
     bins: list[Bin]
 
 
-def _calibration(predictions: Sequence[Prediction], paint: str) -> Calibration | None:
+def _calibration(run: Run, predictions: Sequence[Prediction], paint: str) -> Calibration | None:
     bins = reliability(predictions)
     filled = [each for each in bins if each.count]
-    return Calibration(verdict(bins), reliability_charts(bins, paint), filled) if filled else None
+    if not filled:
+        return None
+    found = run.summary.temperature
+    divided = "" if found is None else f"Logits are divided by {found:.3g}, the temperature."
+    return Calibration(verdict(bins), divided, reliability_charts(bins, paint), filled)
 
 
 def _left_out(groups: Sequence[Group]) -> list[LeftOut]:
@@ -212,8 +218,8 @@ def _captions(plots: Plots, metrics: Sequence[str]) -> dict[str, dict[str, str]]
     return captions
 
 
-def _notes(groups: Sequence[Group]) -> list[str]:
-    """What a reader must know before comparing rows."""
+def _notes(groups: Sequence[Group], metric: str) -> list[str]:
+    """What a reader must know before comparing rows, and of methods that do not do what they are for."""
     runs = [run for group in groups for run in group.runs]
     notes = [
         f"These runs differ in their {what} ({', '.join(sorted(names))}): compare rows with care."
@@ -228,7 +234,21 @@ def _notes(groups: Sequence[Group]) -> list[str]:
         if len(set(seeds)) < len(seeds):
             name = words.capitalised(group.label)
             notes.append(f"{name} has several runs of one seed: its intervals are not over seeds alone.")
-    return notes
+    warned = [*unbeaten(groups, metric), *degenerate(groups)]
+    return notes + [f"{words.capitalised(text)}." for text in warned]
+
+
+def _findings(groups: Sequence[Group], metric: str) -> list[str]:
+    """What the numbers say, in sentences."""
+    beaten = all_beat(groups, metric)
+    return words.findings(groups, metric) + ([beaten] if beaten else [])
+
+
+def _temperatures(results: Sequence[Summary]) -> str:
+    """What logits were divided by after the last round: one number, or the least and the largest."""
+    found = sorted(result.temperature for result in results if result.temperature is not None)
+    ends = dict.fromkeys(f"{value:.3g}" for value in (*found[:1], *found[-1:]))
+    return " to ".join(ends)
 
 
 def _joined(names: set[str]) -> str:
@@ -258,6 +278,7 @@ def _facts(groups: Sequence[Group], runs: Runs) -> list[tuple[str, str]]:
         ("Task", results[0].task),
         ("Clients", words.clients(clients, scored)),
         ("Rounds", " or ".join(map(str, sorted({result.rounds for result in results})))),
+        ("Temperature", _temperatures(results)),
         (
             "Runs",
             f"{len(results)} finished" + (f", {len(runs.unfinished)} unfinished" if runs.unfinished else ""),
@@ -302,8 +323,8 @@ def render(runs: Runs) -> str:
     return template.render(
         title=_page_title(runs.finished),
         facts=_facts(groups, runs),
-        findings=words.findings(groups, metrics[0]),
-        notes=_notes(groups),
+        findings=_findings(groups, metrics[0]),
+        notes=_notes(groups, metrics[0]),
         metrics=[(metric, words.capitalised(words.metric_name(metric))) for metric in metrics],
         metric=metrics[0],
         columns=columns,
@@ -323,7 +344,7 @@ def render(runs: Runs) -> str:
         symbols=definitions(),
         plots={name: _by_metrics(drawn, metrics) for name, drawn in plots.items()},
         confusions=confusions(predictions, primary.runs[0].summary.labels),
-        calibration=_calibration(predictions, paint),
+        calibration=_calibration(primary.runs[0], predictions, paint),
         paint=paint,
         captions=captions,
         clients=_client_tables(groups, metrics),

@@ -57,6 +57,9 @@ class Summary:
     best_round: int = 0
     labels: list[str] = field(default_factory=list)
     untuned: Scores = field(default_factory=dict)
+    copy: Scores = field(default_factory=dict)
+    degenerate: Scores = field(default_factory=dict)
+    temperature: float | None = None
     client_mean: Scores = field(default_factory=dict)
     worst_client: Scores = field(default_factory=dict)
     clients: dict[str, Scores] = field(default_factory=dict)

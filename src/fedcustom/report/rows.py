@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 
 from . import words
-from .groups import Group, best_group, lower_is_better, measured_on_clients
+from .groups import Group, best_group, lower_is_better, measured_on_clients, trivial_metric
 from .plots import colour
 from .tables import comparison_frame
 
@@ -122,8 +123,8 @@ def _best_texts(frame: pd.DataFrame, column: Column, rows: Sequence[bool]) -> st
 
 
 def comparison_sections(groups: Sequence[Group], columns: Sequence[Column]) -> list[Section]:
-    """The rows by baseline, and last the untuned model. Best is the best federated value, where any is
-    federated.
+    """The rows by baseline, and last the untuned model and copies of the prompts. Best is the best
+    federated value, where any is federated.
     """
     frame = comparison_frame(groups)
     metrics = [column.measured for column in columns if column.measured]
@@ -144,14 +145,23 @@ def comparison_sections(groups: Sequence[Group], columns: Sequence[Column]) -> l
         section.rows.append(
             Row(words.capitalised(group.method_name), note, colour(group.method, groups), cells)
         )
-    return [*sections.values(), Section("Reference", [_untuned(groups, columns)])]
+    references = [_reference(groups, columns, "untuned", "Untuned model", "before any training")]
+    if any(run.summary.copy for group in groups for run in group.runs):
+        references.append(_reference(groups, columns, "copy", "Copy", "the prompt as the output"))
+    return [*sections.values(), Section("Reference", references)]
 
 
-def _untuned(groups: Sequence[Group], columns: Sequence[Column]) -> Row:
+def _reference(
+    groups: Sequence[Group],
+    columns: Sequence[Column],
+    kind: Literal["copy", "untuned"],
+    name: str,
+    note: str,
+) -> Row:
     cells = []
     for column in columns:
         if column.measured and not column.metric:
-            cells.append(Cell(column.show(words.untuned_metric(groups, column.measured))))
+            cells.append(Cell(column.show(trivial_metric(groups, kind, column.measured))))
         else:
             cells.append(Cell("", metric=column.metric))
-    return Row("Untuned model", "before any training", "", cells)
+    return Row(name, note, "", cells)

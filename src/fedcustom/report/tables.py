@@ -11,7 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from . import words
-from .groups import Group, group_runs, mean_and_interval, measured_on_clients, metric_names
+from .baselines import degenerate, unbeaten
+from .groups import (
+    Group,
+    group_runs,
+    mean_and_interval,
+    measured_on_clients,
+    metric_names,
+    trivial_metric,
+)
 from .read import Run, read_runs
 
 
@@ -35,6 +43,7 @@ def comparison_frame(groups: Sequence[Group]) -> pd.DataFrame:
     """The rows of :func:`comparison` for groups that are at hand, in their order."""
     metrics = metric_names([run for group in groups for run in group.runs])
     records = []
+    copied = any(run.summary.copy for group in groups for run in group.runs)
     for group in groups:
         record: dict[str, object] = {
             "method": group.method,
@@ -50,6 +59,7 @@ def comparison_frame(groups: Sequence[Group]) -> pd.DataFrame:
                 ("client_mean_", [result.client_mean for result in results]),
                 ("worst_client_", [result.worst_client for result in results]),
                 ("untuned_", [result.untuned for result in results]),
+                *([("copy_", [result.copy for result in results])] if copied else []),
             ):
                 mean, half = mean_and_interval(values.get(metric, math.nan) for values in scores)
                 record[f"{prefix}{metric}"] = mean
@@ -65,9 +75,10 @@ def comparison(directories: Sequence[Path]) -> pd.DataFrame:
 
     Columns: ``method``, ``baseline``, ``variant`` (the settings in which groups of one method and baseline
     differ, usually empty), ``seeds``, ``rounds``; for each metric its mean on the test split, and with the
-    prefixes ``client_mean_``, ``worst_client_`` and ``untuned_`` the same over clients and for the untuned
-    model, each followed by ``..._interval``, half the width of its 95% interval (Student's t; NaN for a
-    single seed); then means of ``trainable_parameters``, ``head_parameters``, ``bytes_up_per_client_round``,
+    prefixes ``client_mean_``, ``worst_client_``, ``untuned_`` and ``copy_`` the same over clients, for the
+    untuned model and for copies of the prompts (generation alone), each followed by ``..._interval``, half
+    the width of its 95% interval (Student's t; NaN for a single seed); then means of
+    ``trainable_parameters``, ``head_parameters``, ``bytes_up_per_client_round``,
     ``bytes_down_per_client_round``, ``bytes_up_total``, ``bytes_down_total``, ``bytes_up_per_query`` and
     ``bytes_down_per_query`` (NaN for methods that search nothing), ``seconds`` and ``peak_memory_bytes``.
     Rows are sorted: centralised, federated, local; each by the first metric.
@@ -84,7 +95,9 @@ def _with_interval(row: pd.Series, metric: str) -> str:
 
 
 def comparison_table(directories: Sequence[Path]) -> Table:
-    """The comparison for a terminal, at most about 110 columns wide: means over seeds, and costs.
+    """The comparison for a terminal, at most about 110 columns wide: means over seeds, and costs; last the
+    untuned model and copies of the prompts. Below it stand the methods that do not beat a trivial baseline,
+    and those whose outputs are degenerate.
 
     Raises:
         RunError: a folder holds no finished run, or a file in it is malformed.
@@ -101,9 +114,13 @@ def comparison_table(directories: Sequence[Path]) -> Table:
     caption = ["± half of the 95% interval over seeds", "sent: up and down, all clients and rounds"]
     if searched:
         caption.append("a query: bytes up and down, all clients that are asked")
+    below = ["; ".join(caption)]
+    if "calibration_error" in metrics[:4]:
+        below.append("ECE: expected calibration error, lower is better")
+    below += [*unbeaten(groups, metrics[0]), *degenerate(groups)]
     table = Table(
         title=Text(f"{models} on {data}, test split, mean over seeds"),
-        caption=Text("; ".join(caption)),
+        caption=Text("\n".join(below)),
         box=None,
         padding=(0, 2, 0, 0),
         title_justify="left",
@@ -136,4 +153,9 @@ def comparison_table(directories: Sequence[Path]) -> Table:
             Text(f"{group.baseline} {group.method}" + (f" ({group.variant})" if group.variant else "")),
             *map(Text, cells),
         )
+    for kind in ("untuned", "copy"):
+        values = [trivial_metric(groups, kind, metric) for metric in metrics[:4]]
+        if not all(map(math.isnan, values)):
+            shown = [words.score(value, metric) for value, metric in zip(values, metrics, strict=False)]
+            table.add_row(kind, *shown, *[""] * (len(table.columns) - 1 - len(shown)))
     return table

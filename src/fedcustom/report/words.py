@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from .groups import (
     PERCENT_METRICS,
+    PROBE,
     WITHOUT_WEIGHTS,
     Group,
     best_development,
@@ -16,10 +17,12 @@ from .groups import (
     lower_is_better,
     mean_and_interval,
     mean_metric,
+    trivial_metric,
 )
 
 METRIC_NAMES = {
     "accuracy": "accuracy",
+    "calibration_error": "ECE",
     "macro_f1": "macro F1",
     "rouge_l": "ROUGE-L",
     "bleu": "BLEU",
@@ -108,6 +111,11 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def listed(texts: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(part for part in (", ".join(texts[:-1]), *texts[-1:]) if part)
+
+
 def clients(number: int, scored: int) -> str:
     """How many clients there are, and of how many a test part is known: ``20 (18 with a test part)``."""
     if scored >= number:
@@ -147,14 +155,9 @@ def _times_fewer(group: Group, groups: Sequence[Group]) -> str:
     return f"sends {ratio:.{0 if ratio >= 9.5 else 1}f} times fewer bytes than full fine-tuning"
 
 
-def untuned_metric(groups: Sequence[Group], metric: str) -> float:
-    """The untuned model's metric on the test split, mean over all runs."""
-    values = [run.summary.untuned.get(metric, math.nan) for group in groups for run in group.runs]
-    return mean_and_interval(values)[0]
-
-
 def findings(groups: Sequence[Group], metric: str) -> list[str]:
     """What the numbers say, in sentences: the best method beside its baseline, traffic, clients, doubt."""
+    groups = [group for group in groups if group.method != PROBE] or groups  # see baselines.py
     best = best_group(groups, metric)
     value = mean_metric(best, metric)[0]
     centralised = [group for group in groups if group.baseline == "centralised" and group is not best]
@@ -173,7 +176,7 @@ def findings(groups: Sequence[Group], metric: str) -> list[str]:
     down, up = (mean_and_interval(sent)[0] for sent in _a_query(best))
     if not math.isnan(down + up):
         found.append(f"A query costs {byte_count(down)} down to the clients and {byte_count(up)} up.")
-    untuned = untuned_metric(groups, metric)
+    untuned = trivial_metric(groups, "untuned", metric)
     if not math.isnan(untuned):
         found.append(f"The untuned model has {score(untuned, metric)}.")
     rivals = [group for group in groups if group.baseline == best.baseline and group is not best]

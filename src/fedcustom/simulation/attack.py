@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from ..methods.contract import Task, Update
-from ..methods.head_fit import HEAD_TASKS
+from ..methods.head_messages import HEAD_TASKS
 from ..tensors import Tensors
 from .settings import AttackSettings
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from ..data.own import OwnData, read_own
 from ..errors import FedcustomError, PolicyError, UpdateError, WireError
 from ..files import read_json, write_json, write_tensors
+from ..methods.head_messages import HEAD_GRADIENT, SCALE_HEAD
 from ..recipe import Recipe, load_recipe
 from ..tensors import Tensors
 from ..transport import wire
@@ -234,7 +235,8 @@ class Resident:
             facts |= {"task": message.get("task"), "round": message.get("round")}
         facts |= {"tensors": len(packed.tensors), "keys": sorted(values)}
         self.audit.write("sent", **facts)
-        self._spend(ledger, size, message.get("round"), kind == "work")
+        counts = kind == "work" and message.get("task") not in (SCALE_HEAD, HEAD_GRADIENT)
+        self._spend(ledger, size, message.get("round"), counts)  # steps of a fit are bounded by the recipe
         answer: dict[str, Any] = {"values": values, "bytes": size}
         if packed.layout is not None:
             answer["layout"] = packed.layout

@@ -49,8 +49,8 @@ def learning_rate(settings: TrainingSettings, *, head: bool) -> float:
     Raises:
         ValueError: none is set.
     """
-    if settings.learning_rate is None:
-        raise ValueError("training.learning_rate is unset: fill in the method's default before training")
+    if settings.learning_rate is None or settings.learning_rate == "auto":
+        raise ValueError("training.learning_rate is open: fill in the method's default before training")
     return (settings.head_learning_rate if head else None) or settings.learning_rate
 
 

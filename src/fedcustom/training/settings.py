@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,8 +26,17 @@ class TrainingSettings(Settings):
         description="Client optimiser, fresh in every round (baselines keep its state); muon: for matrices "
         "(the keys of a prefix in a layer are one, its values another), adamw for all else",
     )
-    learning_rate: float | None = Field(
-        None, gt=0, description="Client learning rate; unset: the method's own default"
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        None,
+        description="Client learning rate; unset: the method's own default; auto: the best of four around it "
+        "in some rounds of training before the first",
+    )
+    search_rates: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        min_length=2,
+        max_length=16,
+        description="Rates that are tried before training begins, by successive halving on the development "
+        "split; learning_rate = 'auto' sets four",
     )
     head_learning_rate: float | None = Field(
         None, gt=0, description="Learning rate of the classification head; unset: learning_rate"
@@ -57,10 +66,11 @@ class TrainingSettings(Settings):
         le=1e6,
         description="Added to each label's count in those shares, so that none is 0 (logit_adjustment)",
     )
-    freeze_head_rounds: int = Field(
-        0,
+    freeze_head_rounds: int | None = Field(
+        None,
         ge=0,
-        description="First rounds in which the head rests, and is not sent; all of them where it is fitted",
+        description="First rounds in which the head rests, and is not sent; unset: all where it is fitted in "
+        "round 1, else none",
     )
     fit_head_rounds: list[int] | None = Field(
         None,

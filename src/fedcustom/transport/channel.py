@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import WireError
 from ..methods.contract import Memory, Task, Update, Values
-from ..methods.head_fit import HEAD_TASKS, POINT
+from ..methods.head_messages import HEAD_TASKS, POINT
 from ..tensors import Tensors, add, subtract, zeros_like
 from . import wire
 from .compression import compress, compress_with_feedback, decompress

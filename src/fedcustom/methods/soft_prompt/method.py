@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ...models.load import Base
-from ..peft_support import attach_peft, peft_parameters, task_type, tuned_with
+from ..peft_support import attach_peft, leave_out_virtual_tokens, peft_parameters, task_type, tuned_with
 from ..reparametrisation import Network, reparametrise
 from ..settings import TuningSettings
 from ..technique import Tuned
@@ -69,6 +69,7 @@ class SoftPrompt:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = attach_peft(base, config, "soft_prompt")
+        leave_out_virtual_tokens(base.model, settings.length)
         config.tokenizer_name_or_path = None  # a folder of this machine; not needed to load the adapter
         parameters = peft_parameters(model)
         if settings.encoder == "none":

@@ -1,0 +1,91 @@
+"""Baselines beside the cells of an experiment: probes, which are run once for all cells that share data,
+clients and seed; and what each run measures by the way, its untuned model and copies of the prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import RecipeError, nearest
+from ..experiments import probe_of
+from ..recipe import Baseline, Recipe, load_recipe
+from .grid import Cell, grid
+from .results import Result
+from .settings import BASELINE, ExperimentSettings, Match
+
+SECTIONS = ("model", "data", "clients", "noise", "evaluation")
+"""What a probe has of a cell's recipe, besides the seed."""
+
+
+def deciding_axes(settings: ExperimentSettings) -> list[str]:
+    """The axes on which probes differ: those whose points, or overrides that match on them, say something of
+    a section that a probe has.
+    """
+    found = {
+        axis
+        for axis, points in settings.points().items()
+        if any(table.keys() & {*SECTIONS} for table in points.values())
+    }
+    found |= {axis for each in settings.override if each.set.keys() & {*SECTIONS} for axis in each.match}
+    return [axis for axis in settings.points() if axis in found]
+
+
+def added_cells(
+    settings: ExperimentSettings, base: Mapping[str, Any], where: str, *, only: Match | None = None
+) -> tuple[list[Cell], list[str]]:
+    """The baselines that the file asks for, one each for the cells of the grid that share its data and seed,
+    and why some are not possible, a line each. Their points are those on axes that decide, and
+    :data:`BASELINE`, on which ``only`` chooses too.
+
+    Raises:
+        RecipeError: ``only`` names what does not exist, or a recipe is not possible.
+    """
+    only = dict(only or {})
+    wanted = only.pop(BASELINE, list(settings.baselines))
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    for name in wanted:
+        if name not in settings.baselines:
+            raise RecipeError(
+                f"--only: axis {BASELINE!r} has no point {name!r}{nearest(name, settings.baselines)}"
+            )
+    axes, found, reasons = deciding_axes(settings), dict[str, Cell](), list[str]()
+    for cell in grid(settings, base, where, only=only):
+        for name in wanted:
+            points = {BASELINE: name} | {axis: cell.points[axis] for axis in axes}
+            added = Cell(points, cell.seed, cell.recipe)
+            if added.name in found or cell.recipe.data.task != "classification":
+                continue
+            try:
+                found[added.name] = Cell(points, cell.seed, _probe(cell.recipe, name))
+            except RecipeError as error:
+                reasons.append(f"no {'--'.join(points.values())}: {error}")
+    return list(found.values()), list(dict.fromkeys(reasons))
+
+
+def reference_rows(
+    settings: ExperimentSettings, places: Mapping[tuple[str, str], Sequence[Result]], metric: str
+) -> list[tuple[str, dict[str, float]]]:
+    """Rows of a table of scores for the untuned model and for copies of the prompts: a name, and by column
+    the mean over all results there. ``places`` are results by column and by the points of their row that
+    decide; what nobody measured has no row.
+    """
+    kinds: list[tuple[str, Callable[[Result], Mapping[str, float]]]] = [
+        ("untuned", lambda result: result.untuned),
+        ("copy", lambda result: result.more.get("copy", {})),
+    ]
+    rows: dict[str, dict[str, float]] = {}
+    for kind, scores in kinds:
+        for (column, row), results in places.items():
+            values = [scores(result).get(metric, math.nan) for result in results]
+            if known := [value for value in values if not math.isnan(value)]:
+                name = f"{row}, {kind}" if row else kind
+                rows.setdefault(name, {})[column] = sum(known) / len(known)
+    return list(rows.items())
+
+
+def _probe(recipe: Recipe, name: str) -> Recipe:
+    baseline: Baseline = "federated" if name == "federated-probe" else "centralised"
+    values = recipe.model_dump(include={*SECTIONS, "seed"}, exclude_none=True)
+    return probe_of(load_recipe({**values, "rounds": {"count": 1}}), baseline)

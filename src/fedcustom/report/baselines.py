@@ -1,0 +1,92 @@
+"""What a sceptic asks first: do the methods beat baselines that need no customisation of the model?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..evaluation.degenerate import KINDS, in_words
+from . import words
+from .groups import PROBE, Group, best_first, mean_and_interval, mean_metric, trivial_metric
+
+
+def unbeaten(groups: Sequence[Group], metric: str) -> list[str]:
+    """A sentence for each method that does not beat the best trivial baseline on the same model and data, by
+    means over seeds: the probe, copies of the prompts, the untuned model, as far as they are there.
+
+    Clients alone (``local``) are themselves a baseline, and are left out.
+    """
+    found = []
+    for together in _by_question(groups):
+        trivial = _trivial(together, metric)
+        if not trivial:
+            continue
+        name, value = min(trivial, key=lambda pair: best_first(pair[1], metric))
+        found += [
+            f"{group.label} does not beat {name}: {words.metric_name(metric)} "
+            f"{words.score(mean, metric)} against {words.score(value, metric)}"
+            for group, mean in _customised(together, metric)
+            if best_first(mean, metric) >= best_first(value, metric)
+        ]
+    return found
+
+
+def all_beat(groups: Sequence[Group], metric: str) -> str | None:
+    """The sentence that all methods beat the probe, or copies of the prompts; None where one does not, or
+    where neither is there: to beat an untuned model with a random head says nothing.
+    """
+    names: list[str] = []
+    methods: set[str] = set()
+    for together in _by_question(groups):
+        trivial, customised = _trivial(together, metric), _customised(together, metric)
+        if not customised:
+            continue
+        if not any(name != UNTUNED for name, _ in trivial):
+            return None
+        methods |= {group.label for group, _ in customised}
+        names += [f"{name} ({words.score(value, metric)})" for name, value in trivial]
+    if not methods or unbeaten(groups, metric):
+        return None
+    who = f"{words.capitalised(min(methods))} beats" if len(methods) == 1 else "All methods beat"
+    return f"{who} {words.listed(list(dict.fromkeys(names)))}."
+
+
+def degenerate(groups: Sequence[Group]) -> list[str]:
+    """A sentence for each group whose outputs are degenerate, by the mean of the shares over its seeds."""
+    found = []
+    for group in groups:
+        told = [run.summary.degenerate for run in group.runs if run.summary.degenerate]
+        shares = {kind: mean_and_interval(each.get(kind, 0.0) for each in told)[0] for kind in KINDS}
+        if said := in_words(shares):
+            found.append(f"{group.label}: {said}")
+    return found
+
+
+UNTUNED = "the untuned model"
+
+
+def _trivial(groups: Sequence[Group], metric: str) -> list[tuple[str, float]]:
+    """The trivial baselines that are there, with their means: of several probes the best one."""
+    probes = [mean_metric(group, metric)[0] for group in groups if group.method == PROBE]
+    found = [
+        ("the probe", min(probes, key=lambda value: best_first(value, metric), default=math.nan)),
+        ("copies of the prompts", trivial_metric(groups, "copy", metric)),
+        (UNTUNED, trivial_metric(groups, "untuned", metric)),
+    ]
+    return [(name, value) for name, value in found if not math.isnan(value)]
+
+
+def _customised(groups: Sequence[Group], metric: str) -> list[tuple[Group, float]]:
+    """The groups that have to beat them, with their means."""
+    asked = [group for group in groups if group.method != PROBE and group.baseline != "local"]
+    means = [(group, mean_metric(group, metric)[0]) for group in asked]
+    return [(group, mean) for group, mean in means if not math.isnan(mean)]
+
+
+def _by_question(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups of the same model and data together."""
+    found: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        result = group.runs[0].summary
+        found.setdefault((result.model, result.data), []).append(group)
+    return list(found.values())
