@@ -91,13 +91,13 @@ def test_bins_add_up_to_the_calibration_error(seed: int, rows: int, classes: int
 
 
 def test_calibration_by_hand() -> None:
-    """Four answers with confidence 0.8, of which one is right: 0.55 beside the truth."""
-    logits = torch.log(torch.tensor([[0.8, 0.2]] * 4, dtype=torch.double))
+    """Four answers with confidence 0.85, of which one is right: 0.6 beside the truth."""
+    logits = torch.log(torch.tensor([[0.85, 0.15]] * 4, dtype=torch.double))
     metrics = classification_metrics(logits, torch.tensor([0, 1, 1, 1]))
-    assert metrics["calibration_error"] == pytest.approx(0.8 - 0.25)
+    assert metrics["calibration_error"] == pytest.approx(0.85 - 0.25)
     bins = reliability(logits.numpy(), [0, 1, 1, 1])
-    assert bins[12] == [4.0, pytest.approx(3.2), 1.0]  # 0.8 to 0.866
-    assert sum(map(sum, bins)) == pytest.approx(8.2)
+    assert bins[12] == [4.0, pytest.approx(3.4), 1.0]  # 0.8 to 0.867
+    assert sum(map(sum, bins)) == pytest.approx(8.4)
     sure = np.array([[1000.0, 0.0]])
     assert reliability(sure, [0])[-1] == [1.0, 1.0, 1.0]
     assert is_better(0.1, 0.2, "calibration_error")
