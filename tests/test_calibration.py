@@ -57,7 +57,7 @@ def error_by_hand(logits: Array, labels: Array) -> float:
     total = 0.0
     for number in range(BINS):
         lower, upper = number / BINS, (number + 1) / BINS
-        inside = (confidence >= lower) & ((confidence < upper) | (number == BINS - 1))
+        inside = (confidence > lower) & (confidence <= upper)
         if inside.any():
             total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
     return total
