@@ -33,6 +33,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "training": {"batch_size": 8, "cohort_width": 1, "fit_head_rounds": [1, -1]},
         "rounds": {"count": 4, "clients_per_round": 2, "selection": "balanced"},
     },
+    "probe": {"method": {"name": "probe"}},
+    "pooled, with a fitted head": {
+        "method": {"name": "lora", "rank": 2}, "model": {"pooling": "mean", "normalize": True},
+        "training": {"batch_size": 8, "cohort_width": 1, "fit_head_rounds": [1, -1]},
+    },
     "bitfit": {"method": {"name": "bitfit"}, "personalisation": {"keep": ["head"]}},
     "full": {
         "method": {"name": "full"}, "aggregation": {"correction": "scaffold"},
@@ -102,8 +107,9 @@ def changed(recipe: dict[str, Any], tiny: dict[str, str], variant: dict[str, Any
         result.pop("public")
     if variant["method"]["name"] == "prompt_engineering":
         result.pop("training")
-    if "model" in variant:
-        result["model"] = {"base": tiny[variant["model"]]}
+    if isinstance(model := variant.get("model", {}), str):
+        model = {"base": tiny[model]}
+    result["model"] = {**recipe["model"], **model}
     return result
 
 
