@@ -396,7 +396,8 @@ def test_natural_clients_are_balanced_while_all_of_them_tell_of_their_labels(sma
     assert (many.rounds.selection, many.training.logit_adjustment) == ("uniform", 1.0)
     assert "in rounds 1, 20, and it rests otherwise; cohorts have nearly" in str(in_words(few))
     assert in_words(many) == (
-        "300 clients fit the head in rounds 1, 20; logits are adjusted by each client's labels"
+        "300 clients fit the head in rounds 1, 20, and it rests otherwise; logits are adjusted by each "
+        "client's labels"
     )
     assert few.settled(300) == few
     assert many.settled(301) == many
