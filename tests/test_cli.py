@@ -306,8 +306,8 @@ def test_mistakes_are_one_line_and_code_2(
     result = command(*(a.format(recipe=recipe_file, folder=folder) for a in arguments))
     assert result.code == 2
     assert message in " ".join(result.error.split())
-    assert result.error.startswith("error: ")
-    assert result.error.count("\n") == 1
+    lines = [line for line in result.error.splitlines() if not line.startswith("reading the data (")]
+    assert [line.startswith("error: ") for line in lines] == [True]  # on a slow machine after a sign of life
     assert result.out == ""
     assert {path for path in tmp_path.rglob("*") if "runs" not in path.parts} == before
 

@@ -122,6 +122,7 @@ class _Round:
     bytes_down: dict[str, int] = field(default_factory=dict)
     losses: list[tuple[float, int]] = field(default_factory=list)
     seconds: float = 0.0
+    exchanges: int = 1
 
 
 class _Driver:
@@ -266,7 +267,7 @@ class _Driver:
         """A further exchange of an unfinished round, with those who answered so far."""
         amounts = {name: cohort[name].amount for name in noted.answered}
         tasks = parties.method.ask(state, number, amounts)
-        noted.answered = []
+        noted.answered, noted.exchanges = [], noted.exchanges + 1
         accepted = self._accept(parties.transport.exchange(tasks, f"{number:06d}"), noted, number, cohort)
         following = parties.method.merge(state, accepted)
         if not noted.answered:
@@ -309,6 +310,7 @@ class _Driver:
     ) -> Iterator[Answer]:
         """The sound answers, one by one; the others are noted with a warning that names the client."""
         exponent, kind = self.recipe.participation.staleness_exponent, self._kind(number)
+        kind += f", exchange {noted.exchanges}" if noted.exchanges > 1 else ""
         done = 0
         for reply in replies:  # enumerate would hold on to each until the next one is there
             done += 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from .aggregation.settings import AggregationSettings
 from .driver import run_recipe
 from .errors import FedcustomError, RecipeError, nearest
+from .methods import METHODS
 from .models.load import has_linear_head
 from .progress import Progress
 from .recipe import Baseline, Recipe
@@ -105,11 +106,12 @@ def probe_of(recipe: Recipe, baseline: Baseline) -> Recipe:
     """
     if not has_linear_head(recipe.model):
         raise RecipeError("the model's classification head is not known to end in one linear layer")
+    merged = recipe.model_copy(update={"method": METHODS[PROBE]()})
+    if baseline == "federated" and (reason := why_no_head_fit(merged)):
+        raise RecipeError(reason)
     probe = recipe.for_method(PROBE, baseline)
     if baseline != "federated":  # one client has all data: nothing is merged
         probe = probe.model_copy(update={"aggregation": AggregationSettings()})
-    if reason := why_no_head_fit(probe):
-        raise RecipeError(reason)
     return probe
 
 

@@ -149,7 +149,8 @@ class Recipe(Settings):
             )
         if training.fit_head_rounds:
             self._check_head_fit()
-        if only_fits(self) and (reason := why_no_head_fit(self)):
+        federated = self.baseline == "federated"
+        if only_fits(self) and federated and (reason := why_no_head_fit(self)):
             raise ValueError(f"method.name = {self.method.name!r}: {reason}")
         unadjusted = training.logit_adjustment is None and training.fit_head_rounds is not None
         if (training.logit_adjustment == 0 or unadjusted) and training.prior_count != 1:

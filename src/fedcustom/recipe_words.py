@@ -39,11 +39,15 @@ def _type_text(field: FieldInfo) -> str:
     if arguments and type(None) in arguments:
         arguments = tuple(argument for argument in arguments if argument is not type(None))
         annotation = arguments[0] if len(arguments) == 1 else annotation
+    numbers = [each for each in arguments if _bare(each) is float]
+    if numbers and len(arguments) > 1:  # a number, or a word in its place
+        words = [str(word) for each in arguments if each not in numbers for word in get_args(each)]
+        return f"number{_limits(get_args(numbers[0])[1].metadata)} | {' | '.join(words)}"
     choices = get_args(annotation)
     if choices and all(isinstance(choice, str | int) for choice in choices):
         text = " | ".join(map(str, choices))
     elif str(annotation).startswith("list"):
-        item = get_args(annotation)[0]
+        item = _bare(get_args(annotation)[0])
         known = {str: "list of texts", int: "list of integers", float: "list of numbers"}
         text = known.get(item) or f"list of {' | '.join(map(str, get_args(item)))}"
     elif str(annotation).startswith("dict"):
@@ -52,10 +56,20 @@ def _type_text(field: FieldInfo) -> str:
         text = {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}[
             annotation.__name__
         ]
-    bounds = {type(item).__name__.lower(): item for item in field.metadata}
+    return text + _limits(field.metadata)
+
+
+def _bare(annotation: Any) -> Any:
+    """A type without what ``Annotated`` says of it."""
+    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+
+
+def _limits(metadata: Sequence[Any]) -> str:
+    """Bounds in signs, with a space before them."""
+    bounds = {type(item).__name__.lower(): item for item in metadata}
     signs = [("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")]
     limits = [f"{sign} {getattr(bounds[name], name):g}" for name, sign in signs if name in bounds]
-    return " ".join([text, ", ".join(limits)]).strip()
+    return f" {', '.join(limits)}" if limits else ""
 
 
 def _default_text(field: FieldInfo) -> str:
