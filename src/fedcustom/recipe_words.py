@@ -84,6 +84,8 @@ def explain(problem: Any, recipe: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
     if len(path) > 1 and path[0] == "method" and path[1] in METHODS:
         path.pop(1)  # pydantic adds the chosen method's name to the path
+    if len(path) > 2 and path[-1].startswith(("constrained-", "literal[")):
+        path.pop()  # and, of a number or a word, which of the two it is
     key, kind, value = ".".join(path), problem["type"], problem["input"]
     if kind == "extra_forbidden":
         known = _known_keys(problem["loc"][:-1], recipe)
