@@ -33,11 +33,24 @@ class Cell:
         return digest(self.recipe)
 
 
+CLASSIFIERS_ALONE = (
+    ("model", "pooling"),
+    ("training", "fit_head_steps"),
+    ("training", "fit_head_c"),
+    ("evaluation", "calibrate"),
+)
+"""Settings that have no effect on what is not classified."""
+
+
 def digest(recipe: Recipe) -> str:
     """Twelve hexadecimal digits of the SHA-256 of the complete recipe. What is unset is left out, so that a
-    new setting that nobody sets makes no old result another's.
+    new setting that nobody sets makes no old result another's; and, where nothing is classified, what only
+    classifiers have.
     """
     complete = recipe.complete().model_dump(exclude={"compare"}, exclude_none=True)
+    if recipe.data.task != "classification":
+        for section, key in CLASSIFIERS_ALONE:
+            complete[section].pop(key, None)
     content = json.dumps(complete, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
