@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ import numpy as np
 
 def read(file: Path, label: str, limit: int | None, seed: int) -> tuple[list[str], list[str]]:
     """Texts and labels of JSON lines, at most ``limit`` of them."""
+    if not file.is_file():
+        sys.exit(f"error: {file}: no such file")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    if not rows or any(column not in rows[0] for column in ("text", label)):
+        sys.exit(f"error: {file}: needs rows with the columns 'text' and {label!r}")
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:limit]]
     return [row["text"] for row in rows], [str(row[label]) for row in rows]
