@@ -105,12 +105,17 @@ def test_the_base_model_is_loaded_once_and_every_message_is_logged(federation: B
         events = federation.audit(name)[before[name] :]
         assert [event["event"] for event in events].count("base model loaded") == 1
         sent = [event for event in events if event["event"] == "sent" and event["kind"] == "work"]
-        assert [event["round"] for event in sent] == list(range(1, 21))
-        assert [event["bytes"] for event in sent] == [row["bytes_up"][name] for row in rows]
         assert all(len(event["sha256"]) == 64 for event in sent)
-        keys = [event["keys"] for event in sent]
-        assert keys[0] == keys[19] == ["weight"], "sums, from which the head is fitted"
-        assert all(each == ["examples", "loss", "steps", "weight"] for each in keys[1:19])
+        rounds = {n: [event for event in sent if event["round"] == n] for n in range(1, 21)}
+        assert [event["round"] for event in sent] == [n for n, of in rounds.items() for _ in of], "in order"
+        for row, of in zip(rows, rounds.values(), strict=True):
+            assert sum(event["bytes"] for event in of) == row["bytes_up"][name]
+        keys = [[event["keys"] for event in of] for of in rounds.values()]
+        for fit in keys[0], keys[19]:  # sums, the scale of their head, then the steps of the regression
+            assert fit[:2] == [["weight"]] * 2
+            assert len(fit) > 2
+            assert all(each == ["objective", "weight"] for each in fit[2:])
+        assert all(each == [["examples", "loss", "steps", "weight"]] for each in keys[1:19])
 
 
 @pytest.mark.parametrize(("process", "site", "when"), [("job", 1, 2), ("resident", 0, 3)])
