@@ -88,7 +88,7 @@ def test_the_same_as_one_by_one(tiny: dict[str, str], name: str, model: str) -> 
     together = rounds(method, kind, together=True, double=double)
     for before, after in zip(alone, together, strict=True):
         for client, update in before.items():
-            assert distance(update, after[client]) < (1e-10 if double else 1e-5), client
+            assert distance(update, after[client]) < (1e-7 if double else 1e-5), client
             assert update.weight == after[client].weight
             assert update.values["steps"] == after[client].values["steps"]
             assert update.values["loss"] == pytest.approx(after[client].values["loss"], rel=1e-5)
