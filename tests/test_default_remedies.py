@@ -55,7 +55,6 @@ def test_every_method_that_tunes_a_classifier_has_them(small: dict[str, Any], me
         {"participation.dropout": 0.3},
         {"model.trust_remote_code": True},
         {"model.base": "no/such-folder"},
-        {"clients.partition": "iid", "clients.count": 10, "rounds.clients_per_round": 3},
     ],
 )
 def test_they_are_off_where_they_have_no_place(small: dict[str, Any], overrides: dict[str, Any]) -> None:
@@ -71,8 +70,6 @@ def test_baselines_have_the_fits_alone(small: dict[str, Any], baseline: str) -> 
     assert found(small, base) == (0.0, [1, -1])
     for off in ({"training.freeze_head_rounds": 1}, {"rounds.count": 4}, {"training.fit_head_rounds": []}):
         assert found(small, {**base, **off}) == OFF
-    few = {"clients.partition": "iid", "clients.count": 10, "rounds.clients_per_round": 3}
-    assert found(small, {**base, **few}) == OFF  # as the federated run
 
 
 @pytest.mark.parametrize("said", [{}, {"training.fit_head_rounds": []}, {"training.logit_adjustment": 1.0}])
@@ -183,23 +180,28 @@ def test_asking_everybody_twice_is_little_beside_training(small: dict[str, Any])
         (201, 10, 40, 200),
         (1000, 10, 40, 200),
         (1000, 10, 20, 100),
-        (1000, 9, 20, 0),  # too few for a fit
+        (1000, 9, 20, 100),  # half as many as train, or 100
+        (100, 10, 6, None),
+        (101, 10, 6, 100),
+        (10, 3, 6, None),
     ],
 )
 def test_of_very_many_clients_some_fit_the_head(
     small: dict[str, Any], partition: str, count: int, cohort: int, rounds: int, asked: int | None
 ) -> None:
-    """As many in both rounds together as train in all; nobody draws balanced cohorts then."""
+    """A hundred at least, or as many in both rounds together as train in all; nobody draws balanced cohorts
+    then, nor does a cohort that is small.
+    """
     base = {"clients.partition": partition, "clients.count": count, "rounds.count": rounds}
     given = load_recipe(small, {**base, "rounds.clients_per_round": cohort})
     complete = given.complete()
     training = complete.training
-    fits = ([], None) if asked == 0 else ([1, -1], asked)
-    assert (training.fit_head_rounds, training.fit_head_clients) == fits
-    assert training.logit_adjustment == (1.0 if asked else 0.0)
-    assert complete.rounds.selection == ("balanced" if asked is None else None)
+    assert (training.fit_head_rounds, training.fit_head_clients) == ([1, -1], asked)
+    balanced = asked is None and cohort >= 10
+    assert training.logit_adjustment == (0.0 if balanced else 1.0)
+    assert complete.rounds.selection == ("balanced" if balanced else None)
     said = f"{asked or 'all'} clients fit the head in rounds 1, {rounds}, and it rests otherwise; "
-    assert asked == 0 or str(in_words(complete)).startswith(said)
+    assert str(in_words(complete)).startswith(said)
     assert load_recipe(tomllib.loads(to_toml(complete))).complete() == complete
 
 
@@ -238,11 +240,16 @@ def test_what_a_fit_to_some_clients_needs(
         load_recipe(small, {"rounds.count": 9, "training.fit_head_clients": 3, **overrides}).complete()
 
 
-def test_why_cohorts_of_very_many_clients_are_not_balanced(small: dict[str, Any]) -> None:
+def test_cohorts_of_very_many_clients_are_balanced_where_asked(
+    small: dict[str, Any],
+) -> None:
     base = {"clients.partition": "iid", "clients.count": 1000, "rounds.count": 40}
     more = {**base, "rounds.clients_per_round": 10, "rounds.selection": "balanced"}
-    with pytest.raises(RecipeError, match="which asks more clients than train in all rounds"):
-        load_recipe(small, more).complete()
+    with pytest.raises(RecipeError, match="needs all clients to tell of their labels"):
+        load_recipe(small, {**more, "training.fit_head_clients": 200}).complete()
+    complete = load_recipe(small, more).complete()
+    assert complete.rounds.selection == "balanced"
+    assert complete.training.fit_head_clients is None
     more["training.fit_head_rounds"] = [1, -1]
     assert load_recipe(small, more).complete().rounds.selection == "balanced"
 

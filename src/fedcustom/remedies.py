@@ -22,8 +22,7 @@ FEWEST_ROUNDS_TO_FIT = 5
 """From how many rounds on the head is fitted by default, which takes two of them."""
 
 FEWEST_TO_FIT = 100
-"""From how many clients on the head is fitted by default to some of them, where all would be too many; of
-natural clients, whose number is not known beforehand, so many fit it at least."""
+"""How many clients fit the head by default at least, where there are so many."""
 
 FEWEST_TO_BALANCE = 10
 """From how many clients a round on cohorts are balanced by default."""
@@ -190,7 +189,7 @@ def _open(recipe: Sections) -> bool:
 
 def _by_default(recipe: Sections) -> bool:
     """Whether remedies are the default: where the recipe leaves them open, one model is trained for all
-    clients, these are likely to answer, and a head can be fitted without asking more of them than train.
+    clients, these are likely to answer, and sums go with the rest of the recipe.
     """
     method = recipe.method
     own_ranks = getattr(method, "client_ranks", None) or getattr(method, "private_rank", 0)
@@ -201,27 +200,22 @@ def _by_default(recipe: Sections) -> bool:
         and not personal
         and not recipe.participation.dropout
         and recipe.rounds.count >= FEWEST_ROUNDS_TO_FIT
-        and _clients_to_fit(recipe) != 0
         and why_no_head_fit(recipe) is None
         and has_linear_head(recipe.model)
     )
 
 
 def _clients_to_fit(recipe: Sections) -> int | None:
-    """How many clients are asked in each of two fits by default: as many as the recipe says; else all (None),
-    where asking them twice is no more than what all rounds ask; else half as many as all rounds ask, or none
-    (0) where these are few. Of natural clients, whose number is not known beforehand, at most half as many as
-    all rounds ask, or a few more; all, if the recipe asks for cohorts that need it.
+    """How many clients are asked in each of two fits by default: as many as the recipe says; else half as
+    many as all rounds ask, or a few more; all (None) where they are no more than that, or where the recipe
+    asks for cohorts that need it.
     """
     if recipe.training.fit_head_clients is not None:
         return recipe.training.fit_head_clients
     count = None if _is_natural(recipe) else recipe.clients.count
-    answers = recipe.rounds.count * recipe.rounds.cohort(count)
-    if count is None:
-        return None if recipe.rounds.selection == "balanced" else max(FEWEST_TO_FIT, answers // 2)
-    if 2 * count <= answers:
-        return None
-    return answers // 2 if answers // 2 >= FEWEST_TO_FIT and recipe.rounds.selection != "balanced" else 0
+    most = max(FEWEST_TO_FIT, recipe.rounds.count * recipe.rounds.cohort(count) // 2)
+    every = recipe.rounds.selection == "balanced" or (count is not None and count <= most)
+    return None if every else most
 
 
 def _can_balance(recipe: Sections) -> bool:
@@ -251,11 +245,7 @@ def _check_balance(recipe: Sections, default: bool, some: int | None) -> None:
     first = min(recipe.training.rounds_of_head_fits(last), default=last)
     if default or recipe.baseline != "federated" or first < last:
         return
-    reason = None
-    if recipe.training.fit_head_rounds is None:
-        reason = why_no_head_fit(recipe)
-        if reason is None and _open(recipe) and _clients_to_fit(recipe) == 0:
-            reason = "asks more clients than train in all rounds, and is left out unless you set it"
+    reason = why_no_head_fit(recipe) if recipe.training.fit_head_rounds is None else None
     raise RecipeError(
         "rounds.selection = 'balanced': needs a round before the last in training.fit_head_rounds, when "
         f"clients tell how many examples of each label they have{'; which ' + reason if reason else ''}"
