@@ -21,7 +21,7 @@ from fedcustom.data.examples import ClientData, Example
 from fedcustom.errors import RecipeError, UpdateError
 from fedcustom.methods import UNFINISHED, Answer, Client, State, Task, Update, WeightTuning, client_labels
 from fedcustom.methods.head_fit import HeadFit
-from fedcustom.methods.head_messages import LEAST, Sums
+from fedcustom.methods.head_messages import LEAST, POINT, Sums
 from test_cohort import distance
 from test_label_prior import skewed
 from test_methods import classification_examples, make
@@ -38,7 +38,8 @@ def asked(
     """The tasks of one exchange, and the clients' answers as the server takes them."""
     tasks = method.ask(state, number, {name: {"epochs": 1} for name in clients})
     answers = []
-    for name, client in clients.items():
+    for name in tasks:
+        client = clients[name]
         update = method.work(tasks[name], client)
         method.check(tasks[name], update)
         answers.append(Answer(name, tasks[name], update))
@@ -205,20 +206,24 @@ def test_single_examples_are_withheld(tiny: dict[str, str]) -> None:
     expected = fitted(method, clients).tensors
     more = {**clients, "d": alone_with(0)}
     state = method.start()
-    kinds = []
-    while not kinds or UNFINISHED in state.values:
-        tasks, answers = asked(method, state, more)
-        kinds.append(tasks["d"].kind)
-        sent = answers[-1].update
-        if kinds[-1] == "fit head":
-            assert sent.tensors["counts"].tolist() == [0, 1, 0]
-            assert sent.tensors["totals"].numel() == sent.tensors["factor"].numel() == 0
-            assert sent.weight == 1
-        else:
-            assert sent.weight == 0
-            assert not any(tensor.any() for tensor in sent.tensors.values())
-            assert sent.values.get("objective", 0.0) == 0
+    tasks, answers = asked(method, state, more)
+    sent = answers[-1].update
+    assert sent.tensors["counts"].tolist() == [0, 1, 0]
+    assert sent.tensors["totals"].numel() == sent.tensors["factor"].numel() == 0
+    assert sent.weight == 1
+    scale = Task("scale head", {POINT: torch.ones(3, WIDTH + 1)}, {"round": 1})
+    after = method.work(scale, more["d"])
+    assert isinstance(after, Update)
+    assert after.weight == 0
+    assert not any(tensor.any() for tensor in after.tensors.values())
+    kinds = [tasks["d"].kind]
+    while True:
         state = method.merge(state, iter(answers))
+        if UNFINISHED not in state.values:
+            break
+        tasks, answers = asked(method, state, more)
+        assert tasks.keys() == clients.keys(), "it is asked no further"
+        kinds.append(tasks["a"].kind)
     assert kinds == ["fit head", "scale head", *["head gradient"] * (len(kinds) - 2)]
     assert client_labels(state)["d"] == [0, 1, 0]
     assert "(1 of them, the only ones of their label at a client, not in the sums)" in str(

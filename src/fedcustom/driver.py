@@ -264,13 +264,16 @@ class _Driver:
     def _next_exchange(
         self, number: int, cohort: Mapping[str, Assignment], state: State, parties: Federation, noted: _Round
     ) -> State:
-        """A further exchange of an unfinished round, with those who answered so far."""
+        """A further exchange of an unfinished round, with those who answered so far, or of them those who
+        have more to say.
+        """
         amounts = {name: cohort[name].amount for name in noted.answered}
         tasks = parties.method.ask(state, number, amounts)
-        noted.answered, noted.exchanges = [], noted.exchanges + 1
+        done = [name for name in noted.answered if name not in tasks]
+        noted.answered, noted.exchanges = [*done], noted.exchanges + 1
         accepted = self._accept(parties.transport.exchange(tasks, f"{number:06d}"), noted, number, cohort)
         following = parties.method.merge(state, accepted)
-        if not noted.answered:
+        if len(noted.answered) == len(done):
             raise RunError(
                 f"round {number}: no client went on with it; the last reason: "
                 f"{list(noted.left_out.values())[-1]}"

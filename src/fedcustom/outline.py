@@ -99,7 +99,8 @@ def _fitting(
     down = _lengths(list(tasks.values()), lambda task: _down(channel, task))
     labels = [[example.label for example in data.clients[name].train] for name in tasks]
     up = [wire.length(head_sums(method.head_fit, own), {"weight": float(len(own))}) for own in labels]
-    return sum(down) + sum(up) + len(tasks) * _steps(method.head_fit, number)
+    more = sum(len(own) >= LEAST for own in labels)
+    return sum(down) + sum(up) + more * _steps(method.head_fit, number)
 
 
 def _steps(fit: HeadFit, number: int) -> int:

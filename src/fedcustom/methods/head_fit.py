@@ -201,7 +201,7 @@ class HeadFit:
     # --- server ---
 
     def tasks(self, state: State, names: Iterable[str], values: Values) -> dict[str, Task]:
-        """What is asked after the first exchange of a round."""
+        """What is asked after the first exchange of a round; nothing of clients with a single example."""
         assert self.fitting is not None
         kind = str(state.values[UNFINISHED])
         fit = self.fitting.logistic
@@ -209,7 +209,9 @@ class HeadFit:
             point = fit.point.float()
         else:
             point = torch.cat([state.tensors[self.weight], state.tensors[self.bias][:, None]], dim=1)
-        return {name: Task(kind, {POINT: point}, values) for name in names}
+        counts = {name: state.server.get(CLIENT_LABELS + name) for name in names}
+        some = [name for name, found in counts.items() if found is None or int(found.sum()) >= LEAST]
+        return {name: Task(kind, {POINT: point}, values) for name in some}
 
     def check(self, task: Task, update: Update, *, sent: bool = True) -> None:
         """Refuse what cannot be an answer to a task about the head; or any, unless they are to be ``sent``.
@@ -287,7 +289,7 @@ class HeadFit:
             said += f" ({withheld} of them, the only ones of their label at a client, not in the sums)"
         values["method"] = {"head": said}
         if self.training.fit_head_steps:
-            self.fitting = _Fit(len(told), sums)
+            self.fitting = _Fit(sum(int(counts.sum()) >= LEAST for counts in told.values()), sums)
             values[UNFINISHED] = SCALE_HEAD
         return State({**state.tensors, **fitted}, {**server, **told}, values)
 
