@@ -107,10 +107,11 @@ def test_calibration_by_hand() -> None:
 
 
 def best_by_scipy(logits: Array, labels: Array) -> float:
-    """1 / temperature that gives the least mean loss."""
+    """1 / temperature that gives the least loss, with a normal prior on its log."""
 
     def loss(power: float) -> float:
-        return -float(log_softmax(math.exp(power) * logits, axis=1)[np.arange(len(labels)), labels].mean())
+        likely = log_softmax(math.exp(power) * logits, axis=1)[np.arange(len(labels)), labels]
+        return 0.5 * power**2 - float(likely.sum())
 
     return math.exp(minimize_scalar(loss, bounds=(-4, 4), method="bounded", options={"xatol": 1e-8}).x)
 
@@ -128,12 +129,15 @@ def test_the_temperature_is_that_of_least_loss(scale: float) -> None:
         assert loss == pytest.approx(by_hand)
 
 
-def test_temperatures_have_bounds() -> None:
-    """Where all is right, or nothing to be learnt, the best would be without end."""
-    logits, labels = drawn(1, 50, 3)
-    assert best_scale(tempered_losses(logits, logits.argmax(axis=1).tolist())) == pytest.approx(10)
-    assert best_scale(tempered_losses(logits, logits.argmin(axis=1).tolist())) == pytest.approx(0.1)
-    assert best_scale(tempered_losses(np.zeros((50, 3)), labels.tolist())) == pytest.approx(0.1)
+@pytest.mark.parametrize("number", [1, 3, 20, 50])
+def test_few_examples_say_little_of_the_temperature(number: int) -> None:
+    """Where all is right, or all wrong, the best by likelihood alone would be without end."""
+    logits, labels = drawn(1, number, 3)
+    for wanted in (logits.argmax(axis=1), logits.argmin(axis=1)):
+        found = best_scale(tempered_losses(logits, wanted.tolist()))
+        assert found == pytest.approx(best_by_scipy(logits, wanted), rel=1e-2)
+        assert 0.1 < found < 10
+    assert best_scale(tempered_losses(np.zeros((number, 3)), labels.tolist())) == pytest.approx(1)
 
 
 # --- in a run ---

@@ -21,7 +21,7 @@ from fedcustom.data.examples import ClientData, Example
 from fedcustom.errors import RecipeError, UpdateError
 from fedcustom.methods import UNFINISHED, Answer, Client, State, Task, Update, WeightTuning, client_labels
 from fedcustom.methods.head_fit import HeadFit
-from fedcustom.methods.head_messages import LEAST, POINT, Sums
+from fedcustom.methods.head_messages import HEAD_UNFITTED, LEAST, POINT, Sums
 from test_cohort import distance
 from test_label_prior import skewed
 from test_methods import classification_examples, make
@@ -244,6 +244,38 @@ def test_singles_alone_fit_nothing(tiny: dict[str, str]) -> None:
     after = fitted(method, {"d": alone_with(0)}, before)
     assert all(torch.equal(after.tensors[n], t) for n, t in before.tensors.items())
     assert after.values == {"method": {"head": "not fitted: no client has two examples of a label"}}
+
+
+def test_a_head_that_could_not_be_fitted_trains(tiny: dict[str, str]) -> None:
+    """Though it would rest: as it was drawn at random it is no use."""
+    for client, unfitted in (alone_with(0), True), (alone_with(9), False):
+        method = make(tiny["bert"], "lora", training={**ROUND, "freeze_head_rounds": 9})
+        state = fitted(method, {"d": client})
+        task = method.ask(state, 2, {"d": {"epochs": 1}})["d"]
+        assert (HEAD_UNFITTED in task.values) == unfitted
+        update = method.work(task, client)
+        method.check(task, update)
+        assert any("classifier" in name for name in update.tensors) == unfitted
+        after = method.merge(state, iter([Answer("d", task, update)]))
+        changed = {
+            name for name in state.tensors if not torch.equal(state.tensors[name], after.tensors[name])
+        }
+        assert any("classifier" in name for name in changed) == unfitted
+
+
+def test_a_local_head_of_single_examples(tiny: dict[str, str]) -> None:
+    """A client withholds nothing from itself."""
+    method = make(tiny["bert"], "bitfit", training=ROUND)
+    method.context = method.ownership.context = replace(method.context, keeps="everything")
+    method.ownership.initial = method.tuned.read()
+    client = alone_with(1)
+    method.work(method.ask(method.start(), 1, {"d": {"epochs": 1}})["d"], client)
+    own = {name.removeprefix("state/"): t for name, t in client.memory.tensors.items()}
+    vectors = method.head_fit.inputs(method.tokens(client.data.train)).numpy()
+    labels = [example.label for example in client.data.train]
+    theirs = LogisticRegression(C=10, tol=1e-6, max_iter=1000).fit(vectors, labels)
+    found = vectors @ own["classifier.weight"].numpy().T + own["classifier.bias"].numpy()
+    assert found.argmax(axis=1).tolist() == theirs.predict(vectors).tolist() == labels
 
 
 def test_once_fitted_the_adjustment_is_relative_to_the_labels_of_all(tiny: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import fedcustom
 from fedcustom.directory import Checkpoints
-from fedcustom.errors import RecipeError, RunError
+from fedcustom.errors import RecipeError
 from fedcustom.evaluator import Evaluator
 from fedcustom.methods import State
 from fedcustom.methods.head_fit import HeadFit
@@ -127,12 +127,15 @@ def test_a_fit_that_few_go_on_with_keeps_the_discriminant(
     assert row["method"]["head"].endswith("; 1 of 4 clients went on; kept the discriminant")
 
 
-def test_a_fit_that_nobody_goes_on_with_is_an_error(
+def test_a_fit_that_nobody_goes_on_with_keeps_the_discriminant(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, lambda kind, name: kind == "scale head")
-    with pytest.raises(RunError, match="round 1: no client went on with it; the last reason: the vectors"):
-        fedcustom.run(small, FIRST, out=tmp_path / "run")
+    run = fedcustom.run(small, FIRST, out=tmp_path / "run")
+    row = rows_of(run.directory)[1]
+    assert row["answered"] == []
+    assert len(row["left_out"]) == 4
+    assert row["method"]["head"].endswith("; 0 of 4 clients went on; kept the discriminant")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from .evaluation.degenerate import in_words
 from .evaluation.metrics import Metrics, is_better
 from .federation import Federation, Gather, Memories, has_one_model, simulate
 from .files import held, holder, read_json, write_folder, write_json, write_text
-from .methods import UNFINISHED, Answer, AsksClients, ScalesLogits, State, Task, client_labels
+from .methods import UNFINISHED, Answer, AsksClients, ScalesLogits, State, Task, client_labels, streamed
 from .methods.tuning import RATE_FACTOR
 from .models.load import Base
 from .outline import outline
@@ -230,7 +230,7 @@ class _Driver:
         accepted = self._accept(replies, noted, number, cohort)
         first = list(islice(accepted, 1))
         needed = min(self.recipe.rounds.min_clients, len(tasks))
-        following = method.merge(state, _and_then(first, accepted)) if first else state
+        following = method.merge(state, streamed(first, accepted)) if first else state
         if len(noted.answered) < max(1, needed):
             raise RunError(
                 f"round {number}: {len(noted.answered)} of {len(tasks)} clients answered, "
@@ -250,7 +250,7 @@ class _Driver:
         if due or fits:
             self._phase(number, "evaluating")
             begun = time.perf_counter()
-            if fits and number > 1:
+            if fits and number > 1 and state is not candidates[0]:
                 candidates.insert(0, state)
             following, row["development"] = self._better(candidates)
             row["seconds"]["evaluate"] = round(time.perf_counter() - begun, 4)
@@ -269,16 +269,10 @@ class _Driver:
         """
         amounts = {name: cohort[name].amount for name in noted.answered}
         tasks = parties.method.ask(state, number, amounts)
-        done = [name for name in noted.answered if name not in tasks]
-        noted.answered, noted.exchanges = [*done], noted.exchanges + 1
+        noted.answered = [name for name in noted.answered if name not in tasks]
+        noted.exchanges += 1
         accepted = self._accept(parties.transport.exchange(tasks, f"{number:06d}"), noted, number, cohort)
-        following = parties.method.merge(state, accepted)
-        if len(noted.answered) == len(done):
-            raise RunError(
-                f"round {number}: no client went on with it; the last reason: "
-                f"{list(noted.left_out.values())[-1]}"
-            )
-        return following
+        return parties.method.merge(state, accepted)
 
     def _better(self, candidates: Sequence[State]) -> tuple[State, Metrics]:
         """The best on the development split of states that a round may end with, the later where two are
@@ -464,7 +458,7 @@ class _Driver:
         checkpoint = self.checkpoints.load(best)
         parties.memories.restore(best, checkpoint.memories, checkpoint.files)
         state, scale = self._calibrated(checkpoint.state, parties)
-        result = self.evaluation.final(state)
+        result = self.evaluation.final(state, checkpoint.state)
         if result.predictions is not None:
             lines = "".join(result.prediction_lines(data))
             write_text(self.directory / "predictions.jsonl", lines)
@@ -490,12 +484,6 @@ class _Driver:
         )
         write_json(self.directory / "summary.json", summary)
         return summary
-
-
-def _and_then(first: list[Answer], rest: Iterator[Answer]) -> Iterator[Answer]:
-    """The first answer and the others, held no longer than whoever merges them holds them."""
-    yield first.pop()
-    yield from rest
 
 
 def _now() -> str:

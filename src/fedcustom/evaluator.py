@@ -136,13 +136,15 @@ class Evaluator:
         """Quality of one global state on the test split."""
         return self._measure(self.method.predict(state, self.data.test, texts=self._writes), self.data.test)
 
-    def final(self, state: State) -> Result:
-        """Quality on the test split, on every client's own test part and on further test sets."""
+    def final(self, state: State, trained: State | None = None) -> Result:
+        """Quality on the test split, on every client's own test part and on further test sets; clients'
+        versions are fine-tuned from the state as it was ``trained``, where that is another.
+        """
         probes = {
             kind: {name: self._probe(state, examples) for name, examples in sets.items()}
             for kind, sets in self.probes.items()
         }
-        result = replace(self._final(state), probes=probes)
+        result = replace(self._final(state, trained or state), probes=probes)
         return with_references(result, self.data.task, self.data.test)
 
     def _probe(self, state: State, examples: list[Example]) -> Metrics:
@@ -151,7 +153,7 @@ class Evaluator:
             return client_mean({name: self._own(state, name, examples) for name in self.data.clients})
         return self._measure(self.method.predict(state, examples, texts=self._writes), examples)
 
-    def _final(self, state: State) -> Result:
+    def _final(self, state: State, trained: State) -> Result:
         if self.own:
             names = list(self.data.clients)
             whole = client_mean({name: self._own(state, name, self.data.test) for name in names})
@@ -165,7 +167,7 @@ class Evaluator:
         result = self._result(
             self._measure(predictions, self.data.test), self._by_client(state, predictions), predictions
         )
-        return replace(result, personalised=self._personalised(state))
+        return replace(result, personalised=self._personalised(trained))
 
     def _personalised(self, state: State) -> dict[str, Metrics]:
         """Quality of each client's own version on its own test part."""

@@ -37,8 +37,10 @@ class Evaluation(Protocol):
     def test(self, state: State) -> Metrics:
         """Quality of one global state on the test split."""
 
-    def final(self, state: State) -> Result:
-        """Quality on the test split and on every client's own test part."""
+    def final(self, state: State, trained: State | None = None) -> Result:
+        """Quality on the test split and on every client's own test part; clients' versions are fine-tuned
+        from the state as it was ``trained``, where that is another.
+        """
 
 
 class Transport(Protocol):

@@ -100,7 +100,8 @@ def remedies_of(recipe: Sections) -> Remedies:
         filled["fit_head_rounds"] = [1, -1] if default else []
     if training.freeze_head_rounds is None:  # what was fitted before training is not to drift
         before = 1 in (filled.get("fit_head_rounds") or training.fit_head_rounds or ())
-        filled["freeze_head_rounds"] = recipe.rounds.count if before else 0
+        rests = before and training.head_learning_rate is None
+        filled["freeze_head_rounds"] = recipe.rounds.count if rests else 0
     return Remedies(filled, selection)
 
 

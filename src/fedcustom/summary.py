@@ -42,6 +42,7 @@ def summarise(
     earlier = sum(seconds.values())
     seconds["evaluate"] += finishing
     trained = [row for row in rows if row["round"] > 0]
+    sent = search if search and recipe.baseline == "federated" else {}
     return {
         "method": recipe.method.name,
         "baseline": recipe.baseline,
@@ -67,7 +68,7 @@ def summarise(
         "head_parameters": sizes[1],
         **({"search": dict(search)} if search else {}),
         "bytes": {
-            **_bytes(trained, recipe.training.rounds_of_head_fits(recipe.rounds.count), search or {}),
+            **_bytes(trained, recipe.training.rounds_of_head_fits(recipe.rounds.count), sent),
             **_a_query(a_query if recipe.baseline == "federated" else None),
         },
         "seconds": {

@@ -43,11 +43,16 @@ class RemoteEvaluation:
             return self._here(state, self.data.test, texts=self.data.task.kind != "classification")
         return self._pooled(self.remote.evaluate(state, "test"), "test")
 
-    def final(self, state: State) -> Result:
-        """Quality on the test split and on every site's own test part."""
+    def final(self, state: State, trained: State | None = None) -> Result:
+        """Quality on the test split and on every site's own test part; sites' versions are fine-tuned from
+        the state as it was ``trained``, where that is another.
+        """
         by_site = self.remote.evaluate(state, "test") if self.data.task.kind != "retrieval" else {}
         whole = {name: pooled_metrics([told["whole"]]) for name, told in by_site.items() if "whole" in told}
-        own = {name: pooled_metrics([told["own"]]) for name, told in by_site.items() if "own" in told}
+        tuned = by_site
+        if trained is not None and trained is not state and any("own" in told for told in by_site.values()):
+            tuned = self.remote.evaluate(trained, "test")
+        own = {name: pooled_metrics([told["own"]]) for name, told in tuned.items() if "own" in told}
         predictions = None
         if self.data.test:
             texts = self.data.task.kind != "classification"

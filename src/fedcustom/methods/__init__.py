@@ -21,6 +21,7 @@ from .contract import (
     State,
     Task,
     Update,
+    streamed,
 )
 from .distillation import Distillation, DistillationSettings
 from .full import Full, FullSettings
@@ -91,6 +92,7 @@ __all__ = [
     "Update",
     "build_method",
     "client_labels",
+    "streamed",
 ]
 
 

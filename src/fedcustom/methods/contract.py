@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -51,6 +51,13 @@ class Answer:
     task: Task
     update: Update
     discount: float = 1.0
+
+
+def streamed(first: list[Answer], rest: Iterator[Answer]) -> Iterator[Answer]:
+    """An answer that was read ahead and those that follow, none held longer than their reader holds it."""
+    while first:
+        yield first.pop(0)
+    yield from rest
 
 
 @dataclass(frozen=True)

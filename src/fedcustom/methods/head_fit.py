@@ -19,7 +19,7 @@ from ..models.forward import classification_logits
 from ..models.load import Base
 from ..tensors import Tensors, is_finite, part
 from ..training.settings import TrainingSettings
-from .contract import UNFINISHED, Answer, State, Task, Update, Values
+from .contract import UNFINISHED, Answer, State, Task, Update, Values, streamed
 from .head_messages import (
     FIT_HEAD,
     HEAD_GRADIENT,
@@ -187,10 +187,7 @@ class HeadFit:
 
     def alone(self, vectors: Tensor, labels: Tensor) -> Tensors:
         """The head of a client that keeps everything to itself."""
-        together = Sums.zero(self.layer.out_features, self.layer.in_features)
-        together.add(self.sums(vectors, labels))
-        if not together.sent.any():
-            return {}
+        together = Sums.of(vectors, labels, self.layer.out_features)
         if not self.training.fit_head_steps:
             return self.discriminant(together)
         fit = self._logistic(together)
@@ -233,13 +230,14 @@ class HeadFit:
             return self._begin(state, answers)
         assert self.fitting is not None
         fitting = self.fitting
-        examples, loss, answered = 0.0, 0.0, 0
+        examples, loss, answered = 0, 0.0, 0
         tensor: Tensor | None = None
         for answer in answers:
             update = answer.update
             (sent,) = update.tensors.values()
             tensor = sent.double() if tensor is None else tensor + sent.double()
-            examples, answered = examples + update.weight, answered + 1
+            examples += int(state.server[CLIENT_LABELS + answer.client].sum())  # as it said at first
+            answered += 1
             loss += float(update.values.get("objective", 0.0))
         if tensor is None or 2 * answered < fitting.clients or not examples:
             return self._finished(
@@ -366,31 +364,18 @@ def client_labels(state: State) -> dict[str, list[int]]:
 
 
 def looked_at(answers: Iterable[Answer]) -> tuple[str, Iterator[Answer]]:
-    """The kind of task that a round's answers are to, and all of them, held no longer than their reader holds
-    them. There must be one at least.
-    """
+    """The kind of task that a round's answers are to, and all of them, of which there is one at least."""
     stream = iter(answers)
     first = [next(stream)]
-
-    def again() -> Iterator[Answer]:
-        yield first.pop()
-        yield from stream
-
-    return first[0].task.kind, again()
+    return first[0].task.kind, streamed(first, stream)
 
 
 def output_names(tuned: Tuned, base: Base) -> frozenset[str]:
     """The names by which weight and, where there is one, bias of a head's last linear layer travel; none
     where the head does not end in one.
     """
-    names: dict[int, str] = {id(tuned.parameters[name]): name for name in tuned.head}
-    modules: Any = tuned.model.modules()
-    for module in reversed(list(modules)):
-        if not isinstance(module, nn.Linear) or module.out_features != len(base.task.labels):
-            continue
-        if id(module.weight) in names and (module.bias is None or id(module.bias) in names):
-            return frozenset(names[id(p)] for p in module.parameters())
-    return frozenset()
+    found = _output(tuned, base)
+    return frozenset(found[1]) if found else frozenset()
 
 
 def last_layer(tuned: Tuned, base: Base) -> tuple[nn.Linear, str, str]:
@@ -399,14 +384,21 @@ def last_layer(tuned: Tuned, base: Base) -> tuple[nn.Linear, str, str]:
     Raises:
         RecipeError: the head has no such layer with a bias.
     """
+    found = _output(tuned, base)
+    if found is None or len(found[1]) != 2:
+        raise RecipeError(
+            f"training.fit_head_rounds: the head of {base.name} does not end in a layer with a bias"
+        )
+    return found[0], found[1][0], found[1][1]
+
+
+def _output(tuned: Tuned, base: Base) -> tuple[nn.Linear, list[str]] | None:
+    """The last linear layer of the head that gives the logits, and the names of its weight and bias."""
     names: dict[int, str] = {id(tuned.parameters[name]): name for name in tuned.head}
     modules: Any = tuned.model.modules()
     for module in reversed(list(modules)):
         if not isinstance(module, nn.Linear) or module.out_features != len(base.task.labels):
             continue
-        weight, bias = names.get(id(module.weight)), names.get(id(module.bias))
-        if weight is not None and bias is not None:
-            return module, weight, bias
-    raise RecipeError(
-        f"training.fit_head_rounds: the head of {base.name} does not end in a layer with a bias"
-    )
+        if id(module.weight) in names and (module.bias is None or id(module.bias) in names):
+            return module, [names[id(p)] for p in (module.weight, module.bias) if p is not None]
+    return None

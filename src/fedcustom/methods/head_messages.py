@@ -24,6 +24,9 @@ HEAD_GRADIENT = "head gradient"
 
 HEAD_TASKS = (FIT_HEAD, SCALE_HEAD, HEAD_GRADIENT)
 
+HEAD_UNFITTED = "head_unfitted"
+"""The value of a task to train that says that the head, which would rest, could not be fitted before."""
+
 POINT = "head_point"
 """The tensor of a task that holds a head, (labels, width + 1), biases last."""
 
@@ -54,6 +57,14 @@ class Sums:
         counts = torch.zeros(labels, dtype=torch.float64)
         totals = torch.zeros(labels, width, dtype=torch.float64)
         return cls(counts, counts.clone(), totals, torch.zeros(width, width, dtype=torch.float64))
+
+    @classmethod
+    def of(cls, vectors: Tensor, labels: Tensor, classes: int) -> Sums:
+        """Of all these examples, which is for the eyes of their owner alone."""
+        rows = vectors.double()
+        counts = torch.bincount(labels, minlength=classes).double()
+        totals = torch.zeros(classes, rows.shape[1], dtype=torch.float64).index_add_(0, labels, rows)
+        return cls(counts, counts.clone(), totals, rows.T @ rows)
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Add what a client sent."""

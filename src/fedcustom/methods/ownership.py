@@ -6,6 +6,7 @@ from ..errors import RecipeError
 from ..tensors import Tensors, named, part, without
 from .contract import Memory, Task
 from .corrections import CONTROL
+from .head_messages import HEAD_UNFITTED
 from .merging import BASE_CHANGE, Merging
 from .technique import Context, Tuned
 
@@ -50,31 +51,32 @@ class Ownership:
             raise RecipeError(f"personalisation.keep = {list(keep)}: leaves nothing to send")
         return frozenset(names)
 
-    def resting(self, round_number: int) -> frozenset[str]:
-        """The tensors that are neither trained nor sent in a round."""
-        rests = round_number <= (self.context.training.freeze_head_rounds or 0)
-        return self.tuned.head if rests else frozenset()
+    def resting(self, task: Task) -> frozenset[str]:
+        """The tensors that are neither trained nor sent: the head's, in the rounds that the recipe says,
+        unless the server says that no fit of it came about, and it is as it was drawn at random.
+        """
+        rests = int(task.values["round"]) <= (self.context.training.freeze_head_rounds or 0)
+        return self.tuned.head if rests and HEAD_UNFITTED not in task.values else frozenset()
 
     def travelling(self, tensors: Tensors) -> Tensors:
         """Those that go between server and clients."""
         return {name: tensor for name, tensor in tensors.items() if name not in self.personal}
 
-    def comes_up(self, name: str, round_number: int) -> bool:
-        """Whether clients send a tensor's change in a round."""
+    def comes_up(self, name: str, task: Task) -> bool:
+        """Whether a client's answer to a task has a tensor's change."""
         return (
             name not in self.personal
-            and name not in self.resting(round_number)
+            and name not in self.resting(task)
             and not name.startswith(BASE_CHANGE)
-            and self.merging.trains(name, round_number)
+            and self.merging.trains(name, int(task.values["round"]))
         )
 
     def wanted(self, task: Task) -> Tensors:
         """What an answer to the task must have the names, shapes and dtypes of."""
-        number = int(task.values["round"])
         return {
             name: tensor
             for name, tensor in task.tensors.items()
-            if self.comes_up(name.removeprefix(CONTROL), number)
+            if self.comes_up(name.removeprefix(CONTROL), task)
         }
 
     def complete(self, tensors: Tensors, memory: Memory | None = None) -> Tensors:

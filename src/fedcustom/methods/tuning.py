@@ -22,7 +22,7 @@ from ..training.local import LocalResult, learning_rate, schedule_factor
 from .contract import UNFINISHED, Answer, Client, Memory, State, Task, Update, Values
 from .corrections import CONTROL, Correction, make_correction
 from .head_fit import LABEL_COUNTS, HeadFit, looked_at, output_names
-from .head_messages import FIT_HEAD, HEAD_TASKS
+from .head_messages import FIT_HEAD, HEAD_TASKS, HEAD_UNFITTED
 from .local_training import Job, LocalTraining, batch_ranges
 from .merging import BASE_CHANGE, Arrival, Merging
 from .objective import Objective, Supervised
@@ -95,8 +95,12 @@ class WeightTuning:
         factor *= float(state.values.get(RATE_FACTOR, 1.0))
         kind = FIT_HEAD if round_number in self.head_fit.rounds else "train"
         known: Values = {}
-        if kind == "train" and self.context.training.logit_adjustment and LABEL_COUNTS in state.values:
-            known[LABEL_COUNTS] = state.values[LABEL_COUNTS]
+        due = min(self.head_fit.rounds, default=round_number) < round_number
+        if kind == "train" and LABEL_COUNTS in state.values:
+            if self.context.training.logit_adjustment:
+                known[LABEL_COUNTS] = state.values[LABEL_COUNTS]
+        elif kind == "train" and due and self.context.keeps != "everything":
+            known[HEAD_UNFITTED] = True
         if UNFINISHED in state.values:
             return self.head_fit.tasks(state, work, {"round": round_number})
         tasks = {}
@@ -257,7 +261,7 @@ class WeightTuning:
             seed=[*seed, start],
             stop=ranges[-1][1],
             label_offset=None if own else self._label_offset(task, client),
-            resting=frozenset() if own else self.ownership.resting(int(task.values["round"])),
+            resting=frozenset() if own else self.ownership.resting(task),
         )
 
     def _fits_head(self, task: Task) -> bool:
@@ -345,7 +349,7 @@ class WeightTuning:
         change = {
             name: after[name] - tensor
             for name, tensor in job.before.items()
-            if self.ownership.comes_up(name, job.number)
+            if self.ownership.comes_up(name, job.task)
         }
         packed, said = job.merging.pack(change)
 

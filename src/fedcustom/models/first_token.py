@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def first_token_only(model: Any) -> bool:
     for name in AFTER_ATTENTION:
         if name not in last:
             continue
-        hook = last[name].register_forward_pre_hook(_first)
+        hook = last[name].register_forward_pre_hook(partial(_first, model.config))
         try:
             with classifying():
                 logits = model(input_ids=ids, attention_mask=mask).logits
@@ -73,8 +74,9 @@ def first_token_only(model: Any) -> bool:
     return False
 
 
-def _first(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+def _first(config: Any, module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """(rows, tokens, width) to (rows, 1, width), contiguous: else torch copies a matrix that follows for each
-    row.
+    row. Virtual tokens in front of a text are passed over where the classifier does so.
     """
-    return tuple(states[:, :1].contiguous() for states in arguments) if _PASS.classifies else None
+    at = getattr(config, "skip", 0) if getattr(config, "pooling", None) == "first" else 0
+    return tuple(states[:, at : at + 1].contiguous() for states in arguments) if _PASS.classifies else None

@@ -164,7 +164,9 @@ class PooledClassifier(PreTrainedModel):
         if config.pooling == "pooler":
             vector = output.pooler_output.float()
         else:
-            states = output.last_hidden_state[:, config.skip :].float()
+            states = output.last_hidden_state.float()
+            if states.shape[1] > config.skip:  # else its last layer was computed for one token alone
+                states = states[:, config.skip :]
             if config.pooling == "first":
                 vector = states[:, 0]
             else:

@@ -43,8 +43,8 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
         )
     if not policy.texts and recipe.training.fit_head_rounds:
         raise PolicyError(
-            "policy.texts = false: training.fit_head_rounds would send sums from which a text can be guessed "
-            "where a label has a single example; training.logit_adjustment = 0 turns such rounds off"
+            "policy.texts = false: training.fit_head_rounds would send sums and gradients from which a text "
+            "of a rare label can be guessed; training.logit_adjustment = 0 turns such rounds off"
         )
     if policy.minimum_noise > 0:
         raise PolicyError(

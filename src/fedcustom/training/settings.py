@@ -39,7 +39,10 @@ class TrainingSettings(Settings):
         "split; learning_rate = 'auto' sets four",
     )
     head_learning_rate: float | None = Field(
-        None, gt=0, description="Learning rate of the classification head; unset: learning_rate"
+        None,
+        gt=0,
+        description="Learning rate of the classification head, which then trains where it was fitted in "
+        "round 1; unset: learning_rate",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (adamw, muon), L2 (sgd)")
     momentum: float = Field(0.0, ge=0, lt=1, description="Momentum (sgd)")
