@@ -135,8 +135,8 @@ def test_few_examples_say_little_of_the_temperature(number: int) -> None:
     logits, labels = drawn(1, number, 3)
     for wanted in (logits.argmax(axis=1), logits.argmin(axis=1)):
         found = best_scale(tempered_losses(logits, wanted.tolist()))
-        assert found == pytest.approx(best_by_scipy(logits, wanted), rel=1e-2)
-        assert 0.1 < found < 10
+        assert found == pytest.approx(max(0.1, best_by_scipy(logits, wanted)), rel=1e-2)
+        assert found < 10
     assert best_scale(tempered_losses(np.zeros((number, 3)), labels.tolist())) == pytest.approx(1)
 
 

@@ -130,14 +130,14 @@ def test_time_left_is_that_of_rounds_alike(small: dict[str, Any]) -> None:
     [
         (
             {},
-            Outline(5000, 50, 6012, 304_456, 304_000, 609_000_000, 1_160_000_000),
+            Outline(5000, 50, 6012, 304_456, 304_000, 609_000_000, None, 1_160_000_000),
             "5,000 clients with 6,012 training examples; 2 rounds of 50 clients (the default where there are "
             "more; rounds.clients_per_round changes it); 304 kB down and 304 kB up a client and round; about "
             "1.16 GB in all, 609 MB of them to fit the head",
         ),
         (
             {"rounds.clients_per_round": 3},
-            Outline(4, 3, 128, 900, 1234, 0, 12_800),
+            Outline(4, 3, 128, 900, 1234, 0, 0, 12_800),
             "4 clients with 128 training examples; 2 rounds of 3 clients; 900 bytes down and 1.23 kB up a "
             "client and round; about 12.8 kB in all",
         ),

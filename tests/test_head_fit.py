@@ -257,9 +257,7 @@ def test_a_head_that_could_not_be_fitted_trains(tiny: dict[str, str]) -> None:
         method.check(task, update)
         assert any("classifier" in name for name in update.tensors) == unfitted
         after = method.merge(state, iter([Answer("d", task, update)]))
-        changed = {
-            name for name in state.tensors if not torch.equal(state.tensors[name], after.tensors[name])
-        }
+        changed = {n for n, tensor in state.tensors.items() if not torch.equal(tensor, after.tensors[n])}
         assert any("classifier" in name for name in changed) == unfitted
 
 

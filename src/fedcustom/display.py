@@ -212,6 +212,8 @@ def asked(recipe: Recipe, outline: Outline) -> str:
         if not (outline.down or outline.up):
             each = "no round trains"
         fits = f", {size(outline.fitting)} of them to fit the head" if outline.fitting else ""
+        if outline.searching:
+            fits += f", {size(outline.searching)} to search for a learning rate"
         parts += [each, f"about {size(outline.total)} in all{fits}"]
     return "; ".join(parts)
 

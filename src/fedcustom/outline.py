@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .data.examples import FederatedData
 from .methods.contract import Memory, Method, State, Task, Update, Values
-from .methods.head_fit import HeadFit
+from .methods.head_fit import LABEL_COUNTS, HeadFit
 from .methods.head_messages import HEAD_GRADIENT, LEAST, POINT, SCALE_HEAD, TEMPERATURES
 from .methods.tuning import WeightTuning
 from .progress import Outline
@@ -37,12 +38,22 @@ def outline(recipe: Recipe, data: FederatedData, method: Method, state: State, p
     fits = recipe.training.rounds_of_head_fits(recipe.rounds.count)
     down = up = 0.0
     if first := next((number for number in range(1, len(plan) + 1) if number not in fits), None):
-        down, up = _training(method, channel, state, first, plan[first - 1])
+        labels = [examples or 1] * len(data.task.labels)  # as if a head had been fitted before
+        fitted = replace(state, values={**state.values, LABEL_COUNTS: labels})
+        down, up = _training(method, channel, fitted, first, plan[first - 1])
     rounds = [cohort for number, cohort in enumerate(plan, start=1) if number not in fits]
-    training = sum(down + (not a.absent) * up for cohort in rounds for a in cohort.values())
+    costs = [sum(down + (not a.absent) * up for a in cohort.values()) for cohort in rounds]
     fitting = sum(_fitting(method, channel, state, number, plan[number - 1], data) for number in fits)
+    searching = sum(sum(costs[:rounds]) for rounds in recipe.training.trials())
     return Outline(
-        len(sizes), cohort, examples, round(down), round(up), round(fitting), round(training + fitting)
+        len(sizes),
+        cohort,
+        examples,
+        round(down),
+        round(up),
+        round(fitting),
+        round(searching),
+        round(sum(costs) + fitting + searching),
     )
 
 

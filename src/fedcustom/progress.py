@@ -17,8 +17,9 @@ class Outline:
 
     ``cohort`` clients take part in a round that trains; ``examples`` are the training examples of all
     ``clients``, None where only they know. ``down`` and ``up`` are the bytes of the messages to and from a
-    client in such a round, in the mean, ``fitting`` those of all rounds that fit the head, and ``total``
-    those of the whole run; None where nothing is sent, or where it cannot be known beforehand.
+    client in such a round, in the mean, ``fitting`` those of all rounds that fit the head, ``searching``
+    those of the search of a learning rate, and ``total`` those of the whole run; None where nothing is sent,
+    or where it cannot be known beforehand.
     """
 
     clients: int
@@ -27,6 +28,7 @@ class Outline:
     down: int | None = None
     up: int | None = None
     fitting: int | None = None
+    searching: int | None = None
     total: int | None = None
 
 

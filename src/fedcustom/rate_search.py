@@ -16,10 +16,8 @@ from .methods import Answer, State, streamed
 from .methods.tuning import RATE_FACTOR
 from .recipe import Recipe
 from .schedule import Assignment
+from .training.settings import TRIAL_ROUNDS
 from .transport.reply import Reply
-
-LENGTHS = (2, 6)
-"""Rounds that every rate is given, and then the better half, from the start again."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,6 @@ class Search:
     def described(self) -> dict[str, Any]:
         """For ``search.json``."""
         return asdict(self)
-
-
-def search_rounds(rates: int) -> int:
-    """How many rounds a search over so many rates takes."""
-    return sum(length * max(1, rates >> part) for part, length in enumerate(LENGTHS))
 
 
 def search_rate(
@@ -81,7 +74,7 @@ def search_rate(
 
     fits = recipe.training.rounds_of_head_fits(len(plan))
     training = [number for number in range(first, len(plan) + 1) if number not in fits]
-    for part, length in enumerate(LENGTHS):
+    for part, length in enumerate(TRIAL_ROUNDS):
         scores: dict[float, float] = {}
         numbers = training[:length]
         for rate in left:
@@ -105,7 +98,7 @@ def search_rate(
             )
         sign = 1 if is_better(0.0, 1.0, metric) else -1
         ordered = sorted(scores, key=lambda rate: (sign * scores[rate], rate))  # the lower of two alike
-        left = ordered[: 1 if part == len(LENGTHS) - 1 else max(1, len(rates) >> (part + 1))]
+        left = ordered[: 1 if part == len(TRIAL_ROUNDS) - 1 else max(1, len(rates) >> (part + 1))]
     start_again()
     return Search(left[0], trials, spent[0], spent[1], round(time.perf_counter() - begun, 3))
 

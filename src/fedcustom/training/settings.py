@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from ..settings import Settings
 
+TRIAL_ROUNDS = (2, 6)
+"""Rounds that a search gives each of its learning rates, and then the better half, from the start again."""
+
 
 class TrainingSettings(Settings):
     """What one client does with the state it was sent."""
@@ -133,6 +136,11 @@ class TrainingSettings(Settings):
     def rounds_of_head_fits(self, last: int) -> frozenset[int]:
         """``fit_head_rounds`` of a run with ``last`` rounds, counted from 1."""
         return frozenset(last if number == -1 else number for number in self.fit_head_rounds or ())
+
+    def trials(self) -> list[int]:
+        """How many rounds each trial of a search of learning rates has."""
+        rates = len(self.search_rates or ())
+        return [n for part, n in enumerate(TRIAL_ROUNDS) for _ in range(rates and max(1, rates >> part))]
 
     def clients_of_head_fits(self, count: int) -> int:
         """How many of ``count`` clients are asked in such a round."""
