@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from fedcustom.errors import RecipeError
 from fedcustom.experiment.grid import digest
 from fedcustom.methods import TECHNIQUES
+from fedcustom.models.kind import ModelKind, kind_of, rough_parameters
+from fedcustom.models.load import model_kind
+from fedcustom.models.settings import ModelSettings
 from fedcustom.recipe import Recipe, load_recipe, to_toml
 from fedcustom.recipe_words import settings_help
 
@@ -149,7 +153,58 @@ def test_a_complete_recipe_is_the_same_recipe(tmp_path: Path) -> None:
     path.write_text(to_toml(recipe.complete()))
     again = load_recipe(path)
     assert again == recipe.complete()
-    assert again.training.learning_rate == TECHNIQUES["lora"][0].default_learning_rate
+    assert again.training.learning_rate == TECHNIQUES["lora"][0].rates.encoder
+
+
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [
+        ("builtin:minilm", "encoder"),
+        ("builtin:lm", "decoder"),
+        ("builtin:lm-small", "decoder"),
+        ("no/such-model", "large"),
+    ],
+)
+def test_the_default_learning_rate_is_of_the_kind_of_model(base: str, kind: ModelKind) -> None:
+    assert model_kind(ModelSettings(base=base)) == kind
+    task = "generation" if "lm" in base.removeprefix("builtin:minilm") else "classification"
+    recipe = load_recipe({"model": {"base": base}, "data": {"task": task}})
+    for name, (settings, _) in TECHNIQUES.items():
+        if name == "probe":
+            continue
+        rates = settings.rates
+        assert recipe.for_method(name).complete().training.learning_rate == rates.of(kind)
+        assert rates.large <= rates.decoder
+
+
+@pytest.mark.parametrize(
+    ("configuration", "millions", "kind"),
+    [
+        (transformers.BertConfig(), 110, "large"),
+        (transformers.DistilBertConfig(), 66, "large"),
+        (transformers.GPT2Config(), 124, "large"),
+        (transformers.T5Config(), 60, "large"),  # t5-small
+        (
+            transformers.BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
+            22.7,
+            "encoder",
+        ),
+        (
+            transformers.BertConfig(hidden_size=128, num_hidden_layers=2, intermediate_size=512),
+            4.4,
+            "encoder",
+        ),
+        (transformers.LlamaConfig(vocab_size=8000, hidden_size=256, num_hidden_layers=6), 38, "decoder"),
+        (transformers.PretrainedConfig(), None, "large"),
+    ],
+)
+def test_about_how_large_a_model_is(configuration: Any, millions: float | None, kind: str) -> None:
+    """As its publishers say."""
+    found = rough_parameters(configuration)
+    assert (found is None) == (millions is None)
+    if found is not None and millions is not None:
+        assert found / 1e6 == pytest.approx(millions, rel=0.15)
+    assert kind_of(configuration) == kind
 
 
 def test_comparison_settings_apply_to_their_method() -> None:
@@ -163,7 +218,7 @@ def test_comparison_settings_apply_to_their_method() -> None:
     lora, prefix, full = (recipe.for_method(name).complete() for name in ("lora", "prefix", "full"))
     assert (lora.method.rank, lora.training.learning_rate, lora.training.batch_size) == (2, 0.25, 4)  # type: ignore[union-attr]
     assert (prefix.method.length, prefix.training.learning_rate) == (8, 0.5)  # type: ignore[union-attr]
-    assert full.training.learning_rate == TECHNIQUES["full"][0].default_learning_rate
+    assert full.training.learning_rate == TECHNIQUES["full"][0].rates.encoder
     with pytest.raises(RecipeError, match="did you mean 'lora'"):
         recipe.for_method("loar")
 

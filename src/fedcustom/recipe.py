@@ -18,7 +18,7 @@ from .evaluation.settings import EvaluationSettings
 from .methods import METHODS, MethodSettings
 from .methods.prefix import PrefixSettings
 from .methods.settings import TuningSettings
-from .models.load import pooling_of
+from .models.load import model_kind, pooling_of
 from .models.settings import ModelSettings
 from .recipe_sections import PersonalisationSettings, RoundSettings
 from .recipe_words import explain, nearest
@@ -238,7 +238,7 @@ class Recipe(Settings):
         changed: dict[str, Any] = {}
         if "training" not in self.method.not_for:
             filled = dict(remedies.training)
-            default = getattr(self.method, "default_learning_rate", None)
+            default = self.method.default_learning_rate(model_kind(self.model))
             if self.training.learning_rate in (None, "auto"):
                 filled["learning_rate"] = default
             if self.training.learning_rate == "auto" and default and not only_fits(self):

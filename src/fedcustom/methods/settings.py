@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from ..models.kind import ModelKind, Rates
 from ..settings import Settings
 
 
@@ -19,6 +20,10 @@ class MethodSettingsBase(Settings):
     with_head: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ("classification", "generation")
     not_for: ClassVar[tuple[str, ...]] = ()
+
+    def default_learning_rate(self, kind: ModelKind) -> float | None:
+        """The learning rate for a kind of model where the recipe sets none; None where nothing is trained."""
+        return None
 
     @property
     def has_server_model(self) -> bool:
@@ -58,12 +63,17 @@ class MethodSettingsBase(Settings):
 
 
 class TuningSettings(MethodSettingsBase):
-    """That of a method that trains tensors; ``default_learning_rate`` is used where the recipe sets none.
-    ``only_fits`` is whether its one round fits the head, and nothing is trained by steps.
+    """That of a method that trains tensors; of ``rates`` one is used where the recipe sets no learning rate
+    (docs/learning_rates.md). ``only_fits`` is whether its one round fits the head, and nothing is trained by
+    steps.
     """
 
-    default_learning_rate: ClassVar[float]
+    rates: ClassVar[Rates]
     only_fits: ClassVar[bool] = False
+
+    def default_learning_rate(self, kind: ModelKind) -> float:
+        """The learning rate for a kind of model where the recipe sets none."""
+        return self.rates.of(kind)
 
 
 class UpperLayersSettings(TuningSettings):

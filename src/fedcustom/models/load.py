@@ -20,12 +20,12 @@ from ..data.examples import LearningTask
 from ..errors import ModelError, nearest
 from .first_token import first_token_only
 from .kernels import attend_in_float32_on_processors, fuse_activations
+from .kind import Architecture, ModelKind, architecture_of, kind_of
 from .output import OutputLayer, output_layer
 from .pooled_classifier import PooledClassifier, PooledClassifierConfig, with_pooling
 from .pooling import Pooling, find_pooling
 from .settings import ModelSettings
 
-Architecture = Literal["encoder", "decoder", "encoder-decoder"]
 Precision = Literal["float32", "bfloat16"]
 
 HUB_NAMES = {"builtin:minilm": "sentence-transformers/all-MiniLM-L6-v2"}
@@ -150,6 +150,16 @@ def has_linear_head(settings: ModelSettings) -> bool:
         return False
 
 
+def model_kind(settings: ModelSettings) -> ModelKind:
+    """Which kind of model the recipe names; a large one where its configuration cannot be read."""
+    try:
+        if settings.trust_remote_code:
+            return kind_of(load_configuration(settings))
+        return kind_of(_configuration(settings.base, settings.revision))
+    except ModelError:  # said when the model is loaded
+        return "large"
+
+
 def pooling_of(settings: ModelSettings) -> Pooling | None:
     """How a classifier on this model pools its states; None: as its architecture's own head does.
 
@@ -184,27 +194,6 @@ def pooling_of(settings: ModelSettings) -> Pooling | None:
 def _configuration(base: str, revision: str | None) -> Any:
     """A configuration that is only looked at."""
     return load_configuration(ModelSettings(base=base, revision=revision))
-
-
-def architecture_of(configuration: Any) -> Architecture:
-    """Encoder, decoder or encoder-decoder, read off a configuration.
-
-    Raises:
-        ModelError: ``transformers`` knows the type neither as an encoder nor as a language model.
-    """
-    from transformers.models.auto import modeling_auto as auto
-
-    if getattr(configuration, "is_encoder_decoder", False):
-        return "encoder-decoder"
-    kind = configuration.model_type
-    names = " ".join(configuration.architectures or ())
-    if "CausalLM" in names or "LMHead" in names:
-        return "decoder"
-    if kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return "encoder"
-    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return "decoder"
-    raise ModelError(f"model.base: a {kind!r} model is neither an encoder nor a language model of text")
 
 
 def context_length(configuration: Any) -> int | None:

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 
 from ...errors import ModelError, RunError
+from ...models.kind import Rates
 from ...models.load import Base
 from ..feed_forward import find_feed_forward
 from ..settings import TuningSettings
@@ -24,7 +25,7 @@ from .layers import Widened, WidenedInput, WidenedOutput
 class AdapterSettings(TuningSettings):
     """Bottleneck adapters beside every feed-forward network."""
 
-    default_learning_rate: ClassVar[float] = 2e-3
+    rates: ClassVar[Rates] = Rates(encoder=0.002, decoder=0.002, large=0.0003)
 
     name: Literal["adapter"] = "adapter"
     width: int = Field(48, ge=1, le=65536, description="Hidden units of the adapter beside each network")

@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from ...errors import ModelError
+from ...models.kind import Rates
 from ...models.load import Base
 from ..peft_support import upper
 from ..settings import UpperLayersSettings
@@ -18,7 +19,7 @@ from ..whole_model import partly_trained
 class BitFitSettings(UpperLayersSettings):
     """Bias vectors, and normalisation scales if asked for."""
 
-    default_learning_rate: ClassVar[float] = 5e-3
+    rates: ClassVar[Rates] = Rates(encoder=0.005, decoder=0.005, large=0.001)
 
     name: Literal["bitfit"] = "bitfit"
     norms: bool = Field(False, description="Train the scales of normalisation layers as well")

@@ -240,5 +240,5 @@ class LabelExchange:
                 logits = classification_logits(learner.tuned.model, batch)
             return divergence(logits, batch[TEACHER], settings.temperature)
 
-        training = teaching(settings, self.context.training, student)
+        training = teaching(settings, self.context.training, student, self.context.base)
         return learner.imitate(tensors, batches(), loss, training, factor, seed)

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ...aggregation.settings import AggregationSettings
+from ...models.kind import ModelKind
 from ..full import FullSettings
 from ..lora import LoraSettings
 from ..settings import MethodSettingsBase, TuningSettings
@@ -84,10 +85,9 @@ class DistillationSettings(MethodSettingsBase):
             raise ValueError(f"client_models = {self.client_models}: name one at least, and none empty")
         return self
 
-    @property
-    def default_learning_rate(self) -> float:
+    def default_learning_rate(self, kind: ModelKind) -> float:
         """The clients' learning rate where the recipe sets none."""
-        return self.tuning(self.client_method).default_learning_rate
+        return self.tuning(self.client_method).default_learning_rate(kind)
 
     @property
     def has_server_model(self) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...data.tokens import example_order
+from ...models.kind import kind_of
+from ...models.load import Base
 from ...training.settings import TrainingSettings
 from .packing import Integers
 from .settings import DistillationSettings
@@ -19,12 +21,15 @@ Student = Literal["server", "client"]
 
 
 def teaching(
-    settings: DistillationSettings, training: TrainingSettings, student: Student
+    settings: DistillationSettings, training: TrainingSettings, student: Student, base: Base
 ) -> TrainingSettings:
-    """How the server or a client learns from a teacher: as clients train, but for the server's rate."""
+    """How the server, whose model is ``base``, or a client learns from a teacher: as clients train,
+    but for the server's rate.
+    """
     if student == "client":
         return training
-    rate = settings.server_learning_rate or settings.tuning(settings.server_method).default_learning_rate
+    usual = settings.tuning(settings.server_method).default_learning_rate(kind_of(base.model.config))
+    rate = settings.server_learning_rate or usual
     return training.model_copy(update={"learning_rate": rate, "head_learning_rate": None})
 
 

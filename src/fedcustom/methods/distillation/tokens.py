@@ -168,5 +168,5 @@ class TokenExchange:
             logits = student.logits(batch)[:, :-1][valid]
             return top_k_divergence(logits, batch["tokens"][valid], batch["probabilities"][valid]).mean()
 
-        training = teaching(settings, self.context.training, role)
+        training = teaching(settings, self.context.training, role, self.context.base)
         return student.learner.imitate(tensors, batches(), loss, training, factor, seed)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...models.kind import Rates
 from ...models.load import Base
 from ..peft_support import head_names, loading_page
 from ..settings import TuningSettings
@@ -18,7 +19,7 @@ from ..technique import Tuned
 class FullSettings(TuningSettings):
     """Full fine-tuning: every weight is trained."""
 
-    default_learning_rate: ClassVar[float] = 1e-4
+    rates: ClassVar[Rates] = Rates(encoder=0.0001, decoder=0.003, large=2e-05)
 
     name: Literal["full"] = "full"
 

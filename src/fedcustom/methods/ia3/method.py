@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from ...errors import ModelError
+from ...models.kind import Rates
 from ...models.load import Base
 from ..feed_forward import find_feed_forward
 from ..peft_support import attach_peft, ending_in, peft_parameters, task_type, tuned_with, upper
@@ -34,7 +35,7 @@ KEYS_AND_VALUES = (
 class Ia3Settings(UpperLayersSettings):
     """Learnt vectors that rescale keys, values and hidden units."""
 
-    default_learning_rate: ClassVar[float] = 1e-2
+    rates: ClassVar[Rates] = Rates(encoder=0.01, decoder=0.01, large=0.003)
 
     name: Literal["ia3"] = "ia3"
     target_modules: list[str] | None = Field(

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ...models.kind import Rates
 from ..settings import UpperLayersSettings
 
 Variant = Literal["fedit", "ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb"]
@@ -20,7 +21,7 @@ WITH_DORA = ("fedit", "ffa", "rolora", "fedsa")
 class LoraSettings(UpperLayersSettings):
     """Low-rank adaptation of chosen matrices."""
 
-    default_learning_rate: ClassVar[float] = 2e-3
+    rates: ClassVar[Rates] = Rates(encoder=0.002, decoder=0.03, large=0.0002)
 
     name: Literal["lora"] = "lora"
     variant: Variant = Field("fedit", description="What travels and how it is merged (docs/lora.md)")

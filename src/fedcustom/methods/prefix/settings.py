@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ...models.kind import Rates
 from ..settings import TuningSettings
 
 TEXT = (
@@ -17,7 +18,7 @@ TEXT = (
 class PrefixSettings(TuningSettings):
     """Learnt keys and values in front of those of the input, in every layer."""
 
-    default_learning_rate: ClassVar[float] = 1e-2
+    rates: ClassVar[Rates] = Rates(encoder=0.01, decoder=0.3, large=0.01)
 
     name: Literal["prefix"] = "prefix"
     length: int = Field(16, ge=1, le=100_000, description="Number of key-value pairs in each layer and head")

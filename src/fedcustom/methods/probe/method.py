@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from ...models.kind import Rates
 from ...models.load import Base
 from ..settings import TuningSettings
 from ..technique import Tuned
@@ -14,7 +15,7 @@ class ProbeSettings(TuningSettings):
     """Logistic regression on the frozen model's vectors: what every classifier has to beat."""
 
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
-    default_learning_rate: ClassVar[float] = 1e-3
+    rates: ClassVar[Rates] = Rates(encoder=0.001, decoder=0.001, large=0.001)
     only_fits: ClassVar[bool] = True
 
     name: Literal["probe"] = "probe"

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ...models.kind import ModelKind
 from ..settings import MethodSettingsBase
 
 Policy = Literal["passages", "scores", "answer"]
@@ -25,7 +26,6 @@ class RetrievalSettings(MethodSettingsBase):
     with_head: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ("retrieval",)
     not_for: ClassVar[tuple[str, ...]] = ("personalisation",)
-    default_learning_rate: ClassVar[float] = 2e-5
 
     name: Literal["retrieval"] = "retrieval"
     train: Literal["none", "full", "lora"] = Field(
@@ -99,6 +99,10 @@ class RetrievalSettings(MethodSettingsBase):
         ge=0,
         description="Test questions on which the reference answer's loss is measured, with and without",
     )
+
+    def default_learning_rate(self, kind: ModelKind) -> float:
+        """The learning rate for a kind of model where the recipe sets none."""
+        return 2e-5
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from ...models.kind import Rates
 from ...models.load import Base
 from ..peft_support import attach_peft, leave_out_virtual_tokens, peft_parameters, task_type, tuned_with
 from ..reparametrisation import Network, reparametrise
@@ -23,7 +24,7 @@ PEFT_NAME, NAME = "prompt_encoder.embedding.weight", "soft_prompt"
 class SoftPromptSettings(TuningSettings):
     """Learnt vectors in front of the embedded input."""
 
-    default_learning_rate: ClassVar[float] = 3e-2
+    rates: ClassVar[Rates] = Rates(encoder=0.03, decoder=0.3, large=0.3)
 
     name: Literal["soft_prompt"] = "soft_prompt"
     length: int = Field(16, ge=1, le=100_000, description="Number of learnt vectors")
