@@ -15,18 +15,24 @@ import json
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+
+
+def fail(message: str) -> NoReturn:
+    """End with one line and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def read(file: Path, label: str, limit: int | None, seed: int) -> tuple[list[str], list[str]]:
     """Texts and labels of JSON lines, at most ``limit`` of them."""
     if not file.is_file():
-        sys.exit(f"error: {file}: no such file")
+        fail(f"{file}: no such file")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
     if not rows or any(column not in rows[0] for column in ("text", label)):
-        sys.exit(f"error: {file}: needs rows with the columns 'text' and {label!r}")
+        fail(f"{file}: needs rows with the columns 'text' and {label!r}")
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:limit]]
     return [row["text"] for row in rows], [str(row[label]) for row in rows]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +59,10 @@ def main() -> None:
     said = {label: predictions(run) for label, run in labelled(arguments.runs).items()}
     first = next(iter(said.values()))
     if any([row["source"] for row in rows] != [row["source"] for row in first] for rows in said.values()):
-        sys.exit("the runs do not have the same test examples")
+        parser.error("the runs do not have the same test examples")
     recipes = [load_recipe(run / "recipe.toml") for run in arguments.runs]
     if any(r.model.base != recipes[0].model.base for r in recipes):
-        sys.exit("the runs do not have the same base model")
+        parser.error("the runs do not have the same base model")
     count = max(1, min(arguments.count, len(first)))
     chosen = [number * len(first) // count for number in range(count)]
     before = untuned(arguments.runs[0], [first[number]["source"] for number in chosen])

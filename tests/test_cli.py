@@ -16,6 +16,7 @@ from fedcustom import load
 from fedcustom.cli import main
 from fedcustom.display import Display
 from fedcustom.errors import RunError
+from fedcustom.files import read_json
 from fedcustom.recipe import load_recipe, to_toml
 from fedcustom.terminal import command_line
 
@@ -194,12 +195,19 @@ def test_a_probe_that_fails_is_no_failure_of_the_others(
 def test_compare_goes_on_past_a_method_that_fails(command: Any, recipe_file: Path, tmp_path: Path) -> None:
     with recipe_file.open("a") as file:
         file.write("\n[compare.soft_prompt.method]\nlength = 63\n")
-    result = command(
-        "compare", recipe_file, "--methods", "soft_prompt,prefix", "--no-probe", "--out", tmp_path / "out"
-    )
+    cells = ("compare", recipe_file, "--methods", "soft_prompt,prefix", "--no-probe", "--out")
+    result = command(*cells, tmp_path / "out")
     assert result.code == 2
     assert "error: soft_prompt, seed 0: data.max_length = 24" in result.error
     assert "federated prefix" in result.out
+    apart = command(*cells, tmp_path / "apart", "--jobs", 2)
+    assert apart.code == 2
+    assert "error: soft_prompt, seed 0: data.max_length = 24" in apart.error
+    assert any(line.startswith("prefix, seed 0: round 2/2") for line in apart.error.splitlines())
+    one, other = (read_json(tmp_path / at / "prefix" / "seed-0" / "summary.json") for at in ("out", "apart"))
+    assert one["metrics"] == pytest.approx(other["metrics"], abs=1e-4)
+    quiet = command(*cells, tmp_path / "quiet", "--jobs", 2, "--quiet")
+    assert quiet.error.startswith("error: soft_prompt")
 
 
 def test_quiet(command: Any, recipe_file: Path, tmp_path: Path) -> None:

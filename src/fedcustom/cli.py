@@ -95,12 +95,16 @@ def compare(
         bool,
         typer.Option("--no-probe", help="Leave out the probe, which every classifier should beat"),
     ] = False,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at the same time, each in a process with one thread")
+    ] = 1,
     overrides: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
     """Compare methods and baselines on one recipe; finished runs are not run again. Classifiers are held
     against a probe: logistic regression on the frozen model's vectors.
     """
+    from .experiment.runner import run_cells_apart
     from .experiments import comparison_cells, run_cells, with_probes
     from .recipe import load_recipe
     from .report import comparison_table, write_report
@@ -126,9 +130,13 @@ def compare(
         "--seeds": seeds if seeds != 1 else None,
         "--out": out,
         "--no-probe": no_probe,
+        "--jobs": jobs if jobs != 1 else None,
     }
     with display(command_line("compare", recipe, overrides=overrides, options=options), quiet) as make:
-        failed = run_cells(cells, lambda cell: make(cell.name))
+        if jobs == 1:
+            failed = run_cells(cells, lambda cell: make(cell.name))
+        else:
+            failed = run_cells_apart(cells, jobs, None if quiet else _note)
     finished = [cell.directory for cell in cells if cell.name not in failed]
     if finished:
         page = write_report([folder], folder / "report.html")

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from ..driver import run_recipe
 from ..errors import FedcustomError
+from ..experiments import Cell
 from ..files import write_text
 from ..recipe import Recipe, to_toml
 
@@ -34,10 +36,13 @@ class Job:
 Done = Callable[[Job, str | None], None]
 """Told of each job that is done, with the reason where it failed."""
 
+Tell = Callable[[Job, str], None]
+"""Told of each line that a job of another process shows of its progress."""
 
-def run_jobs(jobs: Sequence[Job], at_once: int, done: Done) -> None:
+
+def run_jobs(jobs: Sequence[Job], at_once: int, done: Done, tell: Tell | None = None) -> None:
     """Run all jobs; those that were begun go on where they stopped. One that fails does not hold up the
-    others. ``done`` is called in this thread, in the order in which jobs end.
+    others. ``done`` is called in this thread, in the order in which jobs end; ``tell`` in others.
 
     With one at once they run in this process; with more, each in a process with one thread. On
     KeyboardInterrupt the processes are stopped; what they have done is kept.
@@ -54,9 +59,32 @@ def run_jobs(jobs: Sequence[Job], at_once: int, done: Done) -> None:
         while waiting or pending:
             while waiting and len(pending) < at_once:
                 job = waiting.pop(0)
-                pending[pool.submit(_apart, job, processes)] = job
+                pending[pool.submit(_apart, job, processes, tell)] = job
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 done(pending.pop(future), future.result())
+
+
+def run_cells_apart(
+    cells: Sequence[Cell], at_once: int, tell: Callable[[str], None] | None
+) -> dict[str, FedcustomError]:
+    """As :func:`fedcustom.experiments.run_cells`, several at a time, each in a process with one thread.
+
+    ``tell`` is told what they show of their progress, line by line. On KeyboardInterrupt they are stopped;
+    what they did is kept.
+    """
+    failed: dict[str, FedcustomError] = {}
+
+    def done(job: Job, error: str | None) -> None:
+        if error is not None:
+            failed[job.name] = FedcustomError(error)
+
+    def told(job: Job, line: str) -> None:
+        assert tell is not None
+        tell(f"{job.name}: {line.partition(': ')[2] or line}")
+
+    jobs = [Job(cell.name, cell.recipe, cell.directory) for cell in cells]
+    run_jobs(jobs, at_once, done, None if tell is None else told)
+    return failed
 
 
 def drop_weights(directory: Path) -> None:
@@ -73,14 +101,14 @@ def _here(job: Job) -> str | None:
     return None
 
 
-def _apart(job: Job, processes: set[subprocess.Popen[str]]) -> str | None:
+def _apart(job: Job, processes: set[subprocess.Popen[str]], tell: Tell | None) -> str | None:
     """The job by the command line, with one thread; the reason where it failed."""
     recipe = job.directory.parent / f"{job.directory.name}.toml"
     write_text(recipe, to_toml(job.recipe))
     command = [sys.executable, "-m", "fedcustom", "run", str(recipe), "--out", str(job.directory)]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
-        [*command, "--resume", "--quiet"],
+        [*command, "--resume", *(["--quiet"] if tell is None else [])],
         env={**os.environ, **threads},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -88,12 +116,18 @@ def _apart(job: Job, processes: set[subprocess.Popen[str]]) -> str | None:
         start_new_session=True,
     )
     processes.add(process)
-    _, said = process.communicate()
+    assert process.stderr is not None
+    lines: deque[str] = deque(maxlen=50)
+    for line in process.stderr:
+        if line.strip():
+            lines.append(line.strip())
+            if tell is not None and " " in line and not line.startswith("error: "):
+                tell(job, line.strip())
+    process.wait()
     processes.discard(process)
     recipe.unlink(missing_ok=True)
     if process.returncode == 0:
         return None
-    lines = [line for line in said.strip().splitlines() if line.strip()]
     last = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
     return last.removeprefix("error: ") or f"ended with {process.returncode}"
 
