@@ -221,7 +221,7 @@ class LocalTraining:
                 values = self.tuned.inwards(job.before)
                 for name, stack in stacks.items():
                     stack[position] = values[name]
-        trained = {n for n in parameters if first.trains(n)}
+        trained = [n for n in parameters if first.trains(n)]  # in an order that is the same everywhere
 
         def losses(tensors: Mapping[str, Tensor], rows: Sequence[TokenizedExample], owners: Tensor) -> Tensor:
             own = {name: tensors[name] for name in parameters}

@@ -1,0 +1,223 @@
+"""Records what runs come to, and compares it after a change that is to change nothing, bit for bit.
+
+    python scripts/golden.py record runs/golden.json
+    python scripts/golden.py compare runs/golden.json
+
+Tiny models and texts are made from seeds; every method runs for two or three rounds, in process, with what
+acts on updates beside it: compression, server optimisers, robust rules, simulated attacks, late and absent
+clients, baselines, personal parts. Recorded are digests of all tensors and lines that a run leaves behind but
+times, and figures in full. Only the command line's Python calls and the files of a run directory are used, so
+that it runs on either side of any change inside. Bits depend on the machine and on the versions of libraries:
+record and compare on the same one. ``--minilm`` adds runs on ``builtin:minilm`` (a few minutes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+TIMES = ("seconds", "peak_memory_bytes", "started")
+"""Keys of what differs between two runs of the same code."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"name": "full"},
+    "adapter": {"name": "adapter", "width": 6},
+    "ia3": {"name": "ia3"},
+    "bitfit": {"name": "bitfit"},
+    "prefix": {"name": "prefix", "length": 4},
+    "prefix-matched": {"name": "prefix", "length": 4, "merging": "matched"},
+    "prefix-stacked": {"name": "prefix", "length": 4, "merging": "stacked"},
+    "prefix-reparametrised": {"name": "prefix", "length": 4, "reparametrise": True},
+    "soft-prompt": {"name": "soft_prompt", "length": 4},
+    "soft-prompt-mlp": {"name": "soft_prompt", "length": 4, "encoder": "mlp"},
+    "lora": {"name": "lora", "rank": 4},
+    "lora-dora": {"name": "lora", "rank": 4, "dora": True},
+    **{
+        f"lora-{variant}": {"name": "lora", "rank": 4, "variant": variant}
+        for variant in ("ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb")
+    },
+    "probe": {"name": "probe"},
+}
+
+DECODED = ("full", "prefix", "soft-prompt", "lora", "lora-flora", "ia3", "adapter", "bitfit")
+"""Methods that are run on a decoder too."""
+
+SGD = {"training.optimizer": "sgd", "training.clip_norm": 0, "training.learning_rate": 0.1}
+
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "balanced": {"rounds.count": 6, "rounds.clients_per_round": 2, "rounds.selection": "balanced",
+                 "training.fit_head_rounds": [1, -1]},
+    "fitted": {"rounds.count": 6, "rounds.clients_per_round": 2},
+    "searched": {"rounds.count": 9, "training.learning_rate": "auto"},
+    "centralised": {"baseline": "centralised"},
+    "local": {"baseline": "local"},
+    "dirichlet": {"clients.partition": "dirichlet", "clients.alpha": 0.3, "clients.count": 5},
+    "int8": {"compression.kind": "int8", "compression.down": True, "compression.error_feedback": True},
+    "top-k": {"compression.kind": "top_k", "compression.error_feedback": True},
+    "fedadam": {"aggregation.server_optimizer": "fedadam"},
+    "scaffold": {"aggregation.correction": "scaffold", **SGD},
+    "feddyn": {"aggregation.correction": "feddyn", **SGD},
+    "multi-krum": {"aggregation.rule": "multi_krum", "attack.kind": "sign_flip"},
+    "geometric-median": {"aggregation.rule": "geometric_median", "attack.kind": "random"},
+    "fedprox": {"training.proximal": 0.1},
+    "late": {"participation.buffer": 2, "participation.latency": "lognormal"},
+    "absent": {"participation.dropout": 0.3, "rounds.count": 4},
+    "personal": {"personalisation.keep": ["head"], "personalisation.finetune_epochs": 1},
+    "backdoor": {"attack.kind": "backdoor", "attack.boost": 2.0},
+    "noise": {"noise.labels": 0.3},
+}  # fmt: skip
+
+
+PROMPTS: dict[str, dict[str, Any]] = {
+    "selection": {"examples": 6, "edits": 2, "breed": 2, "breed_every": 1},
+    "black_box": {"prompt_length": 3, "dimensions": 6, "local_generations": 2, "examples": 6},
+}
+
+
+def recipes(folder: Path, *, minilm: bool) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """The name, recipe and overrides of every run."""
+    import torch
+
+    from conftest import make_rows, tiny_model, tiny_tokenizer, write_jsonl
+
+    models, data = {}, folder / "data"
+    for kind in ("bert", "llama"):
+        torch.manual_seed(11)
+        models[kind] = str(folder / kind)
+        tiny_model(kind).save_pretrained(models[kind])
+        tiny_tokenizer().save_pretrained(models[kind])
+    data.mkdir()
+    numbered = [{**row, "text": f"{row['text']} {n}"} for n, row in enumerate(make_rows(224, 0))]
+    for name, part in {
+        "train": numbered[:160],
+        "development": numbered[160:184],
+        "test": numbered[184:],
+    }.items():
+        write_jsonl(data / f"{name}.jsonl", part)
+    common: dict[str, Any] = {
+        "data": {"source": str(data), "test": "test", "max_length": 24},
+        "clients": {"partition": "natural", "column": "site"},
+        "training": {"batch_size": 8},
+        "rounds": {"count": 2},
+        "evaluation": {"batch_size": 32},
+    }
+    encoder = {**common, "model": {"base": models["bert"]}}
+    written = {"task": "generation", "max_target_length": 16}
+    decoder = {**common, "model": {"base": models["llama"]}, "data": {**common["data"], **written},
+               "evaluation": {"batch_size": 32, "max_new_tokens": 8}}  # fmt: skip
+    for name, method in METHODS.items():
+        yield f"encoder/{name}", {**encoder, "method": method}, {}
+    for name in DECODED:
+        more = {"norms": True} if name == "bitfit" else {}  # it has no biases
+        yield f"decoder/{name}", {**decoder, "method": {**METHODS[name], **more}}, {}
+    for name, overrides in VARIATIONS.items():
+        for method in ("prefix", "lora"):
+            yield f"{name}/{method}", {**encoder, "method": METHODS[method]}, overrides
+    public = {**encoder, "public": {"fraction": 0.25}}
+    clients = [models["bert"], models["llama"]]
+    for direction in ("both", "up", "down"):
+        method = {"name": "distillation", "client_models": clients, "direction": direction}
+        yield f"distillation/{direction}", {**public, "method": method}, {"training.learning_rate": 3e-3}
+    untrained = {**{k: v for k, v in encoder.items() if k != "training"}, "model": {"base": models["llama"]}}
+    asks = {"name": "prompt_engineering", "instructions": ["{input} :", "text {input} near"]}
+    for strategy, more in PROMPTS.items():
+        yield f"prompt/{strategy}", {**untrained, "method": {**asks, "strategy": strategy, **more}}, {}
+    found = {"source": str(data), "task": "retrieval", "test": "test", "prompt": "{text}",
+             "target": "{target}", "max_length": 16, "max_target_length": 24}  # fmt: skip
+    searched = {"model": {"base": models["bert"]}, "data": found, "rounds": {"count": 1},
+                "clients": {**common["clients"], "test_fraction": 0.0}}  # fmt: skip
+    for train in ("none", "lora"):
+        method = {"name": "retrieval", "chunk_length": 12, "chunk_overlap": 4, "train": train}
+        yield f"retrieval/{train}", {**searched, "method": method}, {}
+    if minilm:
+        words = {"source": "builtin:docstrings", "max_length": 16}
+        real = {**common, "data": words, "model": {"base": "builtin:minilm"},
+                "clients": {"partition": "natural", "limit": 40}}  # fmt: skip
+        for name in ("prefix", "lora"):
+            yield f"minilm/{name}", {**real, "method": METHODS[name]}, {"rounds.count": 5}
+
+
+def described(directory: Path) -> dict[str, str]:
+    """What a run left behind, by file: a digest of tensors, JSON without times, other text as it is."""
+    from safetensors.numpy import load_file
+
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        if path.suffix == ".safetensors":
+            digest = hashlib.sha256()
+            for key, array in sorted(load_file(path).items()):
+                digest.update(f"{key} {array.dtype} {array.shape}".encode() + array.tobytes())
+            found[name] = digest.hexdigest()
+        elif path.name in ("summary.json", "state.json", "search.json", "prompt.json", "retrieval.json"):
+            found[name] = json.dumps(timeless(json.loads(path.read_text())), sort_keys=True)
+        elif path.name in ("metrics.jsonl", "predictions.jsonl"):
+            rows = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
+            found[name] = json.dumps(rows, sort_keys=True)
+    return found
+
+
+def timeless(value: Any) -> Any:
+    """JSON without what differs between two runs of the same code, at any depth."""
+    if isinstance(value, dict):
+        return {key: timeless(each) for key, each in value.items() if key not in TIMES}
+    return [timeless(each) for each in value] if isinstance(value, list) else value
+
+
+def recorded(folder: Path, *, minilm: bool) -> dict[str, dict[str, str]]:
+    """What every run came to; one that is refused, with the reason."""
+    import fedcustom
+
+    found = {}
+    for name, recipe, overrides in recipes(folder, minilm=minilm):
+        out = folder / "runs" / name.replace("/", "-")
+        try:
+            fedcustom.run(recipe, overrides, out=out)
+            found[name] = {key: text.replace(str(folder), "") for key, text in described(out).items()}
+        except fedcustom.FedcustomError as error:
+            found[name] = {"refused": str(error).replace(str(folder), "")}
+        print(f"{name}: {found[name].get('refused', f'{len(found[name])} files')}", file=sys.stderr)
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["record", "compare"])
+    parser.add_argument("file", type=Path, help="JSON with what was recorded")
+    parser.add_argument("--minilm", action="store_true", help="runs on builtin:minilm too")
+    given = parser.parse_args()
+    if given.what == "compare" and not given.file.is_file():
+        parser.error(f"{given.file}: no such file; record it first")
+    with tempfile.TemporaryDirectory() as folder:
+        found = recorded(Path(folder), minilm=given.minilm)
+    if given.what == "record":
+        given.file.parent.mkdir(parents=True, exist_ok=True)
+        given.file.write_text(json.dumps(found, indent=1, sort_keys=True), encoding="utf-8")
+        print(f"{given.file}: {len(found)} runs")
+        return
+    before = json.loads(given.file.read_text(encoding="utf-8"))
+    differing = [
+        f"{name}: {file}"
+        for name in sorted(before.keys() | found.keys())
+        for file in sorted(before.get(name, {}).keys() | found.get(name, {}).keys())
+        if before.get(name, {}).get(file) != found.get(name, {}).get(file)
+    ]
+    print("\n".join([*differing, f"{len(found)} runs, {len(differing)} files differ"]))
+    sys.exit(1 if differing else 0)
+
+
+if __name__ == "__main__":
+    main()
