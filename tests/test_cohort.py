@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.data.examples import ClientData
 from fedcustom.errors import UpdateError
-from fedcustom.methods import Answer, Client, Update, WeightTuning
+from fedcustom.methods import Answer, Client, Update, WeightTuning, local_training
 from fedcustom.methods.objective import Supervised
 from fedcustom.training.cohort import clip_each, passes, train_together
 from fedcustom.training.lanes import Lanes
@@ -92,6 +92,24 @@ def test_the_same_as_one_by_one(tiny: dict[str, str], name: str, model: str) -> 
             assert update.weight == after[client].weight
             assert update.values["steps"] == after[client].values["steps"]
             assert update.values["loss"] == pytest.approx(after[client].values["loss"], rel=1e-5)
+
+
+def test_tensors_are_trained_in_the_models_order(
+    tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not in that of a set: norms are sums, whose last bits depend on it, and another process has another
+    order.
+    """
+    orders = []
+
+    def noting(stacks: Any, *rest: Any, **more: Any) -> Any:
+        orders.append(list(stacks))
+        return train_together(stacks, *rest, **more)
+
+    monkeypatch.setattr(local_training, "train_together", noting)
+    method = make(tiny["bert"], "lora", training={"batch_size": 3, "clip_norm": 1.0})
+    rounds(method, "classification", together=True)
+    assert orders == [[name for name in method.tuned.parameters if name in orders[0]]] * 2
 
 
 @pytest.mark.parametrize("name", ["prefix", "soft_prompt", "lora", "adapter", "ia3", "bitfit", "full"])
