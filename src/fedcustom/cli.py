@@ -96,7 +96,7 @@ def compare(
         typer.Option("--no-probe", help="Leave out the probe, which every classifier should beat"),
     ] = False,
     jobs: Annotated[
-        int, typer.Option(min=1, help="Runs at the same time, each in a process with one thread")
+        int, typer.Option(min=1, help="Runs at the same time, each in a process with its share of the cores")
     ] = 1,
     overrides: Overrides = None,
     quiet: Quiet = False,

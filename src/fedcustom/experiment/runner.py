@@ -40,11 +40,13 @@ Tell = Callable[[Job, str], None]
 """Told of each line that a job of another process shows of its progress."""
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, done: Done, tell: Tell | None = None) -> None:
+def run_jobs(
+    jobs: Sequence[Job], at_once: int, done: Done, tell: Tell | None = None, *, threads: int = 1
+) -> None:
     """Run all jobs; those that were begun go on where they stopped. One that fails does not hold up the
     others. ``done`` is called in this thread, in the order in which jobs end; ``tell`` in others.
 
-    With one at once they run in this process; with more, each in a process with one thread. On
+    With one at once they run in this process; with more, each in a process with so many ``threads``. On
     KeyboardInterrupt the processes are stopped; what they have done is kept.
     """
     if at_once == 1:
@@ -59,7 +61,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, done: Done, tell: Tell | None = 
         while waiting or pending:
             while waiting and len(pending) < at_once:
                 job = waiting.pop(0)
-                pending[pool.submit(_apart, job, processes, tell)] = job
+                pending[pool.submit(_apart, job, processes, tell, threads)] = job
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 done(pending.pop(future), future.result())
 
@@ -67,7 +69,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, done: Done, tell: Tell | None = 
 def run_cells_apart(
     cells: Sequence[Cell], at_once: int, tell: Callable[[str], None] | None
 ) -> dict[str, FedcustomError]:
-    """As :func:`fedcustom.experiments.run_cells`, several at a time, each in a process with one thread.
+    """As :func:`fedcustom.experiments.run_cells`, several at a time, each in a process with its share of the cores.
 
     ``tell`` is told what they show of their progress, line by line. On KeyboardInterrupt they are stopped;
     what they did is kept.
@@ -83,7 +85,8 @@ def run_cells_apart(
         tell(f"{job.name}: {line.partition(': ')[2] or line}")
 
     jobs = [Job(cell.name, cell.recipe, cell.directory) for cell in cells]
-    run_jobs(jobs, at_once, done, None if tell is None else told)
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    run_jobs(jobs, at_once, done, None if tell is None else told, threads=threads)
     return failed
 
 
@@ -101,15 +104,15 @@ def _here(job: Job) -> str | None:
     return None
 
 
-def _apart(job: Job, processes: set[subprocess.Popen[str]], tell: Tell | None) -> str | None:
-    """The job by the command line, with one thread; the reason where it failed."""
+def _apart(job: Job, processes: set[subprocess.Popen[str]], tell: Tell | None, threads: int) -> str | None:
+    """The job by the command line; the reason where it failed."""
     recipe = job.directory.parent / f"{job.directory.name}.toml"
     write_text(recipe, to_toml(job.recipe))
     command = [sys.executable, "-m", "fedcustom", "run", str(recipe), "--out", str(job.directory)]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     process = subprocess.Popen(
         [*command, "--resume", *(["--quiet"] if tell is None else [])],
-        env={**os.environ, **threads},
+        env={**os.environ, **limits, "TOKENIZERS_PARALLELISM": "false"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

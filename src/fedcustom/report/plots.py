@@ -25,6 +25,7 @@ METHODS = {
     "prompt_engineering": "cross",
     "distillation": "x",
     "retrieval": "hexagon",
+    "probe": "bar",
 }
 """Methods that have a colour of their own in palette.css, with their symbols."""
 OTHER_COLOURS = 3

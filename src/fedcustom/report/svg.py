@@ -25,6 +25,7 @@ MARKS = {
     "cross": "M-1.3-3.8H1.3V-1.3H3.8V1.3H1.3V3.8H-1.3V1.3H-3.8V-1.3H-1.3Z",
     "x": "M-3.6-1.9L-1.9-3.6L0-1.7L1.9-3.6L3.6-1.9L1.7 0L3.6 1.9L1.9 3.6L0 1.7L-1.9 3.6L-3.6 1.9L-1.7 0Z",
     "hexagon": "M0-4L3.5-2V2L0 4L-3.5 2V-2Z",
+    "bar": "M-4.2-1.4H4.2V1.4H-4.2Z",
     "hit": "M-3 0A3 3 0 1 1 3 0A3 3 0 1 1-3 0Z",
 }
 """Symbols by name, around 0; ``hit`` is not drawn, and only feels the pointer."""
