@@ -69,7 +69,8 @@ def run_jobs(
 def run_cells_apart(
     cells: Sequence[Cell], at_once: int, tell: Callable[[str], None] | None
 ) -> dict[str, FedcustomError]:
-    """As :func:`fedcustom.experiments.run_cells`, several at a time, each in a process with its share of the cores.
+    """As :func:`fedcustom.experiments.run_cells`, several at a time, each in a process with its share of the
+    cores.
 
     ``tell`` is told what they show of their progress, line by line. On KeyboardInterrupt they are stopped;
     what they did is kept.
