@@ -30,7 +30,10 @@ def read(file: Path, label: str, limit: int | None, seed: int) -> tuple[list[str
     """Texts and labels of JSON lines, at most ``limit`` of them."""
     if not file.is_file():
         fail(f"{file}: no such file")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except ValueError as error:
+        fail(f"{file}: not JSON lines in UTF-8: {error}")
     if not rows or any(column not in rows[0] for column in ("text", label)):
         fail(f"{file}: needs rows with the columns 'text' and {label!r}")
     if limit is not None and limit < len(rows):

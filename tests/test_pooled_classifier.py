@@ -349,6 +349,19 @@ def test_a_loss_and_the_states_in_front(encoders: dict[str, Path]) -> None:
 # --- recipes ---
 
 
+def test_a_layer_behind_the_pooling_is_refused(tiny: dict[str, str], tmp_path: Path) -> None:
+    """Vectors without it are not those that the package was trained for; whoever names a pooling knows."""
+    folder = sentence_files(
+        shutil.copytree(tiny["bert"], tmp_path / "m"), {"pooling_mode_mean_tokens": True}, normalize=False
+    )
+    modules = json.loads((folder / "modules.json").read_text())
+    modules.append({"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ModelError, match=r"has a Dense layer behind its pooling, .* allowed: one of mean, "):
+        load(folder)
+    assert load(folder, pooling="mean").model.config.pooling == "mean"
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [

@@ -67,7 +67,7 @@ def search_rate(
     assert isinstance(usual, float)
     left = rates
     trials: list[Trial] = []
-    memories, spent = parties.memories.snapshot(), [0, 0]
+    memories, spent, needed = parties.memories.snapshot(), [0, 0], recipe.rounds.min_clients
 
     def start_again() -> None:
         parties.memories.restore(first - 1, dict(memories[0]), dict(memories[1]))
@@ -83,7 +83,7 @@ def search_rate(
             trial = replace(state, values={**state.values, RATE_FACTOR: rate / usual})
             try:
                 for number in numbers:
-                    trial = _round(trial, number, plan[number - 1], parties, spent, recipe.rounds.min_clients)
+                    trial = _round(trial, number, plan[number - 1], parties, spent, needed)
                 score = parties.evaluation.development(trial)[metric]
             except RunError:
                 score = math.nan
@@ -134,6 +134,6 @@ def _round(
     first = list(islice(answers, 1))
     if first:
         state = parties.method.merge(state, streamed(first, answers))
-    if answered < max(1, needed):
+    if answered < max(1, min(needed, len(cohort))):
         raise RunError(f"round {number}: {answered} clients answered")
     return state

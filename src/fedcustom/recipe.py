@@ -238,12 +238,12 @@ class Recipe(Settings):
         changed: dict[str, Any] = {}
         if "training" not in self.method.not_for:
             filled = dict(remedies.training)
-            default = self.method.default_learning_rate(model_kind(self.model))
             if self.training.learning_rate in (None, "auto"):
+                default = self.method.default_learning_rate(model_kind(self.model))
                 filled["learning_rate"] = default
-            if self.training.learning_rate == "auto" and default and not only_fits(self):
-                tried = [float(f"{factor * default:.3g}") for factor in SEARCHED]
-                filled["search_rates"] = self.training.search_rates or tried
+                if self.training.learning_rate == "auto" and default and not only_fits(self):
+                    tried = [float(f"{factor * default:.3g}") for factor in SEARCHED]
+                    filled["search_rates"] = self.training.search_rates or tried
             if filled:
                 changed["training"] = self.training.model_copy(update=filled)
         if only_fits(self):

@@ -83,7 +83,8 @@ def run_cells_apart(
 
     def told(job: Job, line: str) -> None:
         assert tell is not None
-        tell(f"{job.name}: {line.partition(': ')[2] or line}")
+        own = f"{job.recipe.baseline} {job.recipe.method.name}: "  # the name of a run that has none
+        tell(f"{job.name}: {line.removeprefix(own)}")
 
     jobs = [Job(cell.name, cell.recipe, cell.directory) for cell in cells]
     threads = max(1, (os.cpu_count() or 1) // at_once)

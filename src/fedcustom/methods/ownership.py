@@ -53,10 +53,12 @@ class Ownership:
 
     def resting(self, task: Task) -> frozenset[str]:
         """The tensors that are neither trained nor sent: the head's, in the rounds that the recipe says,
-        unless the server says that no fit of it came about, and it is as it was drawn at random.
+        unless it was to be fitted before, and the server says that no fit came about.
         """
-        rests = int(task.values["round"]) <= (self.context.training.freeze_head_rounds or 0)
-        return self.tuned.head if rests and HEAD_UNFITTED not in task.values else frozenset()
+        training = self.context.training
+        rests = int(task.values["round"]) <= (training.freeze_head_rounds or 0)
+        unfitted = bool(training.fit_head_rounds) and HEAD_UNFITTED in task.values
+        return self.tuned.head if rests and not unfitted else frozenset()
 
     def travelling(self, tensors: Tensors) -> Tensors:
         """Those that go between server and clients."""

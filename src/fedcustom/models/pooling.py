@@ -70,6 +70,11 @@ def _of_folder(settings: ModelSettings, path: str) -> Pooling | None:
     kinds = {str(each.get("type", "")).rpartition(".")[2]: str(each.get("path", "")) for each in modules}
     if "Pooling" not in kinds:
         return None
+    if "Dense" in kinds and settings.pooling == "auto":
+        raise ModelError(
+            f"model.pooling = 'auto': {settings.base} has a Dense layer behind its pooling, which our "
+            f"classifiers do not have; allowed: one of {', '.join(NAMES)}, for the encoder without it"
+        )
     said = _read(settings, path, f"{kinds['Pooling']}/config.json") or {}
     mode: Any = said.get("pooling_mode")
     if mode is None:
