@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: run test bench clean
 
 run: .venv/ready
-	$(BIN)/fedcustom compare recipes/docstrings.toml --methods prefix,lora,soft_prompt,full --baselines centralised --jobs 2 --out runs/docstrings
+	$(BIN)/fedcustom compare recipes/docstrings.toml --methods full,lora,prefix --baselines centralised --jobs 2 --out runs/docstrings
 
 test: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -8,7 +8,8 @@ acts on updates beside it: compression, server optimisers, robust rules, simulat
 clients, baselines, personal parts. Recorded are digests of all tensors and lines that a run leaves behind but
 times, and figures in full. Only the command line's Python calls and the files of a run directory are used, so
 that it runs on either side of any change inside. Bits depend on the machine and on the versions of libraries:
-record and compare on the same one. ``--minilm`` adds runs on ``builtin:minilm`` (a few minutes).
+record and compare on the same one. ``--minilm`` adds runs on ``builtin:minilm`` (a few minutes), and
+``--commands`` a deployed run over loopback and an experiment, by the command line. ``--only`` picks runs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import argparse
 import hashlib
 import json
 import os
+import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -149,6 +152,37 @@ def recipes(folder: Path, *, minilm: bool) -> Iterator[tuple[str, dict[str, Any]
             yield f"minilm/{name}", {**real, "method": METHODS[name]}, {"rounds.count": 5}
 
 
+def commands(folder: Path, recipe: dict[str, Any]) -> Iterator[tuple[str, list[str], Path]]:
+    """The name, arguments and result folder of what the command line is asked for."""
+    import tomli_w
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {**recipe, "clients": {"partition": "iid", "count": 3},
+             "training": {"batch_size": 8, "cohort_width": 1, "local_steps": 3}, "rounds": {"count": 6}}  # fmt: skip
+    (folder / "deployed.toml").write_text(tomli_w.dumps(alone))
+    yield (
+        "command/deployed",
+        ["deploy", "local", str(folder / "deployed.toml"), "--port", str(port),
+         "--out", str(folder / "deployed")],
+        folder / "deployed",
+    )  # fmt: skip
+    grid = {"seeds": [0, 1], "base": recipe,
+            "axes": {"method": {name: {"method": METHODS[name]} for name in ("prefix", "lora")},
+                     "training": {"federated": {}, "centralised": {"baseline": "centralised"}}},
+            "search": {"axis": "method", "at": {"training": "federated"}, "rates": {"prefix": [0.01, 0.03], "lora": [0.002, 0.01]}},
+            "report": {"rows": ["method"], "columns": "training"}}  # fmt: skip
+    (folder / "grid.toml").write_text(tomli_w.dumps(grid))
+    results = folder / "results"
+    yield (
+        "command/experiment",
+        ["experiment", str(folder / "grid.toml"), "--runs", str(folder / "runs" / "grid"),
+         "--results", str(results)],
+        results,
+    )  # fmt: skip
+
+
 def described(directory: Path) -> dict[str, str]:
     """What a run left behind, by file: a digest of tensors, JSON without times, other text as it is."""
     from safetensors.numpy import load_file
@@ -163,6 +197,10 @@ def described(directory: Path) -> dict[str, str]:
             found[name] = digest.hexdigest()
         elif path.name in ("summary.json", "state.json", "search.json", "prompt.json", "retrieval.json"):
             found[name] = json.dumps(timeless(json.loads(path.read_text())), sort_keys=True)
+        elif path.suffix == ".json" and "metrics" in (kept := json.loads(path.read_text())):
+            found[name] = json.dumps({key: kept[key] for key in ("metrics", "clients") if key in kept})
+        elif path.name == "tables.md":
+            found[name] = path.read_text()
         elif path.name in ("metrics.jsonl", "predictions.jsonl"):
             rows = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
             found[name] = json.dumps(rows, sort_keys=True)
@@ -176,12 +214,15 @@ def timeless(value: Any) -> Any:
     return [timeless(each) for each in value] if isinstance(value, list) else value
 
 
-def recorded(folder: Path, *, minilm: bool) -> dict[str, dict[str, str]]:
+def recorded(folder: Path, *, minilm: bool, asked: bool, only: str) -> dict[str, dict[str, str]]:
     """What every run came to; one that is refused, with the reason."""
     import fedcustom
 
-    found = {}
+    found, first = {}, None
     for name, recipe, overrides in recipes(folder, minilm=minilm):
+        first = first or recipe
+        if only not in name:
+            continue
         out = folder / "runs" / name.replace("/", "-")
         try:
             fedcustom.run(recipe, overrides, out=out)
@@ -189,6 +230,10 @@ def recorded(folder: Path, *, minilm: bool) -> dict[str, dict[str, str]]:
         except fedcustom.FedcustomError as error:
             found[name] = {"refused": str(error).replace(str(folder), "")}
         print(f"{name}: {found[name].get('refused', f'{len(found[name])} files')}", file=sys.stderr)
+    for name, arguments, out in commands(folder, first or {}) if asked else ():
+        if only in name:
+            subprocess.run([sys.executable, "-m", "fedcustom", *arguments], check=True, stdout=sys.stderr)
+            found[name] = {key: text.replace(str(folder), "") for key, text in described(out).items()}
     return found
 
 
@@ -198,17 +243,21 @@ def main() -> None:
     parser.add_argument("what", choices=["record", "compare"])
     parser.add_argument("file", type=Path, help="JSON with what was recorded")
     parser.add_argument("--minilm", action="store_true", help="runs on builtin:minilm too")
+    parser.add_argument("--commands", action="store_true", help="a deployed run and an experiment too")
+    parser.add_argument("--only", default="", help="only runs whose names hold this text")
     given = parser.parse_args()
     if given.what == "compare" and not given.file.is_file():
         parser.error(f"{given.file}: no such file; record it first")
     with tempfile.TemporaryDirectory() as folder:
-        found = recorded(Path(folder), minilm=given.minilm)
+        found = recorded(Path(folder), minilm=given.minilm, asked=given.commands, only=given.only)
     if given.what == "record":
         given.file.parent.mkdir(parents=True, exist_ok=True)
         given.file.write_text(json.dumps(found, indent=1, sort_keys=True), encoding="utf-8")
         print(f"{given.file}: {len(found)} runs")
         return
     before = json.loads(given.file.read_text(encoding="utf-8"))
+    if given.only:
+        before = {name: files for name, files in before.items() if given.only in name}
     differing = [
         f"{name}: {file}"
         for name in sorted(before.keys() | found.keys())
