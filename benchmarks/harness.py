@@ -172,7 +172,7 @@ def _processor_ratio(ours: Measured, other: Measured) -> dict[str, float] | None
 
 def machine(threads: int) -> dict[str, Any]:
     """What it ran on, and what else ran there."""
-    from fedcustom.environment import describe
+    from fedcustom.core.environment import describe
 
     found = describe()
     found["threads"] = threads

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedcustom.assembly import make_method
+from fedcustom.core.seeds import name_seed
 from fedcustom.data.build import build_data
 from fedcustom.data.tokens import TokenizedExample, example_order
-from fedcustom.methods.local_training import batch_ranges
-from fedcustom.methods.seeds import name_seed
-from fedcustom.methods.tuning import WeightTuning
+from fedcustom.federated.build import make_method
+from fedcustom.federated.schedule import plan_rounds
+from fedcustom.methods.tuning.local_training import batch_ranges
+from fedcustom.methods.tuning.method import WeightTuning
 from fedcustom.models.load import load_base
-from fedcustom.recipe import Recipe, merged, parse_recipe, to_toml
-from fedcustom.schedule import plan_rounds
+from fedcustom.recipe.recipe import Recipe, merged, parse_recipe, to_toml
 
 
 def write_job(recipe: Mapping[str, Any], folder: Path) -> Path:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedcustom.driver import run_recipe
-from fedcustom.environment import peak_memory
-from fedcustom.progress import Silent
-from fedcustom.recipe import Recipe, load_recipe
+from fedcustom.core.environment import peak_memory
+from fedcustom.federated.callbacks import Silent
+from fedcustom.federated.loop import run_recipe
+from fedcustom.recipe.recipe import Recipe, load_recipe
 
 
 class Stopwatch(Silent):

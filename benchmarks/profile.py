@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedcustom.driver import run_recipe
-from fedcustom.methods.objective import Supervised
-from fedcustom.recipe import load_recipe
+from fedcustom.federated.loop import run_recipe
+from fedcustom.methods.tuning.objective import Supervised
+from fedcustom.recipe.recipe import load_recipe
 
 from .ours import Stopwatch
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from fedcustom.driver import run_recipe
-from fedcustom.recipe import load_recipe
+from fedcustom.federated.loop import run_recipe
+from fedcustom.recipe.recipe import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RESULTS = Path(__file__).parent / "results"

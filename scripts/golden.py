@@ -160,7 +160,8 @@ def commands(folder: Path, recipe: dict[str, Any]) -> Iterator[tuple[str, list[s
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     alone = {**recipe, "clients": {"partition": "iid", "count": 3},
-             "training": {"batch_size": 8, "cohort_width": 1, "local_steps": 3}, "rounds": {"count": 6}}  # fmt: skip
+             "training": {"batch_size": 8, "cohort_width": 1, "local_steps": 3},
+             "rounds": {"count": 6}}  # fmt: skip
     (folder / "deployed.toml").write_text(tomli_w.dumps(alone))
     yield (
         "command/deployed",
@@ -171,7 +172,8 @@ def commands(folder: Path, recipe: dict[str, Any]) -> Iterator[tuple[str, list[s
     grid = {"seeds": [0, 1], "base": recipe,
             "axes": {"method": {name: {"method": METHODS[name]} for name in ("prefix", "lora")},
                      "training": {"federated": {}, "centralised": {"baseline": "centralised"}}},
-            "search": {"axis": "method", "at": {"training": "federated"}, "rates": {"prefix": [0.01, 0.03], "lora": [0.002, 0.01]}},
+            "search": {"axis": "method", "at": {"training": "federated"},
+                       "rates": {"prefix": [0.01, 0.03], "lora": [0.002, 0.01]}},
             "report": {"rows": ["method"], "columns": "training"}}  # fmt: skip
     (folder / "grid.toml").write_text(tomli_w.dumps(grid))
     results = folder / "results"

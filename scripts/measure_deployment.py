@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedcustom import environment
+from fedcustom.core import environment
 from fedcustom.deployment.local import local_sites, prepare
 from fedcustom.deployment.run import run_deployed
-from fedcustom.progress import Silent
-from fedcustom.recipe import load_recipe
+from fedcustom.federated.callbacks import Silent
+from fedcustom.recipe.recipe import load_recipe
 
 WORDS = (
     "the",
@@ -138,7 +138,7 @@ class Peaks:
         names = {
             "server.runner_process": "server, the engine's job", "server_train": "server, the engine",
             "client.worker_process": "site, the engine's job", "client_train": "site, the engine",
-            "fedcustom.site": "site, resident",
+            "fedcustom.deployment.site": "site, resident",
         }  # fmt: skip
         return next((kind for word, kind in names.items() if word in line), "")
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from fedcustom.assembly import make_method
+from fedcustom.core.files import write_json
 from fedcustom.data.build import build_data
 from fedcustom.data.examples import Example
-from fedcustom.directory import Checkpoints
-from fedcustom.files import write_json
+from fedcustom.federated.build import make_method
+from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.methods.prompt_engineering.selection import Selection
 from fedcustom.models.load import load_base
-from fedcustom.recipe import load_recipe
+from fedcustom.recipe.recipe import load_recipe
 
 
 def accuracy(method: Selection, candidate: Any, examples: list[Example]) -> float:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fedcustom.data.examples import Example, LearningTask
-from fedcustom.methods.objective import Supervised
+from fedcustom.methods.tuning.objective import Supervised
 from fedcustom.models.inference import generate
 from fedcustom.models.load import load_base
-from fedcustom.recipe import load_recipe
+from fedcustom.recipe.recipe import load_recipe
 
 
 def predictions(run: Path) -> list[dict[str, Any]]:

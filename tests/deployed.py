@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fedcustom.core.files import read_json
 from fedcustom.deployment.local import prepare
+from fedcustom.deployment.nvflare.bridge import ADDRESS_VARIABLE, BridgeError, Door
+from fedcustom.deployment.nvflare.kits import site_command
+from fedcustom.deployment.nvflare.supervise import Kept
 from fedcustom.deployment.run import run_deployed
 from fedcustom.deployment.settings import load_federation, save_federation
-from fedcustom.files import read_json
-from fedcustom.progress import Silent
-from fedcustom.recipe import load_recipe
-from fedcustom.site.resident import Resident
-from fedcustom.site.settings import load_site
-from fedcustom.transport.nvflare.bridge import ADDRESS_VARIABLE, BridgeError, Door
-from fedcustom.transport.nvflare.kits import site_command
-from fedcustom.transport.nvflare.supervise import Kept
+from fedcustom.deployment.site.resident import Resident
+from fedcustom.deployment.site.settings import load_site
+from fedcustom.federated.callbacks import Silent
+from fedcustom.recipe.recipe import load_recipe
 
 
 def free_port() -> int:
@@ -107,7 +107,7 @@ class Bed:
         return processes("client.worker_process", str(self.kit(name)))
 
     def resident(self, name: str) -> list[int]:
-        return processes("fedcustom.site", str(self.kit(name)))
+        return processes("fedcustom.deployment.site", str(self.kit(name)))
 
     def server(self) -> list[int]:
         return processes("server_train", str(self.folder / "server"))

@@ -17,11 +17,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 import fedcustom
-from fedcustom.assembly import make_method
+from fedcustom.core.errors import UpdateError
 from fedcustom.data.build import build_data
 from fedcustom.deployment.evaluation import RemoteEvaluation
-from fedcustom.directory import Checkpoints
-from fedcustom.errors import UpdateError
 from fedcustom.evaluation.calibration import (
     BINS,
     SCALES,
@@ -37,6 +35,8 @@ from fedcustom.evaluation.statistics import (
     pooled_metrics,
     pooled_scale,
 )
+from fedcustom.federated.build import make_method
+from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.models.load import load_base
 
 Array = np.ndarray[Any, Any]

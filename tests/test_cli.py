@@ -13,12 +13,12 @@ import pytest
 
 import fedcustom
 from fedcustom import load
-from fedcustom.cli import main
-from fedcustom.display import Display
-from fedcustom.errors import RunError
-from fedcustom.files import read_json
-from fedcustom.recipe import load_recipe, to_toml
-from fedcustom.terminal import command_line
+from fedcustom.cli.app import main
+from fedcustom.cli.console import command_line
+from fedcustom.cli.progress_bar import Display
+from fedcustom.core.errors import RunError
+from fedcustom.core.files import read_json
+from fedcustom.recipe.recipe import load_recipe, to_toml
 
 
 class Result:
@@ -33,7 +33,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Call the command line in this process."""
     from rich.console import Console
 
-    import fedcustom.cli as cli
+    import fedcustom.cli.app as cli
 
     def call(*arguments: Any) -> Result:
         monkeypatch.setattr(sys, "argv", ["fedcustom", *map(str, arguments)])
@@ -174,7 +174,7 @@ def test_where_there_is_no_probe(
 def test_a_probe_that_fails_is_no_failure_of_the_others(
     command: Any, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedcustom.experiments as experiments
+    import fedcustom.experiment.compare as experiments
 
     plain = experiments.run_recipe
 
@@ -346,7 +346,7 @@ def test_a_full_disk(recipe_file: Path, tmp_path: Path) -> None:
     code = (
         "import resource, sys\n"
         "from fedcustom import api, cli, report\n"
-        "import fedcustom.driver, transformers, peft\n"
+        "import fedcustom.federated.loop, transformers, peft\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2300, 2300))\n"
         f"sys.argv = ['fedcustom', 'run', {str(recipe_file)!r}, '--out', {str(tmp_path / 'run')!r}]\n"
         "cli.main()\n"

@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcustom.aggregation.settings import AggregationSettings
+from fedcustom.core.errors import UpdateError
 from fedcustom.data.examples import ClientData
-from fedcustom.errors import UpdateError
-from fedcustom.methods import Answer, Client, Update, WeightTuning, local_training
-from fedcustom.methods.objective import Supervised
-from fedcustom.training.cohort import clip_each, passes, train_together
-from fedcustom.training.lanes import Lanes
+from fedcustom.methods import Answer, Client, Update, WeightTuning
+from fedcustom.methods.tuning import local_training
+from fedcustom.methods.tuning.batching.lanes import Lanes
+from fedcustom.methods.tuning.batching.trainer import clip_each, passes, train_together
+from fedcustom.methods.tuning.objective import Supervised
 from test_grid import SETTINGS
 from test_kernels import watched
 from test_methods import examples_for, make
@@ -126,7 +127,7 @@ def test_a_last_layer_is_computed_for_the_first_token(tiny: dict[str, str], name
 def side_by_side(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Three threads, and passes small enough for each to have its own."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr("fedcustom.training.cohort.LEAST_TOKENS", 8)
+    monkeypatch.setattr("fedcustom.methods.tuning.batching.trainer.LEAST_TOKENS", 8)
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(threads)
@@ -259,7 +260,7 @@ def test_clients_of_different_ranks_share_a_batch(
         batches.append(len(work))
         return train_together(stacks, work, *rest, **named)
 
-    monkeypatch.setattr("fedcustom.methods.local_training.train_together", counted)
+    monkeypatch.setattr("fedcustom.methods.tuning.local_training.train_together", counted)
     together = rounds(make(tiny[model], "lora", kind, **options), kind, together=True)
     assert batches == [4, 4]
     for before, after in zip(alone, together, strict=True):

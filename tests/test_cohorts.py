@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import fedcustom
-from fedcustom.cohorts import balanced_cohorts
+from fedcustom.core.errors import RecipeError, UpdateError
 from fedcustom.data.examples import ClientData, FederatedData, LearningTask
-from fedcustom.errors import RecipeError, UpdateError
+from fedcustom.federated.balanced_cohorts import balanced_cohorts
+from fedcustom.federated.schedule import Plan, plan_rounds
 from fedcustom.methods import Client
-from fedcustom.methods.local_training import batch_ranges
-from fedcustom.recipe import load_recipe
-from fedcustom.schedule import Plan, plan_rounds
+from fedcustom.methods.tuning.local_training import batch_ranges
+from fedcustom.recipe.recipe import load_recipe
 from test_methods import classification_examples, make
 from test_run import rows_of, tensors_of
 
@@ -196,7 +196,7 @@ def test_a_run_and_its_second_half(small: dict[str, Any], tmp_path: Path) -> Non
     class Interrupted(Exception):
         pass
 
-    class Stop(fedcustom.progress.Silent):
+    class Stop(fedcustom.federated.callbacks.Silent):
         def round(self, row: Any) -> None:
             if row["round"] == 3:
                 raise Interrupted

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from fedcustom.errors import WireError
+from fedcustom.core.errors import WireError
 from fedcustom.transport import wire
-from fedcustom.transport.compression import (
+from fedcustom.updates.compression import (
     NF4,
     compress,
     compress_with_feedback,
@@ -24,7 +24,7 @@ from fedcustom.transport.compression import (
     pack_varints,
     unpack_varints,
 )
-from fedcustom.transport.settings import CompressionSettings
+from fedcustom.updates.settings import CompressionSettings
 
 KINDS = ("none", "float16", "bfloat16", "int8", "int4", "top_k")
 LOSSY = KINDS[1:]

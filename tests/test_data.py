@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_rows, tiny_tokenizer, write_jsonl
+from fedcustom.core.errors import DataError
 from fedcustom.data.build import build_data
 from fedcustom.data.examples import Example, LearningTask, make_examples
 from fedcustom.data.own import read_own
@@ -28,7 +29,6 @@ from fedcustom.data.tokens import (
     tokenize,
 )
 from fedcustom.deployment.local import write_parts
-from fedcustom.errors import DataError
 
 
 def source(path: Path | str, **more: Any) -> DataSettings:

@@ -13,11 +13,11 @@ import transformers
 from rich.console import Console
 
 import fedcustom
-from fedcustom.display import Display
-from fedcustom.errors import RecipeError
+from fedcustom.cli.progress_bar import Display
+from fedcustom.core.errors import RecipeError
 from fedcustom.models.load import LINEAR_HEADS
-from fedcustom.recipe import Recipe, load_recipe, to_toml
-from fedcustom.remedies import in_words
+from fedcustom.recipe.label_skew import in_words
+from fedcustom.recipe.recipe import Recipe, load_recipe, to_toml
 from test_run import rows_of, tensors_of
 
 ON, OFF = (1.0, [1, -1]), (0.0, [])
@@ -264,7 +264,7 @@ def test_a_run_with_a_head_fitted_to_some_clients(small: dict[str, Any], tmp_pat
     class Interrupted(Exception):
         pass
 
-    class Stop(fedcustom.progress.Silent):
+    class Stop(fedcustom.federated.callbacks.Silent):
         def round(self, row: Any) -> None:
             if row["round"] == 2:
                 raise Interrupted

@@ -12,9 +12,9 @@ import fedcustom
 from fedcustom.data.build import build_data
 from fedcustom.evaluation.degenerate import degenerate_shares, in_words, is_repetitive
 from fedcustom.evaluation.metrics import text_metrics
+from fedcustom.federated.callbacks import Silent
 from fedcustom.models import inference
-from fedcustom.progress import Silent
-from fedcustom.recipe import load_recipe
+from fedcustom.recipe.recipe import load_recipe
 
 LOOP = "the vaults of the vaults of the vaults of the vaults"  # 9 3-grams, of which 3 are different
 

@@ -12,7 +12,7 @@ import pytest
 import fedcustom
 from conftest import make_rows, write_jsonl
 from deployed import Bed, bed
-from fedcustom.directory import Checkpoints
+from fedcustom.federated.run_directory import Checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
 

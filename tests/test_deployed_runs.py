@@ -20,8 +20,8 @@ import fedcustom
 from deployed import Bed, Watcher, bed, command, hostile, kill, metrics
 from fedcustom.deployment.run import serving
 from fedcustom.deployment.settings import load_federation
-from fedcustom.directory import Checkpoints
-from fedcustom.recipe import load_recipe, to_toml
+from fedcustom.federated.run_directory import Checkpoints
+from fedcustom.recipe.recipe import load_recipe, to_toml
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
 
@@ -220,7 +220,7 @@ def test_a_site_that_joins_late(tmp_path: Path, recipe: dict[str, Any], record_p
 
 
 def test_too_few_sites_is_an_error_and_nothing_is_lost(federation: Bed, tmp_path: Path) -> None:
-    from fedcustom.errors import FedcustomError
+    from fedcustom.core.errors import FedcustomError
 
     name = federation.names[1]
     federation.patience(quorum_seconds=25.0, grace_seconds=2.0)
@@ -289,7 +289,7 @@ def test_a_hostile_site_is_left_out_and_the_others_go_on(
             raise ValueError("left out")
         return update
 
-    monkeypatch.setattr("fedcustom.federation.falsifier", lambda *_: refuse)
+    monkeypatch.setattr("fedcustom.federated.simulation.falsifier", lambda *_: refuse)
     fedcustom.run(recipe, {"rounds.count": 9}, out=tmp_path / "expected")
     assert difference(tmp_path / "run", tmp_path / "expected") == 0
 

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 import fedcustom
-from fedcustom.display import Display, asked, size
-from fedcustom.progress import Outline
-from fedcustom.recipe import load_recipe
+from fedcustom.cli.progress_bar import Display, asked, size
+from fedcustom.federated.callbacks import Outline
+from fedcustom.recipe.recipe import load_recipe
 from test_run import rows_of
 
 
@@ -164,7 +164,7 @@ def test_sizes() -> None:
     ]  # fmt: skip
 
 
-class Heard(fedcustom.progress.Silent):
+class Heard(fedcustom.federated.callbacks.Silent):
     """Keeps what it is told."""
 
     def __init__(self) -> None:

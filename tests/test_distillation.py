@@ -16,21 +16,21 @@ from typer.testing import CliRunner
 
 import fedcustom
 from conftest import make_rows, write_jsonl
-from fedcustom.assembly import make_method
-from fedcustom.cli import app
+from fedcustom.cli.app import app
+from fedcustom.core.errors import DataError, ModelError, RecipeError, RunError, UpdateError
+from fedcustom.core.files import read_tensors
+from fedcustom.core.tensors import equal, part
 from fedcustom.data.build import build_data
 from fedcustom.data.tokens import example_order
-from fedcustom.directory import Checkpoints
-from fedcustom.errors import DataError, ModelError, RecipeError, RunError, UpdateError
-from fedcustom.files import read_tensors
+from fedcustom.federated.build import make_method
+from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.methods import Answer, Client, Task, Update
 from fedcustom.methods.distillation import Distillation, packing
 from fedcustom.methods.distillation.labels import CACHE, CURRENT, FRESH, REFRESHED, SOFT, LabelExchange
 from fedcustom.methods.distillation.packing import unpack_positions
 from fedcustom.methods.distillation.sampling import ASKED
 from fedcustom.models.load import load_base
-from fedcustom.recipe import load_recipe, to_toml
-from fedcustom.tensors import equal, part
+from fedcustom.recipe.recipe import load_recipe, to_toml
 from fedcustom.training.label_prior import label_offset
 from test_run import rows_of, tensors_of, without_seconds
 
@@ -85,7 +85,7 @@ def test_a_round_is_federated_distillation(distil: dict[str, Any], tmp_path: Pat
     for number, (name, client) in enumerate(clients.items()):
         model, tokenizer = fresh(recipe["method"]["client_models"][number % 2], method)
         texts = [example.text for example in client.data.train]
-        order = example_order(len(texts), 0, len(texts), [0, 5, fedcustom.methods.seeds.name_seed(name)])
+        order = example_order(len(texts), 0, len(texts), [0, 5, fedcustom.core.seeds.name_seed(name)])
         labels = functional.one_hot(torch.tensor([e.label for e in client.data.train]), 3).float()
         train_plainly(model, tokenizer, texts, labels, order, 8, 3e-3)
         soft = torch.softmax(logits_of(model, tokenizer, public), 1).double().numpy()
@@ -382,7 +382,7 @@ def test_logit_adjustment_changes_training_only(distil: dict[str, Any]) -> None:
         untrained = method.predict(method.start(), client.data.train, client, texts=False).scores
         losses[adjust] = method.work(task, client).values["loss"]
         offset = label_offset([e.label for e in client.data.train], 3).numpy() if adjust else 0.0
-        seed = [0, 5, fedcustom.methods.seeds.name_seed("site-0")]
+        seed = [0, 5, fedcustom.core.seeds.name_seed("site-0")]
         chosen = example_order(len(client.data.train), 0, 8, seed)
         logits = torch.from_numpy(untrained[chosen] + offset)
         labels = torch.tensor([client.data.train[i].label for i in chosen])

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcustom.errors import UpdateError
+from fedcustom.core.errors import UpdateError
 from fedcustom.methods.distillation import ensemble, packing
 from fedcustom.methods.distillation.packing import Format, TopK
 from fedcustom.methods.distillation.teaching import divergence, top_k_divergence

@@ -13,14 +13,14 @@ import torch
 
 import fedcustom
 from conftest import make_rows, tiny_model, tiny_tokenizer, write_jsonl
-from fedcustom.errors import ModelError, RecipeError
+from fedcustom.core.errors import ModelError, RecipeError
+from fedcustom.core.tensors import equal, part
 from fedcustom.methods import Answer
 from fedcustom.methods.distillation import Distillation, packing
 from fedcustom.methods.distillation.lessons import Translator, observed_losses
 from fedcustom.methods.distillation.packing import unpack_positions
 from fedcustom.methods.distillation.sampling import ASKED
 from fedcustom.methods.distillation.tokens import TokenExchange
-from fedcustom.tensors import equal, part
 from test_distillation import prepared
 from test_run import rows_of, tensors_of
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedcustom.core.errors import DataError
 from fedcustom.data.docstrings import (
     FIELDS,
     LABELS,
@@ -19,7 +20,6 @@ from fedcustom.data.docstrings import (
     plain_text,
     type_label,
 )
-from fedcustom.errors import DataError
 
 NUMPY_STYLE = '''
 """A module about points."""

@@ -18,7 +18,8 @@ import tomli_w
 from scipy import stats
 
 import fedcustom
-from fedcustom.errors import RecipeError, RunError
+from fedcustom.core.errors import RecipeError, RunError
+from fedcustom.core.files import held
 from fedcustom.experiment import runner
 from fedcustom.experiment.campaign import Campaign, open_campaign
 from fedcustom.experiment.grid import parse_only
@@ -27,8 +28,7 @@ from fedcustom.experiment.results import Result, reached, read_result, read_resu
 from fedcustom.experiment.search import choose, chosen_tables
 from fedcustom.experiment.settings import ExperimentSettings
 from fedcustom.experiment.tables import cost_table, grouped, score_tables
-from fedcustom.files import held
-from fedcustom.recipe import load_recipe
+from fedcustom.recipe.recipe import load_recipe
 from test_cli import command
 from test_run import rows_of
 
@@ -242,7 +242,7 @@ def test_an_interrupted_experiment_goes_on(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path, small, seeds=[3], exclude=[{"training": "centralised"}, {"method": "lora"}])
-    from fedcustom.driver import _Driver
+    from fedcustom.federated.loop import _Driver
 
     plain, rounds = _Driver._round, []
 
@@ -455,7 +455,7 @@ def test_where_no_baseline_can_be_added(
     command: Any, small: dict[str, Any], generation: dict[str, Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    import fedcustom.experiments as experiments
+    import fedcustom.experiment.compare as experiments
 
     monkeypatch.setattr(experiments, "has_linear_head", lambda model: False)
     path = written(tmp_path, small, baselines=PROBES, seeds=[3])

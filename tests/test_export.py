@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import fedcustom
+from fedcustom.core.errors import RunError
 from fedcustom.data.examples import Example, LearningTask
-from fedcustom.errors import RunError
-from fedcustom.methods.model_card import offline
+from fedcustom.methods.tuning.model_card import offline
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
 

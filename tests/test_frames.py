@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import fedcustom
-from fedcustom.frames import CLIENT_COLUMNS, client_frame, round_frame
+from fedcustom.federated.frames import CLIENT_COLUMNS, client_frame, round_frame
 from test_run import rows_of
 
 

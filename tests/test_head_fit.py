@@ -17,11 +17,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from fedcustom.aggregation.settings import AggregationSettings
+from fedcustom.core.errors import RecipeError, UpdateError
 from fedcustom.data.examples import ClientData, Example
-from fedcustom.errors import RecipeError, UpdateError
 from fedcustom.methods import UNFINISHED, Answer, Client, State, Task, Update, WeightTuning, client_labels
-from fedcustom.methods.head_fit import HeadFit
-from fedcustom.methods.head_messages import HEAD_UNFITTED, LEAST, POINT, Sums
+from fedcustom.methods.tuning.head_fit import HeadFit
+from fedcustom.methods.tuning.head_messages import HEAD_UNFITTED, LEAST, POINT, Sums
 from test_cohort import distance
 from test_label_prior import skewed
 from test_methods import classification_examples, make

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 import fedcustom
-from fedcustom.directory import Checkpoints
-from fedcustom.errors import RecipeError
-from fedcustom.evaluator import Evaluator
+from fedcustom.core.errors import RecipeError
+from fedcustom.core.tensors import Tensors, equal
+from fedcustom.federated.callbacks import Silent
+from fedcustom.federated.evaluator import Evaluator
+from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.methods import State
-from fedcustom.methods.head_fit import HeadFit
-from fedcustom.methods.head_messages import TEMPERATURES
-from fedcustom.progress import Silent
-from fedcustom.recipe import load_recipe
-from fedcustom.tensors import Tensors, equal
+from fedcustom.methods.tuning.head_fit import HeadFit
+from fedcustom.methods.tuning.head_messages import TEMPERATURES
+from fedcustom.recipe.recipe import load_recipe
 from test_head_fit import LABELS, WIDTH
 from test_run import rows_of, tensors_of, without_seconds
 

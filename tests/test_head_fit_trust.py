@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedcustom.errors import UpdateError
+from fedcustom.core.errors import UpdateError
 from fedcustom.methods import UNFINISHED, Update
-from fedcustom.methods.head_messages import TEMPERATURES
+from fedcustom.methods.tuning.head_messages import TEMPERATURES
 from test_head_fit import LABELS, ROUND, WIDTH, asked
 from test_label_prior import skewed
 from test_methods import make

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers.activations import ACT2FN
 
 import fedcustom
+from fedcustom.core.errors import ModelError
 from fedcustom.data.examples import LearningTask
-from fedcustom.errors import ModelError
 from fedcustom.models.first_token import first_token_only
 from fedcustom.models.forward import classification_loss, target_losses
 from fedcustom.models.kernels import fuse_activations

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedcustom
+from fedcustom.core.errors import RecipeError
+from fedcustom.core.seeds import name_seed
 from fedcustom.data.examples import ClientData, Example
 from fedcustom.data.tokens import example_order
-from fedcustom.errors import RecipeError
 from fedcustom.methods import Client, Update
-from fedcustom.methods.seeds import name_seed
-from fedcustom.recipe import load_recipe
+from fedcustom.recipe.recipe import load_recipe
 from fedcustom.training.label_prior import label_offset
 from test_cohort import distance
 from test_methods import classification_examples, make

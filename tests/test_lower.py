@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedcustom.errors import ModelError
-from fedcustom.methods.local_training import LocalTraining
+from fedcustom.core.errors import ModelError
+from fedcustom.methods.tuning.local_training import LocalTraining
 from fedcustom.models.lower import LowerLayers, layer_of, transformer_layers
 from test_cohort import distance, rounds
 from test_methods import make

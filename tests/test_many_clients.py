@@ -17,11 +17,11 @@ from rich.console import Console
 
 import fedcustom
 from conftest import make_rows, write_jsonl
+from fedcustom.cli.progress_bar import Display
 from fedcustom.data.build import build_data
 from fedcustom.data.examples import ClientData, Example, FederatedData, LearningTask
-from fedcustom.display import Display
-from fedcustom.recipe import load_recipe
-from fedcustom.schedule import Plan, plan_rounds
+from fedcustom.federated.schedule import Plan, plan_rounds
+from fedcustom.recipe.recipe import load_recipe
 from test_run import rows_of, tensors_of
 
 CLIENTS, ROUNDS = 400, 6

@@ -10,17 +10,17 @@ import torch
 
 from conftest import make_rows
 from fedcustom.aggregation.settings import AggregationSettings
+from fedcustom.core.errors import ModelError, UpdateError
+from fedcustom.core.seeds import name_seed
+from fedcustom.core.tensors import add, equal
 from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.data.settings import DataSettings
 from fedcustom.data.tokens import example_order
-from fedcustom.errors import ModelError, UpdateError
 from fedcustom.evaluation.settings import EvaluationSettings
 from fedcustom.methods import TECHNIQUES, Answer, Client, Context, Task, Update, WeightTuning, build_method
 from fedcustom.methods.prefix.init import text_prefix
-from fedcustom.methods.seeds import name_seed
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
-from fedcustom.tensors import add, equal
 from fedcustom.training.settings import TrainingSettings
 
 LABELS = ("animal", "food", "place")

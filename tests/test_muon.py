@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fedcustom.core.errors import RecipeError
 from fedcustom.data.examples import ClientData
 from fedcustom.data.tokens import TokenizedExample
-from fedcustom.errors import RecipeError
 from fedcustom.methods import Client
-from fedcustom.recipe import load_recipe
-from fedcustom.training.cohort import Work, train_together
+from fedcustom.methods.tuning.batching.trainer import Work, train_together
+from fedcustom.recipe.recipe import load_recipe
 from fedcustom.training.local import make_optimizer, train_locally
 from fedcustom.training.muon import Muon, orthogonalised, side_by_side
 from fedcustom.training.settings import TrainingSettings

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedcustom.core.errors import DataError
 from fedcustom.data.partition import fill_up, natural_partition, partition_examples
 from fedcustom.data.settings import ClientSettings
-from fedcustom.errors import DataError
 
 
 def labels_of(rows: int, kinds: int, seed: int = 0) -> list[int]:

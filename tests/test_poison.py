@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import fedcustom
+from fedcustom.core.errors import RecipeError
 from fedcustom.data.build import build_data
 from fedcustom.data.examples import ClientData, Example
 from fedcustom.data.perturb import PERTURBATIONS, characters, perturbed, typos, words
-from fedcustom.errors import RecipeError
 from fedcustom.methods import Update
-from fedcustom.recipe import load_recipe
-from fedcustom.simulation.attack import conspiracy, hostile_clients, unsuspicious_deviations
+from fedcustom.recipe.recipe import load_recipe
 from fedcustom.simulation.poison import backdoor_probes, noisy_clients, poisoned, with_noise
 from fedcustom.simulation.settings import AttackSettings, NoiseSettings
+from fedcustom.updates.attack import conspiracy, hostile_clients, unsuspicious_deviations
 from test_run import rows_of
 
 LABELS = ("a", "b", "c", "d")

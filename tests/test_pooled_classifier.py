@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from conftest import sentence_files, tiny_tokenizer
+from fedcustom.core.errors import ModelError, RecipeError
 from fedcustom.data.examples import Example, LearningTask
 from fedcustom.data.tokens import TokenizedExample, collate
-from fedcustom.errors import ModelError, RecipeError
 from fedcustom.models.forward import classification_logits
 from fedcustom.models.load import Base, load_base, pooling_of
 from fedcustom.models.pooled_classifier import FILE, PooledClassifier
 from fedcustom.models.settings import ModelSettings
-from fedcustom.recipe import load_recipe, to_toml
+from fedcustom.recipe.recipe import load_recipe, to_toml
 from test_methods import LABELS, make
 
 TASK = LearningTask("classification", LABELS)

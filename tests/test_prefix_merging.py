@@ -11,12 +11,12 @@ import torch
 import fedcustom
 from fedcustom.aggregation.prefix import matched_mean
 from fedcustom.aggregation.prefix_stacking import Stacked, stack_prefixes
+from fedcustom.core.errors import DataError, RecipeError, UpdateError
 from fedcustom.data.examples import ClientData
-from fedcustom.errors import DataError, RecipeError, UpdateError
 from fedcustom.methods import Answer, Client, State, WeightTuning
 from fedcustom.methods.prefix.distil import Distiller
 from fedcustom.methods.prefix.settings import PrefixSettings
-from fedcustom.recipe import load_recipe
+from fedcustom.recipe.recipe import load_recipe
 from test_methods import classification_examples, make
 
 SIZES = {"a": 3, "b": 8, "c": 5}

@@ -30,7 +30,7 @@ from fedcustom.aggregation.prefix_stacking import (
     prefix_attention,
     stack_prefixes,
 )
-from fedcustom.errors import UpdateError
+from fedcustom.core.errors import UpdateError
 
 seeds = st.integers(0, 2**31 - 1)
 checked = settings(max_examples=30, deadline=None)

@@ -12,10 +12,10 @@ from sklearn.linear_model import LogisticRegression
 
 import fedcustom
 from conftest import make_rows, write_jsonl
-from fedcustom.cli import app
+from fedcustom.cli.app import app
+from fedcustom.core.errors import RecipeError
 from fedcustom.data.build import build_data
-from fedcustom.errors import RecipeError
-from fedcustom.recipe import load_recipe
+from fedcustom.recipe.recipe import load_recipe
 from test_run import rows_of, tensors_of
 
 TIGHT: dict[str, Any] = {"training.fit_head_steps": 1000, "evaluation.calibrate": False,

@@ -16,19 +16,19 @@ import torch
 
 import fedcustom
 from conftest import make_rows, write_jsonl
-from fedcustom.assembly import make_method
+from fedcustom.core.errors import FedcustomError, ModelError, RecipeError, RunError, UpdateError
+from fedcustom.core.seeds import name_seed
 from fedcustom.data.build import build_data
 from fedcustom.data.examples import Example, FederatedData
 from fedcustom.data.tokens import example_order
-from fedcustom.directory import Checkpoints
-from fedcustom.errors import FedcustomError, ModelError, RecipeError, RunError, UpdateError
+from fedcustom.federated.build import make_method
+from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.methods import METHODS, Client, State, Task, Update
 from fedcustom.methods.prompt_engineering.black_box import BlackBox
 from fedcustom.methods.prompt_engineering.in_context import InContext
 from fedcustom.methods.prompt_engineering.selection import Selection
-from fedcustom.methods.seeds import name_seed
 from fedcustom.models.load import load_base
-from fedcustom.recipe import Recipe, load_recipe, to_toml
+from fedcustom.recipe.recipe import Recipe, load_recipe, to_toml
 from test_cli import command
 from test_prompt_parts import by_hand
 from test_run import rows_of, without_seconds

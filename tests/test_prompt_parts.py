@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
 
+from fedcustom.core.errors import RecipeError
 from fedcustom.data.examples import LearningTask
-from fedcustom.errors import RecipeError
 from fedcustom.methods.prompt_engineering import bandit
 from fedcustom.methods.prompt_engineering.answers import (
     medoid,

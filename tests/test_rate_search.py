@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import fedcustom
-from fedcustom.errors import RecipeError
-from fedcustom.files import read_json
-from fedcustom.recipe import load_recipe
-from fedcustom.summary import PHASES
+from fedcustom.core.errors import RecipeError
+from fedcustom.core.files import read_json
+from fedcustom.federated.summary import PHASES
+from fedcustom.recipe.recipe import load_recipe
 from test_run import rows_of
 
 RATES = [0.001, 0.01, 0.03, 0.1]

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import transformers
 
-from fedcustom.errors import RecipeError
+from fedcustom.core.errors import RecipeError
 from fedcustom.experiment.grid import digest
 from fedcustom.methods import TECHNIQUES
 from fedcustom.models.kind import ModelKind, kind_of, rough_parameters
 from fedcustom.models.load import model_kind
 from fedcustom.models.settings import ModelSettings
-from fedcustom.recipe import Recipe, load_recipe, to_toml
-from fedcustom.recipe_words import settings_help
+from fedcustom.recipe.help import settings_help
+from fedcustom.recipe.recipe import Recipe, load_recipe, to_toml
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fedcustom.errors import RunError
+from fedcustom.core.errors import RunError
 from fedcustom.report import comparison, comparison_table, words, write_report
 from fedcustom.report.groups import group_runs, lower_is_better, mean_and_interval
 from fedcustom.report.read import read_runs

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import fedcustom
-from fedcustom.directory import Checkpoints, History
-from fedcustom.errors import DataError, RunError
-from fedcustom.files import held, write_folder, write_json, write_tensors, write_text
-from fedcustom.recipe import load_recipe, to_toml
-from fedcustom.tensors import equal
+from fedcustom.core.errors import DataError, RunError
+from fedcustom.core.files import held, write_folder, write_json, write_tensors, write_text
+from fedcustom.core.tensors import equal
+from fedcustom.federated.run_directory import Checkpoints, History
+from fedcustom.recipe.recipe import load_recipe, to_toml
 from test_run import rows_of, tensors_of, without_seconds
 
 # A command that runs a recipe and dies as by kill -9 when the n-th file of the run is about to be put in its
@@ -26,7 +26,7 @@ from test_run import rows_of, tensors_of, without_seconds
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import fedcustom.directory, fedcustom.files
+import fedcustom.federated.run_directory, fedcustom.core.files
 left = int(sys.argv[3])
 def dying(original):
     def call(*arguments, **named):
@@ -36,8 +36,8 @@ def dying(original):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **named)
     return call
-fedcustom.files._flush = dying(fedcustom.files._flush)
-fedcustom.directory.History.append = dying(fedcustom.directory.History.append)
+fedcustom.core.files._flush = dying(fedcustom.core.files._flush)
+fedcustom.federated.run_directory.History.append = dying(fedcustom.federated.run_directory.History.append)
 import fedcustom
 fedcustom.run(sys.argv[1], out=sys.argv[2], resume=True)
 """

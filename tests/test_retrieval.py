@@ -14,17 +14,17 @@ from typer.testing import CliRunner
 import fedcustom
 from conftest import TOPICS, write_jsonl
 from fedcustom import library
-from fedcustom.cli import app
+from fedcustom.cli.app import app
+from fedcustom.core.errors import DataError, FedcustomError, ModelError, RecipeError, RunError, UpdateError
 from fedcustom.data.examples import ClientData, LearningTask
-from fedcustom.errors import DataError, FedcustomError, ModelError, RecipeError, RunError, UpdateError
+from fedcustom.federated.callbacks import Silent
 from fedcustom.methods import Client, State, Task, Update
 from fedcustom.methods.retrieval import Retrieval, RetrievalSettings
 from fedcustom.methods.retrieval.negatives import BORROWED, LENT, Negatives
 from fedcustom.models.embedding import embed
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
-from fedcustom.progress import Silent
-from fedcustom.recipe import load_recipe, to_toml
+from fedcustom.recipe.recipe import load_recipe, to_toml
 from fedcustom.transport import wire
 
 WORDS = [word for words in TOPICS.values() for word in words]

@@ -18,12 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import tiny_tokenizer
+from fedcustom.core.errors import DataError, UpdateError
 from fedcustom.data.examples import Example, LearningTask
 from fedcustom.data.settings import DataSettings
-from fedcustom.errors import DataError, UpdateError
 from fedcustom.evaluation.metrics import retrieval_metrics
 from fedcustom.methods import Task, Update
-from fedcustom.methods.objective import Contrastive
 from fedcustom.methods.retrieval.checks import check_answer
 from fedcustom.methods.retrieval.chunking import chunks, digest
 from fedcustom.methods.retrieval.client import packed, unpacked
@@ -31,6 +30,7 @@ from fedcustom.methods.retrieval.merging import by_rank, by_score
 from fedcustom.methods.retrieval.privacy import perturbed
 from fedcustom.methods.retrieval.router import Sums, choose, fit_router, mass_before, threshold
 from fedcustom.methods.retrieval.store import DocumentStore, Found, ranked
+from fedcustom.methods.tuning.objective import Contrastive
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
 from fedcustom.report.words import metric_name

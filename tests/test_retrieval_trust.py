@@ -16,8 +16,8 @@ import torch
 import fedcustom
 from conftest import tiny_tokenizer
 from fedcustom import library
+from fedcustom.core.errors import FedcustomError, UpdateError
 from fedcustom.data.examples import LearningTask
-from fedcustom.errors import FedcustomError, UpdateError
 from fedcustom.methods import Task, Update
 from fedcustom.methods.retrieval.checks import check_answer
 from fedcustom.methods.retrieval.chunking import digest
@@ -27,7 +27,7 @@ from fedcustom.methods.retrieval.store import DocumentStore, Found
 from fedcustom.models.embedding import embed
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
-from fedcustom.recipe import load_recipe
+from fedcustom.recipe.recipe import load_recipe
 from test_retrieval import changed, recipe, rows
 from test_retrieval_parts import vectors_of
 

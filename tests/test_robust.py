@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedcustom.aggregation import robust
 from fedcustom.aggregation.combine import Change, combine, normalised_mean
 from fedcustom.aggregation.settings import AggregationSettings
-from fedcustom.tensors import Tensors
+from fedcustom.core.tensors import Tensors
 
 
 def cohort(count: int, seed: int = 0, hostile: int = 0) -> tuple[list[Tensors], np.ndarray]:

@@ -16,21 +16,21 @@ import safetensors.torch
 import torch
 
 import fedcustom
-from fedcustom.assembly import make_method
+from fedcustom.core.errors import DataError, ModelError, RecipeError, RunError
+from fedcustom.core.tensors import Tensors, equal
 from fedcustom.data.build import build_data
-from fedcustom.directory import Checkpoints, History
-from fedcustom.driver import run_recipe
-from fedcustom.errors import DataError, ModelError, RecipeError, RunError
 from fedcustom.evaluation.metrics import is_better
+from fedcustom.federated.build import make_method
+from fedcustom.federated.callbacks import Silent
+from fedcustom.federated.loop import run_recipe
+from fedcustom.federated.run_directory import Checkpoints, History
+from fedcustom.federated.schedule import plan_rounds
 from fedcustom.methods import WeightTuning
 from fedcustom.models.load import load_base
-from fedcustom.progress import Silent
-from fedcustom.recipe import load_recipe
-from fedcustom.schedule import plan_rounds
-from fedcustom.tensors import Tensors, equal
+from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport import wire
 from fedcustom.transport.in_process import InProcess
-from fedcustom.transport.reply import Reply
+from fedcustom.transport.protocol import Reply
 
 
 def tensors_of(directory: Path) -> Tensors:

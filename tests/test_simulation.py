@@ -13,23 +13,23 @@ from hypothesis import strategies as st
 
 import fedcustom
 from fedcustom.aggregation.settings import AggregationSettings
-from fedcustom.assembly import make_method
+from fedcustom.core.errors import RecipeError
+from fedcustom.core.seeds import name_seed
+from fedcustom.core.tensors import Tensors, norm
 from fedcustom.data.build import build_data
 from fedcustom.data.examples import ClientData, FederatedData, LearningTask
 from fedcustom.data.tokens import example_order
-from fedcustom.directory import Checkpoints
-from fedcustom.errors import RecipeError
+from fedcustom.federated.build import make_method
+from fedcustom.federated.run_directory import Checkpoints
+from fedcustom.federated.schedule import last_uses, plan_rounds
 from fedcustom.methods import Answer, Client, State, WeightTuning
-from fedcustom.methods.local_training import batch_ranges
-from fedcustom.methods.seeds import name_seed
+from fedcustom.methods.tuning.local_training import batch_ranges
 from fedcustom.models.load import load_base
-from fedcustom.recipe import load_recipe
-from fedcustom.schedule import last_uses, plan_rounds
-from fedcustom.simulation.attack import attack, hostile_clients
+from fedcustom.recipe.recipe import load_recipe
 from fedcustom.simulation.settings import AttackSettings
-from fedcustom.tensors import Tensors, norm
 from fedcustom.transport.channel import Channel
-from fedcustom.transport.settings import CompressionSettings
+from fedcustom.updates.attack import attack, hostile_clients
+from fedcustom.updates.settings import CompressionSettings
 from test_methods import classification_examples, make
 from test_run import rows_of
 

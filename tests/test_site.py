@@ -22,33 +22,40 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import BertConfig
 
 from conftest import make_rows, write_jsonl
+from fedcustom.core.errors import (
+    DeploymentError,
+    FedcustomError,
+    PolicyError,
+    RecipeError,
+    UpdateError,
+    WireError,
+)
+from fedcustom.core.files import held, holder
+from fedcustom.core.tensors import equal
 from fedcustom.data.build import build_data
 from fedcustom.data.own import OwnDataSettings, read_own
 from fedcustom.deployment.local import write_parts
+from fedcustom.deployment.nvflare.bridge import BridgeError, Door, connect
+from fedcustom.deployment.nvflare.controller import read_head
+from fedcustom.deployment.nvflare.jobs import CONTROLLER, EXECUTOR
+from fedcustom.deployment.nvflare.kits import _check_names, provision
 from fedcustom.deployment.parties import RUN_FILE, check_deployable, run_name
-from fedcustom.errors import DeploymentError, FedcustomError, PolicyError, RecipeError, UpdateError, WireError
+from fedcustom.deployment.site.memory import RoundMemory
+from fedcustom.deployment.site.policy import check_labels, check_outgoing, check_recipe, check_round
+from fedcustom.deployment.site.resident import Resident
+from fedcustom.deployment.site.settings import PolicySettings, SiteSettings, load_site
 from fedcustom.evaluation.statistics import (
     check_statistics,
     classification_statistics,
     mean_statistics,
     pooled_metrics,
 )
-from fedcustom.files import held, holder
 from fedcustom.methods import Answer, Memory, Task, Update
 from fedcustom.models.park import leave_memory, parked
 from fedcustom.models.pooling import Pooling
-from fedcustom.recipe import load_recipe
-from fedcustom.site.memory import RoundMemory
-from fedcustom.site.policy import check_labels, check_outgoing, check_recipe, check_round
-from fedcustom.site.resident import Resident
-from fedcustom.site.settings import PolicySettings, SiteSettings, load_site
-from fedcustom.tensors import equal
+from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport.channel import Channel, describe, laid_out
-from fedcustom.transport.nvflare.bridge import BridgeError, Door, connect
-from fedcustom.transport.nvflare.controller import read_head
-from fedcustom.transport.nvflare.jobs import CONTROLLER, EXECUTOR
-from fedcustom.transport.nvflare.kits import _check_names, provision
-from fedcustom.transport.settings import CompressionSettings
+from fedcustom.updates.settings import CompressionSettings
 
 RUN = "0123456789abcdef"
 
@@ -483,7 +490,7 @@ def test_only_who_knows_the_key_gets_in(tmp_path: Path) -> None:
 
 
 def test_a_missing_extra_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedcustom.transport.nvflare.kits import require_nvflare
+    from fedcustom.deployment.nvflare.kits import require_nvflare
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FedcustomError, match=r"pip install 'fedcustom\[deploy\]'"):

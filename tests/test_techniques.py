@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedcustom.core.errors import ModelError, RunError
+from fedcustom.core.tensors import Tensors, equal
 from fedcustom.data.examples import ClientData, Example, LearningTask
-from fedcustom.errors import ModelError, RunError
 from fedcustom.methods import TECHNIQUES, Client, State, WeightTuning
-from fedcustom.methods.feed_forward import find_feed_forward
-from fedcustom.methods.reparametrisation import Network, Reparametrised
-from fedcustom.methods.technique import prepare_precision
+from fedcustom.methods.tuning.feed_forward import find_feed_forward
+from fedcustom.methods.tuning.reparametrisation import Network, Reparametrised
+from fedcustom.methods.tuning.technique import prepare_precision
 from fedcustom.models.load import Base, load_base
 from fedcustom.models.settings import ModelSettings
-from fedcustom.tensors import Tensors, equal
 from test_methods import LABELS, RATE, examples_for, make
 
 MODELS = {"bert": "classification", "llama": "generation", "gpt2": "generation", "bart": "generation"}

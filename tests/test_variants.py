@@ -11,14 +11,14 @@ import torch
 
 import fedcustom
 from fedcustom.aggregation.settings import AggregationSettings
+from fedcustom.core.errors import RecipeError
+from fedcustom.core.tensors import Tensors, equal
 from fedcustom.data.examples import ClientData
-from fedcustom.directory import Checkpoints
-from fedcustom.errors import RecipeError
+from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.methods import Answer, Client, WeightTuning
 from fedcustom.methods.lora.method import lora_layers
 from fedcustom.methods.lora.settings import LoraSettings
-from fedcustom.recipe import load_recipe
-from fedcustom.tensors import Tensors, equal
+from fedcustom.recipe.recipe import load_recipe
 from test_methods import classification_examples, generation_examples, make
 
 SIZES = {"a": 3, "b": 8, "c": 5}

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcustom.errors import WireError
+from fedcustom.core.errors import WireError
 from fedcustom.transport import wire
 
 names = st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__" and max(name) < "\ud800")

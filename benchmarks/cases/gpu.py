@@ -14,10 +14,10 @@ from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.data.settings import DataSettings
 from fedcustom.evaluation.settings import EvaluationSettings
-from fedcustom.methods.contract import Client
 from fedcustom.methods.lora import Lora, LoraSettings
-from fedcustom.methods.technique import Context
-from fedcustom.methods.tuning import WeightTuning
+from fedcustom.methods.protocol import Client
+from fedcustom.methods.tuning.method import WeightTuning
+from fedcustom.methods.tuning.technique import Context
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
 from fedcustom.training.settings import TrainingSettings

@@ -28,7 +28,7 @@ def measure(counts: tuple[int, ...] = COUNTS, *, rounds: int = 5, threads: int =
 
 
 def _one(folder: Path, base: Path, clients: int, rounds: int, threads: int) -> dict[str, Any]:
-    from fedcustom.recipe import parse_recipe, to_toml
+    from fedcustom.recipe.recipe import parse_recipe, to_toml
 
     folder.mkdir()
     write_random_texts(folder / "train.jsonl", rows=3 * clients, tokens=32, vocabulary=512)

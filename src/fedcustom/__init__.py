@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import Run, load, run
-    from .errors import FedcustomError
-    from .recipe import Recipe, load_recipe
+    from .core.errors import FedcustomError
+    from .recipe.recipe import Recipe, load_recipe
 
 __all__ = ["FedcustomError", "Recipe", "Run", "load", "load_recipe", "run"]
 
@@ -20,7 +20,7 @@ _HOMES = {
     "Run": "api",
     "load": "api",
     "run": "api",
-    "FedcustomError": "errors",
+    "FedcustomError": "core.errors",
     "Recipe": "recipe",
     "load_recipe": "recipe",
 }

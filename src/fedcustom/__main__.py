@@ -1,5 +1,5 @@
 """``python -m fedcustom``."""
 
-from .cli import main
+from .cli.app import main
 
 main()

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .assembly import make_method
+from .core.errors import DataError, RunError
+from .core.files import read_json, write_folder
 from .data.examples import Example, LearningTask, fields
-from .directory import History
-from .driver import run_recipe
-from .errors import DataError, RunError
-from .files import read_json, write_folder
-from .frames import client_frame, round_frame
+from .federated.build import make_method
+from .federated.callbacks import Progress
+from .federated.frames import client_frame, round_frame
+from .federated.loop import run_recipe
+from .federated.run_directory import History
 from .methods import Method, State
-from .methods.model_card import bundle
-from .methods.peft_support import leave_out_virtual_tokens
+from .methods.tuning.model_card import bundle
+from .methods.tuning.peft_support import leave_out_virtual_tokens
 from .models.load import load_base
-from .progress import Progress
-from .recipe import Recipe, load_recipe, read_toml
+from .recipe.recipe import Recipe, load_recipe, read_toml
 
 Source = str | Path | Mapping[str, Any] | Recipe
 
@@ -189,7 +189,7 @@ def run(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Run:
-    """Run a recipe (a TOML file, a dict, or a :class:`~fedcustom.recipe.Recipe`) and open the result.
+    """Run a recipe (a TOML file, a dict, or a :class:`~fedcustom.recipe.recipe.Recipe`) and open the result.
 
     ``overrides`` change single settings: ``{"rounds.count": 5}`` or ``["rounds.count=5"]``. ``out`` is the
     run's directory (default: a name in ``runs/`` made from recipe, method and seed).

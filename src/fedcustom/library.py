@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .assembly import check_fit, make_method
+from .core.errors import RecipeError, RunError
+from .core.files import read_json, write_json, write_text
 from .data.build import build_data, with_builtin_columns
 from .data.examples import ClientData, FederatedData, LearningTask
-from .errors import RecipeError, RunError
-from .files import read_json, write_json, write_text
+from .federated.build import check_fit, make_method
 from .methods.retrieval import Retrieval
 from .models.load import load_base
-from .recipe import Recipe, load_recipe, to_toml
+from .recipe.recipe import Recipe, load_recipe, to_toml
 from .transport.channel import Channel
+from .transport.client_store import ClientStore
 from .transport.in_process import InProcess
-from .transport.store import ClientStore
 
 INDEX = "retrieval.json"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tensors import Tensors
+from ..core.tensors import Tensors
 from . import robust
 from .mean import weighted_mean
 from .settings import AggregationSettings

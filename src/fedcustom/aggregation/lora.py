@@ -16,7 +16,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ..tensors import Tensors
+from ..core.tensors import Tensors
 from .low_rank import LoraFactors, at_least_float32, change_norm, compress_lora, pad_rank, with_scale
 from .mean import weighted_mean
 

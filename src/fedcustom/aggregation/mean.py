@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..tensors import Tensors
+from ..core.tensors import Tensors
 
 Weighted = tuple[Mapping[str, Tensor], float]
 """A state and its weight."""

@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..errors import UpdateError
+from ..core.errors import UpdateError
 
 WeightedPrefix = tuple[Tensor, float]
 """A client's prefix and its weight."""

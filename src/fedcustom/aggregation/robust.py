@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..tensors import Tensors
+from ..core.tensors import Tensors
 
 
 def inner_products(changes: Sequence[Mapping[str, Tensor]]) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..tensors import Tensors, combine, named, part, zeros_like
+from ..core.tensors import Tensors, combine, named, part, zeros_like
 from .settings import AggregationSettings
 
 DEFAULT_RATES = {"fedavg": 1.0, "fedavgm": 1.0, "nesterov": 0.7}

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..errors import DataError, nearest
+from ..core.errors import DataError, nearest
 from .examples import ClientData, Example, FederatedData, LearningTask, columns, label_names, make_examples
 from .partition import natural_partition, partition_examples
 from .public import public_examples, read_public, refuse_overlap, set_aside, without_overlap

@@ -29,7 +29,7 @@ from typing import Literal
 
 from griffe import Docstring, DocstringParameter, DocstringSectionKind, DocstringStyle, parse
 
-from ..errors import DataError, nearest
+from ..core.errors import DataError, nearest
 
 Task = Literal["classification", "generation"]
 Row = dict[str, str]

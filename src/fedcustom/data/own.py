@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import Field
 
-from ..errors import DataError
-from ..settings import Settings
+from ..core.errors import DataError
+from ..core.settings import Settings
 from .build import draw, split_client
 from .examples import ClientData, Example, columns, make_examples
 from .public import read_public

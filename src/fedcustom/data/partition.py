@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import DataError
+from ..core.errors import DataError
 from .settings import ClientSettings
 
 Partition = list[list[int]]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ..errors import DataError
+from ..core.errors import DataError
 from .examples import Example, fields
 from .settings import DataSettings, PublicSettings
 from .sources import Row, read_rows, require_columns

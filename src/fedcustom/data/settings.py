@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..settings import Settings
+from ..core.settings import Settings
 
 TaskKind = Literal["classification", "generation", "retrieval"]
 PartitionKind = Literal["natural", "iid", "dirichlet", "quantity", "pathological"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, nearest
+from ..core.errors import DataError, nearest
 from .settings import DataSettings
 
 Row = dict[str, Any]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..core.errors import DeploymentError
 from ..data.examples import Example, FederatedData
-from ..errors import DeploymentError
 from ..evaluation.calibration import best_scale, tempered_losses
 from ..evaluation.metrics import Metrics, client_mean, worst_client
 from ..evaluation.statistics import Statistics, pooled_metrics, pooled_scale
-from ..evaluator import Result, with_references
+from ..federated.evaluator import Result, with_references
 from ..methods import Method, State
 from ..models.inference import measure
 from ..models.load import Base

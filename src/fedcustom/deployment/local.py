@@ -11,16 +11,16 @@ from typing import Any
 
 import tomli_w
 
-from ..assembly import check_cohort
+from ..core.errors import DeploymentError
+from ..core.files import read_json, write_json, write_text
 from ..data.build import build_data, with_builtin_columns
 from ..data.examples import Example, FederatedData
 from ..data.own import OwnDataSettings
-from ..errors import DeploymentError
-from ..files import read_json, write_json, write_text
-from ..progress import Progress
-from ..recipe import Recipe
-from ..transport.nvflare.kits import provision, require_nvflare
-from ..transport.nvflare.supervise import Kept
+from ..federated.build import check_cohort
+from ..federated.callbacks import Progress
+from ..recipe.recipe import Recipe
+from .nvflare.kits import provision, require_nvflare
+from .nvflare.supervise import Kept
 from .run import run_deployed
 from .settings import FederationSettings, save_federation
 

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..assembly import check_fit, make_method
+from ..core.errors import RecipeError
 from ..data.examples import ClientData, FederatedData, LearningTask
 from ..data.own import OwnData, read_own
-from ..errors import RecipeError
-from ..federation import Federation
+from ..federated.build import check_fit, make_method
+from ..federated.simulation import Federation
 from ..methods import AsksClients
 from ..models.load import load_base
 from ..models.park import park, parked
-from ..recipe import Recipe
+from ..recipe.recipe import Recipe
 from ..transport.channel import Channel
-from ..transport.nvflare.sites import Sites
 from .evaluation import RemoteEvaluation
+from .nvflare.sites import Sites
 from .remote import Remote
 from .settings import FederationSettings
 

@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..allocator import release_freed_memory
-from ..errors import DeploymentError, UpdateError
+from ..core.allocator import release_freed_memory
+from ..core.errors import DeploymentError, UpdateError
+from ..core.files import write_text
 from ..evaluation.statistics import Statistics, check_statistics
-from ..files import write_text
 from ..methods import Asked, Method, State, Task, Update
-from ..methods.head_fit import LABEL_COUNTS
-from ..recipe import Recipe
+from ..methods.tuning.head_fit import LABEL_COUNTS
+from ..recipe.recipe import Recipe
 from ..transport import wire
 from ..transport.channel import Channel
-from ..transport.nvflare.sites import Said, Sites
-from ..transport.reply import Reply
+from ..transport.protocol import Reply
+from .nvflare.sites import Said, Sites
 from .settings import FederationSettings
 
 OPENING = 600.0

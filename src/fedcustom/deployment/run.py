@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..driver import run_recipe
-from ..errors import DeploymentError
-from ..federation import Federation
-from ..files import held, holder
-from ..progress import Progress, Silent
-from ..recipe import Recipe
-from ..transport.nvflare.bridge import ADDRESS_VARIABLE, Door
-from ..transport.nvflare.jobs import Session
-from ..transport.nvflare.kits import require_nvflare, server_command
-from ..transport.nvflare.link import Link
-from ..transport.nvflare.sites import Patience, Sites
-from ..transport.nvflare.supervise import Kept, keep_alive
+from ..core.errors import DeploymentError
+from ..core.files import held, holder
+from ..federated.callbacks import Progress, Silent
+from ..federated.loop import run_recipe
+from ..federated.simulation import Federation
+from ..recipe.recipe import Recipe
+from .nvflare.bridge import ADDRESS_VARIABLE, Door
+from .nvflare.jobs import Session
+from .nvflare.kits import require_nvflare, server_command
+from .nvflare.link import Link
+from .nvflare.sites import Patience, Sites
+from .nvflare.supervise import Kept, keep_alive
 from .parties import check_deployable, gather
 from .settings import FederationSettings, load_federation
 
@@ -37,7 +37,7 @@ def run_deployed(
 
     Raises:
         DeploymentError: the folder holds no federation, another run uses it, or too few sites take part.
-        FedcustomError: see :func:`fedcustom.driver.run_recipe`.
+        FedcustomError: see :func:`fedcustom.federated.loop.run_recipe`.
     """
     require_nvflare()
     settings, progress = load_federation(folder), progress or Silent()

@@ -7,11 +7,11 @@ from pathlib import Path
 import tomli_w
 from pydantic import Field
 
+from ..core.errors import DeploymentError
+from ..core.files import write_text
+from ..core.settings import Settings
 from ..data.own import OwnDataSettings
-from ..errors import DeploymentError
-from ..files import write_text
-from ..settings import Settings
-from ..site.settings import load_settings
+from .site.settings import load_settings
 
 FILE = "federation.toml"
 

@@ -11,15 +11,8 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 
-from ..errors import UpdateError
-from .calibration import (
-    BINS,
-    SCALES,
-    best_scale,
-    expected_calibration_error,
-    reliability,
-    tempered_losses,
-)
+from ..core.errors import UpdateError
+from .calibration import BINS, SCALES, best_scale, expected_calibration_error, reliability, tempered_losses
 from .metrics import Metrics
 
 Statistics = dict[str, Any]

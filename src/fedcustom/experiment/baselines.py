@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import RecipeError, nearest
-from ..experiments import probe_of
-from ..recipe import Baseline, Recipe, load_recipe
+from ..core.errors import RecipeError, nearest
+from ..recipe.recipe import Baseline, Recipe, load_recipe
+from .compare import probe_of
 from .grid import Cell, grid
 from .results import Result
 from .settings import BASELINE, ExperimentSettings, Match

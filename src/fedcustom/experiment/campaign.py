@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError
+from ..core.errors import RunError
+from ..core.files import held, holder, read_json, write_json
 from ..evaluation.degenerate import in_words
-from ..files import held, holder, read_json, write_json
 from ..report import words
 from .baselines import added_cells
 from .estimate import Rates, total

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import RecipeError
-from ..recipe import FEDERATED_ONLY, Recipe, merged, parse_recipe
+from ..core.errors import RecipeError
+from ..recipe.recipe import FEDERATED_ONLY, Recipe, merged, parse_recipe
 from .settings import ExperimentSettings, Match, check_match, is_baseline, matches
 
 

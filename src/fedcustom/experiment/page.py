@@ -6,7 +6,7 @@ import html
 from collections.abc import Collection
 from pathlib import Path
 
-from ..files import read_json, write_text
+from ..core.files import read_json, write_text
 from ..report import words
 from .baselines import deciding_axes
 from .plots import dot_plot

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..directory import History
-from ..errors import RunError
-from ..files import read_json, write_json
-from ..recipe import Recipe, load_recipe
+from ..core.errors import RunError
+from ..core.files import read_json, write_json
+from ..federated.run_directory import History
+from ..recipe.recipe import Recipe, load_recipe
 
 MACHINE = ("processor", "cores", "threads", "accelerator", "python", "precision", "git_commit")
 

@@ -14,11 +14,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..driver import run_recipe
-from ..errors import FedcustomError
-from ..experiments import Cell
-from ..files import write_text
-from ..recipe import Recipe, to_toml
+from ..core.errors import FedcustomError
+from ..core.files import write_text
+from ..federated.loop import run_recipe
+from ..recipe.recipe import Recipe, to_toml
+from .compare import Cell
 
 WEIGHTS = ("model", "checkpoints")
 """What of a finished run's directory holds weights."""
@@ -69,8 +69,7 @@ def run_jobs(
 def run_cells_apart(
     cells: Sequence[Cell], at_once: int, tell: Callable[[str], None] | None
 ) -> dict[str, FedcustomError]:
-    """As :func:`fedcustom.experiments.run_cells`, several at a time, each in a process with its share of the
-    cores.
+    """As :func:`~.compare.run_cells`, several at a time, each in a process with its share of the cores.
 
     ``tell`` is told what they show of their progress, line by line. On KeyboardInterrupt they are stopped;
     what they did is kept.

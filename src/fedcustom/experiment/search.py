@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import RecipeError
+from ..core.errors import RecipeError
 from ..evaluation.metrics import is_better
-from ..recipe import merged
+from ..recipe.recipe import merged
 from .grid import Cell, cell_recipe, digest, group_of, search_axes, without_seeds
 from .results import Result
 from .settings import ExperimentSettings, nested

@@ -9,9 +9,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..errors import RecipeError, nearest
-from ..recipe import Baseline, read_toml
-from ..settings import Settings
+from ..core.errors import RecipeError, nearest
+from ..core.settings import Settings
+from ..recipe.recipe import Baseline, read_toml
 
 BASELINE = "baseline"
 """The axis on which added baselines lie, in place of the file's axes that have no meaning for them."""
@@ -208,7 +208,7 @@ def load_experiment(path: Path) -> tuple[ExperimentSettings, dict[str, Any]]:
         raise RecipeError(f"{path}: {_explain(error.errors()[0])}") from None
     if settings.recipe is None:
         return settings, settings.base
-    from ..recipe import merged
+    from ..recipe.recipe import merged
 
     base = read_toml(path.parent / settings.recipe)
     base.pop("compare", None)

@@ -9,7 +9,14 @@ from typing import Any
 
 from .adapter import Adapter, AdapterSettings
 from .bitfit import BitFit, BitFitSettings
-from .contract import (
+from .distillation import Distillation, DistillationSettings
+from .full import Full, FullSettings
+from .ia3 import Ia3, Ia3Settings
+from .lora import Lora, LoraSettings
+from .prefix import Prefix, PrefixSettings
+from .probe import Probe, ProbeSettings
+from .prompt_engineering import PromptEngineeringSettings, prompt_engineering
+from .protocol import (
     UNFINISHED,
     Answer,
     Asked,
@@ -23,19 +30,12 @@ from .contract import (
     Update,
     streamed,
 )
-from .distillation import Distillation, DistillationSettings
-from .full import Full, FullSettings
-from .head_fit import client_labels
-from .ia3 import Ia3, Ia3Settings
-from .lora import Lora, LoraSettings
-from .prefix import Prefix, PrefixSettings
-from .probe import Probe, ProbeSettings
-from .prompt_engineering import PromptEngineeringSettings, prompt_engineering
 from .retrieval import Retrieval, RetrievalSettings
 from .settings import MethodSettingsBase, TuningSettings
 from .soft_prompt import SoftPrompt, SoftPromptSettings
-from .technique import Context, Technique
-from .tuning import WeightTuning
+from .tuning.head_fit import client_labels
+from .tuning.method import WeightTuning
+from .tuning.technique import Context, Technique
 
 TECHNIQUES: dict[str, tuple[type[TuningSettings], type[Any]]] = {
     "prefix": (PrefixSettings, Prefix),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .contract import Client, Task, Update
+from .protocol import Client, Task, Update
 
 
 class OneByOne:

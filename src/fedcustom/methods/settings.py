@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from ..core.settings import Settings
 from ..models.kind import ModelKind, Rates
-from ..settings import Settings
 
 
 class MethodSettingsBase(Settings):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from ..errors import ModelError
+from ..core.errors import ModelError
 
 Architecture = Literal["encoder", "decoder", "encoder-decoder"]
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..core.errors import ModelError, nearest
 from ..data.examples import LearningTask
-from ..errors import ModelError, nearest
 from .first_token import first_token_only
 from .kernels import attend_in_float32_on_processors, fuse_activations
 from .kind import Architecture, ModelKind, architecture_of, kind_of

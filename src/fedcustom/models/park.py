@@ -12,7 +12,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..tensors import Tensors
+from ..core.tensors import Tensors
 
 MADV_PAGEOUT = 21
 """Linux 5.4 and newer: pages that are on the disk too leave memory, others stay."""

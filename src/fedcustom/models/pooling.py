@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ModelError
+from ..core.errors import ModelError
 from .settings import ModelSettings
 
 PoolingName = Literal["mean", "first", "max", "last", "pooler"]

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..settings import Settings
+from ..core.settings import Settings
 
 
 class ModelSettings(Settings):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from ..errors import RunError
+from ..core.errors import RunError
 
 Baseline = Literal["centralised", "federated", "local"]
 T = TypeVar("T")

@@ -12,14 +12,7 @@ from rich.text import Text
 
 from . import words
 from .baselines import degenerate, unbeaten
-from .groups import (
-    Group,
-    group_runs,
-    mean_and_interval,
-    measured_on_clients,
-    metric_names,
-    trivial_metric,
-)
+from .groups import Group, group_runs, mean_and_interval, measured_on_clients, metric_names, trivial_metric
 from .read import Run, read_runs
 
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..core.errors import RecipeError, nearest
+from ..core.seeds import name_seed
 from ..data.examples import ClientData, Example
-from ..errors import RecipeError, nearest
-from ..methods.seeds import name_seed
 from .settings import AttackSettings, NoiseSettings
 
 Clients = Mapping[str, ClientData]

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..settings import Settings
+from ..core.settings import Settings
 
 
 class AttackSettings(Settings):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import UpdateError
+from ..core.tensors import Tensors
 from ..data.tokens import Batch
-from ..errors import UpdateError
-from ..tensors import Tensors
 from .muon import Muon
 from .settings import TrainingSettings
 

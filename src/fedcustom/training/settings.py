@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from ..settings import Settings
+from ..core.settings import Settings
 
 TRIAL_ROUNDS = (2, 6)
 """Rounds that a search gives each of its learning rates, and then the better half, from the start again."""

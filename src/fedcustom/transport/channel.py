@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import WireError
-from ..methods.contract import Memory, Task, Update, Values
-from ..methods.head_messages import HEAD_TASKS, POINT
-from ..tensors import Tensors, add, subtract, zeros_like
+from ..core.errors import WireError
+from ..core.tensors import Tensors, add, subtract, zeros_like
+from ..methods.protocol import Memory, Task, Update, Values
+from ..methods.tuning.head_messages import HEAD_TASKS, POINT
+from ..updates.compression import compress, compress_with_feedback, decompress
+from ..updates.settings import CompressionSettings
 from . import wire
-from .compression import compress, compress_with_feedback, decompress
-from .settings import CompressionSettings
 
 RESIDUAL = "residual/"
 LAYOUT = "layout"

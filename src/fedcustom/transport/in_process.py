@@ -6,11 +6,11 @@ import time
 import traceback
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
-from ..methods.contract import Asked, AsksClients, Client, Method, Task, Update
+from ..methods.protocol import Asked, AsksClients, Client, Method, Task, Update
 from . import wire
 from .channel import Channel
-from .reply import Reply
-from .store import ClientStore
+from .client_store import ClientStore
+from .protocol import Reply
 
 Conspiracy = Callable[[Mapping[str, Update], int], dict[str, Update]]
 """From hostile clients' honest updates, and the number of clients in the round, to what they send."""

@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import WireError
-from ..tensors import Tensors
+from ..core.errors import WireError
+from ..core.tensors import Tensors
 
 DTYPES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from ...errors import ModelError, RunError
+from ...core.errors import ModelError, RunError
 from ...models.kind import Rates
 from ...models.load import Base
-from ..feed_forward import find_feed_forward
 from ..settings import TuningSettings
-from ..technique import Tuned
-from ..whole_model import partly_trained
+from ..tuning.feed_forward import find_feed_forward
+from ..tuning.technique import Tuned
+from ..tuning.whole_model import partly_trained
 from .layers import Widened, WidenedInput, WidenedOutput
 
 

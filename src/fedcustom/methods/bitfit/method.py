@@ -7,13 +7,13 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from ...errors import ModelError
+from ...core.errors import ModelError
 from ...models.kind import Rates
 from ...models.load import Base
-from ..peft_support import upper
 from ..settings import UpperLayersSettings
-from ..technique import Tuned
-from ..whole_model import partly_trained
+from ..tuning.peft_support import upper
+from ..tuning.technique import Tuned
+from ..tuning.whole_model import partly_trained
 
 
 class BitFitSettings(UpperLayersSettings):

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.errors import DataError, UpdateError
+from ...core.seeds import name_seed
+from ...core.tensors import Tensors, named, part, without
 from ...data.tokens import Batch, collate
-from ...errors import DataError, UpdateError
 from ...models.forward import classification_logits
 from ...models.inference import predict, to_device
-from ...tensors import Tensors, named, part, without
 from ...training.local import schedule_factor
-from ..contract import Answer, Client, State, Task, Values
-from ..seeds import name_seed
-from ..technique import Context
+from ..protocol import Answer, Client, State, Task, Values
+from ..tuning.technique import Context
 from . import packing
 from .ensemble import combine
 from .learner import Learner, Models, own_tensors

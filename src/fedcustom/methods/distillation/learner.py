@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from ...aggregation.settings import AggregationSettings
+from ...core.errors import ModelError
+from ...core.tensors import Tensors, part, without
 from ...data.tokens import Batch
-from ...errors import ModelError
 from ...models.load import Base, context_length, load_base, load_configuration
 from ...models.settings import ModelSettings
-from ...tensors import Tensors, part, without
 from ...training.local import train_locally
 from ...training.settings import TrainingSettings
-from ..contract import Client, Task, Update
 from ..full import Full, FullSettings
 from ..lora import Lora, LoraSettings
-from ..technique import Context, Technique
-from ..tuning import WeightTuning
+from ..protocol import Client, Task, Update
+from ..tuning.method import WeightTuning
+from ..tuning.technique import Context, Technique
 from .settings import DistillationSettings, Tuning
 
 

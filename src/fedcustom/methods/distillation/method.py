@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from ...core.errors import DataError, RecipeError
+from ...core.tensors import Tensors
 from ...data.examples import Example
-from ...errors import DataError, RecipeError
 from ...models.inference import Predictions
-from ...tensors import Tensors
 from ...training.local import schedule_factor
-from ..contract import Answer, Client, State, Task, Update, Values
 from ..one_by_one import OneByOne
-from ..technique import Context
+from ..protocol import Answer, Client, State, Task, Update, Values
+from ..tuning.technique import Context
 from .labels import LabelExchange
 from .learner import Learner, Models
 from .settings import DistillationSettings

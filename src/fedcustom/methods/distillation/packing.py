@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import UpdateError
-from ...tensors import Tensors
+from ...core.errors import UpdateError
+from ...core.tensors import Tensors
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..contract import Task
+from ..protocol import Task
 from .packing import Integers, unpack_positions
 
 ASKED = "asked"

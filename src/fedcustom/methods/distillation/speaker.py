@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.errors import ModelError
+from ...core.tensors import Tensors
 from ...data.tokens import Batch
-from ...errors import ModelError
 from ...models.inference import to_device
-from ...tensors import Tensors
-from ..technique import Context
+from ..tuning.technique import Context
 from .alignment import Vocabulary
 from .learner import Learner
 from .packing import Floats, Format, Integers, TopK

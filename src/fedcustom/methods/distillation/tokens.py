@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from torch import Tensor
 
+from ...core.seeds import name_seed
+from ...core.tensors import Tensors, named, part, without
 from ...data.tokens import Batch
-from ...tensors import Tensors, named, part, without
 from ...training.local import schedule_factor
-from ..contract import Answer, Client, State, Task
-from ..seeds import name_seed
-from ..technique import Context
+from ..protocol import Answer, Client, State, Task
+from ..tuning.technique import Context
 from . import packing
 from .learner import Learner, Models, own_tensors
 from .lessons import Lesson, Translator, lesson_batch

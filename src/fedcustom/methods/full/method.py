@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ...models.kind import Rates
 from ...models.load import Base
-from ..peft_support import head_names, loading_page
 from ..settings import TuningSettings
-from ..technique import Tuned
+from ..tuning.peft_support import head_names, loading_page
+from ..tuning.technique import Tuned
 
 
 class FullSettings(TuningSettings):

@@ -10,13 +10,13 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from ...errors import ModelError
+from ...core.errors import ModelError
 from ...models.kind import Rates
 from ...models.load import Base
-from ..feed_forward import find_feed_forward
-from ..peft_support import attach_peft, ending_in, peft_parameters, task_type, tuned_with, upper
 from ..settings import UpperLayersSettings
-from ..technique import Tuned
+from ..tuning.feed_forward import find_feed_forward
+from ..tuning.peft_support import attach_peft, ending_in, peft_parameters, task_type, tuned_with, upper
+from ..tuning.technique import Tuned
 
 KEYS_AND_VALUES = (
     ("k_proj", "v_proj"),

@@ -39,10 +39,10 @@ from ...aggregation.lora import (
     truncated_lora,
 )
 from ...aggregation.low_rank import LoraFactors, truncate_rank, with_scale
-from ...tensors import Tensors
-from ..contract import State, Values
-from ..merging import BASE_CHANGE, Arrival, Merging, Round
-from ..seeds import name_seed
+from ...core.seeds import name_seed
+from ...core.tensors import Tensors
+from ..protocol import State, Values
+from ..tuning.aggregation_hooks import BASE_CHANGE, Arrival, Merging, Round
 from .settings import LoraSettings
 
 PRIVATE = "_private."

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ...aggregation.low_rank import LoraFactors, frozen_bases, layer_layout, pad_rank
-from ...errors import ModelError
+from ...core.errors import ModelError
+from ...core.tensors import Tensors
 from ...models.load import Base
-from ...tensors import Tensors
-from ..peft_support import (
+from ..tuning.peft_support import (
     attach_peft,
     clean_name,
     ending_in,
@@ -22,7 +22,7 @@ from ..peft_support import (
     task_type,
     upper,
 )
-from ..technique import Tuned
+from ..tuning.technique import Tuned
 from .merging import CHANGES_BASE, OWN_RULE, LoraMerging, Matrix
 from .settings import LoraSettings
 

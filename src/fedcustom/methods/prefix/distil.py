@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...aggregation.prefix_stacking import Stacked
-from ...errors import DataError, ModelError
+from ...core.errors import DataError, ModelError
 from ...models.load import Base, context_length
 from .settings import PrefixSettings
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ...aggregation.prefix import barycentre, matched_mean, mean_of_selected, select_layers
 from ...aggregation.prefix_stacking import Stacked, cluster_slots, stack_prefixes
-from ...errors import UpdateError
-from ...tensors import Tensors
-from ..contract import State, Values
-from ..merging import Arrival, Merging, Round
+from ...core.errors import UpdateError
+from ...core.tensors import Tensors
+from ..protocol import State, Values
+from ..tuning.aggregation_hooks import Arrival, Merging, Round
 from .settings import PrefixSettings
 
 NAME = "prefix"

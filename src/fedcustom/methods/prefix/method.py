@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ModelError, RecipeError
+from ...core.errors import ModelError, RecipeError
 from ...models.load import Base
-from ..peft_support import attach_peft, peft_parameters, task_type, tuned_with
-from ..reparametrisation import Network, reparametrise
-from ..technique import Tuned
+from ..tuning.peft_support import attach_peft, peft_parameters, task_type, tuned_with
+from ..tuning.reparametrisation import Network, reparametrise
+from ..tuning.technique import Tuned
 from .distil import Distiller
 from .init import text_prefix
 from .merging import NAME, PrefixMerging

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 from ...models.kind import Rates
 from ...models.load import Base
 from ..settings import TuningSettings
-from ..technique import Tuned
-from ..whole_model import partly_trained
+from ..tuning.technique import Tuned
+from ..tuning.whole_model import partly_trained
 
 
 class ProbeSettings(TuningSettings):
@@ -23,7 +23,7 @@ class ProbeSettings(TuningSettings):
 
 class Probe:
     """Nothing of the model is trained but the head, and that is fitted, in one round
-    (:class:`~fedcustom.methods.head_fit.HeadFit`): across clients, from sums and gradients that add up, to
+    (:class:`~..tuning.head_fit.HeadFit`): across clients, from sums and gradients that add up, to
     what all examples in one place give. The customised model is exported whole.
     """
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ...core.errors import RunError, UpdateError
+from ...core.tensors import named, part
 from ...data.examples import Example
-from ...errors import RunError, UpdateError
 from ...models.inference import Predictions
-from ...tensors import named, part
-from ..contract import Answer, Client, Memory, Method, State, Task, Update, Values
 from ..one_by_one import OneByOne
+from ..protocol import Answer, Client, Memory, Method, State, Task, Update, Values
 
 OWN = "own"
 

@@ -15,25 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.errors import DataError, ModelError, RecipeError, RunError, UpdateError
+from ...core.files import read_tensors, write_tensors
+from ...core.seeds import name_seed
 from ...data.examples import Example
 from ...data.tokens import example_order
-from ...errors import DataError, ModelError, RecipeError, RunError, UpdateError
-from ...files import read_tensors, write_tensors
 from ...models.embedding import pooled
 from ...models.inference import Predictions, to_device
 from ...models.load import HUB_NAMES, context_length
-from ..contract import Answer, Client, State, Task, Update, Values
-from ..model_card import offline
-from ..seeds import name_seed
-from ..technique import Context
-from .evolution import (
-    Array,
-    Distribution,
-    merge_distributions,
-    population_size,
-    rank_weights,
-    search,
-)
+from ..protocol import Answer, Client, State, Task, Update, Values
+from ..tuning.model_card import offline
+from ..tuning.technique import Context
+from .evolution import Array, Distribution, merge_distributions, population_size, rank_weights, search
 from .prompt_method import PromptMethod
 from .scorer import Matrix, Scorer, log_softmax
 from .settings import PromptEngineeringSettings

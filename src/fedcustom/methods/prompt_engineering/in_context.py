@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...core.errors import DataError, ModelError, RecipeError, UpdateError
 from ...data.examples import Example, LearningTask
-from ...errors import DataError, ModelError, RecipeError, UpdateError
 from ...models.embedding import embed
 from ...models.inference import Predictions, generate
 from ...models.likelihood import prompt_ids
 from ...models.load import context_length, load_base
-from ..contract import Answer, Client, State, Task, Update, Values
-from ..technique import Context
+from ..protocol import Answer, Client, State, Task, Update, Values
+from ..tuning.technique import Context
 from .answers import medoid, nearest, pooled_log_probabilities, similarity_weights
 from .prompt_method import PromptMethod
 from .scorer import Matrix, Scorer, log_softmax

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..contract import Method
-from ..technique import Context
+from ..protocol import Method
+from ..tuning.technique import Context
 from .alone import Alone
 from .black_box import BlackBox
 from .in_context import InContext

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...errors import RunError
-from ...files import read_json, write_json
+from ...core.errors import RunError
+from ...core.files import read_json, write_json
 from ...models.load import HUB_NAMES, Base
-from ..model_card import offline
+from ..tuning.model_card import offline
 
 FILE = "prompt.json"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...errors import RecipeError
+from ...core.errors import RecipeError
 from ...models.load import HUB_NAMES, Base
-from ..contract import Client, State, Values
 from ..one_by_one import OneByOne
-from ..technique import Context
+from ..protocol import Client, State, Values
+from ..tuning.technique import Context
 from .prompt_file import prompt_notes, read_prompt, write_prompt
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ...core.errors import RecipeError
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample, tokenize
-from ...errors import RecipeError
 from ...models.embedding import embed
 from ...models.inference import Predictions, predict
 from ...models.likelihood import continuation_scores, prompt_ids, shortened
 from ...models.load import context_length
-from ..technique import Context
+from ..tuning.technique import Context
 from .settings import PromptEngineeringSettings
 from .templates import CONTENT_FREE, Candidate, check_template, continuation
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from ...core.errors import DataError, RecipeError, UpdateError
+from ...core.seeds import name_seed
 from ...data.examples import Example
 from ...data.tokens import example_order
-from ...errors import DataError, RecipeError, UpdateError
 from ...models.inference import Predictions
-from ..contract import Answer, Client, State, Task, Update, Values
-from ..seeds import name_seed
-from ..technique import Context
+from ..protocol import Answer, Client, State, Task, Update, Values
+from ..tuning.technique import Context
 from . import bandit
 from .bandit import Tally
 from .edits import PARAPHRASES, offspring

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import RecipeError, nearest
+from ...core.errors import RecipeError, nearest
 
 INPUT, LABEL, LABELS = "{input}", "{label}", "{labels}"
 CONTENT_FREE = "N/A"

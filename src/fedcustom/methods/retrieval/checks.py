@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import UpdateError
-from ...tensors import is_finite
-from ..contract import Task, Update
+from ...core.errors import UpdateError
+from ...core.tensors import is_finite
+from ..protocol import Task, Update
 from .client import BYTES
 
 LONGEST_TEXT = 100_000

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import DataError
-from ..contract import Client, Task, Update
+from ...core.errors import DataError
+from ..protocol import Client, Task, Update
 from .generation import Generator
 from .router import Sums, mass_before
 from .settings import RetrievalSettings

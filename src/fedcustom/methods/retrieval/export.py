@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...files import write_json
+from ...core.files import write_json
 
 MODULES = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
 """Its parts by their folders: the mean of the last states, of length one."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ...core.errors import ModelError
 from ...data.examples import LearningTask
 from ...data.tokens import TokenizedExample
-from ...errors import ModelError
 from ...evaluation.settings import EvaluationSettings
 from ...models.inference import generate, predict
 from ...models.load import Base, context_length, load_base

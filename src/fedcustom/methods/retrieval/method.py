@@ -12,21 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from ...core.errors import ModelError, RunError
+from ...core.tensors import Tensors
 from ...data.examples import Example
-from ...errors import ModelError, RunError
 from ...models.embedding import embed
 from ...models.inference import Predictions
 from ...models.load import context_length
-from ...tensors import Tensors
-from ..contract import Answer, Asked, Client, State, Task, Update, Values
 from ..full import Full, FullSettings
 from ..lora import Lora, LoraSettings
-from ..objective import Contrastive
 from ..one_by_one import OneByOne
-from ..peft_support import loading_page
-from ..technique import Context, Technique
-from ..tuning import WeightTuning
-from ..update_checks import check_state
+from ..protocol import Answer, Asked, Client, State, Task, Update, Values
+from ..tuning.method import WeightTuning
+from ..tuning.objective import Contrastive
+from ..tuning.peft_support import loading_page
+from ..tuning.technique import Context, Technique
+from ..tuning.update_checks import check_state
 from .checks import check_answer
 from .chunking import digest
 from .client import Librarian
@@ -49,7 +49,7 @@ class Retrieval(OneByOne):
     server sends the query's vector to all clients or to those that a router names, merges their lists, and
     asks for the passages of what was found first.
 
-    Discloses: what training sends (:class:`~fedcustom.methods.tuning.WeightTuning`, and with
+    Discloses: what training sends (:class:`~fedcustom.methods.tuning.method.WeightTuning`, and with
     ``shared_negatives`` :class:`~.negatives.Negatives`) and what a client answers to each task
     (:class:`~.client.Librarian`). Clients see each query's vector, from which a text like the
     query can be guessed; ``privacy_epsilon`` perturbs it.

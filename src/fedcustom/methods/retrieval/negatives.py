@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import UpdateError
-from ...tensors import Tensors, is_finite, named, part, without
-from ..contract import Client, State, Task, Update
-from ..seeds import name_seed
+from ...core.errors import UpdateError
+from ...core.seeds import name_seed
+from ...core.tensors import Tensors, is_finite, named, part, without
+from ..protocol import Client, State, Task, Update
 from .settings import RetrievalSettings
 from .store import Vectors
 

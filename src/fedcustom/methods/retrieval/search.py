@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import RunError
-from ...files import read_tensors, write_tensors
-from ...tensors import Tensors
-from ..contract import Asked, Task, Values
+from ...core.errors import RunError
+from ...core.files import read_tensors, write_tensors
+from ...core.tensors import Tensors
+from ..protocol import Asked, Task, Values
 from .client import unpacked
 from .merging import Hit, as_list, by_rank, by_score
 from .privacy import Vectors, perturbed

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DataError
-from ...files import read_json, write_json
+from ...core.errors import DataError
+from ...core.files import read_json, write_json
 from .chunking import chunks, digest
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]

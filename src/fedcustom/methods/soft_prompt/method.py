@@ -13,10 +13,16 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ...models.kind import Rates
 from ...models.load import Base
-from ..peft_support import attach_peft, leave_out_virtual_tokens, peft_parameters, task_type, tuned_with
-from ..reparametrisation import Network, reparametrise
 from ..settings import TuningSettings
-from ..technique import Tuned
+from ..tuning.peft_support import (
+    attach_peft,
+    leave_out_virtual_tokens,
+    peft_parameters,
+    task_type,
+    tuned_with,
+)
+from ..tuning.reparametrisation import Network, reparametrise
+from ..tuning.technique import Tuned
 
 PEFT_NAME, NAME = "prompt_encoder.embedding.weight", "soft_prompt"
 

@@ -1,0 +1,322 @@
+"""Commands: parse, call, print."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.table import Table
+
+from ..core.errors import DataError, FedcustomError
+from .console import Overrides, Quiet, RecipeFile, command_line, display, err_console, out_console
+from .deploy import deploy, site
+from .experiment import experiment
+
+app = typer.Typer(
+    help="Customise a large pretrained model with data that stays with its owners.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(experiment)
+app.add_typer(deploy, name="deploy")
+app.add_typer(site, name="site")
+
+DECIMALS = 4
+"""Decimals of a printed probability."""
+
+COMPARED = "prefix,lora,soft_prompt,full"
+RunDirectory = Annotated[Path, typer.Argument(help="A run's directory")]
+
+
+def main() -> NoReturn:
+    """Run the command line; what a user can mend is one line on standard error and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        app(standalone_mode=True)
+    except FedcustomError as error:
+        err_console.print(f"error: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has gone, as in: fedcustom ... | head
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.exit(0)
+    except OSError as error:
+        what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        err_console.print(f"error: {what}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    sys.exit(0)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option(help="The run's directory (default: a name in runs/)")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe: customise a model with its clients' data."""
+    from .. import api
+    from ..recipe.recipe import load_recipe
+    from ..report import comparison_table, write_report
+
+    checked = load_recipe(recipe, overrides or [])
+    directory = out or api.default_directory(recipe, checked)
+    again = command_line("run", recipe, overrides=overrides, options={"--out": directory, "--resume": True})
+    with display(again, quiet) as make:
+        api.run(checked, out=directory, resume=resume, progress=make(""))
+    page = write_report([directory], directory / "report.html")
+    if not quiet:
+        out_console.print(comparison_table([directory]))
+    out_console.print(f"run: {directory}\nreport: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    recipe: RecipeFile,
+    methods: Annotated[str, typer.Option(help="Methods to compare, separated by commas")] = COMPARED,
+    baselines: Annotated[str, typer.Option(help="centralised, local, or both, separated by a comma")] = "",
+    baseline_methods: Annotated[
+        str, typer.Option(help="Methods of the baselines (default: the recipe's own method)")
+    ] = "",
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Runs of each, with seeds counting up from the recipe's")
+    ] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs (default: runs/<recipe>)")] = None,
+    no_probe: Annotated[
+        bool,
+        typer.Option("--no-probe", help="Leave out the probe, which every classifier should beat"),
+    ] = False,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at the same time, each in a process with its share of the cores")
+    ] = 1,
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare methods and baselines on one recipe; finished runs are not run again. Classifiers are held
+    against a probe: logistic regression on the frozen model's vectors.
+    """
+    from ..experiment.compare import comparison_cells, run_cells, with_probes
+    from ..experiment.runner import run_cells_apart
+    from ..recipe.recipe import load_recipe
+    from ..report import comparison_table, write_report
+
+    folder = out or Path("runs") / recipe.stem
+    checked, reasons = load_recipe(recipe, overrides or []), list[str]()
+    cells = comparison_cells(
+        checked,
+        folder,
+        _names(methods),
+        _names(baselines),
+        seeds,
+        baseline_methods=_names(baseline_methods) or None,
+    )
+    if not no_probe:
+        cells, reasons = with_probes(checked, folder, seeds, cells)
+    for reason in reasons:
+        _note(reason)
+    options = {
+        "--methods": methods if methods != COMPARED else None,
+        "--baselines": baselines or None,
+        "--baseline-methods": baseline_methods or None,
+        "--seeds": seeds if seeds != 1 else None,
+        "--out": out,
+        "--no-probe": no_probe,
+        "--jobs": jobs if jobs != 1 else None,
+    }
+    with display(command_line("compare", recipe, overrides=overrides, options=options), quiet) as make:
+        if jobs == 1:
+            failed = run_cells(cells, lambda cell: make(cell.name))
+        else:
+            failed = run_cells_apart(cells, jobs, None if quiet else _note)
+    finished = [cell.directory for cell in cells if cell.name not in failed]
+    if finished:
+        page = write_report([folder], folder / "report.html")
+        out_console.print(comparison_table(finished))
+        out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    for name in [cell.name for cell in cells if cell.added and cell.name in failed]:
+        _note(f"no {name}: {failed.pop(name)}")
+    for name, error in failed.items():
+        err_console.print(
+            f"error: {name}: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True
+        )
+    if failed:
+        raise typer.Exit(2)
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Run directories, or folders that hold some")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page (default: report.html in the first directory)")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about runs, and print their table."""
+    from ..report import comparison_table, write_report
+
+    page = write_report(directories, out or directories[0] / "report.html")
+    out_console.print(comparison_table(directories))
+    out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def predict(
+    directory: RunDirectory,
+    text: Annotated[str | None, typer.Argument(help="One input")] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            help="Inputs: JSONL, CSV or Parquet with the recipe's columns, or a text a line (.txt, -)",
+        ),
+    ] = None,
+) -> None:
+    """Ask the customised model: one text, or a file; a file's answers are JSON, a line each, with
+    probabilities of four decimals.
+    """
+    from .. import api
+
+    if (text is None) == (input_file is None):
+        raise DataError("give either one text or --input FILE")
+    finished = api.load(directory)
+    if text is not None:
+        answer = finished.predict([text])[0]
+        if "label" in answer:
+            out_console.print(
+                f"{answer['label']}  {answer['probability']:.3f}", highlight=False, markup=False
+            )
+        else:
+            out_console.print(answer["text"], highlight=False, markup=False, soft_wrap=True)
+        return
+    assert input_file is not None
+    for answer in finished.predict(_inputs(input_file)):
+        print(json.dumps(_readable(answer), ensure_ascii=False))
+
+
+@app.command()
+def index(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option(help="Folder of the index; one that is there is updated")],
+    overrides: Overrides = None,
+) -> None:
+    """Build or update the clients' document indexes of a retrieval recipe."""
+    from .. import library
+
+    found = library.index(recipe, out, overrides or [], note=_note)
+    for name, documents in sorted(found.items()):
+        out_console.print(f"{name}: {documents} documents", highlight=False, markup=False)
+    out_console.print(f"index: {out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def ask(
+    directory: Annotated[Path, typer.Argument(help="An index, or a run of method retrieval")],
+    question: Annotated[str, typer.Argument(help="The question")],
+    top: Annotated[int | None, typer.Option(min=1, help="Passages to show (default: the recipe's)")] = None,
+) -> None:
+    """Ask the clients' documents: passages with their owners and scores, and an answer."""
+    from .. import library
+
+    reply = library.ask(directory, question, top=top, note=_note)
+    for number, passage in enumerate(reply.passages, start=1):
+        out_console.print(
+            f"[{number}] {passage.client}  {passage.score:.4f}  {passage.document}",
+            style="bold", highlight=False, markup=False,
+        )  # fmt: skip
+        text = "(its owner does not show it)" if passage.text is None else " ".join(passage.text.split())
+        out_console.print(f"    {text}", highlight=False, markup=False)
+    if reply.answer:
+        cited = " ".join(f"[{number}]" for number in reply.cited)
+        out_console.print(f"answer: {reply.answer} {cited}".rstrip(), highlight=False, markup=False)
+    asked = ", ".join(reply.clients_asked)
+    out_console.print(
+        f"asked: {asked}; {reply.bytes_down:,} bytes down, {reply.bytes_up:,} bytes up",
+        highlight=False, markup=False,
+    )  # fmt: skip
+
+
+def _note(text: str) -> None:
+    err_console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    directory: RunDirectory,
+    to: Annotated[Path, typer.Option(help="A new folder for the model")],
+) -> None:
+    """Copy the customised model to a folder, to be loaded by peft or transformers without this package."""
+    from .. import api
+
+    folder = api.load(directory).export(to)
+    out_console.print(
+        f"model: {folder} (its README.md shows how to load it)", highlight=False, soft_wrap=True
+    )
+
+
+@app.command()
+def recipe(
+    file: Annotated[Path | None, typer.Argument(help="A recipe to check and print complete")] = None,
+    overrides: Overrides = None,
+    help_all: Annotated[bool, typer.Option("--help-all", help="List every setting with its default")] = False,
+) -> None:
+    """Check a recipe and print it complete; without one, print a recipe to start from."""
+    from ..recipe.help import settings_help
+    from ..recipe.recipe import Recipe, load_recipe, to_toml
+
+    if help_all:
+        table = Table(box=None, pad_edge=False, show_edge=False)
+        table.add_column("setting", no_wrap=True)  # a name that is broken cannot be copied
+        for heading in ("type", "default", "what it is"):
+            table.add_column(heading, overflow="fold")
+        for key, kind, default, help_text in settings_help(Recipe):
+            style = "bold" if key.startswith("[") else ""
+            table.add_row(
+                key.replace("[", r"\["), kind, default.replace("[", r"\["), help_text,
+                style=style,
+            )  # fmt: skip
+        out_console.print(table, highlight=False)
+        return
+    if file is not None:
+        chosen = load_recipe(file, overrides or []).complete()
+    else:
+        chosen = load_recipe(Recipe(), overrides or [])  # to begin with: what depends on the rest stays open
+    print(to_toml(chosen), end="")
+
+
+def _stop(*_: object) -> None:
+    """End as Ctrl-C does. SIGINT itself would not do: a shell lets its background jobs ignore it."""
+    raise KeyboardInterrupt
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _readable(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer with probabilities of four decimals."""
+    if "label" not in answer:
+        return answer
+    shares = {label: round(share, DECIMALS) for label, share in answer["probabilities"].items()}
+    return answer | {"probability": round(answer["probability"], DECIMALS), "probabilities": shares}
+
+
+def _inputs(path: Path) -> list[Any]:
+    """The inputs of a file: rows, or lines of text (from standard input for ``-``)."""
+    from ..data.sources import read_file
+
+    if str(path) == "-":
+        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if path.suffix == ".txt":
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return read_file(path)
+    except csv.Error as error:
+        raise DataError(f"{path}: {error}") from None

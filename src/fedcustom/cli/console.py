@@ -1,0 +1,74 @@
+"""What commands share: consoles, arguments, and a display that says how to go on after Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+err_console = Console(stderr=True)
+# A pipe or file has no width of its own; tables need more than the 80 columns that rich would take.
+out_console = Console() if sys.stdout.isatty() else Console(width=120)
+
+RecipeFile = Annotated[
+    Path, typer.Argument(help="The recipe, a TOML file (see: fedcustom recipe --help-all)")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one setting, e.g. --set training.batch_size=32; repeatable"
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and the result alone")]
+
+
+def command_line(
+    *words: object, options: Mapping[str, object] | None = None, overrides: Sequence[str] | None = None
+) -> str:
+    """A command of this package as it can be pasted into a shell.
+
+    Args:
+        words: The command's name and its arguments.
+        options: Options by name. One that is None is left out; True stands for a flag, and a list for an
+            option that is given once for each of its elements.
+        overrides: The values of ``--set``.
+    """
+    parts = ["fedcustom", *map(str, words)]
+    for name, value in {"--set": list(overrides or []), **(options or {})}.items():
+        if value is True:
+            parts.append(name)
+        elif value is not None and value is not False:
+            for one in value if isinstance(value, list) else [value]:
+                parts += [name, str(one)]
+    return shlex.join(parts)
+
+
+@contextlib.contextmanager
+def display(command: str, quiet: bool) -> Iterator[Any]:
+    """Makes displays; takes the last one down at the end, and says how to go on after Ctrl-C."""
+    from .progress_bar import Display
+
+    shown: list[Display] = []
+
+    def make(name: str) -> Display:
+        for display in shown:
+            display.close()
+        shown.append(Display(err_console, name, quiet=quiet))
+        return shown[-1]
+
+    try:
+        yield make
+    except KeyboardInterrupt:
+        for display in shown:
+            display.close()
+        err_console.print(f"stopped; go on with: {command}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    finally:
+        for display in shown:
+            display.close()

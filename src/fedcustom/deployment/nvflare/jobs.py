@@ -1,0 +1,107 @@
+"""The engine's jobs: what one is made of, and a session with the server to submit and to watch them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ...core.errors import DeploymentError
+
+T = TypeVar("T")
+
+CONTROLLER = "fedcustom.deployment.nvflare.controller.ServerController"
+EXECUTOR = "fedcustom.deployment.nvflare.executor.SiteExecutor"
+"""The only classes that a job may name, at the server and at a site."""
+
+ADMINISTRATOR = "lead@fedcustom.org"
+"""The one user that a federation is provisioned with; jobs are submitted in this name."""
+
+ENDED = "FINISHED"
+"""Begins the status of a job that is over."""
+
+
+def write_job(folder: Path, sites: list[str]) -> None:
+    """The folder of a job for these sites: two configurations and no code, for that is installed at the
+    sites.
+    """
+    meta = {
+        "name": "fedcustom",
+        "resource_spec": {},
+        "min_clients": 1,
+        "deploy_map": {"app": ["server", *sites]},
+    }
+    server = {
+        "format_version": 2,
+        "server": {"task_request_interval": 0.05},
+        "dead_client_grace_period": 5.0,
+        "dead_client_check_lead_time": 2.0,
+        "workflows": [{"id": "relay", "path": CONTROLLER, "args": {}}],
+    }
+    client = {
+        "format_version": 2,
+        "executors": [
+            {
+                "tasks": ["*"],
+                "executor": {"path": EXECUTOR, "args": {}},
+            }
+        ],
+    }
+    config = folder / "app" / "config"
+    config.mkdir(parents=True)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (config / "config_fed_server.json").write_text(json.dumps(server))
+    (config / "config_fed_client.json").write_text(json.dumps(client))
+
+
+class Session:
+    """A session with the server, opened anew whenever it was lost. Every method raises
+    :class:`~fedcustom.core.errors.DeploymentError` if the server cannot be reached.
+    """
+
+    def __init__(self, kit: Path) -> None:
+        self.kit = kit
+        self._session: Any = None
+
+    def connected(self) -> list[str]:
+        """The sites that the server has heard of lately."""
+        return [client.name for client in self._do(lambda s: s.get_system_info()).client_info]
+
+    def submit(self, sites: list[str]) -> str:
+        """Submit a job for these sites; its id."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_job(Path(folder) / "fedcustom", sites)
+            return str(self._do(lambda s: s.submit_job(str(Path(folder) / "fedcustom"))))
+
+    def status(self, job: str) -> str:
+        """A job's status, in the engine's words; those of one that is over begin with FINISHED."""
+        return str(self._do(lambda s: s.get_job_meta(job)).get("status", ""))
+
+    def abort(self, job: str) -> None:
+        """End a job, if it has not ended yet."""
+        with contextlib.suppress(DeploymentError):
+            self._do(lambda s: s.abort_job(job))
+
+    def close(self) -> None:
+        """Close the session; without this the engine's threads keep the process alive."""
+        session, self._session = self._session, None
+        if session is not None:
+            with contextlib.suppress(Exception):
+                session.close()
+
+    def _do(self, action: Callable[[Any], T]) -> T:
+        from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the engine prints while it connects
+                if self._session is None:
+                    self._session = new_secure_session(ADMINISTRATOR, str(self.kit), timeout=5.0)
+                return action(self._session)
+        except Exception as error:  # the engine has dozens of ways to say that it is not there
+            self.close()
+            reason = (str(error).splitlines() or [""])[0]
+            raise DeploymentError(f"the server cannot be reached: {type(error).__name__}: {reason}") from None

@@ -1,0 +1,189 @@
+"""Start-up kits: certificates and configuration for a server, its sites and the one who submits jobs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...core.errors import DeploymentError
+from .jobs import ADMINISTRATOR, CONTROLLER, EXECUTOR
+
+SITE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
+HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
+
+DEAD_AFTER = 20.0
+"""Seconds without a heartbeat after which the server takes a site for gone."""
+
+HEARTBEAT = 4
+"""Seconds between a site's heartbeats."""
+
+
+def require_nvflare() -> None:
+    """Raise :class:`DeploymentError` with the remedy where the engine is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("nvflare") is None:
+        raise DeploymentError("a deployed run needs nvflare: pip install 'fedcustom[deploy]'")
+
+
+def provision(folder: Path, server: str, port: int, sites: Sequence[str]) -> None:
+    """Make the kits of a federation: ``server/``, ``admin/`` and ``sites/<name>/``, each with its own key and
+    certificate, and ``authority/`` with the key that signed them (365 days).
+
+    Every connection between them is mutual TLS. Whoever has a kit can take that part in the federation, so a
+    kit goes to its owner alone, and ``authority/`` to nobody.
+
+    Raises:
+        DeploymentError: a name that cannot be one, or two that are the same; the engine's own complaint.
+    """
+    require_nvflare()
+    _check_names(server, sites)
+    work = folder / "provisioning"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    (work / "project.json").write_text(json.dumps(_project(server, port, sites), indent=1))
+    command = [sys.executable, "-m", "nvflare.lighter.provision", "-p", "project.json", "-w", "kits"]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    made = work / "kits" / "fedcustom" / "prod_00"
+    if done.returncode or not made.is_dir():
+        complaint = (done.stdout + done.stderr).strip().splitlines() or ["no reason given"]
+        raise DeploymentError(f"provisioning failed: {complaint[-1]}")
+    (folder / "sites").mkdir(exist_ok=True)
+    (made / server).rename(folder / "server")
+    (made / ADMINISTRATOR).rename(folder / "admin")
+    for site in sites:
+        (made / site).rename(folder / "sites" / site)
+    (work / "kits" / "fedcustom" / "state").rename(folder / "authority")
+    (folder / "authority").chmod(0o700)
+    shutil.rmtree(work)
+    _configure_server(folder / "server")
+    for site in sites:
+        _configure_site(folder / "sites" / site)
+
+
+def server_command(kit: Path) -> list[str]:
+    """What starts the engine at the server, as its own ``startup/sub_start.sh`` does."""
+    return [
+        *(sys.executable, "-u", "-m", "nvflare.private.fed.app.server.server_train", "-m", str(kit)),
+        *("-s", "fed_server.json", "--set", "secure_train=true", "org=federation", "config_folder=config"),
+    ]
+
+
+def site_command(kit: Path) -> list[str]:
+    """What starts the engine at a site, as its own ``startup/sub_start.sh`` does.
+
+    Raises:
+        DeploymentError: the folder is no site's kit.
+    """
+    return [
+        *(sys.executable, "-u", "-m", "nvflare.private.fed.app.client.client_train", "-m", str(kit)),
+        *("-s", "fed_client.json", "--set", "secure_train=true", f"uid={site_name(kit)}", "org=federation"),
+        *("config_folder=config", f"heart_beat_interval={HEARTBEAT}"),
+    ]
+
+
+def site_name(kit: Path) -> str:
+    """The name of the site that a kit was made for.
+
+    Raises:
+        DeploymentError: the folder is no site's kit.
+    """
+    try:
+        return str(json.loads((kit / "startup" / "fed_client.json").read_text())["client"]["fqsn"])
+    except (OSError, ValueError, KeyError):
+        raise DeploymentError(f"{kit}: is no site's start-up kit (no startup/fed_client.json)") from None
+
+
+def _check_names(server: str, sites: Sequence[str]) -> None:
+    if not HOST_NAME.fullmatch(server):
+        raise DeploymentError(f"--server {server!r}: is no host name or address")
+    if not sites:
+        raise DeploymentError("--sites: name one site at least")
+    for site in sites:
+        if not SITE_NAME.fullmatch(site):
+            raise DeploymentError(
+                f"--sites: {site!r} cannot be a site's name; allowed: up to 63 letters, digits, '-', '_', '.'"
+            )
+    reserved = {"server", "admin", server, ADMINISTRATOR}
+    for site in sites:
+        if list(sites).count(site) > 1 or site in reserved:
+            raise DeploymentError(f"--sites: {site!r} is there twice, or is the server's name")
+
+
+def _project(server: str, port: int, sites: Sequence[str]) -> dict[str, Any]:
+    builders = [
+        ("workspace.WorkspaceBuilder", {"template_file": ["master_template.yml"]}),
+        ("static_file.StaticFileBuilder", {"config_folder": "config", "scheme": "tcp"}),
+        ("cert.CertBuilder", {}),
+        ("signature.SignatureBuilder", {}),
+    ]
+    return {
+        "api_version": 3,
+        "name": "fedcustom",
+        "description": "a federation of fedcustom",
+        "participants": [
+            {"name": server, "type": "server", "org": "federation", "fed_learn_port": port},
+            {"name": ADMINISTRATOR, "type": "admin", "org": "federation", "role": "lead"},
+            *({"name": site, "type": "client", "org": "federation"} for site in sites),
+        ],
+        "builders": [
+            {"path": f"nvflare.lighter.impl.{path}", "args": arguments} for path, arguments in builders
+        ],
+    }
+
+
+RIGHTS = {
+    "submit_job": "any", "clone_job": "none", "manage_job": "n:submitter", "download_job": "none",
+    "view": "any", "operate": "none", "shell_commands": "none", "byoc": "none",
+    "server-predeployed-flwr": "none",
+}  # fmt: skip
+"""What the run's own process may do through the engine: start and stop its jobs. No job brings code ("byoc"),
+and nobody reads a site's files through the engine."""
+
+
+def _restrict(kit: Path) -> None:
+    """Give the run these rights and everybody else none: a role is the server's word, so none has more."""
+    nothing = dict.fromkeys(RIGHTS, "none")
+    permissions = {"project_admin": nothing, "org_admin": nothing, "lead": RIGHTS, "member": nothing}
+    content = {"format_version": "1.0", "permissions": permissions}
+    (kit / "local" / "authorization.json").write_text(json.dumps(content, indent=1))
+
+
+def _configure_server(kit: Path) -> None:
+    _restrict(kit)
+    resources = _resources(kit)
+    resources["class_allow_list"] = [CONTROLLER]
+    resources["servers"][0]["heart_beat_timeout"] = DEAD_AFTER
+    storage = resources["snapshot_persistor"]["args"]["storage"]["args"]
+    storage["root_dir"] = str((kit / "snapshots").absolute())
+    for component in resources["components"]:
+        if component["id"] == "job_manager":
+            component["args"]["uri_root"] = str((kit / "jobs").absolute())
+        if component["id"] == "job_scheduler":
+            component["args"]["max_jobs"] = 100
+    resources["components"] = [c for c in resources["components"] if c["id"] != "log_receiver"]
+    _write(kit, resources)
+
+
+def _configure_site(kit: Path) -> None:
+    _restrict(kit)
+    resources = _resources(kit)
+    resources["class_allow_list"] = [EXECUTOR]
+    resources["allow_log_streaming"] = False  # a site's log is its own
+    resources["components"] = [c for c in resources["components"] if c["id"] != "site_log_streamer"]
+    _write(kit, resources)
+
+
+def _resources(kit: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((kit / "local" / "resources.json.default").read_text())
+    return found
+
+
+def _write(kit: Path, resources: dict[str, Any]) -> None:
+    (kit / "local" / "resources.json").write_text(json.dumps(resources, indent=1))

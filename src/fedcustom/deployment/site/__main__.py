@@ -1,0 +1,11 @@
+"""The resident process of a site: ``python -m fedcustom.deployment.site KIT SITE_TOML``."""
+
+import sys
+from pathlib import Path
+
+from ..nvflare.kits import site_name
+from .resident import serve
+from .settings import load_site
+
+kit, file = Path(sys.argv[1]), Path(sys.argv[2])
+serve(site_name(kit), load_site(file), file.parent, kit / "fedcustom")

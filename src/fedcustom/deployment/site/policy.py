@@ -1,0 +1,124 @@
+"""A site's policy, applied: to the recipe before anything is loaded, and to each message before it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...core.errors import PolicyError
+from ...recipe.recipe import Recipe
+from .settings import PolicySettings
+
+MEGABYTE = 1e6
+
+MOST_LABELS, LONGEST_LABEL, MOST_WORDS = 10_000, 100, 12
+
+REPEATS = 4
+"""Tasks a round that may be answered: a round is asked again when a job ends, and some methods ask more than
+once in a round."""
+
+
+def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
+    """Refuse a recipe that the site takes no part in.
+
+    Raises:
+        PolicyError: names the setting of the policy, and what it allows.
+    """
+    if policy.methods is not None and recipe.method.name not in policy.methods:
+        raise PolicyError(
+            f"policy.methods: method {recipe.method.name!r} is not allowed here; allowed: "
+            f"{', '.join(policy.methods) or 'none'}"
+        )
+    if policy.base_models is not None:
+        for model in models_of(recipe):
+            if model not in policy.base_models:
+                raise PolicyError(f"policy.base_models: {model!r} is not allowed here")
+    if getattr(recipe.method, "instructions_file", None) is not None:
+        raise PolicyError("method.instructions_file: a site opens no files that a recipe names")
+    if recipe.model.trust_remote_code:
+        raise PolicyError("model.trust_remote_code = true: a site runs no code that a recipe brings")
+    if not policy.texts and getattr(recipe.method, "shared_negatives", None):
+        raise PolicyError(
+            "policy.texts = false: method.shared_negatives would send vectors from which texts can be guessed"
+        )
+    if not policy.texts and recipe.training.fit_head_rounds:
+        raise PolicyError(
+            "policy.texts = false: training.fit_head_rounds would send sums and gradients from which a text "
+            "of a rare label can be guessed; training.logit_adjustment = 0 turns such rounds off"
+        )
+    if policy.minimum_noise > 0:
+        raise PolicyError(
+            f"policy.minimum_noise = {policy.minimum_noise}: the recipe asks for no privacy noise, "
+            "and no method adds any yet"
+        )
+
+
+def models_of(recipe: Recipe) -> list[str]:
+    """Every pretrained model that a recipe names; the base with its revision, as in ``name@revision``, where
+    the recipe asks for one.
+    """
+    method: Any = recipe.method
+    base, revision = recipe.model.base, recipe.model.revision
+    named = [f"{base}@{revision}" if revision else base, *(getattr(method, "client_models", None) or [])]
+    named.append(getattr(method, "generator", None))
+    if getattr(method, "strategy", None) == "in_context":
+        named.append(method.retriever)
+    return [str(name) for name in named if name]
+
+
+def check_labels(labels: Sequence[Any], *, named: bool) -> None:
+    """Refuse to tell the values of a column as labels where they look like texts. ``named``: the site's own
+    file says which column holds its labels.
+
+    Raises:
+        PolicyError: there are too many for labels, or they are too long.
+    """
+    most, longest = MOST_LABELS, LONGEST_LABEL
+    if len(labels) > most or any(len(str(label)) > longest for label in labels):
+        raise PolicyError(
+            f"the column of labels has more than {most} values, or values of more than {longest} characters; "
+            "a recipe cannot read out texts so"
+        )
+    if not named and any(len(str(label).split()) > MOST_WORDS for label in labels):
+        raise PolicyError("the recipe's column of labels holds texts; name another in site.toml (data.label)")
+
+
+def check_round(policy: PolicySettings, answered: int, work: int = 0) -> None:
+    """Refuse one round too many. ``answered`` counts other rounds, ``work`` all answers to tasks in this run.
+
+    Raises:
+        PolicyError: the site has answered as many rounds of this run as it may, or so many tasks that rounds
+            must have been asked again and again.
+    """
+    most = policy.max_rounds
+    if most is not None and (answered >= most or work >= REPEATS * most):
+        raise PolicyError(f"policy.max_rounds = {most}: so many have been answered")
+
+
+def check_outgoing(
+    policy: PolicySettings, kind: str, values: Mapping[str, Any], size: int, total: int
+) -> None:
+    """Refuse to send a message. ``size`` is its length in bytes, ``total`` what has left in this run before.
+
+    Raises:
+        PolicyError: names the setting of the policy.
+    """
+    if not policy.texts and (found := _first_text(values)) is not None:
+        raise PolicyError(f"policy.texts = false: an answer to {kind!r} would hold a text ({found})")
+    for key, amount in (("max_message_megabytes", size), ("max_total_megabytes", total + size)):
+        most = getattr(policy, key)
+        if most is not None and amount > most * MEGABYTE:
+            raise PolicyError(f"policy.{key} = {most}: {amount / MEGABYTE:.3g} MB would leave")
+
+
+def _first_text(values: Any, where: str = "") -> str | None:
+    """Where in some values the first text stands, keys not counted."""
+    if isinstance(values, str):
+        return where
+    if isinstance(values, Mapping):
+        found = (_first_text(value, f"{where}.{key}".strip(".")) for key, value in values.items())
+        return next((place for place in found if place is not None), None)
+    if isinstance(values, list | tuple):
+        found = (_first_text(value, where) for value in values)
+        return next((place for place in found if place is not None), None)
+    return None

@@ -1,0 +1,44 @@
+"""What a site's administrator starts: the resident process and the engine, both kept alive."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ...core.errors import DeploymentError
+from ...core.files import held, holder
+from ..nvflare.bridge import ADDRESS_VARIABLE
+from ..nvflare.kits import require_nvflare, site_command, site_name
+from ..nvflare.supervise import Kept, keep_alive
+from .settings import load_site
+
+
+def start_site(kit: Path, file: Path, note: Callable[[str], None], until: Callable[[], bool]) -> None:
+    """Take part in the federation that the kit is for, until told to stop.
+
+    Only outgoing connections are made, to the server's one port. Everything that this site writes is in
+    ``<kit>/fedcustom``: its memory, ``audit.jsonl`` (what left), ``errors.log``, and the processes' logs.
+
+    Raises:
+        DeploymentError: no kit, a file that is not in order, or a process that does not start.
+    """
+    require_nvflare()
+    kit, file = kit.absolute(), file.absolute()
+    name, settings = site_name(kit), load_site(file)
+    for part in ("train", "development", "test", "public"):
+        named = getattr(settings.data, part)
+        if named is not None and not (file.parent / named).expanduser().is_file():
+            raise DeploymentError(f"{file}: data.{part} = {named!r}: no such file")
+    own = kit / "fedcustom"
+    resident = Kept(
+        [sys.executable, "-m", "fedcustom.deployment.site", str(kit), str(file)], own / "resident.log"
+    )
+    environment = {ADDRESS_VARIABLE: str(own / "bridge.json"), "MALLOC_ARENA_MAX": "2"}
+    engine = Kept(site_command(kit), own / "engine.log", environment)
+    with held(own / "site.pid") as alone:
+        if not alone:
+            raise DeploymentError(f"{kit}: process {holder(own / 'site.pid')} runs this site already")
+        note(f"site {name}: logs and audit log are in {own}")
+        if not keep_alive([resident, engine], note, until):
+            raise DeploymentError(f"site {name}: a process does not start; see the logs in {own}")

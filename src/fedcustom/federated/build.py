@@ -1,0 +1,110 @@
+"""What a recipe names, put together: its method on its model, and checks that all of it fits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..core.errors import ModelError, RecipeError
+from ..data.build import with_builtin_columns
+from ..data.examples import ClientData, Example, FederatedData
+from ..methods import Context, Method, build_method
+from ..methods.tuning.technique import Keeps
+from ..models.load import Base, context_length, load_configuration
+from ..recipe.recipe import Baseline, Recipe
+from .schedule import EVERYONE
+
+KEEPS: dict[Baseline, Keeps] = {"federated": "nothing", "centralised": "optimizer", "local": "everything"}
+"""What clients keep to themselves between rounds."""
+
+
+def make_method(recipe: Recipe, base: Base, federation: FederatedData | None = None) -> Method:
+    """The recipe's method on a loaded base model; without a federation, to predict only.
+
+    Raises:
+        ModelError: the method does not fit the model.
+    """
+    data, _ = with_builtin_columns(recipe.data, recipe.clients)
+    if federation is not None:
+        recipe = recipe.settled(len(federation.clients))
+    context = Context(
+        base=base,
+        data=data,
+        training=recipe.training,
+        aggregation=recipe.aggregation,
+        evaluation=recipe.evaluation,
+        rounds=recipe.rounds.count,
+        seed=recipe.seed,
+        keeps=KEEPS[recipe.baseline],
+        keep_local=tuple(recipe.personalisation.keep),
+        clients=len(federation.clients) if federation else 1,
+        names=tuple(federation.clients) if federation else (),
+        root=_root_examples(recipe, federation) if federation else [],
+        public=federation.public if federation else [],
+        model=recipe.model,
+    )
+    return build_method(recipe.method, context)
+
+
+def check_fit(recipe: Recipe) -> None:
+    """Refuse what does not fit the base model's context, before any weight is loaded.
+
+    Raises:
+        ModelError: the model cannot be found, or prefix and input together are longer than its context.
+    """
+    limit = context_length(load_configuration(recipe.model))
+    length = getattr(recipe.method, "length", 0)
+    if limit is None:
+        return
+    if length >= limit:
+        raise ModelError(f"method.length = {length}: {recipe.model.base} has a context of {limit} positions")
+    wanted = length + recipe.data.max_length
+    if recipe.data.task == "generation":
+        wanted += recipe.data.max_target_length
+    if wanted > limit:
+        raise ModelError(
+            f"data.max_length = {recipe.data.max_length}: with method.length and targets {wanted} positions "
+            f"are needed; {recipe.model.base} has {limit}"
+        )
+
+
+def check_cohort(recipe: Recipe, data: FederatedData) -> None:
+    """Refuse rounds with more clients than there are, and splits without examples.
+
+    Raises:
+        RecipeError: names the setting.
+    """
+    for key in ("clients_per_round", "min_clients"):
+        asked = getattr(recipe.rounds, key)
+        if asked is not None and asked > len(data.clients):
+            raise RecipeError(f"rounds.{key} = {asked}: there are {len(data.clients)} clients")
+    buffer = recipe.participation.buffer
+    if buffer is not None and buffer > len(data.clients):
+        raise RecipeError(f"participation.buffer = {buffer}: there are {len(data.clients)} clients")
+    if not data.test or not data.development:
+        part = "test" if not data.test else "development"
+        raise RecipeError(f"clients.{part}_fraction: leaves no {part} examples; name data.{part} or raise it")
+    if recipe.data.task == "retrieval":
+        parts = [[*c.train, *c.development, *c.test] for c in data.clients.values()]
+        held = {example.target for examples in parts for example in examples}
+        lost = sum(example.target not in held for example in data.test)
+        if lost:
+            raise RecipeError(
+                f"data.test = {recipe.data.test!r}: no client holds the documents of {lost} of "
+                f"{len(data.test)} questions; name the clients there too (clients.column), or leave it unset"
+            )
+
+
+def pooled(data: FederatedData) -> dict[str, ClientData]:
+    """One client that holds everybody's data."""
+    parts = [
+        [example for client in data.clients.values() for example in getattr(client, part)]
+        for part in ("train", "development", "test")
+    ]
+    return {EVERYONE: ClientData(EVERYONE, *parts)}
+
+
+def _root_examples(recipe: Recipe, data: FederatedData) -> list[Example]:
+    """What the server itself trains on (FLTrust): development examples, drawn by the seed."""
+    count = min(recipe.aggregation.root_examples, len(data.development))
+    chosen = np.random.default_rng([recipe.seed, 11]).choice(len(data.development), count, replace=False)
+    return [data.development[int(i)] for i in chosen]

@@ -1,0 +1,226 @@
+"""How good a state is: on development and test data, and client by client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..data.examples import Example, FederatedData, LearningTask
+from ..evaluation.calibration import best_scale, tempered_losses
+from ..evaluation.degenerate import degenerate_shares
+from ..evaluation.metrics import Metrics, client_mean, text_metrics, worst_client
+from ..methods import Method, State
+from ..models.inference import Predictions, measure
+from ..models.load import Base
+from ..transport.client_store import ClientStore
+
+Probes = Mapping[str, Mapping[str, list[Example]]]
+"""Further test sets, by kind and name."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The final evaluation of a run.
+
+    ``personalised`` is that of the clients' own versions on their own test parts, where they have such;
+    ``probes`` that on further test sets, by kind and name. Of a generator, ``copy`` is the quality of the
+    prompts as outputs, and ``degenerate`` has the shares of outputs that are degenerate, by kind
+    (:mod:`.evaluation.degenerate`).
+    """
+
+    metrics: Metrics
+    clients: dict[str, dict[str, Any]]
+    client_mean: Metrics
+    worst_client: Metrics
+    predictions: Predictions | None
+    personalised: dict[str, Metrics] = field(default_factory=dict)
+    probes: dict[str, dict[str, Metrics]] = field(default_factory=dict)
+    copy: Metrics = field(default_factory=dict)
+    degenerate: dict[str, float] = field(default_factory=dict)
+
+    def prediction_lines(self, data: FederatedData) -> Iterator[str]:
+        """The lines of ``predictions.jsonl``."""
+        assert self.predictions is not None
+        for number, example in enumerate(data.test):
+            if data.task.kind == "classification":
+                logits = self.predictions.scores[number]
+                odds = np.exp(logits - logits.max())
+                chosen = int(odds.argmax())
+                row: dict[str, Any] = {
+                    "text": example.text,
+                    "label": data.task.labels[example.label],
+                    "prediction": data.task.labels[chosen],
+                    "probability": round(float(odds[chosen] / odds.sum()), 6),
+                }
+            elif data.task.kind == "retrieval":
+                rank = int(self.predictions.scores[number, 0])
+                row = {
+                    "source": example.text,
+                    "references": [example.target],
+                    "prediction": f"found at rank {rank}" if rank else "not found",
+                    "rank": rank or None,
+                }
+            else:
+                texts = self.predictions.texts or []
+                row = {
+                    "source": example.text,
+                    "references": list(example.references),
+                    "prediction": texts[number],
+                }
+            yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def with_references(result: Result, task: LearningTask, examples: Sequence[Example]) -> Result:
+    """The result with what a generator's outputs are held against: the quality of copies of the prompts, and
+    how many outputs are degenerate. ``examples`` are the test split.
+    """
+    if task.kind != "generation" or not examples:
+        return result
+    wanted = [example.references for example in examples]
+    texts = result.predictions.texts if result.predictions is not None else None
+    return replace(
+        result,
+        copy=text_metrics([example.text.strip() for example in examples], wanted),
+        degenerate=degenerate_shares(texts, wanted) if texts else {},
+    )
+
+
+class Evaluator:
+    """Evaluates states of one run.
+
+    With ``own`` (the local baseline) every client has a model of its own, and each figure is the mean over
+    clients. Where clients keep parts of the model, or train on for ``finetune_epochs`` after the last round,
+    the final evaluation reports their own versions beside the global model. ``whole`` is whether the global
+    model is then of use alone, and rounds are compared by it. ``probes`` are further test sets for the final
+    evaluation.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        base: Base,
+        data: FederatedData,
+        store: ClientStore,
+        *,
+        own: bool,
+        whole: bool = False,
+        finetune_epochs: int = 0,
+        probes: Probes | None = None,
+    ) -> None:
+        self.probes = probes or {}
+        self.method, self.base, self.data, self.store, self.own = method, base, data, store, own
+        self.whole, self.finetune_epochs = whole, finetune_epochs
+
+    def development(self, state: State) -> Metrics:
+        """Quality on the development split; texts are not generated, so that it costs a forward pass only."""
+        if not self.own and (self.whole or not self.method.keeps_parts()):
+            return self._measure(
+                self.method.predict(state, self.data.development, texts=False), self.data.development
+            )
+        parts = {name: client.development for name, client in self.data.clients.items() if client.development}
+        if not parts:  # the recipe names a development split that is nobody's
+            parts = dict.fromkeys(self.data.clients, self.data.development)
+        return client_mean({name: self._own(state, name, examples) for name, examples in parts.items()})
+
+    def scale(self, state: State) -> float:
+        """What a classifier's logits are best multiplied by, on the development split."""
+        examples = self.data.development
+        said = self.method.predict(state, examples, texts=False)
+        return best_scale(tempered_losses(said.scores, [example.label for example in examples]))
+
+    def test(self, state: State) -> Metrics:
+        """Quality of one global state on the test split."""
+        return self._measure(self.method.predict(state, self.data.test, texts=self._writes), self.data.test)
+
+    def final(self, state: State, trained: State | None = None) -> Result:
+        """Quality on the test split, on every client's own test part and on further test sets; clients'
+        versions are fine-tuned from the state as it was ``trained``, where that is another.
+        """
+        probes = {
+            kind: {name: self._probe(state, examples) for name, examples in sets.items()}
+            for kind, sets in self.probes.items()
+        }
+        result = replace(self._final(state, trained or state), probes=probes)
+        return with_references(result, self.data.task, self.data.test)
+
+    def _probe(self, state: State, examples: list[Example]) -> Metrics:
+        """Quality on a further test set; where clients have their own models, the mean over them."""
+        if self.own:
+            return client_mean({name: self._own(state, name, examples) for name in self.data.clients})
+        return self._measure(self.method.predict(state, examples, texts=self._writes), examples)
+
+    def _final(self, state: State, trained: State) -> Result:
+        if self.own:
+            names = list(self.data.clients)
+            whole = client_mean({name: self._own(state, name, self.data.test) for name in names})
+            clients = {
+                name: self._own(state, name, client.test)
+                for name, client in self.data.clients.items()
+                if client.test
+            }
+            return self._result(whole, clients, None)
+        predictions = self.method.predict(state, self.data.test, texts=self._writes)
+        result = self._result(
+            self._measure(predictions, self.data.test), self._by_client(state, predictions), predictions
+        )
+        return replace(result, personalised=self._personalised(trained))
+
+    def _personalised(self, state: State) -> dict[str, Metrics]:
+        """Quality of each client's own version on its own test part."""
+        if not self.finetune_epochs and not self.method.keeps_parts():
+            return {}
+        metrics = {}
+        for name, data in self.data.clients.items():
+            if not data.test:
+                continue
+            own, client = state, self.store.open(name)
+            if self.finetune_epochs:
+                own = self.method.adapt(state, client, self.finetune_epochs)
+                client.memory.tensors = {}  # what it kept is in its new state
+            predictions = self.method.predict(own, data.test, client, texts=False)
+            metrics[name] = self._measure(predictions, data.test)
+        return metrics
+
+    @property
+    def _writes(self) -> bool:
+        return self.data.task.kind != "classification"
+
+    def _measure(self, predictions: Predictions, examples: list[Example]) -> Metrics:
+        return measure(predictions, examples, self.base)
+
+    def _own(self, state: State, name: str, examples: list[Example]) -> Metrics:
+        client = self.store.open(name)
+        return self._measure(self.method.predict(state, examples, client, texts=False), examples)
+
+    def _by_client(self, state: State, whole: Predictions) -> dict[str, Metrics]:
+        """One pass over all clients' test parts (none where they are the test set), then each one's share."""
+        parts = {name: client.test for name, client in self.data.clients.items() if client.test}
+        together = [example for examples in parts.values() for example in examples]
+        if not together:
+            return {}
+        places = {id(example): number for number, example in enumerate(self.data.test)}
+        if all(id(example) in places for example in together):  # their test parts make up the test set
+            predictions = whole.select([places[id(example)] for example in together])
+        else:
+            predictions = self.method.predict(state, together, texts=False)
+        metrics, start = {}, 0
+        for name, examples in parts.items():
+            positions = range(start, start + len(examples))
+            metrics[name] = self._measure(predictions.select(positions), examples)
+            start += len(examples)
+        return metrics
+
+    def _result(self, whole: Metrics, clients: dict[str, Metrics], predictions: Predictions | None) -> Result:
+        described = {
+            name: {
+                "examples": len(self.data.clients[name].train),
+                "test_examples": len(self.data.clients[name].test),
+                **metrics,
+            }
+            for name, metrics in clients.items()
+        }
+        return Result(whole, described, client_mean(clients), worst_client(clients), predictions)

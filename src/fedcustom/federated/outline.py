@@ -1,0 +1,141 @@
+"""What a run is going to ask of its clients: how many, how often, and how many bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..core.tensors import Tensors
+from ..data.examples import FederatedData
+from ..methods.protocol import Memory, Method, State, Task, Update, Values
+from ..methods.tuning.head_fit import LABEL_COUNTS, HeadFit
+from ..methods.tuning.head_messages import HEAD_GRADIENT, LEAST, POINT, SCALE_HEAD, TEMPERATURES
+from ..methods.tuning.method import WeightTuning
+from ..recipe.recipe import Recipe
+from ..transport import wire
+from ..transport.channel import Channel
+from .callbacks import Outline
+from .schedule import Assignment, Plan
+
+SAID: Values = {"loss": 1.0123456789012345, "examples": 16, "steps": 1}
+"""Figures of about as many letters as those that clients send."""
+
+
+def outline(recipe: Recipe, data: FederatedData, method: Method, state: State, plan: Plan) -> Outline:
+    """What the rounds of a ``plan`` ask; with bytes, where a method's messages are alike in all rounds.
+
+    Bytes are the lengths of messages as they are serialised (:mod:`fedcustom.transport.wire`), for tensors of
+    the first round's forms; only the digits of a few figures are guessed.
+    """
+    cohort, sizes = recipe.rounds.cohort(len(data.clients)), [len(c.train) for c in data.clients.values()]
+    examples = sum(sizes) or None  # across sites the server does not know
+    if recipe.baseline != "federated" or type(method) is not WeightTuning:
+        return Outline(len(sizes), cohort, examples)
+    channel = Channel(recipe.compression, state.tensors)
+    fits = recipe.training.rounds_of_head_fits(recipe.rounds.count)
+    down = up = 0.0
+    if first := next((number for number in range(1, len(plan) + 1) if number not in fits), None):
+        labels = [examples or 1] * len(data.task.labels)  # as if a head had been fitted before
+        fitted = replace(state, values={**state.values, LABEL_COUNTS: labels})
+        down, up = _training(method, channel, fitted, first, plan[first - 1])
+    rounds = [cohort for number, cohort in enumerate(plan, start=1) if number not in fits]
+    costs = [sum(down + (not a.absent) * up for a in cohort.values()) for cohort in rounds]
+    fitting = sum(_fitting(method, channel, state, number, plan[number - 1], data) for number in fits)
+    searching = sum(sum(costs[:rounds]) for rounds in recipe.training.trials())
+    return Outline(
+        len(sizes),
+        cohort,
+        examples,
+        round(down),
+        round(up),
+        round(fitting),
+        round(searching),
+        round(sum(costs) + fitting + searching),
+    )
+
+
+def _training(
+    method: WeightTuning, channel: Channel, state: State, number: int, cohort: Mapping[str, Assignment]
+) -> tuple[float, float]:
+    """The mean bytes to and from a client of a cohort that trains."""
+    tasks = list(method.ask(state, number, {name: a.amount for name, a in cohort.items()}).values())
+    down = _lengths(tasks, lambda task: _down(channel, task))
+    up = _lengths(tasks, lambda task: _up(method, channel, task))
+    return sum(down) / len(tasks), sum(up) / len(tasks)
+
+
+def _lengths(tasks: Sequence[Task], length: Callable[[Task], int]) -> list[int]:
+    """A length for each task, computed once for those whose tensors have the same forms: for all of them, but
+    where clients have ranks of their own.
+    """
+    found: dict[Hashable, int] = {}
+    forms = [tuple((name, tensor.shape) for name, tensor in task.tensors.items()) for task in tasks]
+    for form, task in zip(forms, tasks, strict=True):
+        if form not in found:
+            found[form] = length(task)
+    return [found[form] for form in forms]
+
+
+def _down(channel: Channel, task: Task) -> int:
+    """The bytes of a task."""
+    return channel.pack_down(task).length({"kind": task.kind, **task.values})
+
+
+def _up(method: WeightTuning, channel: Channel, task: Task) -> int:
+    """The bytes of an answer to a task that trains: of a change that is zero everywhere."""
+    wanted = {name: _zeros(tensor) for name, tensor in method.ownership.wanted(task).items()}
+    packed, said = method.merging.pack(wanted)
+    values = {"weight": 16.0, **SAID, **said}
+    return channel.pack_up(Update(packed, 16.0, values), task, Memory()).length(values)
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    """Zeros of the same shape that take no memory."""
+    return torch.zeros(1, dtype=tensor.dtype).expand(tensor.shape)
+
+
+def _fitting(
+    method: WeightTuning,
+    channel: Channel,
+    state: State,
+    number: int,
+    asked: Collection[str],
+    data: FederatedData,
+) -> int:
+    """The bytes of a round in which these clients send what the head is fitted from."""
+    tasks = method.ask(state, number, {name: {} for name in asked})
+    down = _lengths(list(tasks.values()), lambda task: _down(channel, task))
+    labels = [[example.label for example in data.clients[name].train] for name in tasks]
+    up = [wire.length(head_sums(method.head_fit, own), {"weight": float(len(own))}) for own in labels]
+    more = sum(len(own) >= LEAST for own in labels)
+    return sum(down) + sum(up) + more * _steps(method.head_fit, number)
+
+
+def _steps(fit: HeadFit, number: int) -> int:
+    """The bytes to and from a client in the further exchanges of a round, if none of them can be spared."""
+    steps = fit.training.fit_head_steps
+    if not steps:
+        return 0
+    head = _zeros(torch.zeros(fit.layer.out_features, fit.layer.in_features + 1))
+    said: Values = {"weight": 16.0, "objective": SAID["loss"]}
+    scale = wire.length({POINT: head}, {"kind": SCALE_HEAD, "round": number})
+    scale += wire.length({"losses": torch.zeros(len(TEMPERATURES))}, {"weight": 16.0})
+    step = wire.length({POINT: head}, {"kind": HEAD_GRADIENT, "round": number})
+    return scale + steps * (step + wire.length({"gradient": head}, said))
+
+
+def head_sums(fit: HeadFit, labels: Sequence[int]) -> Tensors:
+    """Tensors of the forms that a client with these ``labels`` sends for the head to be fitted."""
+    classes, width = fit.layer.out_features, fit.layer.in_features
+    counts = torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=classes)
+    present = counts >= LEAST
+    rows = min(int(counts[present].sum()), width)
+    number = torch.zeros(1)
+    return {
+        "counts": counts.int(),
+        "totals": number.expand(int(present.sum()), width),
+        "factor": number.expand(rows * width - rows * (rows - 1) // 2),
+    }

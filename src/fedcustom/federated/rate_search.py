@@ -1,0 +1,139 @@
+"""A learning rate chosen by the federation: a few rounds at each of some rates, by successive halving."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+from ..core.errors import RunError
+from ..evaluation.metrics import is_better
+from ..methods import Answer, State, streamed
+from ..methods.tuning.method import RATE_FACTOR
+from ..recipe.recipe import Recipe
+from ..training.settings import TRIAL_ROUNDS
+from ..transport.protocol import Reply
+from .schedule import Assignment
+from .simulation import Federation
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One rate: how many rounds it had, and the development score after them (None: it failed)."""
+
+    learning_rate: float
+    rounds: int
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found, and what it cost: bytes to and from all clients, and seconds."""
+
+    learning_rate: float
+    trials: list[Trial]
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+    def described(self) -> dict[str, Any]:
+        """For ``search.json``."""
+        return asdict(self)
+
+
+def search_rate(
+    recipe: Recipe,
+    state: State,
+    plan: Sequence[Mapping[str, Assignment]],
+    first: int,
+    parties: Federation,
+    tell: Callable[[str], None],
+) -> Search:
+    """The rate of ``training.search_rates`` with the best development score (Jamieson and Talwalkar 2016).
+
+    Each trains from the same ``state`` and what clients remembered of it, with the cohorts of the rounds from
+    ``first`` on; the better ones start again, since what clients remember of one rate would be overwritten
+    by the next. What they remember of trials is forgotten. Discloses what as many rounds of training
+    disclose.
+
+    Raises:
+        RunError: no rate gave a sound model.
+    """
+    metric, begun = recipe.metric, time.perf_counter()
+    rates, usual = sorted(recipe.training.search_rates or ()), recipe.training.learning_rate
+    assert isinstance(usual, float)
+    left = rates
+    trials: list[Trial] = []
+    memories, spent, needed = parties.memories.snapshot(), [0, 0], recipe.rounds.min_clients
+
+    def start_again() -> None:
+        parties.memories.restore(first - 1, dict(memories[0]), dict(memories[1]))
+
+    fits = recipe.training.rounds_of_head_fits(len(plan))
+    training = [number for number in range(first, len(plan) + 1) if number not in fits]
+    for part, length in enumerate(TRIAL_ROUNDS):
+        scores: dict[float, float] = {}
+        numbers = training[:length]
+        for rate in left:
+            tell(f"trying learning rate {rate:g}")
+            start_again()
+            trial = replace(state, values={**state.values, RATE_FACTOR: rate / usual})
+            try:
+                for number in numbers:
+                    trial = _round(trial, number, plan[number - 1], parties, spent, needed)
+                score = parties.evaluation.development(trial)[metric]
+            except RunError:
+                score = math.nan
+            sound = math.isfinite(score)
+            trials.append(Trial(rate, len(numbers), score if sound else None))
+            if sound:
+                scores[rate] = score
+        if not scores:
+            tried = ", ".join(f"{rate:g}" for rate in rates)
+            raise RunError(
+                f"training.learning_rate = 'auto': none of {tried} gives a sound model; set a lower rate"
+            )
+        sign = 1 if is_better(0.0, 1.0, metric) else -1
+        ordered = sorted(scores, key=lambda rate: (sign * scores[rate], rate))  # the lower of two alike
+        left = ordered[: 1 if part == len(TRIAL_ROUNDS) - 1 else max(1, len(rates) >> (part + 1))]
+    start_again()
+    return Search(left[0], trials, spent[0], spent[1], round(time.perf_counter() - begun, 3))
+
+
+def _round(
+    state: State,
+    number: int,
+    cohort: Mapping[str, Assignment],
+    parties: Federation,
+    spent: list[int],
+    needed: int,
+) -> State:
+    """One round of a trial; bytes up and down are added to ``spent``.
+
+    Raises:
+        RunError: fewer clients answered than are ``needed``, or merging failed.
+    """
+    present = {name: a.amount for name, a in cohort.items() if not a.absent}
+    tasks = parties.method.ask(state, number, present)
+
+    answered = 0
+
+    def sound(replies: Iterator[Reply]) -> Iterator[Answer]:
+        nonlocal answered
+        for reply in replies:
+            spent[0] += reply.bytes_up
+            spent[1] += reply.bytes_down
+            if reply.update is not None:
+                answered += 1
+                yield Answer(reply.client, reply.task, reply.update)
+
+    answers = sound(parties.transport.exchange(tasks, f"{number:06d}"))
+    first = list(islice(answers, 1))
+    if first:
+        state = parties.method.merge(state, streamed(first, answers))
+    if answered < max(1, min(needed, len(cohort))):
+        raise RunError(f"round {number}: {answered} clients answered")
+    return state

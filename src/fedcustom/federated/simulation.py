@@ -1,0 +1,148 @@
+"""The parties of one run, put together: what drives its rounds needs nothing else of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..data.build import build_data, with_builtin_columns
+from ..data.examples import FederatedData
+from ..data.perturb import perturbed
+from ..evaluation.metrics import Metrics
+from ..methods import Method, State, Task
+from ..models.load import Base, load_base
+from ..recipe.recipe import Recipe
+from ..simulation.poison import backdoor_probes, poisoned, with_noise
+from ..transport.channel import Channel
+from ..transport.client_store import ClientStore
+from ..transport.in_process import InProcess
+from ..transport.protocol import Reply
+from ..updates.attack import conspiracy, falsifier, hostile_clients
+from .build import check_cohort, check_fit, make_method, pooled
+from .callbacks import Progress
+from .evaluator import Evaluator, Probes, Result
+
+
+class Evaluation(Protocol):
+    """How good a state is."""
+
+    def development(self, state: State) -> Metrics:
+        """Quality on the development split."""
+
+    def scale(self, state: State) -> float:
+        """What a classifier's logits are best multiplied by, on the development split."""
+
+    def test(self, state: State) -> Metrics:
+        """Quality of one global state on the test split."""
+
+    def final(self, state: State, trained: State | None = None) -> Result:
+        """Quality on the test split and on every client's own test part; clients' versions are fine-tuned
+        from the state as it was ``trained``, where that is another.
+        """
+
+
+class Transport(Protocol):
+    """How tasks reach clients and their updates come back."""
+
+    def exchange(self, tasks: Mapping[str, Task], label: str, absent: Container[str] = ()) -> Iterator[Reply]:
+        """Give each client its task and yield the replies, in the tasks' order; a client's failure is a
+        reply, not an error. ``label`` is new in each round.
+        """
+
+
+class Memories(Protocol):
+    """What clients keep to themselves, wherever that is."""
+
+    def snapshot(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """What a checkpoint holds of it: private numbers, and names of files with private tensors."""
+
+    def restore(self, round_number: int, memories: dict[str, dict[str, Any]], files: dict[str, str]) -> None:
+        """Go back to what clients remembered after a round."""
+
+    def saved(self, rounds: Container[int]) -> None:
+        """Checkpoints of these rounds are on disk: nothing else may be gone back to."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A run's parties. ``data`` has what the server knows of the clients' data: in a simulation everything,
+    across sites their names alone.
+    """
+
+    base: Base
+    data: FederatedData
+    method: Method
+    origin: State
+    evaluation: Evaluation
+    transport: Transport
+    memories: Memories
+
+
+Gather = Callable[[Recipe, Path, Path, Progress], Federation]
+"""From a recipe, the run's directory, its folder for clients' private tensors and something that is told how
+this goes, to its parties."""
+
+
+def simulate(recipe: Recipe, directory: Path, private: Path, progress: Progress) -> Federation:
+    """All parties in this process, on one resident base model.
+
+    Raises:
+        RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
+    """
+    progress.phase("reading the data")
+    check_fit(recipe)
+    settings, clients = with_builtin_columns(recipe.data, recipe.clients)
+    data = build_data(settings, clients, recipe.seed, recipe.public)
+    check_cohort(recipe, data)
+    progress.phase(f"loading {recipe.model.base}")
+    base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
+    method = make_method(recipe, base, data)
+    hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
+    probes = _probes(recipe, data)
+    data = _damaged(recipe, data, hostile)
+    owners = pooled(data) if recipe.baseline == "centralised" else data.clients
+    store = ClientStore(owners, private, directory / "clients")
+    evaluator = Evaluator(
+        method,
+        base,
+        data,
+        store,
+        own=not has_one_model(recipe),
+        whole=recipe.method.is_whole,
+        finetune_epochs=recipe.personalisation.finetune_epochs if recipe.baseline == "federated" else 0,
+        probes=probes,
+    )
+    origin = method.start()
+    channel = Channel(recipe.compression, origin.tensors)
+    falsify = falsifier(hostile, recipe.attack, recipe.seed)
+    transport = InProcess(method, store, channel, falsify, progress.note)
+    if recipe.attack.kind == "alie":
+        transport.conspire(hostile, conspiracy(recipe.attack))
+    return Federation(base, data, method, origin, evaluator, transport, store)
+
+
+def _damaged(recipe: Recipe, data: FederatedData, hostile: frozenset[str]) -> FederatedData:
+    """The data with the mistakes and the malice that the recipe asks for in what clients train on."""
+    clients, labels = data.clients, data.task.labels
+    if recipe.noise.labels:
+        clients = with_noise(clients, recipe.noise, len(labels), recipe.seed)
+    return replace(data, clients=poisoned(clients, recipe.attack, hostile, labels, recipe.seed))
+
+
+def _probes(recipe: Recipe, data: FederatedData) -> Probes:
+    """The further test sets that the recipe asks for."""
+    settings = recipe.evaluation
+    return {
+        "perturbed": {
+            kind: perturbed(data.test, kind, settings.perturb_rate, [recipe.seed, 15])
+            for kind in settings.perturb
+        },
+        "backdoor": backdoor_probes(data.test, recipe.attack, data.task.labels),
+    }
+
+
+def has_one_model(recipe: Recipe) -> bool:
+    """Whether the run ends with one model, and not with one for each client alone."""
+    return recipe.baseline != "local" and recipe.method.has_server_model

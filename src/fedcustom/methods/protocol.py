@@ -1,0 +1,182 @@
+"""The one conversation between server and clients: five verbs, whatever the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from ..core.tensors import Tensors
+from ..data.examples import ClientData, Example
+from ..models.inference import Predictions
+
+Values = dict[str, Any]
+"""Numbers, texts and lists or dicts of them: what JSON can hold."""
+
+
+UNFINISHED = "unfinished"
+"""The value of a state that says that its round is not over: the same clients are to be asked again."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of one client in a round."""
+
+    kind: str
+    tensors: Tensors = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client answers: tensors, a weight in the mean, and numbers or texts.
+
+    Where tensors are trained, ``tensors`` is the change: the client's new ones minus those it was sent.
+    """
+
+    tensors: Tensors = field(default_factory=dict)
+    weight: float = 1.0
+    values: Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A client's sound update, with the task that it answers.
+
+    ``discount`` is what a late change is multiplied by: 1 for one that is on time.
+    """
+
+    client: str
+    task: Task
+    update: Update
+    discount: float = 1.0
+
+
+def streamed(first: list[Answer], rest: Iterator[Answer]) -> Iterator[Answer]:
+    """An answer that was read ahead and those that follow, none held longer than their reader holds it."""
+    while first:
+        yield first.pop(0)
+    yield from rest
+
+
+@dataclass(frozen=True)
+class State:
+    """What the server holds between rounds.
+
+    ``tensors`` is the global state that clients start from, ``server`` what only the server needs (moments of
+    its optimiser), ``values`` numbers and texts; those under ``"method"`` are what the method reports of its
+    last round.
+    """
+
+    tensors: Tensors
+    server: Tensors = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
+
+
+@dataclass
+class Memory:
+    """What a client keeps to itself from one round to the next; never sent."""
+
+    tensors: Tensors = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
+
+
+@dataclass
+class Client:
+    """One owner of data: its name, its private examples, its private memory and, for what does not fit into
+    that, a folder on its own disk.
+    """
+
+    name: str
+    data: ClientData
+    memory: Memory = field(default_factory=Memory)
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A client's sound answer to a task outside rounds, and the bytes of both messages."""
+
+    update: Update
+    bytes_down: int
+    bytes_up: int
+
+
+@runtime_checkable
+class AsksClients(Protocol):
+    """A method that asks its clients outside rounds too: to search, say."""
+
+    def connect(self, ask: Callable[[Mapping[str, Task]], dict[str, Asked]], clients: Sequence[str]) -> None:
+        """Give the method a way to its clients: from tasks to the sound answers of those who gave one."""
+
+    def bytes_a_query(self) -> tuple[float, float]:
+        """What one query of the last evaluation took, mean over its queries: bytes down to the clients that
+        it was sent to, and bytes of their answers; both NaN before there was one.
+        """
+
+
+@runtime_checkable
+class ScalesLogits(Protocol):
+    """A method whose classifier's logits can be multiplied by a number that becomes part of the model."""
+
+    def scaled(self, state: State, factor: float) -> State | None:
+        """The state whose logits are ``factor`` times as large; None where its head does not end in a linear
+        layer.
+        """
+
+
+class Method(Protocol):
+    """A way of customising a model. Constructed alike on the server and at every client, from the same
+    recipe.
+    """
+
+    def start(self) -> State:
+        """The first global state."""
+
+    def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+        """The round's tasks, one for each client named in ``work``, which says how much each is to do."""
+
+    def work(self, task: Task, client: Client) -> Update:
+        """The task done on the client's private data. Changes the client's memory, and nothing else that
+        lasts.
+        """
+
+    def widest_cohort(self) -> int:
+        """How many clients :meth:`work_together` should be given at once; 1 if that gains nothing."""
+
+    def work_together(self, pairs: Sequence[tuple[Task, Client]]) -> list[Update | Exception]:
+        """The tasks of several clients of one process, as :meth:`work` would do them; an exception where it
+        would have raised one.
+        """
+
+    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+        """The next global state. Consumes the answers one by one, as they come in."""
+
+    def finish(self, state: State, folder: Path) -> None:
+        """Write the customised model so that it loads with the ecosystem's own tools."""
+
+    def open(self, folder: Path) -> State:
+        """The state of a model that :meth:`finish` wrote."""
+
+    def check(self, task: Task, update: Update) -> None:
+        """Refuse an update that is not a sound answer to the task
+        (:class:`~fedcustom.core.errors.UpdateError`).
+        """
+
+    def predict(
+        self, state: State, examples: list[Example], client: Client | None = None, *, texts: bool
+    ) -> Predictions:
+        """What the model in this state, or this client's own version of it, says of the examples."""
+
+    def keeps_parts(self) -> bool:
+        """Whether clients keep parts of the model to themselves, so that each has a version of its own."""
+
+    def adapt(self, state: State, client: Client, epochs: int) -> State:
+        """What the client's own version becomes when it trains on with its data; nothing is sent."""
+
+    def notes(self, state: State) -> dict[str, str]:
+        """Texts that belong beside the run's summary, by file name (a prompt to be used elsewhere)."""
+
+    def sizes(self, state: State) -> tuple[int, int]:
+        """How many numbers are trained: the method's own, and the classification head's."""

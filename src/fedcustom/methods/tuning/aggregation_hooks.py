@@ -1,0 +1,86 @@
+"""How the tensors of a method travel and are merged; a method with rules of its own overrides this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ...aggregation import robust
+from ...core.tensors import Tensors
+from ..protocol import State, Values
+
+BASE_CHANGE = "base_change/"
+"""Before the name of a base weight: what the server has added to it. Part of the state, never trained."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One client's answer, in full shape.
+
+    ``sent`` is what it was sent, ``change`` what it adds to that, ``weight`` its weight in a mean and
+    ``discount`` what a late change is multiplied by; ``values`` are the numbers and texts that it sent.
+    """
+
+    client: str
+    sent: Tensors
+    change: Tensors
+    weight: float
+    discount: float = 1.0
+    values: Values = field(default_factory=dict)
+
+
+class Round:
+    """What a method's own rules gather while one round's answers come in; this one gathers nothing."""
+
+    def take(self, arrival: Arrival) -> Tensors:
+        """Note one arrival; returns the part of its change that the recipe's rule is to combine."""
+        return arrival.change
+
+    def merged(self, tensors: Tensors) -> tuple[Tensors, Values]:
+        """The tensors that these rules set, given all that the recipe's rule has set; and what to report."""
+        return {}, {}
+
+    def inner_products(self, changes: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """The Gram matrix of changes, in the order taken, for rules that look at distances."""
+        return robust.inner_products(changes)
+
+
+class Merging:
+    """All of the state goes down, all that was trained comes up, and the recipe's rule combines the changes.
+
+    ``own_rule`` names the rule of a method that does not follow the recipe's, ``personal`` the parts of
+    tensors' names that stay with each client.
+    """
+
+    own_rule: str = ""
+    personal: tuple[str, ...] = ()
+
+    def start(self, tensors: Tensors) -> Tensors:
+        """The first global state, from the tensors as the technique initialises them."""
+        return tensors
+
+    def down(self, tensors: Tensors, client: str, round_number: int) -> Tensors:
+        """What a client is sent of the global state."""
+        return tensors
+
+    def trains(self, name: str, round_number: int) -> bool:
+        """Whether a tensor is trained, and comes up, in a round."""
+        return True
+
+    def pack(self, change: Tensors) -> tuple[Tensors, Values]:
+        """What a client sends of its change, and what it says of it."""
+        return change, {}
+
+    def unpack(self, tensors: Tensors, values: Values, wanted: Tensors) -> Tensors:
+        """The change that :meth:`pack` packed, in the names and shapes of ``wanted``.
+
+        Raises:
+            UpdateError: it is not what was asked for.
+        """
+        return tensors
+
+    def round(self, state: State) -> Round:
+        """Begin to merge a round."""
+        return Round()

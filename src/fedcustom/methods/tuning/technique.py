@@ -1,0 +1,122 @@
+"""What a method that trains tensors says of itself: which tensors, and how they act in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...aggregation.settings import AggregationSettings
+from ...core.tensors import Tensors
+from ...data.examples import Example
+from ...data.settings import DataSettings
+from ...evaluation.settings import EvaluationSettings
+from ...models.load import Base
+from ...models.settings import ModelSettings
+from ...training.settings import TrainingSettings
+from .aggregation_hooks import Merging
+
+Keeps = Literal["nothing", "optimizer", "everything"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method is built from, alike on the server and at every client.
+
+    ``keeps`` says what a client keeps to itself between rounds: nothing (federated learning), its optimiser's
+    moments (the centralised baseline, whose training never stops), or everything (the local baseline, which
+    sends nothing). ``keep_local`` names parts of what is trained that stay with each client (``head``, or a
+    part of tensors' names); ``clients`` is how many clients there are, ``names`` who they are, ``root`` what
+    the server itself trains on where a rule asks for that, ``public`` texts that everybody may see. ``model``
+    says how ``base`` was loaded, for methods that load others like it.
+    """
+
+    base: Base
+    data: DataSettings
+    training: TrainingSettings
+    aggregation: AggregationSettings
+    evaluation: EvaluationSettings
+    rounds: int
+    seed: int
+    keeps: Keeps = "nothing"
+    keep_local: tuple[str, ...] = ()
+    clients: int = 1
+    names: tuple[str, ...] = ()
+    root: list[Example] = field(default_factory=list)
+    public: list[Example] = field(default_factory=list)
+    model: ModelSettings = field(default_factory=lambda: ModelSettings())
+
+
+@dataclass
+class Tuned:
+    """A base model with the tensors that a method trains.
+
+    ``parameters`` are trained by a client's optimiser; :meth:`read` and :meth:`write` are what travels. They
+    are the same tensors unless a method says otherwise. ``head`` names those of the classification head.
+    ``corrects`` is whether a gradient has the form in which tensors travel, as corrections of drift need it.
+    ``scale`` is what a client's state has its ``scaled`` matrices' outputs multiplied by, where that is not
+    the same for all (LoRA of different ranks); :meth:`inwards` sets it in the model. ``matrices`` names the
+    parameters that an optimiser of matrices takes as such, and how many lie side by side in each.
+    """
+
+    model: Any
+    parameters: dict[str, nn.Parameter]
+    head: frozenset[str]
+    save: Callable[[Path], None]
+    load: Callable[[Path], None]
+    read_hook: Callable[[Tensors], Tensors] | None = None
+    write_hook: Callable[[Tensors], Tensors] | None = None
+    active_dropout: list[nn.Module] = field(default_factory=list)
+    merging: Merging | None = None
+    corrects: bool = True
+    scale: Callable[[Tensors], float] = lambda tensors: 1.0
+    scaled: frozenset[str] = frozenset()
+    matrices: dict[str, int] = field(default_factory=dict)
+
+    def read(self) -> Tensors:
+        """A copy of the tensors that travel."""
+        with torch.no_grad():
+            tensors = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+            return self.read_hook(tensors) if self.read_hook else tensors
+
+    def forms(self) -> Mapping[str, Tensor]:
+        """Tensors with the names and shapes of :meth:`read`'s, copied only where they must be computed."""
+        return self.read() if self.read_hook else self.parameters
+
+    def inwards(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Tensors in the form in which they travel, in that in which they are trained."""
+        return self.write_hook(dict(tensors)) if self.write_hook else dict(tensors)
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors that travelled into the model."""
+        with torch.no_grad():
+            values = self.inwards(tensors)
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
+
+
+class Technique(Protocol):
+    """Which tensors a method trains, and how they act in the model."""
+
+    def attach(self, base: Base, seed: int) -> Tuned:
+        """Change ``base.model`` in place so that exactly the method's tensors and the head are trained.
+
+        Raises:
+            ModelError: the method does not fit the model.
+        """
+
+
+def prepare_precision(base: Base, original: Iterable[nn.Parameter]) -> None:
+    """Keep trained parameters in float32; with bfloat16, the base's frozen matrices (among ``original``, its
+    parameters before the method was attached) are stored in it as well.
+    """
+    for parameter in base.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for parameter in original:
+        if not parameter.requires_grad and base.precision == "bfloat16" and parameter.dim() > 1:
+            parameter.data = parameter.data.to(torch.bfloat16)

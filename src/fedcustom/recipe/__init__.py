@@ -1,0 +1,14 @@
+"""The recipe: every setting of a run with its type, default, bounds and help, checked before loading."""
+
+from .recipe import FEDERATED_ONLY, Baseline, Recipe, load_recipe, merged, parse_recipe, read_toml, to_toml
+
+__all__ = [
+    "FEDERATED_ONLY",
+    "Baseline",
+    "Recipe",
+    "load_recipe",
+    "merged",
+    "parse_recipe",
+    "read_toml",
+    "to_toml",
+]

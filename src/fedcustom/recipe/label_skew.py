@@ -1,0 +1,253 @@
+"""Remedies against label skew: which a recipe has by default, what they need, and in words
+(docs/experiment.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from ..aggregation.settings import AggregationSettings
+from ..core.errors import RecipeError
+from ..data.settings import ClientSettings, DataSettings
+from ..methods import MethodSettings
+from ..methods.settings import TuningSettings
+from ..models.load import has_linear_head
+from ..models.settings import ModelSettings
+from ..simulation.settings import AttackSettings, ParticipationSettings
+from ..training.settings import TrainingSettings
+from .sections import PersonalisationSettings, RoundSettings
+
+FEWEST_ROUNDS_TO_FIT = 5
+"""From how many rounds on the head is fitted by default, which takes two of them."""
+
+FEWEST_TO_FIT = 100
+"""How many clients fit the head by default at least, where there are so many."""
+
+FEWEST_TO_BALANCE = 10
+"""From how many clients a round on cohorts are balanced by default."""
+
+
+class Sections(Protocol):
+    """What is read of a recipe."""
+
+    @property
+    def baseline(self) -> Literal["federated", "centralised", "local"]: ...
+    @property
+    def model(self) -> ModelSettings: ...
+    @property
+    def data(self) -> DataSettings: ...
+    @property
+    def clients(self) -> ClientSettings: ...
+    @property
+    def method(self) -> MethodSettings: ...
+    @property
+    def training(self) -> TrainingSettings: ...
+    @property
+    def aggregation(self) -> AggregationSettings: ...
+    @property
+    def personalisation(self) -> PersonalisationSettings: ...
+    @property
+    def rounds(self) -> RoundSettings: ...
+    @property
+    def participation(self) -> ParticipationSettings: ...
+    @property
+    def attack(self) -> AttackSettings: ...
+
+
+@dataclass(frozen=True)
+class Remedies:
+    """What a recipe's unset settings become: those of ``[training]``, and ``rounds.selection``."""
+
+    training: dict[str, Any]
+    selection: Literal["uniform", "balanced"] | None
+
+
+def remedies_of(recipe: Sections) -> Remedies:
+    """A head that clients fit before and after training, with balanced cohorts or else logit adjustment,
+    where that is the default; what the recipe itself says stays.
+
+    Raises:
+        RecipeError: the recipe asks for balanced cohorts, which nobody could draw, or says how many clients
+            fit a head that is not fitted.
+    """
+    training, selection, filled = recipe.training, recipe.rounds.selection, dict[str, Any]()
+    default, said = _by_default(recipe), training.fit_head_clients
+    if only_fits(recipe):
+        return Remedies(_probing(recipe), "uniform" if selection == "balanced" else selection)
+    fitted = training.fit_head_rounds or default
+    if said is not None and not fitted and _open(recipe):
+        raise RecipeError(
+            f"training.fit_head_clients = {said}: no head is fitted by default here; say in which rounds "
+            "(training.fit_head_rounds = [1, -1])"
+        )
+    some = None
+    if fitted and recipe.baseline == "federated":
+        some = _clients_to_fit(recipe) if default else said
+    filled["fit_head_clients"] = some
+    told = some is None or (said is None and _is_natural(recipe))  # by all, for all that is known by now
+    federated = recipe.baseline == "federated"
+    if default and federated and selection is None and told and _can_balance(recipe):
+        selection = "balanced"
+    if selection == "balanced":
+        _check_balance(recipe, default, some)
+    if training.logit_adjustment is None:  # what balanced cohorts cancel need not be taken out
+        skewed = default and federated and selection != "balanced"
+        filled["logit_adjustment"] = 1.0 if skewed else 0.0
+        if not filled["logit_adjustment"]:
+            filled["prior_count"] = 1.0  # which has no effect then
+    if training.fit_head_rounds is None:
+        filled["fit_head_rounds"] = [1, -1] if default else []
+    if training.freeze_head_rounds is None:  # what was fitted before training is not to drift
+        before = 1 in (filled.get("fit_head_rounds") or training.fit_head_rounds or ())
+        rests = before and training.head_learning_rate is None
+        filled["freeze_head_rounds"] = recipe.rounds.count if rests else 0
+    return Remedies(filled, selection)
+
+
+def only_fits(recipe: Sections) -> bool:
+    """Whether the method's one round fits the head, and nothing is trained by steps."""
+    return isinstance(recipe.method, TuningSettings) and recipe.method.only_fits
+
+
+def _probing(recipe: Sections) -> dict[str, Any]:
+    """What the training settings of such a method become: a fit in its one round, and all that trains off."""
+    some = recipe.training.fit_head_clients
+    if recipe.baseline == "federated" and some is None and _is_natural(recipe):
+        some = FEWEST_TO_FIT
+    return {
+        "fit_head_rounds": [1], "fit_head_clients": some, "logit_adjustment": 0.0, "prior_count": 1.0,
+        "freeze_head_rounds": 0, "warmup_rounds": 0,
+    }  # fmt: skip
+
+
+def settled(recipe: Sections, clients: int) -> Remedies:
+    """What a complete recipe's settings become once it is known how many clients there are: of natural ones,
+    all fit the head as long as that is allowed; where they are more, nobody could draw balanced cohorts, and
+    logits are adjusted instead. A pure function, so that all parties and a resumed run come to the same.
+    """
+    some, selection, filled = recipe.training.fit_head_clients, recipe.rounds.selection, dict[str, Any]()
+    if some is None or not _is_natural(recipe) or recipe.baseline != "federated":
+        return Remedies(filled, selection)
+    if clients <= some:
+        filled["fit_head_clients"] = None
+    elif selection == "balanced":
+        selection, filled["logit_adjustment"] = "uniform", 1.0
+    return Remedies(filled, selection)
+
+
+def in_words(recipe: Sections) -> str | None:
+    """What a complete recipe does against label skew; None if nothing."""
+    training, last = recipe.training, recipe.rounds.count
+    parts = []
+    if fits := sorted(training.rounds_of_head_fits(last)):
+        named = f"round {fits[0]}" if len(fits) == 1 else f"rounds {', '.join(map(str, fits))}"
+        who = f"{training.fit_head_clients} clients fit" if training.fit_head_clients else "all clients fit"
+        if recipe.baseline == "centralised":
+            who = "all data fits"
+        rests = (training.freeze_head_rounds or 0) >= last > len(fits)
+        parts.append(f"{who} the head in {named}{', and it rests otherwise' if rests else ''}")
+    if recipe.baseline == "federated" and recipe.rounds.selection == "balanced":
+        parts.append("cohorts have nearly everybody's labels, and clients as many batches as each other")
+    if training.logit_adjustment:
+        parts.append("logits are adjusted by each client's labels")
+    return "; ".join(parts) or None
+
+
+def _is_natural(recipe: Sections) -> bool:
+    """Whether the number of clients is known only when their data is."""
+    return recipe.clients.partition == "natural"
+
+
+def why_no_head_fit(recipe: Sections) -> str | None:
+    """What the sums that a head is fitted from do not go with."""
+    attack = recipe.attack.kind
+    if recipe.aggregation.rule != "mean" or recipe.aggregation.correction != "none":
+        return "needs aggregation.rule = 'mean' and aggregation.correction = 'none'"
+    if recipe.participation.buffer is not None:
+        return "needs all clients at one state; leave participation.buffer unset"
+    if "head" in recipe.personalisation.keep:
+        return "does not go with personalisation.keep = ['head']"
+    if attack in ("sign_flip", "random", "alie"):
+        return f"attack.kind = {attack!r} is defined for changes, not for sums"
+    if getattr(recipe.method, "variant", "") == "rolora":
+        return "method.variant = 'rolora' needs every round to train in turn"
+    return None
+
+
+def _open(recipe: Sections) -> bool:
+    """Whether remedies are for the defaults to say: in training a classifier, where the recipe says nothing
+    of them. Baselines have their head fitted alike, so that a comparison compares one thing.
+    """
+    training = recipe.training
+    return (
+        training.logit_adjustment is None
+        and training.fit_head_rounds is None
+        and recipe.data.task == "classification"
+        and isinstance(recipe.method, TuningSettings)
+    )
+
+
+def _by_default(recipe: Sections) -> bool:
+    """Whether remedies are the default: where the recipe leaves them open, one model is trained for all
+    clients, these are likely to answer, and sums go with the rest of the recipe.
+    """
+    method = recipe.method
+    own_ranks = getattr(method, "client_ranks", None) or getattr(method, "private_rank", 0)
+    personal = getattr(method, "variant", "") == "fedsa" or own_ranks or recipe.personalisation.keep
+    return (
+        _open(recipe)
+        and not recipe.training.freeze_head_rounds
+        and not personal
+        and not recipe.participation.dropout
+        and recipe.rounds.count >= FEWEST_ROUNDS_TO_FIT
+        and why_no_head_fit(recipe) is None
+        and has_linear_head(recipe.model)
+    )
+
+
+def _clients_to_fit(recipe: Sections) -> int | None:
+    """How many clients are asked in each of two fits by default: as many as the recipe says; else half as
+    many as all rounds ask, or a few more; all (None) where they are no more than that, or where the recipe
+    asks for cohorts that need it.
+    """
+    if recipe.training.fit_head_clients is not None:
+        return recipe.training.fit_head_clients
+    count = None if _is_natural(recipe) else recipe.clients.count
+    most = max(FEWEST_TO_FIT, recipe.rounds.count * recipe.rounds.cohort(count) // 2)
+    every = recipe.rounds.selection == "balanced" or (count is not None and count <= most)
+    return None if every else most
+
+
+def _can_balance(recipe: Sections) -> bool:
+    """Whether cohorts are balanced by default: where they are large enough that labels even out, as in what
+    was measured, they are at most half of all clients or all of them, and each does all its work.
+    """
+    counted, count = not _is_natural(recipe), recipe.clients.count
+    cohort = recipe.rounds.cohort(count) if counted else recipe.rounds.clients_per_round or 0
+    even = not counted or 2 * cohort <= count or cohort == count
+    said = recipe.training.prior_count != 1  # of the adjustment
+    return cohort >= FEWEST_TO_BALANCE and even and not said and not recipe.participation.partial
+
+
+def _check_balance(recipe: Sections, default: bool, some: int | None) -> None:
+    """What balanced cohorts need.
+
+    Raises:
+        RecipeError: no round before the last fits the head, which is when clients tell of their labels, or
+            only ``some`` are asked then, and these cannot be all there are.
+    """
+    if some is not None and not (_is_natural(recipe) and some >= FEWEST_TO_FIT):
+        raise RecipeError(
+            "rounds.selection = 'balanced': needs all clients to tell of their labels, where "
+            f"training.fit_head_clients = {some} asks some of them; leave one of the two unset"
+        )
+    last = recipe.rounds.count
+    first = min(recipe.training.rounds_of_head_fits(last), default=last)
+    if default or recipe.baseline != "federated" or first < last:
+        return
+    reason = why_no_head_fit(recipe) if recipe.training.fit_head_rounds is None else None
+    raise RecipeError(
+        "rounds.selection = 'balanced': needs a round before the last in training.fit_head_rounds, when "
+        f"clients tell how many examples of each label they have{'; which ' + reason if reason else ''}"
+    )

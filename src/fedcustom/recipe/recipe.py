@@ -1,0 +1,411 @@
+"""A recipe: everything a user asks for, in one TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import Field, ValidationError, model_validator
+
+from ..aggregation.settings import AggregationSettings
+from ..core.errors import ModelError, RecipeError
+from ..core.settings import Settings
+from ..data.settings import ClientSettings, DataSettings, PublicSettings, TaskKind
+from ..evaluation.metrics import CLASSIFICATION_METRICS, RETRIEVAL_METRICS
+from ..evaluation.settings import EvaluationSettings
+from ..methods import METHODS, MethodSettings
+from ..methods.prefix import PrefixSettings
+from ..methods.settings import TuningSettings
+from ..models.load import model_kind, pooling_of
+from ..models.settings import ModelSettings
+from ..simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
+from ..training.settings import TrainingSettings
+from ..updates.settings import CompressionSettings
+from .help import explain, nearest
+from .label_skew import only_fits, remedies_of, settled, why_no_head_fit
+from .sections import PersonalisationSettings, RoundSettings
+
+Baseline = Literal["federated", "centralised", "local"]
+
+
+SELECTION_METRICS: dict[TaskKind, tuple[str, ...]] = {
+    "classification": CLASSIFICATION_METRICS,
+    "generation": ("loss",),
+    "retrieval": RETRIEVAL_METRICS,
+}
+"""By what the best round can be chosen."""
+
+DEFAULT_METRIC: dict[TaskKind, str] = {"classification": "accuracy", "generation": "loss", "retrieval": "mrr"}
+
+SEARCHED = (0.3, 1.0, 3.0, 10.0)
+"""What of a method's default learning rate ``training.learning_rate = "auto"`` tries."""
+
+FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation")
+"""Sections that a baseline leaves at their defaults."""
+
+
+class Recipe(Settings):
+    """One job: model, data, clients, method, local training, aggregation, rounds, evaluation and seed."""
+
+    seed: int = Field(
+        0, ge=0, le=2**31, description="Seed of everything random: the same seed gives the same result"
+    )
+    baseline: Baseline = Field(
+        "federated",
+        description="federated; centralised: one client holds all data; local: clients alone, nothing merged",
+    )
+    model: ModelSettings = Field(default_factory=lambda: ModelSettings(), description="Base model")
+    data: DataSettings = Field(default_factory=lambda: DataSettings(), description="Data and task")
+    clients: ClientSettings = Field(
+        default_factory=lambda: ClientSettings(), description="Clients and partition"
+    )
+    public: PublicSettings = Field(
+        default_factory=lambda: PublicSettings(), description="Public unlabelled set"
+    )
+    method: Annotated[MethodSettings, Field(discriminator="name")] = Field(
+        default_factory=lambda: PrefixSettings(), description="Way of customising"
+    )
+    training: TrainingSettings = Field(
+        default_factory=lambda: TrainingSettings(), description="Local training"
+    )
+    aggregation: AggregationSettings = Field(
+        default_factory=lambda: AggregationSettings(), description="Aggregation"
+    )
+    personalisation: PersonalisationSettings = Field(
+        default_factory=lambda: PersonalisationSettings(), description="Personalisation"
+    )
+    rounds: RoundSettings = Field(default_factory=lambda: RoundSettings(), description="Rounds")
+    evaluation: EvaluationSettings = Field(
+        default_factory=lambda: EvaluationSettings(), description="Evaluation"
+    )
+    compression: CompressionSettings = Field(
+        default_factory=lambda: CompressionSettings(), description="Compression of what travels"
+    )
+    participation: ParticipationSettings = Field(
+        default_factory=lambda: ParticipationSettings(), description="Simulated participation"
+    )
+    attack: AttackSettings = Field(default_factory=lambda: AttackSettings(), description="Simulated attack")
+    noise: NoiseSettings = Field(
+        default_factory=lambda: NoiseSettings(), description="Simulated mistakes in labels"
+    )
+    compare: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="What differs in a comparison: [compare.<method or baseline>.<section>]",
+    )
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        count, asked = self.clients.count, self.rounds.clients_per_round
+        if self.clients.partition != "natural" and asked is not None and asked > count:
+            raise ValueError(f"rounds.clients_per_round = {asked}: there are {count} clients (clients.count)")
+        if asked is not None and self.rounds.min_clients > asked:
+            raise ValueError(
+                f"rounds.min_clients = {self.rounds.min_clients}: {asked} clients take part in a round"
+            )
+        if self.training.warmup_rounds >= self.rounds.count:
+            raise ValueError(
+                f"training.warmup_rounds = {self.training.warmup_rounds}: "
+                f"must be below rounds.count = {self.rounds.count}"
+            )
+        self._check_training()
+        self._check_search()
+        self._check_correction()
+        self._check_federated()
+        self.method.check_sections(self.baseline, dict(self))
+        buffer = self.participation.buffer
+        if buffer is not None and self.clients.partition != "natural" and buffer > count:
+            raise ValueError(f"participation.buffer = {buffer}: there are {count} clients (clients.count)")
+        allowed = SELECTION_METRICS[self.data.task]
+        metric = self.evaluation.metric
+        if metric is not None and metric not in allowed:
+            raise ValueError(
+                f"evaluation.metric = {metric!r}: allowed for {self.data.task}: {', '.join(allowed)}"
+            )
+        for name in self.compare:
+            known = [*METHODS, "centralised", "local"]
+            if name not in known:
+                raise ValueError(f"compare.{name}: unknown method or baseline{nearest(name, known)}")
+        return self
+
+    def _check_training(self) -> None:
+        """What only a classifier's training has, and its data."""
+        training = self.training
+        if self.data.task != "classification":
+            if self.attack.kind in ("label_flip", "backdoor"):
+                raise ValueError(f"attack.kind = {self.attack.kind!r}: needs labels")
+            if self.noise.labels:
+                raise ValueError(f"noise.labels = {self.noise.labels}: needs labels")
+            for key in ("logit_adjustment", "freeze_head_rounds", "fit_head_rounds"):
+                if getattr(training, key):
+                    raise ValueError(f"training.{key} = {getattr(training, key)!r}: needs labels and a head")
+        frozen = training.freeze_head_rounds or 0
+        if frozen >= self.rounds.count and not training.fit_head_rounds:
+            raise ValueError(
+                f"training.freeze_head_rounds = {training.freeze_head_rounds}: "
+                f"must be below rounds.count = {self.rounds.count}, or the head fitted (fit_head_rounds)"
+            )
+        if training.fit_head_rounds:
+            self._check_head_fit()
+        federated = self.baseline == "federated"
+        if only_fits(self) and federated and (reason := why_no_head_fit(self)):
+            raise ValueError(f"method.name = {self.method.name!r}: {reason}")
+        unadjusted = training.logit_adjustment is None and training.fit_head_rounds is not None
+        if (training.logit_adjustment == 0 or unadjusted) and training.prior_count != 1:
+            raise ValueError(
+                f"training.prior_count = {training.prior_count}: has no effect without logit_adjustment"
+            )
+
+    def _check_search(self) -> None:
+        """What a search of learning rates needs."""
+        training = self.training
+        if not training.search_rates and training.learning_rate != "auto":
+            return
+        where = "learning_rate = 'auto'" if training.learning_rate == "auto" else "search_rates"
+        if not isinstance(self.method, TuningSettings):
+            raise ValueError(f"training.{where}: method {self.method.name!r} trains no tensors by steps")
+        if self.participation.buffer is not None:
+            raise ValueError(f"training.{where}: does not go with participation.buffer")
+
+    def _check_head_fit(self) -> None:
+        """When a head is fitted, and what that goes with."""
+        last = self.rounds.count
+        wanted = self.training.rounds_of_head_fits(last)
+        where = f"training.fit_head_rounds = {self.training.fit_head_rounds}"
+        if len(wanted) < len(self.training.fit_head_rounds or ()) or not wanted <= set(range(1, last + 1)):
+            raise ValueError(f"{where}: must be different rounds from 1 to rounds.count = {last}, or -1")
+        if len(wanted) == last and not only_fits(self):
+            raise ValueError(f"{where}: leaves no round of {last} to train in")
+        if reason := why_no_head_fit(self):
+            raise ValueError(f"{where}: {reason} (fit_head_rounds = [] and logit_adjustment = 0 turn it off)")
+
+    def _check_correction(self) -> None:
+        """What corrections of client drift are defined for."""
+        correction, training = self.aggregation.correction, self.training
+        if correction == "none":
+            return
+        where = f"aggregation.correction = {correction!r}"
+        if self.aggregation.rule != "mean" or self.participation.buffer is not None:
+            raise ValueError(f"{where}: needs aggregation.rule = 'mean' and no participation.buffer")
+        if correction == "scaffold" and (
+            training.optimizer != "sgd" or training.momentum or training.clip_norm
+        ):
+            raise ValueError(
+                f"{where}: is defined for plain gradient steps; set training.optimizer = 'sgd', "
+                "training.momentum = 0 and training.clip_norm = 0"
+            )
+        if correction == "feddyn" and training.proximal:
+            raise ValueError(f"{where}: has a proximal term of its own; leave training.proximal at 0")
+        if correction == "feddyn" and self.aggregation.server_learning_rate is not None:
+            raise ValueError(f"{where}: has a server step of its own; leave server_learning_rate unset")
+
+    def _check_federated(self) -> None:
+        """What only a federated run has, and what late answers do not fit."""
+        if self.baseline != "federated":
+            for section in FEDERATED_ONLY:
+                set_ = getattr(self, section)
+                if set_ != type(set_)():
+                    raise ValueError(f"[{section}]: needs baseline = 'federated', not {self.baseline!r}")
+        variant = getattr(self.method, "variant", "fedit")
+        own = variant in ("flora", "fedex", "flexlora", "hetlora")
+        if self.participation.buffer is not None:
+            if self.aggregation.rule == "fltrust":
+                raise ValueError("participation.buffer: does not go with aggregation.rule = 'fltrust'")
+            if own or variant == "rolora":
+                raise ValueError(f"participation.buffer: method.variant = {variant!r} needs all at one state")
+        if own and self.compression.down:
+            raise ValueError(f"compression.down: does not go with method.variant = {variant!r}")
+        redrawn = own or getattr(self.method, "layers_sent", None) is not None
+        if redrawn and self.compression.error_feedback:
+            raise ValueError(
+                "compression.error_feedback: does not go with a method that sends other tensors in each round"
+            )
+        if any(not part for part in self.personalisation.keep):
+            raise ValueError("personalisation.keep: an empty text names every tensor; name parts")
+
+    @property
+    def metric(self) -> str:
+        """The metric by which the best round is chosen."""
+        return self.evaluation.metric or DEFAULT_METRIC[self.data.task]
+
+    def complete(self) -> Recipe:
+        """With the method's own learning rate where none is set, and with remedies for label skew where the
+        recipe says nothing of them and they are possible.
+        """
+        remedies = remedies_of(self)
+        changed: dict[str, Any] = {}
+        if "training" not in self.method.not_for:
+            filled = dict(remedies.training)
+            if self.training.learning_rate in (None, "auto"):
+                default = self.method.default_learning_rate(model_kind(self.model))
+                filled["learning_rate"] = default
+                if self.training.learning_rate == "auto" and default and not only_fits(self):
+                    tried = [float(f"{factor * default:.3g}") for factor in SEARCHED]
+                    filled["search_rates"] = self.training.search_rates or tried
+            if filled:
+                changed["training"] = self.training.model_copy(update=filled)
+        if only_fits(self):
+            one = {"count": 1, "clients_per_round": None, "min_clients": 1, "selection": remedies.selection}
+            changed["rounds"] = self.rounds.model_copy(update=one)
+        elif remedies.selection != self.rounds.selection:
+            changed["rounds"] = self.rounds.model_copy(update={"selection": remedies.selection})
+        if (model := self._pooled()) is not None:
+            changed["model"] = model
+        return self.model_copy(update=changed) if changed else self
+
+    def settled(self, clients: int) -> Recipe:
+        """This recipe, complete, as it is run where there are so many ``clients``
+        (:func:`fedcustom.recipe.label_skew.settled`).
+        """
+        found = settled(self, clients)
+        if not found.training:
+            return self
+        training = self.training.model_copy(update=found.training)
+        rounds = self.rounds.model_copy(update={"selection": found.selection})
+        return self.model_copy(update={"training": training, "rounds": rounds})
+
+    def _pooled(self) -> ModelSettings | None:
+        """The model with the pooling that its folder says, so that all parties read the same; None where
+        there is none to fill in.
+        """
+        if self.data.task != "classification" or not self.method.with_head:
+            return None
+        if self.model.trust_remote_code or (
+            self.model.pooling != "auto" and self.model.normalize is not None
+        ):
+            return None
+        try:
+            found = pooling_of(self.model)
+        except ModelError:  # said when the model is loaded
+            return None
+        if found is None:
+            return None
+        return self.model.model_copy(update={"pooling": found.name, "normalize": found.normalize})
+
+    def for_method(self, name: str, baseline: Baseline = "federated") -> Recipe:
+        """This recipe with another method and baseline, and with what ``[compare.<method>]`` and
+        ``[compare.<baseline>]`` say of them.
+
+        The recipe's own method keeps its settings; another starts from its defaults.
+
+        Raises:
+            RecipeError: there is no such method, or its settings do not fit.
+        """
+        if name not in METHODS:
+            raise RecipeError(f"--methods: unknown method {name!r}{nearest(name, list(METHODS))}")
+        values = self.model_dump(exclude={"compare"})
+        if name != self.method.name:
+            values["method"] = {"name": name}
+            # A rate that suits one method does not suit another.
+            if values["training"]["learning_rate"] != "auto":
+                values["training"]["learning_rate"] = None
+            values["training"]["search_rates"] = None
+            values["training"]["head_learning_rate"] = None
+        if name != self.method.name:
+            for key in METHODS[name].not_for:
+                section, _, part = key.partition(".")
+                values[section] = {k: v for k, v in values[section].items() if part and k != part}
+        values["baseline"] = baseline
+        if baseline != "federated":
+            values = {key: value for key, value in values.items() if key not in FEDERATED_ONLY}
+        for part in (name, baseline):
+            values = merged(values, self.compare.get(part, {}))
+        return parse_recipe(values, f"compare.{name}")
+
+
+def load_recipe(
+    source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] | Mapping[str, Any] = ()
+) -> Recipe:
+    """Read and check a recipe.
+
+    ``source`` is a TOML file, a dict of its content, or a recipe; ``overrides`` are ``"section.key=value"``
+    texts with values as in TOML (quotes around text may be left out), or a dict with such keys.
+
+    Raises:
+        RecipeError: the file cannot be read, is not TOML, or holds an unknown key or an impossible value. The
+        message
+            names the key, the value, what is allowed and the nearest right name.
+    """
+    where = "recipe"
+    if isinstance(source, Recipe):
+        values: dict[str, Any] = source.model_dump()
+    elif isinstance(source, Mapping):
+        values = dict(source)
+    else:
+        values, where = read_toml(Path(source)), str(source)
+    pairs = overrides.items() if isinstance(overrides, Mapping) else (_split(text) for text in overrides)
+    for key, value in pairs:
+        values = merged(values, _nested(key, value))
+    return parse_recipe(values, where)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        RecipeError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: is a folder; name a recipe file") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not a text in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not TOML: {error}") from None
+
+
+def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
+    """Check a recipe's content.
+
+    Raises:
+        RecipeError: see :func:`load_recipe`.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [explain(problem, Recipe) for problem in error.errors()]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RecipeError(f"{where}: {problems[0]}{more}") from None
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The complete recipe as TOML; settings that are unset are left out."""
+    return tomli_w.dumps(recipe.model_dump(exclude_none=True))
+
+
+def _split(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    key, value = key.strip(), value.strip()
+    if not sign or not key:
+        raise RecipeError(f"--set {text!r}: write key=value, as in training.learning_rate=0.01")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``change`` laid over it, table by table. Another method's name clears the old one's
+    settings.
+    """
+    result = dict(base)
+    for key, value in change.items():
+        old = result.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            if key == "method" and value.get("name", old.get("name")) != old.get("name"):
+                old = {}
+            result[key] = merged(old, value)
+        else:
+            result[key] = value
+    return result
