@@ -37,7 +37,7 @@ def write_job(recipe: Mapping[str, Any], folder: Path) -> Path:
     base.tokenizer.save_pretrained(folder / "model")
     method = make_method(checked, base, data)
     assert isinstance(method, WeightTuning)
-    method.finish(method.start(), folder / "start")
+    method.export(method.initialise(), folder / "start")
     local = checked.model_copy(
         update={"model": checked.model.model_copy(update={"base": str(folder / "model")})}
     )

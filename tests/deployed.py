@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 from fedcustom.core.files import read_json
 from fedcustom.deployment.local import prepare
-from fedcustom.deployment.nvflare.bridge import ADDRESS_VARIABLE, BridgeError, Door
+from fedcustom.deployment.nvflare.bridge import ADDRESS_VARIABLE, BridgeError, BridgeListener
 from fedcustom.deployment.nvflare.kits import site_command
-from fedcustom.deployment.nvflare.supervise import Kept
+from fedcustom.deployment.nvflare.supervise import SupervisedProcess
 from fedcustom.deployment.run import run_deployed
 from fedcustom.deployment.settings import load_federation, save_federation
 from fedcustom.deployment.site.resident import Resident
@@ -77,7 +77,7 @@ class Bed:
         self.folder, self.recipe = folder, dict(recipe)
         prepare(load_recipe(self.recipe).complete(), folder, free_port())
         self.names = list(load_federation(folder).sites)
-        self.sites: dict[str, Kept] = {}
+        self.sites: dict[str, SupervisedProcess] = {}
         self.patience(round_seconds=120.0, grace_seconds=12.0, quorum_seconds=120.0)
 
     def patience(self, **changes: Any) -> None:
@@ -95,7 +95,7 @@ class Bed:
         for name in names or self.names:
             command = [sys.executable, "-m", "fedcustom", "site", "start", str(self.kit(name)), "--data"]
             command.append(str(self.kit(name) / "data" / "site.toml"))
-            self.sites[name] = Kept(command, self.own(name) / "site.log")
+            self.sites[name] = SupervisedProcess(command, self.own(name) / "site.log")
             self.sites[name].start()
 
     def engine(self, name: str) -> list[int]:
@@ -145,7 +145,7 @@ def bed(folder: Path, recipe: Mapping[str, Any], *, start: bool = True) -> Itera
     made = Bed(folder, recipe)
     try:
         if start:
-            made.start()
+            made.initialise()
         yield made
     finally:
         made.stop()
@@ -169,14 +169,14 @@ def hostile(made: Bed, name: str, tricks: dict[int, Callable[[dict[str, Any]], N
     file = made.kit(name) / "data" / "site.toml"
     Hostile.tricks = tricks
     resident = Hostile(name, load_site(file), file.parent, made.own(name))
-    door = Door(made.own(name) / "bridge.json")
+    door = BridgeListener(made.own(name) / "bridge.json")
 
     def serve() -> None:
         with contextlib.suppress(BridgeError):
             resident.serve(door)
 
-    threading.Thread(target=serve, daemon=True).start()
-    engine = Kept(
+    threading.Thread(target=serve, daemon=True).initialise()
+    engine = SupervisedProcess(
         site_command(made.kit(name)), made.own(name) / "engine.log", {ADDRESS_VARIABLE: str(door.file)}
     )
     engine.start()

@@ -15,7 +15,7 @@ import fedcustom
 from fedcustom import load
 from fedcustom.cli.app import main
 from fedcustom.cli.console import command_line
-from fedcustom.cli.progress_bar import Display
+from fedcustom.cli.progress_bar import ProgressDisplay
 from fedcustom.core.errors import RunError
 from fedcustom.core.files import read_json
 from fedcustom.recipe.recipe import load_recipe, to_toml
@@ -222,12 +222,12 @@ def test_quiet(command: Any, recipe_file: Path, tmp_path: Path) -> None:
 def interrupted(command: Any, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> list[str]:
     """Stop a command by Ctrl-C after its first round; the words of what it says to go on with."""
 
-    def stop(self: Display, row: dict[str, Any]) -> None:
+    def stop(self: ProgressDisplay, row: dict[str, Any]) -> None:
         if row["round"] == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Display, "round", stop)
+        patch.setattr(ProgressDisplay, "round", stop)
         stopped = command(*arguments)
     assert stopped.code == 130
     said = stopped.error.splitlines()[-1]

@@ -51,17 +51,19 @@ def rounds(
         part = [examples[(start + i) % len(examples)] for i in range(size)]
         clients[f"c{number}"] = Client(f"c{number}", ClientData(f"c{number}", part))
         start += size
-    state, result = method.start(), []
+    state, result = method.initialise(), []
     for number in (1, 2):
-        tasks = method.ask(state, number, {name: {"epochs": 2} for name in clients})
+        tasks = method.configure(state, number, {name: {"epochs": 2} for name in clients})
         pairs = [(tasks[name], client) for name, client in clients.items()]
-        answers = method.work_together(pairs) if together else [method.work(*pair) for pair in pairs]
+        answers = method.execute_together(pairs) if together else [method.execute(*pair) for pair in pairs]
         updates = {}
         for name, answer in zip(clients, answers, strict=True):
             assert isinstance(answer, Update), answer
             method.check(tasks[name], answer)
             updates[name] = answer
-        state = method.merge(state, [Answer(name, tasks[name], update) for name, update in updates.items()])
+        state = method.aggregate(
+            state, [Answer(name, tasks[name], update) for name, update in updates.items()]
+        )
         result.append(updates)
     return result
 
@@ -110,7 +112,7 @@ def test_tensors_are_trained_in_the_models_order(
     monkeypatch.setattr(local_training, "train_together", noting)
     method = make(tiny["bert"], "lora", training={"batch_size": 3, "clip_norm": 1.0})
     rounds(method, "classification", together=True)
-    assert orders == [[name for name in method.tuned.parameters if name in orders[0]]] * 2
+    assert orders == [[name for name in method.trainable.parameters if name in orders[0]]] * 2
 
 
 @pytest.mark.parametrize("name", ["prefix", "soft_prompt", "lora", "adapter", "ia3", "bitfit", "full"])
@@ -272,12 +274,12 @@ def test_clients_of_different_ranks_share_a_batch(
 @pytest.mark.parametrize("wrong", ["lora_A", "classifier.bias"])
 def test_what_a_client_remembers_wrongly_spoils_its_answer_alone(tiny: dict[str, str], wrong: str) -> None:
     method = make(tiny["bert"], "lora")
-    name = next(name for name in method.start().tensors if wrong in name)
+    name = next(name for name in method.initialise().tensors if wrong in name)
     pool = examples_for("classification")
     clients = {f"c{i}": Client(f"c{i}", ClientData(f"c{i}", pool[3 * i : 3 * i + 3])) for i in range(3)}
     clients["c1"].memory.tensors = {f"state/{name}": torch.zeros(7)}
-    tasks = method.ask(method.start(), 1, {client: {"epochs": 1} for client in clients})
-    answers = method.work_together([(tasks[client.name], client) for client in clients.values()])
+    tasks = method.configure(method.initialise(), 1, {client: {"epochs": 1} for client in clients})
+    answers = method.execute_together([(tasks[client.name], client) for client in clients.values()])
     assert [type(answer) for answer in answers] == [Update, UpdateError, Update]
     assert f"{name} has shape (7,)" in str(answers[1])
 
@@ -305,12 +307,12 @@ def test_a_client_whose_loss_is_not_finite_fails_alone(tiny: dict[str, str]) -> 
     method = make(tiny["bert"], "lora", rank=4, training={"batch_size": 3, "optimizer": "sgd"})
     examples = examples_for("classification")
     clients = [Client(name, ClientData(name, examples[:4])) for name in "abc"]
-    state = method.start()
-    tasks = method.ask(state, 1, {name: {"epochs": 1} for name in "abc"})
+    state = method.initialise()
+    tasks = method.configure(state, 1, {name: {"epochs": 1} for name in "abc"})
     bad = {name: torch.full_like(t, torch.nan) for name, t in tasks["b"].tensors.items()}
     tasks["b"] = replace(tasks["b"], tensors=bad)
-    alone = method.work(tasks["a"], Client("a", ClientData("a", examples[:4])))
-    answers = method.work_together([(tasks[c.name], c) for c in clients])
+    alone = method.execute(tasks["a"], Client("a", ClientData("a", examples[:4])))
+    answers = method.execute_together([(tasks[c.name], c) for c in clients])
     assert isinstance(answers[1], UpdateError)
     assert "not finite after 0 steps" in str(answers[1])
     assert isinstance(answers[0], Update)

@@ -233,7 +233,7 @@ def test_a_large_batch_goes_through_in_parts(tiny: dict[str, str]) -> None:
     updates = []
     for size, amount in ((10, {"epochs": 1}), (4, {"epochs": 1, "batches": 1})):
         method = make(tiny["bert"], "prefix", training={"batch_size": size})
-        task = method.ask(method.start(), 1, {"c": amount})["c"]
+        task = method.configure(method.initialise(), 1, {"c": amount})["c"]
         rows: list[int] = []
         original = method.objective.loss
 
@@ -242,7 +242,7 @@ def test_a_large_batch_goes_through_in_parts(tiny: dict[str, str]) -> None:
             return original(model, batch)
 
         method.objective.loss = noted  # type: ignore[method-assign]
-        updates.append(method.work(task, Client(client.name, client.data)))
+        updates.append(method.execute(task, Client(client.name, client.data)))
         assert rows == ([10] if size == 10 else [4, 4, 2])
     whole, parts = updates
     assert whole.values["steps"] == parts.values["steps"] == 1
@@ -255,6 +255,6 @@ def test_a_large_batch_goes_through_in_parts(tiny: dict[str, str]) -> None:
 @pytest.mark.parametrize("batches", [0, -1, 2.0, True, "3"])
 def test_a_client_checks_what_it_is_asked(tiny: dict[str, str], batches: Any) -> None:
     method = make(tiny["bert"], "prefix")
-    task = method.ask(method.start(), 1, {"c": {"epochs": 1, "batches": batches}})["c"]
+    task = method.configure(method.initialise(), 1, {"c": {"epochs": 1, "batches": batches}})["c"]
     with pytest.raises(UpdateError, match=r"batches .* must be a whole number from 1"):
-        method.work(task, Client("c", ClientData("c", classification_examples(4))))
+        method.execute(task, Client("c", ClientData("c", classification_examples(4))))

@@ -13,7 +13,7 @@ import transformers
 from rich.console import Console
 
 import fedcustom
-from fedcustom.cli.progress_bar import Display
+from fedcustom.cli.progress_bar import ProgressDisplay
 from fedcustom.core.errors import RecipeError
 from fedcustom.models.load import LINEAR_HEADS
 from fedcustom.recipe.label_skew import in_words
@@ -117,7 +117,7 @@ def test_a_run_by_default_is_the_run_with_them(
 
 def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
     written = StringIO()
-    display = Display(Console(file=written, width=100))
+    display = ProgressDisplay(Console(file=written, width=100))
     display.started(load_recipe(small, {"rounds.count": 5}).complete(), 0, Path())
     kept = "not fitted: 1 of 4 clients answered"
     for row in ({"round": 1}, {"round": 5, "train_loss": None, "method": {"head": kept}}):
@@ -161,7 +161,7 @@ def test_in_words(small: dict[str, Any], overrides: dict[str, Any], said: str | 
 def test_progress_says_what_is_done_against_label_skew(small: dict[str, Any], quiet: bool) -> None:
     written = StringIO()
     recipe = load_recipe(small, {"rounds.count": 5}).complete().settled(4)
-    Display(Console(file=written, width=200), quiet=quiet).started(recipe, 0, Path())
+    ProgressDisplay(Console(file=written, width=200), quiet=quiet).started(recipe, 0, Path())
     said = "federated prefix: against label skew, all clients fit the head in rounds 1, 5, and it rests"
     assert (said in written.getvalue()) != quiet
 

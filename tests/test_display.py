@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import fedcustom
-from fedcustom.cli.progress_bar import Display, asked, size
+from fedcustom.cli.progress_bar import ProgressDisplay, asked, size
 from fedcustom.federated.callbacks import Outline
 from fedcustom.recipe.recipe import load_recipe
 from test_run import rows_of
@@ -27,15 +27,15 @@ class Clock:
         return self.now
 
 
-def shown(**options: Any) -> tuple[Display, Clock, StringIO]:
+def shown(**options: Any) -> tuple[ProgressDisplay, Clock, StringIO]:
     """A display without its thread, its clock, and what it wrote."""
     clock, written = Clock(), StringIO()
-    display = Display(Console(file=written, width=200), "one", clock=clock, **options)
+    display = ProgressDisplay(Console(file=written, width=200), "one", clock=clock, **options)
     display._beat = lambda: None  # type: ignore[method-assign]
     return display, clock, written
 
 
-def beat_until(display: Display, clock: Clock, end: float) -> None:
+def beat_until(display: ProgressDisplay, clock: Clock, end: float) -> None:
     """A beat a second, as the thread gives it."""
     while clock.now < end:
         clock.now += 1
@@ -82,7 +82,7 @@ def test_quiet_says_nothing() -> None:
 
 def test_the_thread_speaks_and_ends() -> None:
     clock, written = Clock(), StringIO()
-    display = Display(Console(file=written, width=200), clock=clock)
+    display = ProgressDisplay(Console(file=written, width=200), clock=clock)
     display.phase("reading the data")
     thread, clock.now = display._thread, 11.0
     assert thread is not None
@@ -97,7 +97,7 @@ def test_the_thread_speaks_and_ends() -> None:
 
 def test_on_a_terminal_the_live_line_says_it(small: dict[str, Any]) -> None:
     written = StringIO()
-    display = Display(Console(file=written, width=200, force_terminal=True))
+    display = ProgressDisplay(Console(file=written, width=200, force_terminal=True))
     display.phase("reading the data")
     display.started(load_recipe(small).complete().settled(4), 0, Path())
     display.phase("round 1 of 2, training", 3, 4)

@@ -178,7 +178,7 @@ def test_clients_that_only_speak_train_as_if_alone(distil: dict[str, Any], tmp_p
     accuracies = []
     for site in SITES:
         clients[site].memory.tensors = theirs[site]
-        scores = method.predict(method.start(), data.test, clients[site], texts=False).scores
+        scores = method.predict(method.initialise(), data.test, clients[site], texts=False).scores
         accuracies.append(np.mean(scores.argmax(1) == [example.label for example in data.test]))
     assert alone.summary["metrics"]["accuracy"] == pytest.approx(np.mean(accuracies))
 
@@ -254,11 +254,11 @@ def test_cached_labels_do_not_travel_again(distil: dict[str, Any]) -> None:
     method, clients = prepared(recipe)
     exchange = method.exchange
     assert isinstance(exchange, LabelExchange)
-    state, made, known = method.start(), {}, {site: {} for site in SITES}  # type: ignore[var-annotated]
+    state, made, known = method.initialise(), {}, {site: {} for site in SITES}  # type: ignore[var-annotated]
     last: set[int] = set()
     for number in range(1, 7):
         cohort = SITES if number % 2 else SITES[:2]  # two clients are away in every other round
-        tasks = method.ask(state, number, {site: {"steps": 1} for site in cohort})
+        tasks = method.configure(state, number, {site: {"steps": 1} for site in cohort})
         drawn = np.random.default_rng([0, 12, number]).permutation(40)[:15]
         expected = sorted(int(i) for i in drawn if i not in made or number - made[i] > 2)
         answers = []
@@ -268,7 +268,7 @@ def test_cached_labels_do_not_travel_again(distil: dict[str, Any]) -> None:
                 lacking = sorted(i for i in last if known[site].get(i) != made[i])
                 assert unpack_positions(tasks[site].tensors[FRESH], 40).tolist() == lacking
                 known[site] |= {i: made[i] for i in lacking}
-            update = method.work(tasks[site], clients[site])
+            update = method.execute(tasks[site], clients[site])
             method.check(tasks[site], update)
             answers.append(Answer(site, tasks[site], update))
             if number > 1:
@@ -276,7 +276,7 @@ def test_cached_labels_do_not_travel_again(distil: dict[str, Any]) -> None:
                 assert set(current.tolist()) == last
                 cache = clients[site].memory.tensors[CACHE][current]
                 assert float((cache - state.server[SOFT][current]).abs().max()) < 1 / 255 + 1e-6
-        state = method.merge(state, answers)
+        state = method.aggregate(state, answers)
         made |= dict.fromkeys(expected, number)
         last = {int(i) for i in drawn}
         assert {int(i): int(state.server[REFRESHED][i]) for i in made} == made
@@ -286,16 +286,16 @@ def test_cached_labels_do_not_travel_again(distil: dict[str, Any]) -> None:
 
 def test_a_client_that_lost_its_cache_says_so(distil: dict[str, Any]) -> None:
     method, clients = prepared(changed(distil, direction="both", cache_duration=5))
-    state = method.start()
+    state = method.initialise()
     for number in (1, 2, 3):
-        tasks = method.ask(state, number, {"site-1": {"steps": 1}})
+        tasks = method.configure(state, number, {"site-1": {"steps": 1}})
         if number == 3:
             clients["site-1"].memory.tensors = {}
             with pytest.raises(DataError, match="'site-1' lacks soft labels that the server takes for known"):
-                method.work(tasks["site-1"], clients["site-1"])
+                method.execute(tasks["site-1"], clients["site-1"])
             break
-        update = method.work(tasks["site-1"], clients["site-1"])
-        state = method.merge(state, [Answer("site-1", tasks["site-1"], update)])
+        update = method.execute(tasks["site-1"], clients["site-1"])
+        state = method.aggregate(state, [Answer("site-1", tasks["site-1"], update)])
 
 
 @pytest.mark.parametrize(
@@ -350,17 +350,17 @@ def test_late_and_lost_answers(distil: dict[str, Any], tmp_path: Path) -> None:
 def test_a_late_answer_counts_less(distil: dict[str, Any]) -> None:
     """Weights are examples times the discount."""
     method, clients = prepared(distil)
-    state = method.start()
-    tasks = method.ask(state, 1, {site: {"steps": 1} for site in SITES[:2]})
+    state = method.initialise()
+    tasks = method.configure(state, 1, {site: {"steps": 1} for site in SITES[:2]})
     answers = [
-        Answer(site, tasks[site], method.work(tasks[site], clients[site]), discount)
+        Answer(site, tasks[site], method.execute(tasks[site], clients[site]), discount)
         for site, discount in zip(SITES, (1.0, 0.25), strict=False)
     ]
     assert isinstance(method.exchange, LabelExchange)
     said = [method.exchange._read(a.task, a.update.tensors)[1] for a in answers]
     weights = [len(clients[site].data.train) * d for site, d in zip(SITES, (1.0, 0.25), strict=False)]
     expected = (weights[0] * said[0] + weights[1] * said[1]) / sum(weights)
-    torch.testing.assert_close(method.merge(state, answers).server[SOFT], expected)
+    torch.testing.assert_close(method.aggregate(state, answers).server[SOFT], expected)
 
 
 def test_label_prior() -> None:
@@ -378,9 +378,9 @@ def test_logit_adjustment_changes_training_only(distil: dict[str, Any]) -> None:
             {**distil, "training": {**distil["training"], "logit_adjustment": float(adjust)}}
         )
         client = clients["site-0"]
-        task = method.ask(method.start(), 1, {"site-0": {"steps": 1}})["site-0"]
-        untrained = method.predict(method.start(), client.data.train, client, texts=False).scores
-        losses[adjust] = method.work(task, client).values["loss"]
+        task = method.configure(method.initialise(), 1, {"site-0": {"steps": 1}})["site-0"]
+        untrained = method.predict(method.initialise(), client.data.train, client, texts=False).scores
+        losses[adjust] = method.execute(task, client).values["loss"]
         offset = label_offset([e.label for e in client.data.train], 3).numpy() if adjust else 0.0
         seed = [0, 5, fedcustom.core.seeds.name_seed("site-0")]
         chosen = example_order(len(client.data.train), 0, 8, seed)
@@ -395,8 +395,8 @@ def test_logit_adjustment_changes_training_only(distil: dict[str, Any]) -> None:
 
 def test_unsound_answers_are_refused(distil: dict[str, Any]) -> None:
     method, clients = prepared(distil)
-    task = method.ask(method.start(), 1, {"site-0": {"epochs": 1}})["site-0"]
-    good = method.work(task, clients["site-0"])
+    task = method.configure(method.initialise(), 1, {"site-0": {"epochs": 1}})["site-0"]
+    good = method.execute(task, clients["site-0"])
     method.check(task, good)
     assert set(good.tensors) == {"probabilities"}
 
@@ -419,11 +419,11 @@ def test_unsound_answers_are_refused(distil: dict[str, Any]) -> None:
 
 def test_an_answer_to_nothing_is_refused(distil: dict[str, Any]) -> None:
     method, clients = prepared(changed(distil, cache_duration=9))
-    state = method.start()
+    state = method.initialise()
     for number in (1, 2):
-        task = method.ask(state, number, {"site-0": {"steps": 1}})["site-0"]
-        update = method.work(task, clients["site-0"])
-        state = method.merge(state, [Answer("site-0", task, update)])
+        task = method.configure(state, number, {"site-0": {"steps": 1}})["site-0"]
+        update = method.execute(task, clients["site-0"])
+        state = method.aggregate(state, [Answer("site-0", task, update)])
     assert update.tensors == {}  # all was cached
     with pytest.raises(UpdateError, match="nothing was asked for"):
         method.check(task, Update({"probabilities": torch.zeros(1)}, 1.0, update.values))

@@ -121,9 +121,9 @@ def test_the_best_teacher_of_each_text_is_taken(speaking: dict[str, Any]) -> Non
     method, clients = prepared(speaking)
     exchange = method.exchange
     assert isinstance(exchange, TokenExchange)
-    state = method.start()
-    tasks = method.ask(state, 1, {name: {"epochs": 6} for name in clients})
-    updates = {name: method.work(tasks[name], client) for name, client in clients.items()}
+    state = method.initialise()
+    tasks = method.configure(state, 1, {name: {"epochs": 6} for name in clients})
+    updates = {name: method.execute(tasks[name], client) for name, client in clients.items()}
     for name, update in updates.items():
         method.check(tasks[name], update)
     server = exchange.speaker(method.models.server)
@@ -140,7 +140,7 @@ def test_the_best_teacher_of_each_text_is_taken(speaking: dict[str, Any]) -> Non
             lesson = translator.lesson(text, rows[start:stop], own[text])
             lessons[text].append((lesson.loss, lesson.own_loss))
     expected = sum(min(losses)[0] < min(losses)[1] for losses in lessons.values())
-    merged = method.merge(state, [Answer(n, tasks[n], update) for n, update in updates.items()])
+    merged = method.aggregate(state, [Answer(n, tasks[n], update) for n, update in updates.items()])
     assert merged.values["method"]["taught"] == expected > 0
     # A model that knows nothing is no teacher: the server against itself has nothing to learn.
     loss = exchange._teach(server, state.tensors, {}, [0], "server", 1.0)
@@ -196,7 +196,7 @@ def test_clients_learn_from_a_server_with_other_tokens(speaking: dict[str, Any],
     speaking["model"] = {"base": str(tmp_path / "server")}
     speaking["method"] |= {"client_epochs": 6, "samples_per_round": 20}
     method, clients = prepared(speaking)
-    tasks = method.ask(method.start(), 1, {name: {"steps": 1} for name in clients})
+    tasks = method.configure(method.initialise(), 1, {name: {"steps": 1} for name in clients})
     assert isinstance(method.exchange, TokenExchange)
     for name in ("client-0", "client-1"):
         learner = method.models.of(method.models.number_of(name))

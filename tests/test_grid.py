@@ -43,16 +43,16 @@ def two_rounds(method: WeightTuning, kind: str) -> tuple[Any, set[str]]:
     examples = examples_for(kind)
     parts = {"a": examples[:4], "b": examples[4:10]}
     clients = {name: Client(name, ClientData(name, part)) for name, part in parts.items()}
-    state, came = method.start(), set()
+    state, came = method.initialise(), set()
     for number in (1, 2):
         answers = []
         for name, client in clients.items():
-            task = method.ask(state, number, {name: {"epochs": 1}})[name]
-            update = method.work(task, client)
+            task = method.configure(state, number, {name: {"epochs": 1}})[name]
+            update = method.execute(task, client)
             method.check(task, update)
             came |= update.tensors.keys()
             answers.append(Answer(name, task, update))
-        state = method.merge(state, answers)
+        state = method.aggregate(state, answers)
     return state, came
 
 
@@ -61,31 +61,31 @@ def two_rounds(method: WeightTuning, kind: str) -> tuple[Any, set[str]]:
 def test_every_method_on_every_model(tiny: dict[str, str], tmp_path: Path, name: str, model: str) -> None:
     kind, technique = MODELS[model], name.split()[0]
     method = make(tiny[model], technique, kind, **SETTINGS[name])
-    parameters = {id(p): n for n, p in method.tuned.parameters.items()}
+    parameters = {id(p): n for n, p in method.trainable.parameters.items()}
     before = {
-        n: p.detach().clone() for n, p in method.tuned.model.named_parameters() if id(p) not in parameters
+        n: p.detach().clone() for n, p in method.trainable.model.named_parameters() if id(p) not in parameters
     }
-    start = method.start().tensors
+    start = method.initialise().tensors
     state, came = two_rounds(method, kind)
 
     kept = {n for n in start if KEEPS.get(name, "-") in n}
     declared = {n for n in start if not n.startswith("base_change/")} - kept
     if name == "lora flora":  # whose state is the base; the factors begin anew in each round
-        assert came - declared == {n for n in method.tuned.read() if ".lora_" in n}
+        assert came - declared == {n for n in method.trainable.read() if ".lora_" in n}
     else:
         assert came == declared
     assert any(not torch.equal(state.tensors[n], t) for n, t in start.items())
     assert all(torch.equal(state.tensors[n], start[n]) for n in kept)
-    for key, parameter in method.tuned.model.named_parameters():
+    for key, parameter in method.trainable.model.named_parameters():
         # Where a network trains the virtual tokens, these are written by it.
         written = "prompt_encoder" in key or (name in CHANGES_BASE and key.endswith("base_layer.weight"))
         if key in before and not written:
             assert torch.equal(parameter, before[key]), key
 
-    method.finish(state, tmp_path / "model")
+    method.export(state, tmp_path / "model")
     examples = examples_for(kind)[:3]
     batch = plain_batch(tiny[model], kind, model, examples)
-    ours = logits(method.tuned.model.eval(), batch)
+    ours = logits(method.trainable.model.eval(), batch)
     if (tmp_path / "model" / "adapter_config.json").exists():
         from peft import PeftModel
 
@@ -96,5 +96,5 @@ def test_every_method_on_every_model(tiny: dict[str, str], tmp_path: Path, name:
 
     again = make(tiny[model], technique, kind, **SETTINGS[name])
     opened = again.open(tmp_path / "model")
-    again.tuned.write(again.ownership.complete(opened.tensors))
-    torch.testing.assert_close(logits(again.tuned.model.eval(), batch), ours, rtol=1e-4, atol=1e-5)
+    again.trainable.write(again.ownership.complete(opened.tensors))
+    torch.testing.assert_close(logits(again.trainable.model.eval(), batch), ours, rtol=1e-4, atol=1e-5)

@@ -36,11 +36,11 @@ def asked(
     method: WeightTuning, state: State, clients: dict[str, Client], number: int = 1
 ) -> tuple[dict[str, Task], list[Answer]]:
     """The tasks of one exchange, and the clients' answers as the server takes them."""
-    tasks = method.ask(state, number, {name: {"epochs": 1} for name in clients})
+    tasks = method.configure(state, number, {name: {"epochs": 1} for name in clients})
     answers = []
     for name in tasks:
         client = clients[name]
-        update = method.work(tasks[name], client)
+        update = method.execute(tasks[name], client)
         method.check(tasks[name], update)
         answers.append(Answer(name, tasks[name], update))
     return tasks, answers
@@ -50,10 +50,10 @@ def fitted(
     method: WeightTuning, clients: dict[str, Client], state: State | None = None, number: int = 1
 ) -> State:
     """The state after a whole round, with all its exchanges."""
-    state = state or method.start()
-    state = method.merge(state, iter(asked(method, state, clients, number)[1]))
+    state = state or method.initialise()
+    state = method.aggregate(state, iter(asked(method, state, clients, number)[1]))
     while UNFINISHED in state.values:
-        state = method.merge(state, iter(asked(method, state, clients, number)[1]))
+        state = method.aggregate(state, iter(asked(method, state, clients, number)[1]))
     return state
 
 
@@ -67,8 +67,8 @@ def labels_of(examples: Iterable[Example]) -> np.ndarray[Any, Any]:
 
 def inputs_of(method: WeightTuning, state: State, examples: list[Example]) -> np.ndarray[Any, Any]:
     """What goes into the last layer, from the model's own parts and one text at a time."""
-    method.tuned.write(state.tensors)
-    model = method.tuned.model.eval()
+    method.trainable.write(state.tensors)
+    model = method.trainable.model.eval()
     tokenizer, rows = method.base.tokenizer, []
     for example in examples:
         batch = tokenizer(example.text, return_tensors="pt", truncation=True, max_length=24)
@@ -104,7 +104,7 @@ def by_density(
 def test_logits_are_those_of_gaussians(tiny: dict[str, str], technique: str) -> None:
     """From clients with other labels each; what changes is the last layer alone."""
     method = make(tiny["bert"], technique, training=SUMS)
-    clients, state = skewed(), method.start()
+    clients, state = skewed(), method.initialise()
     merged = fitted(method, clients)
     examples, asked_of = examples_of(clients), classification_examples(9)
     vectors = inputs_of(method, state, [*examples, *asked_of])
@@ -120,7 +120,7 @@ def test_logits_are_those_of_gaussians(tiny: dict[str, str], technique: str) -> 
 def test_the_head_is_scikit_learns_logistic_regression(tiny: dict[str, str], technique: str) -> None:
     """On all examples in one place; theirs has C for vectors as long as these."""
     method = make(tiny["bert"], technique, training={**TIGHT, "fit_head_c": 5.0})
-    clients, state = skewed(), method.start()
+    clients, state = skewed(), method.initialise()
     examples, asked_of = examples_of(clients), classification_examples(9)
     model = method.base.model
     vectors = method.head_fit.inputs(method.tokens([*examples, *asked_of])).double().numpy()
@@ -144,15 +144,15 @@ def test_skew_makes_no_difference(tiny: dict[str, str], technique: str) -> None:
     """The clients' head is that of one client with all examples, alone or in a batch."""
     for training, within in ((SUMS, 1e-5), ({**TIGHT, "fit_head_c": 1.0}, 1e-3)):
         method = make(tiny["bert"], technique, training=training)
-        clients, state = skewed(), method.start()
+        clients, state = skewed(), method.initialise()
         tasks, answers = asked(method, state, clients)
-        together = method.work_together([(tasks[name], client) for name, client in clients.items()])
+        together = method.execute_together([(tasks[name], client) for name, client in clients.items()])
         for answer, update in zip(answers, together, strict=True):
             assert isinstance(update, Update)
             assert all(torch.equal(t, update.tensors[n]) for n, t in answer.update.tensors.items())
         pooled = {"all": Client("all", ClientData("all", examples_of(clients)))}
         states = [fitted(method, clients), fitted(method, pooled)]
-        heads = [Update({name: after.tensors[name] for name in method.tuned.head}) for after in states]
+        heads = [Update({name: after.tensors[name] for name in method.trainable.head}) for after in states]
         # What the tiny model makes of a soft prompt hardly varies: its head magnifies float32's rounding.
         assert distance(*heads) < (2e-2 if technique == "soft_prompt" else within)
 
@@ -205,20 +205,20 @@ def test_single_examples_are_withheld(tiny: dict[str, str]) -> None:
     clients = skewed()
     expected = fitted(method, clients).tensors
     more = {**clients, "d": alone_with(0)}
-    state = method.start()
+    state = method.initialise()
     tasks, answers = asked(method, state, more)
     sent = answers[-1].update
     assert sent.tensors["counts"].tolist() == [0, 1, 0]
     assert sent.tensors["totals"].numel() == sent.tensors["factor"].numel() == 0
     assert sent.weight == 1
     scale = Task("scale head", {POINT: torch.ones(3, WIDTH + 1)}, {"round": 1})
-    after = method.work(scale, more["d"])
+    after = method.execute(scale, more["d"])
     assert isinstance(after, Update)
     assert after.weight == 0
     assert not any(tensor.any() for tensor in after.tensors.values())
     kinds = [tasks["d"].kind]
     while True:
-        state = method.merge(state, iter(answers))
+        state = method.aggregate(state, iter(answers))
         if UNFINISHED not in state.values:
             break
         tasks, answers = asked(method, state, more)
@@ -229,10 +229,10 @@ def test_single_examples_are_withheld(tiny: dict[str, str]) -> None:
     assert "(1 of them, the only ones of their label at a client, not in the sums)" in str(
         state.values["method"]
     )
-    heads = [Update({n: tensors[n] for n in method.tuned.head}) for tensors in (expected, state.tensors)]
+    heads = [Update({n: tensors[n] for n in method.trainable.head}) for tensors in (expected, state.tensors)]
     assert distance(*heads) < 0.05
     # Two of a label are summed, the third is not.
-    counts = asked(method, method.start(), {"d": alone_with(2)})[1][0].update.tensors
+    counts = asked(method, method.initialise(), {"d": alone_with(2)})[1][0].update.tensors
     assert {name: tuple(t.shape) for name, t in counts.items()} == {
         "counts": (3,), "totals": (1, WIDTH), "factor": (WIDTH + WIDTH - 1,),
     }  # fmt: skip
@@ -240,7 +240,7 @@ def test_single_examples_are_withheld(tiny: dict[str, str]) -> None:
 
 def test_singles_alone_fit_nothing(tiny: dict[str, str]) -> None:
     method = make(tiny["bert"], "bitfit", training=ROUND)
-    before = method.start()
+    before = method.initialise()
     after = fitted(method, {"d": alone_with(0)}, before)
     assert all(torch.equal(after.tensors[n], t) for n, t in before.tensors.items())
     assert after.values == {"method": {"head": "not fitted: no client has two examples of a label"}}
@@ -251,12 +251,12 @@ def test_a_head_that_could_not_be_fitted_trains(tiny: dict[str, str]) -> None:
     for client, unfitted in (alone_with(0), True), (alone_with(9), False):
         method = make(tiny["bert"], "lora", training={**ROUND, "freeze_head_rounds": 9})
         state = fitted(method, {"d": client})
-        task = method.ask(state, 2, {"d": {"epochs": 1}})["d"]
+        task = method.configure(state, 2, {"d": {"epochs": 1}})["d"]
         assert (HEAD_UNFITTED in task.values) == unfitted
-        update = method.work(task, client)
+        update = method.execute(task, client)
         method.check(task, update)
         assert any("classifier" in name for name in update.tensors) == unfitted
-        after = method.merge(state, iter([Answer("d", task, update)]))
+        after = method.aggregate(state, iter([Answer("d", task, update)]))
         changed = {n for n, tensor in state.tensors.items() if not torch.equal(tensor, after.tensors[n])}
         assert any("classifier" in name for name in changed) == unfitted
 
@@ -265,9 +265,9 @@ def test_a_local_head_of_single_examples(tiny: dict[str, str]) -> None:
     """A client withholds nothing from itself."""
     method = make(tiny["bert"], "bitfit", training=ROUND)
     method.context = method.ownership.context = replace(method.context, keeps="everything")
-    method.ownership.initial = method.tuned.read()
+    method.ownership.initial = method.trainable.read()
     client = alone_with(1)
-    method.work(method.ask(method.start(), 1, {"d": {"epochs": 1}})["d"], client)
+    method.execute(method.configure(method.initialise(), 1, {"d": {"epochs": 1}})["d"], client)
     own = {name.removeprefix("state/"): t for name, t in client.memory.tensors.items()}
     vectors = method.head_fit.inputs(method.tokens(client.data.train)).numpy()
     labels = [example.label for example in client.data.train]
@@ -284,7 +284,7 @@ def test_once_fitted_the_adjustment_is_relative_to_the_labels_of_all(tiny: dict[
     labels = {name: [e.label for e in client.data.train] for name, client in clients.items()}
     together = [sum(rows.count(c) for rows in labels.values()) for c in range(LABELS)]
     assert state.values["label_counts"] == together
-    for name, task in method.ask(state, 2, {name: {"epochs": 1} for name in clients}).items():
+    for name, task in method.configure(state, 2, {name: {"epochs": 1} for name in clients}).items():
         everybody = (np.array(together) + 1) / (sum(together) + LABELS)
         own = (np.bincount(labels[name], minlength=LABELS) + LABELS * everybody) / (
             len(labels[name]) + LABELS
@@ -294,7 +294,7 @@ def test_once_fitted_the_adjustment_is_relative_to_the_labels_of_all(tiny: dict[
         assert offset.numpy() == pytest.approx(np.log(own / everybody), rel=1e-5)
         for wrong in ([1, 2], [1, 2, -3], [1, 2, True], [1, 2, 3.0], "123"):
             with pytest.raises(UpdateError, match=r"label_counts .* must be 3 whole numbers"):
-                method.work(replace(task, values={**task.values, "label_counts": wrong}), clients[name])
+                method.execute(replace(task, values={**task.values, "label_counts": wrong}), clients[name])
     method.context = replace(method.context, keeps="everything")
     assert method._label_offset(task, clients[name]) is None
 
@@ -305,7 +305,7 @@ def test_a_fit_to_few_clients_is_none(tiny: dict[str, str]) -> None:
         training = ROUND if of == 4 else {**ROUND, "fit_head_clients": of}
         method = make(tiny["bert"], "prefix", training=training, clients=4)
         clients = {name: client for name, client in skewed().items() if name in ("b", "c")[-answering:]}
-        before = method.start()
+        before = method.initialise()
         after = fitted(method, clients, before)
         assert ("label_counts" in after.values) == is_fitted
         assert all(torch.equal(after.tensors[n], before.tensors[n]) for n in before.tensors) == (
@@ -326,7 +326,7 @@ def test_a_former_head_is_forgotten(tiny: dict[str, str], optimizer: str) -> Non
     settings = AggregationSettings(server_optimizer=optimizer)  # type: ignore[arg-type]
     method = make(tiny["bert"], "bitfit", training={"fit_head_rounds": [2]}, aggregation=settings)
     method.context = method.ownership.context = replace(method.context, keeps="optimizer")
-    client, state = skewed()["c"], method.start()
+    client, state = skewed()["c"], method.initialise()
     for number in (1, 2):
         state = fitted(method, {"c": client}, state, number)
         if number == 1:
@@ -341,8 +341,8 @@ def test_a_former_head_is_forgotten(tiny: dict[str, str], optimizer: str) -> Non
         "label_counts": [2, 3, 4],
         "method": {"head": "fitted to 9 examples of 1 clients"},
     }
-    task = method.ask(state, 3, {"c": {"epochs": 1}})["c"]
-    method.check(task, method.work(task, client))
+    task = method.configure(state, 3, {"c": {"epochs": 1}})["c"]
+    method.check(task, method.execute(task, client))
     assert not method.head_fit.vectors  # of what the model was
 
 
@@ -353,11 +353,11 @@ def test_a_local_head(tiny: dict[str, str], steps: int) -> None:
     method = make(tiny["bert"], "bitfit", training=training)
     alone = make(tiny["bert"], "bitfit", training=training)
     alone.context = alone.ownership.context = replace(alone.context, keeps="everything")
-    alone.ownership.initial = alone.tuned.read()
+    alone.ownership.initial = alone.trainable.read()
     client = skewed()["c"]
     expected = fitted(method, {"c": skewed()["c"]}).tensors
-    task = alone.ask(alone.start(), 1, {"c": {"epochs": 1}})["c"]
-    update = alone.work(task, client)
+    task = alone.configure(alone.initialise(), 1, {"c": {"epochs": 1}})["c"]
+    update = alone.execute(task, client)
     alone.check(task, update)
     assert not update.tensors
     assert not alone.head_fit.vectors
@@ -370,12 +370,12 @@ def test_a_local_head(tiny: dict[str, str], steps: int) -> None:
 def test_a_compiled_model(tiny: dict[str, str]) -> None:
     """Compiled before or after: the sums are the same, and nothing of them stays in the model."""
     plain = make(tiny["bert"], "prefix", training=ROUND)
-    expected = asked(plain, plain.start(), skewed())[1]
+    expected = asked(plain, plain.initialise(), skewed())[1]
     method = make(tiny["bert"], "prefix", training=ROUND)
-    method.tuned.model.compile(backend="eager", dynamic=True)
-    method.predict(method.start(), classification_examples(3), texts=False)
+    method.trainable.model.compile(backend="eager", dynamic=True)
+    method.predict(method.initialise(), classification_examples(3), texts=False)
     for _ in range(2):
-        found = asked(method, method.start(), skewed())[1]
+        found = asked(method, method.initialise(), skewed())[1]
         for one, other in zip(expected, found, strict=True):
             assert all(torch.equal(t, other.update.tensors[n]) for n, t in one.update.tensors.items())
     assert not method.head_fit.layer._forward_pre_hooks

@@ -22,7 +22,7 @@ def damaged(update: Update, **tensors: torch.Tensor) -> Update:
 
 def test_sums_that_nobody_has_are_refused(tiny: dict[str, str]) -> None:
     method = make(tiny["bert"], "prefix", training=ROUND)
-    tasks, answers = asked(method, method.start(), {"b": skewed()["b"]})
+    tasks, answers = asked(method, method.initialise(), {"b": skewed()["b"]})
     task, update = tasks["b"], answers[0].update
     counts, totals, factor = (update.tensors[n] for n in ("counts", "totals", "factor"))
     rows = int(counts.sum())
@@ -59,7 +59,7 @@ def test_sums_that_nobody_has_are_refused(tiny: dict[str, str]) -> None:
 
 def test_losses_and_gradients_that_nobody_has_are_refused(tiny: dict[str, str]) -> None:
     method = make(tiny["bert"], "prefix", training=ROUND)
-    clients, state = skewed(), method.start()
+    clients, state = skewed(), method.initialise()
     wrong: dict[str, dict[str, Any]] = {
         "scale head": {
             "losses below 0": {"losses": -torch.ones(len(TEMPERATURES))},
@@ -73,7 +73,7 @@ def test_losses_and_gradients_that_nobody_has_are_refused(tiny: dict[str, str]) 
             "wrong tensor names": {"losses": torch.ones(len(TEMPERATURES))},
         },
     }
-    state = method.merge(state, iter(asked(method, state, clients)[1]))
+    state = method.aggregate(state, iter(asked(method, state, clients)[1]))
     for kind, cases in wrong.items():
         tasks, answers = asked(method, state, clients)
         assert {task.kind for task in tasks.values()} == {kind}
@@ -87,37 +87,37 @@ def test_losses_and_gradients_that_nobody_has_are_refused(tiny: dict[str, str]) 
             for objective in (None, -1.0, float("nan"), float("inf"), "1"):
                 with pytest.raises(UpdateError, match="is not a sum of losses"):
                     method.check(tasks["b"], replace(answers[1].update, values={"objective": objective}))
-        state = method.merge(state, iter(answers))
+        state = method.aggregate(state, iter(answers))
 
 
 def test_a_client_that_was_started_anew(tiny: dict[str, str]) -> None:
     """It says so, and the others go on; where they are fewer than half, the discriminant stays."""
     method = make(tiny["bert"], "bitfit", training=ROUND)
-    clients, state = skewed(), method.start()
-    state = method.merge(state, iter(asked(method, state, clients)[1]))
+    clients, state = skewed(), method.initialise()
+    state = method.aggregate(state, iter(asked(method, state, clients)[1]))
     first = state
     for name, left in (("a", 2), ("b", 1)):
-        state = method.merge(state, iter(asked(method, state, clients)[1]))  # of scales, or gradients
+        state = method.aggregate(state, iter(asked(method, state, clients)[1]))  # of scales, or gradients
         method.head_fit.vectors.pop(name)
-        task = method.ask(state, 1, {name: {}})[name]
+        task = method.configure(state, 1, {name: {}})[name]
         with pytest.raises(UpdateError, match="vectors of this round are gone: this client was started anew"):
-            method.work(task, clients.pop(name))
+            method.execute(task, clients.pop(name))
         assert len(clients) == left
-    state = method.merge(state, iter(asked(method, state, clients)[1]))
+    state = method.aggregate(state, iter(asked(method, state, clients)[1]))
     assert UNFINISHED not in state.values
     assert "; 1 of 3 clients went on; kept the discriminant" in str(state.values["method"])
     scale = state.tensors["classifier.weight"] / first.tensors["classifier.weight"]
     assert float(scale.max() - scale.min()) < 1e-5  # the discriminant, scaled
     # The rest's own head, where they are enough.
     clients = skewed()
-    state = method.merge(method.start(), iter(asked(method, method.start(), clients)[1]))
+    state = method.aggregate(method.initialise(), iter(asked(method, method.initialise(), clients)[1]))
     clients.pop("c")
     while UNFINISHED in state.values:
-        state = method.merge(state, iter(asked(method, state, clients)[1]))
+        state = method.aggregate(state, iter(asked(method, state, clients)[1]))
     assert "kept" not in str(state.values["method"])
     # None at all.
-    state = method.merge(method.start(), iter(asked(method, method.start(), clients)[1]))
-    state = method.merge(state, iter([]))
+    state = method.aggregate(method.initialise(), iter(asked(method, method.initialise(), clients)[1]))
+    state = method.aggregate(state, iter([]))
     assert "; 0 of 2 clients went on; kept the discriminant" in str(state.values["method"])
 
 
@@ -128,10 +128,10 @@ def test_only_what_the_recipe_asks_for_is_answered(tiny: dict[str, str]) -> None
         ([1], "train"), ([2], "fit head"), ([], "fit head"), ([2], "head gradient"), ([], "scale head")
     ):  # fmt: skip
         method = make(tiny["bert"], "prefix", training={"fit_head_rounds": rounds})
-        task = replace(method.ask(method.start(), 1, {"c": {"epochs": 1}})["c"], kind=kind)
+        task = replace(method.configure(method.initialise(), 1, {"c": {"epochs": 1}})["c"], kind=kind)
         with pytest.raises(UpdateError, match=f"no task '{kind}' in round 1"):
-            method.work(task, client)
-        (answer,) = method.work_together([(task, client)])
+            method.execute(task, client)
+        (answer,) = method.execute_together([(task, client)])
         assert isinstance(answer, UpdateError)
 
 
@@ -139,11 +139,11 @@ def test_no_more_steps_than_the_recipe_says(tiny: dict[str, str]) -> None:
     """A server that asks on and on learns no more than the recipe tells."""
     method = make(tiny["bert"], "bitfit", training={**ROUND, "fit_head_steps": 2})
     client = skewed()["c"]
-    first = method.ask(method.start(), 1, {"c": {"epochs": 1}})["c"]
-    method.work(first, client)
+    first = method.configure(method.initialise(), 1, {"c": {"epochs": 1}})["c"]
+    method.execute(first, client)
     point = {"head_point": torch.zeros(LABELS, WIDTH + 1)}
     step = replace(first, kind="head gradient", tensors=point)
     for _ in range(3):  # the temperature, and two gradients
-        method.check(step, method.work(step, client))
+        method.check(step, method.execute(step, client))
     with pytest.raises(UpdateError, match="more steps were asked for than"):
-        method.work(step, client)
+        method.execute(step, client)

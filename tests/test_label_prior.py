@@ -98,35 +98,35 @@ def test_training_against_a_plain_loop(
         "logit_adjustment": tau, "prior_count": floor,
     }  # fmt: skip
     method = make(tiny["bert"], technique, training=training)
-    start = method.start().tensors
+    start = method.initialise().tensors
     plain = make(tiny["bert"], technique, training={"optimizer": "sgd", "learning_rate": RATE})
     clients = skewed()
-    tasks = method.ask(method.start(), 1, {name: {"epochs": 1} for name in clients})
-    together = method.work_together([(tasks[name], client) for name, client in skewed().items()])
+    tasks = method.configure(method.initialise(), 1, {name: {"epochs": 1} for name in clients})
+    together = method.execute_together([(tasks[name], client) for name, client in skewed().items()])
     for (name, client), shared in zip(clients.items(), together, strict=True):
         examples = client.data.train
         odds = torch.tensor([((counted(examples, c) + floor) / (len(examples) + 3 * floor)) ** tau
                              for c in range(3)])  # fmt: skip
         order = example_order(len(examples), 0, len(examples), [0, 5, name_seed(name)])
         tokens = plain.tokens(examples)
-        plain.tuned.write(start)
-        plain.tuned.model.eval()
+        plain.trainable.write(start)
+        plain.trainable.model.eval()
         for begin in range(0, len(examples), 4):
             batch = plain.objective.collate([tokens[i] for i in order[begin : begin + 4]])
-            logits = plain.tuned.model(
+            logits = plain.trainable.model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
             ).logits
             weighted = odds * logits.exp()
             chosen = weighted.gather(1, batch["labels"][:, None])[:, 0] / weighted.sum(1)
-            parameters = list(plain.tuned.parameters.values())
+            parameters = list(plain.trainable.parameters.values())
             gradients = torch.autograd.grad(-chosen.log().mean(), parameters)
             with torch.no_grad():
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter -= RATE * gradient
-        after = plain.tuned.read()
+        after = plain.trainable.read()
         expected = Update({n: after[n] - start[n] for n in after})
         assert isinstance(shared, Update), shared
-        assert distance(expected, method.work(tasks[name], client)) < 1e-4
+        assert distance(expected, method.execute(tasks[name], client)) < 1e-4
         assert distance(expected, shared) < 1e-4
 
 
@@ -134,7 +134,7 @@ def test_it_is_for_training_alone(tiny: dict[str, str]) -> None:
     examples = classification_examples(12)
     on = make(tiny["bert"], "prefix", training={"logit_adjustment": 1.0})
     off = make(tiny["bert"], "prefix")
-    said = [m.predict(m.start(), examples, texts=False).scores for m in (on, off)]
+    said = [m.predict(m.initialise(), examples, texts=False).scores for m in (on, off)]
     assert said[0].tolist() == said[1].tolist()
 
 
@@ -144,7 +144,7 @@ def test_a_client_of_its_own_keeps_its_prior(tiny: dict[str, str]) -> None:
     own = []
     for training in (options, {}):
         method = make(tiny["bert"], "lora", training=training)
-        own.append(method.adapt(method.start(), skewed()["b"], 1).tensors)
+        own.append(method.adapt(method.initialise(), skewed()["b"], 1).tensors)
     assert all(torch.equal(own[0][name], own[1][name]) for name in own[0])
 
 
@@ -153,12 +153,12 @@ def test_a_head_that_rests(tiny: dict[str, str], together: bool) -> None:
     """In its first rounds the head neither changes nor travels up; the rest trains as with a fixed head."""
     training = {"freeze_head_rounds": 1, "optimizer": "sgd", "learning_rate": RATE}
     method = make(tiny["bert"], "lora", training=training)
-    head = method.tuned.head
+    head = method.trainable.head
     for number in (1, 2):
         clients = skewed()
-        tasks = method.ask(method.start(), number, {name: {"epochs": 1} for name in clients})
+        tasks = method.configure(method.initialise(), number, {name: {"epochs": 1} for name in clients})
         pairs = [(tasks[name], client) for name, client in clients.items()]
-        updates = method.work_together(pairs) if together else [method.work(*pair) for pair in pairs]
+        updates = method.execute_together(pairs) if together else [method.execute(*pair) for pair in pairs]
         for (task, _), update in zip(pairs, updates, strict=True):
             assert isinstance(update, Update)
             method.check(task, update)

@@ -26,7 +26,7 @@ def test_the_same_updates_and_fewer_layers(
 ) -> None:
     kind, options = MODELS[model], {"first_layer": 1, "training": TRAINING}
     method = make(tiny[model], technique, kind, **options)
-    _, layers = transformer_layers(method.tuned.model) or ("", torch.nn.ModuleList())
+    _, layers = transformer_layers(method.trainable.model) or ("", torch.nn.ModuleList())
     computed = [0, 0]
     next(layers[0].children()).register_forward_hook(count_into(computed, 0))
     layers[1].register_forward_hook(count_into(computed, 1))
@@ -54,18 +54,18 @@ def count_into(computed: list[int], place: int) -> Any:
 @pytest.mark.parametrize("technique", ["lora", "bitfit", "ia3"])
 def test_only_upper_layers_and_the_head_travel(tiny: dict[str, str], technique: str) -> None:
     method = make(tiny["bert"], technique, "classification", first_layer=1)
-    names = set(method.start().tensors)
+    names = set(method.initialise().tensors)
     stack, _ = transformer_layers(method.base.model) or ("", [])
-    numbers = {layer_of(name, stack) for name in names - method.tuned.head}
+    numbers = {layer_of(name, stack) for name in names - method.trainable.head}
     assert numbers == {1}
-    every = set(make(tiny["bert"], technique, "classification").start().tensors)
+    every = set(make(tiny["bert"], technique, "classification").initialise().tensors)
     assert names < every
-    assert {n for n in every if layer_of(n, stack) == 1} | method.tuned.head == names
+    assert {n for n in every if layer_of(n, stack) == 1} | method.trainable.head == names
 
 
 def test_the_head_alone(tiny: dict[str, str]) -> None:
     method = make(tiny["bert"], "bitfit", "classification", first_layer=2, training=TRAINING)
-    assert set(method.start().tensors) == method.tuned.head
+    assert set(method.initialise().tensors) == method.trainable.head
     rounds(method, "classification", together=True)
     assert method.local._lower is not None
     assert method.local._lower.passed > 0
@@ -77,10 +77,10 @@ def test_evaluation_computes_every_layer(tiny: dict[str, str]) -> None:
     rounds(method, "classification", together=False)
     ids = torch.randint(5, 300, (4, 7))
     with torch.no_grad():
-        mine = method.tuned.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        mine = method.trainable.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         plain = make(tiny["bert"], "lora", "classification", first_layer=1, training=TRAINING)
-        plain.tuned.write(method.tuned.read())
-        other = plain.tuned.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        plain.trainable.write(method.trainable.read())
+        other = plain.trainable.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     assert torch.equal(mine, other)
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import fedcustom
 from conftest import make_rows, write_jsonl
-from fedcustom.cli.progress_bar import Display
+from fedcustom.cli.progress_bar import ProgressDisplay
 from fedcustom.data.build import build_data
 from fedcustom.data.examples import ClientData, Example, FederatedData, LearningTask
 from fedcustom.federated.schedule import Plan, plan_rounds
@@ -57,7 +57,7 @@ class Interrupted(Exception):
     pass
 
 
-class Stopping(Display):
+class Stopping(ProgressDisplay):
     """Stops a run after its third round."""
 
     def round(self, row: dict[str, Any]) -> None:
@@ -69,7 +69,9 @@ class Stopping(Display):
 def test_a_run_of_many_clients(many: dict[str, Any], tmp_path: Path) -> None:
     """It asks no client more than planned, says beforehand what it asks, and does so after a stop, too."""
     written = StringIO()
-    run = fedcustom.run(many, out=tmp_path / "run", progress=Display(Console(file=written, width=300)))
+    run = fedcustom.run(
+        many, out=tmp_path / "run", progress=ProgressDisplay(Console(file=written, width=300))
+    )
     recipe = load_recipe(many).complete()
     data = build_data(recipe.data, recipe.clients, recipe.seed)
     planned = plan_rounds(recipe.settled(CLIENTS), data)

@@ -145,9 +145,9 @@ def test_training_equals_a_plain_loop(tiny: dict[str, str], model: str, kind: st
     expected = plain_losses(tiny[model], method, kind, examples, steps=4)
     for steps in (1, 4):
         ours = make(tiny[model], method, kind, **more)
-        state = ours.start()
+        state = ours.initialise()
         client = Client("here", ClientData("here", examples))
-        update = ours.work(ours.ask(state, 1, {"here": {"steps": steps}})["here"], client)
+        update = ours.execute(ours.configure(state, 1, {"here": {"steps": steps}})["here"], client)
         assert update.values["loss"] == pytest.approx(sum(expected[:steps]) / steps, abs=1e-5)
         assert update.values["steps"] == steps
         ours.check(Task("train", state.tensors, {"round": 1}), update)
@@ -159,11 +159,11 @@ def test_training_equals_a_plain_loop(tiny: dict[str, str], model: str, kind: st
 @pytest.mark.parametrize("method", list(TECHNIQUES))
 def test_only_the_declared_tensors_change(tiny: dict[str, str], method: str) -> None:
     ours = make(tiny["bert"], method)
-    everything = {name: p.detach().clone() for name, p in ours.tuned.model.named_parameters()}
+    everything = {name: p.detach().clone() for name, p in ours.trainable.model.named_parameters()}
     client = Client("here", ClientData("here", classification_examples()))
-    ours.work(ours.ask(ours.start(), 1, {"here": {"epochs": 2}})["here"], client)
-    trained = {id(p) for p in ours.tuned.parameters.values()}
-    for name, parameter in ours.tuned.model.named_parameters():
+    ours.execute(ours.configure(ours.initialise(), 1, {"here": {"epochs": 2}})["here"], client)
+    trained = {id(p) for p in ours.trainable.parameters.values()}
+    for name, parameter in ours.trainable.model.named_parameters():
         if id(parameter) not in trained:
             assert torch.equal(parameter, everything[name]), name
             assert parameter.grad is None
@@ -172,28 +172,28 @@ def test_only_the_declared_tensors_change(tiny: dict[str, str], method: str) -> 
 def test_sizes(tiny: dict[str, str]) -> None:
     head = 32 * 3 + 3
     prefix = make(tiny["bert"], "prefix", length=5)
-    assert prefix.sizes(prefix.start()) == (2 * 2 * 32 * 5, head)
-    assert prefix.start().tensors["prefix"].shape == (2, 2, 4, 5, 8)
+    assert prefix.sizes(prefix.initialise()) == (2 * 2 * 32 * 5, head)
+    assert prefix.initialise().tensors["prefix"].shape == (2, 2, 4, 5, 8)
     grouped = make(tiny["llama"], "prefix", "generation", length=5)
-    assert grouped.start().tensors["prefix"].shape == (2, 2, 2, 5, 8)  # two key-value heads, not four
+    assert grouped.initialise().tensors["prefix"].shape == (2, 2, 2, 5, 8)  # two key-value heads, not four
     lora = make(tiny["bert"], "lora", rank=3)
-    assert lora.sizes(lora.start()) == (2 * 2 * (3 * 32 + 32 * 3), head)
+    assert lora.sizes(lora.initialise()) == (2 * 2 * (3 * 32 + 32 * 3), head)
     soft = make(tiny["bert"], "soft_prompt", length=7)
-    assert soft.sizes(soft.start()) == (7 * 32, head)
+    assert soft.sizes(soft.initialise()) == (7 * 32, head)
     full = make(tiny["bert"], "full")
-    own, top = full.sizes(full.start())
+    own, top = full.sizes(full.initialise())
     assert top == head
     assert own == sum(p.numel() for name, p in full.base.model.named_parameters() if "classifier" not in name)
 
 
 def test_all_methods_begin_with_the_same_head(tiny: dict[str, str]) -> None:
-    heads = [make(tiny["bert"], method).start().tensors["classifier.weight"] for method in TECHNIQUES]
+    heads = [make(tiny["bert"], method).initialise().tensors["classifier.weight"] for method in TECHNIQUES]
     assert all(torch.equal(heads[0], head) for head in heads)
 
 
 def test_a_zero_prefix_changes_little_and_a_text_prefix_is_the_texts_cache(tiny: dict[str, str]) -> None:
     zero = make(tiny["llama"], "prefix", "generation", length=3, init="zero")
-    assert zero.start().tensors["prefix"].abs().max() == 0
+    assert zero.initialise().tensors["prefix"].abs().max() == 0
     ours = make(
         tiny["llama"], "prefix", "generation", length=6, init="text", init_text="the cat sees a dog and then"
     )
@@ -203,7 +203,7 @@ def test_a_zero_prefix_changes_little_and_a_text_prefix_is_the_texts_cache(tiny:
     # The model with the prefix continues exactly as the plain model does after the text itself.
     with torch.no_grad():
         plain = model(input_ids=torch.tensor([[*tokens, *more]])).logits[:, len(tokens) :]
-        with_prefix = ours.tuned.model(
+        with_prefix = ours.trainable.model(
             input_ids=torch.tensor([more]), attention_mask=torch.ones(1, len(more), dtype=torch.long)
         ).logits
     torch.testing.assert_close(with_prefix, plain, rtol=1e-4, atol=1e-5)
@@ -217,18 +217,18 @@ def test_a_short_text_is_repeated(tiny: dict[str, str]) -> None:
 def test_reparametrisation_stays_at_the_client(tiny: dict[str, str]) -> None:
     plain = make(tiny["bert"], "prefix", length=4)
     through = make(tiny["bert"], "prefix", length=4, reparametrise=True, reparametrise_width=16)
-    state = through.start()
-    assert equal(state.tensors, plain.start().tensors)  # the network starts as nothing
+    state = through.initialise()
+    assert equal(state.tensors, plain.initialise().tensors)  # the network starts as nothing
     client = Client("here", ClientData("here", classification_examples()))
-    update = through.work(through.ask(state, 1, {"here": {"epochs": 3}})["here"], client)
-    assert update.tensors.keys() == plain.start().tensors.keys()
+    update = through.execute(through.configure(state, 1, {"here": {"epochs": 3}})["here"], client)
+    assert update.tensors.keys() == plain.initialise().tensors.keys()
     assert update.tensors["prefix"].any()
     # What was sent acts without the network as it did with it.
     batch = through.base.tokenizer(["the cat near a house"], return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
-        trained = through.tuned.model(**batch).logits
-        plain.tuned.write(add(state.tensors, update.tensors))
-        torch.testing.assert_close(plain.tuned.model(**batch).logits, trained)
+        trained = through.trainable.model(**batch).logits
+        plain.trainable.write(add(state.tensors, update.tensors))
+        torch.testing.assert_close(plain.trainable.model(**batch).logits, trained)
 
 
 @pytest.mark.parametrize("method", list(TECHNIQUES))
@@ -243,8 +243,8 @@ def test_padding_does_not_change_predictions(
         **{**vars(ours.context), "evaluation": EvaluationSettings(batch_size=8)}
     )
     examples = [Example("cat", label=0), Example("the old dog near a small house and then a river", label=1)]
-    together = ours.predict(ours.start(), examples, texts=False).scores
-    alone = [ours.predict(ours.start(), [example], texts=False).scores[0] for example in examples]
+    together = ours.predict(ours.initialise(), examples, texts=False).scores
+    alone = [ours.predict(ours.initialise(), [example], texts=False).scores[0] for example in examples]
     for row, expected in zip(together, alone, strict=True):
         assert row == pytest.approx(expected, abs=1e-4)
 
@@ -259,9 +259,9 @@ def test_texts_written_in_a_batch_equal_those_written_alone(
     ours = make(tiny[model], method, "generation", training={"learning_rate": 0.05})
     examples = generation_examples(12)
     client = Client("here", ClientData("here", examples))
-    start = ours.start()
-    task = ours.ask(start, 1, {"here": {"epochs": 4}})["here"]
-    state = ours.merge(start, [Answer("here", task, ours.work(task, client))])
+    start = ours.initialise()
+    task = ours.configure(start, 1, {"here": {"epochs": 4}})["here"]
+    state = ours.aggregate(start, [Answer("here", task, ours.execute(task, client))])
     mixed = [
         Example("cat", target=" x"),
         *examples[:3],
@@ -296,8 +296,8 @@ def test_models_that_take_no_prefix_are_refused(tmp_path: Path, tiny: dict[str, 
 )
 def test_unsound_updates_are_refused(tiny: dict[str, str], change: Any, message: str) -> None:
     ours = make(tiny["bert"], "prefix")
-    task = Task("train", ours.start().tensors, {"round": 1})
-    tensors = ours.start().tensors
+    task = Task("train", ours.initialise().tensors, {"round": 1})
+    tensors = ours.initialise().tensors
     ours.check(task, Update(tensors, 3.0, {"loss": 1.0, "steps": 2, "examples": 3}))
     change(tensors)
     with pytest.raises(UpdateError, match=message):
@@ -321,21 +321,23 @@ def test_unsound_numbers_are_refused(
     tiny: dict[str, str], weight: float, loss: float, steps: Any, message: str
 ) -> None:
     ours = make(tiny["bert"], "prefix")
-    task = Task("train", ours.start().tensors, {"round": 1})
+    task = Task("train", ours.initialise().tensors, {"round": 1})
     with pytest.raises(UpdateError, match=message):
-        ours.check(task, Update(ours.start().tensors, weight, {"loss": loss, "steps": steps, "examples": 3}))
+        ours.check(
+            task, Update(ours.initialise().tensors, weight, {"loss": loss, "steps": steps, "examples": 3})
+        )
 
 
 def test_merging_is_the_mean_by_examples(tiny: dict[str, str]) -> None:
     ours = make(tiny["bert"], "lora")
-    state = ours.start()
+    state = ours.initialise()
     sizes = {"a": 3, "b": 8}
     answers = []
     for name, size in sizes.items():
         client = Client(name, ClientData(name, classification_examples(size)))
-        task = ours.ask(state, 1, {name: {"epochs": 1}})[name]
-        answers.append(Answer(name, task, ours.work(task, client)))
-    merged = ours.merge(state, answers)
+        task = ours.configure(state, 1, {name: {"epochs": 1}})[name]
+        answers.append(Answer(name, task, ours.execute(task, client)))
+    merged = ours.aggregate(state, answers)
     for key, tensor in merged.tensors.items():
         hand = state.tensors[key].double() + sum(
             sizes[answer.client] * answer.update.tensors[key].double() / 11 for answer in answers
@@ -352,11 +354,11 @@ def test_fedprox_adds_its_gradient(tiny: dict[str, str]) -> None:
             tiny["bert"], "prefix", training={"optimizer": "sgd", "learning_rate": rate, "proximal": proximal}
         )
         examples = classification_examples(4)
-        states = [ours.start().tensors]
+        states = [ours.initialise().tensors]
         for steps in (1, 2):
             client = Client("here", ClientData("here", examples))
             task = Task("train", states[0], {"steps": steps, "learning_rate_factor": 1.0, "round": 1})
-            states.append(add(states[0], ours.work(task, client).tensors))
+            states.append(add(states[0], ours.execute(task, client).tensors))
         results[proximal] = states
     for name in results[mu][0]:
         start, first, second = (state[name] for state in results[mu])
@@ -369,12 +371,12 @@ def test_a_head_with_its_own_learning_rate(tiny: dict[str, str]) -> None:
     training = {"optimizer": "sgd", "learning_rate": 0.1, "head_learning_rate": 0.3}
     ours = make(tiny["bert"], "prefix", training=training)
     plain = make(tiny["bert"], "prefix", training={"optimizer": "sgd", "learning_rate": 0.1})
-    start = ours.start().tensors
+    start = ours.initialise().tensors
     steps = {}
     for key, method in (("ours", ours), ("plain", plain)):
         client = Client("here", ClientData("here", classification_examples(4)))
         task = Task("train", start, {"steps": 1, "learning_rate_factor": 0.5, "round": 1})
-        steps[key] = method.work(task, client).tensors
+        steps[key] = method.execute(task, client).tensors
     for name in start:
         factor = 3.0 if name.startswith("classifier") else 1.0
         torch.testing.assert_close(steps["ours"][name], factor * steps["plain"][name], rtol=1e-4, atol=1e-6)

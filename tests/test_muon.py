@@ -208,14 +208,14 @@ def rows_of(rows: Sequence[TokenizedExample]) -> list[int]:
 
 def test_which_tensors_are_matrices(tiny: dict[str, str]) -> None:
     layers = 2
-    assert make(tiny["bert"], "prefix", length=4).tuned.matrices == {"prefix": 2 * layers}
-    assert make(tiny["bert"], "soft_prompt", length=4).tuned.matrices == {"soft_prompt": 1}
+    assert make(tiny["bert"], "prefix", length=4).trainable.matrices == {"prefix": 2 * layers}
+    assert make(tiny["bert"], "soft_prompt", length=4).trainable.matrices == {"soft_prompt": 1}
     for name in ("lora", "adapter"):
-        tuned = make(tiny["bert"], name).tuned
+        tuned = make(tiny["bert"], name).trainable
         weights = {n for n, p in tuned.parameters.items() if p.dim() == 2 and n not in tuned.head}
         assert weights
         assert set(tuned.matrices) == weights
-    full = make(tiny["bert"], "full").tuned
+    full = make(tiny["bert"], "full").trainable
     assert not [name for name in full.matrices if "embeddings" in name or name in full.head]
     assert "bert.encoder.layer.0.attention.self.query.weight" in full.matrices
 
@@ -237,8 +237,8 @@ def test_a_clients_first_step_moves_all_keys_and_values_alike(tiny: dict[str, st
     """Each layer's keys, and its values, by the rate: AdamW moves numbers alike, Muon directions."""
     training = {"optimizer": "muon", "learning_rate": RATE, "batch_size": 8}
     method = make(tiny["bert"], "prefix", length=4, training=training)
-    state, client = method.start(), Client("a", ClientData("a", examples_for("classification")[:8]))
-    update = method.work(method.ask(state, 1, {"a": {"steps": 1}})["a"], client)
+    state, client = method.initialise(), Client("a", ClientData("a", examples_for("classification")[:8]))
+    update = method.execute(method.configure(state, 1, {"a": {"steps": 1}})["a"], client)
     for layer in update.tensors["prefix"]:
         for change in layer:  # (heads, length, size)
             matrix = change.movedim(0, 1).flatten(1)

@@ -419,6 +419,8 @@ def test_a_complete_recipe_says_how_states_are_pooled(sentence: str, generation:
 def test_predictions_of_a_sentence_model(sentence: str) -> None:
     """By the method's own way, from text to logits."""
     method = make(sentence, "prefix", length=3, init="zero")
-    scores = method.predict(method.start(), [Example(text, label=0) for text in TEXTS], texts=False).scores
+    scores = method.predict(
+        method.initialise(), [Example(text, label=0) for text in TEXTS], texts=False
+    ).scores
     assert scores.shape == (4, 3)
     assert np.isfinite(scores).all()

@@ -51,10 +51,10 @@ def test_together_is_as_one_by_one(sentence: str, name: str) -> None:
 @pytest.mark.parametrize("name", NO_OPS)
 def test_an_adapter_starts_as_nothing(sentence: str, name: str) -> None:
     method = make(sentence, name.split()[0], **METHODS[name])
-    method.tuned.write(method.ownership.complete(method.start().tensors))
+    method.trainable.write(method.ownership.complete(method.initialise().tensors))
     batch = plain_batch(sentence, KIND, "bert", classification_examples(5))
     batch.pop("labels")
-    found, expected = logits(method.tuned.model.eval(), batch), logits(plain(sentence), batch)
+    found, expected = logits(method.trainable.model.eval(), batch), logits(plain(sentence), batch)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
@@ -64,9 +64,9 @@ def test_what_is_saved_is_opened(sentence: str, tmp_path: Path, name: str) -> No
     technique = name.split()[0]
     method = make(sentence, technique, **METHODS[name])
     state, _ = two_rounds(method, KIND)
-    method.finish(state, tmp_path / "model")
+    method.export(state, tmp_path / "model")
     batch = plain_batch(sentence, KIND, "bert", examples_for(KIND)[:3])
-    ours = logits(method.tuned.model.eval(), batch)
+    ours = logits(method.trainable.model.eval(), batch)
     if (tmp_path / "model" / "adapter_config.json").exists():
         from peft import PeftModel
 
@@ -77,8 +77,8 @@ def test_what_is_saved_is_opened(sentence: str, tmp_path: Path, name: str) -> No
     torch.testing.assert_close(logits(theirs, batch), ours, rtol=1e-4, atol=1e-5)
     again = make(sentence, technique, **METHODS[name])
     opened = again.open(tmp_path / "model")
-    again.tuned.write(again.ownership.complete(opened.tensors))
-    torch.testing.assert_close(logits(again.tuned.model.eval(), batch), ours, rtol=1e-4, atol=1e-5)
+    again.trainable.write(again.ownership.complete(opened.tensors))
+    torch.testing.assert_close(logits(again.trainable.model.eval(), batch), ours, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_pooled_by_the_first_token(tiny: dict[str, str], tmp_path: Path, name: s
     found = method.predict(state, examples, texts=False).scores
     batch = plain_batch(str(folder), KIND, "bert", examples)
     batch.pop("labels")
-    method.tuned.write(method.ownership.complete(state.tensors))
+    method.trainable.write(method.ownership.complete(state.tensors))
     model, seen = method.base.model, []
     hook = model.encoder.register_forward_hook(lambda module, given, output: seen.append(output[0]))
-    expected = logits(method.tuned.model.eval(), batch)
+    expected = logits(method.trainable.model.eval(), batch)
     hook.remove()
     assert found == pytest.approx(expected.numpy(), abs=1e-5)
     at = model.config.skip
@@ -126,13 +126,15 @@ def test_a_prefix_is_attended_to_and_not_pooled(sentence: str) -> None:
     model = method.base.model
     seen: list[torch.Tensor] = []
     hook = model.encoder.register_forward_hook(lambda module, given, output: seen.append(output[0]))
-    found = logits(method.tuned.model.eval(), batch)
+    found = logits(method.trainable.model.eval(), batch)
     hook.remove()
     (states,) = seen
     assert states.shape[:2] == batch["input_ids"].shape
     mask = batch["attention_mask"].unsqueeze(-1)
     vectors = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
-    head = {name.rpartition(".")[2]: t for name, t in method.start().tensors.items() if "classifier" in name}
+    head = {
+        name.rpartition(".")[2]: t for name, t in method.initialise().tensors.items() if "classifier" in name
+    }
     torch.testing.assert_close(found, vectors @ head["weight"].T + head["bias"], atol=1e-6, rtol=1e-5)
     assert float((found - logits(plain(sentence), batch)).abs().max()) > 1e-4
 

@@ -25,8 +25,8 @@ SIZES = {"a": 3, "b": 8, "c": 5}
 def answers_of(method: WeightTuning, state: State) -> list[Answer]:
     answers = []
     for name, size in SIZES.items():
-        task = method.ask(state, 1, {name: {"epochs": 2}})[name]
-        update = method.work(task, Client(name, ClientData(name, classification_examples(size))))
+        task = method.configure(state, 1, {name: {"epochs": 2}})[name]
+        update = method.execute(task, Client(name, ClientData(name, classification_examples(size))))
         method.check(task, update)
         answers.append(Answer(name, task, update))
     return answers
@@ -34,7 +34,7 @@ def answers_of(method: WeightTuning, state: State) -> list[Answer]:
 
 def test_matched_prefixes(tiny: dict[str, str]) -> None:
     method = make(tiny["bert"], "prefix", length=4, init="random", merging="matched")
-    state = method.start()
+    state = method.initialise()
     answers = answers_of(method, state)
     start = state.tensors["prefix"]
     prefixes = [(start + a.update.tensors["prefix"], a.update.weight) for a in answers]
@@ -54,8 +54,8 @@ def test_matched_prefixes(tiny: dict[str, str]) -> None:
         )
         for n, a in enumerate(answers)
     ]  # fmt: skip
-    merged = method.merge(state, answers).tensors
-    again = method.merge(state, shuffled).tensors
+    merged = method.aggregate(state, answers).tensors
+    again = method.aggregate(state, shuffled).tensors
     torch.testing.assert_close(merged["prefix"], again["prefix"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(merged["prefix"], matched_mean(prefixes, start))
     heads = sum(a.update.weight * a.update.tensors["classifier.weight"] for a in answers) / 16
@@ -67,9 +67,9 @@ def test_matched_prefixes(tiny: dict[str, str]) -> None:
 @pytest.mark.parametrize("compression", ["barycentre", "cluster"])
 def test_stacking_identical_clients_gives_their_prefix(tiny: dict[str, str], compression: str) -> None:
     method = make(tiny["bert"], "prefix", length=4, init="random", merging="stacked", compression=compression)
-    state = method.start()
+    state = method.initialise()
     one = answers_of(method, state)[0]
-    merged = method.merge(state, [one, Answer("b", one.task, one.update)]).tensors["prefix"]
+    merged = method.aggregate(state, [one, Answer("b", one.task, one.update)]).tensors["prefix"]
     expected = state.tensors["prefix"] + one.update.tensors["prefix"]
     # Up to the order of slots, which attention does not see.
     for layer in range(len(expected)):
@@ -81,7 +81,7 @@ def test_stacking_identical_clients_gives_their_prefix(tiny: dict[str, str], com
 
 def test_only_the_layers_that_changed_most_are_sent(tiny: dict[str, str]) -> None:
     method = make(tiny["bert"], "prefix", length=4, layers_sent=1)
-    state = method.start()
+    state = method.initialise()
     answers = answers_of(method, state)
     start = state.tensors["prefix"]
     expected = start.clone()
@@ -91,7 +91,7 @@ def test_only_the_layers_that_changed_most_are_sent(tiny: dict[str, str]) -> Non
             total = sum(a.update.weight for a in sent)
             expected[layer] += sum(a.update.weight / total * a.update.tensors["prefix"][0] for a in sent)
     assert all(a.update.tensors["prefix"].shape == (1, *start.shape[1:]) for a in answers)
-    torch.testing.assert_close(method.merge(state, answers).tensors["prefix"], expected)
+    torch.testing.assert_close(method.aggregate(state, answers).tensors["prefix"], expected)
     good = answers[0]
     for layers in ([5], ["0"], [True], [0, 1], "0", None):
         bad = type(good.update)(
@@ -114,12 +114,12 @@ def test_the_teacher_is_the_model(tiny: dict[str, str], tmp_path: Path, model: s
     settings = PrefixSettings(merging="stacked", compression="distil", public_text="unused")
     distiller = Distiller(method.base, settings, public_texts(tmp_path, "the cat near a house", "a dog"))
     batch = distiller.batches[0]
-    prefix = method.start().tensors["prefix"]
-    method.tuned.model.eval()
+    prefix = method.initialise().tensors["prefix"]
+    method.trainable.model.eval()
     with torch.no_grad():
         states = distiller._states(batch, prefix, torch.zeros(4), prefix)
         ours = method.base.model.get_output_embeddings()(states)
-        theirs = method.tuned.model(**batch).logits[:, -ours.shape[1] :]
+        theirs = method.trainable.model(**batch).logits[:, -ours.shape[1] :]
     mask = batch["attention_mask"].bool()
     torch.testing.assert_close(ours[mask], theirs[mask], rtol=1e-4, atol=1e-5)
 
@@ -139,7 +139,7 @@ def test_distillation_comes_closer_to_the_stacked_prefix(
     texts = ["the cat near a house", "a dog", "an old river near the small dog", "house"]
     distiller = Distiller(method.base, settings, public_texts(tmp_path, *texts))
     generator = torch.Generator().manual_seed(0)
-    start = method.start().tensors["prefix"]
+    start = method.initialise().tensors["prefix"]
     clients = [(start + torch.randn(start.shape, generator=generator), w) for w in (0.3, 0.7)]
     stacked = stack_prefixes(clients)
     mean = sum(w * prefix for prefix, w in clients)

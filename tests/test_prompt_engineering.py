@@ -197,11 +197,11 @@ def test_examples_are_fresh_until_all_were_used(recipe: Any) -> None:
 def test_only_numbers_travel(recipe: Any) -> None:
     """No private text is in what a client sends, and no text goes down for candidates of the recipe."""
     method, data = built(recipe("selection", "llama"))
-    state = method.start()
+    state = method.initialise()
     (name, client), *_ = data.clients.items()
-    task = method.ask(state, 1, {name: {"epochs": 1}})[name]
+    task = method.configure(state, 1, {name: {"epochs": 1}})[name]
     assert task.values["bred"] == {}
-    update = method.work(task, Client(name, client))
+    update = method.execute(task, Client(name, client))
     assert set(update.values) == {"tallies", "examples"}
     assert not update.tensors
     assert all(isinstance(value, int | float) for row in update.values["tallies"].values() for value in row)
@@ -235,17 +235,17 @@ def test_breeding_adds_candidates(recipe: Any, tmp_path: Path) -> None:
         assert (row["template"], tuple(row["labels"])) not in known
         assert row["template"].count("{label}") == 1
         assert int(number) >= len(method.pool)
-    task = method.ask(state, 4, {"client-0": {}})["client-0"]
+    task = method.configure(state, 4, {"client-0": {}})["client-0"]
     assert set(task.values["bred"]) == {str(i) for i in task.values["candidates"] if i >= len(method.pool)}
-    update = method.work(task, Client("client-0", data.clients["client-0"]))
+    update = method.execute(task, Client("client-0", data.clients["client-0"]))
     method.check(task, update)
 
 
 def test_bad_selection_answers(recipe: Any) -> None:
     method, data = built(recipe("selection", "bert", **{"method.edits": 0}))
     name, client = next(iter(data.clients.items()))
-    task = method.ask(method.start(), 1, {name: {}})[name]
-    good = method.work(task, Client(name, client))
+    task = method.configure(method.initialise(), 1, {name: {}})[name]
+    good = method.execute(task, Client(name, client))
     method.check(task, good)
 
     def refused(said: str, change: Any) -> None:
@@ -327,7 +327,7 @@ def test_refining_answers_by_hand(recipe: Any, tmp_path: Path) -> None:
 def test_demonstrations_that_help_are_used(recipe: Any) -> None:
     """Before the first round the prompt is zero-shot; afterwards it holds the nearest answered queries."""
     method, data = built(recipe("in_context"))
-    state = method.start()
+    state = method.initialise()
     example = data.test[:1]
     assert method._prompts(method._shared(state, example, count=2), example) == [f"{example[0].text} :"]
     odds = torch.log_softmax(torch.eye(3)[[q % 3 for q in range(9)]] * 4, dim=1)
@@ -344,7 +344,7 @@ def test_demonstrations_that_help_are_used(recipe: Any) -> None:
 def test_private_examples_stay(recipe: Any) -> None:
     method, data = built(recipe("in_context"))
     name, client = next(iter(data.clients.items()))
-    update = method.work(method.ask(method.start(), 1, {name: {}})[name], Client(name, client))
+    update = method.execute(method.configure(method.initialise(), 1, {name: {}})[name], Client(name, client))
     assert set(update.tensors) == {"answers", "similarities"}
     assert {name: tensor.dtype for name, tensor in update.tensors.items()} == dict.fromkeys(
         ["answers", "similarities"], torch.float16
@@ -371,8 +371,8 @@ def test_the_surest_demonstrations_are_in_the_prompt_file(recipe: Any, tmp_path:
 def test_bad_in_context_answers(recipe: Any) -> None:
     method, data = built(recipe("in_context"))
     name, client = next(iter(data.clients.items()))
-    task = method.ask(method.start(), 1, {name: {}})[name]
-    good = method.work(task, Client(name, client)).tensors
+    task = method.configure(method.initialise(), 1, {name: {}})[name]
+    good = method.execute(task, Client(name, client)).tensors
     method.check(task, Update(good))
     uniform = torch.full((9, 3), float(np.log(1 / 3))).half()
     for change, said in [
@@ -387,7 +387,7 @@ def test_bad_in_context_answers(recipe: Any) -> None:
         with pytest.raises(UpdateError, match=said):
             method.check(task, Update(good | change))
     method, data = built(recipe("in_context", "llama", "generation"))
-    task = method.ask(method.start(), 1, {name: {}})[name]
+    task = method.configure(method.initialise(), 1, {name: {}})[name]
     good = {"similarities": torch.zeros(9).half()}
     for texts, said in [
         (["a"] * 8, "9 texts"),
@@ -462,14 +462,14 @@ def test_the_adapter_loads_with_peft(recipe: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("weights", ["rank", "examples"])
 def test_the_server_takes_the_weighted_mean(recipe: Any, weights: str) -> None:
     method, data = built(recipe("black_box", "bert", **{"method.client_weights": weights}))
-    state = method.start()
-    tasks = method.ask(state, 1, {name: {} for name in data.clients})
+    state = method.initialise()
+    tasks = method.configure(state, 1, {name: {} for name in data.clients})
     answers = []
     for name, task in tasks.items():
-        update = method.work(task, Client(name, data.clients[name]))
+        update = method.execute(task, Client(name, data.clients[name]))
         method.check(task, update)
         answers.append(fedcustom.methods.Answer(name, task, update))
-    merged = method.merge(state, answers)
+    merged = method.aggregate(state, answers)
     if weights == "rank":
         places = np.argsort(np.argsort([a.update.values["loss"] for a in answers]))
         raw = np.log(3.5) - np.log(places + 1)
@@ -491,8 +491,8 @@ def test_bad_distributions(recipe: Any) -> None:
     for covariance in ("diagonal", "full"):
         method, data = built(recipe("black_box", "bert", **{"method.covariance": covariance}))
         name, client = next(iter(data.clients.items()))
-        task = method.ask(method.start(), 1, {name: {}})[name]
-        good = method.work(task, Client(name, client))
+        task = method.configure(method.initialise(), 1, {name: {}})[name]
+        good = method.execute(task, Client(name, client))
         method.check(task, good)
         spread = good.tensors["covariance"]
         skew = spread.clone()
@@ -531,10 +531,10 @@ def test_baselines(recipe: Any, tmp_path: Path, strategy: str, baseline: str) ->
     method, data = built(run.recipe)
     inner = method.method
     name = "client-1"
-    state, client = inner.start(), Client(name, data.clients[name])
+    state, client = inner.initialise(), Client(name, data.clients[name])
     for number in (1, 2, 3):
-        task = inner.ask(state, number, {name: {}})[name]
-        state = inner.merge(state, [fedcustom.methods.Answer(name, task, inner.work(task, client))])
+        task = inner.configure(state, number, {name: {}})[name]
+        state = inner.aggregate(state, [fedcustom.methods.Answer(name, task, inner.execute(task, client))])
     checkpoint = Checkpoints(run.directory / "checkpoints").load(run.summary["best_round"])
     kept = json.loads(json.dumps(checkpoint.memories[name]["own"]))
     assert kept == json.loads(json.dumps(state.values))

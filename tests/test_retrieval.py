@@ -149,7 +149,7 @@ def test_policies(recipe: dict[str, Any], tmp_path: Path, tiny: dict[str, str]) 
     method = library.Library(alone.directory).method
     client = Client("site-0", ClientData("site-0", []))
     with pytest.raises(DataError, match="does not share passages"):
-        method.work(Task("fetch", {}, {"documents": [], "encoder": "e"}), client)
+        method.execute(Task("fetch", {}, {"documents": [], "encoder": "e"}), client)
 
 
 @pytest.mark.parametrize("search", ["text", "hybrid"])
@@ -407,7 +407,7 @@ def test_a_client_without_documents_is_left_out(recipe: dict[str, Any], tmp_path
         notes.append,
     )
     with pytest.raises(RunError, match="no client has documents"):
-        method.prepare(method.start())
+        method.prepare(method.initialise())
     assert notes == [
         "client a left out: client 'a' has no documents",
         "client b left out: client 'b' has no documents",

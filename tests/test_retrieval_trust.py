@@ -34,16 +34,16 @@ from test_retrieval_parts import vectors_of
 
 def record(monkeypatch: Any) -> list[tuple[str, Task]]:
     """Every task that goes to a client of a library."""
-    from fedcustom.methods.retrieval.client import Librarian
+    from fedcustom.methods.retrieval.client import RetrievalClient
 
     seen: list[tuple[str, Task]] = []
-    plain = Librarian.work
+    plain = RetrievalClient.work
 
     def work(self: Any, task: Task, client: Any) -> Any:
         seen.append((client.name, task))
         return plain(self, task, client)
 
-    monkeypatch.setattr(Librarian, "work", work)
+    monkeypatch.setattr(RetrievalClient, "work", work)
     return seen
 
 

@@ -29,7 +29,7 @@ from fedcustom.methods import WeightTuning
 from fedcustom.models.load import load_base
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport import wire
-from fedcustom.transport.in_process import InProcess
+from fedcustom.transport.in_process import InProcessTransport
 from fedcustom.transport.protocol import Reply
 
 
@@ -55,7 +55,7 @@ def test_the_rounds_are_federated_averaging(small: dict[str, Any], tmp_path: Pat
     data = build_data(recipe.data, recipe.clients, recipe.seed)
     by_hand = make_method(recipe, load_base(recipe.model, data.task, recipe.seed))
     assert isinstance(by_hand, WeightTuning)
-    state = by_hand.start().tensors
+    state = by_hand.initialise().tensors
     seen = dict.fromkeys(data.clients, 0)
     for number in (1, 2):
         updates = {}
@@ -65,7 +65,7 @@ def test_the_rounds_are_federated_averaging(small: dict[str, Any], tmp_path: Pat
             task = fedcustom.methods.Task(
                 "train", state, {"epochs": 1, "learning_rate_factor": 1.0, "round": number}
             )
-            updates[name] = by_hand.work(task, client)
+            updates[name] = by_hand.execute(task, client)
             seen[name] += len(client_data.train)
         total = sum(len(client.train) for client in data.clients.values())
         shares = {name: len(client.train) / total for name, client in data.clients.items()}
@@ -212,7 +212,9 @@ def test_local_clients_learn_alone(small: dict[str, Any], tmp_path: Path) -> Non
     method = make_method(recipe, load_base(recipe.model, data.task, 0))
     client = fedcustom.methods.Client("site-2", data.clients["site-2"])
     for number in range(1, state.round_number + 1):
-        method.work(method.ask(method.start(), number, {"site-2": {"epochs": 1}})["site-2"], client)
+        method.execute(
+            method.configure(method.initialise(), number, {"site-2": {"epochs": 1}})["site-2"], client
+        )
     stored = safetensors.torch.load_file(local.directory / "checkpoints" / "clients" / state.files["site-2"])
     assert equal(client.memory.tensors, stored)
     assert not (local.directory / "model").exists()
@@ -305,16 +307,16 @@ def test_a_failing_clients_round_does_not_count(
     checked = load_recipe(recipe).complete()
     data = build_data(checked.data, checked.clients, 0)
     method = make_method(checked, load_base(checked.model, data.task, 0))
-    state = method.start()
+    state = method.initialise()
     names = ["site-0", "site-1", "site-2"]
-    tasks = method.ask(state, 1, {name: {"epochs": 1} for name in names})
+    tasks = method.configure(state, 1, {name: {"epochs": 1} for name in names})
     answers = [
         fedcustom.methods.Answer(
-            n, tasks[n], method.work(tasks[n], fedcustom.methods.Client(n, data.clients[n]))
+            n, tasks[n], method.execute(tasks[n], fedcustom.methods.Client(n, data.clients[n]))
         )
         for n in names
     ]
-    expected = method.merge(state, answers).tensors
+    expected = method.aggregate(state, answers).tensors
     found = Checkpoints(run.directory / "checkpoints").load(1).state.tensors
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-6)
@@ -410,7 +412,7 @@ def test_an_empty_client_is_named(small: dict[str, Any]) -> None:
     method = make_method(recipe, load_base(recipe.model, data.task, 0))
     client = fedcustom.methods.Client("hollow", type(data.clients["site-0"])("hollow", []))
     with pytest.raises(DataError, match="client 'hollow' has no examples to train on"):
-        method.work(method.ask(method.start(), 1, {"hollow": {"epochs": 1}})["hollow"], client)
+        method.execute(method.configure(method.initialise(), 1, {"hollow": {"epochs": 1}})["hollow"], client)
 
 
 def test_bfloat16_trains_float32_adapters_on_a_bfloat16_base(small: dict[str, Any], tmp_path: Path) -> None:
@@ -472,10 +474,10 @@ def test_one_answer_at_a_time_is_held_while_a_round_is_merged(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server merges large models from many sites; what each sends must be gone when the next one comes."""
-    given = InProcess.exchange
+    given = InProcessTransport.exchange
     held: list[list[bool]] = []
 
-    def watched(self: InProcess, *arguments: Any) -> Iterator[Reply]:
+    def watched(self: InProcessTransport, *arguments: Any) -> Iterator[Reply]:
         seen: list[weakref.ref[torch.Tensor]] = []
         for reply in list(given(self, *arguments)):
             tensors = {name: tensor.clone() for name, tensor in reply.update.tensors.items()}
@@ -485,7 +487,7 @@ def test_one_answer_at_a_time_is_held_while_a_round_is_merged(
             del tensors, reply
             yield passed.pop()
 
-    monkeypatch.setattr(InProcess, "exchange", watched)
+    monkeypatch.setattr(InProcessTransport, "exchange", watched)
     fedcustom.run({**small, "method": {"name": "full"}}, out=tmp_path / "run")
     assert max(map(len, held)) >= 2
     assert not any(any(row) for row in held)

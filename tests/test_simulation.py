@@ -39,15 +39,15 @@ SGD = {"optimizer": "sgd", "learning_rate": 0.1}
 
 def play(method: WeightTuning, rounds: int, clients: dict[str, Client]) -> list[Tensors]:
     """Rounds with everybody; the global tensors after each."""
-    state, states = method.start(), []
+    state, states = method.initialise(), []
     for number in range(1, rounds + 1):
         answers = []
         for name, client in clients.items():
-            task = method.ask(state, number, {name: {"epochs": 1}})[name]
-            update = method.work(task, client)
+            task = method.configure(state, number, {name: {"epochs": 1}})[name]
+            update = method.execute(task, client)
             method.check(task, update)
             answers.append(Answer(name, task, update))
-        state = method.merge(state, answers)
+        state = method.aggregate(state, answers)
         states.append(state.tensors)
     return states
 
@@ -70,17 +70,17 @@ def plain_changes(method: WeightTuning, start: Tensors, shifts: dict[str, Tensor
     for name, size in SIZES.items():
         seed = [method.context.seed, 5, name_seed(name)]
         ranges = [(i + size * (number - 1), i + 4 + size * (number - 1)) for i in range(0, size, 4)]
-        method.tuned.write(start)
-        method.tuned.model.eval()
+        method.trainable.write(start)
+        method.trainable.model.eval()
         for batch in batches_of(method, size, ranges, seed):
             loss = method._loss(batch)
-            gradients = torch.autograd.grad(loss, list(method.tuned.parameters.values()))
+            gradients = torch.autograd.grad(loss, list(method.trainable.parameters.values()))
             with torch.no_grad():
                 for (key, parameter), gradient in zip(
-                    method.tuned.parameters.items(), gradients, strict=True
+                    method.trainable.parameters.items(), gradients, strict=True
                 ):
                     parameter -= 0.1 * (gradient + shifts[name].get(key, torch.zeros(())))
-        changes[name] = {k: t - start[k] for k, t in method.tuned.read().items()}
+        changes[name] = {k: t - start[k] for k, t in method.trainable.read().items()}
     return changes
 
 
@@ -91,7 +91,7 @@ def test_scaffold_follows_the_paper(tiny: dict[str, str]) -> None:
     ours = play(method, 2, clients_of())
 
     by_hand = make(tiny["bert"], "lora", training=SGD)
-    x = by_hand.start().tensors
+    x = by_hand.initialise().tensors
     server = {k: torch.zeros_like(t) for k, t in x.items()}
     own = {name: dict(server) for name in SIZES}
     for number in (1, 2):
@@ -116,20 +116,21 @@ def test_feddyn_follows_the_paper(tiny: dict[str, str]) -> None:
     ours = play(method, 3, clients_of())
 
     by_hand = make(tiny["bert"], "lora", training=training)
-    x = by_hand.start().tensors
+    x = by_hand.initialise().tensors
     h = {k: torch.zeros_like(t) for k, t in x.items()}
     own = {name: dict(h) for name in SIZES}
     for number in (1, 2, 3):
         changes = {}
         for name, size in SIZES.items():
             seed = [0, 5, name_seed(name)]
-            by_hand.tuned.write(x)
-            by_hand.tuned.model.eval()
+            by_hand.trainable.write(x)
+            by_hand.trainable.model.eval()
             (batch,) = batches_of(by_hand, size, [(size * (number - 1), size * number)], seed)
             loss = by_hand._loss(batch)
-            gradients = torch.autograd.grad(loss, list(by_hand.tuned.parameters.values()))
+            gradients = torch.autograd.grad(loss, list(by_hand.trainable.parameters.values()))
             changes[name] = {
-                k: -0.1 * (g - own[name][k]) for k, g in zip(by_hand.tuned.parameters, gradients, strict=True)
+                k: -0.1 * (g - own[name][k])
+                for k, g in zip(by_hand.trainable.parameters, gradients, strict=True)
             }
             own[name] = {k: own[name][k] - alpha * changes[name][k] for k in x}
         h = {k: h[k] - alpha / 4 * sum(changes[n][k] for n in SIZES) for k in x}
@@ -251,12 +252,14 @@ def test_late_answers_are_merged_into_the_newest_state(small: dict[str, Any], tm
     data = build_data(recipe.data, recipe.clients, recipe.seed)
     method = make_method(recipe, load_base(recipe.model, data.task, recipe.seed), data)
     clients = {name: Client(name, part) for name, part in data.clients.items()}
-    states = [method.start()]
+    states = [method.initialise()]
     late = []
     for number, cohort in enumerate(plan_rounds(recipe, data), start=1):
         ((name, assignment),) = cohort.items()
-        task = method.ask(states[assignment.since], assignment.since + 1, {name: assignment.amount})[name]
-        update = method.work(task, clients[name])
+        task = method.configure(states[assignment.since], assignment.since + 1, {name: assignment.amount})[
+            name
+        ]
+        update = method.execute(task, clients[name])
         age = number - 1 - assignment.since
         late.append(age)
         factor = (1 + age) ** -0.5
@@ -389,7 +392,7 @@ def test_a_head_that_stays_with_the_client(small: dict[str, Any], tmp_path: Path
 def make_start(recipe: Any) -> Tensors:
     data = build_data(recipe.data, recipe.clients, recipe.seed)
     base = load_base(recipe.model, data.task, recipe.seed)
-    return dict(make_method(recipe, base, data).start().tensors)
+    return dict(make_method(recipe, base, data).initialise().tensors)
 
 
 def test_fine_tuning_after_the_last_round(small: dict[str, Any], tmp_path: Path) -> None:
@@ -490,12 +493,12 @@ def test_drop_outs_of_a_buffered_run_are_replaced() -> None:
 @pytest.mark.parametrize("merging", ["mean", "matched"])
 def test_a_change_that_came_very_late_moves_little(tiny: dict[str, str], merging: str) -> None:
     method = make(tiny["bert"], "prefix", length=4, merging=merging)
-    old = method.start()
+    old = method.initialise()
     client = Client("a", ClientData("a", classification_examples(8)))
-    task = method.ask(old, 1, {"a": {"epochs": 2}})["a"]
-    update = method.work(task, client)
+    task = method.configure(old, 1, {"a": {"epochs": 2}})["a"]
+    update = method.execute(task, client)
     newest = State({name: tensor + 1.0 for name, tensor in old.tensors.items()})
-    merged = method.merge(newest, [Answer("a", task, update, discount=1e-3)]).tensors
+    merged = method.aggregate(newest, [Answer("a", task, update, discount=1e-3)]).tensors
     for name, tensor in newest.tensors.items():
         wanted = tensor + 1e-3 * update.tensors[name]
         torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-6)

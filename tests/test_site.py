@@ -35,7 +35,7 @@ from fedcustom.core.tensors import equal
 from fedcustom.data.build import build_data
 from fedcustom.data.own import OwnDataSettings, read_own
 from fedcustom.deployment.local import write_parts
-from fedcustom.deployment.nvflare.bridge import BridgeError, Door, connect
+from fedcustom.deployment.nvflare.bridge import BridgeError, BridgeListener, connect
 from fedcustom.deployment.nvflare.controller import read_head
 from fedcustom.deployment.nvflare.jobs import CONTROLLER, EXECUTOR
 from fedcustom.deployment.nvflare.kits import _check_names, provision
@@ -324,8 +324,8 @@ def opened(made: Resident) -> dict[str, Any]:
 
 def work(made: Resident, tmp_path: Path, number: int = 1) -> dict[str, Any]:
     assert made.participant is not None
-    state = made.participant.method.start()
-    task = made.participant.method.ask(state, number, {"site-1": {"epochs": 1}})["site-1"]
+    state = made.participant.method.initialise()
+    task = made.participant.method.configure(state, number, {"site-1": {"epochs": 1}})["site-1"]
     body = tmp_path / "in.safetensors"
     safetensors.torch.save_file(task.tensors, body)
     return made.handle(
@@ -369,9 +369,9 @@ def test_all_exchanges_of_a_fit_are_one_round(resident: Any, small: dict[str, An
     named = {"names": ["site-1", "site-2"], "labels": ["animal", "food", "place"]}
     made.handle({"kind": "open", "run": RUN, "values": named})
     method, kinds = made.participant.method, []
-    state = method.start()
+    state = method.initialise()
     while not kinds or "unfinished" in state.values:
-        task = method.ask(state, 1, {"site-1": {"epochs": 1}})["site-1"]
+        task = method.configure(state, 1, {"site-1": {"epochs": 1}})["site-1"]
         kinds.append(task.kind)
         safetensors.torch.save_file(task.tensors, tmp_path / "in.safetensors")
         message = {"kind": "work", "run": RUN, "task": task.kind, "round": 1, "values": task.values}
@@ -379,7 +379,7 @@ def test_all_exchanges_of_a_fit_are_one_round(resident: Any, small: dict[str, An
         said = dict(answer["values"])
         update = Update(safetensors.torch.load_file(answer["body"]), said.pop("weight"), said)
         method.check(task, update)
-        state = method.merge(state, iter([Answer("site-1", task, update)]))
+        state = method.aggregate(state, iter([Answer("site-1", task, update)]))
     assert kinds[:3] == ["fit head", "scale head", "head gradient"]
     assert len(kinds) > 5
     assert "policy.max_rounds = 1" in str(work(made, tmp_path, 2))
@@ -413,8 +413,8 @@ def test_a_restarted_site_goes_on_with_its_memory(resident: Any, tmp_path: Path)
     body = tmp_path / "in.safetensors"
     message = {"kind": "work", "run": RUN, "task": "train", "round": 2, "body": str(body)}
     assert made.participant is not None
-    state = made.participant.method.start()
-    values = made.participant.method.ask(state, 2, {"site-1": {"epochs": 1}})["site-1"].values
+    state = made.participant.method.initialise()
+    values = made.participant.method.configure(state, 2, {"site-1": {"epochs": 1}})["site-1"].values
     said = again.handle({**message, "values": values})
     assert said["values"] == expected["values"]
     found = safetensors.torch.load_file(said["body"])
@@ -462,7 +462,7 @@ def test_only_the_kind_of_a_failure_is_told(resident: Any, tmp_path: Path, monke
 
 
 def test_only_who_knows_the_key_gets_in(tmp_path: Path) -> None:
-    door = Door(tmp_path / "bridge.json")
+    door = BridgeListener(tmp_path / "bridge.json")
     assert (tmp_path / "bridge.json").stat().st_mode & 0o777 == 0o600
     got: list[Any] = []
 
@@ -601,7 +601,7 @@ def test_a_head_is_an_object(text: Any) -> None:
 
 
 def test_garbage_at_the_door_lets_the_next_one_in(tmp_path: Path) -> None:
-    door = Door(tmp_path / "bridge.json")
+    door = BridgeListener(tmp_path / "bridge.json")
     content = json.loads((tmp_path / "bridge.json").read_text())
     folder = Path(content["address"]).parent
     assert folder.stat().st_mode & 0o777 == 0o700

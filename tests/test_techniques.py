@@ -96,11 +96,11 @@ def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def train_one_step(ours: WeightTuning, tensors: Tensors, examples: list[Example]) -> Tensors:
     """The tensors after one step on all examples at once."""
-    task = ours.ask(State(tensors), 1, {"here": {"epochs": 1}})["here"]
-    update = ours.work(task, Client("here", ClientData("here", examples)))
+    task = ours.configure(State(tensors), 1, {"here": {"epochs": 1}})["here"]
+    update = ours.execute(task, Client("here", ClientData("here", examples)))
     assert update.values["steps"] == 1
     assert update.tensors.keys() == tensors.keys()
-    return ours.tuned.read()
+    return ours.trainable.read()
 
 
 def plain_adapter(base: Any, model: str, tensors: Tensors) -> tuple[Any, dict[str, Tensor]]:
@@ -168,7 +168,7 @@ def test_the_start_is_the_base_model(tiny: dict[str, str], model: str, method: s
     batch = plain_batch(tiny[model], kind, model, examples_for(kind)[:4])
     expected = logits(plain(tiny[model], kind, model), batch)
     torch.testing.assert_close(
-        logits(build(tiny, model, method).tuned.model, batch), expected, rtol=0, atol=1e-6
+        logits(build(tiny, model, method).trainable.model, batch), expected, rtol=0, atol=1e-6
     )
 
 
@@ -179,12 +179,12 @@ def test_a_step_equals_a_plain_step_and_changes_nothing_else(
     kind, path = MODELS[model], tiny[model]
     examples = examples_for(kind)[:4]
     ours = build(tiny, model, method)
-    start = perturbed(ours.start().tensors)
+    start = perturbed(ours.initialise().tensors)
     reference, masks = plain_reference(path, model, method, start)
     batch = plain_batch(path, kind, model, examples)
-    ours.tuned.write(start)
+    ours.trainable.write(start)
     torch.testing.assert_close(
-        logits(ours.tuned.model.eval(), batch), logits(reference, batch), rtol=1e-5, atol=1e-5
+        logits(ours.trainable.model.eval(), batch), logits(reference, batch), rtol=1e-5, atol=1e-5
     )
 
     optimizer = torch.optim.AdamW(reference.parameters(), lr=RATE, weight_decay=0.0)
@@ -199,7 +199,7 @@ def test_a_step_equals_a_plain_step_and_changes_nothing_else(
         known[name] = gradient.abs() > 1e-7
     optimizer.step()
 
-    before = {name: p.detach().clone() for name, p in ours.tuned.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in ours.trainable.model.named_parameters()}
     trained = train_one_step(ours, start, examples)
     compared = 0
     for name, parameter in reference.named_parameters():
@@ -219,8 +219,8 @@ def test_a_step_equals_a_plain_step_and_changes_nothing_else(
         compared += int(sure.sum())
     assert compared > 0.5 * sum(t.numel() for t in trained.values())
 
-    mine = {id(p) for p in ours.tuned.parameters.values()}
-    for name, parameter in ours.tuned.model.named_parameters():
+    mine = {id(p) for p in ours.trainable.parameters.values()}
+    for name, parameter in ours.trainable.model.named_parameters():
         assert parameter.requires_grad == (id(parameter) in mine)
         if id(parameter) not in mine:
             assert torch.equal(parameter, before[name]), name
@@ -235,8 +235,8 @@ def test_the_export_loads_without_this_package(
 ) -> None:
     kind = MODELS[model]
     ours = build(tiny, model, method)
-    state = State(perturbed(ours.start().tensors))
-    ours.finish(state, tmp_path)
+    state = State(perturbed(ours.initialise().tensors))
+    ours.export(state, tmp_path)
     if method == "ia3":
         import peft
 
@@ -248,9 +248,9 @@ def test_the_export_loads_without_this_package(
         for key, size in WIDER[model].items() if method == "adapter" else ():
             assert config[key] == size
     batch = plain_batch(tiny[model], kind, model, examples_for(kind))
-    expected = logits(ours.tuned.model, batch)  # the method goes on as before after it has saved
+    expected = logits(ours.trainable.model, batch)  # the method goes on as before after it has saved
     torch.testing.assert_close(logits(loaded, batch), expected, rtol=1e-5, atol=1e-5)
-    assert equal(ours.tuned.read(), state.tensors)
+    assert equal(ours.trainable.read(), state.tensors)
     assert equal(build(tiny, model, method).open(tmp_path).tensors, state.tensors)
 
 
@@ -269,7 +269,7 @@ def test_sizes(tiny: dict[str, str]) -> None:
         ("gpt2", "bitfit", (2 * (96 + 32 + 128 + 32) + 5 * 32, 0)),
     ]:
         ours = build(tiny, model, method)
-        assert ours.sizes(ours.start()) == expected, (model, method)
+        assert ours.sizes(ours.initialise()) == expected, (model, method)
 
 
 # --- what does not fit ---
@@ -307,7 +307,7 @@ def test_networks_whose_width_is_no_setting_are_refused(tiny: dict[str, str], tm
     with pytest.raises(ModelError, match=r"name them in method.feedforward_modules"):
         make(path, "ia3", "generation")
     named = make(path, "ia3", "generation", feedforward_modules=["down_proj"])
-    assert {n.split(".")[-2] for n in named.start().tensors} == {"qkv_proj", "down_proj"}
+    assert {n.split(".")[-2] for n in named.initialise().tensors} == {"qkv_proj", "down_proj"}
 
 
 def base_of(path: str, kind: str = "classification", dtype: str = "float32") -> Base:
@@ -340,7 +340,7 @@ def test_a_gated_network_has_two_ways_in(tiny: dict[str, str]) -> None:
 
 def test_an_adapter_of_another_width_is_not_opened(tiny: dict[str, str], tmp_path: Path) -> None:
     ours = make(tiny["bert"], "adapter", width=3)
-    ours.finish(ours.start(), tmp_path)
+    ours.export(ours.initialise(), tmp_path)
     with pytest.raises(RunError, match=r"intermediate_size = 51; with method.width = 4 it must be 52"):
         make(tiny["bert"], "adapter", width=4).open(tmp_path)
 
@@ -350,7 +350,7 @@ def test_ia3_chooses_for_models_that_peft_does_not_know(tiny: dict[str, str], tm
 
     config = t.DistilBertConfig(vocab_size=400, dim=32, n_layers=1, n_heads=4, hidden_dim=48)
     path = saved(tmp_path, tiny, t.DistilBertModel(config))
-    shapes = {n: tuple(p.shape) for n, p in make(path, "ia3").start().tensors.items() if "ia3" in n}
+    shapes = {n: tuple(p.shape) for n, p in make(path, "ia3").initialise().tensors.items() if "ia3" in n}
     layer = "distilbert.transformer.layer.0"
     assert shapes == {
         f"{layer}.attention.k_lin.ia3_l": (32, 1),
@@ -365,18 +365,18 @@ def test_ia3_rescales_the_inputs_of_feed_forward_matrices_that_a_recipe_names(
     import peft
 
     ours = make(tiny["llama"], "ia3", "generation", target_modules=["q_proj", "down_proj"])
-    shapes = {n.split(".")[-2]: tuple(p.shape) for n, p in ours.start().tensors.items()}
+    shapes = {n.split(".")[-2]: tuple(p.shape) for n, p in ours.initialise().tensors.items()}
     assert shapes == {"q_proj": (32, 1), "down_proj": (1, 48)}
     alone = make(tiny["llama"], "ia3", "generation", target_modules=["q_proj"])
-    alone.finish(alone.start(), tmp_path)
+    alone.export(alone.initialise(), tmp_path)
     model = peft.PeftModel.from_pretrained(plain(tiny["llama"], "generation", "llama"), str(tmp_path))
     assert model.peft_config["default"].target_modules == {"q_proj"}
 
 
 def test_a_reparametrised_prefix_opens(tiny: dict[str, str], tmp_path: Path) -> None:
     ours = make(tiny["bert"], "prefix", length=3, reparametrise=True, reparametrise_width=8)
-    state = State(perturbed(ours.start().tensors))
-    ours.finish(state, tmp_path)
+    state = State(perturbed(ours.initialise().tensors))
+    ours.export(state, tmp_path)
     assert equal(
         make(tiny["bert"], "prefix", length=3, reparametrise=True).open(tmp_path).tensors, state.tensors
     )
@@ -442,9 +442,9 @@ def test_a_prompt_encoder_stays_at_the_client(
     training = {"optimizer": "sgd", "learning_rate": 0.3}
     through = make(path, "soft_prompt", kind, training=training, length=3, encoder=encoder, encoder_width=16)
     without = make(path, "soft_prompt", kind, training=training, length=3)
-    start = through.start().tensors
-    assert equal(start, without.start().tensors)
-    own = {n.removeprefix("reparametrisation."): p for n, p in through.tuned.parameters.items()}
+    start = through.initialise().tensors
+    assert equal(start, without.initialise().tensors)
+    own = {n.removeprefix("reparametrisation."): p for n, p in through.trainable.parameters.items()}
     hidden = own["codes"].detach().clone()
     if encoder == "lstm":
         lstm = torch.nn.LSTM(16, 16, num_layers=2, bidirectional=True)
@@ -472,10 +472,10 @@ def test_a_prompt_encoder_stays_at_the_client(
     assert equal(train_one_step(through, start, examples), trained)
     # What travels acts without the encoder as it did with it, and is an ordinary adapter of PEFT.
     batch = plain_batch(path, kind, model, examples)
-    acted = logits(through.tuned.model, batch)
-    without.tuned.write(trained)
-    torch.testing.assert_close(logits(without.tuned.model, batch), acted)
-    through.finish(State(trained), tmp_path)
+    acted = logits(through.trainable.model, batch)
+    without.trainable.write(trained)
+    torch.testing.assert_close(logits(without.trainable.model, batch), acted)
+    through.export(State(trained), tmp_path)
     loaded = peft.PeftModel.from_pretrained(plain(path, kind, model), str(tmp_path)).eval()
     torch.testing.assert_close(logits(loaded, batch), acted, rtol=1e-5, atol=1e-5)
     again = make(path, "soft_prompt", kind, length=3, encoder=encoder, encoder_width=16)

@@ -29,7 +29,7 @@ INEXACT = ("fedit", "flexlora", "hetlora")
 def effective(method: WeightTuning) -> Tensors:
     """Every adapted matrix as the model now has it, in float64: base weight plus what the adapter adds."""
     merged = {}
-    for name, layer in lora_layers(method.tuned.model).items():
+    for name, layer in lora_layers(method.trainable.model).items():
         weight = layer.get_base_layer().weight.detach().double()
         outer = layer.lora_B["default"]
         b = outer.product() if hasattr(outer, "product") else outer.weight
@@ -43,20 +43,20 @@ def one_round(
     method: WeightTuning, kind: str, rounds: int = 2
 ) -> tuple[list[tuple[Tensors, Tensors]], list[float]]:
     """Rounds with three unequal clients: by round, the server's model and what it should have been."""
-    state, pairs, errors = method.start(), [], []
+    state, pairs, errors = method.initialise(), [], []
     make_examples = classification_examples if kind == "classification" else generation_examples
     for number in range(1, rounds + 1):
         answers, ideal = [], {}
         for name, size in SIZES.items():
-            task = method.ask(state, number, {name: {"epochs": 2}})[name]
-            update = method.work(task, Client(name, ClientData(name, make_examples(size))))
+            task = method.configure(state, number, {name: {"epochs": 2}})[name]
+            update = method.execute(task, Client(name, ClientData(name, make_examples(size))))
             method.check(task, update)
             answers.append(Answer(name, task, update))
             for matrix, weight in effective(method).items():  # the model is still the client's
                 ideal[matrix] = ideal.get(matrix, 0) + weight * size / sum(SIZES.values())
-        state = method.merge(state, answers)
+        state = method.aggregate(state, answers)
         errors.append(state.values.get("method", {}).get("aggregation_error"))
-        method.tuned.write(method.ownership.complete(state.tensors))
+        method.trainable.write(method.ownership.complete(state.tensors))
         pairs.append((effective(method), ideal))
     return pairs, errors
 
@@ -88,7 +88,7 @@ def test_the_reported_error_is_the_distance_from_the_ideal(tiny: dict[str, str],
     more = {} if variant == "fedit" else {"client_ranks": [1, 2, 4]}
     method = make(tiny["bert"], "lora", variant=variant, rank=4, alpha=7.0, **more)
     base = {
-        n: m.get_base_layer().weight.detach().double() for n, m in lora_layers(method.tuned.model).items()
+        n: m.get_base_layer().weight.detach().double() for n, m in lora_layers(method.trainable.model).items()
     }
     pairs, errors = one_round(method, "classification")
     for pair, error in zip(pairs, errors, strict=True):
@@ -101,15 +101,15 @@ def test_clients_train_at_their_own_rank_and_scale(tiny: dict[str, str]) -> None
     settings: dict[str, Any] = {"alpha": 6.0, "target_modules": ["query"]}
     mixed = make(tiny["bert"], "lora", variant="hetlora", rank=4, client_ranks=[2], **settings)
     plain = make(tiny["bert"], "lora", rank=2, **settings)
-    task = mixed.ask(mixed.start(), 1, {"a": {"steps": 3}})["a"]
+    task = mixed.configure(mixed.initialise(), 1, {"a": {"steps": 3}})["a"]
     # B starts at zero, so the rescaling of a truncated B changes nothing here.
-    same = plain.ask(plain.start(), 1, {"a": {"steps": 3}})["a"]
+    same = plain.configure(plain.initialise(), 1, {"a": {"steps": 3}})["a"]
     for name in same.tensors:
         if "lora" in name:
             assert task.tensors[name].shape == same.tensors[name].shape
     same = type(same)(same.kind, task.tensors, same.values)
-    ours = mixed.work(task, Client("a", ClientData("a", classification_examples())))
-    theirs = plain.work(same, Client("a", ClientData("a", classification_examples())))
+    ours = mixed.execute(task, Client("a", ClientData("a", classification_examples())))
+    theirs = plain.execute(same, Client("a", ClientData("a", classification_examples())))
     for name, tensor in theirs.tensors.items():
         torch.testing.assert_close(ours.tensors[name], tensor, rtol=1e-4, atol=1e-6)
 
@@ -117,11 +117,11 @@ def test_clients_train_at_their_own_rank_and_scale(tiny: dict[str, str]) -> None
 @pytest.mark.parametrize("variant", ["fedit", "ffa", "rolora", "fedsa", "flora", "fedex", "fedsb"])
 def test_what_travels(tiny: dict[str, str], variant: str) -> None:
     method = make(tiny["bert"], "lora", variant=variant, rank=4)
-    state = method.start()
+    state = method.initialise()
     up = []
     for number in (1, 2):
-        task = method.ask(state, number, {"a": {"steps": 1}})["a"]
-        update = method.work(task, Client("a", ClientData("a", classification_examples())))
+        task = method.configure(state, number, {"a": {"steps": 1}})["a"]
+        update = method.execute(task, Client("a", ClientData("a", classification_examples())))
         kinds = {name.split(".")[-2] for name in update.tensors if "lora" in name}
         up.append(kinds)
         assert not any(name.startswith("base_change/") for name in update.tensors)
@@ -137,13 +137,13 @@ def test_what_travels(tiny: dict[str, str], variant: str) -> None:
 def test_fedsa_keeps_b_with_the_client(tiny: dict[str, str]) -> None:
     method = make(tiny["bert"], "lora", variant="fedsa", rank=4)
     client = Client("a", ClientData("a", classification_examples()))
-    state = method.start()
-    task = method.ask(state, 1, {"a": {"epochs": 3}})["a"]
-    method.work(task, client)
+    state = method.initialise()
+    task = method.configure(state, 1, {"a": {"epochs": 3}})["a"]
+    method.execute(task, client)
     kept = {n.removeprefix("state/"): t for n, t in client.memory.tensors.items()}
     assert kept
     assert all("lora_B" in name for name in kept)
-    again = method.ask(state, 2, {"a": {"epochs": 1}})["a"]
+    again = method.configure(state, 2, {"a": {"epochs": 1}})["a"]
     before = method.ownership.complete(again.tensors, client.memory)
     assert equal({n: before[n] for n in kept}, kept)
 
@@ -169,10 +169,10 @@ def test_a_private_adapter_beside_the_shared_one(small: dict[str, Any], tmp_path
 
 def test_dora_and_rank_stabilised_scaling(tiny: dict[str, str]) -> None:
     stable = make(tiny["bert"], "lora", rank=4, alpha=6.0, rank_stabilised=True)
-    layer = next(iter(lora_layers(stable.tuned.model).values()))
+    layer = next(iter(lora_layers(stable.trainable.model).values()))
     assert layer.scaling["default"] == pytest.approx(3.0)
     dora = make(tiny["bert"], "lora", rank=4, dora=True)
-    assert any("magnitude" in name for name in dora.start().tensors)
+    assert any("magnitude" in name for name in dora.initialise().tensors)
     with pytest.raises(ValueError, match=r"DoRA's weight is not linear in B A.*allowed in fedit"):
         LoraSettings(variant="flora", dora=True)
 

@@ -43,7 +43,7 @@ def measure(
         words = " ".join(f"w{i % 900}" for i in range(tokens - 2))
         examples = [Example("w1", target=f" {words}") for _ in range(batch_size * steps)]
         people = [Client(f"c{i}", ClientData(f"c{i}", examples)) for i in range(clients)]
-        tasks = method.ask(method.start(), 1, {client.name: {"steps": steps} for client in people})
+        tasks = method.configure(method.initialise(), 1, {client.name: {"steps": steps} for client in people})
         pairs = [(tasks[client.name], client) for client in people]
         work = clients * steps * batch_size * tokens
         rates: dict[str, list[float]] = {"together": [], "one by one": []}
@@ -52,10 +52,10 @@ def measure(
                 torch.cuda.synchronize()
                 begun = time.perf_counter()
                 if name == "together":
-                    method.work_together(pairs)
+                    method.execute_together(pairs)
                 else:
                     for task, client in pairs:
-                        method.work(task, client)
+                        method.execute(task, client)
                 torch.cuda.synchronize()
                 if number:  # the first one warms up
                     rates[name].append(work / (time.perf_counter() - begun))

@@ -17,7 +17,7 @@ from .models.load import load_base
 from .recipe.recipe import Recipe, load_recipe, to_toml
 from .transport.channel import Channel
 from .transport.client_store import ClientStore
-from .transport.in_process import InProcess
+from .transport.in_process import InProcessTransport
 
 INDEX = "retrieval.json"
 
@@ -78,7 +78,7 @@ def index(
     method = _connected(checked, folder, federation.clients, federation, note)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.toml", to_toml(checked))
-    found = method.prepare(method.start())
+    found = method.prepare(method.initialise())
     method.searcher.save_router(folder)
     write_json(folder / INDEX, {"clients": sorted(found)})
     return found
@@ -117,7 +117,7 @@ class Library:
         names: list[str] = read_json(folder / INDEX)["clients"]
         self.method = _connected(self.recipe, folder, {n: ClientData(n, []) for n in names}, None, note)
         model = folder / "model"
-        self.state = self.method.open(model) if model.is_dir() else self.method.start()
+        self.state = self.method.open(model) if model.is_dir() else self.method.initialise()
         self.method.prepare(self.state, index=False)
         self.method.searcher.load_router(folder)
         self.note = note
@@ -165,5 +165,5 @@ def _connected(
     method = make_method(recipe, base, federation)
     assert isinstance(method, Retrieval)
     store = ClientStore(clients, folder / "checkpoints" / "clients", folder / "clients")
-    InProcess(method, store, Channel(recipe.compression, {}), note=note)
+    InProcessTransport(method, store, Channel(recipe.compression, {}), note=note)
     return method

@@ -52,14 +52,14 @@ def command_line(
 @contextlib.contextmanager
 def display(command: str, quiet: bool) -> Iterator[Any]:
     """Makes displays; takes the last one down at the end, and says how to go on after Ctrl-C."""
-    from .progress_bar import Display
+    from .progress_bar import ProgressDisplay
 
-    shown: list[Display] = []
+    shown: list[ProgressDisplay] = []
 
-    def make(name: str) -> Display:
+    def make(name: str) -> ProgressDisplay:
         for display in shown:
             display.close()
-        shown.append(Display(err_console, name, quiet=quiet))
+        shown.append(ProgressDisplay(err_console, name, quiet=quiet))
         return shown[-1]
 
     try:

@@ -24,7 +24,7 @@ FIRST = 2.0
 """Seconds after which it is said for the first time."""
 
 
-class Display:
+class ProgressDisplay:
     """Shows round, loss, metric and time left, and what is being done; warnings stand on lines of their own.
 
     On a terminal one line is redrawn; elsewhere there is one line a round, at most one a second besides the

@@ -20,7 +20,7 @@ from ..federated.build import check_cohort
 from ..federated.callbacks import Progress
 from ..recipe.recipe import Recipe
 from .nvflare.kits import provision, require_nvflare
-from .nvflare.supervise import Kept
+from .nvflare.supervise import SupervisedProcess
 from .run import run_deployed
 from .settings import FederationSettings, save_federation
 
@@ -118,12 +118,14 @@ def _row(example: Example, data: FederatedData) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def local_sites(folder: Path) -> Iterator[dict[str, Kept]]:
+def local_sites(folder: Path) -> Iterator[dict[str, SupervisedProcess]]:
     """Every site of a federation on this machine, each with a supervisor of its own."""
     kept = {}
     for kit in sorted((folder / "sites").iterdir()):
         command = [sys.executable, "-m", "fedcustom", "site", "start", str(kit), "--data"]
-        kept[kit.name] = Kept([*command, str(kit / "data" / "site.toml")], kit / "fedcustom" / "site.log")
+        kept[kit.name] = SupervisedProcess(
+            [*command, str(kit / "data" / "site.toml")], kit / "fedcustom" / "site.log"
+        )
     try:
         for one in kept.values():
             one.start()

@@ -67,7 +67,7 @@ def gather(
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     method = make_method(recipe, base, data)
     remote.method = method
-    origin, own_folder = method.start(), folder / "server" / "fedcustom"
+    origin, own_folder = method.initialise(), folder / "server" / "fedcustom"
     origin = replace(origin, tensors=parked(origin.tensors, own_folder))
     if base.device.type == "cpu":
         park(base.model, own_folder)  # the sites do the computing

@@ -18,7 +18,7 @@ from ..recipe.recipe import Recipe
 from ..transport import wire
 from ..transport.channel import Channel
 from ..transport.protocol import Reply
-from .nvflare.sites import Said, Sites
+from .nvflare.sites import SiteReply, Sites
 from .settings import FederationSettings
 
 OPENING = 600.0
@@ -67,7 +67,7 @@ class Remote:
         for name, said in self._everyone("open", values, names).items():
             self.sizes[name] = _sizes(said)
 
-    def _everyone(self, kind: str, values: dict[str, Any], names: Sequence[str]) -> dict[str, Said]:
+    def _everyone(self, kind: str, values: dict[str, Any], names: Sequence[str]) -> dict[str, SiteReply]:
         """What those say who can be reached; the others are noted."""
         head = {"kind": kind, "run": self.run, "values": values}
         found, reason = {}, ""
@@ -142,7 +142,7 @@ class Remote:
             del said  # before the next one is read
         self.restored = number
 
-    def _reply(self, name: str, task: Task, down: int, said: Said) -> Reply:
+    def _reply(self, name: str, task: Task, down: int, said: SiteReply) -> Reply:
         """A site's answer as it comes out of the channel, checked."""
         assert self.method is not None
         sent = replace(task, tensors=self.channel.unpack_down(self.channel.pack_down(task)))
@@ -235,7 +235,7 @@ class Remote:
         return found
 
 
-def _labels(said: Said) -> list[Any]:
+def _labels(said: SiteReply) -> list[Any]:
     """The labels that a site tells; none where it tells something else."""
     told = said.values.get("labels")
     if not isinstance(told, list) or not all(isinstance(value, str | int | float) for value in told):
@@ -243,7 +243,7 @@ def _labels(said: Said) -> list[Any]:
     return told
 
 
-def _sizes(said: Said) -> dict[str, int]:
+def _sizes(said: SiteReply) -> dict[str, int]:
     """How many examples a site has of each part; none where it tells something else."""
     told = said.values.get("sizes")
     counts = told if isinstance(told, dict) else {}

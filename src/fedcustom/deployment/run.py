@@ -15,12 +15,12 @@ from ..federated.callbacks import Progress, Silent
 from ..federated.loop import run_recipe
 from ..federated.simulation import Federation
 from ..recipe.recipe import Recipe
-from .nvflare.bridge import ADDRESS_VARIABLE, Door
+from .nvflare.bridge import ADDRESS_VARIABLE, BridgeListener
 from .nvflare.jobs import Session
 from .nvflare.kits import require_nvflare, server_command
 from .nvflare.link import Link
 from .nvflare.sites import Patience, Sites
-from .nvflare.supervise import Kept, keep_alive
+from .nvflare.supervise import SupervisedProcess, keep_alive
 from .parties import check_deployable, gather
 from .settings import FederationSettings, load_federation
 
@@ -57,8 +57,8 @@ def serving(folder: Path, settings: FederationSettings, note: Callable[[str], No
     """The federation's server, kept alive, and its sites as they come."""
     kit = (folder / "server").absolute()
     own = kit / "fedcustom"
-    door = Door(own / "bridge.json")
-    engine = Kept(
+    door = BridgeListener(own / "bridge.json")
+    engine = SupervisedProcess(
         server_command(kit), own / "engine.log", {ADDRESS_VARIABLE: str(door.file), "MALLOC_ARENA_MAX": "2"}
     )
     ended = threading.Event()

@@ -221,7 +221,7 @@ class _Driver:
         tasks: dict[str, Task] = {}
         for since in sorted({assignment.since for assignment in cohort.values()}):
             amounts = {name: a.amount for name, a in cohort.items() if a.since == since}
-            tasks |= method.ask(states[since], since + 1, amounts)
+            tasks |= method.configure(states[since], since + 1, amounts)
         tasks = {name: tasks[name] for name in cohort}
         self._phase(number, self._kind(number), of=len(tasks))
         begun = time.perf_counter()
@@ -230,7 +230,7 @@ class _Driver:
         accepted = self._accept(replies, noted, number, cohort)
         first = list(islice(accepted, 1))
         needed = min(self.recipe.rounds.min_clients, len(tasks))
-        following = method.merge(state, streamed(first, accepted)) if first else state
+        following = method.aggregate(state, streamed(first, accepted)) if first else state
         if len(noted.answered) < max(1, needed):
             raise RunError(
                 f"round {number}: {len(noted.answered)} of {len(tasks)} clients answered, "
@@ -268,11 +268,11 @@ class _Driver:
         have more to say.
         """
         amounts = {name: cohort[name].amount for name in noted.answered}
-        tasks = parties.method.ask(state, number, amounts)
+        tasks = parties.method.configure(state, number, amounts)
         noted.answered = [name for name in noted.answered if name not in tasks]
         noted.exchanges += 1
         accepted = self._accept(parties.transport.exchange(tasks, f"{number:06d}"), noted, number, cohort)
-        return parties.method.merge(state, accepted)
+        return parties.method.aggregate(state, accepted)
 
     def _better(self, candidates: Sequence[State]) -> tuple[State, Metrics]:
         """The best on the development split of states that a round may end with, the later where two are
@@ -466,7 +466,7 @@ class _Driver:
         for name, text in method.notes(state).items():
             write_text(self.directory / name, text)
         if has_one_model(recipe):
-            write_folder(self.directory / "model", lambda folder: method.finish(state, folder))
+            write_folder(self.directory / "model", lambda folder: method.export(state, folder))
         finishing = time.perf_counter() - begun
         summary = summarise(
             recipe,

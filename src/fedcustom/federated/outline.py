@@ -61,7 +61,7 @@ def _training(
     method: WeightTuning, channel: Channel, state: State, number: int, cohort: Mapping[str, Assignment]
 ) -> tuple[float, float]:
     """The mean bytes to and from a client of a cohort that trains."""
-    tasks = list(method.ask(state, number, {name: a.amount for name, a in cohort.items()}).values())
+    tasks = list(method.configure(state, number, {name: a.amount for name, a in cohort.items()}).values())
     down = _lengths(tasks, lambda task: _down(channel, task))
     up = _lengths(tasks, lambda task: _up(method, channel, task))
     return sum(down) / len(tasks), sum(up) / len(tasks)
@@ -87,7 +87,7 @@ def _down(channel: Channel, task: Task) -> int:
 def _up(method: WeightTuning, channel: Channel, task: Task) -> int:
     """The bytes of an answer to a task that trains: of a change that is zero everywhere."""
     wanted = {name: _zeros(tensor) for name, tensor in method.ownership.wanted(task).items()}
-    packed, said = method.merging.pack(wanted)
+    packed, said = method.hooks.pack(wanted)
     values = {"weight": 16.0, **SAID, **said}
     return channel.pack_up(Update(packed, 16.0, values), task, Memory()).length(values)
 
@@ -106,7 +106,7 @@ def _fitting(
     data: FederatedData,
 ) -> int:
     """The bytes of a round in which these clients send what the head is fitted from."""
-    tasks = method.ask(state, number, {name: {} for name in asked})
+    tasks = method.configure(state, number, {name: {} for name in asked})
     down = _lengths(list(tasks.values()), lambda task: _down(channel, task))
     labels = [[example.label for example in data.clients[name].train] for name in tasks]
     up = [wire.length(head_sums(method.head_fit, own), {"weight": float(len(own))}) for own in labels]

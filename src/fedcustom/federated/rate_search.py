@@ -117,7 +117,7 @@ def _round(
         RunError: fewer clients answered than are ``needed``, or merging failed.
     """
     present = {name: a.amount for name, a in cohort.items() if not a.absent}
-    tasks = parties.method.ask(state, number, present)
+    tasks = parties.method.configure(state, number, present)
 
     answered = 0
 
@@ -133,7 +133,7 @@ def _round(
     answers = sound(parties.transport.exchange(tasks, f"{number:06d}"))
     first = list(islice(answers, 1))
     if first:
-        state = parties.method.merge(state, streamed(first, answers))
+        state = parties.method.aggregate(state, streamed(first, answers))
     if answered < max(1, min(needed, len(cohort))):
         raise RunError(f"round {number}: {answered} clients answered")
     return state

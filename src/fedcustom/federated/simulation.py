@@ -17,7 +17,7 @@ from ..recipe.recipe import Recipe
 from ..simulation.poison import backdoor_probes, poisoned, with_noise
 from ..transport.channel import Channel
 from ..transport.client_store import ClientStore
-from ..transport.in_process import InProcess
+from ..transport.in_process import InProcessTransport
 from ..transport.protocol import Reply
 from ..updates.attack import conspiracy, falsifier, hostile_clients
 from .build import check_cohort, check_fit, make_method, pooled
@@ -114,10 +114,10 @@ def simulate(recipe: Recipe, directory: Path, private: Path, progress: Progress)
         finetune_epochs=recipe.personalisation.finetune_epochs if recipe.baseline == "federated" else 0,
         probes=probes,
     )
-    origin = method.start()
+    origin = method.initialise()
     channel = Channel(recipe.compression, origin.tensors)
     falsify = falsifier(hostile, recipe.attack, recipe.seed)
-    transport = InProcess(method, store, channel, falsify, progress.note)
+    transport = InProcessTransport(method, store, channel, falsify, progress.note)
     if recipe.attack.kind == "alie":
         transport.conspire(hostile, conspiracy(recipe.attack))
     return Federation(base, data, method, origin, evaluator, transport, store)

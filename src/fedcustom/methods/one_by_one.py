@@ -14,16 +14,16 @@ class OneByOne:
         """One: nothing is gained by more."""
         return 1
 
-    def work(self, task: Task, client: Client) -> Update:
+    def execute(self, task: Task, client: Client) -> Update:
         """The task done on the client's private data."""
         raise NotImplementedError
 
-    def work_together(self, pairs: Sequence[tuple[Task, Client]]) -> list[Update | Exception]:
+    def execute_together(self, pairs: Sequence[tuple[Task, Client]]) -> list[Update | Exception]:
         """Each client's answer, or the error that it met."""
         answers: list[Update | Exception] = []
         for task, client in pairs:
             try:
-                answers.append(self.work(task, client))
+                answers.append(self.execute(task, client))
             except Exception as error:  # whatever one client does wrong, the others go on
                 answers.append(error)
         return answers

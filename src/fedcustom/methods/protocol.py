@@ -131,33 +131,33 @@ class Method(Protocol):
     recipe.
     """
 
-    def start(self) -> State:
+    def initialise(self) -> State:
         """The first global state."""
 
-    def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
         """The round's tasks, one for each client named in ``work``, which says how much each is to do."""
 
-    def work(self, task: Task, client: Client) -> Update:
+    def execute(self, task: Task, client: Client) -> Update:
         """The task done on the client's private data. Changes the client's memory, and nothing else that
         lasts.
         """
 
     def widest_cohort(self) -> int:
-        """How many clients :meth:`work_together` should be given at once; 1 if that gains nothing."""
+        """How many clients :meth:`execute_together` should be given at once; 1 if that gains nothing."""
 
-    def work_together(self, pairs: Sequence[tuple[Task, Client]]) -> list[Update | Exception]:
-        """The tasks of several clients of one process, as :meth:`work` would do them; an exception where it
-        would have raised one.
+    def execute_together(self, pairs: Sequence[tuple[Task, Client]]) -> list[Update | Exception]:
+        """The tasks of several clients of one process, as :meth:`execute` would do them; an exception where
+        it would have raised one.
         """
 
-    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """The next global state. Consumes the answers one by one, as they come in."""
 
-    def finish(self, state: State, folder: Path) -> None:
+    def export(self, state: State, folder: Path) -> None:
         """Write the customised model so that it loads with the ecosystem's own tools."""
 
     def open(self, folder: Path) -> State:
-        """The state of a model that :meth:`finish` wrote."""
+        """The state of a model that :meth:`export` wrote."""
 
     def check(self, task: Task, update: Update) -> None:
         """Refuse an update that is not a sound answer to the task

@@ -19,7 +19,7 @@ SLOW = 10
 """Seconds from which on it is worth saying how long a client took outside rounds."""
 
 
-class InProcess:
+class InProcessTransport:
     """Asks clients that live in this process, many at once where the method trains them in one batch. Bytes
     are counted as on a network, but not copied. ``falsify`` is what hostile clients do to their updates.
     """
@@ -88,7 +88,7 @@ class InProcess:
         for name, task in tasks.items():
             started = time.perf_counter()
             try:
-                update = self.method.work(task, self.store.open(name))
+                update = self.method.execute(task, self.store.open(name))
                 self.method.check(task, update)
             except Exception as error:  # whatever a client does wrong, the others go on
                 lines = str(error).strip().splitlines()
@@ -112,11 +112,11 @@ class InProcess:
         answers: list[Update | Exception]
         if len(pairs) == 1:
             try:
-                answers = [self.method.work(*pairs[0])]
+                answers = [self.method.execute(*pairs[0])]
             except Exception as error:  # whatever a client does wrong, the others go on
                 answers = [error]
         else:
-            answers = self.method.work_together(pairs)
+            answers = self.method.execute_together(pairs)
         seconds = time.perf_counter() - started
         sizes = [1 + len(client.data.train) for _, client in pairs]
         for (_, client), answer, size in zip(pairs, answers, sizes, strict=True):

@@ -69,7 +69,7 @@ class Bridge:
         self._connection.close()
 
 
-class Door:
+class BridgeListener:
     """Where a resident process can be reached: a socket in a temporary folder of this user's alone (a path
     of a socket may have some hundred characters), and the file that names it with its key.
     """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import DeploymentError
-from .bridge import Bridge, BridgeError, Door
+from .bridge import Bridge, BridgeError, BridgeListener
 from .jobs import ENDED, Session
 
 START = 60.0
@@ -27,7 +27,7 @@ LOOK = 1.5
 
 
 @dataclass(frozen=True)
-class Arrival:
+class ReceivedMessage:
     """What a site said to one message: a head and a file of tensors, or that nothing will come (``lost``)."""
 
     number: int
@@ -45,7 +45,7 @@ class Link:
     engine alive says in ``given_up`` why it cannot.
     """
 
-    def __init__(self, kit: Path, door: Door, note: Callable[[str], None]) -> None:
+    def __init__(self, kit: Path, door: BridgeListener, note: Callable[[str], None]) -> None:
         self.session, self.note, self.door = Session(kit), note, door
         self.sites: frozenset[str] = frozenset()
         self.epoch = 0
@@ -116,7 +116,7 @@ class Link:
             with contextlib.suppress(BridgeError):
                 self._bridge.send({"kind": "cancel", "number": number})
 
-    def receive(self, timeout: float) -> Arrival | None:
+    def receive(self, timeout: float) -> ReceivedMessage | None:
         """The next answer, if one comes in time; a site that is gone leaves :attr:`sites`."""
         try:
             bridge, message = self._events.get(timeout=timeout)
@@ -136,7 +136,7 @@ class Link:
         lost = str(message.get("lost", ""))
         if lost:
             self.sites = self.sites - {str(message["site"])}
-        return Arrival(
+        return ReceivedMessage(
             int(message["number"]), str(message["site"]), message.get("head") or {},
             Path(body) if body else None, lost,
         )  # fmt: skip

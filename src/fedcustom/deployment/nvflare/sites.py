@@ -24,7 +24,7 @@ from ...core.tensors import Tensors
 from ...models.park import leave_memory
 from ...transport import wire
 from ...transport.channel import Packed
-from .link import Arrival, Link
+from .link import Link, ReceivedMessage
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Patience:
 
 
 @dataclass(frozen=True)
-class Said:
+class SiteReply:
     """What a site said: values and tensors as they travelled, or why there is nothing (``failure``)."""
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class _Heard:
+class _StoredReply:
     """An answer as it lies on the disk."""
 
     head: dict[str, Any]
@@ -97,7 +97,7 @@ class Sites:
         messages: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Tensor]]],
         enough: int,
         seconds: float | None = None,
-    ) -> Iterator[tuple[str, Said]]:
+    ) -> Iterator[tuple[str, SiteReply]]:
         """Give each site its message, a head and tensors, and yield what they say in the messages' order.
 
         Sites that have gone are waited for as :class:`Patience` says, and for as long as fewer than
@@ -108,7 +108,7 @@ class Sites:
             site: _Open(json.dumps({**head, "request": secrets.token_hex(8)}), bodies[id(tensors)])
             for site, (head, tensors) in messages.items()
         }
-        order, heard = list(messages), dict[str, _Heard]()
+        order, heard = list(messages), dict[str, _StoredReply]()
         begun = time.monotonic()
         deadline = begun + (self.patience.round if seconds is None else seconds)
         self.refresh(messages)
@@ -128,13 +128,13 @@ class Sites:
                     if waiting[site].number is not None and waiting[site].epoch == self.link.epoch:
                         self.link.cancel(waiting[site].number or 0)
                     reason = "no answer in time" if site in self.link.sites else "not connected"
-                    heard[site] = _Heard({"error": reason}, None, now - begun)
+                    heard[site] = _StoredReply({"error": reason}, None, now - begun)
                     del waiting[site]
                 while order and order[0] in heard:
                     yield order[0], _read(heard.pop(order.pop(0)))
         except DeploymentError as error:
             for site in waiting:
-                heard[site] = _Heard({"error": str(error)}, None, time.monotonic() - begun)
+                heard[site] = _StoredReply({"error": str(error)}, None, time.monotonic() - begun)
         finally:
             for body in set(bodies.values()) - {None}:
                 assert body is not None
@@ -190,7 +190,7 @@ class Sites:
                 message.epoch, message.sent = self.link.epoch, now
                 message.number = self.link.send(site, message.head, message.body, to, self.most)
 
-    def _heard(self, arrival: Arrival, waiting: Mapping[str, _Open]) -> _Heard | None:
+    def _heard(self, arrival: ReceivedMessage, waiting: Mapping[str, _Open]) -> _StoredReply | None:
         """An arrival, if it answers a message that is waited for."""
         message = waiting.get(arrival.site)
         if message is None or message.number != arrival.number:
@@ -201,7 +201,7 @@ class Sites:
             self.note(f"{arrival.site} is gone ({arrival.lost})")
             message.epoch = -1
             return None
-        return _Heard(arrival.head, arrival.body, time.monotonic() - message.sent)
+        return _StoredReply(arrival.head, arrival.body, time.monotonic() - message.sent)
 
     def _hopeless(
         self, waiting: Mapping[str, _Open], enough: bool, begun: float, deadline: float, now: float
@@ -226,13 +226,13 @@ class Sites:
         return [site for site in waiting if now > limit(site)]
 
 
-def _read(heard: _Heard) -> Said:
+def _read(heard: _StoredReply) -> SiteReply:
     """A site's answer, of which nothing is trusted but that it is JSON. Its tensors are mapped from their
     file, which is gone when they are.
     """
     try:
         if reason := heard.failure:
-            return Said(failure=reason, seconds=heard.seconds)
+            return SiteReply(failure=reason, seconds=heard.seconds)
         values = heard.head.get("values")
         if not isinstance(values, dict):
             raise WireError("an answer without values")
@@ -243,12 +243,12 @@ def _read(heard: _Heard) -> Said:
             if tensor.dtype not in wire.DTYPES:
                 raise WireError(f"{name}: {tensor.dtype} cannot travel")
         packed = Packed(tensors, heard.head.get("layout"))
-        return Said(values, packed, packed.length(values), seconds=heard.seconds)
+        return SiteReply(values, packed, packed.length(values), seconds=heard.seconds)
     except (SafetensorError, OSError, ValueError) as error:
         reason = f"a message is malformed: {(str(error).splitlines() or [''])[0]}"
-        return Said(failure=reason, seconds=heard.seconds)
+        return SiteReply(failure=reason, seconds=heard.seconds)
     except WireError as error:
-        return Said(failure=str(error), seconds=heard.seconds)
+        return SiteReply(failure=str(error), seconds=heard.seconds)
     finally:
         if heard.body is not None:
             heard.body.unlink(missing_ok=True)

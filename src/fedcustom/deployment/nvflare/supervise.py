@@ -21,7 +21,7 @@ MOST_QUICK = 5
 
 
 @dataclass
-class Kept:
+class SupervisedProcess:
     """A command to be kept alive; its output goes to ``log``."""
 
     command: list[str]
@@ -81,7 +81,7 @@ class Kept:
             process.wait(patience)
 
 
-def keep_alive(kept: list[Kept], note: Callable[[str], None], until: Callable[[], bool]) -> bool:
+def keep_alive(kept: list[SupervisedProcess], note: Callable[[str], None], until: Callable[[], bool]) -> bool:
     """Keep processes alive until ``until`` says so; whether none had to be given up."""
     try:
         while not until():

@@ -48,7 +48,7 @@ class Participant:
         everyone = {other: ClientData(other, []) for other in names} | {name: self.data}
         federation = FederatedData(task, everyone, [], [], test_is_pooled=True, public=own.public)
         self.method = make_method(recipe, self.base, federation)
-        self.channel = Channel(recipe.compression, self.method.start().tensors)
+        self.channel = Channel(recipe.compression, self.method.initialise().tensors)
         self.memory = RoundMemory(folder / "memory")
         self.disk = folder / "disk"
 
@@ -65,7 +65,7 @@ class Participant:
         task = Task(kind, self.channel.unpack_down(packed), dict(values))
         before = self.memory.before(round_number) if round_number is not None else self.memory.after(2**31)
         client = Client(self.name, self.data, before, self.disk)
-        update = self.method.work(task, client)
+        update = self.method.execute(task, client)
         if round_number is None:
             return Packed(update.tensors), {"weight": update.weight, **update.values}
         answer = self.channel.pack_up(update, task, client.memory)

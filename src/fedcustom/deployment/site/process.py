@@ -10,7 +10,7 @@ from ...core.errors import DeploymentError
 from ...core.files import held, holder
 from ..nvflare.bridge import ADDRESS_VARIABLE
 from ..nvflare.kits import require_nvflare, site_command, site_name
-from ..nvflare.supervise import Kept, keep_alive
+from ..nvflare.supervise import SupervisedProcess, keep_alive
 from .settings import load_site
 
 
@@ -31,11 +31,11 @@ def start_site(kit: Path, file: Path, note: Callable[[str], None], until: Callab
         if named is not None and not (file.parent / named).expanduser().is_file():
             raise DeploymentError(f"{file}: data.{part} = {named!r}: no such file")
     own = kit / "fedcustom"
-    resident = Kept(
+    resident = SupervisedProcess(
         [sys.executable, "-m", "fedcustom.deployment.site", str(kit), str(file)], own / "resident.log"
     )
     environment = {ADDRESS_VARIABLE: str(own / "bridge.json"), "MALLOC_ARENA_MAX": "2"}
-    engine = Kept(site_command(kit), own / "engine.log", environment)
+    engine = SupervisedProcess(site_command(kit), own / "engine.log", environment)
     with held(own / "site.pid") as alone:
         if not alone:
             raise DeploymentError(f"{kit}: process {holder(own / 'site.pid')} runs this site already")

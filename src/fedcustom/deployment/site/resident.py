@@ -24,7 +24,7 @@ from ...methods.tuning.head_messages import HEAD_GRADIENT, SCALE_HEAD
 from ...recipe.recipe import Recipe, load_recipe
 from ...transport import wire
 from ...transport.channel import Packed
-from ..nvflare.bridge import Bridge, BridgeError, Door
+from ..nvflare.bridge import Bridge, BridgeError, BridgeListener
 from .audit import AuditLog, digest
 from .participant import Participant, refuse_retrieval_without_server
 from .policy import check_labels, check_outgoing, check_recipe, check_round
@@ -60,7 +60,7 @@ class Resident:
         self.last: tuple[str, dict[str, Any]] = ("", {})
         self.audit.write("started", site=name, process=os.getpid())
 
-    def serve(self, door: Door) -> None:
+    def serve(self, door: BridgeListener) -> None:
         """Answer one message after the other, for ever."""
         while True:
             bridge = door.accept()
@@ -278,4 +278,4 @@ def serve(name: str, settings: SiteSettings, where: Path, folder: Path) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     resident = Resident(name, settings, where, folder)
-    resident.serve(Door(folder / "bridge.json"))
+    resident.serve(BridgeListener(folder / "bridge.json"))

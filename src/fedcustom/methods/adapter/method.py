@@ -17,7 +17,7 @@ from ...models.kind import Rates
 from ...models.load import Base
 from ..settings import TuningSettings
 from ..tuning.feed_forward import find_feed_forward
-from ..tuning.technique import Tuned
+from ..tuning.technique import TrainableModel
 from ..tuning.whole_model import partly_trained
 from .layers import Widened, WidenedInput, WidenedOutput
 
@@ -50,7 +50,7 @@ class Adapter:
     def __init__(self, settings: AdapterSettings) -> None:
         self.settings = settings
 
-    def attach(self, base: Base, seed: int) -> Tuned:
+    def attach(self, base: Base, seed: int) -> TrainableModel:
         """Put extra hidden units beside those of every feed-forward network.
 
         Raises:
@@ -73,8 +73,8 @@ class Adapter:
         for name, layer in layers.items():
             model.set_submodule(name, layer)
         chosen = {f"{name}.adapter.{kind}" for name in layers for kind in ("weight", "bias")}
-        tuned = partly_trained(base, seed, chosen)
-        save_whole, sizes = tuned.save, found.wider(width)
+        trainable = partly_trained(base, seed, chosen)
+        save_whole, sizes = trainable.save, found.wider(width)
 
         def save(folder: Path) -> None:
             with _merged(model, layers, sizes):
@@ -92,11 +92,11 @@ class Adapter:
             with torch.no_grad():
                 for name, layer in layers.items():
                     layer.split(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-                for name in tuned.head:
-                    tuned.parameters[name].copy_(weights[name])
+                for name in trainable.head:
+                    trainable.parameters[name].copy_(weights[name])
 
-        tuned.save, tuned.load = save, load
-        return tuned
+        trainable.save, trainable.load = save, load
+        return trainable
 
 
 @contextlib.contextmanager

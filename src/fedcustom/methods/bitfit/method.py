@@ -12,7 +12,7 @@ from ...models.kind import Rates
 from ...models.load import Base
 from ..settings import UpperLayersSettings
 from ..tuning.peft_support import upper
-from ..tuning.technique import Tuned
+from ..tuning.technique import TrainableModel
 from ..tuning.whole_model import partly_trained
 
 
@@ -33,7 +33,7 @@ class BitFit:
     def __init__(self, settings: BitFitSettings) -> None:
         self.settings = settings
 
-    def attach(self, base: Base, seed: int) -> Tuned:
+    def attach(self, base: Base, seed: int) -> TrainableModel:
         """Freeze everything but biases, with ``norms`` normalisation scales, and the head.
 
         Raises:

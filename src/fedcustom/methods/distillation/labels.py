@@ -47,7 +47,7 @@ class LabelExchange:
 
     # --- server ---
 
-    def start(self) -> Tensors:
+    def initialise(self) -> Tensors:
         """What the server keeps: no soft label yet."""
         return {
             SOFT: torch.zeros(self.count, self.labels),
@@ -55,7 +55,7 @@ class LabelExchange:
             CURRENT: torch.zeros(self.count, dtype=torch.uint8),
         }
 
-    def ask(self, state: State, round_number: int, clients: Iterable[str]) -> dict[str, Tensors]:
+    def configure(self, state: State, round_number: int, clients: Iterable[str]) -> dict[str, Tensors]:
         """The texts of the round that have no young soft label; the ensemble's labels that a client lacks."""
         refreshed = state.server[REFRESHED].numpy()
         texts = drawn(self.settings.samples_per_round, self.count, self.context.seed, round_number)
@@ -79,7 +79,7 @@ class LabelExchange:
         """Refuse what is not one packed row for each text asked about."""
         self._read(task, tensors)
 
-    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """The ensemble's soft labels, and the server's model after learning from them."""
         settings, number = self.settings, int(state.values.get("round", 0)) + 1
         uniform = self.context.aggregation.weighting == "uniform"
@@ -205,7 +205,7 @@ class LabelExchange:
         learner.put(tensors)
         tokens = learner.tokens(self.context.public)
         chosen = [tokens[i] for i in texts]
-        scores = predict(learner.tuned.model, learner.base, chosen, self.context.evaluation).scores
+        scores = predict(learner.trainable.model, learner.base, chosen, self.context.evaluation).scores
         scaled = torch.from_numpy(scores) / self.settings.temperature
         result: Floats = torch.softmax(scaled, dim=1).numpy()
         return result
@@ -237,7 +237,7 @@ class LabelExchange:
 
         def loss(batch: Batch) -> Tensor:
             with learner.base.autocast():
-                logits = classification_logits(learner.tuned.model, batch)
+                logits = classification_logits(learner.trainable.model, batch)
             return divergence(logits, batch[TEACHER], settings.temperature)
 
         training = teaching(settings, self.context.training, student, self.context.base)

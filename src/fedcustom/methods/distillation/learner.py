@@ -42,7 +42,7 @@ class Learner(WeightTuning):
         Raises:
             DataError, UpdateError: see :meth:`WeightTuning.work`.
         """
-        update = self.work(task, client)
+        update = self.execute(task, client)
         client.memory.tensors = without(client.memory.tensors, "moments/")
         return update
 
@@ -64,24 +64,24 @@ class Learner(WeightTuning):
         self.put(tensors)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(repr(list(seed)).encode()).digest()[:7], "big"))
-            self.tuned.model.train(self.context.training.dropout)
-            for module in self.tuned.active_dropout:
+            self.trainable.model.train(self.context.training.dropout)
+            for module in self.trainable.active_dropout:
                 module.train()
             steps = ([(batch, 1.0)] for batch in batches)
             result = train_locally(
-                self.tuned.parameters,
+                self.trainable.parameters,
                 steps,
                 loss_of,
                 training,
                 factor,
-                head=self.tuned.head,
-                matrices=self.tuned.matrices,
+                head=self.trainable.head,
+                matrices=self.trainable.matrices,
             )
-        return self.tuned.read(), result.loss
+        return self.trainable.read(), result.loss
 
     def put(self, tensors: Tensors) -> None:
         """Put tensors into the model; what they lack is as it was initialised."""
-        self.tuned.write(self.ownership.complete(tensors))
+        self.trainable.write(self.ownership.complete(tensors))
 
 
 def own_tensors(client: Client) -> Tensors:

@@ -24,16 +24,16 @@ from .tokens import TokenExchange
 class Exchange(Protocol):
     """What models tell each other of public texts, and what they learn from it."""
 
-    def start(self) -> Tensors:
+    def initialise(self) -> Tensors:
         """What the server keeps beside its model."""
 
-    def ask(self, state: State, round_number: int, clients: Iterable[str]) -> dict[str, Tensors]:
+    def configure(self, state: State, round_number: int, clients: Iterable[str]) -> dict[str, Tensors]:
         """What goes down to each client."""
 
     def check(self, task: Task, tensors: Tensors) -> None:
         """Refuse what is not a sound answer."""
 
-    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """What the server makes of the answers."""
 
     def learn(self, learner: Learner, task: Task, client: Client) -> None:
@@ -70,7 +70,7 @@ class Distillation(OneByOne):
 
     # --- server ---
 
-    def start(self) -> State:
+    def initialise(self) -> State:
         """The server's untrained model, if it has one.
 
         Raises:
@@ -83,15 +83,15 @@ class Distillation(OneByOne):
                 "public set: holds no text but such as are test or development inputs; raise public.fraction "
                 "or name another public.source"
             )
-        tensors = self.models.server.tuned.read() if self.serves else {}
-        return State(tensors, self.exchange.start())
+        tensors = self.models.server.trainable.read() if self.serves else {}
+        return State(tensors, self.exchange.initialise())
 
-    def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
         """Learn from the others, train on your own examples, and say what you think of these public texts."""
         factor = schedule_factor(self.context.training, round_number, self.context.rounds)
         tensors: Mapping[str, Tensors] = {name: {} for name in work}
         if not self.alone:
-            tensors = self.exchange.ask(state, round_number, work)
+            tensors = self.exchange.configure(state, round_number, work)
         return {
             name: Task(
                 "distil",
@@ -115,25 +115,25 @@ class Distillation(OneByOne):
             return
         self.exchange.check(task, update.tensors)
 
-    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """The next state of the server; in a local run, where nothing is said, the old one."""
         if self.alone:
             for _ in answers:
                 pass
             return state
-        return self.exchange.merge(state, answers)
+        return self.exchange.aggregate(state, answers)
 
-    def finish(self, state: State, folder: Path) -> None:
+    def export(self, state: State, folder: Path) -> None:
         """Write the server's model: a whole one, or a PEFT adapter with ``server_method = "lora"``."""
-        self.models.server.finish(State(state.tensors), folder)
+        self.models.server.export(State(state.tensors), folder)
 
     def open(self, folder: Path) -> State:
-        """The state of a model that :meth:`finish` wrote."""
+        """The state of a model that :meth:`export` wrote."""
         return self.models.server.open(folder)
 
     # --- client ---
 
-    def work(self, task: Task, client: Client) -> Update:
+    def execute(self, task: Task, client: Client) -> Update:
         """Learn from what came down, train on the own examples, and answer.
 
         Raises:

@@ -61,7 +61,7 @@ class Speaker:
         token.
         """
         self.learner.put(tensors)
-        self.learner.tuned.model.eval()
+        self.learner.trainable.model.eval()
         size = self.settings.distil_batch_size
         longest_first = sorted((int(t) for t in texts), key=lambda t: (-len(self.texts[t]), t))
         for start in range(0, len(longest_first), size):
@@ -101,7 +101,7 @@ class Speaker:
     def logits(self, batch: Batch) -> Tensor:
         """Logits of (texts, tokens, vocabulary) in float32."""
         with self.learner.base.autocast():
-            logits: Tensor = self.learner.tuned.model(
+            logits: Tensor = self.learner.trainable.model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
             ).logits
         return logits.float()

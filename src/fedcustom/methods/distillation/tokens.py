@@ -44,11 +44,11 @@ class TokenExchange:
 
     # --- server ---
 
-    def start(self) -> Tensors:
+    def initialise(self) -> Tensors:
         """Nothing beside its model."""
         return {}
 
-    def ask(self, state: State, round_number: int, clients: Iterable[str]) -> dict[str, Tensors]:
+    def configure(self, state: State, round_number: int, clients: Iterable[str]) -> dict[str, Tensors]:
         """The round's texts and, with direction both, what the server's model says of them."""
         texts = drawn(self.settings.samples_per_round, self.count, self.context.seed, round_number)
         asked = {ASKED: pack_positions(texts, self.count)}
@@ -62,7 +62,7 @@ class TokenExchange:
         """Refuse what is not a packed row for each place of each text asked about."""
         self._read(self._speaker_of(task), tensors, asked_in(task, self.count))
 
-    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """The server's model after learning from the best client of each text."""
         number = int(state.values.get("round", 0)) + 1
         server = self.speaker(self.models.server)

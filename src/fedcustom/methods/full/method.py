@@ -13,7 +13,7 @@ from ...models.kind import Rates
 from ...models.load import Base
 from ..settings import TuningSettings
 from ..tuning.peft_support import head_names, loading_page
-from ..tuning.technique import Tuned
+from ..tuning.technique import TrainableModel
 
 
 class FullSettings(TuningSettings):
@@ -30,7 +30,7 @@ class Full:
     def __init__(self, settings: FullSettings) -> None:
         self.settings = settings
 
-    def attach(self, base: Base, seed: int) -> Tuned:
+    def attach(self, base: Base, seed: int) -> TrainableModel:
         """Train every parameter; tied ones are one."""
         model = base.model.requires_grad_(True)
         parameters = dict(sorted(model.named_parameters()))
@@ -43,9 +43,9 @@ class Full:
             saved = type(model).from_pretrained(folder, dtype=torch.float32)
             model.load_state_dict(saved.state_dict())
 
-        tuned = Tuned(model, parameters, head_names(base, parameters), save, load)
+        trainable = TrainableModel(model, parameters, head_names(base, parameters), save, load)
         output = model.get_output_embeddings()
         inner = (n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not output)
         weights = {f"{name}.weight" for name in inner}
-        tuned.matrices = {name: 1 for name in parameters if name in weights - tuned.head}
-        return tuned
+        trainable.matrices = {name: 1 for name in parameters if name in weights - trainable.head}
+        return trainable

@@ -16,7 +16,7 @@ from ...models.load import Base
 from ..settings import UpperLayersSettings
 from ..tuning.feed_forward import find_feed_forward
 from ..tuning.peft_support import attach_peft, ending_in, peft_parameters, task_type, tuned_with, upper
-from ..tuning.technique import Tuned
+from ..tuning.technique import TrainableModel
 
 KEYS_AND_VALUES = (
     ("k_proj", "v_proj"),
@@ -61,7 +61,7 @@ class Ia3:
     def __init__(self, settings: Ia3Settings) -> None:
         self.settings = settings
 
-    def attach(self, base: Base, seed: int) -> Tuned:
+    def attach(self, base: Base, seed: int) -> TrainableModel:
         """Wrap the chosen matrices with PEFT's layers.
 
         Raises:

@@ -22,13 +22,13 @@ from ..tuning.peft_support import (
     task_type,
     upper,
 )
-from ..tuning.technique import Tuned
-from .merging import CHANGES_BASE, OWN_RULE, LoraMerging, Matrix
+from ..tuning.technique import TrainableModel
+from .aggregation_hooks import CHANGES_BASE, OWN_RULE, LoraAggregation, Matrix
 from .settings import LoraSettings
 
 
 class Lora:
-    """LoRA; ``variant`` says what travels and how it is merged (see :mod:`.merging`).
+    """LoRA; ``variant`` says what travels and how it is merged (see :mod:`.aggregation_hooks`).
 
     A of (rank, in) starts at the same random values for every client, B of (out, rank) at zero.
     """
@@ -36,7 +36,7 @@ class Lora:
     def __init__(self, settings: LoraSettings) -> None:
         self.settings = settings
 
-    def attach(self, base: Base, seed: int) -> Tuned:
+    def attach(self, base: Base, seed: int) -> TrainableModel:
         """Wrap the chosen matrices with PEFT's LoRA layers."""
         from peft import LoraConfig
 
@@ -71,9 +71,11 @@ class Lora:
         elif settings.variant == "fedsb":
             for layer in layers.values():
                 _train_between(layer, settings.rank)
-        tuned = peft_tuned(base, model)
+        trainable = peft_tuned(base, model)
         if settings.variant == "fedsb":
-            tuned.parameters = {n.replace(".lora_B.", ".lora_R."): p for n, p in tuned.parameters.items()}
+            trainable.parameters = {
+                n.replace(".lora_B.", ".lora_R."): p for n, p in trainable.parameters.items()
+            }
         matrices = [
             Matrix(
                 name,
@@ -82,17 +84,21 @@ class Lora:
             )
             for name, layer in layers.items()
         ]
-        tuned.merging = LoraMerging(settings, matrices, seed)
+        trainable.hooks = LoraAggregation(settings, matrices, seed)
         if settings.variant in OWN_RULE:
-            _fit_ranks(tuned, model, layers, matrices, settings, base)
+            _fit_ranks(trainable, model, layers, matrices, settings, base)
         if settings.variant == "fedsb":
-            _save_as_lora(tuned, layers)
+            _save_as_lora(trainable, layers)
         if settings.private_rank:
-            _split_private(tuned, matrices, settings.rank)
-        tuned.matrices = {n: 1 for n, p in tuned.parameters.items() if p.dim() == 2 and n not in tuned.head}
+            _split_private(trainable, matrices, settings.rank)
+        trainable.matrices = {
+            n: 1 for n, p in trainable.parameters.items() if p.dim() == 2 and n not in trainable.head
+        }
         if settings.dropout:
-            tuned.active_dropout = [m for name, m in model.named_modules() if name.endswith("lora_dropout")]
-        return tuned
+            trainable.active_dropout = [
+                m for name, m in model.named_modules() if name.endswith("lora_dropout")
+            ]
+        return trainable
 
 
 def usual_targets(base: Base) -> list[str]:
@@ -122,7 +128,7 @@ def _check_layers(layers: dict[str, Any], settings: LoraSettings, base: Base) ->
             )
 
 
-def _split_private(tuned: Tuned, matrices: list[Matrix], rank: int) -> None:
+def _split_private(trainable: TrainableModel, matrices: list[Matrix], rank: int) -> None:
     """Give the rows of A and columns of B beyond ``rank`` names of their own (two adapters, as in FedDPA,
     Yang et al. 2024).
     """
@@ -142,10 +148,10 @@ def _split_private(tuned: Tuned, matrices: list[Matrix], rank: int) -> None:
             tensors[matrix.b_name] = torch.cat([tensors[matrix.b_name], tensors.pop(own_b)], dim=1)
         return tensors
 
-    tuned.read_hook, tuned.write_hook = read, write
+    trainable.read_hook, trainable.write_hook = read, write
 
 
-class Between(nn.Module):
+class InnerProduct(nn.Module):
     """Fed-SB: ``B R`` in the place of B; only R of (rank, rank) is trained, and it starts at zero."""
 
     def __init__(self, outer: Tensor) -> None:
@@ -170,17 +176,17 @@ def _train_between(layer: Any, rank: int) -> None:
     inner.requires_grad_(False)
     with torch.no_grad():
         inner.copy_(a)
-    layer.lora_B["default"] = Between(b.to(inner.device))
+    layer.lora_B["default"] = InnerProduct(b.to(inner.device))
 
 
 def _outer(layer: Any) -> Tensor:
     outer = layer.lora_B["default"]
-    weight: Tensor = outer.outer if isinstance(outer, Between) else outer.weight
+    weight: Tensor = outer.outer if isinstance(outer, InnerProduct) else outer.weight
     return weight
 
 
 def _fit_ranks(
-    tuned: Tuned,
+    trainable: TrainableModel,
     model: Any,
     layers: dict[str, Any],
     matrices: list[Matrix],
@@ -220,9 +226,9 @@ def _fit_ranks(
             tensors[matrix.b_name] = tensors[matrix.b_name][:, :rank].contiguous()
         return {**tensors, **applied}
 
-    tuned.write_hook, tuned.read_hook = write, read
-    tuned.scale = lambda tensors: settings.scale(tensors[matrices[0].a_name].shape[0])
-    tuned.scaled = frozenset(matrix.a_name for matrix in matrices)
+    trainable.write_hook, trainable.read_hook = write, read
+    trainable.scale = lambda tensors: settings.scale(tensors[matrices[0].a_name].shape[0])
+    trainable.scaled = frozenset(matrix.a_name for matrix in matrices)
     if not changes_base:
         return
 
@@ -243,14 +249,14 @@ def _fit_ranks(
         for matrix in matrices:
             change = saved[f"{matrix.name}.weight"] - original[matrix.name].float()
             state[matrix.base_name] = layer_layout(change, layers[matrix.name].fan_in_fan_out).contiguous()
-        tuned.write(state | {name: saved[name] for name in tuned.head})
+        trainable.write(state | {name: saved[name] for name in trainable.head})
 
-    tuned.save, tuned.load = save, load
+    trainable.save, trainable.load = save, load
 
 
-def _save_as_lora(tuned: Tuned, layers: dict[str, Any]) -> None:
+def _save_as_lora(trainable: TrainableModel, layers: dict[str, Any]) -> None:
     """Fed-SB is saved as an ordinary LoRA adapter whose B is ``B R``."""
-    save_adapter = tuned.save
+    save_adapter = trainable.save
 
     def save(folder: Path) -> None:
         trained = {name: layer.lora_B["default"] for name, layer in layers.items()}
@@ -273,6 +279,6 @@ def _save_as_lora(tuned: Tuned, layers: dict[str, Any]) -> None:
             product = saved[f"base_model.model.{name}.lora_B.weight"]
             state[f"{name}.lora_R.weight"] = layer.lora_B["default"].outer.T.cpu() @ product
         heads = {clean_name(name): tensor for name, tensor in saved.items()}
-        tuned.write(state | {name: heads[name] for name in tuned.head})
+        trainable.write(state | {name: heads[name] for name in trainable.head})
 
-    tuned.save, tuned.load = save, load
+    trainable.save, trainable.load = save, load

@@ -15,10 +15,10 @@ from ...core.errors import ModelError, RecipeError
 from ...models.load import Base
 from ..tuning.peft_support import attach_peft, peft_parameters, task_type, tuned_with
 from ..tuning.reparametrisation import Network, reparametrise
-from ..tuning.technique import Tuned
+from ..tuning.technique import TrainableModel
+from .aggregation_hooks import NAME, PrefixAggregation
 from .distil import Distiller
 from .init import text_prefix
-from .merging import NAME, PrefixMerging
 from .settings import PrefixSettings
 
 PEFT_NAME = "prompt_encoder.embedding.weight"
@@ -36,7 +36,7 @@ class Prefix:
     def __init__(self, settings: PrefixSettings) -> None:
         self.settings = settings
 
-    def attach(self, base: Base, seed: int) -> Tuned:
+    def attach(self, base: Base, seed: int) -> TrainableModel:
         """Wrap the model with PEFT's prefix tuning.
 
         Raises:
@@ -63,10 +63,10 @@ class Prefix:
                 encoder.embedding.weight.copy_(layout.to_peft(initial))
         parameters = peft_parameters(model)
         weight = parameters.pop(PEFT_NAME)
-        tuned = tuned_with(base, model, parameters)
+        trainable = tuned_with(base, model, parameters)
         if settings.reparametrise:
             reparametrise(
-                tuned,
+                trainable,
                 model,
                 NAME,
                 Network("mlp", settings.reparametrise_width, seed),
@@ -75,9 +75,9 @@ class Prefix:
             )
         else:
             parameters[NAME] = weight
-            tuned.matrices = {NAME: 2 * layout.layers}
-            tuned.read_hook = lambda tensors: {**tensors, NAME: layout.from_peft(tensors[NAME])}
-            tuned.write_hook = lambda tensors: {**tensors, NAME: layout.to_peft(tensors[NAME])}
+            trainable.matrices = {NAME: 2 * layout.layers}
+            trainable.read_hook = lambda tensors: {**tensors, NAME: layout.from_peft(tensors[NAME])}
+            trainable.write_hook = lambda tensors: {**tensors, NAME: layout.to_peft(tensors[NAME])}
         layers = layout.layers
         if settings.layers_sent is not None and settings.layers_sent > layers:
             raise RecipeError(f"method.layers_sent = {settings.layers_sent}: {base.name} has {layers} layers")
@@ -85,8 +85,8 @@ class Prefix:
         if settings.public_text is not None:
             distil = partial(Distiller, base, settings, settings.public_text)
         if settings.merging != "mean" or settings.layers_sent is not None:
-            tuned.merging = PrefixMerging(settings, distil)
-        return tuned
+            trainable.hooks = PrefixAggregation(settings, distil)
+        return trainable
 
 
 class Layout:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from ...models.kind import Rates
 from ...models.load import Base
 from ..settings import TuningSettings
-from ..tuning.technique import Tuned
+from ..tuning.technique import TrainableModel
 from ..tuning.whole_model import partly_trained
 
 
@@ -30,6 +30,6 @@ class Probe:
     def __init__(self, settings: ProbeSettings) -> None:
         self.settings = settings
 
-    def attach(self, base: Base, seed: int) -> Tuned:
+    def attach(self, base: Base, seed: int) -> TrainableModel:
         """Freeze everything but the head."""
         return partly_trained(base, seed, ())

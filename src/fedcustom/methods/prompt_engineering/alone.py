@@ -23,21 +23,21 @@ class Alone(OneByOne):
     def __init__(self, method: Method) -> None:
         self.method = method
 
-    def start(self) -> State:
+    def initialise(self) -> State:
         """The state from which every client starts."""
-        return self.method.start()
+        return self.method.initialise()
 
-    def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
         """Go on by yourself."""
         return {name: Task("alone", {}, {"round": round_number}) for name in work}
 
-    def work(self, task: Task, client: Client) -> Update:
+    def execute(self, task: Task, client: Client) -> Update:
         """One round of the method with one client."""
-        state = self._own(client.memory) or self.method.start()
-        asked = self.method.ask(state, task.values["round"], {client.name: {}})[client.name]
-        update = self.method.work(asked, client)
+        state = self._own(client.memory) or self.method.initialise()
+        asked = self.method.configure(state, task.values["round"], {client.name: {}})[client.name]
+        update = self.method.execute(asked, client)
         self.method.check(asked, update)
-        state = self.method.merge(state, [Answer(client.name, asked, update)])
+        state = self.method.aggregate(state, [Answer(client.name, asked, update)])
         client.memory.values[OWN] = state.values
         client.memory.tensors |= named(state.tensors, f"{OWN}/") | named(state.server, f"{OWN}-server/")
         return Update({}, 1.0, {"examples": update.values.get("examples", 1)})
@@ -47,7 +47,7 @@ class Alone(OneByOne):
         if update.tensors:
             raise UpdateError("a local client sends no tensors")
 
-    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """Nothing is merged."""
         for _ in answers:
             pass
@@ -60,7 +60,7 @@ class Alone(OneByOne):
         own = self._own(client.memory) if client is not None else None
         return self.method.predict(own or state, examples, texts=texts)
 
-    def finish(self, state: State, folder: Path) -> None:
+    def export(self, state: State, folder: Path) -> None:
         """There is no one prompt.
 
         Raises:

@@ -75,14 +75,14 @@ class BlackBox(PromptMethod):
 
     # --- server ---
 
-    def start(self) -> State:
+    def initialise(self) -> State:
         """N(0, sigma^2 I): the mean gives P0."""
         settings = self.settings
         full = settings.covariance == "full"
         begun = Distribution.isotropic(settings.dimensions, settings.sigma, full=full)
         return State(_tensors(begun), {}, {"round": 0, "sigma": settings.sigma})
 
-    def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
         """Search from the server's distribution."""
         values = {"round": round_number, "sigma": state.values["sigma"]}
         return {name: Task("search", dict(state.tensors), dict(values)) for name in work}
@@ -115,7 +115,7 @@ class BlackBox(PromptMethod):
                 f"examples {examples!r}, weight {update.weight!r}: must be one positive integer"
             )
 
-    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """One distribution of the clients' ones."""
         received = list(answers)
         losses = [float(answer.update.values["loss"]) for answer in received]
@@ -132,7 +132,7 @@ class BlackBox(PromptMethod):
 
     # --- client ---
 
-    def work(self, task: Task, client: Client) -> Update:
+    def execute(self, task: Task, client: Client) -> Update:
         """Some generations on the round's examples: the same for all candidates, so that they compare.
 
         Raises:
@@ -183,7 +183,7 @@ class BlackBox(PromptMethod):
 
     # --- result ---
 
-    def finish(self, state: State, folder: Path) -> None:
+    def export(self, state: State, folder: Path) -> None:
         """Write the soft prompt with its template: for a causal language model as a PEFT prompt-tuning
         adapter, and always as tensors.
         """
@@ -193,7 +193,7 @@ class BlackBox(PromptMethod):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._with(prefix).save_pretrained(str(folder), save_embedding_layers=False)
-        super().finish(state, folder)
+        super().export(state, folder)
         (folder / "README.md").write_text(self._page(), encoding="utf-8")
 
     def open(self, folder: Path) -> State:

@@ -64,7 +64,7 @@ class InContext(PromptMethod):
 
     # --- server ---
 
-    def start(self) -> State:
+    def initialise(self) -> State:
         """The queries, without answers.
 
         Raises:
@@ -78,7 +78,7 @@ class InContext(PromptMethod):
             )
         return State({}, {}, {"round": 0, "queries": queries, "answers": []})
 
-    def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
         """The current answers; the queries themselves are public."""
         tensors = {name: tensor.half() for name, tensor in state.tensors.items()}
         values = {
@@ -109,7 +109,7 @@ class InContext(PromptMethod):
             if not isinstance(text, str) or len(text) > MAX_ANSWER:
                 raise UpdateError(f"answers: each must be a text of at most {MAX_ANSWER} characters")
 
-    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """The clients' answers, weighted by how near their examples are, as the new answers."""
         received = list(answers)
         similarities = np.stack([_array(answer.update.tensors["similarities"]) for answer in received])
@@ -138,7 +138,7 @@ class InContext(PromptMethod):
 
     # --- client ---
 
-    def work(self, task: Task, client: Client) -> Update:
+    def execute(self, task: Task, client: Client) -> Update:
         """Answer every query with the nearest private examples, and from round 2 on with the current
         answers.
 

@@ -28,12 +28,12 @@ class PromptMethod(OneByOne):
         """The state behind such a content."""
         raise NotImplementedError
 
-    def finish(self, state: State, folder: Path) -> None:
+    def export(self, state: State, folder: Path) -> None:
         """Write the prompt, the tokenizer and a page that shows how to use them with the base model."""
         write_prompt(self.base, self.prompt(state), folder)
 
     def open(self, folder: Path) -> State:
-        """The state of a prompt that :meth:`finish` wrote."""
+        """The state of a prompt that :meth:`export` wrote."""
         return self.restore(read_prompt(folder, self.strategy))
 
     def notes(self, state: State) -> dict[str, str]:

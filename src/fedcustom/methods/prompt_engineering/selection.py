@@ -46,7 +46,7 @@ class Selection(PromptMethod):
 
     # --- server ---
 
-    def start(self) -> State:
+    def initialise(self) -> State:
         """The pool of the recipe, of which nothing is known."""
         return self.state({"round": 0, "alive": list(range(len(self.pool))), "tallies": {}, "bred": {}})
 
@@ -61,7 +61,7 @@ class Selection(PromptMethod):
             self._pool = self._make_pool()
         return self._pool
 
-    def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
         """The same candidates for everybody: numbers, and texts of those that were bred."""
         chosen = self._choose(state, round_number)
         bred = {str(i): state.values["bred"][str(i)] for i in chosen if str(i) in state.values["bred"]}
@@ -94,7 +94,7 @@ class Selection(PromptMethod):
         if len(counts) > 1 or update.values.get("examples") not in counts:
             raise UpdateError("candidates were scored on different numbers of examples")
 
-    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """Add the counts up; halve the field and breed where it is time."""
         tallies = self._tallies(state)
         scored: set[int] = set()
@@ -133,7 +133,7 @@ class Selection(PromptMethod):
 
     # --- client ---
 
-    def work(self, task: Task, client: Client) -> Update:
+    def execute(self, task: Task, client: Client) -> Update:
         """Score the candidates on the round's private examples: other ones in each round, until all were
         used.
 

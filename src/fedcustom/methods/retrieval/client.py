@@ -21,7 +21,7 @@ Embed = Callable[[Sequence[str]], Vectors]
 BYTES = 16
 
 
-class Librarian:
+class RetrievalClient:
     """A client's side of every task but training.
 
     Discloses, task by task: ``index`` the numbers of documents and chunks; ``route`` sums over its own
@@ -50,7 +50,7 @@ class Librarian:
         chunking = (settings.chunk_length, settings.chunk_overlap, settings.most_chunks)
         return DocumentStore(client.folder / f"store-{encoder[:12]}", encoder, self.tokenizer, chunking)
 
-    def work(self, task: Task, client: Client) -> Update:
+    def execute(self, task: Task, client: Client) -> Update:
         """The task's answer.
 
         Raises:

@@ -29,7 +29,7 @@ from ..tuning.technique import Context, Technique
 from ..tuning.update_checks import check_state
 from .checks import check_answer
 from .chunking import digest
-from .client import Librarian
+from .client import RetrievalClient
 from .export import weights_digest, write_modules
 from .generation import Generator, generator_of
 from .measures import answer_losses, search_figures
@@ -51,7 +51,7 @@ class Retrieval(OneByOne):
 
     Discloses: what training sends (:class:`~fedcustom.methods.tuning.method.WeightTuning`, and with
     ``shared_negatives`` :class:`~.negatives.Negatives`) and what a client answers to each task
-    (:class:`~.client.Librarian`). Clients see each query's vector, from which a text like the
+    (:class:`~.client.RetrievalClient`). Clients see each query's vector, from which a text like the
     query can be guessed; ``privacy_epsilon`` perturbs it.
     """
 
@@ -73,11 +73,11 @@ class Retrieval(OneByOne):
         self._base_weights = weights_digest(context.base.model)
         self.contrastive = Contrastive(context.base, context.data, settings.temperature)
         self.tuning = self._training()
-        model = self.tuning.tuned.model if self.tuning else self.base.model
+        model = self.tuning.trainable.model if self.tuning else self.base.model
         self.encoder = replace(self.base, model=model)
         evaluation = context.evaluation
         self.generator = generator_of(settings.generator, context.model, evaluation, settings.answer_tokens)
-        self.librarian = Librarian(settings, self.base.tokenizer, self._embed, self.generator)
+        self.librarian = RetrievalClient(settings, self.base.tokenizer, self._embed, self.generator)
         self.searcher = Searcher(settings, self._embed_questions)
         shares = settings.shared_negatives and context.keeps == "nothing"
         self.negatives = (
@@ -87,24 +87,24 @@ class Retrieval(OneByOne):
 
     # --- rounds ---
 
-    def start(self) -> State:
+    def initialise(self) -> State:
         """The encoder as it is."""
-        return self.tuning.start() if self.tuning else State({})
+        return self.tuning.initialise() if self.tuning else State({})
 
-    def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
         """Train the encoder, or say how many documents there are."""
         if self.tuning:
-            tasks = self.tuning.ask(state, round_number, work)
+            tasks = self.tuning.configure(state, round_number, work)
             return self.negatives.offered(state, tasks) if self.negatives else tasks
         return {name: Task("count", {}, {"round": round_number}) for name in work}
 
-    def work(self, task: Task, client: Client) -> Update:
+    def execute(self, task: Task, client: Client) -> Update:
         """The task done on the client's questions or documents."""
         if task.kind == "train" and self.tuning:
             return self._trained(self.tuning, task, client)
         if task.kind == "index" and self.tuning:
-            self.tuning.tuned.write(self.tuning.ownership.complete(task.tensors))
-        return self.librarian.work(task, client)
+            self.tuning.trainable.write(self.tuning.ownership.complete(task.tensors))
+        return self.librarian.execute(task, client)
 
     def check(self, task: Task, update: Update) -> None:
         """Refuse what is not a sound answer."""
@@ -116,7 +116,7 @@ class Retrieval(OneByOne):
         else:
             check_answer(task, update, self.base.model.config.hidden_size)
 
-    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """The next encoder, or the number of documents."""
         if self.tuning and self.negatives:
             lent: Tensors = {}
@@ -127,9 +127,9 @@ class Retrieval(OneByOne):
                         lent[answer.client] = answer.update.tensors[LENT]
                     yield replace(answer, task=plain(answer.task), update=plain(answer.update))
 
-            return self.negatives.kept(self.tuning.merge(state, trained()), lent)
+            return self.negatives.kept(self.tuning.aggregate(state, trained()), lent)
         if self.tuning:
-            return self.tuning.merge(state, answers)
+            return self.tuning.aggregate(state, answers)
         counts = {answer.client: answer.update.values["documents"] for answer in answers}
         return State({}, {}, {**state.values, "method": {"documents": sum(counts.values())}})
 
@@ -233,10 +233,10 @@ class Retrieval(OneByOne):
             self.report["answer_loss"] = losses
         return Predictions(scores)
 
-    def finish(self, state: State, folder: Path) -> None:
+    def export(self, state: State, folder: Path) -> None:
         """Write the sentence encoder, as ``sentence-transformers`` reads it too, and the router."""
         if self.tuning:
-            self.tuning.finish(state, folder)
+            self.tuning.export(state, folder)
         else:
             self.base.model.save_pretrained(folder)
             self.base.tokenizer.save_pretrained(folder)
@@ -245,7 +245,7 @@ class Retrieval(OneByOne):
         self.searcher.save_router(folder)
 
     def open(self, folder: Path) -> State:
-        """The encoder that :meth:`finish` wrote, and the router."""
+        """The encoder that :meth:`export` wrote, and the router."""
         state = self.tuning.open(folder) if self.tuning else State({})
         self.searcher.take_index(self._fingerprint(state))
         self.searcher.load_router(folder)
@@ -282,15 +282,15 @@ class Retrieval(OneByOne):
     def _trained(self, tuning: WeightTuning, task: Task, client: Client) -> Update:
         """The client's training, with what others lent as further negatives, and what it lends itself."""
         if self.negatives is None:
-            return tuning.work(task, client)
+            return tuning.execute(task, client)
         own = plain(task)
         tensors = tuning.ownership.complete(own.tensors)
-        check_state(tuning.tuned.inwards(tensors), tuning.tuned.parameters)
-        tuning.tuned.write(tensors)
+        check_state(tuning.trainable.inwards(tensors), tuning.trainable.parameters)
+        tuning.trainable.write(tensors)
         lent = self.negatives.lend(client, int(task.values["round"]))
         self.contrastive.negatives = task.tensors.get(BORROWED)
         try:
-            update = tuning.work(own, client)
+            update = tuning.execute(own, client)
         finally:
             self.contrastive.negatives = None
         return replace(update, tensors={**update.tensors, **lent})
@@ -302,7 +302,7 @@ class Retrieval(OneByOne):
     def _use(self, state: State) -> None:
         """Put the state's encoder into the resident model."""
         if self.tuning:
-            self.tuning.tuned.write(self.tuning.ownership.complete(state.tensors))
+            self.tuning.trainable.write(self.tuning.ownership.complete(state.tensors))
 
     def _fingerprint(self, state: State) -> str:
         """A name of the encoder: its content, of the base and of the trained tensors."""

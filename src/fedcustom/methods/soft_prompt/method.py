@@ -22,7 +22,7 @@ from ..tuning.peft_support import (
     tuned_with,
 )
 from ..tuning.reparametrisation import Network, reparametrise
-from ..tuning.technique import Tuned
+from ..tuning.technique import TrainableModel
 
 PEFT_NAME, NAME = "prompt_encoder.embedding.weight", "soft_prompt"
 
@@ -58,7 +58,7 @@ class SoftPrompt:
     def __init__(self, settings: SoftPromptSettings) -> None:
         self.settings = settings
 
-    def attach(self, base: Base, seed: int) -> Tuned:
+    def attach(self, base: Base, seed: int) -> TrainableModel:
         """Wrap the model with PEFT's prompt tuning."""
         from peft import PromptTuningConfig
 
@@ -81,15 +81,15 @@ class SoftPrompt:
         parameters = peft_parameters(model)
         if settings.encoder == "none":
             parameters = {NAME if name == PEFT_NAME else name: p for name, p in parameters.items()}
-            tuned = tuned_with(base, model, parameters)
-            tuned.matrices = {NAME: 1}
+            trainable = tuned_with(base, model, parameters)
+            trainable.matrices = {NAME: 1}
         else:
             del parameters[PEFT_NAME]
-            tuned = tuned_with(base, model, parameters)
-            reparametrise(tuned, model, NAME, Network(settings.encoder, settings.encoder_width, seed))
+            trainable = tuned_with(base, model, parameters)
+            reparametrise(trainable, model, NAME, Network(settings.encoder, settings.encoder_width, seed))
         if base.architecture == "decoder" and base.task.kind == "classification":
-            tuned.model = DecoderClassifier(model, base)
-        return tuned
+            trainable.model = DecoderClassifier(model, base)
+        return trainable
 
 
 class DecoderClassifier(nn.Module):

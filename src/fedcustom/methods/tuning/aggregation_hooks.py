@@ -16,7 +16,7 @@ BASE_CHANGE = "base_change/"
 
 
 @dataclass(frozen=True)
-class Arrival:
+class ClientDelta:
     """One client's answer, in full shape.
 
     ``sent`` is what it was sent, ``change`` what it adds to that, ``weight`` its weight in a mean and
@@ -31,12 +31,12 @@ class Arrival:
     values: Values = field(default_factory=dict)
 
 
-class Round:
+class RoundAggregator:
     """What a method's own rules gather while one round's answers come in; this one gathers nothing."""
 
-    def take(self, arrival: Arrival) -> Tensors:
-        """Note one arrival; returns the part of its change that the recipe's rule is to combine."""
-        return arrival.change
+    def take(self, delta: ClientDelta) -> Tensors:
+        """Note one delta; returns the part of its change that the recipe's rule is to combine."""
+        return delta.change
 
     def merged(self, tensors: Tensors) -> tuple[Tensors, Values]:
         """The tensors that these rules set, given all that the recipe's rule has set; and what to report."""
@@ -47,7 +47,7 @@ class Round:
         return robust.inner_products(changes)
 
 
-class Merging:
+class AggregationHooks:
     """All of the state goes down, all that was trained comes up, and the recipe's rule combines the changes.
 
     ``own_rule`` names the rule of a method that does not follow the recipe's, ``personal`` the parts of
@@ -57,7 +57,7 @@ class Merging:
     own_rule: str = ""
     personal: tuple[str, ...] = ()
 
-    def start(self, tensors: Tensors) -> Tensors:
+    def initialise(self, tensors: Tensors) -> Tensors:
         """The first global state, from the tensors as the technique initialises them."""
         return tensors
 
@@ -81,6 +81,6 @@ class Merging:
         """
         return tensors
 
-    def round(self, state: State) -> Round:
+    def round(self, state: State) -> RoundAggregator:
         """Begin to merge a round."""
-        return Round()
+        return RoundAggregator()

@@ -19,7 +19,7 @@ class Correction:
     def __init__(self, settings: AggregationSettings, clients: int) -> None:
         self.settings, self.clients = settings, clients
 
-    def start(self, tensors: Tensors) -> Tensors:
+    def initialise(self, tensors: Tensors) -> Tensors:
         """What the server keeps beside the state, and sends with it."""
         return {}
 
@@ -55,7 +55,7 @@ class Scaffold(Correction):
     traffic.
     """
 
-    def start(self, tensors: Tensors) -> Tensors:
+    def initialise(self, tensors: Tensors) -> Tensors:
         """c = 0."""
         return named(zeros_like(tensors), CONTROL)
 

@@ -32,7 +32,7 @@ from .head_messages import (
     sums_of,
 )
 from .objective import Objective
-from .technique import Tuned
+from .technique import TrainableModel
 from .update_checks import check_forms
 
 LABEL_COUNTS = "label_counts"
@@ -93,14 +93,14 @@ class HeadFit:
         self,
         training: TrainingSettings,
         rounds: int,
-        tuned: Tuned,
+        trainable: TrainableModel,
         objective: Objective,
         base: Base,
         *,
         clients: int = 1,
         batch_size: int = 64,
     ) -> None:
-        self.training, self.tuned, self.objective, self.base = training, tuned, objective, base
+        self.training, self.trainable, self.objective, self.base = training, trainable, objective, base
         self.rounds = training.rounds_of_head_fits(rounds)
         self.clients, self.batch_size = clients, batch_size
         self.names: frozenset[str] = frozenset()
@@ -109,12 +109,12 @@ class HeadFit:
         self.read: dict[str, Tensor] = {}
         self.steps: dict[str, int] = {}
         if self.rounds:
-            self.layer, self.weight, self.bias = last_layer(tuned, base)
+            self.layer, self.weight, self.bias = last_layer(trainable, base)
             self.names = frozenset({self.weight, self.bias})
 
     # --- client ---
 
-    def work(
+    def execute(
         self, task: Task, name: str, examples: Sequence[Example], tokens: Sequence[TokenizedExample]
     ) -> Update:
         """A client's answer to one of :data:`HEAD_TASKS`; for the first the model holds the state.
@@ -157,7 +157,7 @@ class HeadFit:
 
     def inputs(self, tokens: Sequence[TokenizedExample]) -> Tensor:
         """What goes into the head's last layer for each example in the model as it is, (examples, width)."""
-        model, width = self.tuned.model, self.layer.in_features
+        model, width = self.trainable.model, self.layer.in_features
         found = torch.zeros(len(tokens), width)
         noted: list[Tensor] = []
 
@@ -221,7 +221,7 @@ class HeadFit:
         else:
             check_forms(update.tensors, {})
 
-    def merge(self, kind: str, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, kind: str, state: State, answers: Iterable[Answer]) -> State:
         """The state after one exchange of a round that fits the head; :data:`UNFINISHED` in its values says
         what is asked next, if anything is. The first one holds the discriminant, the last one the logistic
         regression.
@@ -370,21 +370,21 @@ def looked_at(answers: Iterable[Answer]) -> tuple[str, Iterator[Answer]]:
     return first[0].task.kind, streamed(first, stream)
 
 
-def output_names(tuned: Tuned, base: Base) -> frozenset[str]:
+def output_names(trainable: TrainableModel, base: Base) -> frozenset[str]:
     """The names by which weight and, where there is one, bias of a head's last linear layer travel; none
     where the head does not end in one.
     """
-    found = _output(tuned, base)
+    found = _output(trainable, base)
     return frozenset(found[1]) if found else frozenset()
 
 
-def last_layer(tuned: Tuned, base: Base) -> tuple[nn.Linear, str, str]:
+def last_layer(trainable: TrainableModel, base: Base) -> tuple[nn.Linear, str, str]:
     """The head's last layer, and the names by which its weight and bias travel.
 
     Raises:
         RecipeError: the head has no such layer with a bias.
     """
-    found = _output(tuned, base)
+    found = _output(trainable, base)
     if found is None or len(found[1]) != 2:
         raise RecipeError(
             f"training.fit_head_rounds: the head of {base.name} does not end in a layer with a bias"
@@ -392,10 +392,10 @@ def last_layer(tuned: Tuned, base: Base) -> tuple[nn.Linear, str, str]:
     return found[0], found[1][0], found[1][1]
 
 
-def _output(tuned: Tuned, base: Base) -> tuple[nn.Linear, list[str]] | None:
+def _output(trainable: TrainableModel, base: Base) -> tuple[nn.Linear, list[str]] | None:
     """The last linear layer of the head that gives the logits, and the names of its weight and bias."""
-    names: dict[int, str] = {id(tuned.parameters[name]): name for name in tuned.head}
-    modules: Any = tuned.model.modules()
+    names: dict[int, str] = {id(trainable.parameters[name]): name for name in trainable.head}
+    modules: Any = trainable.model.modules()
     for module in reversed(list(modules)):
         if not isinstance(module, nn.Linear) or module.out_features != len(base.task.labels):
             continue

@@ -23,12 +23,12 @@ from ...models.lower import LowerLayers, lower_layers
 from ...training.local import LocalResult, train_locally
 from ...training.settings import TrainingSettings
 from ..protocol import Client, Task, Update
-from .aggregation_hooks import Merging
+from .aggregation_hooks import AggregationHooks
 from .batching.client_modules import ClientModules, stand_ins
-from .batching.trainer import Room, Work, train_together
+from .batching.trainer import PassBudget, Work, train_together
 from .drift_corrections import Correction
 from .objective import Objective
-from .technique import Tuned
+from .technique import TrainableModel
 
 MOST_CLIENTS = 64
 """Clients that are trained in one batch at most; beyond that nothing is gained."""
@@ -44,7 +44,7 @@ class Job:
     task: Task
     client: Client
     correction: Correction
-    merging: Merging
+    hooks: AggregationHooks
     before: Tensors
     batches: list[list[TokenizedExample]]
     shift: Tensors
@@ -62,7 +62,7 @@ class Job:
 
     def trains(self, name: str) -> bool:
         """Whether a tensor is trained."""
-        return self.merging.trains(name, self.number) and name not in self.resting
+        return self.hooks.trains(name, self.number) and name not in self.resting
 
     @property
     def factor(self) -> float:
@@ -75,30 +75,30 @@ class LocalTraining:
 
     def __init__(
         self,
-        tuned: Tuned,
+        trainable: TrainableModel,
         objective: Objective,
         training: TrainingSettings,
         base: Base,
         loss: Callable[[Batch], Tensor],
     ) -> None:
-        self.tuned, self.objective, self.training = tuned, objective, training
+        self.trainable, self.objective, self.training = trainable, objective, training
         self.device, self.compiled, self.loss = base.device, base.compile, loss
-        if training.optimizer == "muon" and not tuned.matrices:
+        if training.optimizer == "muon" and not trainable.matrices:
             raise RecipeError("training.optimizer = 'muon': this method trains no matrices; use 'adamw'")
 
     def widest(self) -> int:
         """How many clients to train in one batch: as many as the recipe says, or as fit into a quarter of
         the free memory; 1 where that is not possible.
         """
-        training, tuned = self.training, self.tuned
-        plain = not (training.dropout or tuned.active_dropout or self.compiled)
+        training, trainable = self.training, self.trainable
+        plain = not (training.dropout or trainable.active_dropout or self.compiled)
         possible = self.objective.separable and plain
         if training.cohort_width == 1 or not possible or self._stand_ins is None:
             return 1
         if training.cohort_width is not None:
             return training.cohort_width
         # Of each client: state, gradient, two moments, and the tensors before and after.
-        each = 6 * 4 * count(tuned.parameters.values())
+        each = 6 * 4 * count(trainable.parameters.values())
         return max(1, min(MOST_CLIENTS, int(0.25 * free_memory(self.device)) // each))
 
     def alone(self, job: Job) -> LocalResult:
@@ -107,12 +107,12 @@ class LocalTraining:
         Raises:
             UpdateError: the training loss is not finite.
         """
-        tuned = self.tuned
-        trained = {n: p for n, p in tuned.parameters.items() if job.trains(n)}
-        with torch.random.fork_rng(devices=[]), only_these_train(tuned.parameters, trained):
+        trainable = self.trainable
+        trained = {n: p for n, p in trainable.parameters.items() if job.trains(n)}
+        with torch.random.fork_rng(devices=[]), only_these_train(trainable.parameters, trained):
             torch.manual_seed(int.from_bytes(hashlib.sha256(repr(job.seed).encode()).digest()[:7], "big"))
-            tuned.model.train(self.training.dropout)
-            for module in tuned.active_dropout:
+            trainable.model.train(self.training.dropout)
+            for module in trainable.active_dropout:
                 module.train()
             with self._passing_by():
                 return train_locally(
@@ -121,8 +121,8 @@ class LocalTraining:
                     self.loss,
                     job.correction.training(self.training),
                     job.factor,
-                    head=tuned.head,
-                    matrices=self.tuned.matrices,
+                    head=trainable.head,
+                    matrices=self.trainable.matrices,
                     moments=part(job.client.memory.tensors, "moments/"),
                     shift=job.shift,
                 )
@@ -169,12 +169,12 @@ class LocalTraining:
     @cached_property
     def _lower(self) -> LowerLayers | None:
         """The layers that give the same for an example every time; an eighth of the free memory keeps it."""
-        tuned = self.tuned
-        plain = not (self.training.dropout or tuned.active_dropout or self.compiled)
+        trainable = self.trainable
+        plain = not (self.training.dropout or trainable.active_dropout or self.compiled)
         if not plain or not self.objective.separable:
             return None
         return lower_layers(
-            tuned.model, tuned.parameters, tuned.head, room=lambda: free_memory(self.device) // 8
+            trainable.model, trainable.parameters, trainable.head, room=lambda: free_memory(self.device) // 8
         )
 
     @contextmanager
@@ -193,18 +193,18 @@ class LocalTraining:
         return torch.get_num_threads() if self.device.type == "cpu" and self._lower is None else 1
 
     @cached_property
-    def _room(self) -> Room:
-        return Room(self.tuned.model.parameters())
+    def _room(self) -> PassBudget:
+        return PassBudget(self.trainable.model.parameters())
 
     @cached_property
     def _stand_ins(self) -> ClientModules | None:
-        return stand_ins(self.tuned.model, self.tuned.parameters)
+        return stand_ins(self.trainable.model, self.trainable.parameters)
 
     def _in_turn(
         self, jobs: Sequence[Job], close: Callable[[Job, LocalResult], Update]
     ) -> Iterator[Update | Exception]:
         for job in jobs:
-            self.tuned.write(job.before)
+            self.trainable.write(job.before)
             try:
                 yield close(job, self.alone(job))
             except Exception as error:  # whatever one client does wrong, the others go on
@@ -213,30 +213,30 @@ class LocalTraining:
     def _in_one_batch(
         self, jobs: Sequence[Job], close: Callable[[Job, LocalResult], Update]
     ) -> Iterator[Update | Exception]:
-        modules, parameters, first = self._stand_ins, self.tuned.parameters, jobs[0]
+        modules, parameters, first = self._stand_ins, self.trainable.parameters, jobs[0]
         assert modules is not None
         stacks = {n: p.new_empty(len(jobs), *p.shape) for n, p in parameters.items()}
         with torch.no_grad():
             for position, job in enumerate(jobs):
-                values = self.tuned.inwards(job.before)
+                values = self.trainable.inwards(job.before)
                 for name, stack in stacks.items():
                     stack[position] = values[name]
         trained = [n for n in parameters if first.trains(n)]  # in an order that is the same everywhere
 
         def losses(tensors: Mapping[str, Tensor], rows: Sequence[TokenizedExample], owners: Tensor) -> Tensor:
             own = {name: tensors[name] for name in parameters}
-            modules.give(own, owners, tensors.get(SCALE), self.tuned.scaled)
+            modules.give(own, owners, tensors.get(SCALE), self.trainable.scaled)
             offset = tensors[LABEL_OFFSET][owners] if LABEL_OFFSET in tensors else None
-            return self.objective.row_losses(self.tuned.model, self._collated(rows, offset))
+            return self.objective.row_losses(self.trainable.model, self._collated(rows, offset))
 
         fixed = {name: stack for name, stack in stacks.items() if name not in trained}
         offsets = [job.label_offset for job in jobs if job.label_offset is not None]
         if offsets:
             fixed[LABEL_OFFSET] = torch.stack(offsets).to(self.device)
-        scales = [self.tuned.scale(job.before) for job in jobs]
+        scales = [self.trainable.scale(job.before) for job in jobs]
         if len(set(scales)) > 1:  # the model has the last client's
             fixed[SCALE] = torch.tensor([scale / scales[-1] for scale in scales], device=self.device)
-        self.tuned.model.eval()
+        self.trainable.model.eval()
         with modules.in_place(), self._passing_by():
             results = train_together(
                 {name: stacks[name] for name in trained},
@@ -245,8 +245,8 @@ class LocalTraining:
                 first.correction.training(self.training),
                 first.factor,
                 units_of=self.objective.units,
-                head=self.tuned.head,
-                matrices=self.tuned.matrices,
+                head=self.trainable.head,
+                matrices=self.trainable.matrices,
                 fixed=fixed,
                 room=self._room,
                 lanes=self._lanes(),
@@ -255,7 +255,7 @@ class LocalTraining:
             try:
                 if isinstance(result, Exception):
                     raise result
-                self.tuned.write(job.before)
+                self.trainable.write(job.before)
                 with torch.no_grad():
                     for name, parameter in parameters.items():
                         parameter.copy_(stacks[name][position])

@@ -21,7 +21,7 @@ from ...models.inference import Predictions, predict
 from ...training.label_prior import label_offset
 from ...training.local import LocalResult, learning_rate, schedule_factor
 from ..protocol import UNFINISHED, Answer, Client, Memory, State, Task, Update, Values
-from .aggregation_hooks import BASE_CHANGE, Arrival, Merging
+from .aggregation_hooks import BASE_CHANGE, AggregationHooks, ClientDelta
 from .drift_corrections import CONTROL, Correction, make_correction
 from .head_fit import LABEL_COUNTS, HeadFit, looked_at, output_names
 from .head_messages import FIT_HEAD, HEAD_TASKS, HEAD_UNFITTED
@@ -52,20 +52,20 @@ class WeightTuning:
         self.base = context.base
         self.objective = objective or Supervised(context.base, context.data)
         original = list(context.base.model.parameters())
-        self.tuned = technique.attach(context.base, context.seed)
+        self.trainable = technique.attach(context.base, context.seed)
         prepare_precision(context.base, original)
         federated = context.keeps == "nothing"
         # A baseline is ordinary training: nothing is merged by rules.
         self.aggregation = context.aggregation if federated else AggregationSettings()
-        self.merging = self.tuned.merging if federated and self.tuned.merging else Merging()
+        self.hooks = self.trainable.hooks if federated and self.trainable.hooks else AggregationHooks()
         self.correction = make_correction(self.aggregation, context.clients)
         self._check_rule()
-        self.ownership = Ownership(context, self.tuned, self.merging)
+        self.ownership = Ownership(context, self.trainable, self.hooks)
         asked = context.training.clients_of_head_fits(context.clients) if federated else 1
         self.head_fit = HeadFit(
             context.training,
             context.rounds,
-            self.tuned,
+            self.trainable,
             self.objective,
             self.base,
             clients=asked,
@@ -75,19 +75,19 @@ class WeightTuning:
             raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")
         self._tokens: dict[int, tuple[list[Example], list[TokenizedExample]]] = {}
         if self.base.compile:
-            self.tuned.model.compile(dynamic=True)
+            self.trainable.model.compile(dynamic=True)
         self.local = LocalTraining(
-            self.tuned, self.objective, context.training, self.base, lambda batch: self._loss(batch)
+            self.trainable, self.objective, context.training, self.base, lambda batch: self._loss(batch)
         )
 
     # --- server ---
 
-    def start(self) -> State:
+    def initialise(self) -> State:
         """The tensors as the technique initialises them."""
-        tensors = self.merging.start(self.tuned.read())
-        return State(tensors, self.correction.start(self.ownership.travelling(tensors)))
+        tensors = self.hooks.initialise(self.trainable.read())
+        return State(tensors, self.correction.initialise(self.ownership.travelling(tensors)))
 
-    def ask(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
         """Train from the global state, for as long as ``work`` says (``epochs``, ``steps`` or ``examples``);
         or send what the head is fitted from.
         """
@@ -107,7 +107,7 @@ class WeightTuning:
         for name, amount in work.items():
             tensors: Tensors = {}
             if self.context.keeps != "everything":
-                tensors = self.ownership.travelling(self.merging.down(state.tensors, name, round_number))
+                tensors = self.ownership.travelling(self.hooks.down(state.tensors, name, round_number))
                 tensors |= {n: t for n, t in state.server.items() if n.startswith(CONTROL)}
             values = {"learning_rate_factor": factor, "round": round_number, **known, **amount}
             tasks[name] = Task(kind, tensors, values)
@@ -123,11 +123,11 @@ class WeightTuning:
         if not is_finite(update.tensors):
             raise UpdateError("an update holds numbers that are not finite")
         wanted = self.ownership.wanted(task)
-        change = self.merging.unpack(update.tensors, update.values, wanted)
+        change = self.hooks.unpack(update.tensors, update.values, wanted)
         check_forms(change, wanted)
         check_figures(task, update)
 
-    def merge(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """One change for the cohort by the recipe's rule or the method's own, then the server optimiser, or
         the head that the clients' sums give; where clients keep everything, nothing is merged.
         """
@@ -136,12 +136,12 @@ class WeightTuning:
                 pass
             return state
         if UNFINISHED in state.values:  # of whose clients none may have gone on
-            return self.head_fit.merge(str(state.values[UNFINISHED]), state, answers)
+            return self.head_fit.aggregate(str(state.values[UNFINISHED]), state, answers)
         if self.head_fit.rounds:
             kind, answers = looked_at(answers)
             if kind in HEAD_TASKS:
-                return self.head_fit.merge(kind, state, answers)
-        settings, gathered = self.aggregation, self.merging.round(state)
+                return self.head_fit.aggregate(kind, state, answers)
+        settings, gathered = self.aggregation, self.hooks.round(state)
         answered: list[str] = []
 
         def changes() -> Iterator[Change]:
@@ -174,25 +174,25 @@ class WeightTuning:
         """The state whose logits are ``factor`` times as large, by the weight and bias of the head's last
         layer; None where there is none, or it stays with the clients.
         """
-        names = output_names(self.tuned, self.base)
+        names = output_names(self.trainable, self.base)
         if not names or not names <= state.tensors.keys():
             return None
         return replace(state, tensors={n: t * factor if n in names else t for n, t in state.tensors.items()})
 
-    def finish(self, state: State, folder: Path) -> None:
+    def export(self, state: State, folder: Path) -> None:
         """Write the adapter or model of this state, with its tokenizer."""
-        self.tuned.write(self.ownership.complete(state.tensors))
-        self.tuned.save(folder)
+        self.trainable.write(self.ownership.complete(state.tensors))
+        self.trainable.save(folder)
         self.base.tokenizer.save_pretrained(folder)
 
     def open(self, folder: Path) -> State:
-        """The state of a model that :meth:`finish` wrote."""
-        self.tuned.load(folder)
-        return State(self.tuned.read())
+        """The state of a model that :meth:`export` wrote."""
+        self.trainable.load(folder)
+        return State(self.trainable.read())
 
     # --- client ---
 
-    def work(self, task: Task, client: Client) -> Update:
+    def execute(self, task: Task, client: Client) -> Update:
         """Train on the client's own examples and return the change of the tensors that travel; or, in a round
         that fits the head, the sums from which that is done.
 
@@ -202,11 +202,11 @@ class WeightTuning:
         """
         if self._fits_head(task):
             return self._head_sums(task, client)
-        return self._alone(self._prepare(task, client, self.correction, self.merging))
+        return self._alone(self._prepare(task, client, self.correction, self.hooks))
 
-    def work_together(self, pairs: Sequence[tuple[Task, Client]]) -> list[Update | Exception]:
+    def execute_together(self, pairs: Sequence[tuple[Task, Client]]) -> list[Update | Exception]:
         """The tasks of several clients, trained in one batch where the method, the recipe and their states
-        allow it. An answer is what :meth:`work` gives, to rounding, or the error that it raises.
+        allow it. An answer is what :meth:`execute` gives, to rounding, or the error that it raises.
         """
         jobs: list[Job | Update | Exception] = []
         self._tokenize([client.data.train for _, client in pairs])
@@ -216,7 +216,7 @@ class WeightTuning:
                 if self._fits_head(task):
                     jobs.append(self._head_sums(task, client))
                 else:
-                    jobs.append(self._prepare(task, client, self.correction, self.merging))
+                    jobs.append(self._prepare(task, client, self.correction, self.hooks))
             except Exception as error:  # whatever one client does wrong, the others go on
                 jobs.append(error)
         ready = [job for job in jobs if isinstance(job, Job)]
@@ -228,7 +228,13 @@ class WeightTuning:
         return self.local.widest() if self.context.keeps == "nothing" else 1
 
     def _prepare(
-        self, task: Task, client: Client, correction: Correction, merging: Merging, *, own: bool = False
+        self,
+        task: Task,
+        client: Client,
+        correction: Correction,
+        hooks: AggregationHooks,
+        *,
+        own: bool = False,
     ) -> Job:
         """Everything that a client's training starts from.
 
@@ -239,7 +245,7 @@ class WeightTuning:
         if not examples:
             raise DataError(f"client {client.name!r} has no examples to train on")
         before = self.ownership.complete(without(task.tensors, CONTROL), client.memory)
-        check_state(self.tuned.inwards(before), self.tuned.parameters)
+        check_state(self.trainable.inwards(before), self.trainable.parameters)
         start = int(client.memory.values.get("examples_seen", 0))
         batches = task.values.get("batches", 1)
         if type(batches) is not int or batches < 1:
@@ -249,12 +255,12 @@ class WeightTuning:
         order = example_order(len(examples), start, ranges[-1][1], seed)
         shift = correction.shift(task.tensors, client.memory)
         if shift:
-            shift = self.tuned.inwards({**zeros_like(before), **shift})
+            shift = self.trainable.inwards({**zeros_like(before), **shift})
         return Job(
             task,
             client,
             correction,
-            merging,
+            hooks,
             before,
             batches=[[examples[i] for i in order[a - start : b - start]] for a, b in ranges],
             shift=shift,
@@ -285,7 +291,7 @@ class WeightTuning:
         task = pairs[0][0]
         if int(task.values["round"]) not in self.head_fit.rounds:
             return
-        self.tuned.write(self.ownership.complete(without(task.tensors, CONTROL)))
+        self.trainable.write(self.ownership.complete(without(task.tensors, CONTROL)))
         tokens = [self.tokens(client.data.train) for _, client in pairs]
         vectors = self.head_fit.inputs([row for rows in tokens for row in rows])
         parts = torch.split(vectors, [len(rows) for rows in tokens])
@@ -297,17 +303,17 @@ class WeightTuning:
         if not examples:
             raise DataError(f"client {client.name!r} has no examples to fit the head to")
         if task.kind != FIT_HEAD:
-            return self.head_fit.work(task, client.name, examples, [])
+            return self.head_fit.execute(task, client.name, examples, [])
         if client.name not in self.head_fit.read:
-            self.tuned.write(self.ownership.complete(without(task.tensors, CONTROL), memory))
-        update = self.head_fit.work(task, client.name, examples, self.tokens(examples))
+            self.trainable.write(self.ownership.complete(without(task.tensors, CONTROL), memory))
+        update = self.head_fit.execute(task, client.name, examples, self.tokens(examples))
         moments = part(memory.tensors, "moments/")
         moments = {
             name: m for name, m in moments.items() if name.partition("/")[2] not in self.head_fit.names
         }
         if self.context.keeps == "everything":
             head = self.head_fit.alone(*self.head_fit.vectors.pop(client.name))
-            self.ownership.remember(memory, {**self.tuned.read(), **head}, moments)
+            self.ownership.remember(memory, {**self.trainable.read(), **head}, moments)
             return Update({}, update.weight)
         memory.tensors = without(memory.tensors, "moments/") | named(moments, "moments/")
         return update
@@ -333,14 +339,14 @@ class WeightTuning:
 
     def _alone(self, job: Job) -> Update:
         """One client's training."""
-        self.tuned.write(job.before)
+        self.trainable.write(job.before)
         return self._close(job, self.local.alone(job))
 
     def _close(self, job: Job, result: LocalResult) -> Update:
         """What a client remembers and sends; the model has its trained tensors."""
         context, memory = self.context, job.client.memory
         memory.values["examples_seen"] = job.stop
-        after = self.tuned.read()
+        after = self.trainable.read()
         self.ownership.remember(memory, after, result.moments)
         weight = float(len(job.client.data.train))
         values: Values = {"loss": result.loss, "examples": result.examples, "steps": result.steps}
@@ -351,10 +357,10 @@ class WeightTuning:
             for name, tensor in job.before.items()
             if self.ownership.comes_up(name, job.task)
         }
-        packed, said = job.merging.pack(change)
+        packed, said = job.hooks.pack(change)
 
         def rate(name: str) -> float:
-            return job.factor * learning_rate(context.training, head=name in self.tuned.head)
+            return job.factor * learning_rate(context.training, head=name in self.trainable.head)
 
         packed = packed | job.correction.remember(job.task.tensors, memory, change, rate, result.steps)
         return Update(packed, weight, values | said)
@@ -364,9 +370,9 @@ class WeightTuning:
     ) -> Predictions:
         """Predictions of the global state or, for a client, of its own version of it."""
         memory = client.memory if client is not None else Memory()
-        self.tuned.write(self.ownership.complete(state.tensors, memory))
+        self.trainable.write(self.ownership.complete(state.tensors, memory))
         return predict(
-            self.tuned.model,
+            self.trainable.model,
             self.base,
             self.tokens(examples),
             self.context.evaluation,
@@ -384,10 +390,10 @@ class WeightTuning:
         copied = Client(
             client.name, client.data, Memory(dict(client.memory.tensors), dict(client.memory.values))
         )
-        task = self.ask(state, 1, {client.name: {"epochs": epochs}})[client.name]
+        task = self.configure(state, 1, {client.name: {"epochs": epochs}})[client.name]
         plain = make_correction(AggregationSettings(), 1)
-        self._alone(self._prepare(task, copied, plain, Merging(), own=True))
-        return State(self.tuned.read())
+        self._alone(self._prepare(task, copied, plain, AggregationHooks(), own=True))
+        return State(self.trainable.read())
 
     def notes(self, state: State) -> dict[str, str]:
         """None: what was trained is in the model's folder."""
@@ -395,8 +401,8 @@ class WeightTuning:
 
     def sizes(self, state: State) -> tuple[int, int]:
         """How many numbers are trained: the method's own, and the head's."""
-        tensors = without(self.tuned.forms(), BASE_CHANGE)
-        head = count(tensor for name, tensor in tensors.items() if name in self.tuned.head)
+        tensors = without(self.trainable.forms(), BASE_CHANGE)
+        head = count(tensor for name, tensor in tensors.items() if name in self.trainable.head)
         return count(tensors.values()) - head, head
 
     # --- parts ---
@@ -416,8 +422,8 @@ class WeightTuning:
             rest = rest[len(examples) :]
 
     def _check_rule(self) -> None:
-        settings, own = self.aggregation, self.merging.own_rule
-        if settings.correction != "none" and not self.tuned.corrects:
+        settings, own = self.aggregation, self.hooks.own_rule
+        if settings.correction != "none" and not self.trainable.corrects:
             raise RecipeError(
                 f"aggregation.correction = {settings.correction!r}: does not fit tensors that a network "
                 "gives anew in each round; train them without one"
@@ -429,22 +435,22 @@ class WeightTuning:
                     f"leave {key} at {AggregationSettings.model_fields[key].default!r}"
                 )
 
-    def _arrival(self, answer: Answer) -> Arrival:
+    def _arrival(self, answer: Answer) -> ClientDelta:
         wanted = self.ownership.wanted(answer.task)
-        change = self.merging.unpack(answer.update.tensors, answer.update.values, wanted)
+        change = self.hooks.unpack(answer.update.tensors, answer.update.values, wanted)
         weight = answer.update.weight if self.aggregation.weighting == "examples" else 1.0
         sent = without(answer.task.tensors, CONTROL)
-        return Arrival(answer.client, sent, change, weight, answer.discount, answer.update.values)
+        return ClientDelta(answer.client, sent, change, weight, answer.discount, answer.update.values)
 
-    def _root(self, state: State, task: Task) -> Arrival:
+    def _root(self, state: State, task: Task) -> ClientDelta:
         """What the server's own examples would change (FLTrust)."""
         training = self.context.training
         amount: Values = {"epochs": training.local_epochs}
         if training.local_steps is not None:
             amount = {"steps": training.local_steps}
-        (own,) = self.ask(state, int(task.values["round"]), {ROOT: amount}).values()
+        (own,) = self.configure(state, int(task.values["round"]), {ROOT: amount}).values()
         client = Client(ROOT, ClientData(ROOT, self.context.root))
-        return replace(self._arrival(Answer(ROOT, own, self.work(own, client))), weight=0.0)
+        return replace(self._arrival(Answer(ROOT, own, self.execute(own, client))), weight=0.0)
 
     def _loss(self, batch: Batch) -> Tensor:
-        return self.objective.loss(self.tuned.model, batch)
+        return self.objective.loss(self.trainable.model, batch)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from ...core.errors import RecipeError
 from ...core.tensors import Tensors, named, part, without
 from ..protocol import Memory, Task
-from .aggregation_hooks import BASE_CHANGE, Merging
+from .aggregation_hooks import BASE_CHANGE, AggregationHooks
 from .drift_corrections import CONTROL
 from .head_messages import HEAD_UNFITTED
-from .technique import Context, Tuned
+from .technique import Context, TrainableModel
 
 
 class Ownership:
@@ -20,28 +20,33 @@ class Ownership:
         RecipeError: a part that the recipe names does not exist, or nothing is left to send.
     """
 
-    def __init__(self, context: Context, tuned: Tuned, merging: Merging) -> None:
+    def __init__(self, context: Context, trainable: TrainableModel, hooks: AggregationHooks) -> None:
         self.context = context
-        self.tuned = tuned
-        self.merging = merging
+        self.trainable = trainable
+        self.hooks = hooks
         federated = context.keeps == "nothing"
         self.personal = self._personal_names() if federated else frozenset()
-        filled_in = not federated or self.personal or tuned.merging
-        self.initial: Tensors = tuned.read() if filled_in else {}
+        filled_in = not federated or self.personal or trainable.hooks
+        self.initial: Tensors = trainable.read() if filled_in else {}
 
     def _personal_names(self) -> frozenset[str]:
         names: set[str] = set()
         keep = self.context.keep_local
-        if any(wanted != "head" for wanted in keep) and self.merging.own_rule:
+        if any(wanted != "head" for wanted in keep) and self.hooks.own_rule:
             raise RecipeError(
-                f"personalisation.keep = {list(keep)}: {self.merging.own_rule} merges all but the head; "
+                f"personalisation.keep = {list(keep)}: {self.hooks.own_rule} merges all but the head; "
                 "allowed: head"
             )
-        available = self.tuned.forms().keys()
-        for wanted in [*keep, *self.merging.personal]:
-            found = self.tuned.head if wanted == "head" else {name for name in available if wanted in name}
+        available = self.trainable.forms().keys()
+        for wanted in [*keep, *self.hooks.personal]:
+            found = (
+                self.trainable.head if wanted == "head" else {name for name in available if wanted in name}
+            )
             if not found:
-                known = [*(["head"] if self.tuned.head else []), *sorted(available - self.tuned.head)[:4]]
+                known = [
+                    *(["head"] if self.trainable.head else []),
+                    *sorted(available - self.trainable.head)[:4],
+                ]
                 raise RecipeError(
                     f"personalisation.keep = {wanted!r}: no trained tensor has that in its name; "
                     f"there are {', '.join(known)}, ..."
@@ -58,7 +63,7 @@ class Ownership:
         training = self.context.training
         rests = int(task.values["round"]) <= (training.freeze_head_rounds or 0)
         unfitted = bool(training.fit_head_rounds) and HEAD_UNFITTED in task.values
-        return self.tuned.head if rests and not unfitted else frozenset()
+        return self.trainable.head if rests and not unfitted else frozenset()
 
     def travelling(self, tensors: Tensors) -> Tensors:
         """Those that go between server and clients."""
@@ -70,7 +75,7 @@ class Ownership:
             name not in self.personal
             and name not in self.resting(task)
             and not name.startswith(BASE_CHANGE)
-            and self.merging.trains(name, int(task.values["round"]))
+            and self.hooks.trains(name, int(task.values["round"]))
         )
 
     def wanted(self, task: Task) -> Tensors:

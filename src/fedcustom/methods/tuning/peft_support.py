@@ -15,7 +15,7 @@ from ...models.load import HUB_NAMES, Base
 from ...models.lower import in_upper_layers
 from ...models.pooled_classifier import FILE, PooledClassifier, copy_code
 from .model_card import offline
-from .technique import Tuned
+from .technique import TrainableModel
 
 CARD = "# A customised {name}\n\nLoad it, in this folder, with the ecosystem's own tools:\n\n"
 """How a page begins that shows how to load a model."""
@@ -96,15 +96,15 @@ def head_names(base: Base, parameters: dict[str, nn.Parameter]) -> frozenset[str
     return frozenset(name for name in parameters if name.split(".")[0] in base.head)
 
 
-def peft_tuned(base: Base, model: Any) -> Tuned:
+def peft_tuned(base: Base, model: Any) -> TrainableModel:
     """A wrapped model whose trained parameters travel as they are."""
     parameters = peft_parameters(model)
     return tuned_with(base, model, parameters)
 
 
-def tuned_with(base: Base, model: Any, parameters: dict[str, nn.Parameter]) -> Tuned:
+def tuned_with(base: Base, model: Any, parameters: dict[str, nn.Parameter]) -> TrainableModel:
     """A wrapped model with the parameters that are trained, under the names they travel by."""
-    return Tuned(
+    return TrainableModel(
         model,
         parameters,
         head_names(base, parameters),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.tensors import Tensors
-from .technique import Tuned
+from .technique import TrainableModel
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def reparametrise(
-    tuned: Tuned,
+    trainable: TrainableModel,
     model: Any,
     name: str,
     network: Network,
@@ -104,7 +104,7 @@ def reparametrise(
     tokens.restart()
     model.prompt_encoder["default"] = tokens
     own = {f"reparametrisation.{n}": p for n, p in tokens.named_parameters() if p.requires_grad}
-    tuned.parameters.update(own)
+    trainable.parameters.update(own)
 
     def read(tensors: Tensors) -> Tensors:
         travelling = {key: tensor for key, tensor in tensors.items() if key not in own}
@@ -115,5 +115,5 @@ def reparametrise(
         tokens.restart()
         return {**tensors, **{key: parameter.detach().clone() for key, parameter in own.items()}}
 
-    tuned.corrects = False
-    tuned.read_hook, tuned.write_hook = read, write
+    trainable.corrects = False
+    trainable.read_hook, trainable.write_hook = read, write

@@ -18,7 +18,7 @@ from ...evaluation.settings import EvaluationSettings
 from ...models.load import Base
 from ...models.settings import ModelSettings
 from ...training.settings import TrainingSettings
-from .aggregation_hooks import Merging
+from .aggregation_hooks import AggregationHooks
 
 Keeps = Literal["nothing", "optimizer", "everything"]
 
@@ -52,7 +52,7 @@ class Context:
 
 
 @dataclass
-class Tuned:
+class TrainableModel:
     """A base model with the tensors that a method trains.
 
     ``parameters`` are trained by a client's optimiser; :meth:`read` and :meth:`write` are what travels. They
@@ -71,7 +71,7 @@ class Tuned:
     read_hook: Callable[[Tensors], Tensors] | None = None
     write_hook: Callable[[Tensors], Tensors] | None = None
     active_dropout: list[nn.Module] = field(default_factory=list)
-    merging: Merging | None = None
+    hooks: AggregationHooks | None = None
     corrects: bool = True
     scale: Callable[[Tensors], float] = lambda tensors: 1.0
     scaled: frozenset[str] = frozenset()
@@ -102,7 +102,7 @@ class Tuned:
 class Technique(Protocol):
     """Which tensors a method trains, and how they act in the model."""
 
-    def attach(self, base: Base, seed: int) -> Tuned:
+    def attach(self, base: Base, seed: int) -> TrainableModel:
         """Change ``base.model`` in place so that exactly the method's tensors and the head are trained.
 
         Raises:

@@ -12,10 +12,10 @@ from torch import nn
 from ...models.load import Base
 from ..full import Full, FullSettings
 from .peft_support import head_names
-from .technique import Tuned
+from .technique import TrainableModel
 
 
-def partly_trained(base: Base, seed: int, names: Collection[str]) -> Tuned:
+def partly_trained(base: Base, seed: int, names: Collection[str]) -> TrainableModel:
     """Full fine-tuning of these parameters and the head alone; all others are frozen and do not travel."""
     whole = Full(FullSettings()).attach(base, seed)
     chosen = head_names(base, whole.parameters).union(names)

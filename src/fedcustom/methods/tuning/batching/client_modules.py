@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-class Given(threading.local):
+class BatchTensors(threading.local):
     """What a stand-in acts with; each thread that passes through the model has its own.
 
     ``own`` holds the trained tensors under their names in the module, stacked to (clients, ...); the others
@@ -34,7 +34,7 @@ class ClientModule(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.given = Given()
+        self.given = BatchTensors()
 
     @property
     def own(self) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ class ClientMatrix(ClientModule):
         return result if module.bias is None else result + module.bias.to(result.dtype)
 
 
-class ClientBetween(ClientModule):
+class ClientInnerProduct(ClientModule):
     """Fed-SB's ``B R_k``."""
 
     @property
@@ -267,12 +267,12 @@ def _kind(module: nn.Module, names: set[str]) -> Kind | None:
     """The stand-in for a module of which the named parameters are trained."""
     from peft.tuners.ia3 import Linear as Ia3Linear
 
-    from ...lora.method import Between
+    from ...lora.method import InnerProduct
 
     if isinstance(module, Ia3Linear):
         return ClientScale
-    if isinstance(module, Between):
-        return ClientBetween
+    if isinstance(module, InnerProduct):
+        return ClientInnerProduct
     if type(module) is nn.Linear:
         return ClientMatrix
     if isinstance(module, Conv1D):

@@ -60,7 +60,7 @@ def train_together(
     head: frozenset[str] = frozenset(),
     matrices: Mapping[str, int] | None = None,
     fixed: Mapping[str, Tensor] | None = None,
-    room: Room | None = None,
+    room: PassBudget | None = None,
     lanes: int = 1,
 ) -> list[LocalResult | UpdateError]:
     """Train the clients' tensors, ``stacks`` of (clients, ...), in place; each as if it were alone.
@@ -83,7 +83,7 @@ def train_together(
     trainer = _Trainer(ours, [work[i] for i in order], losses_of, units_of, settings, factor, head)
     trainer.matrices = matrices or {}
     trainer.fixed = in_order(fixed or {})
-    trainer.room = room or Room()
+    trainer.room = room or PassBudget()
     with Lanes(lanes) as trainer.lanes:
         trainer.train()
     if chosen is not None:
@@ -92,7 +92,7 @@ def train_together(
     return [item.result() for item in work]
 
 
-class Room:
+class PassBudget:
     """How many tokens a pass may have: as many as half of the free memory can hold, by what one example was
     found to need. ``resident`` tensors are the base model's, which need no further memory.
     """
@@ -157,7 +157,7 @@ class _Trainer:
         self.settings, self.factor, self.head = settings, factor, head
         self.matrices: Mapping[str, int] = {}
         self.fixed: Tensors = {}
-        self.room = Room()
+        self.room = PassBudget()
         self.anchors = {n: t.clone() for n, t in stacks.items()} if settings.proximal else {}
         self.shifts = {
             name: torch.stack([item.shift[name] for item in work]).to(stack.device)

@@ -42,7 +42,7 @@ from ...aggregation.low_rank import LoraFactors, truncate_rank, with_scale
 from ...core.seeds import name_seed
 from ...core.tensors import Tensors
 from ..protocol import State, Values
-from ..tuning.aggregation_hooks import BASE_CHANGE, Arrival, Merging, Round
+from ..tuning.aggregation_hooks import BASE_CHANGE, AggregationHooks, ClientDelta, RoundAggregator
 from .settings import LoraSettings
 
 PRIVATE = "_private."
@@ -89,7 +89,7 @@ class Matrix:
         return f"{BASE_CHANGE}{self.name}.weight"
 
 
-class LoraMerging(Merging):
+class LoraAggregation(AggregationHooks):
     """The rules of the recipe's variant, for all adapted matrices."""
 
     def __init__(self, settings: LoraSettings, matrices: Sequence[Matrix], seed: int) -> None:
@@ -110,7 +110,7 @@ class LoraMerging(Merging):
         position = int(np.searchsorted(np.cumsum(shares / shares.sum()), draw, side="right"))
         return ranks[min(position, len(ranks) - 1)]
 
-    def start(self, tensors: Tensors) -> Tensors:
+    def initialise(self, tensors: Tensors) -> Tensors:
         """In ``flora`` the state is the changed base; A and B begin anew in each round."""
         if self.settings.variant != "flora":
             return tensors
@@ -144,9 +144,9 @@ class LoraMerging(Merging):
             return True
         return (".lora_A." if round_number % 2 else ".lora_B.") not in name
 
-    def round(self, state: State) -> Round:
+    def round(self, state: State) -> RoundAggregator:
         """Begin to merge a round."""
-        return LoraRound(self, state.tensors)
+        return LoraRoundAggregator(self, state.tensors)
 
     def factors(self, matrix: Matrix, tensors: Mapping[str, Tensor]) -> LoraFactors:
         """A matrix's factors in a state; those that the state lacks are as they were initialised."""
@@ -157,38 +157,38 @@ class LoraMerging(Merging):
         return LoraFactors(a, b, self.settings.scale(a.shape[0]))
 
 
-class LoraRound(Round):
+class LoraRoundAggregator(RoundAggregator):
     """One round: what the clients' factors amount to, and how far the merged change is from that."""
 
-    def __init__(self, merging: LoraMerging, before: Tensors) -> None:
-        self.merging, self.before = merging, before
+    def __init__(self, hooks: LoraAggregation, before: Tensors) -> None:
+        self.hooks, self.before = hooks, before
         self.ideal: Tensors = {}
         self.weight = 0.0
         self.updates: dict[str, list[LoraUpdate]] = {}
         self.personal = False
 
-    def take(self, arrival: Arrival) -> Tensors:
+    def take(self, arrival: ClientDelta) -> Tensors:
         """Add the client's product to the ideal; the rest is for the recipe's rule."""
-        merging, weight = self.merging, arrival.weight
-        factors_of = {n for m in merging.matrices for n in (m.a_name, m.b_name, m.r_name)}
+        hooks, weight = self.hooks, arrival.weight
+        factors_of = {n for m in hooks.matrices for n in (m.a_name, m.b_name, m.r_name)}
         self.personal = not factors_of & self.before.keys() <= arrival.sent.keys()
-        if self.personal or merging.settings.dora:  # the product is not known here, or not all that counts
+        if self.personal or hooks.settings.dora:  # the product is not known here, or not all that counts
             return arrival.change
         # A late change is added to the newest state, not to that which its client was sent.
-        start = arrival.sent if merging.own_rule else self.before
+        start = arrival.sent if hooks.own_rule else self.before
         after = {n: t + arrival.discount * arrival.change.get(n, 0) for n, t in start.items()}
-        for matrix in merging.matrices:
-            factors = merging.factors(matrix, after)
+        for matrix in hooks.matrices:
+            factors = hooks.factors(matrix, after)
             product = factors.change()
             if weight:
                 if matrix.name not in self.ideal:
                     self.ideal[matrix.name] = torch.zeros_like(product)
                 self.ideal[matrix.name].add_(product, alpha=weight)
-            if merging.own_rule:
+            if hooks.own_rule:
                 update = LoraUpdate(arrival.client, factors, weight)
                 self.updates.setdefault(matrix.name, []).append(update)
         self.weight += weight
-        if not merging.own_rule:
+        if not hooks.own_rule:
             return arrival.change
         return {name: tensor for name, tensor in arrival.change.items() if name not in factors_of}
 
@@ -196,17 +196,17 @@ class LoraRound(Round):
         """The merged factors and base changes, and the relative distance of their sum from the ideal."""
         if not self.ideal:
             return {}, {}
-        merging = self.merging
+        hooks = self.hooks
         own: Tensors = {}
-        for matrix in merging.matrices:
-            if merging.own_rule:
+        for matrix in hooks.matrices:
+            if hooks.own_rule:
                 own |= self._merge(matrix, self.updates.pop(matrix.name))
         after = {**tensors, **own}
         pairs = []
-        for matrix in merging.matrices:
-            reached = merging.factors(matrix, after).change()
-            if merging.settings.variant in CHANGES_BASE:
-                if merging.settings.variant == "flora":
+        for matrix in hooks.matrices:
+            reached = hooks.factors(matrix, after).change()
+            if hooks.settings.variant in CHANGES_BASE:
+                if hooks.settings.variant == "flora":
                     reached = torch.zeros_like(reached)
                 reached = reached + after[matrix.base_name] - self.before[matrix.base_name]
             pairs.append((reached, self.ideal[matrix.name] / self.weight))
@@ -215,24 +215,24 @@ class LoraRound(Round):
 
     def inner_products(self, changes: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Distances are those of the products B A, not of the factors; of other tensors, their own."""
-        merging = self.merging
-        mine = {n for m in merging.matrices for n in (m.a_name, m.b_name, m.r_name)}
+        hooks = self.hooks
+        mine = {n for m in hooks.matrices for n in (m.a_name, m.b_name, m.r_name)}
         if self.personal:
             return robust.inner_products(changes)
         rest = [{n: t for n, t in change.items() if n not in mine} for change in changes]
         gram = robust.inner_products(rest)
-        for matrix in merging.matrices:
+        for matrix in hooks.matrices:
             updates = []
             for number, change in enumerate(changes):
                 trained = {n: self.before[n] + change[n] for n in mine & change.keys()}
                 after = {**self.before, **trained}
-                updates.append(LoraUpdate(str(number), merging.factors(matrix, after)))
-            gram += lora_inner_products(updates, merging.factors(matrix, self.before))
+                updates.append(LoraUpdate(str(number), hooks.factors(matrix, after)))
+            gram += lora_inner_products(updates, hooks.factors(matrix, self.before))
         return gram
 
     def _merge(self, matrix: Matrix, updates: list[LoraUpdate]) -> Tensors:
         """One matrix by the variant's own rule."""
-        settings = self.merging.settings
+        settings = self.hooks.settings
         scale = settings.scale(settings.rank)
         if settings.variant == "flora":
             change = stacked_lora(updates, scale).change()

@@ -11,7 +11,7 @@ from ...aggregation.prefix_stacking import Stacked, cluster_slots, stack_prefixe
 from ...core.errors import UpdateError
 from ...core.tensors import Tensors
 from ..protocol import State, Values
-from ..tuning.aggregation_hooks import Arrival, Merging, Round
+from ..tuning.aggregation_hooks import AggregationHooks, ClientDelta, RoundAggregator
 from .settings import PrefixSettings
 
 NAME = "prefix"
@@ -20,7 +20,7 @@ Distil = Callable[[Stacked, Tensor], Tensor]
 """From a stacked prefix and a start of the set length to a prefix of that length."""
 
 
-class PrefixMerging(Merging):
+class PrefixAggregation(AggregationHooks):
     """The recipe's rule for the prefix; the head follows the rule of the recipe's aggregation."""
 
     def __init__(self, settings: PrefixSettings, make_distil: Callable[[], Distil] | None) -> None:
@@ -30,7 +30,7 @@ class PrefixMerging(Merging):
         if settings.layers_sent is not None:
             self.own_rule = "prefix layers_sent"
 
-    def start(self, tensors: Tensors) -> Tensors:
+    def initialise(self, tensors: Tensors) -> Tensors:
         """The server alone reads its public texts, when a run begins."""
         if self.make_distil is not None:
             self.distil = self.make_distil()
@@ -67,20 +67,20 @@ class PrefixMerging(Merging):
         whole[layers] = sent
         return {**tensors, NAME: whole}
 
-    def round(self, state: State) -> Round:
+    def round(self, state: State) -> RoundAggregator:
         """Begin to merge a round."""
-        return PrefixRound(self, state.tensors[NAME])
+        return PrefixRoundAggregator(self, state.tensors[NAME])
 
 
-class PrefixRound(Round):
+class PrefixRoundAggregator(RoundAggregator):
     """One round's prefixes."""
 
-    def __init__(self, merging: PrefixMerging, before: Tensor) -> None:
-        self.merging, self.before = merging, before
+    def __init__(self, hooks: PrefixAggregation, before: Tensor) -> None:
+        self.hooks, self.before = hooks, before
         self.prefixes: list[tuple[Tensor, float]] = []
         self.layers: list[list[int]] = []
 
-    def take(self, arrival: Arrival) -> Tensors:
+    def take(self, arrival: ClientDelta) -> Tensors:
         """Note the client's prefix; the rest is for the recipe's rule."""
         # A late change is added to the newest prefix, not to that which its client was sent.
         self.prefixes.append((self.before + arrival.discount * arrival.change[NAME], arrival.weight))
@@ -89,7 +89,7 @@ class PrefixRound(Round):
 
     def merged(self, tensors: Tensors) -> tuple[Tensors, Values]:
         """The prefix by the recipe's rule."""
-        settings = self.merging.settings
+        settings = self.hooks.settings
         if settings.layers_sent is not None:
             pairs = zip(self.prefixes, self.layers, strict=True)
             updates = [(prefix[layers], layers, weight) for (prefix, weight), layers in pairs]
@@ -101,6 +101,6 @@ class PrefixRound(Round):
             length = self.before.shape[3]
             return {NAME: cluster_slots(stacked.prefix, stacked.bias, length, start=self.before).prefix}, {}
         prefix = barycentre(self.prefixes, self.before)
-        if self.merging.distil is not None:
-            prefix = self.merging.distil(stack_prefixes(self.prefixes), prefix)
+        if self.hooks.distil is not None:
+            prefix = self.hooks.distil(stack_prefixes(self.prefixes), prefix)
         return {NAME: prefix}, {}
