@@ -312,7 +312,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
     recipe = changed(distil, **method)
     recipe["training"] = {**recipe["training"], "dropout": True}
     whole = fedcustom.run(recipe, out=tmp_path / "whole")
-    original = Distillation.work
+    original = Distillation.execute
 
     def killed(self: Distillation, task: Task, client: Client) -> Update:
         if task.values["round"] == 3 and client.name == "site-2":
@@ -320,7 +320,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
         return original(self, task, client)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Distillation, "work", killed)
+        patch.setattr(Distillation, "execute", killed)
         with pytest.raises(KeyboardInterrupt):
             fedcustom.run(recipe, out=tmp_path / "killed")
     resumed = fedcustom.run(recipe, out=tmp_path / "killed", resume=True)

@@ -100,7 +100,7 @@ def test_a_killed_generation_run_goes_on(
     speaking: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = fedcustom.run(speaking, out=tmp_path / "whole")
-    original = Distillation.merge
+    original = Distillation.aggregate
 
     def killed(self: Distillation, state: Any, answers: Any) -> Any:
         if state.values.get("round") == 1:
@@ -108,7 +108,7 @@ def test_a_killed_generation_run_goes_on(
         return original(self, state, answers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Distillation, "merge", killed)
+        patch.setattr(Distillation, "aggregate", killed)
         with pytest.raises(KeyboardInterrupt):
             fedcustom.run(speaking, out=tmp_path / "killed")
     resumed = fedcustom.run(speaking, out=tmp_path / "killed", resume=True)

@@ -95,14 +95,14 @@ def test_a_resumed_run_comes_to_the_same_bits(small: dict[str, Any], tmp_path: P
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[str, str], bool]) -> None:
     """Let clients that ``fails`` names, given the kind of task, have lost their vectors."""
-    work = HeadFit.work
+    work = HeadFit.execute
 
     def sometimes(self: HeadFit, task: Any, name: str, *rest: Any) -> Any:
         if fails(task.kind, name):
             self.vectors.pop(name, None)
         return work(self, task, name, *rest)
 
-    monkeypatch.setattr(HeadFit, "work", sometimes)
+    monkeypatch.setattr(HeadFit, "execute", sometimes)
 
 
 def test_a_client_that_was_started_anew_is_left_out(

@@ -280,7 +280,7 @@ def test_models_that_take_no_prefix_are_refused(tmp_path: Path, tiny: dict[str, 
     transformers.AutoTokenizer.from_pretrained(tiny["bert"]).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"method prefix does not fit .* use method soft_prompt or lora"):
         make(str(tmp_path), "prefix")
-    assert make(str(tmp_path), "lora").sizes(make(str(tmp_path), "lora").start())[1] > 0
+    assert make(str(tmp_path), "lora").sizes(make(str(tmp_path), "lora").initialise())[1] > 0
 
 
 @pytest.mark.parametrize(

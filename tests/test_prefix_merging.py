@@ -189,7 +189,7 @@ def test_bad_settings(tmp_path: Path, tiny: dict[str, str]) -> None:
         make(tiny["bert"], "prefix", layers_sent=9)
     distil = {"merging": "stacked", "compression": "distil"}
     with pytest.raises(DataError, match=r"missing\.txt: cannot be read"):
-        make(tiny["bert"], "prefix", public_text=str(tmp_path / "missing.txt"), **distil).start()
+        make(tiny["bert"], "prefix", public_text=str(tmp_path / "missing.txt"), **distil).initialise()
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(DataError, match="holds no text"):
-        make(tiny["bert"], "prefix", public_text=str(tmp_path / "empty.txt"), **distil).start()
+        make(tiny["bert"], "prefix", public_text=str(tmp_path / "empty.txt"), **distil).initialise()

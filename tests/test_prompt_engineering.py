@@ -559,7 +559,7 @@ def test_stopped_runs_go_on(
     chosen = recipe(strategy, baseline=baseline)
     whole = fedcustom.run(chosen, out=tmp_path / "whole")
     owner = {"selection": Selection, "in_context": InContext, "black_box": BlackBox}[strategy]
-    original, left = owner.work, [5]
+    original, left = owner.execute, [5]
 
     def dying(method: Any, task: Task, client: Client) -> Update:
         left[0] -= 1
@@ -567,10 +567,10 @@ def test_stopped_runs_go_on(
             raise KeyboardInterrupt
         return original(method, task, client)
 
-    monkeypatch.setattr(owner, "work", dying)
+    monkeypatch.setattr(owner, "execute", dying)
     with pytest.raises(KeyboardInterrupt):
         fedcustom.run(chosen, out=tmp_path / "stopped")
-    monkeypatch.setattr(owner, "work", original)
+    monkeypatch.setattr(owner, "execute", original)
     stopped = fedcustom.run(chosen, out=tmp_path / "stopped", resume=True)
     assert list(map(without_seconds, rows_of(stopped.directory))) == list(
         map(without_seconds, rows_of(whole.directory))

@@ -258,7 +258,7 @@ def test_clients_lend_each_other_negatives(
         "evaluation": {"select": "last", "untuned": False},
     }
     seen: list[tuple[int, str, Task, Update, ClientData]] = []
-    work = Retrieval.work
+    work = Retrieval.execute
 
     def recorded(self: Retrieval, task: Task, client: Client) -> Update:
         update = work(self, task, client)
@@ -266,7 +266,7 @@ def test_clients_lend_each_other_negatives(
             seen.append((task.values["round"], client.name, task, update, client.data))
         return update
 
-    monkeypatch.setattr(Retrieval, "work", recorded)
+    monkeypatch.setattr(Retrieval, "execute", recorded)
     run = fedcustom.run(held, out=tmp_path / "run")
     base = load_base(ModelSettings(base=tiny["bert"]), LearningTask("retrieval"), 0, head=False)
     lent: dict[str, torch.Tensor] = {}

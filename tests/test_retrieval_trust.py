@@ -37,13 +37,13 @@ def record(monkeypatch: Any) -> list[tuple[str, Task]]:
     from fedcustom.methods.retrieval.client import RetrievalClient
 
     seen: list[tuple[str, Task]] = []
-    plain = RetrievalClient.work
+    plain = RetrievalClient.execute
 
     def work(self: Any, task: Task, client: Any) -> Any:
         seen.append((client.name, task))
         return plain(self, task, client)
 
-    monkeypatch.setattr(RetrievalClient, "work", work)
+    monkeypatch.setattr(RetrievalClient, "execute", work)
     return seen
 
 

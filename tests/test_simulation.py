@@ -281,7 +281,7 @@ def test_a_buffered_run_goes_on_where_it_stopped(
         "participation": {"buffer": 1, "dropout": 0.0},
     }
     whole = fedcustom.run(recipe, out=tmp_path / "whole")
-    original = WeightTuning.merge
+    original = WeightTuning.aggregate
     calls = []
 
     def dies(method: WeightTuning, state: Any, answers: Any) -> Any:
@@ -291,7 +291,7 @@ def test_a_buffered_run_goes_on_where_it_stopped(
         return original(method, state, answers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(WeightTuning, "merge", dies)
+        patch.setattr(WeightTuning, "aggregate", dies)
         with pytest.raises(KeyboardInterrupt):
             fedcustom.run(recipe, out=tmp_path / "again")
     again = fedcustom.run(recipe, out=tmp_path / "again", resume=True)

@@ -453,7 +453,7 @@ def test_only_the_kind_of_a_failure_is_told(resident: Any, tmp_path: Path, monke
         raise RuntimeError("patient 17 has gout")
 
     assert made.participant is not None
-    monkeypatch.setattr(made.participant.method, "work", fail)
+    monkeypatch.setattr(made.participant.method, "execute", fail)
     assert work(made, tmp_path) == {"error": "RuntimeError"}
     assert "patient 17" in (tmp_path / "own" / "errors.log").read_text()
 
