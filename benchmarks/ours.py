@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fedcustom.core.environment import peak_memory
-from fedcustom.federated.callbacks import Silent
-from fedcustom.federated.loop import run_recipe
+from fedcustom.federated.callbacks import Callback
+from fedcustom.federated.run import run_recipe
 from fedcustom.recipe.recipe import Recipe, load_recipe
 
 
-class Stopwatch(Silent):
+class Stopwatch(Callback):
     """The seconds from the end of one round to that of the next: training, merging, checkpoint and history,
     all but the evaluation. ``processor`` is processor time, which a busy machine disturbs less; the last
     round's holds the evaluation too.
@@ -27,11 +27,11 @@ class Stopwatch(Silent):
         self.processor: list[float] = []
         self.last = self.last_processor = 0.0
 
-    def started(self, recipe: Recipe, done: int, directory: Path) -> None:
+    def on_run_start(self, recipe: Recipe, done: int, directory: Path) -> None:
         """The first round begins."""
         self.last, self.last_processor = time.perf_counter(), time.process_time()
 
-    def round(self, row: Mapping[str, Any]) -> None:
+    def on_round_end(self, row: Mapping[str, Any]) -> None:
         """A round ended."""
         now, processor = time.perf_counter(), time.process_time()
         self.seconds.append(now - self.last - row["seconds"]["evaluate"])
@@ -44,7 +44,7 @@ def main() -> None:
     """``ours.py JOB RESULT``."""
     job, folder = Path(sys.argv[1]), Path(sys.argv[2])
     watch, begun = Stopwatch(), time.perf_counter()
-    run_recipe(load_recipe(job / "recipe.toml"), folder / "run", progress=watch)
+    run_recipe(load_recipe(job / "recipe.toml"), folder / "run", callbacks=[watch])
     content = {
         "rounds": watch.seconds,
         "processor": watch.processor,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedcustom.federated.loop import run_recipe
+from fedcustom.federated.run import run_recipe
 from fedcustom.methods.tuning.objective import Supervised
 from fedcustom.recipe.recipe import load_recipe
 
@@ -141,13 +141,13 @@ def measure(job: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         watch = Stopwatch()
         with found.watching():
-            run_recipe(recipe, Path(folder) / "phases", progress=watch)
+            run_recipe(recipe, Path(folder) / "phases", callbacks=[watch])
         whole = sum(watch.seconds)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         alone, operations = Stopwatch(), Kinds()
         with operations:
-            run_recipe(recipe, Path(folder) / "kinds", progress=alone)
+            run_recipe(recipe, Path(folder) / "kinds", callbacks=[alone])
         torch.set_num_threads(threads)
     shares = {name: seconds / whole for name, seconds in found.seconds.items()}
     spent = operations.seconds

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fedcustom.federated.loop import run_recipe
+from fedcustom.federated.run import run_recipe
 from fedcustom.recipe.recipe import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"

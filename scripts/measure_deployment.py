@@ -25,7 +25,7 @@ import torch
 from fedcustom.core import environment
 from fedcustom.deployment.local import local_sites, prepare
 from fedcustom.deployment.run import run_deployed
-from fedcustom.federated.callbacks import Silent
+from fedcustom.federated.callbacks import Callback
 from fedcustom.recipe.recipe import load_recipe
 
 WORDS = (
@@ -79,18 +79,18 @@ def write_model(folder: Path, width: int, layers: int, vocabulary: int) -> None:
     GPT2LMHeadModel(config).save_pretrained(folder)
 
 
-class Clock(Silent):
+class Clock(Callback):
     """A progress that notes when rounds end."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.trained: list[float] = []
 
-    def round(self, row: dict[str, Any]) -> None:
+    def on_round_end(self, row: dict[str, Any]) -> None:
         self.times.append(time.perf_counter())
         print(row["round"], row["seconds"], flush=True)
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         print(text, flush=True)
 
 
@@ -182,7 +182,7 @@ def main() -> None:
         prepare(recipe.complete(), folder / "federation", chosen.port)
         clock = Clock()
         with Peaks(folder) as peaks, local_sites(folder / "federation"):
-            summary = run_deployed(recipe, folder / "federation", folder / "run", progress=clock)
+            summary = run_deployed(recipe, folder / "federation", folder / "run", callbacks=[clock])
         rounds = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
         found = {
             "machine": environment.describe()["processor"],

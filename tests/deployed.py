@@ -22,7 +22,7 @@ from fedcustom.deployment.run import run_deployed
 from fedcustom.deployment.settings import load_federation, save_federation
 from fedcustom.deployment.site.resident import Resident
 from fedcustom.deployment.site.settings import load_site
-from fedcustom.federated.callbacks import Silent
+from fedcustom.federated.callbacks import Callback
 from fedcustom.recipe.recipe import load_recipe
 
 
@@ -51,22 +51,22 @@ def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
             os.kill(pid, number)
 
 
-class Watcher(Silent):
+class Watcher(Callback):
     """A progress that does something when a round has ended, and keeps what it was told."""
 
     def __init__(self, after: Mapping[int, Callable[[], None]] | None = None) -> None:
         self.after, self.notes, self.times = dict(after or {}), list[str](), dict[int, float]()
         self.done = 0
 
-    def started(self, recipe: Any, done: int, directory: Path) -> None:
+    def on_run_start(self, recipe: Any, done: int, directory: Path) -> None:
         self.done = done
 
-    def round(self, row: dict[str, Any]) -> None:
+    def on_round_end(self, row: dict[str, Any]) -> None:
         self.times[row["round"]] = time.monotonic()
         if row["round"] in self.after:
             self.after.pop(row["round"])()
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self.notes.append(f"{time.monotonic():.1f} {text}")
 
 
@@ -130,7 +130,7 @@ class Bed:
     def run(self, out: Path, watcher: Watcher | None = None, **changes: Any) -> dict[str, Any]:
         recipe = load_recipe(self.recipe, {key.replace("__", "."): value for key, value in changes.items()})
         resume = (out / "recipe.toml").exists()
-        return run_deployed(recipe, self.folder, out, resume=resume, progress=watcher or Watcher())
+        return run_deployed(recipe, self.folder, out, resume=resume, callbacks=[watcher or Watcher()])
 
     def audit(self, name: str) -> list[dict[str, Any]]:
         """What a site has logged so far: nothing before its first run."""

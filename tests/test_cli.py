@@ -227,7 +227,7 @@ def interrupted(command: Any, monkeypatch: pytest.MonkeyPatch, *arguments: Any) 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ProgressDisplay, "round", stop)
+        patch.setattr(ProgressDisplay, "on_round_end", stop)
         stopped = command(*arguments)
     assert stopped.code == 130
     said = stopped.error.splitlines()[-1]

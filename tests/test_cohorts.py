@@ -196,13 +196,13 @@ def test_a_run_and_its_second_half(small: dict[str, Any], tmp_path: Path) -> Non
     class Interrupted(Exception):
         pass
 
-    class Stop(fedcustom.federated.callbacks.Silent):
-        def round(self, row: Any) -> None:
+    class Stop(fedcustom.federated.callbacks.Callback):
+        def on_round_end(self, row: Any) -> None:
             if row["round"] == 3:
                 raise Interrupted
 
     with pytest.raises(Interrupted):
-        fedcustom.run(recipe, overrides, out=half, progress=Stop())
+        fedcustom.run(recipe, overrides, out=half, callbacks=[Stop()])
     again = fedcustom.run(recipe, overrides, out=half, resume=True)
     assert [set(row["cohort"]) for row in rows_of(half)[1:]] == cohorts
     ours, theirs = tensors_of(whole.directory), tensors_of(again.directory)

@@ -118,10 +118,10 @@ def test_a_run_by_default_is_the_run_with_them(
 def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
     written = StringIO()
     display = ProgressDisplay(Console(file=written, width=100))
-    display.started(load_recipe(small, {"rounds.count": 5}).complete(), 0, Path())
+    display.on_run_start(load_recipe(small, {"rounds.count": 5}).complete(), 0, Path())
     kept = "not fitted: 1 of 4 clients answered"
     for row in ({"round": 1}, {"round": 5, "train_loss": None, "method": {"head": kept}}):
-        display.round(row)
+        display.on_round_end(row)
     assert "head fitted" in written.getvalue()
     assert f"head {kept}" in written.getvalue()
 
@@ -161,7 +161,7 @@ def test_in_words(small: dict[str, Any], overrides: dict[str, Any], said: str | 
 def test_progress_says_what_is_done_against_label_skew(small: dict[str, Any], quiet: bool) -> None:
     written = StringIO()
     recipe = load_recipe(small, {"rounds.count": 5}).complete().settled(4)
-    ProgressDisplay(Console(file=written, width=200), quiet=quiet).started(recipe, 0, Path())
+    ProgressDisplay(Console(file=written, width=200), quiet=quiet).on_run_start(recipe, 0, Path())
     said = "federated prefix: against label skew, all clients fit the head in rounds 1, 5, and it rests"
     assert (said in written.getvalue()) != quiet
 
@@ -264,13 +264,13 @@ def test_a_run_with_a_head_fitted_to_some_clients(small: dict[str, Any], tmp_pat
     class Interrupted(Exception):
         pass
 
-    class Stop(fedcustom.federated.callbacks.Silent):
-        def round(self, row: Any) -> None:
+    class Stop(fedcustom.federated.callbacks.Callback):
+        def on_round_end(self, row: Any) -> None:
             if row["round"] == 2:
                 raise Interrupted
 
     with pytest.raises(Interrupted):
-        fedcustom.run(small, some, out=tmp_path / "half", progress=Stop())
+        fedcustom.run(small, some, out=tmp_path / "half", callbacks=[Stop()])
     again = fedcustom.run(small, some, out=tmp_path / "half", resume=True)
     ours, theirs = tensors_of(whole.directory), tensors_of(again.directory)
     assert all(bool((ours[name] == theirs[name]).all()) for name in ours)

@@ -12,7 +12,7 @@ import fedcustom
 from fedcustom.data.build import build_data
 from fedcustom.evaluation.degenerate import degenerate_shares, in_words, is_repetitive
 from fedcustom.evaluation.metrics import text_metrics
-from fedcustom.federated.callbacks import Silent
+from fedcustom.federated.callbacks import Callback
 from fedcustom.models import inference
 from fedcustom.recipe.recipe import load_recipe
 
@@ -60,16 +60,16 @@ def test_what_is_warned_of() -> None:
     assert in_words({}) is None
 
 
-class Told(Silent):
+class Told(Callback):
     """Keeps what it is told in the end."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self.said.append(text)
 
-    def finished(self, summary: Any) -> None:
+    def on_run_end(self, summary: Any) -> None:
         self.said.append("finished")
 
 
@@ -77,7 +77,7 @@ def test_a_run_says_so(generation: dict[str, Any], tmp_path: Path, monkeypatch: 
     """The summary has the copies' scores and the shares; the warning comes last, and stays in the log."""
     monkeypatch.setattr(inference, "generate", lambda model, base, sources, settings: [LOOP] * len(sources))
     told = Told()
-    run = fedcustom.run({**generation, "rounds": {"count": 1}}, out=tmp_path / "run", progress=told)
+    run = fedcustom.run({**generation, "rounds": {"count": 1}}, out=tmp_path / "run", callbacks=[told])
     recipe = load_recipe(generation)
     test = build_data(recipe.data, recipe.clients, recipe.seed).test
     copies = text_metrics([e.text for e in test], [e.references for e in test])

@@ -45,13 +45,13 @@ def beat_until(display: ProgressDisplay, clock: Clock, end: float) -> None:
 def test_a_line_every_ten_seconds_at_least() -> None:
     """The first one soon; a line of another kind puts the next one off; what ended is not spoken of."""
     display, clock, written = shown()
-    display.phase("reading the data")
+    display.on_phase("reading the data")
     beat_until(display, clock, 15)
-    display.phase("round 1 of 3, training", 0, 1500)
-    display.phase("round 1 of 3, training", 1200, 1500)
+    display.on_phase("round 1 of 3, training", 0, 1500)
+    display.on_phase("round 1 of 3, training", 1200, 1500)
     beat_until(display, clock, 95)
-    display.note("a warning")
-    display.phase("")
+    display.on_note("a warning")
+    display.on_phase("")
     beat_until(display, clock, 200)
     assert written.getvalue().splitlines() == [
         "one: reading the data (2 s)",
@@ -66,7 +66,7 @@ def test_a_line_every_ten_seconds_at_least() -> None:
 def test_short_work_is_not_spoken_of(small: dict[str, Any]) -> None:
     display, clock, written = shown()
     for number in range(1, 40):
-        display.phase(f"step {number}")
+        display.on_phase(f"step {number}")
         beat_until(display, clock, clock.now + 1)
         display._line(f"step {number} done")
     assert written.getvalue().splitlines() == [f"one: step {number} done" for number in range(1, 40)]
@@ -74,23 +74,23 @@ def test_short_work_is_not_spoken_of(small: dict[str, Any]) -> None:
 
 def test_quiet_says_nothing() -> None:
     display, clock, written = shown(quiet=True)
-    display.phase("reading the data")
+    display.on_phase("reading the data")
     beat_until(display, clock, 30)
-    display.outlined(Outline(3, 3))
+    display.on_outline(Outline(3, 3))
     assert (written.getvalue(), display._thread) == ("", None)
 
 
 def test_the_thread_speaks_and_ends() -> None:
     clock, written = Clock(), StringIO()
     display = ProgressDisplay(Console(file=written, width=200), clock=clock)
-    display.phase("reading the data")
+    display.on_phase("reading the data")
     thread, clock.now = display._thread, 11.0
     assert thread is not None
     for _ in range(100):
         if written.getvalue():
             break
         time.sleep(0.1)
-    display.phase("")
+    display.on_phase("")
     assert written.getvalue() == "reading the data (11 s)\n"
     assert not thread.is_alive()
 
@@ -98,15 +98,15 @@ def test_the_thread_speaks_and_ends() -> None:
 def test_on_a_terminal_the_live_line_says_it(small: dict[str, Any]) -> None:
     written = StringIO()
     display = ProgressDisplay(Console(file=written, width=200, force_terminal=True))
-    display.phase("reading the data")
-    display.started(load_recipe(small).complete().settled(4), 0, Path())
-    display.phase("round 1 of 2, training", 3, 4)
+    display.on_phase("reading the data")
+    display.on_run_start(load_recipe(small).complete().settled(4), 0, Path())
+    display.on_phase("round 1 of 2, training", 3, 4)
     assert display._thread is None
     assert display.bar is not None
     (task,) = display.bar.tasks
     assert (task.description, task.total) == ("federated prefix", 2)
     assert task.fields["doing"] == "round 1 of 2, training: 3 of 4 clients"
-    display.phase("")
+    display.on_phase("")
     assert display.bar is None
     assert "reading the data" in written.getvalue()
 
@@ -115,10 +115,10 @@ def test_time_left_is_that_of_rounds_alike(small: dict[str, Any]) -> None:
     """Rounds that fit the head take as long as each other, and say nothing of those that train."""
     display, clock, written = shown()
     recipe = load_recipe(small, {"rounds.count": 7, "training.fit_head_rounds": [1, -1]})
-    display.started(recipe.complete().settled(4), 0, Path())
+    display.on_run_start(recipe.complete().settled(4), 0, Path())
     for number, seconds in ((0, 100), (1, 50), (2, 4), (3, 6)):
         clock.now += seconds
-        display.round({"round": number})
+        display.on_round_end({"round": number})
     lines = [line for line in written.getvalue().splitlines() if ": round" in line]
     assert ["left" in line for line in lines] == [False, False, True, True]
     assert lines[2].endswith("  1 min 06 s left")  # 4 rounds of 4 seconds, and one of 50
@@ -164,17 +164,17 @@ def test_sizes() -> None:
     ]  # fmt: skip
 
 
-class Heard(fedcustom.federated.callbacks.Silent):
+class Heard(fedcustom.federated.callbacks.Callback):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
         self.phases: list[tuple[str, int, int]] = []
         self.outlines: list[Outline] = []
 
-    def phase(self, text: str, done: int = 0, of: int = 0) -> None:
+    def on_phase(self, text: str, done: int = 0, of: int = 0) -> None:
         self.phases.append((text, done, of))
 
-    def outlined(self, outline: Outline) -> None:
+    def on_outline(self, outline: Outline) -> None:
         self.outlines.append(outline)
 
 
@@ -204,7 +204,7 @@ def test_what_is_outlined_is_what_is_sent(
     """To the digits of a few figures in each message."""
     heard = Heard()
     given = {**small, "method": method}
-    run = fedcustom.run(given, {"rounds.count": 4, **overrides}, out=tmp_path / "run", progress=heard)
+    run = fedcustom.run(given, {"rounds.count": 4, **overrides}, out=tmp_path / "run", callbacks=[heard])
     (outline,) = heard.outlines
     rows, sent = rows_of(run.directory)[1:], run.summary["bytes"]
     assert outline.clients == 4
@@ -221,7 +221,7 @@ def test_a_run_tells_its_phases(small: dict[str, Any], tmp_path: Path) -> None:
     """And ends by saying that there is nothing more to do, however it ends."""
     heard = Heard()
     overrides = {"rounds.count": 3, "training.fit_head_rounds": [1]}
-    fedcustom.run(small, overrides, out=tmp_path / "run", progress=heard)
+    fedcustom.run(small, overrides, out=tmp_path / "run", callbacks=[heard])
     texts = list(dict.fromkeys(text for text, _, _ in heard.phases))
     assert texts[0] == "reading the data"
     assert texts[1].startswith("loading ")
@@ -236,11 +236,11 @@ def test_a_run_tells_its_phases(small: dict[str, Any], tmp_path: Path) -> None:
     assert further == counted[1:] * (len(further) // 4)
     failed = Heard()
     with pytest.raises(fedcustom.FedcustomError):
-        fedcustom.run(small, {"data.source": "nowhere.jsonl"}, out=tmp_path / "none", progress=failed)
+        fedcustom.run(small, {"data.source": "nowhere.jsonl"}, out=tmp_path / "none", callbacks=[failed])
     assert [text for text, _, _ in failed.phases] == ["reading the data", ""]
 
 
 def test_a_baseline_sends_nothing(small: dict[str, Any], tmp_path: Path) -> None:
     heard = Heard()
-    fedcustom.run(small, {"baseline": "centralised"}, out=tmp_path / "run", progress=heard)
+    fedcustom.run(small, {"baseline": "centralised"}, out=tmp_path / "run", callbacks=[heard])
     assert [(o.clients, o.cohort, o.total) for o in heard.outlines] == [(4, 4, None)]

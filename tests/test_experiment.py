@@ -242,9 +242,9 @@ def test_an_interrupted_experiment_goes_on(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path, small, seeds=[3], exclude=[{"training": "centralised"}, {"method": "lora"}])
-    from fedcustom.federated.loop import _Driver
+    from fedcustom.federated.loop import FedAvg
 
-    plain, rounds = _Driver._round, []
+    plain, rounds = FedAvg.configure, []
 
     def interrupted(self: Any, number: int, *rest: Any) -> Any:
         rounds.append(number)
@@ -252,7 +252,7 @@ def test_an_interrupted_experiment_goes_on(
             raise KeyboardInterrupt
         return plain(self, number, *rest)
 
-    monkeypatch.setattr(_Driver, "_round", interrupted)
+    monkeypatch.setattr(FedAvg, "configure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opened(path).run(1, print)
     assert opened(path).run(1, print) == {}

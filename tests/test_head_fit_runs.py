@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import fedcustom
 from fedcustom.core.errors import RecipeError
 from fedcustom.core.tensors import Tensors, equal
-from fedcustom.federated.callbacks import Silent
+from fedcustom.federated.callbacks import Callback
 from fedcustom.federated.evaluator import Evaluator
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.methods import State
@@ -69,13 +69,13 @@ def test_compression_leaves_the_fit_as_it_is(small: dict[str, Any], tmp_path: Pa
     assert equal(*heads)
 
 
-class _Interrupted(Silent):
+class _Interrupted(Callback):
     """Stops a run as Ctrl-C does, once a round has begun for good."""
 
     def __init__(self, at: str) -> None:
         self.at = at
 
-    def phase(self, text: str, done: int = 0, of: int = 0) -> None:
+    def on_phase(self, text: str, done: int = 0, of: int = 0) -> None:
         if text.startswith(self.at) and done == 2:
             raise KeyboardInterrupt
 
@@ -85,7 +85,7 @@ def test_a_resumed_run_comes_to_the_same_bits(small: dict[str, Any], tmp_path: P
     overrides = {"training.fit_head_rounds": [1, -1], "rounds.count": 4}
     whole = fedcustom.run(small, overrides, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        fedcustom.run(small, overrides, out=tmp_path / "run", progress=_Interrupted(at))
+        fedcustom.run(small, overrides, out=tmp_path / "run", callbacks=[_Interrupted(at)])
     again = fedcustom.run(small, overrides, out=tmp_path / "run", resume=True)
     assert equal(tensors_of(again.directory), tensors_of(whole.directory))
     rows, expected = rows_of(again.directory), rows_of(whole.directory)

@@ -60,8 +60,8 @@ class Interrupted(Exception):
 class Stopping(ProgressDisplay):
     """Stops a run after its third round."""
 
-    def round(self, row: dict[str, Any]) -> None:
-        super().round(row)
+    def on_round_end(self, row: dict[str, Any]) -> None:
+        super().on_round_end(row)
         if row["round"] == 3:
             raise Interrupted
 
@@ -70,7 +70,7 @@ def test_a_run_of_many_clients(many: dict[str, Any], tmp_path: Path) -> None:
     """It asks no client more than planned, says beforehand what it asks, and does so after a stop, too."""
     written = StringIO()
     run = fedcustom.run(
-        many, out=tmp_path / "run", progress=ProgressDisplay(Console(file=written, width=300))
+        many, out=tmp_path / "run", callbacks=[ProgressDisplay(Console(file=written, width=300))]
     )
     recipe = load_recipe(many).complete()
     data = build_data(recipe.data, recipe.clients, recipe.seed)
@@ -97,7 +97,7 @@ def test_a_run_of_many_clients(many: dict[str, Any], tmp_path: Path) -> None:
     assert sent["down_per_client_round"] < trained + 600
 
     with pytest.raises(Interrupted):
-        fedcustom.run(many, out=tmp_path / "half", progress=Stopping(Console(file=StringIO())))
+        fedcustom.run(many, out=tmp_path / "half", callbacks=[Stopping](Console(file=StringIO())))
     again = fedcustom.run(many, out=tmp_path / "half", resume=True)
     assert [row["cohort"] for row in rows_of(again.directory)[1:]] == [row["cohort"] for row in rows]
     ours, theirs = tensors_of(run.directory), tensors_of(again.directory)

@@ -17,7 +17,7 @@ from fedcustom import library
 from fedcustom.cli.app import app
 from fedcustom.core.errors import DataError, FedcustomError, ModelError, RecipeError, RunError, UpdateError
 from fedcustom.data.examples import ClientData, LearningTask
-from fedcustom.federated.callbacks import Silent
+from fedcustom.federated.callbacks import Callback
 from fedcustom.methods import Client, State, Task, Update
 from fedcustom.methods.retrieval import Retrieval, RetrievalSettings
 from fedcustom.methods.retrieval.negatives import BORROWED, LENT, Negatives
@@ -224,13 +224,13 @@ def test_training_goes_on_after_a_stop(
     if not shared:  # from round 2 on there are more passages to tell a question apart from
         assert whole.history["train_loss"].iloc[-1] < whole.history["train_loss"].iloc[0]
 
-    class Stop(Silent):
-        def round(self, row: Any) -> None:
+    class Stop(Callback):
+        def on_round_end(self, row: Any) -> None:
             if row["round"] == 2:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fedcustom.run(held, out=tmp_path / "run", progress=Stop())
+        fedcustom.run(held, out=tmp_path / "run", callbacks=[Stop()])
     again = fedcustom.run(held, out=tmp_path / "run", resume=True)
     assert ranks(again) == ranks(whole)
     assert list(again.history["train_loss"]) == list(whole.history["train_loss"])

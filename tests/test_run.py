@@ -21,8 +21,8 @@ from fedcustom.core.tensors import Tensors, equal
 from fedcustom.data.build import build_data
 from fedcustom.evaluation.metrics import is_better
 from fedcustom.federated.build import make_method
-from fedcustom.federated.callbacks import Silent
-from fedcustom.federated.loop import run_recipe
+from fedcustom.federated.callbacks import Callback
+from fedcustom.federated.run import run_recipe
 from fedcustom.federated.run_directory import Checkpoints, History
 from fedcustom.federated.schedule import plan_rounds
 from fedcustom.methods import WeightTuning
@@ -265,11 +265,11 @@ def with_wrong_shape(update: Any) -> Any:
     return update
 
 
-class Notes(Silent):
+class Notes(Callback):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self.notes.append(text)
 
 
@@ -281,7 +281,7 @@ def test_failing_clients_are_left_out(
         {(1, "site-0"): raising, (1, "site-2"): with_nan, (2, "site-1"): with_wrong_shape},
     )
     notes = Notes()
-    run = fedcustom.run(small, out=tmp_path / "run", progress=notes)
+    run = fedcustom.run(small, out=tmp_path / "run", callbacks=[notes])
     first, second = rows_of(run.directory)[1:]
     assert first["answered"] == ["site-1", "site-3"]
     assert first["left_out"]["site-0"] == "the disk of this site"
@@ -357,7 +357,7 @@ def test_a_finished_run_is_not_run_again(small: dict[str, Any], tmp_path: Path) 
     fedcustom.run(small, out=tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     notes = Notes()
-    fedcustom.run(small, out=tmp_path / "run", progress=notes)
+    fedcustom.run(small, out=tmp_path / "run", callbacks=[notes])
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
     assert "nothing to do" in notes.notes[0]
     with pytest.raises(RunError, match=r"another recipe's run \(rounds.count = 2 there, 3 here\)"):
@@ -459,12 +459,12 @@ def test_predictions_of_a_loaded_run_are_those_of_its_evaluation(
 def test_auto_says_which_precision_it_chose(small: dict[str, Any], tmp_path: Path) -> None:
     notes: list[str] = []
 
-    class Noting(Silent):
-        def note(self, text: str) -> None:
+    class Noting(Callback):
+        def on_note(self, text: str) -> None:
             notes.append(text)
 
     recipe = load_recipe(small, {"model.dtype": "auto", "rounds.count": 1})
-    run_recipe(recipe, tmp_path / "run", progress=Noting())
+    run_recipe(recipe, tmp_path / "run", callbacks=[Noting()])
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["precision_seconds"].keys() == {"float32", "bfloat16"}
     assert any(text.startswith(f"model.dtype = auto: {environment['precision']}") for text in notes)

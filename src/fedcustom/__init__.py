@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import Run, load, run
     from .core.errors import FedcustomError
+    from .federated.callbacks import Callback
     from .recipe.recipe import Recipe, load_recipe
 
-__all__ = ["FedcustomError", "Recipe", "Run", "load", "load_recipe", "run"]
+__all__ = ["Callback", "FedcustomError", "Recipe", "Run", "load", "load_recipe", "run"]
 
 _HOMES = {
     "Run": "api",
     "load": "api",
     "run": "api",
+    "Callback": "federated.callbacks",
     "FedcustomError": "core.errors",
     "Recipe": "recipe",
     "load_recipe": "recipe",

@@ -15,9 +15,9 @@ from .core.errors import DataError, RunError
 from .core.files import read_json, write_folder
 from .data.examples import Example, LearningTask, fields
 from .federated.build import make_method
-from .federated.callbacks import Progress
+from .federated.callbacks import Callback
 from .federated.frames import client_frame, round_frame
-from .federated.loop import run_recipe
+from .federated.run import run_recipe
 from .federated.run_directory import History
 from .methods import Method, State
 from .methods.tuning.model_card import bundle
@@ -187,19 +187,20 @@ def run(
     *,
     out: str | Path | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Run a recipe (a TOML file, a dict, or a :class:`~fedcustom.recipe.recipe.Recipe`) and open the result.
 
     ``overrides`` change single settings: ``{"rounds.count": 5}`` or ``["rounds.count=5"]``. ``out`` is the
-    run's directory (default: a name in ``runs/`` made from recipe, method and seed).
+    run's directory (default: a name in ``runs/`` made from recipe, method and seed). ``callbacks`` are
+    told of every event of the run (:class:`~fedcustom.federated.callbacks.Callback`).
 
     Raises:
         FedcustomError: the recipe or what it names is not in order; the message says what to mend.
     """
     checked = load_recipe(recipe, overrides)
     directory = Path(out) if out is not None else default_directory(recipe, checked)
-    run_recipe(checked, directory, resume=resume, progress=progress)
+    run_recipe(checked, directory, resume=resume, callbacks=callbacks)
     return Run(directory)
 
 

@@ -72,7 +72,7 @@ def run(
     directory = out or api.default_directory(recipe, checked)
     again = command_line("run", recipe, overrides=overrides, options={"--out": directory, "--resume": True})
     with display(again, quiet) as make:
-        api.run(checked, out=directory, resume=resume, progress=make(""))
+        api.run(checked, out=directory, resume=resume, callbacks=[make("")])
     page = write_report([directory], directory / "report.html")
     if not quiet:
         out_console.print(comparison_table([directory]))

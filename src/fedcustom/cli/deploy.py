@@ -76,7 +76,7 @@ def run(
     options = {"--federation": folder, "--out": directory, "--resume": True}
     again = command_line("deploy", "run", recipe, overrides=overrides, options=options)
     with display(again, quiet) as make:
-        run_deployed(checked, folder, directory, resume=resume, progress=make(""))
+        run_deployed(checked, folder, directory, resume=resume, callbacks=[make("")])
     _show(directory, quiet)
 
 
@@ -100,7 +100,7 @@ def local(
     options = {"--out": directory, "--port": port, "--resume": True}
     again = command_line("deploy", "local", recipe, overrides=overrides, options=options)
     with display(again, quiet) as make:
-        run_locally(checked, folder, directory, port=port, resume=resume, progress=make(""))
+        run_locally(checked, folder, directory, port=port, resume=resume, callbacks=[make("")])
     _show(directory, quiet)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..federated.callbacks import Outline
+from ..federated.callbacks import Callback, Outline
 from ..federated.run_directory import Row
 from ..recipe.label_skew import in_words
 from ..recipe.recipe import Recipe
@@ -24,7 +24,7 @@ FIRST = 2.0
 """Seconds after which it is said for the first time."""
 
 
-class ProgressDisplay:
+class ProgressDisplay(Callback):
     """Shows round, loss, metric and time left, and what is being done; warnings stand on lines of their own.
 
     On a terminal one line is redrawn; elsewhere there is one line a round, at most one a second besides the
@@ -51,7 +51,7 @@ class ProgressDisplay:
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    def phase(self, text: str, done: int = 0, of: int = 0) -> None:
+    def on_phase(self, text: str, done: int = 0, of: int = 0) -> None:
         """Show what is being done, or have it shown if it takes long."""
         if self.quiet:
             return
@@ -69,7 +69,7 @@ class ProgressDisplay:
             self._thread = threading.Thread(target=self._beat, daemon=True)
             self._thread.start()
 
-    def started(self, recipe: Recipe, done: int, directory: Path) -> None:
+    def on_run_start(self, recipe: Recipe, done: int, directory: Path) -> None:
         """Begin with ``done`` rounds behind."""
         self.recipe, self.begun, self.before = recipe, self.clock(), done
         self.spent = {}
@@ -84,12 +84,12 @@ class ProgressDisplay:
         if self.console.is_terminal:
             self._live(description=self.name, total=recipe.rounds.count, completed=done, figures="starting")
 
-    def outlined(self, outline: Outline) -> None:
+    def on_outline(self, outline: Outline) -> None:
         """Say what the run is going to ask."""
         if not self.quiet and self.recipe is not None:
             self._line(asked(self.recipe, outline))
 
-    def round(self, row: Row) -> None:
+    def on_round_end(self, row: Row) -> None:
         """Show a round's figures."""
         if self.quiet or self.recipe is None:
             return
@@ -128,11 +128,11 @@ class ProgressDisplay:
         means = {kind: sum(seconds) / len(seconds) for kind, seconds in self.spent.items()}
         return sum(count * means[kind] for kind, count in counts.items() if count)
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         """Show a warning."""
         self.console.print(text, style="yellow", highlight=False, soft_wrap=True)
 
-    def finished(self, summary: Mapping[str, Any]) -> None:
+    def on_run_end(self, summary: Mapping[str, Any]) -> None:
         """Show the result."""
         self.close()
         if not self.quiet:

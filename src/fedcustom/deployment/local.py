@@ -17,7 +17,7 @@ from ..data.build import build_data, with_builtin_columns
 from ..data.examples import Example, FederatedData
 from ..data.own import OwnDataSettings
 from ..federated.build import check_cohort
-from ..federated.callbacks import Progress
+from ..federated.callbacks import Callback
 from ..recipe.recipe import Recipe
 from .nvflare.kits import provision, require_nvflare
 from .nvflare.supervise import SupervisedProcess
@@ -29,7 +29,13 @@ MOST_SITES = 32
 
 
 def run_locally(
-    recipe: Recipe, folder: Path, directory: Path, *, port: int, resume: bool, progress: Progress
+    recipe: Recipe,
+    folder: Path,
+    directory: Path,
+    *,
+    port: int,
+    resume: bool,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Run a recipe with a server and sites on this machine, over mutual TLS.
 
@@ -50,7 +56,7 @@ def run_locally(
             f"{folder}: holds the sites of other data, clients, seed or port; remove it or name another --out"
         )
     with local_sites(folder):
-        return run_deployed(recipe, folder, directory, resume=resume, progress=progress)
+        return run_deployed(recipe, folder, directory, resume=resume, callbacks=callbacks)
 
 
 def prepare(recipe: Recipe, folder: Path, port: int, threads: int = 1) -> FederationSettings:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import DeploymentError
 from ..core.files import held, holder
-from ..federated.callbacks import Progress, Silent
-from ..federated.loop import run_recipe
+from ..federated.callbacks import Callback, Callbacks
+from ..federated.run import run_recipe
 from ..federated.simulation import Federation
 from ..recipe.recipe import Recipe
 from .nvflare.bridge import ADDRESS_VARIABLE, BridgeListener
@@ -28,7 +28,7 @@ RUNNING = "run.pid"
 
 
 def run_deployed(
-    recipe: Recipe, folder: Path, directory: Path, *, resume: bool = False, progress: Progress | None = None
+    recipe: Recipe, folder: Path, directory: Path, *, resume: bool = False, callbacks: Sequence[Callback] = ()
 ) -> dict[str, Any]:
     """Run a recipe with a federation's sites, into a run directory, and return its summary.
 
@@ -37,19 +37,19 @@ def run_deployed(
 
     Raises:
         DeploymentError: the folder holds no federation, another run uses it, or too few sites take part.
-        FedcustomError: see :func:`fedcustom.federated.loop.run_recipe`.
+        FedcustomError: see :func:`fedcustom.federated.run.run_recipe`.
     """
     require_nvflare()
-    settings, progress = load_federation(folder), progress or Silent()
+    settings = load_federation(folder)
     complete = recipe.complete()
     check_deployable(complete)
-    with _alone(folder), serving(folder, settings, progress.note) as sites:
+    with _alone(folder), serving(folder, settings, Callbacks(callbacks).on_note) as sites:
 
-        def parties(recipe: Recipe, directory: Path, private: Path, progress: Progress) -> Federation:
-            progress.phase("waiting for the sites")
+        def parties(recipe: Recipe, directory: Path, private: Path, told: Callback) -> Federation:
+            told.on_phase("waiting for the sites")
             return gather(recipe, settings, folder, sites, directory)
 
-        return run_recipe(complete, directory, resume=resume, progress=progress, gather=parties)
+        return run_recipe(complete, directory, resume=resume, callbacks=callbacks, gather=parties)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..aggregation.settings import AggregationSettings
 from ..core.errors import FedcustomError, RecipeError, nearest
-from ..federated.callbacks import Progress
-from ..federated.loop import run_recipe
+from ..federated.callbacks import Callback
+from ..federated.run import run_recipe
 from ..methods import METHODS
 from ..models.load import has_linear_head
 from ..recipe.label_skew import why_no_head_fit
@@ -115,7 +115,7 @@ def probe_of(recipe: Recipe, baseline: Baseline) -> Recipe:
     return probe
 
 
-def run_cells(cells: Sequence[Cell], progress_for: Callable[[Cell], Progress]) -> dict[str, FedcustomError]:
+def run_cells(cells: Sequence[Cell], progress_for: Callable[[Cell], Callback]) -> dict[str, FedcustomError]:
     """Run all cells in turn; finished ones are not run again, unfinished ones go on where they stopped.
 
     Returns the cells that failed, by name, with the reason; the others are not held up by them.
@@ -123,7 +123,7 @@ def run_cells(cells: Sequence[Cell], progress_for: Callable[[Cell], Progress]) -
     failed: dict[str, FedcustomError] = {}
     for cell in cells:
         try:
-            run_recipe(cell.recipe, cell.directory, resume=True, progress=progress_for(cell))
+            run_recipe(cell.recipe, cell.directory, resume=True, callbacks=[progress_for(cell)])
         except FedcustomError as error:
             failed[cell.name] = error
         gc.collect()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core.errors import FedcustomError
 from ..core.files import write_text
-from ..federated.loop import run_recipe
+from ..federated.run import run_recipe
 from ..recipe.recipe import Recipe, to_toml
 from .compare import Cell
 

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from ..core.errors import RunError
+from ..core.files import read_json
 from ..evaluation.metrics import is_better
 from ..methods import Answer, State, streamed
 from ..methods.tuning.method import RATE_FACTOR
@@ -42,6 +44,28 @@ class Search:
     def described(self) -> dict[str, Any]:
         """For ``search.json``."""
         return asdict(self)
+
+    def in_words(self, metric: str) -> str:
+        """The rate, what was tried, and what that cost."""
+        trials = ", ".join(
+            f"{t.learning_rate:g}: {'failed' if t.score is None else f'{t.score:.4f}'} after {t.rounds}"
+            for t in self.trials
+        )
+        return (
+            f"learning rate {self.learning_rate:g} of {trials} rounds ({metric} on the development split; "
+            f"{self.bytes_up + self.bytes_down:,} bytes, {self.seconds:.0f} s)"
+        )
+
+
+def learning_rate_in(directory: Path, recipe: Recipe) -> float:
+    """The client's learning rate before the schedule, as the recipe says or a search in this run's directory
+    found; 0 where nothing is trained by steps.
+    """
+    file = directory / "search.json"
+    if recipe.training.search_rates and file.exists():
+        return float(read_json(file)["learning_rate"])
+    rate = recipe.training.learning_rate
+    return rate if isinstance(rate, float) else 0.0
 
 
 def search_rate(

@@ -1,21 +1,156 @@
-"""The files of a run directory that grow with the run: its history and its checkpoints."""
+"""The run directory: its lock, recipe, environment, history and checkpoints (docs/run_directory.md)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..core import environment
 from ..core.errors import RunError
-from ..core.files import read_json, read_tensors, write_folder, write_json, write_tensors, write_text
+from ..core.files import (
+    held,
+    holder,
+    read_json,
+    read_tensors,
+    write_folder,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from ..core.tensors import named, part
+from ..evaluation.metrics import Metrics, is_better
 from ..methods.protocol import State
+from ..models.load import Base
+from ..recipe import Recipe, load_recipe, to_toml
 
 Row = dict[str, Any]
+"""One line of ``metrics.jsonl``: a round's figures."""
+
+LOCK = "run.pid"
+"""The file that the process at work on a run holds."""
+
+UNTUNED = "untuned"
+"""The key of the untuned model's metrics in a checkpoint's values."""
+
+
+class RunDirectory:
+    """A run's directory: opened for one process at a time, so that a run can be resumed and is never mixed
+    with another one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.history = History(path / "metrics.jsonl")
+        self.checkpoints = Checkpoints(path / "checkpoints")
+
+    def finished(self, recipe: Recipe, *, resume: bool) -> dict[str, Any] | None:
+        """The summary where the directory holds this recipe's finished run; None where there is work to do.
+
+        Raises:
+            RunError: it holds another run, an unfinished one without ``resume``, or other files.
+        """
+        path, written = self.path, self.path / "recipe.toml"
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: is a file; name a folder")
+        if written.exists():
+            old = load_recipe(written)
+            if old != recipe:
+                raise RunError(
+                    f"{path}: holds another recipe's run ({_difference(old, recipe)}); name another --out"
+                )
+            if (path / "summary.json").exists():
+                summary: dict[str, Any] = read_json(path / "summary.json")
+                return summary
+            if not resume:
+                raise RunError(f"{path}: holds an unfinished run; go on with --resume, or name another --out")
+        elif path.exists() and any(file.name != LOCK for file in path.iterdir()):
+            raise RunError(f"{path}: is not empty and holds no run; name another --out")
+        return None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process; one in which nothing was begun is removed after an error.
+
+        Raises:
+            RunError: another process is at this run.
+        """
+        with held(self.path / LOCK) as alone:
+            if not alone:
+                other = holder(self.path / LOCK)
+                raise RunError(f"{self.path}: process {other} is at this run; wait for it, or stop it")
+            try:
+                yield
+            except BaseException:
+                if [file.name for file in self.path.iterdir()] == [LOCK]:
+                    shutil.rmtree(self.path)
+                raise
+
+    def describe(self, recipe: Recipe, base: Base) -> None:
+        """Write the recipe, and the versions and machine it is run with, where they are not there yet."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "recipe.toml").exists():
+            write_text(self.path / "recipe.toml", to_toml(recipe))
+        if not (self.path / "environment.json").exists():
+            found = {**environment.describe(), "precision": base.precision, "device": str(base.device)}
+            if base.measured:
+                found["precision_seconds"] = {name: round(s, 4) for name, s in base.measured.items()}
+            write_json(self.path / "environment.json", {**found, "started": _now()})
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint, to go on from; rows of later rounds are dropped. None: start anew."""
+        rounds = self.checkpoints.rounds()
+        if not rounds:
+            if self.history.path.exists():
+                self.history.path.unlink()
+            return None
+        checkpoint = self.checkpoints.load(rounds[-1])
+        self.history.rows = History.read(self.history.path).rows
+        self.history.keep_until(checkpoint.round_number)
+        return checkpoint
+
+    def best_round(self, recipe: Recipe) -> int:
+        """The round so far with the best development score, or the last evaluated one where the recipe keeps
+        that; 0 if there is none.
+        """
+        metric, best, value = recipe.metric, 0, None
+        for row in self.history.rows:
+            if "development" not in row or row["round"] == 0:
+                continue
+            new = row["development"][metric]
+            if value is None or recipe.evaluation.select == "last" or is_better(new, value, metric):
+                best, value = row["round"], new
+        return best
+
+    def warn(self, text: str, detail: str = "") -> None:
+        """Add a warning to ``warnings.log``."""
+        with (self.path / "warnings.log").open("a", encoding="utf-8") as file:
+            file.write(f"{_now()} {text}\n{detail}")
+
+
+def _difference(old: Recipe, new: Recipe) -> str:
+    """The first setting in which two recipes differ."""
+
+    def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, sub in value.items():
+                yield from flat(sub, f"{path}.{key}" if path else key)
+        else:
+            yield path, value
+
+    before, after = dict(flat(old.model_dump())), dict(flat(new.model_dump()))
+    key = next(key for key in [*before, *after] if before.get(key) != after.get(key))
+    return f"{key} = {before.get(key)!r} there, {after.get(key)!r} here"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass
@@ -64,13 +199,14 @@ class Checkpoint:
     """Everything that is needed to go on after a round: the server's state and the clients' memories.
 
     ``memories`` holds each client's private numbers; its private tensors are in the file that ``files``
-    names.
+    names. ``untuned`` are the untuned model's metrics on the test split, where it was evaluated.
     """
 
     round_number: int
     state: State
     memories: dict[str, dict[str, Any]]
     files: dict[str, str]
+    untuned: Metrics = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -85,7 +221,7 @@ class Checkpoints:
         state = checkpoint.state
         content = {
             "round": checkpoint.round_number,
-            "values": state.values,
+            "values": {**state.values, **({UNTUNED: checkpoint.untuned} if checkpoint.untuned else {})},
             "memories": checkpoint.memories,
             "files": checkpoint.files,
         }
@@ -119,8 +255,9 @@ class Checkpoints:
         content = read_json(folder / "state.json")
         tensors = read_tensors(folder / "state.safetensors")
 
+        untuned = content["values"].pop(UNTUNED, {})
         state = State(part(tensors, "global/"), part(tensors, "server/"), content["values"])
-        return Checkpoint(content["round"], state, content["memories"], content["files"])
+        return Checkpoint(content["round"], state, content["memories"], content["files"], untuned)
 
     def rounds(self) -> list[int]:
         """The rounds of which there is a checkpoint, in order."""

@@ -21,7 +21,7 @@ from ..transport.in_process import InProcessTransport
 from ..transport.protocol import Reply
 from ..updates.attack import conspiracy, falsifier, hostile_clients
 from .build import check_cohort, check_fit, make_method, pooled
-from .callbacks import Progress
+from .callbacks import Callback
 from .evaluator import Evaluator, Probes, Result
 
 
@@ -80,23 +80,23 @@ class Federation:
     memories: Memories
 
 
-Gather = Callable[[Recipe, Path, Path, Progress], Federation]
+Gather = Callable[[Recipe, Path, Path, Callback], Federation]
 """From a recipe, the run's directory, its folder for clients' private tensors and something that is told how
 this goes, to its parties."""
 
 
-def simulate(recipe: Recipe, directory: Path, private: Path, progress: Progress) -> Federation:
+def simulate(recipe: Recipe, directory: Path, private: Path, callbacks: Callback) -> Federation:
     """All parties in this process, on one resident base model.
 
     Raises:
         RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
     """
-    progress.phase("reading the data")
+    callbacks.on_phase("reading the data")
     check_fit(recipe)
     settings, clients = with_builtin_columns(recipe.data, recipe.clients)
     data = build_data(settings, clients, recipe.seed, recipe.public)
     check_cohort(recipe, data)
-    progress.phase(f"loading {recipe.model.base}")
+    callbacks.on_phase(f"loading {recipe.model.base}")
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     method = make_method(recipe, base, data)
     hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
@@ -117,7 +117,7 @@ def simulate(recipe: Recipe, directory: Path, private: Path, progress: Progress)
     origin = method.initialise()
     channel = Channel(recipe.compression, origin.tensors)
     falsify = falsifier(hostile, recipe.attack, recipe.seed)
-    transport = InProcessTransport(method, store, channel, falsify, progress.note)
+    transport = InProcessTransport(method, store, channel, falsify, callbacks.on_note)
     if recipe.attack.kind == "alie":
         transport.conspire(hostile, conspiracy(recipe.attack))
     return Federation(base, data, method, origin, evaluator, transport, store)

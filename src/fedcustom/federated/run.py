@@ -1,0 +1,126 @@
+"""One run, from a recipe to a run directory: its parties, the federated loop, the final evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core import environment
+from ..core.files import read_json, write_folder, write_json, write_text
+from ..evaluation.degenerate import in_words
+from ..methods import AsksClients, ScalesLogits, State
+from ..recipe import Recipe
+from .callbacks import Callback, Callbacks
+from .loop import FedAvg
+from .run_directory import RunDirectory
+from .simulation import Federation, Gather, has_one_model, simulate
+from .summary import summarise
+
+
+def run_recipe(
+    recipe: Recipe,
+    directory: Path,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    gather: Gather = simulate,
+) -> dict[str, Any]:
+    """Run a recipe into a directory and return its summary.
+
+    A directory that holds the finished run of the same recipe is left as it is. One that holds an unfinished
+    run is continued if ``resume`` is set.
+
+    Args:
+        callbacks: Told of every event of the run.
+        gather: Puts the run's parties together; by default all of them in this process.
+
+    Raises:
+        RunError: the directory holds something else, or too few clients answered in a round.
+        RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
+    """
+    recipe, place, told = recipe.complete(), RunDirectory(directory), Callbacks(callbacks)
+    finished = place.finished(recipe, resume=resume)
+    if finished is not None:
+        told.on_note(f"{directory} holds this run already; nothing to do")
+        told.raise_failure()
+        return finished
+    with place.locked():
+        finished = place.finished(recipe, resume=resume)  # another may have been at it until now
+        if finished is not None:
+            return finished
+        try:
+            return _run(recipe, place, told, gather)
+        finally:
+            told.on_phase("")
+
+
+def _run(recipe: Recipe, directory: RunDirectory, callbacks: Callbacks, gather: Gather) -> dict[str, Any]:
+    """From the last checkpoint, or from the beginning, to the summary."""
+    started = time.perf_counter()
+    environment.restart_peak_memory()
+    parties = gather(recipe, directory.path, directory.checkpoints.clients, callbacks)
+    loop, base = FedAvg(recipe, parties, directory, callbacks), parties.base
+    del parties  # with the first state, which is held no longer than the loop needs it
+    directory.describe(recipe, base)
+    if base.measured:
+        steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in base.measured.items())
+        callbacks.on_note(f"model.dtype = auto: {base.precision} (a step: {steps})")
+    loop.run()
+    summary = _finish(loop, time.perf_counter() - started)
+    callbacks.on_run_end(summary)
+    if text := in_words(summary.get("degenerate", {})):
+        loop.warn(text)
+    callbacks.raise_failure()
+    return summary
+
+
+def _finish(loop: FedAvg, elapsed: float) -> dict[str, Any]:
+    """Calibrate, evaluate and export the state of the best round, and write the summary."""
+    begun = time.perf_counter()
+    recipe, directory, federation, callbacks = loop.recipe, loop.directory, loop.federation, loop.callbacks
+    method, path = federation.method, directory.path
+    callbacks.on_phase("evaluating the best round")
+    best = directory.best_round(recipe)
+    checkpoint = directory.checkpoints.load(best)
+    federation.memories.restore(best, checkpoint.memories, checkpoint.files)
+    state, scale = _calibrated(recipe, checkpoint.state, federation)
+    result = federation.evaluation.final(state, checkpoint.state)
+    if result.predictions is not None:
+        write_text(path / "predictions.jsonl", "".join(result.prediction_lines(federation.data)))
+    callbacks.on_phase("writing the model")
+    for name, text in method.notes(state).items():
+        write_text(path / name, text)
+    if has_one_model(recipe):
+        write_folder(path / "model", lambda folder: method.export(state, folder))
+    summary = summarise(
+        recipe,
+        federation.data,
+        result,
+        directory.history.rows,
+        best=best,
+        sizes=method.sizes(state),
+        untuned=checkpoint.untuned,
+        elapsed=elapsed,
+        finishing=time.perf_counter() - begun,
+        temperature=None if scale is None else 1 / scale,
+        search=read_json(file) if (file := path / "search.json").exists() else None,
+        a_query=method.bytes_a_query() if isinstance(method, AsksClients) else None,
+    )
+    write_json(path / "summary.json", summary)
+    return summary
+
+
+def _calibrated(recipe: Recipe, state: State, federation: Federation) -> tuple[State, float | None]:
+    """Temperature scaling (Guo et al. 2017): the state with its logits multiplied by the factor that the
+    development split gives, and that factor; None where they are not calibrated.
+    """
+    method = federation.method
+    wanted = recipe.evaluation.calibrate and recipe.data.task == "classification"
+    if not (wanted and has_one_model(recipe) and isinstance(method, ScalesLogits)) or method.keeps_parts():
+        return state, None
+    if method.scaled(state, 1.0) is None:
+        return state, None
+    scale = federation.evaluation.scale(state)
+    return method.scaled(state, scale) or state, scale
