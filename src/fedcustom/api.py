@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from .core.errors import DataError, RunError
 from .core.files import read_json, write_folder
 from .data.examples import Example, LearningTask, fields
+from .evaluation.calibration import softmax
 from .federated.build import make_method
 from .federated.callbacks import Callback
 from .federated.frames import client_frame, round_frame
@@ -131,8 +131,7 @@ class Run:
         said = method.predict(state, examples, texts=True)
         if kind == "generation":
             return [{"text": text} for text in said.texts or []]
-        odds = np.exp(said.scores - said.scores.max(axis=1, keepdims=True))
-        shares = odds / odds.sum(axis=1, keepdims=True)
+        shares = softmax(said.scores)
         labels = self._task.labels
         return [
             {

@@ -29,11 +29,17 @@ def binned(confidence: Array, right: Array) -> list[list[float]]:
     return [[float(count), float(said), float(true)] for count, said, true in zip(*columns, strict=True)]
 
 
+def softmax(logits: Array) -> Array:
+    """Probabilities of logits, over the last axis."""
+    odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shares: Array = odds / odds.sum(axis=-1, keepdims=True)
+    return shares
+
+
 def reliability(logits: Array, labels: Sequence[int]) -> list[list[float]]:
     """:func:`binned` of logits (examples, labels); confidence is the highest probability."""
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     right = logits.argmax(axis=1) == np.asarray(labels, dtype=int)
-    return binned(odds.max(axis=1) / odds.sum(axis=1), right)
+    return binned(softmax(logits).max(axis=1), right)
 
 
 def expected_calibration_error(bins: Sequence[Sequence[float]]) -> float:

@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from ..data.examples import Example, FederatedData, LearningTask
-from ..evaluation.calibration import best_scale, tempered_losses
+from ..evaluation.calibration import best_scale, softmax, tempered_losses
 from ..evaluation.degenerate import degenerate_shares
 from ..evaluation.metrics import Metrics, client_mean, text_metrics, worst_client
 from ..methods import Method, State
@@ -48,13 +46,12 @@ class Result:
         for number, example in enumerate(data.test):
             if data.task.kind == "classification":
                 logits = self.predictions.scores[number]
-                odds = np.exp(logits - logits.max())
-                chosen = int(odds.argmax())
+                chosen = int(logits.argmax())
                 row: dict[str, Any] = {
                     "text": example.text,
                     "label": data.task.labels[example.label],
                     "prediction": data.task.labels[chosen],
-                    "probability": round(float(odds[chosen] / odds.sum()), 6),
+                    "probability": round(float(softmax(logits)[chosen]), 6),
                 }
             elif data.task.kind == "retrieval":
                 rank = int(self.predictions.scores[number, 0])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
 
 from ..core import environment
 from ..core.errors import RunError
 from ..core.files import write_json
-from ..methods import UNFINISHED, Answer, State, Task, client_labels, streamed
+from ..methods import UNFINISHED, Answer, State, Task, client_labels, peeked
 from ..methods.tuning.method import RATE_FACTOR
 from ..recipe import Recipe
 from ..transport.protocol import Reply
@@ -102,9 +101,8 @@ class FedAvg:
             RunError: fewer than ``rounds.min_clients`` of the clients ``asked`` answered.
         """
         number, state = record.number, self.states[record.number - 1]
-        answers = self._accepted(record, replies)
-        first = list(islice(answers, 1))
-        following = self.federation.method.aggregate(state, streamed(first, answers)) if first else state
+        first, answers = peeked(self._accepted(record, replies))
+        following = state if first is None else self.federation.method.aggregate(state, answers)
         needed = min(self.recipe.rounds.min_clients, asked)
         if len(record.answered) < max(1, needed):
             raise RunError(

@@ -6,14 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import RunError
 from ..core.files import read_json
 from ..evaluation.metrics import is_better
-from ..methods import Answer, State, streamed
+from ..methods import Answer, State, peeked
 from ..methods.tuning.method import RATE_FACTOR
 from ..recipe.recipe import Recipe
 from ..training.settings import TRIAL_ROUNDS
@@ -154,10 +153,9 @@ def _round(
                 answered += 1
                 yield Answer(reply.client, reply.task, reply.update)
 
-    answers = sound(parties.transport.exchange(tasks, f"{number:06d}"))
-    first = list(islice(answers, 1))
-    if first:
-        state = parties.method.aggregate(state, streamed(first, answers))
+    first, answers = peeked(sound(parties.transport.exchange(tasks, f"{number:06d}")))
+    if first is not None:
+        state = parties.method.aggregate(state, answers)
     if answered < max(1, min(needed, len(cohort))):
         raise RunError(f"round {number}: {answered} clients answered")
     return state

@@ -28,7 +28,7 @@ from .protocol import (
     State,
     Task,
     Update,
-    streamed,
+    peeked,
 )
 from .retrieval import Retrieval, RetrievalSettings
 from .settings import MethodSettingsBase, TuningSettings
@@ -92,7 +92,7 @@ __all__ = [
     "Update",
     "build_method",
     "client_labels",
-    "streamed",
+    "peeked",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -53,11 +54,20 @@ class Answer:
     discount: float = 1.0
 
 
-def streamed(first: list[Answer], rest: Iterator[Answer]) -> Iterator[Answer]:
-    """An answer that was read ahead and those that follow, none held longer than their reader holds it."""
-    while first:
-        yield first.pop(0)
-    yield from rest
+def peeked(answers: Iterable[Answer]) -> tuple[Task | None, Iterator[Answer]]:
+    """The task of the first answer (None: there are no answers), and all answers. None of them is held longer
+    than its reader holds it.
+    """
+    stream = iter(answers)
+    first = list(islice(stream, 1))
+    task = first[0].task if first else None
+
+    def all_of_them() -> Iterator[Answer]:
+        while first:
+            yield first.pop()
+        yield from stream
+
+    return task, all_of_them()
 
 
 @dataclass(frozen=True)

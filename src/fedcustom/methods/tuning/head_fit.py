@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from ...data.tokens import TokenizedExample, by_length
 from ...models.forward import classification_logits
 from ...models.load import Base
 from ...training.settings import TrainingSettings
-from ..protocol import UNFINISHED, Answer, State, Task, Update, Values, streamed
+from ..protocol import UNFINISHED, Answer, State, Task, Update, Values
 from .head_messages import (
     FIT_HEAD,
     HEAD_GRADIENT,
@@ -361,13 +361,6 @@ class HeadFit:
 def client_labels(state: State) -> dict[str, list[int]]:
     """How many examples of each label the clients have that answered when a head was fitted."""
     return {name: counts.tolist() for name, counts in part(state.server, CLIENT_LABELS).items()}
-
-
-def looked_at(answers: Iterable[Answer]) -> tuple[str, Iterator[Answer]]:
-    """The kind of task that a round's answers are to, and all of them, of which there is one at least."""
-    stream = iter(answers)
-    first = [next(stream)]
-    return first[0].task.kind, streamed(first, stream)
 
 
 def output_names(trainable: TrainableModel, base: Base) -> frozenset[str]:

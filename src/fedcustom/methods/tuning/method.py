@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,10 +19,10 @@ from ...data.tokens import Batch, TokenizedExample, example_order
 from ...models.inference import Predictions, predict
 from ...training.label_prior import label_offset
 from ...training.local import LocalResult, learning_rate, schedule_factor
-from ..protocol import UNFINISHED, Answer, Client, Memory, State, Task, Update, Values
+from ..protocol import UNFINISHED, Answer, Client, Memory, State, Task, Update, Values, peeked
 from .aggregation_hooks import BASE_CHANGE, AggregationHooks, ClientDelta
 from .drift_corrections import CONTROL, Correction, make_correction
-from .head_fit import LABEL_COUNTS, HeadFit, looked_at, output_names
+from .head_fit import LABEL_COUNTS, HeadFit, output_names
 from .head_messages import FIT_HEAD, HEAD_TASKS, HEAD_UNFITTED
 from .local_training import Job, LocalTraining, batch_ranges
 from .objective import Objective, Supervised
@@ -138,9 +137,9 @@ class WeightTuning:
         if UNFINISHED in state.values:  # of whose clients none may have gone on
             return self.head_fit.aggregate(str(state.values[UNFINISHED]), state, answers)
         if self.head_fit.rounds:
-            kind, answers = looked_at(answers)
-            if kind in HEAD_TASKS:
-                return self.head_fit.aggregate(kind, state, answers)
+            task, answers = peeked(answers)
+            if task is not None and task.kind in HEAD_TASKS:
+                return self.head_fit.aggregate(task.kind, state, answers)
         settings, gathered = self.aggregation, self.hooks.round(state)
         answered: list[str] = []
 
@@ -155,9 +154,9 @@ class WeightTuning:
 
         stream, root = iter(answers), None
         if settings.rule == "fltrust":
-            first = next(stream)
-            root = gathered.take(self._root(state, first.task))
-            stream = chain([first], stream)
+            first, stream = peeked(stream)
+            assert first is not None
+            root = gathered.take(self._root(state, first))
         change = combine(changes(), settings, root=root, inner_products=gathered.inner_products)
         current = {name: state.tensors[name] for name in change if name in state.tensors}
         relevant = {n: t for n, t in state.server.items() if n.partition("/")[2] in change}
