@@ -13,39 +13,11 @@ import pytest
 
 import fedcustom
 from fedcustom import load
-from fedcustom.cli.app import main
 from fedcustom.cli.console import command_line
 from fedcustom.cli.progress_bar import ProgressDisplay
 from fedcustom.core.errors import RunError
 from fedcustom.core.files import read_json
 from fedcustom.recipe.recipe import load_recipe, to_toml
-
-
-class Result:
-    """What a command said, and its exit code."""
-
-    def __init__(self, code: int, out: str, error: str) -> None:
-        self.code, self.out, self.error = code, out, error
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Call the command line in this process."""
-    from rich.console import Console
-
-    import fedcustom.cli.app as cli
-
-    def call(*arguments: Any) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fedcustom", *map(str, arguments)])
-        monkeypatch.setattr(cli, "out_console", Console(file=sys.stdout, width=120))
-        monkeypatch.setattr(cli, "err_console", Console(file=sys.stderr, width=120))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        said = capsys.readouterr()
-        return Result(int(exit_.value.code or 0), said.out, said.err)
-
-    return call
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import fedcustom
 from fedcustom.cli.progress_bar import ProgressDisplay, asked, size
 from fedcustom.federated.callbacks import Outline
 from fedcustom.recipe.recipe import load_recipe
-from test_run import rows_of
+from helpers.runs import rows_of
 
 
 class Clock:

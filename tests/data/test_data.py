@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_rows, tiny_tokenizer, write_jsonl
 from fedcustom.core.errors import DataError
 from fedcustom.data.build import build_data
 from fedcustom.data.examples import Example, LearningTask, make_examples
@@ -29,6 +28,8 @@ from fedcustom.data.tokens import (
     tokenize,
 )
 from fedcustom.deployment.local import write_parts
+from helpers.rows import make_rows, write_jsonl
+from helpers.tiny_models import tiny_tokenizer
 
 
 def source(path: Path | str, **more: Any) -> DataSettings:

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import make_rows, write_jsonl
 from fedcustom.core.errors import DataError
 from fedcustom.data.build import build_data
 from fedcustom.data.public import set_aside
 from fedcustom.data.settings import ClientSettings, DataSettings, PublicSettings
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport.client_store import folder_name
+from helpers.rows import make_rows, write_jsonl
 
 CLIENTS = ClientSettings(partition="iid", count=4)
 

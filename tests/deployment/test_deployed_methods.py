@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import fedcustom
-from conftest import make_rows, write_jsonl
-from deployed import Bed, bed
 from fedcustom.federated.run_directory import Checkpoints
+from helpers.deployed import Bed, bed
+from helpers.rows import make_rows, write_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
 

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import BertConfig
 
-from conftest import make_rows, write_jsonl
 from fedcustom.core.errors import (
     DeploymentError,
     FedcustomError,
@@ -56,6 +55,7 @@ from fedcustom.models.pooling import Pooling
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport.channel import Channel, describe, laid_out
 from fedcustom.updates.settings import CompressionSettings
+from helpers.rows import make_rows, write_jsonl
 
 RUN = "0123456789abcdef"
 
@@ -644,7 +644,7 @@ def test_a_held_file_is_held_once_and_let_go_by_a_kill(tmp_path: Path) -> None:
     script = f"""
 import time
 from pathlib import Path
-from fedcustom.files import held
+from fedcustom.core.files import held
 with held(Path({str(file)!r})):
     print("held", flush=True)
     time.sleep(60)

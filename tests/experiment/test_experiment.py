@@ -29,10 +29,7 @@ from fedcustom.experiment.search import choose, chosen_tables
 from fedcustom.experiment.settings import ExperimentSettings
 from fedcustom.experiment.tables import cost_table, grouped, score_tables
 from fedcustom.recipe.recipe import load_recipe
-from test_cli import command
-from test_run import rows_of
-
-__all__ = ["command"]
+from helpers.runs import rows_of
 
 
 def written(tmp_path: Path, small: dict[str, Any], **more: Any) -> Path:

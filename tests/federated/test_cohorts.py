@@ -20,8 +20,8 @@ from fedcustom.federated.schedule import Plan, plan_rounds
 from fedcustom.methods import Client
 from fedcustom.methods.tuning.local_training import batch_ranges
 from fedcustom.recipe.recipe import load_recipe
-from test_methods import classification_examples, make
-from test_run import rows_of, tensors_of
+from helpers.methods import classification_examples, make
+from helpers.runs import rows_of, tensors_of
 
 
 def unlikeness(counts: np.ndarray, groups: list[list[int]]) -> float:

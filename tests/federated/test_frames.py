@@ -9,7 +9,7 @@ import pytest
 
 import fedcustom
 from fedcustom.federated.frames import CLIENT_COLUMNS, client_frame, round_frame
-from test_run import rows_of
+from helpers.runs import rows_of
 
 
 def line(number: int, clients: list[str], **more: Any) -> dict[str, Any]:

@@ -16,16 +16,16 @@ import pytest
 from rich.console import Console
 
 import fedcustom
-from conftest import make_rows, write_jsonl
 from fedcustom.cli.progress_bar import ProgressDisplay
 from fedcustom.data.build import build_data
 from fedcustom.data.examples import ClientData, Example, FederatedData, LearningTask
 from fedcustom.federated.schedule import Plan, plan_rounds
 from fedcustom.recipe.recipe import load_recipe
-from test_run import rows_of, tensors_of
+from helpers.rows import make_rows, write_jsonl
+from helpers.runs import rows_of, tensors_of
 
 CLIENTS, ROUNDS = 400, 6
-SCRIPT = Path(__file__).parents[1] / "scripts" / "many_clients.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "many_clients.py"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from fedcustom.core.errors import RecipeError
 from fedcustom.core.files import read_json
 from fedcustom.federated.summary import PHASES
 from fedcustom.recipe.recipe import load_recipe
-from test_run import rows_of
+from helpers.runs import rows_of
 
 RATES = [0.001, 0.01, 0.03, 0.1]
 FITTED: dict[str, Any] = {"training.fit_head_rounds": [1, -1], "training.logit_adjustment": 0.0}

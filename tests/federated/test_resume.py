@@ -19,7 +19,7 @@ from fedcustom.core.files import held, write_folder, write_json, write_tensors, 
 from fedcustom.core.tensors import equal
 from fedcustom.federated.run_directory import Checkpoints, History
 from fedcustom.recipe.recipe import load_recipe, to_toml
-from test_run import rows_of, tensors_of, without_seconds
+from helpers.runs import rows_of, tensors_of, without_seconds
 
 # A command that runs a recipe and dies as by kill -9 when the n-th file of the run is about to be put in its
 # place.

@@ -17,13 +17,13 @@ import torch
 
 import fedcustom
 from fedcustom.core.errors import DataError, ModelError, RecipeError, RunError
-from fedcustom.core.tensors import Tensors, equal
+from fedcustom.core.tensors import equal
 from fedcustom.data.build import build_data
 from fedcustom.evaluation.metrics import is_better
 from fedcustom.federated.build import make_method
 from fedcustom.federated.callbacks import Silent
 from fedcustom.federated.loop import run_recipe
-from fedcustom.federated.run_directory import Checkpoints, History
+from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.federated.schedule import plan_rounds
 from fedcustom.methods import WeightTuning
 from fedcustom.models.load import load_base
@@ -31,19 +31,7 @@ from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport import wire
 from fedcustom.transport.in_process import InProcessTransport
 from fedcustom.transport.protocol import Reply
-
-
-def tensors_of(directory: Path) -> Tensors:
-    (path,) = (directory / "model").glob("*.safetensors")
-    return dict(safetensors.torch.load_file(path))
-
-
-def rows_of(directory: Path) -> list[dict[str, Any]]:
-    return History.read(directory / "metrics.jsonl").rows
-
-
-def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in ("seconds", "peak_memory_bytes")}
+from helpers.runs import rows_of, tensors_of, without_seconds
 
 
 @pytest.mark.parametrize("method", ["prefix", "lora", "soft_prompt", "full"])

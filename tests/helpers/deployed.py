@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedcustom.core.files import read_json
 from fedcustom.deployment.local import prepare
 from fedcustom.deployment.nvflare.bridge import ADDRESS_VARIABLE, BridgeError, BridgeListener
 from fedcustom.deployment.nvflare.kits import site_command
@@ -90,8 +91,6 @@ class Bed:
         return self.kit(name) / "fedcustom"
 
     def start(self, *names: str) -> None:
-        import sys
-
         for name in names or self.names:
             command = [sys.executable, "-m", "fedcustom", "site", "start", str(self.kit(name)), "--data"]
             command.append(str(self.kit(name) / "data" / "site.toml"))
@@ -134,8 +133,6 @@ class Bed:
 
     def audit(self, name: str) -> list[dict[str, Any]]:
         """What a site has logged so far: nothing before its first run."""
-        import json
-
         log = self.own(name) / "audit.jsonl"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
@@ -145,7 +142,7 @@ def bed(folder: Path, recipe: Mapping[str, Any], *, start: bool = True) -> Itera
     made = Bed(folder, recipe)
     try:
         if start:
-            made.initialise()
+            made.start()
         yield made
     finally:
         made.stop()
@@ -175,7 +172,7 @@ def hostile(made: Bed, name: str, tricks: dict[int, Callable[[dict[str, Any]], N
         with contextlib.suppress(BridgeError):
             resident.serve(door)
 
-    threading.Thread(target=serve, daemon=True).initialise()
+    threading.Thread(target=serve, daemon=True).start()
     engine = SupervisedProcess(
         site_command(made.kit(name)), made.own(name) / "engine.log", {ADDRESS_VARIABLE: str(door.file)}
     )
@@ -189,22 +186,13 @@ def hostile(made: Bed, name: str, tricks: dict[int, Callable[[dict[str, Any]], N
 
 def metrics(out: Path) -> list[dict[str, Any]]:
     """The rounds of a run, but for a line that is being written."""
-    import json
-
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 
 def command(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
     """The command line in a process of its own."""
-    import sys
-
     return subprocess.Popen(
         [sys.executable, "-m", "fedcustom", *arguments],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | environment, start_new_session=True,
     )  # fmt: skip
-
-
-__all__ = [
-    "Bed", "Watcher", "bed", "command", "free_port", "hostile", "kill", "metrics", "processes", "read_json",
-]  # fmt: skip

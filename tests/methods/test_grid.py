@@ -3,57 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from fedcustom.data.examples import ClientData
-from fedcustom.methods import Answer, Client, WeightTuning
-from test_methods import examples_for, make
-from test_techniques import MODELS, logits, plain, plain_batch
+from helpers.methods import MODELS, SETTINGS, examples_for, make
+from helpers.plain import logits, plain, plain_batch
+from helpers.rounds import two_rounds
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "adapter": {"width": 6},
-    "ia3": {},
-    "bitfit": {"norms": True},
-    "prefix": {"length": 4},
-    "prefix matched": {"length": 4, "merging": "matched"},
-    "prefix stacked": {"length": 4, "merging": "stacked"},
-    "prefix reparametrised": {"length": 4, "reparametrise": True},
-    "soft_prompt": {"length": 4},
-    "soft_prompt p-tuning": {"length": 4, "encoder": "mlp"},
-    "soft_prompt lstm": {"length": 4, "encoder": "lstm"},
-    "lora": {"rank": 4},
-    "lora rslora": {"rank": 4, "rank_stabilised": True},
-    "lora private": {"rank": 3, "private_rank": 2},
-    "lora dora": {"rank": 4, "dora": True},
-    **{
-        f"lora {variant}": {"rank": 4, "variant": variant}
-        for variant in ("ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb")
-    },
-}
 CHANGES_BASE = ("lora flora", "lora fedex")
 KEEPS = {"lora fedsa": "lora_B", "lora private": "_private"}
-
-
-def two_rounds(method: WeightTuning, kind: str) -> tuple[Any, set[str]]:
-    """The state after two rounds of two clients, and the names of what came up."""
-    examples = examples_for(kind)
-    parts = {"a": examples[:4], "b": examples[4:10]}
-    clients = {name: Client(name, ClientData(name, part)) for name, part in parts.items()}
-    state, came = method.initialise(), set()
-    for number in (1, 2):
-        answers = []
-        for name, client in clients.items():
-            task = method.configure(state, number, {name: {"epochs": 1}})[name]
-            update = method.execute(task, client)
-            method.check(task, update)
-            came |= update.tensors.keys()
-            answers.append(Answer(name, task, update))
-        state = method.aggregate(state, answers)
-    return state, came
 
 
 @pytest.mark.parametrize("model", list(MODELS))

@@ -8,66 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_rows
-from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.core.errors import ModelError, UpdateError
 from fedcustom.core.seeds import name_seed
 from fedcustom.core.tensors import add, equal
 from fedcustom.data.examples import ClientData, Example, LearningTask
-from fedcustom.data.settings import DataSettings
 from fedcustom.data.tokens import example_order
 from fedcustom.evaluation.settings import EvaluationSettings
-from fedcustom.methods import TECHNIQUES, Answer, Client, Context, Task, Update, WeightTuning, build_method
+from fedcustom.methods import TECHNIQUES, Answer, Client, Task, Update
 from fedcustom.methods.prefix.init import text_prefix
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
-from fedcustom.training.settings import TrainingSettings
-
-LABELS = ("animal", "food", "place")
-RATE = 0.01
-
-
-def classification_examples(count: int = 8) -> list[Example]:
-    return [Example(row["text"], label=LABELS.index(row["label"])) for row in make_rows(count, 3)]
-
-
-def generation_examples(count: int = 8) -> list[Example]:
-    return [Example(f"{row['source']} :", target=f" {row['target']}") for row in make_rows(count, 3)]
-
-
-def make(
-    path: str,
-    method: str,
-    kind: str = "classification",
-    *,
-    training: dict[str, Any] | None = None,
-    aggregation: AggregationSettings | None = None,
-    clients: int = 1,
-    **more: Any,
-) -> WeightTuning:
-    if method == "bitfit":
-        more.setdefault("norms", True)  # some of the tiny models have no biases
-    task = LearningTask(kind, LABELS if kind == "classification" else ())  # type: ignore[arg-type]
-    base = load_base(ModelSettings(base=path), task, seed=0)
-    context = Context(
-        base=base,
-        data=DataSettings(task=kind, max_length=24, max_target_length=16),  # type: ignore[arg-type]
-        training=TrainingSettings(
-            **{"learning_rate": RATE, "batch_size": 4, "clip_norm": 0, **(training or {})}
-        ),
-        aggregation=aggregation or AggregationSettings(),
-        evaluation=EvaluationSettings(max_new_tokens=8),
-        rounds=2,
-        seed=0,
-        clients=clients,
-    )
-    made = build_method(TECHNIQUES[method][0](**more), context)  # type: ignore[arg-type]
-    assert isinstance(made, WeightTuning)
-    return made
-
-
-def examples_for(kind: str) -> list[Example]:
-    return classification_examples() if kind == "classification" else generation_examples()
+from helpers.methods import LABELS, RATE, classification_examples, examples_for, generation_examples, make
 
 
 def plain_losses(path: str, method: str, kind: str, examples: list[Example], steps: int) -> list[float]:

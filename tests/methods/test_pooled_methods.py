@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import sentence_files
 from fedcustom.data.examples import Example
 from fedcustom.models.pooled_classifier import PooledClassifier
-from test_cohort import ALONE, SINGLE, distance, rounds
-from test_grid import SETTINGS, two_rounds
-from test_methods import LABELS, classification_examples, examples_for, make
-from test_techniques import logits, plain_batch
+from helpers.methods import ALONE, LABELS, SETTINGS, SINGLE, classification_examples, examples_for, make
+from helpers.plain import logits, plain_batch
+from helpers.rounds import distance, rounds, two_rounds
+from helpers.tiny_models import sentence_files
 
 KIND = "classification"
 METHODS = {**SETTINGS, "probe": {}}

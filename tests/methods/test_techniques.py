@@ -19,9 +19,9 @@ from fedcustom.methods.tuning.reparametrisation import Network, Reparametrised
 from fedcustom.methods.tuning.technique import prepare_precision
 from fedcustom.models.load import Base, load_base
 from fedcustom.models.settings import ModelSettings
-from test_methods import LABELS, RATE, examples_for, make
+from helpers.methods import LABELS, MODELS, RATE, examples_for, make
+from helpers.plain import logits, plain, plain_batch
 
-MODELS = {"bert": "classification", "llama": "generation", "gpt2": "generation", "bart": "generation"}
 WIDTH = 6
 WIDER = {
     "bert": {"intermediate_size": 48 + WIDTH},
@@ -49,49 +49,10 @@ def build(tiny: dict[str, str], model: str, method: str, **training: Any) -> Wei
     return make(tiny[model], name, MODELS[model], training=training, **SETTINGS[method])
 
 
-def plain(path: str | Path, kind: str, model: str) -> Any:
-    """The model as a user of transformers loads it, with the head that every method begins with."""
-    import transformers as t
-
-    torch.manual_seed(0)
-    if kind == "classification":
-        return t.AutoModelForSequenceClassification.from_pretrained(path, num_labels=3).eval()
-    loader = t.AutoModelForSeq2SeqLM if model == "bart" else t.AutoModelForCausalLM
-    return loader.from_pretrained(path).eval()
-
-
-def plain_batch(path: str, kind: str, model: str, examples: list[Example]) -> dict[str, Tensor]:
-    import transformers as t
-
-    tokenizer = t.AutoTokenizer.from_pretrained(path)
-
-    def padded(texts: list[str]) -> dict[str, Tensor]:
-        return dict(tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))
-
-    end = tokenizer.eos_token
-    if kind == "classification":
-        return {**padded([e.text for e in examples]), "labels": torch.tensor([e.label for e in examples])}
-    if model == "bart":
-        targets = padded([f"{e.target}{end}" for e in examples])
-        labels = targets["input_ids"].masked_fill(targets["attention_mask"] == 0, -100)
-        return {**padded([e.text for e in examples]), "labels": labels}
-    batch = padded([f"{e.text}{e.target}{end}" for e in examples])
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for row, e in enumerate(examples):
-        labels[row, : len(tokenizer(e.text)["input_ids"])] = -100
-    return {**batch, "labels": labels}
-
-
 def perturbed(tensors: Tensors) -> Tensors:
     """Other values for all tensors, so that none has a gradient of zero."""
     generator = torch.Generator().manual_seed(5)
     return {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()}
-
-
-def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**batch).logits
-    return result
 
 
 def train_one_step(ours: WeightTuning, tensors: Tensors, examples: list[Example]) -> Tensors:

@@ -22,6 +22,7 @@ from fedcustom.models.kernels import fuse_activations
 from fedcustom.models.load import faster, load_base
 from fedcustom.models.output import output_layer
 from fedcustom.models.settings import ModelSettings
+from helpers.plain import watched
 
 
 def test_fused_activations_are_the_same_functions() -> None:
@@ -143,13 +144,6 @@ def test_the_last_layer_is_computed_for_the_first_token(kind: str) -> None:
     # All other passes give all tokens.
     states = model.base_model(**inputs).last_hidden_state
     torch.testing.assert_close(states, plain.base_model(**inputs).last_hidden_state, rtol=1e-5, atol=1e-5)
-
-
-def watched(model: Any, name: str) -> list[int]:
-    """How many tokens a row the module sees in each pass from now on."""
-    seen: list[int] = []
-    model.get_submodule(name).register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
-    return seen
 
 
 def test_bfloat16_must_win_clearly() -> None:

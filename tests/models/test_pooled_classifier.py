@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import sentence_files, tiny_tokenizer
 from fedcustom.core.errors import ModelError, RecipeError
 from fedcustom.data.examples import Example, LearningTask
 from fedcustom.data.tokens import TokenizedExample, collate
@@ -23,7 +22,8 @@ from fedcustom.models.load import Base, load_base, pooling_of
 from fedcustom.models.pooled_classifier import FILE, PooledClassifier
 from fedcustom.models.settings import ModelSettings
 from fedcustom.recipe.recipe import load_recipe, to_toml
-from test_methods import LABELS, make
+from helpers.methods import LABELS, make
+from helpers.tiny_models import sentence_files, tiny_tokenizer
 
 TASK = LearningTask("classification", LABELS)
 TEXTS = ["the old cat", "a small house near the river and then a garden with an apple", "soup", "dog sees"]

@@ -18,7 +18,7 @@ from fedcustom.core.errors import RecipeError
 from fedcustom.models.load import LINEAR_HEADS
 from fedcustom.recipe.label_skew import in_words
 from fedcustom.recipe.recipe import Recipe, load_recipe, to_toml
-from test_run import rows_of, tensors_of
+from helpers.runs import rows_of, tensors_of
 
 ON, OFF = (1.0, [1, -1]), (0.0, [])
 

@@ -21,7 +21,7 @@ from fedcustom.report.groups import group_runs
 from fedcustom.report.plots import MOST_POINTS, by_client, by_round
 from fedcustom.report.read import Prediction, read_runs
 from fedcustom.report.svg import Chart, Mark
-from test_report import Tags, small_run, write_run
+from helpers.report import Tags, small_run, write_run
 
 # --- axes ---
 

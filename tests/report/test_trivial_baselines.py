@@ -11,7 +11,7 @@ from fedcustom.report import comparison, comparison_table, write_report
 from fedcustom.report.baselines import all_beat, degenerate, unbeaten
 from fedcustom.report.groups import Group, best_group, group_runs, metric_names
 from fedcustom.report.read import read_runs
-from test_report import Tags, classified, generated, small_run, write_run
+from helpers.report import Tags, classified, generated, small_run, write_run
 
 
 def groups_of(place: Path) -> list[Group]:

@@ -24,7 +24,7 @@ from fedcustom.recipe.recipe import load_recipe
 from fedcustom.simulation.poison import backdoor_probes, noisy_clients, poisoned, with_noise
 from fedcustom.simulation.settings import AttackSettings, NoiseSettings
 from fedcustom.updates.attack import conspiracy, hostile_clients, unsuspicious_deviations
-from test_run import rows_of
+from helpers.runs import rows_of
 
 LABELS = ("a", "b", "c", "d")
 

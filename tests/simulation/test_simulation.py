@@ -30,8 +30,8 @@ from fedcustom.simulation.settings import AttackSettings
 from fedcustom.transport.channel import Channel
 from fedcustom.updates.attack import attack, hostile_clients
 from fedcustom.updates.settings import CompressionSettings
-from test_methods import classification_examples, make
-from test_run import rows_of
+from helpers.methods import classification_examples, make
+from helpers.runs import rows_of
 
 SIZES = {"a": 4, "b": 8}
 SGD = {"optimizer": "sgd", "learning_rate": 0.1}

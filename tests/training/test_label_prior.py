@@ -14,18 +14,16 @@ from hypothesis import strategies as st
 import fedcustom
 from fedcustom.core.errors import RecipeError
 from fedcustom.core.seeds import name_seed
-from fedcustom.data.examples import ClientData, Example
+from fedcustom.data.examples import Example
 from fedcustom.data.tokens import example_order
-from fedcustom.methods import Client, Update
+from fedcustom.methods import Update
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.training.label_prior import label_offset
-from test_cohort import distance
-from test_methods import classification_examples, make
-from test_run import rows_of
+from helpers.methods import classification_examples, make, skewed
+from helpers.rounds import distance
+from helpers.runs import rows_of
 
 RATE = 0.1
-SKEWED: dict[str, list[int]] = {"a": [0], "b": [1, 2], "c": [0, 1, 2]}
-"""Which labels each client has."""
 
 
 @given(st.lists(st.integers(0, 4), max_size=30), st.floats(0.1, 3), st.floats(0.01, 5))
@@ -71,14 +69,6 @@ def test_a_client_that_was_not_counted_counts_itself() -> None:
     """Else a label that is missing in the counts of all would have the largest offset."""
     found = label_offset([1] * 20, 3, overall=[5000, 0, 10])
     assert found.tolist() == label_offset([1] * 20, 3, overall=[5000, 20, 10]).tolist()
-
-
-def skewed() -> dict[str, Client]:
-    pool = classification_examples(60)
-    return {
-        name: Client(name, ClientData(name, [e for e in pool if e.label in labels][: 6 + len(labels)]))
-        for name, labels in SKEWED.items()
-    }
 
 
 def counted(examples: list[Example], label: int) -> int:

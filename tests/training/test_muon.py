@@ -21,7 +21,7 @@ from fedcustom.recipe.recipe import load_recipe
 from fedcustom.training.local import make_optimizer, train_locally
 from fedcustom.training.muon import Muon, orthogonalised, side_by_side
 from fedcustom.training.settings import TrainingSettings
-from test_methods import examples_for, make
+from helpers.methods import examples_for, make
 
 RATE = 0.01
 

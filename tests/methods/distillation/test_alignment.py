@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny_tokenizer
 from fedcustom.methods.distillation.alignment import (
     Vocabulary,
     VocabularyMap,
@@ -19,6 +18,7 @@ from fedcustom.methods.distillation.alignment import (
     map_rows,
     one_to_one,
 )
+from helpers.tiny_models import tiny_tokenizer
 
 WORD = st.text("abc ", max_size=4)
 PIECES = st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=4)

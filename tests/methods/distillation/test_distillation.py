@@ -15,14 +15,12 @@ from torch.nn import functional
 from typer.testing import CliRunner
 
 import fedcustom
-from conftest import make_rows, write_jsonl
 from fedcustom.cli.app import app
 from fedcustom.core.errors import DataError, ModelError, RecipeError, RunError, UpdateError
 from fedcustom.core.files import read_tensors
 from fedcustom.core.tensors import equal, part
 from fedcustom.data.build import build_data
 from fedcustom.data.tokens import example_order
-from fedcustom.federated.build import make_method
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.methods import Answer, Client, Task, Update
 from fedcustom.methods.distillation import Distillation, packing
@@ -32,7 +30,10 @@ from fedcustom.methods.distillation.sampling import ASKED
 from fedcustom.models.load import load_base
 from fedcustom.recipe.recipe import load_recipe, to_toml
 from fedcustom.training.label_prior import label_offset
-from test_run import rows_of, tensors_of, without_seconds
+from helpers.distillation import prepared
+from helpers.recipes import changed
+from helpers.rows import make_rows, write_jsonl
+from helpers.runs import rows_of, tensors_of, without_seconds
 
 SITES = [f"site-{number}" for number in range(4)]
 
@@ -55,19 +56,6 @@ def distil(tiny: dict[str, str], tmp_path: Path) -> dict[str, Any]:
         "rounds": {"count": 3},
         "evaluation": {"batch_size": 32},
     }
-
-
-def changed(recipe: dict[str, Any], **method: Any) -> dict[str, Any]:
-    return {**recipe, "method": {**recipe["method"], **method}}
-
-
-def prepared(recipe: dict[str, Any]) -> tuple[Distillation, dict[str, Client]]:
-    """The method of a recipe and its clients, as the driver makes them."""
-    checked = load_recipe(recipe).complete()
-    data = build_data(checked.data, checked.clients, checked.seed, checked.public)
-    method = make_method(checked, load_base(checked.model, data.task, checked.seed), data)
-    assert isinstance(method, Distillation)
-    return method, {name: Client(name, client) for name, client in data.clients.items()}
 
 
 # --- rounds ---

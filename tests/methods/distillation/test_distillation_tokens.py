@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import fedcustom
-from conftest import make_rows, tiny_model, tiny_tokenizer, write_jsonl
 from fedcustom.core.errors import ModelError, RecipeError
 from fedcustom.core.tensors import equal, part
 from fedcustom.methods import Answer
@@ -21,8 +20,10 @@ from fedcustom.methods.distillation.lessons import Translator, observed_losses
 from fedcustom.methods.distillation.packing import unpack_positions
 from fedcustom.methods.distillation.sampling import ASKED
 from fedcustom.methods.distillation.tokens import TokenExchange
-from test_distillation import prepared
-from test_run import rows_of, tensors_of
+from helpers.distillation import prepared
+from helpers.rows import make_rows, write_jsonl
+from helpers.runs import rows_of, tensors_of
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from fedcustom.methods import Answer, Client, WeightTuning
 from fedcustom.methods.lora.method import lora_layers
 from fedcustom.methods.lora.settings import LoraSettings
 from fedcustom.recipe.recipe import load_recipe
-from test_methods import classification_examples, generation_examples, make
+from helpers.methods import classification_examples, generation_examples, make
 
 SIZES = {"a": 3, "b": 8, "c": 5}
 EXACT = ("ffa", "rolora", "flora", "fedex", "fedsb")

@@ -17,7 +17,7 @@ from fedcustom.methods import Answer, Client, State, WeightTuning
 from fedcustom.methods.prefix.distil import Distiller
 from fedcustom.methods.prefix.settings import PrefixSettings
 from fedcustom.recipe.recipe import load_recipe
-from test_methods import classification_examples, make
+from helpers.methods import classification_examples, make
 
 SIZES = {"a": 3, "b": 8, "c": 5}
 

@@ -11,12 +11,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import fedcustom
-from conftest import make_rows, write_jsonl
 from fedcustom.cli.app import app
 from fedcustom.core.errors import RecipeError
 from fedcustom.data.build import build_data
 from fedcustom.recipe.recipe import load_recipe
-from test_run import rows_of, tensors_of
+from helpers.rows import make_rows, write_jsonl
+from helpers.runs import rows_of, tensors_of
 
 TIGHT: dict[str, Any] = {"training.fit_head_steps": 1000, "evaluation.calibrate": False,
                          "evaluation.untuned": False, "evaluation.select": "last"}  # fmt: skip

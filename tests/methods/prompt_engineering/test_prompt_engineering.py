@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import fedcustom
-from conftest import make_rows, write_jsonl
 from fedcustom.core.errors import FedcustomError, ModelError, RecipeError, RunError, UpdateError
 from fedcustom.core.seeds import name_seed
 from fedcustom.data.build import build_data
@@ -29,11 +28,9 @@ from fedcustom.methods.prompt_engineering.in_context import InContext
 from fedcustom.methods.prompt_engineering.selection import Selection
 from fedcustom.models.load import load_base
 from fedcustom.recipe.recipe import Recipe, load_recipe, to_toml
-from test_cli import command
-from test_prompt_parts import by_hand
-from test_run import rows_of, without_seconds
-
-__all__ = ["command"]
+from helpers.likelihoods import label_log_probability
+from helpers.rows import make_rows, write_jsonl
+from helpers.runs import rows_of, without_seconds
 
 ENCODER = ["{label}", "a text about {label}", "the {label} is here"]
 DECODER = ["{input} :", "text {input} near"]
@@ -151,8 +148,12 @@ def test_selection_counts_what_is_right(recipe: Any, tmp_path: Path) -> None:
             order = example_order(len(client.train), 0, 6, [0, 23, name_seed(name)])
             for example in (client.train[i] for i in order):
                 logits = [
-                    by_hand(method.base, template.replace("{input}", example.text), f" {label}", None)
-                    - by_hand(method.base, template.replace("{input}", "N/A"), f" {label}", None)
+                    label_log_probability(
+                        method.base, template.replace("{input}", example.text), f" {label}", None
+                    )
+                    - label_log_probability(
+                        method.base, template.replace("{input}", "N/A"), f" {label}", None
+                    )
                     for label in data.task.labels
                 ]
                 right += int(np.argmax(logits)) == example.label
@@ -290,7 +291,7 @@ def test_refining_answers_by_hand(recipe: Any, tmp_path: Path) -> None:
             rows.append(mean / np.linalg.norm(mean))
         return np.stack(rows)
 
-    free = np.array([by_hand(base, "N/A :", f" {label}", None) for label in labels])
+    free = np.array([label_log_probability(base, "N/A :", f" {label}", None) for label in labels])
     answers: Any = None
     for number in (1, 2):
         weights, said = [], []
@@ -309,7 +310,10 @@ def test_refining_answers_by_hand(recipe: Any, tmp_path: Path) -> None:
                 while len(base.tokenizer(prompt)["input_ids"]) > 64 - method._answer_room():
                     shown = shown[1:]
                     prompt = "\n\n".join([*shown, f"{query} :"])
-                logits = np.array([by_hand(base, prompt, f" {label}", None) for label in labels]) - free
+                logits = (
+                    np.array([label_log_probability(base, prompt, f" {label}", None) for label in labels])
+                    - free
+                )
                 row = logits - np.log(np.exp(logits).sum())
                 if number == 2:
                     row = 0.5 * row + 0.5 * answers[q]
@@ -434,8 +438,8 @@ def test_the_loss_of_a_point_by_hand(recipe: Any) -> None:
     total = 0.0
     for example in data.test[:4]:
         logits = np.array([
-            by_hand(method.base, f"{example.text} :", f" {label}", prefix)
-            - by_hand(method.base, "N/A :", f" {label}", prefix)
+            label_log_probability(method.base, f"{example.text} :", f" {label}", prefix)
+            - label_log_probability(method.base, "N/A :", f" {label}", prefix)
             for label in data.task.labels
         ])  # fmt: skip
         total -= logits[example.label] - np.log(np.exp(logits).sum())
@@ -456,7 +460,9 @@ def test_the_adapter_loads_with_peft(recipe: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         odds = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].log_softmax(-1)
     (token, *_) = method.base.tokenizer(" a", add_special_tokens=False)["input_ids"]
-    assert float(odds[token]) == pytest.approx(by_hand(method.base, "the old cat :", " a", prefix), abs=1e-3)
+    assert float(odds[token]) == pytest.approx(
+        label_log_probability(method.base, "the old cat :", " a", prefix), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("weights", ["rank", "examples"])

@@ -50,6 +50,7 @@ from fedcustom.methods.prompt_engineering.templates import (
 from fedcustom.models.likelihood import continuation_scores, prompt_ids, shortened
 from fedcustom.models.load import Base, load_base
 from fedcustom.models.settings import ModelSettings
+from helpers.likelihoods import label_log_probability
 
 TASK = LearningTask("classification", ("animal", "food", "place"))
 PROMPTS = [
@@ -68,32 +69,6 @@ def loaded(tiny: dict[str, str], kind: str) -> Base:
 # --- likelihoods ---
 
 
-def by_hand(base: Base, prompt: str, label: str, prefix: torch.Tensor | None) -> float:
-    """log p(label | prompt), token by token, without cache, batch or padding."""
-    before = base.tokenizer(prompt)["input_ids"]
-    after = base.tokenizer(label, add_special_tokens=False)["input_ids"]
-    total = 0.0
-    if base.architecture == "encoder-decoder":
-        written = [base.model.config.decoder_start_token_id]
-        for token in [*after, base.tokenizer.eos_token_id]:
-            with torch.no_grad():
-                odds = base.model(
-                    input_ids=torch.tensor([before]), decoder_input_ids=torch.tensor([written])
-                ).logits[0, -1]
-            total += float(odds.log_softmax(-1)[token])
-            written.append(token)
-        return total
-    for place, token in enumerate(after):
-        ids = torch.tensor([[*before, *after[:place]]])
-        with torch.no_grad():
-            inputs = base.model.get_input_embeddings()(ids)
-            if prefix is not None:
-                inputs = torch.cat([prefix.unsqueeze(0), inputs], dim=1)
-            odds = base.model(inputs_embeds=inputs).logits[0, -1]
-        total += float(odds.log_softmax(-1)[token])
-    return total
-
-
 @pytest.mark.parametrize(
     ("kind", "virtual"), [("llama", 0), ("llama", 3), ("gpt2", 0), ("gpt2", 3), ("bart", 0)]
 )
@@ -102,7 +77,7 @@ def test_continuations_are_scored_as_if_alone(tiny: dict[str, str], kind: str, v
     prefix = torch.randn(virtual, 32, generator=torch.Generator().manual_seed(0)) if virtual else None
     labels = [label.strip() for label in LABELS] if kind == "bart" else LABELS
     found = continuation_scores(base, PROMPTS, labels, batch_size=3, prefix=prefix)
-    wanted = [[by_hand(base, prompt, label, prefix) for label in labels] for prompt in PROMPTS]
+    wanted = [[label_log_probability(base, prompt, label, prefix) for label in labels] for prompt in PROMPTS]
     np.testing.assert_allclose(found, wanted, atol=2e-4)
 
 
@@ -111,7 +86,7 @@ def test_continuations_of_one_token(tiny: dict[str, str]) -> None:
     labels = [" a", " the"]
     assert all(len(base.tokenizer(label)["input_ids"]) == 1 for label in labels)
     found = continuation_scores(base, PROMPTS, labels, batch_size=2)
-    wanted = [[by_hand(base, prompt, label, None) for label in labels] for prompt in PROMPTS]
+    wanted = [[label_log_probability(base, prompt, label, None) for label in labels] for prompt in PROMPTS]
     np.testing.assert_allclose(found, wanted, atol=2e-4)
 
 

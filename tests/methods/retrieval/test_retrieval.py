@@ -12,7 +12,6 @@ import torch
 from typer.testing import CliRunner
 
 import fedcustom
-from conftest import TOPICS, write_jsonl
 from fedcustom import library
 from fedcustom.cli.app import app
 from fedcustom.core.errors import DataError, FedcustomError, ModelError, RecipeError, RunError, UpdateError
@@ -26,45 +25,9 @@ from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
 from fedcustom.recipe.recipe import load_recipe, to_toml
 from fedcustom.transport import wire
-
-WORDS = [word for words in TOPICS.values() for word in words]
-
-
-def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
-    found = []
-    for i in range(start, start + count):
-        first, second, third = WORDS[i % 18], WORDS[(i // 18) % 18], WORDS[(7 * i) % 18]
-        found.append(
-            {
-                "question": f"the {first} near the {second}",
-                "answer": f"the old {first} sees a {second} with the {third} and then likes the small "
-                f"{second} in the {first} of number {i}",
-                "site": f"site-{i % 3}",
-            }
-        )
-    return found
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, tiny: dict[str, str]) -> dict[str, Any]:
-    source = tmp_path / "source"
-    source.mkdir()
-    write_jsonl(source / "train.jsonl", rows(45))
-    write_jsonl(source / "test.jsonl", rows(12, 45))
-    return {
-        "model": {"base": tiny["bert"]},
-        "data": {
-            "source": str(source), "task": "retrieval", "test": "test", "prompt": "{question}",
-            "target": "{answer}", "max_length": 16, "max_target_length": 24,
-        },
-        "clients": {"partition": "natural", "column": "site", "test_fraction": 0.0},
-        "method": {"name": "retrieval", "chunk_length": 12, "chunk_overlap": 4},
-        "rounds": {"count": 1},
-    }  # fmt: skip
-
-
-def changed(recipe: dict[str, Any], **method: Any) -> dict[str, Any]:
-    return {**recipe, "method": {**recipe["method"], **method}}
+from helpers.recipes import changed
+from helpers.retrieval import rows
+from helpers.rows import write_jsonl
 
 
 def ranks(run: Any) -> list[int | None]:

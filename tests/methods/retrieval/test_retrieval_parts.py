@@ -17,7 +17,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny_tokenizer
 from fedcustom.core.errors import DataError, UpdateError
 from fedcustom.data.examples import Example, LearningTask
 from fedcustom.data.settings import DataSettings
@@ -29,37 +28,18 @@ from fedcustom.methods.retrieval.client import packed, unpacked
 from fedcustom.methods.retrieval.merging import by_rank, by_score
 from fedcustom.methods.retrieval.privacy import perturbed
 from fedcustom.methods.retrieval.router import Sums, choose, fit_router, mass_before, threshold
-from fedcustom.methods.retrieval.store import DocumentStore, Found, ranked
+from fedcustom.methods.retrieval.store import Found, ranked
 from fedcustom.methods.tuning.objective import Contrastive
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
 from fedcustom.report.words import metric_name
-
-WIDTH = 8
-
-
-def vectors_of(texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """A unit vector for each text, from its hash."""
-    rows = []
-    for text in texts:
-        row = np.random.default_rng(int(digest(text)[:12], 16)).normal(size=WIDTH)
-        rows.append(row / np.linalg.norm(row))
-    return np.array(rows, dtype=np.float32)
-
-
-def documents(count: int, start: int = 0) -> list[str]:
-    return [
-        f"document number {i} about the old river and the house {i % 7}" for i in range(start, start + count)
-    ]
+from helpers.retrieval import documents, store_in, vectors_of
+from helpers.tiny_models import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return tiny_tokenizer()
-
-
-def store_in(folder: Path, tokenizer: Any, encoder: str = "e") -> DocumentStore:
-    return DocumentStore(folder / "store", encoder, tokenizer, (8, 2, None))
 
 
 # --- chunks ---
@@ -164,8 +144,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_retrieval_parts import documents, store_in, vectors_of
-from conftest import tiny_tokenizer
+from helpers.retrieval import documents, store_in, vectors_of
+from helpers.tiny_models import tiny_tokenizer
 import fedcustom.methods.retrieval.store as module
 
 module.DOCUMENTS_AT_ONCE = 4
@@ -184,7 +164,7 @@ store_in(Path({folder!r}), tiny_tokenizer()).update(documents({count}, {start}),
 
 def killed(folder: Path, calls: int, count: int, start: int) -> None:
     script = KILLED.format(
-        tests=str(Path(__file__).parent), folder=str(folder), calls=calls, count=count, start=start
+        tests=str(Path(__file__).parents[2]), folder=str(folder), calls=calls, count=count, start=start
     )
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, env=dict(os.environ))
     assert done.returncode == -signal.SIGKILL

@@ -1,7 +1,5 @@
 """Retrieval: what nobody may learn, what nobody may claim, and what is never silently short."""
 
-# ruff: noqa: F401, F811  (pytest finds a fixture by the name under which it is imported)
-
 from __future__ import annotations
 
 import json
@@ -14,7 +12,6 @@ import pytest
 import torch
 
 import fedcustom
-from conftest import tiny_tokenizer
 from fedcustom import library
 from fedcustom.core.errors import FedcustomError, UpdateError
 from fedcustom.data.examples import LearningTask
@@ -28,8 +25,9 @@ from fedcustom.models.embedding import embed
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
 from fedcustom.recipe.recipe import load_recipe
-from test_retrieval import changed, recipe, rows
-from test_retrieval_parts import vectors_of
+from helpers.recipes import changed
+from helpers.retrieval import rows, vectors_of
+from helpers.tiny_models import tiny_tokenizer
 
 
 def record(monkeypatch: Any) -> list[tuple[str, Task]]:
@@ -170,7 +168,7 @@ def test_index_leaves_a_run_whole(recipe: dict[str, Any], tmp_path: Path) -> Non
 def test_other_weights_same_folder(recipe: dict[str, Any], tiny: dict[str, str], tmp_path: Path) -> None:
     import shutil
 
-    from conftest import tiny_model
+    from helpers.tiny_models import tiny_model
 
     folder = tmp_path / "m"
     shutil.copytree(tiny["bert"], folder)

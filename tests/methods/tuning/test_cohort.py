@@ -17,63 +17,14 @@ from hypothesis import strategies as st
 from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.core.errors import UpdateError
 from fedcustom.data.examples import ClientData
-from fedcustom.methods import Answer, Client, Update, WeightTuning
+from fedcustom.methods import Client, Update
 from fedcustom.methods.tuning import local_training
 from fedcustom.methods.tuning.batching.lanes import Lanes
 from fedcustom.methods.tuning.batching.trainer import clip_each, passes, train_together
 from fedcustom.methods.tuning.objective import Supervised
-from test_grid import SETTINGS
-from test_kernels import watched
-from test_methods import examples_for, make
-from test_techniques import MODELS
-
-ALONE = ("full", "prefix reparametrised", "soft_prompt p-tuning", "soft_prompt lstm", "lora dora")
-"""What has each client's own copy of more than a few tensors, or a network that is trained with them."""
-
-SINGLE = ("lora fedsb", "lora flora")
-"""What makes float32 tensors of its own, whatever the model's are."""
-
-SIZES = (5, 1, 8, 3)
-
-
-def rounds(
-    method: WeightTuning, kind: str, *, together: bool, double: bool = False
-) -> list[dict[str, Update]]:
-    """The updates of two rounds of four unequal clients, two epochs in batches of three each.
-
-    In ``double`` precision no rounding stands between two orders of the same sums, on any processor.
-    """
-    if double:
-        method.base.model.double()
-    examples = examples_for(kind)
-    clients, start = {}, 0
-    for number, size in enumerate(SIZES):
-        part = [examples[(start + i) % len(examples)] for i in range(size)]
-        clients[f"c{number}"] = Client(f"c{number}", ClientData(f"c{number}", part))
-        start += size
-    state, result = method.initialise(), []
-    for number in (1, 2):
-        tasks = method.configure(state, number, {name: {"epochs": 2} for name in clients})
-        pairs = [(tasks[name], client) for name, client in clients.items()]
-        answers = method.execute_together(pairs) if together else [method.execute(*pair) for pair in pairs]
-        updates = {}
-        for name, answer in zip(clients, answers, strict=True):
-            assert isinstance(answer, Update), answer
-            method.check(tasks[name], answer)
-            updates[name] = answer
-        state = method.aggregate(
-            state, [Answer(name, tasks[name], update) for name, update in updates.items()]
-        )
-        result.append(updates)
-    return result
-
-
-def distance(one: Update, other: Update) -> float:
-    """How far two updates are from each other, relative to their size."""
-    assert one.tensors.keys() == other.tensors.keys()
-    gaps = torch.cat([(one.tensors[n] - other.tensors[n]).double().flatten() for n in one.tensors])
-    size = torch.cat([one.tensors[n].double().flatten() for n in one.tensors])
-    return float(gaps.norm() / size.norm())
+from helpers.methods import ALONE, MODELS, SETTINGS, SINGLE, examples_for, make
+from helpers.plain import watched
+from helpers.rounds import distance, rounds
 
 
 @pytest.mark.parametrize("model", list(MODELS))

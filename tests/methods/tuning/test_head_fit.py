@@ -22,28 +22,12 @@ from fedcustom.data.examples import ClientData, Example
 from fedcustom.methods import UNFINISHED, Answer, Client, State, Task, Update, WeightTuning, client_labels
 from fedcustom.methods.tuning.head_fit import HeadFit
 from fedcustom.methods.tuning.head_messages import HEAD_UNFITTED, LEAST, POINT, Sums
-from test_cohort import distance
-from test_label_prior import skewed
-from test_methods import classification_examples, make
+from helpers.head_fit import LABELS, ROUND, WIDTH, asked
+from helpers.methods import classification_examples, make, skewed
+from helpers.rounds import distance
 
-ROUND: dict[str, Any] = {"fit_head_rounds": [1]}
 SUMS: dict[str, Any] = {**ROUND, "fit_head_steps": 0}
 TIGHT: dict[str, Any] = {**ROUND, "fit_head_steps": 1000}
-WIDTH, LABELS = 32, 3
-
-
-def asked(
-    method: WeightTuning, state: State, clients: dict[str, Client], number: int = 1
-) -> tuple[dict[str, Task], list[Answer]]:
-    """The tasks of one exchange, and the clients' answers as the server takes them."""
-    tasks = method.configure(state, number, {name: {"epochs": 1} for name in clients})
-    answers = []
-    for name in tasks:
-        client = clients[name]
-        update = method.execute(tasks[name], client)
-        method.check(tasks[name], update)
-        answers.append(Answer(name, tasks[name], update))
-    return tasks, answers
 
 
 def fitted(

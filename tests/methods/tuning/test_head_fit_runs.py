@@ -20,8 +20,8 @@ from fedcustom.methods import State
 from fedcustom.methods.tuning.head_fit import HeadFit
 from fedcustom.methods.tuning.head_messages import TEMPERATURES
 from fedcustom.recipe.recipe import load_recipe
-from test_head_fit import LABELS, WIDTH
-from test_run import rows_of, tensors_of, without_seconds
+from helpers.head_fit import LABELS, WIDTH
+from helpers.runs import rows_of, tensors_of, without_seconds
 
 FIRST: dict[str, Any] = {"training.fit_head_rounds": [1], "evaluation.select": "last"}
 RESTS: dict[str, Any] = {**FIRST, "training.freeze_head_rounds": 9}

@@ -11,9 +11,8 @@ import torch
 from fedcustom.core.errors import UpdateError
 from fedcustom.methods import UNFINISHED, Update
 from fedcustom.methods.tuning.head_messages import TEMPERATURES
-from test_head_fit import LABELS, ROUND, WIDTH, asked
-from test_label_prior import skewed
-from test_methods import make
+from helpers.head_fit import LABELS, ROUND, WIDTH, asked
+from helpers.methods import make, skewed
 
 
 def damaged(update: Update, **tensors: torch.Tensor) -> Update:

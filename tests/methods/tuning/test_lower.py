@@ -10,9 +10,8 @@ import torch
 from fedcustom.core.errors import ModelError
 from fedcustom.methods.tuning.local_training import LocalTraining
 from fedcustom.models.lower import LowerLayers, layer_of, transformer_layers
-from test_cohort import distance, rounds
-from test_methods import make
-from test_techniques import MODELS
+from helpers.methods import MODELS, make
+from helpers.rounds import distance, rounds
 
 ONE_STACK = [name for name, kind in MODELS.items() if "bart" not in name]
 TRAINING = {"batch_size": 3, "optimizer": "sgd", "learning_rate": 0.1}
