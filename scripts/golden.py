@@ -93,7 +93,8 @@ def recipes(folder: Path, *, minilm: bool) -> Iterator[tuple[str, dict[str, Any]
     """The name, recipe and overrides of every run."""
     import torch
 
-    from conftest import make_rows, tiny_model, tiny_tokenizer, write_jsonl
+    from helpers.rows import make_rows, write_jsonl
+    from helpers.tiny_models import tiny_model, tiny_tokenizer
 
     models, data = {}, folder / "data"
     for kind in ("bert", "llama"):

@@ -1,4 +1,4 @@
-"""The layout shows the architecture: each room imports from rooms below it alone."""
+"""The layout shows the architecture: a package imports from those below it, and no test from another test."""
 
 from __future__ import annotations
 
@@ -10,42 +10,40 @@ import pytest
 import fedcustom
 
 PACKAGE = Path(fedcustom.__file__).parent
+TESTS = Path(__file__).parent
 
-# From top to bottom; rooms on one line do not know each other.
-ROOMS = [
+LAYERS = [
     {"__main__"},
     {"cli", "__init__"},
-    {"deploy_commands", "experiment_command"},
-    {"terminal"},
-    {"display"},
     {"experiment"},
     {"report"},
-    {"experiments"},
     {"deployment"},
     {"api", "library"},
-    {"driver"},
-    {"rate_search"},
-    {"federation", "site"},
-    {"assembly", "outline", "summary", "frames"},
-    {"evaluator", "schedule", "progress"},
+    {"federated"},
     {"recipe"},
-    {"recipe_words", "remedies"},
-    {"recipe_sections"},
-    {"transport", "directory", "simulation"},
+    {"transport"},
+    {"updates"},
     {"methods"},
+    {"simulation"},
     {"aggregation", "training"},
     {"models"},
     {"data"},
     {"evaluation"},
-    {"files", "environment", "allocator", "cohorts"},
-    {"tensors", "settings"},
-    {"errors"},
+    {"core"},
 ]
-LEVELS = {name: -level for level, names in enumerate(ROOMS) for name in names}
+"""Packages and top modules from top to bottom; those on one line do not import each other."""
+
+LEVELS = {name: -level for level, names in enumerate(LAYERS) for name in names}
+
+TEST_MODULES = {"conftest"} | {path.stem for path in TESTS.rglob("test_*.py")}
+
+
+def modules(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
-    """The rooms that a file imports, at its top or inside functions."""
+    """The packages of ``fedcustom`` that a file imports, at its top or inside functions."""
     parts = path.relative_to(PACKAGE).parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -53,25 +51,47 @@ def imports(path: Path) -> set[str]:
             base = [*parts[: len(parts) - node.level], *(node.module or "").split(".")]
             base = [part for part in base if part]
             found |= {base[0]} if base else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedcustom"):
-            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fedcustom":
+            _, *rest = (node.module or "").split(".")
+            found |= {rest[0]} if rest else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {name[1] if len(name) > 1 else "__init__" for name in names if name[0] == "fedcustom"}
     return found
 
 
-@pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
-)
+@pytest.mark.parametrize("path", modules(PACKAGE), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down(path: Path) -> None:
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert room in LEVELS, f"{room} has no place in the plan"
-    for other in imports(path) - {room}:
-        if room == "__init__":
+    package = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert package in LEVELS, f"{package} has no place among the layers"
+    for other in imports(path) - {package}:
+        if package == "__init__":
             continue
-        assert LEVELS[other] < LEVELS[room], f"{room} imports {other}, which is not below it"
+        assert LEVELS[other] < LEVELS[package], f"{package} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("path", modules(TESTS), ids=lambda path: str(path.relative_to(TESTS)))
+def test_no_test_module_imports_another(path: Path) -> None:
+    """What several of them need stands in ``helpers``, or is a fixture of a ``conftest.py``."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(alias.name for alias in node.names)]
+        for name in names:
+            assert not set(name.split(".")) & TEST_MODULES, f"imports {name}"
+
+
+def test_the_tests_mirror_the_package() -> None:
+    """A folder of tests has the name of a package, of its subpackage, or of a folder beside it."""
+    beside = {"helpers", "benchmarks", "scripts"}
+    for path in TESTS.rglob("test_*.py"):
+        folder = path.parent.relative_to(TESTS)
+        known = not folder.parts or folder.parts[0] in beside or (PACKAGE / folder).is_dir()
+        assert known, f"{path.relative_to(TESTS)}: fedcustom has no package {folder}"
 
 
 def test_nothing_is_pickled_or_evaluated() -> None:
-    for path in PACKAGE.rglob("*.py"):
+    for path in modules(PACKAGE):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 assert not {alias.name for alias in node.names} & {

@@ -1,0 +1,1 @@
+"""What several test modules share; fixtures stand in the ``conftest.py`` of their folder."""

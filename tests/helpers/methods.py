@@ -1,0 +1,111 @@
+"""Methods that train tensors, on tiny models: every setting that is tested, and examples to train on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedcustom.aggregation.settings import AggregationSettings
+from fedcustom.data.examples import ClientData, Example, LearningTask
+from fedcustom.data.settings import DataSettings
+from fedcustom.evaluation.settings import EvaluationSettings
+from fedcustom.methods import TECHNIQUES, Client, Context, WeightTuning, build_method
+from fedcustom.models.load import load_base
+from fedcustom.models.settings import ModelSettings
+from fedcustom.training.settings import TrainingSettings
+from helpers.rows import make_rows
+
+LABELS = ("animal", "food", "place")
+
+RATE = 0.01
+"""The learning rate that :func:`make` sets unless told otherwise."""
+
+MODELS = {"bert": "classification", "llama": "generation", "gpt2": "generation", "bart": "generation"}
+"""The tiny models, with the task that each is trained for."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "adapter": {"width": 6},
+    "ia3": {},
+    "bitfit": {"norms": True},
+    "prefix": {"length": 4},
+    "prefix matched": {"length": 4, "merging": "matched"},
+    "prefix stacked": {"length": 4, "merging": "stacked"},
+    "prefix reparametrised": {"length": 4, "reparametrise": True},
+    "soft_prompt": {"length": 4},
+    "soft_prompt p-tuning": {"length": 4, "encoder": "mlp"},
+    "soft_prompt lstm": {"length": 4, "encoder": "lstm"},
+    "lora": {"rank": 4},
+    "lora rslora": {"rank": 4, "rank_stabilised": True},
+    "lora private": {"rank": 3, "private_rank": 2},
+    "lora dora": {"rank": 4, "dora": True},
+    **{
+        f"lora {variant}": {"rank": 4, "variant": variant}
+        for variant in ("ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb")
+    },
+}
+"""Every method and variant: the method's name is the first word; with the settings that make it small."""
+
+ALONE = ("full", "prefix reparametrised", "soft_prompt p-tuning", "soft_prompt lstm", "lora dora")
+"""What has each client's own copy of more than a few tensors, or a network that is trained with them."""
+
+SINGLE = ("lora fedsb", "lora flora")
+"""What makes float32 tensors of its own, whatever the model's are."""
+
+
+def classification_examples(count: int = 8) -> list[Example]:
+    return [Example(row["text"], label=LABELS.index(row["label"])) for row in make_rows(count, 3)]
+
+
+def generation_examples(count: int = 8) -> list[Example]:
+    return [Example(f"{row['source']} :", target=f" {row['target']}") for row in make_rows(count, 3)]
+
+
+def make(
+    path: str,
+    method: str,
+    kind: str = "classification",
+    *,
+    training: dict[str, Any] | None = None,
+    aggregation: AggregationSettings | None = None,
+    clients: int = 1,
+    **more: Any,
+) -> WeightTuning:
+    """A method with seed 0 on the model in the folder ``path``, for two rounds of ``clients``; ``more`` are
+    its own settings, ``training`` replaces those of training.
+    """
+    if method == "bitfit":
+        more.setdefault("norms", True)  # some of the tiny models have no biases
+    task = LearningTask(kind, LABELS if kind == "classification" else ())  # type: ignore[arg-type]
+    base = load_base(ModelSettings(base=path), task, seed=0)
+    context = Context(
+        base=base,
+        data=DataSettings(task=kind, max_length=24, max_target_length=16),  # type: ignore[arg-type]
+        training=TrainingSettings(
+            **{"learning_rate": RATE, "batch_size": 4, "clip_norm": 0, **(training or {})}
+        ),
+        aggregation=aggregation or AggregationSettings(),
+        evaluation=EvaluationSettings(max_new_tokens=8),
+        rounds=2,
+        seed=0,
+        clients=clients,
+    )
+    made = build_method(TECHNIQUES[method][0](**more), context)  # type: ignore[arg-type]
+    assert isinstance(made, WeightTuning)
+    return made
+
+
+def examples_for(kind: str) -> list[Example]:
+    return classification_examples() if kind == "classification" else generation_examples()
+
+
+SKEWED: dict[str, list[int]] = {"a": [0], "b": [1, 2], "c": [0, 1, 2]}
+"""Which labels each client has."""
+
+
+def skewed() -> dict[str, Client]:
+    """Clients with seven to nine examples of the labels in ``SKEWED``."""
+    pool = classification_examples(60)
+    return {
+        name: Client(name, ClientData(name, [e for e in pool if e.label in labels][: 6 + len(labels)]))
+        for name, labels in SKEWED.items()
+    }
