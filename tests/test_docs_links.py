@@ -6,6 +6,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,15 @@ def commands(page: Path) -> Iterator[list[str]]:
             yield shlex.split(re.sub(r"\s{2,}\S.*$", "", command), comments=True)
 
 
+@cache
+def command_line() -> Any:
+    """The tree of commands."""
+    return typer.main.get_command(app)
+
+
 def options(words: list[str]) -> tuple[set[str], list[str]]:
     """The options of a ``fedcustom`` command, and the words after its name."""
-    command: Any = typer.main.get_command(app)
+    command = command_line()
     while hasattr(command, "commands") and words and words[0] in command.commands:
         command, words = command.commands[words[0]], words[1:]
     assert not hasattr(command, "commands") or not words or words[0] == "...", f"no command {words}"
