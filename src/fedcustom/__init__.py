@@ -1,4 +1,4 @@
-"""Customise a large pretrained model with data that stays with its owners.
+"""Federated customisation of large pretrained models: the public names of the Python interface.
 
 import fedcustom
 run = fedcustom.run("recipes/docstrings.toml", {"rounds.count": 5})

@@ -1,4 +1,4 @@
-"""``python -m fedcustom``."""
+"""Entry point of ``python -m fedcustom``."""
 
 from .cli.app import main
 

@@ -1,4 +1,4 @@
-"""The Python interface: run a recipe, open a finished run, use what came of it."""
+"""The Python interface: run a recipe, open a finished run, use its model and history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents that stay with their owners, to be asked: indexes on disk, and questions to them."""
+"""Document indexes of a retrieval recipe: build, update and query them."""
 
 from __future__ import annotations
 

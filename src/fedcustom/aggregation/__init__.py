@@ -1,1 +1,1 @@
-"""Aggregation rules: pure functions on named tensors."""
+"""Aggregation rules and server optimisers: pure functions on named tensors."""

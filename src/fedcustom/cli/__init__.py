@@ -1,1 +1,1 @@
-"""The command line: parses arguments, calls the Python interface, prints."""
+"""The command line: parse the arguments, call the Python interface, print the result."""

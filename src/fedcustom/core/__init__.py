@@ -1,1 +1,1 @@
-"""Errors, settings, tensors, files, environment and memory: what every other package builds on."""
+"""Errors, settings, named tensors, seeds, atomic files, environment and memory; shared by all packages."""

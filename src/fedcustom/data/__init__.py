@@ -1,1 +1,1 @@
-"""Sources of examples, partitions over clients and tokenised batches."""
+"""Examples: sources, templates, public sets, partitions over clients, perturbed texts, token batches."""

@@ -1,1 +1,1 @@
-"""A recipe across sites: a federation's folder, its server, and a run that outlives what fails."""
+"""The same recipe across organisations: provisioning, the server's run, sites, local try-outs."""

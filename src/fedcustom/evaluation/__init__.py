@@ -1,1 +1,1 @@
-"""Quality of predictions: pure functions of predictions and references."""
+"""Metrics of classification, generation and retrieval; calibration; statistics over clients and seeds."""

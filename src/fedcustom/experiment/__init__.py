@@ -1,1 +1,1 @@
-"""A grid of runs in one file: its settings, its cells, learning rates, results and tables."""
+"""Grids of runs: cells, learning-rate search, results and tables; also method comparison."""

@@ -1,1 +1,1 @@
-"""One federated run: the FedAvg loop, its parties, its schedule, its evaluation and its run directory."""
+"""One federated run: the round loop, schedule, evaluation, callbacks, learning-rate search, run directory."""

@@ -1,5 +1,6 @@
-"""Ways of customising a model, one folder each. A new method adds its line to :data:`TECHNIQUES`, or to
-:data:`OTHERS` if it does not train tensors.
+"""Customisation methods, one package each, behind one protocol of five verbs.
+
+A new method adds its line to :data:`TECHNIQUES`, or to :data:`OTHERS` if it does not train tensors.
 """
 
 from __future__ import annotations

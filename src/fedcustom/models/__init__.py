@@ -1,1 +1,1 @@
-"""Base models: loading, and what they predict."""
+"""Base models (hub id, folder or built-in): loading, pooling, forward passes, inference."""

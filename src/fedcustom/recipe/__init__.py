@@ -1,4 +1,4 @@
-"""The recipe: every setting of a run with its type, default, bounds and help, checked before loading."""
+"""The recipe: every setting of a run with type, default, bounds and help, validated before loading."""
 
 from .recipe import FEDERATED_ONLY, Baseline, Recipe, load_recipe, merged, parse_recipe, read_toml, to_toml
 

@@ -1,4 +1,4 @@
-"""Tables, plots and one self-contained HTML page, from run directories alone."""
+"""Tables, plots and a self-contained HTML page, made from run directories only."""
 
 from .page import write_report
 from .tables import comparison, comparison_table

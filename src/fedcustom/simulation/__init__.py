@@ -1,1 +1,1 @@
-"""What only a simulation has: hostile clients, and clients that drop out, do less or come late."""
+"""Conditions that only a simulation has: label noise, poisoned data, hostile, absent and late clients."""

@@ -1,1 +1,1 @@
-"""One client's optimisation."""
+"""Local optimisation at one client: optimisers, schedules, FedProx, logit adjustment."""

@@ -1,1 +1,1 @@
-"""How a task reaches clients and how their updates come back."""
+"""Tasks to clients and updates back: the transport protocol, the in-process transport, the wire format."""

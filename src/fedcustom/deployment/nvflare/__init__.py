@@ -1,6 +1,6 @@
-"""Messages over NVIDIA FLARE: the engine carries them between a server's and its sites' resident processes.
+"""Messages over NVIDIA FLARE between the server's process and the sites' resident processes.
 
-Nothing of a run lives in the engine's own processes, which come and go with its jobs: :mod:`.controller`
-and :mod:`.executor` only pass messages on between the network and the resident processes beside them, over
-a local connection (:mod:`.bridge`). So the base model, a site's memory and the run outlive every job.
+The engine's own processes come and go with its jobs and hold no state of a run: :mod:`.controller` and
+:mod:`.executor` pass messages between the network and the resident process beside them, over a local
+connection (:mod:`.bridge`). So the base model, a site's memory and the run outlive every job.
 """

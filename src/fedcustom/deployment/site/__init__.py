@@ -1,1 +1,1 @@
-"""One owner of data in a deployed run: its data, its memory, its policy and its audit log."""
+"""A data owner in a deployed run: its data, memory, policy and audit log."""

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: extra hidden units in every feed-forward network; only these are trained and sent."""
+"""Bottleneck adapters in the feed-forward networks; only the adapters are trained and sent."""
 
 from .method import Adapter, AdapterSettings
 

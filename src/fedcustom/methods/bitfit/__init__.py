@@ -1,4 +1,4 @@
-"""BitFit: the bias vectors of the model are trained and sent, and nothing else of it."""
+"""BitFit: only the bias vectors of the model are trained and sent."""
 
 from .method import BitFit, BitFitSettings
 

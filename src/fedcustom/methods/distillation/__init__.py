@@ -1,4 +1,4 @@
-"""Knowledge distillation: models stay where they are; what they say of public texts travels."""
+"""Knowledge distillation: clients send predictions on public texts; no weights travel."""
 
 from .method import Distillation
 from .settings import DistillationSettings

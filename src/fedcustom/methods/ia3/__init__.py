@@ -1,4 +1,4 @@
-"""(IA)^3: learnt vectors that rescale keys, values and the hidden units of the feed-forward networks."""
+"""(IA)^3: learnt vectors rescale keys, values and the hidden units of the feed-forward networks."""
 
 from .method import Ia3, Ia3Settings
 

@@ -1,4 +1,4 @@
-"""Prefix-tuning on keys and values, and the rules by which clients' prefixes are merged."""
+"""Prefix-tuning on keys and values, with rules for merging prefixes (mean, matching, stacking)."""
 
 from .method import Prefix
 from .settings import PrefixSettings

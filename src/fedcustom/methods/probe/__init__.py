@@ -1,4 +1,4 @@
-"""The sceptic's baseline: a linear head on the frozen model."""
+"""Linear probe: a head fitted on the vectors of the frozen model; the baseline of every classifier."""
 
 from .method import Probe, ProbeSettings
 

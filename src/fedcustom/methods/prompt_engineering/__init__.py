@@ -1,4 +1,4 @@
-"""Customising without weights: prompts found by forward passes only."""
+"""Prompts found by forward passes only: selection, in-context learning, black-box soft prompts."""
 
 from .method import prompt_engineering
 from .settings import PromptEngineeringSettings

@@ -1,4 +1,4 @@
-"""Retrieval-augmented generation."""
+"""Retrieval-augmented generation over documents that stay with their clients."""
 
 from .method import Retrieval
 from .settings import RetrievalSettings

@@ -1,4 +1,4 @@
-"""Soft prompt: learnt vectors in front of the embedded input."""
+"""Soft prompts: learnt vectors in front of the embedded input."""
 
 from .method import SoftPrompt, SoftPromptSettings
 

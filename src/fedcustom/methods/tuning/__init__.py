@@ -1,1 +1,1 @@
-"""The verbs that weight-tuning methods share: local training, ownership, aggregation hooks, head fitting."""
+"""The five verbs as implemented for all methods that train tensors, with head fitting and cohort training."""
