@@ -145,7 +145,7 @@ def bed(folder: Path, recipe: Mapping[str, Any], *, start: bool = True) -> Itera
     made = Bed(folder, recipe)
     try:
         if start:
-            made.initialise()
+            made.start()
         yield made
     finally:
         made.stop()
@@ -175,7 +175,7 @@ def hostile(made: Bed, name: str, tricks: dict[int, Callable[[dict[str, Any]], N
         with contextlib.suppress(BridgeError):
             resident.serve(door)
 
-    threading.Thread(target=serve, daemon=True).initialise()
+    threading.Thread(target=serve, daemon=True).start()
     engine = SupervisedProcess(
         site_command(made.kit(name)), made.own(name) / "engine.log", {ADDRESS_VARIABLE: str(door.file)}
     )

@@ -203,12 +203,12 @@ def test_a_site_that_joins_late(tmp_path: Path, recipe: dict[str, Any], record_p
     with bed(tmp_path / "f", recipe, start=False) as made:
         first, late = made.names[:2], made.names[2]
         made.patience(start_with=2, grace_seconds=3.0)
-        made.initialise(*first)
+        made.start(*first)
         joined: list[float] = []
 
         def join() -> None:
             joined.append(time.monotonic())
-            made.initialise(late)
+            made.start(late)
 
         watcher = Watcher({1: join})
         made.run(tmp_path / "run", watcher, rounds__count=40, training__local_steps=60)
@@ -276,7 +276,7 @@ def test_a_hostile_site_is_left_out_and_the_others_go_on(
     with bed(tmp_path / "f", recipe, start=False) as made:
         made.patience(max_message_megabytes=50.0)
         bad = made.names[1]
-        made.initialise(made.names[0], made.names[2])
+        made.start(made.names[0], made.names[2])
         with hostile(made, bad, tricks):
             made.run(tmp_path / "run", rounds__count=9)
     rows = [row for row in metrics(tmp_path / "run") if row["round"]]

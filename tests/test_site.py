@@ -644,7 +644,7 @@ def test_a_held_file_is_held_once_and_let_go_by_a_kill(tmp_path: Path) -> None:
     script = f"""
 import time
 from pathlib import Path
-from fedcustom.files import held
+from fedcustom.core.files import held
 with held(Path({str(file)!r})):
     print("held", flush=True)
     time.sleep(60)
