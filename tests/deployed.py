@@ -17,7 +17,7 @@ from fedcustom.core.files import read_json
 from fedcustom.deployment.local import prepare
 from fedcustom.deployment.nvflare.bridge import ADDRESS_VARIABLE, BridgeError, BridgeListener
 from fedcustom.deployment.nvflare.kits import site_command
-from fedcustom.deployment.nvflare.supervise import SupervisedProcess
+from fedcustom.deployment.nvflare.supervision import SupervisedProcess
 from fedcustom.deployment.run import run_deployed
 from fedcustom.deployment.settings import load_federation, save_federation
 from fedcustom.deployment.site.resident import Resident

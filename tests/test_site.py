@@ -39,7 +39,7 @@ from fedcustom.deployment.nvflare.bridge import BridgeError, BridgeListener, con
 from fedcustom.deployment.nvflare.controller import read_head
 from fedcustom.deployment.nvflare.jobs import CONTROLLER, EXECUTOR
 from fedcustom.deployment.nvflare.kits import _check_names, provision
-from fedcustom.deployment.parties import RUN_FILE, check_deployable, run_name
+from fedcustom.deployment.parties import RUN_FILE, check_deployable, run_id
 from fedcustom.deployment.site.memory import RoundMemory
 from fedcustom.deployment.site.policy import check_labels, check_outgoing, check_recipe, check_round
 from fedcustom.deployment.site.resident import Resident
@@ -659,8 +659,8 @@ with held(Path({str(file)!r})):
 
 
 def test_a_run_keeps_its_name_with_its_directory(tmp_path: Path) -> None:
-    assert len({run_name(tmp_path), run_name(tmp_path)}) == 2, "drawn anew until there is a checkpoint"
+    assert len({run_id(tmp_path), run_id(tmp_path)}) == 2, "drawn anew until there is a checkpoint"
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / RUN_FILE).write_text(RUN)
     (tmp_path / "old").rename(tmp_path / "moved")
-    assert run_name(tmp_path / "moved") == RUN
+    assert run_id(tmp_path / "moved") == RUN

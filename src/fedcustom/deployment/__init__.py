@@ -1,1 +1,1 @@
-"""A recipe across sites: a federation's folder, its server, and a run that outlives what fails."""
+"""Deployment of a recipe across sites: the federation's folder, its server, and the parties of a run."""

@@ -10,7 +10,7 @@ from ...core.errors import DeploymentError
 from ...core.files import held, holder
 from ..nvflare.bridge import ADDRESS_VARIABLE
 from ..nvflare.kits import require_nvflare, site_command, site_name
-from ..nvflare.supervise import SupervisedProcess, keep_alive
+from ..nvflare.supervision import SupervisedProcess, keep_alive
 from .settings import load_site
 
 
