@@ -169,22 +169,22 @@ def hostile(made: Bed, name: str, tricks: dict[int, Callable[[dict[str, Any]], N
     file = made.kit(name) / "data" / "site.toml"
     Hostile.tricks = tricks
     resident = Hostile(name, load_site(file), file.parent, made.own(name))
-    door = BridgeListener(made.own(name) / "bridge.json")
+    listener = BridgeListener(made.own(name) / "bridge.json")
 
     def serve() -> None:
         with contextlib.suppress(BridgeError):
-            resident.serve(door)
+            resident.serve(listener)
 
     threading.Thread(target=serve, daemon=True).start()
     engine = SupervisedProcess(
-        site_command(made.kit(name)), made.own(name) / "engine.log", {ADDRESS_VARIABLE: str(door.file)}
+        site_command(made.kit(name)), made.own(name) / "engine.log", {ADDRESS_VARIABLE: str(listener.file)}
     )
     engine.start()
     try:
         yield
     finally:
         engine.stop()
-        door.close()
+        listener.close()
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""One owner of data in a deployed run: its data, its memory, its policy and its audit log."""
+"""Site of a deployed run: an owner of data with its memory, its policy and its audit log."""
