@@ -244,10 +244,9 @@ class Resident:
             facts |= {"task": message.get("task"), "round": message.get("round")}
         facts |= {"tensors": len(packed.tensors), "keys": sorted(values)}
         self.audit.write("sent", **facts)
-        counts = kind == "work" and message.get("task") not in (SCALE_HEAD, HEAD_GRADIENT)
-        self._record_usage(
-            usage, size, message.get("round"), counts
-        )  # steps of a fit are bounded by the recipe
+        # Steps of a fit of the head do not count as tasks: the recipe bounds them.
+        is_task = kind == "work" and message.get("task") not in (SCALE_HEAD, HEAD_GRADIENT)
+        self._record_usage(usage, size, message.get("round"), is_task)
         reply: dict[str, Any] = {"values": values, "bytes": size}
         if packed.layout is not None:
             reply["layout"] = packed.layout
