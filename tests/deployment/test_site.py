@@ -38,7 +38,7 @@ from fedcustom.deployment.nvflare.bridge import BridgeError, BridgeListener, con
 from fedcustom.deployment.nvflare.controller import read_head
 from fedcustom.deployment.nvflare.jobs import CONTROLLER, EXECUTOR
 from fedcustom.deployment.nvflare.kits import _check_names, provision
-from fedcustom.deployment.parties import RUN_FILE, check_deployable, run_name
+from fedcustom.deployment.parties import RUN_FILE, check_deployable, run_id
 from fedcustom.deployment.site.memory import RoundMemory
 from fedcustom.deployment.site.policy import check_labels, check_outgoing, check_recipe, check_round
 from fedcustom.deployment.site.resident import Resident
@@ -245,7 +245,7 @@ def test_memory_goes_back_with_the_run(rounds: list[int], data: st.DataObject) -
             plain[number] = count
             memory.save(number, Memory({"t": torch.full((2,), float(count))}, {"count": count}))
             kept = data.draw(st.sets(st.integers(0, number), max_size=2))
-            memory.keep(kept)
+            memory.prune(kept)
             for checkpoint in kept:
                 known = [n for n in plain if n <= checkpoint]
                 found = memory.after(checkpoint)
@@ -409,7 +409,7 @@ def test_a_restarted_site_goes_on_with_its_memory(resident: Any, tmp_path: Path)
     work(made, tmp_path, 1)
     expected = work(made, tmp_path, 2)
     tensors = safetensors.torch.load_file(expected["body"])
-    again = Resident(made.name, made.settings, made.where, made.folder)
+    again = Resident(made.name, made.settings, made.base, made.folder)
     body = tmp_path / "in.safetensors"
     message = {"kind": "work", "run": RUN, "task": "train", "round": 2, "body": str(body)}
     assert made.participant is not None
@@ -462,12 +462,12 @@ def test_only_the_kind_of_a_failure_is_told(resident: Any, tmp_path: Path, monke
 
 
 def test_only_who_knows_the_key_gets_in(tmp_path: Path) -> None:
-    door = BridgeListener(tmp_path / "bridge.json")
+    listener = BridgeListener(tmp_path / "bridge.json")
     assert (tmp_path / "bridge.json").stat().st_mode & 0o777 == 0o600
     got: list[Any] = []
 
     def serve() -> None:
-        bridge = door.accept()
+        bridge = listener.accept()
         got.append(bridge.receive(5.0))
         bridge.send({"answer": 2})
 
@@ -484,7 +484,7 @@ def test_only_who_knows_the_key_gets_in(tmp_path: Path) -> None:
     assert got == [{"question": 1}]
     with pytest.raises(BridgeError):
         bridge.receive(5.0)
-    door.close()
+    listener.close()
     with pytest.raises(BridgeError):
         connect(tmp_path / "bridge.json")
 
@@ -600,13 +600,13 @@ def test_a_head_is_an_object(text: Any) -> None:
     assert read_head('{"values": {}}') == {"values": {}}
 
 
-def test_garbage_at_the_door_lets_the_next_one_in(tmp_path: Path) -> None:
-    door = BridgeListener(tmp_path / "bridge.json")
+def test_garbage_at_the_listener_does_not_block_the_next_connection(tmp_path: Path) -> None:
+    listener = BridgeListener(tmp_path / "bridge.json")
     content = json.loads((tmp_path / "bridge.json").read_text())
     folder = Path(content["address"]).parent
     assert folder.stat().st_mode & 0o777 == 0o700
     got: list[Any] = []
-    thread = threading.Thread(target=lambda: got.append(door.accept().receive(5.0)))
+    thread = threading.Thread(target=lambda: got.append(listener.accept().receive(5.0)))
     thread.start()
     with socket.socket(socket.AF_UNIX) as stranger:
         stranger.connect(content["address"])
@@ -615,7 +615,7 @@ def test_garbage_at_the_door_lets_the_next_one_in(tmp_path: Path) -> None:
     bridge.send({"question": 1})
     thread.join(10)
     assert got == [{"question": 1}]
-    door.close()
+    listener.close()
     assert not folder.exists()
 
 
@@ -658,9 +658,9 @@ with held(Path({str(file)!r})):
     assert holder(file) is None, "whatever number is written there"
 
 
-def test_a_run_keeps_its_name_with_its_directory(tmp_path: Path) -> None:
-    assert len({run_name(tmp_path), run_name(tmp_path)}) == 2, "drawn anew until there is a checkpoint"
+def test_a_run_keeps_its_identifier_with_its_directory(tmp_path: Path) -> None:
+    assert len({run_id(tmp_path), run_id(tmp_path)}) == 2, "drawn anew until there is a checkpoint"
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / RUN_FILE).write_text(RUN)
     (tmp_path / "old").rename(tmp_path / "moved")
-    assert run_name(tmp_path / "moved") == RUN
+    assert run_id(tmp_path / "moved") == RUN

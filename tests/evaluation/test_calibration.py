@@ -20,6 +20,7 @@ import fedcustom
 from fedcustom.core.errors import UpdateError
 from fedcustom.data.build import build_data
 from fedcustom.deployment.evaluation import RemoteEvaluation
+from fedcustom.deployment.replies import PartSizes, SiteStatistics
 from fedcustom.evaluation.calibration import (
     BINS,
     SCALES,
@@ -223,15 +224,20 @@ def test_sites_find_the_temperature_together() -> None:
     """From sums alone; those that tell only of their own versions have no part in it."""
     logits, labels = drawn(2, 300, 4, 3.0)
     parts = {
-        f"s{k}": {"whole": classification_statistics(logits[k::3], labels[k::3].tolist())} for k in range(3)
+        f"s{k}": SiteStatistics(classification_statistics(logits[k::3], labels[k::3].tolist()))
+        for k in range(3)
     }
-    remote: Any = SimpleNamespace(evaluate=lambda state, part: parts)
+    connection: Any = SimpleNamespace(evaluate=lambda *_: iter(parts.items()))
+    participants: Any = SimpleNamespace(
+        labels=["a", "b", "c", "d"], sizes=dict.fromkeys(parts, PartSizes(1, 1, 1))
+    )
+    memories: Any = SimpleNamespace(after=1)
     data: Any = SimpleNamespace(development=[])
     nothing: Any = None
-    evaluation = RemoteEvaluation(remote, nothing, nothing, data)
+    evaluation = RemoteEvaluation(nothing, nothing, data, connection, participants, memories)
     assert evaluation.scale(nothing) == pytest.approx(best_by_scipy(logits, labels), rel=5e-3)
-    for told in parts.values():
-        told["own"] = told.pop("whole")
+    for name, site in parts.items():
+        parts[name] = SiteStatistics(personalised=site.global_model)
     assert evaluation.scale(nothing) == 1.0
 
 

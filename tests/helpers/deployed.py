@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from fedcustom.deployment.local import prepare
 from fedcustom.deployment.nvflare.bridge import ADDRESS_VARIABLE, BridgeError, BridgeListener
 from fedcustom.deployment.nvflare.kits import site_command
-from fedcustom.deployment.nvflare.supervise import SupervisedProcess
+from fedcustom.deployment.nvflare.supervision import SupervisedProcess
 from fedcustom.deployment.run import run_deployed
 from fedcustom.deployment.settings import load_federation, save_federation
 from fedcustom.deployment.site.resident import Resident
@@ -166,22 +166,22 @@ def hostile(made: Bed, name: str, tricks: dict[int, Callable[[dict[str, Any]], N
     file = made.kit(name) / "data" / "site.toml"
     Hostile.tricks = tricks
     resident = Hostile(name, load_site(file), file.parent, made.own(name))
-    door = BridgeListener(made.own(name) / "bridge.json")
+    listener = BridgeListener(made.own(name) / "bridge.json")
 
     def serve() -> None:
         with contextlib.suppress(BridgeError):
-            resident.serve(door)
+            resident.serve(listener)
 
     threading.Thread(target=serve, daemon=True).start()
     engine = SupervisedProcess(
-        site_command(made.kit(name)), made.own(name) / "engine.log", {ADDRESS_VARIABLE: str(door.file)}
+        site_command(made.kit(name)), made.own(name) / "engine.log", {ADDRESS_VARIABLE: str(listener.file)}
     )
     engine.start()
     try:
         yield
     finally:
         engine.stop()
-        door.close()
+        listener.close()
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

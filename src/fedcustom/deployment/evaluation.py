@@ -1,4 +1,4 @@
-"""How good a state is, where the data are at the sites."""
+"""Evaluation of a deployed run: on the server's own data, or at the sites where it has none."""
 
 from __future__ import annotations
 
@@ -8,79 +8,123 @@ from ..core.errors import DeploymentError
 from ..data.examples import Example, FederatedData
 from ..evaluation.calibration import best_scale, tempered_losses
 from ..evaluation.metrics import Metrics, client_mean, worst_client
-from ..evaluation.statistics import Statistics, pooled_metrics, pooled_scale
+from ..evaluation.statistics import pooled_metrics, pooled_scale
 from ..federated.evaluator import Result, with_references
 from ..methods import Method, State
 from ..models.inference import measure
 from ..models.load import Base
-from .remote import Remote
+from .connection import SiteConnection, SiteFailure
+from .memories import RemoteMemories
+from .participants import Participants
+from .replies import Part, SiteStatistics
 
 
 class RemoteEvaluation:
-    """Quality on the server's own data where it has some, and on the sites' where it has none."""
+    """Evaluation: quality on the server's own data where it has some, else at the sites."""
 
-    def __init__(self, remote: Remote, method: Method, base: Base, data: FederatedData) -> None:
-        self.remote, self.method, self.base, self.data = remote, method, base, data
+    def __init__(
+        self,
+        method: Method,
+        base: Base,
+        data: FederatedData,
+        connection: SiteConnection,
+        participants: Participants,
+        memories: RemoteMemories,
+    ) -> None:
+        self.method, self.base, self.data = method, base, data
+        self.connection, self.participants, self.memories = connection, participants, memories
 
     def development(self, state: State) -> Metrics:
         """Quality on the development split."""
         if self.data.development:
-            return self._here(state, self.data.development, texts=False)
-        return self._pooled(self.remote.evaluate(state, "development"), "development")
+            return self._on_server_data(state, self.data.development, texts=False)
+        return _pooled(self._at_sites(state, "development"), "development")
 
     def scale(self, state: State) -> float:
         """What a classifier's logits are best multiplied by, on the development split."""
         if examples := self.data.development:
-            said = self.method.predict(state, examples, texts=False)
-            return best_scale(tempered_losses(said.scores, [example.label for example in examples]))
-        told = self.remote.evaluate(state, "development").values()
-        parts = [statistics["whole"] for statistics in told if "whole" in statistics]
+            predictions = self.method.predict(state, examples, texts=False)
+            return best_scale(tempered_losses(predictions.scores, [example.label for example in examples]))
+        by_site = self._at_sites(state, "development").values()
+        parts = [site.global_model for site in by_site if site.global_model is not None]
         return pooled_scale(parts) if parts else 1.0
 
     def test(self, state: State) -> Metrics:
         """Quality of one global state on the test split."""
         if self.data.test:
-            return self._here(state, self.data.test, texts=self.data.task.kind != "classification")
-        return self._pooled(self.remote.evaluate(state, "test"), "test")
+            texts = self.data.task.kind != "classification"
+            return self._on_server_data(state, self.data.test, texts=texts)
+        return _pooled(self._at_sites(state, "test"), "test")
 
     def final(self, state: State, trained: State | None = None) -> Result:
         """Quality on the test split and on every site's own test part; sites' versions are fine-tuned from
         the state as it was ``trained``, where that is another.
         """
-        by_site = self.remote.evaluate(state, "test") if self.data.task.kind != "retrieval" else {}
-        whole = {name: pooled_metrics([told["whole"]]) for name, told in by_site.items() if "whole" in told}
+        by_site = self._at_sites(state, "test") if self.data.task.kind != "retrieval" else {}
+        by_client = {
+            name: pooled_metrics([site.global_model])
+            for name, site in by_site.items()
+            if site.global_model is not None
+        }
         tuned = by_site
-        if trained is not None and trained is not state and any("own" in told for told in by_site.values()):
-            tuned = self.remote.evaluate(trained, "test")
-        own = {name: pooled_metrics([told["own"]]) for name, told in tuned.items() if "own" in told}
+        personal = any(site.personalised is not None for site in by_site.values())
+        if personal and trained is not None and trained is not state:
+            tuned = self._at_sites(trained, "test")
         predictions = None
         if self.data.test:
             texts = self.data.task.kind != "classification"
             predictions = self.method.predict(state, self.data.test, texts=texts)
             metrics = measure(predictions, self.data.test, self.base)
         else:
-            metrics = self._pooled(by_site, "test")
+            metrics = _pooled(by_site, "test")
+        sizes = self.participants.sizes
         described = {
-            name: {
-                "examples": self.remote.sizes[name]["train"],
-                "test_examples": self.remote.sizes[name]["test"],
-                **values,
-            }
-            for name, values in whole.items()
+            name: {"examples": sizes[name].train, "test_examples": sizes[name].test, **values}
+            for name, values in by_client.items()
         }
-        result = Result(metrics, described, client_mean(whole), worst_client(whole), predictions, own)
+        result = Result(
+            metrics, described, client_mean(by_client), worst_client(by_client), predictions,
+            _personalised(tuned),
+        )  # fmt: skip
         return with_references(result, self.data.task, self.data.test)
 
-    def _here(self, state: State, examples: list[Example], *, texts: bool) -> Metrics:
+    def _on_server_data(self, state: State, examples: list[Example], *, texts: bool) -> Metrics:
         return measure(self.method.predict(state, examples, texts=texts), examples, self.base)
 
-    def _pooled(self, by_site: Mapping[str, Mapping[str, Statistics]], part: str) -> Metrics:
-        told = [statistics.get("whole") or statistics["own"] for statistics in by_site.values()]
-        if not told:
-            raise DeploymentError(
-                f"nobody has {part} data to evaluate on: name some in federation.toml (data.{part}), or "
-                "let sites evaluate"
-            )
-        if any("whole" not in statistics for statistics in by_site.values()):
-            return client_mean({name: pooled_metrics([s["own"]]) for name, s in by_site.items()})
-        return pooled_metrics(told)
+    def _at_sites(self, state: State, part: Part) -> dict[str, SiteStatistics]:
+        """The statistics of a state on one part of the data, by site; sites without any are left out."""
+        names = [name for name, sizes in self.participants.sizes.items() if sizes.of(part)]
+        labels = len(self.participants.labels)
+        by_site = {}
+        for name, reply in self.connection.evaluate(names, state, part, self.memories.after, labels):
+            if isinstance(reply, SiteFailure):
+                self.connection.note(f"site {name} is left out of the evaluation: {reply.reason}")
+            elif reply != SiteStatistics():
+                by_site[name] = reply
+        return by_site
+
+
+def _personalised(by_site: Mapping[str, SiteStatistics]) -> dict[str, Metrics]:
+    """The metrics of sites' own versions of the model."""
+    return {
+        name: pooled_metrics([site.personalised])
+        for name, site in by_site.items()
+        if site.personalised is not None
+    }
+
+
+def _pooled(by_site: Mapping[str, SiteStatistics], part: str) -> Metrics:
+    """The metrics over all sites' examples; where sites have versions of their own, the mean over sites.
+
+    Raises:
+        DeploymentError: no site evaluated.
+    """
+    if not by_site:
+        raise DeploymentError(
+            f"nobody has {part} data to evaluate on: name some in federation.toml (data.{part}), or "
+            "let sites evaluate"
+        )
+    parts = [site.global_model for site in by_site.values() if site.global_model is not None]
+    if len(parts) < len(by_site):
+        return client_mean(_personalised(by_site))
+    return pooled_metrics(parts)

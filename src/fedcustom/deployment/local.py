@@ -1,4 +1,4 @@
-"""A federation on this machine, to try a deployment out: the recipe's clients become sites of their own."""
+"""Local federation to try a deployment out: server and sites on this machine, a site for each client."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..federated.build import check_cohort
 from ..federated.callbacks import Callback
 from ..recipe.recipe import Recipe
 from .nvflare.kits import provision, require_nvflare
-from .nvflare.supervise import SupervisedProcess
+from .nvflare.supervision import SupervisedProcess
 from .run import run_deployed
 from .settings import FederationSettings, save_federation
 
-MOST_SITES = 32
-"""Sites that one machine is asked to run: each takes three processes and a base model."""
+MAX_SITES = 32
+"""Sites that one machine may run: each takes three processes and a base model."""
 
 
 def run_locally(
@@ -40,18 +40,18 @@ def run_locally(
     """Run a recipe with a server and sites on this machine, over mutual TLS.
 
     The recipe's data are split as in a simulation; each client's part is written to its site's folder in
-    ``folder``, and the site is told of that alone.
+    ``folder``, and the site knows of no other.
 
     Raises:
         DeploymentError: too many clients for one machine, or see :func:`run_deployed`.
     """
     require_nvflare()
-    given = recipe.complete().model_dump(mode="json", include={"data", "clients", "public", "seed"})
+    settings = recipe.complete().model_dump(mode="json", include={"data", "clients", "public", "seed"})
     prepared = folder / "prepared.json"
     if not (folder / "federation.toml").exists():
         prepare(recipe.complete(), folder, port)
-        write_json(prepared, {"port": port, **given})
-    elif not prepared.exists() or read_json(prepared) != {"port": port, **given}:
+        write_json(prepared, {"port": port, **settings})
+    elif not prepared.exists() or read_json(prepared) != {"port": port, **settings}:
         raise DeploymentError(
             f"{folder}: holds the sites of other data, clients, seed or port; remove it or name another --out"
         )
@@ -64,9 +64,9 @@ def prepare(recipe: Recipe, folder: Path, port: int, threads: int = 1) -> Federa
     settings, clients = with_builtin_columns(recipe.data, recipe.clients)
     data = build_data(settings, clients, recipe.seed, recipe.public)
     check_cohort(recipe, data)
-    if len(data.clients) > MOST_SITES:
+    if len(data.clients) > MAX_SITES:
         raise DeploymentError(
-            f"clients: {len(data.clients)} sites on one machine; at most {MOST_SITES}: lower clients.count"
+            f"clients: {len(data.clients)} sites on one machine; at most {MAX_SITES}: lower clients.count"
         )
     provision(folder, "localhost", port, list(data.clients))
     for name, client in data.clients.items():
@@ -75,13 +75,13 @@ def prepare(recipe: Recipe, folder: Path, port: int, threads: int = 1) -> Federa
         own = write_parts(kit / "data", parts | {"public": data.public}, data)
         text = tomli_w.dumps({"threads": threads, "data": own.model_dump(exclude_none=True)})
         write_text(kit / "data" / "site.toml", text)
-    asks = recipe.data.task == "retrieval"
+    is_retrieval = recipe.data.task == "retrieval"
     shared = write_parts(
         folder / "data",
         {
             # Questions come from the server, for only it may ask all sites.
-            "development": data.development if recipe.data.development or asks else [],
-            "test": data.test if asks or not data.test_is_pooled else [],
+            "development": data.development if recipe.data.development or is_retrieval else [],
+            "test": data.test if is_retrieval or not data.test_is_pooled else [],
             "public": data.public,
         },
         data,
@@ -104,16 +104,16 @@ PARTS = ("train", "development", "test", "public")
 def write_parts(folder: Path, parts: Mapping[str, Sequence[Example]], data: FederatedData) -> OwnDataSettings:
     """Write examples as files that a party can name, and the settings that name them."""
     folder.mkdir(parents=True, exist_ok=True)
-    named: dict[str, Any] = {"split": False}
+    paths: dict[str, Any] = {"split": False}
     for part, examples in parts.items():
         if not examples:
             continue
         rows = (json.dumps(_row(example, data), ensure_ascii=False) + "\n" for example in examples)
         write_text(folder / f"{part}.jsonl", "".join(rows))
-        named[part] = f"{part}.jsonl"
+        paths[part] = f"{part}.jsonl"
     if data.task.kind == "classification":
-        return OwnDataSettings(**named, text="{text}", label="label")
-    return OwnDataSettings(**named, prompt="{text}", target="{target}", references="references")
+        return OwnDataSettings(**paths, text="{text}", label="label")
+    return OwnDataSettings(**paths, prompt="{text}", target="{target}", references="references")
 
 
 def _row(example: Example, data: FederatedData) -> dict[str, Any]:
@@ -125,17 +125,17 @@ def _row(example: Example, data: FederatedData) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def local_sites(folder: Path) -> Iterator[dict[str, SupervisedProcess]]:
-    """Every site of a federation on this machine, each with a supervisor of its own."""
-    kept = {}
+    """Run every site of a federation on this machine, each as ``fedcustom site start`` does."""
+    supervised = {}
     for kit in sorted((folder / "sites").iterdir()):
         command = [sys.executable, "-m", "fedcustom", "site", "start", str(kit), "--data"]
-        kept[kit.name] = SupervisedProcess(
+        supervised[kit.name] = SupervisedProcess(
             [*command, str(kit / "data" / "site.toml")], kit / "fedcustom" / "site.log"
         )
     try:
-        for one in kept.values():
-            one.start()
-        yield kept
+        for process in supervised.values():
+            process.start()
+        yield supervised
     finally:
-        for one in kept.values():
-            one.stop()
+        for process in supervised.values():
+            process.stop()

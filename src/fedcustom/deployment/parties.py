@@ -1,4 +1,4 @@
-"""The parties of a deployed run: a method at the server, and sites that hold the data."""
+"""Parties of a deployed run: the method at the server, and the sites that hold the data."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from ..data.examples import ClientData, FederatedData, LearningTask
 from ..data.own import OwnData, read_own
 from ..federated.build import check_fit, make_method
 from ..federated.simulation import Federation
-from ..methods import AsksClients
 from ..models.load import load_base
 from ..models.park import park, parked
 from ..recipe.recipe import Recipe
 from ..transport.channel import Channel
+from .connection import SiteConnection
 from .evaluation import RemoteEvaluation
-from .nvflare.sites import Sites
-from .remote import Remote
+from .memories import RemoteMemories
+from .nvflare.messenger import Messenger
+from .participants import agree
 from .settings import FederationSettings
+from .transport import RemoteTransport
 
 RUN_FILE = "run_id"
 
 
-def run_name(directory: Path) -> str:
-    """What sites know a run by: drawn when it begins, and kept in its directory from its first checkpoint on,
-    so that it is the same whenever the run is resumed, wherever its directory is then.
+def run_id(directory: Path) -> str:
+    """A run's identifier at the sites: drawn when it begins, and kept in its directory from its first
+    checkpoint on, so that it is the same whenever the run is resumed, even if its directory was moved.
     """
     file = directory / RUN_FILE
     return file.read_text(encoding="ascii").strip() if file.exists() else secrets.token_hex(8)
 
 
 def check_deployable(recipe: Recipe) -> None:
-    """Refuse what has a meaning in a simulation alone.
+    """Refuse settings that have a meaning in a simulation only.
 
     Raises:
         RecipeError: names the setting.
@@ -50,38 +52,41 @@ def check_deployable(recipe: Recipe) -> None:
 
 
 def gather(
-    recipe: Recipe, settings: FederationSettings, folder: Path, sites: Sites, directory: Path
+    recipe: Recipe, settings: FederationSettings, folder: Path, messenger: Messenger, directory: Path
 ) -> Federation:
-    """The parties of a deployed run, agreed on the recipe.
+    """Agree on the recipe with the sites, and put the run's parties together.
+
+    ``folder`` is the federation's, ``directory`` the run's.
 
     Raises:
-        RecipeError, DataError, ModelError: something does not fit: deployment, model, data.
+        RecipeError, DataError, ModelError: recipe, data and model do not fit together, or cannot be deployed.
         DeploymentError: too few sites take part.
     """
     check_deployable(recipe)
     check_fit(recipe)
-    remote = Remote(recipe, settings, sites, run_name(directory), directory / RUN_FILE)
+    identifier = run_id(directory)
+    connection = SiteConnection(messenger, identifier)
     own = read_own(settings.data, folder, recipe.data, recipe.public)
-    remote.agree()
-    data = _known(recipe, settings, own, remote.labels)
+    min_clients = min(recipe.rounds.min_clients, len(settings.sites))
+    participants = agree(connection, recipe, settings.sites, settings.start_with or min_clients)
+    data = _server_view(recipe, settings, own, participants.labels)
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     method = make_method(recipe, base, data)
-    remote.method = method
-    origin, own_folder = method.initialise(), folder / "server" / "fedcustom"
-    origin = replace(origin, tensors=parked(origin.tensors, own_folder))
+    origin, parking = method.initialise(), folder / "server" / "fedcustom"
+    origin = replace(origin, tensors=parked(origin.tensors, parking))
     if base.device.type == "cpu":
-        park(base.model, own_folder)  # the sites do the computing
-    remote.channel = Channel(recipe.compression, origin.tensors)
-    if isinstance(method, AsksClients):
-        method.connect(remote.ask, list(data.clients))
-    evaluation = RemoteEvaluation(remote, method, base, data)
-    return Federation(base, data, method, origin, evaluation, remote, remote)
+        park(base.model, parking)  # the sites do the computing
+    channel = Channel(recipe.compression, origin.tensors)
+    memories = RemoteMemories(directory / RUN_FILE, identifier)
+    transport = RemoteTransport(method, channel, connection, participants, memories, min_clients)
+    evaluation = RemoteEvaluation(method, base, data, connection, participants, memories)
+    return Federation(base, data, method, origin, evaluation, transport, memories)
 
 
-def _known(
+def _server_view(
     recipe: Recipe, settings: FederationSettings, own: OwnData, labels: Sequence[str]
 ) -> FederatedData:
-    """What the server knows of the data: its own, and the sites' names."""
+    """The data as the server knows them: its own, and the names of the sites."""
     for key in ("clients_per_round", "min_clients"):
         asked = getattr(recipe.rounds, key)
         if asked is not None and asked > len(settings.sites):

@@ -1,4 +1,4 @@
-"""A deployed run at the server: its engine is kept alive, the run driven over as many jobs as it takes."""
+"""Deployed runs at the server: the engine is supervised, and the run driven over a chain of its jobs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from ..federated.run import run_recipe
 from ..federated.simulation import Federation
 from ..recipe.recipe import Recipe
 from .nvflare.bridge import ADDRESS_VARIABLE, BridgeListener
+from .nvflare.job_channel import JobChannel
 from .nvflare.jobs import Session
 from .nvflare.kits import require_nvflare, server_command
-from .nvflare.link import Link
-from .nvflare.sites import Patience, Sites
-from .nvflare.supervise import SupervisedProcess, keep_alive
+from .nvflare.messenger import Messenger, Timeouts
+from .nvflare.supervision import SupervisedProcess, keep_alive
 from .parties import check_deployable, gather
 from .settings import FederationSettings, load_federation
 
-RUNNING = "run.pid"
+LOCK_FILE = "run.pid"
+"""File in the federation's folder that names the process of the run under way."""
 
 
 def run_deployed(
@@ -43,42 +44,41 @@ def run_deployed(
     settings = load_federation(folder)
     complete = recipe.complete()
     check_deployable(complete)
-    with _alone(folder), serving(folder, settings, Callbacks(callbacks).on_note) as sites:
+    with _locked(folder), serving(folder, settings, Callbacks(callbacks).on_note) as messenger:
 
         def parties(recipe: Recipe, directory: Path, private: Path, told: Callback) -> Federation:
             told.on_phase("waiting for the sites")
-            return gather(recipe, settings, folder, sites, directory)
+            return gather(recipe, settings, folder, messenger, directory)
 
         return run_recipe(complete, directory, resume=resume, callbacks=callbacks, gather=parties)
 
 
 @contextlib.contextmanager
-def serving(folder: Path, settings: FederationSettings, note: Callable[[str], None]) -> Iterator[Sites]:
-    """The federation's server, kept alive, and its sites as they come."""
+def serving(folder: Path, settings: FederationSettings, note: Callable[[str], None]) -> Iterator[Messenger]:
+    """Keep the federation's server running, and give the messenger to its sites."""
     kit = (folder / "server").absolute()
     own = kit / "fedcustom"
-    door = BridgeListener(own / "bridge.json")
-    engine = SupervisedProcess(
-        server_command(kit), own / "engine.log", {ADDRESS_VARIABLE: str(door.file), "MALLOC_ARENA_MAX": "2"}
-    )
+    listener = BridgeListener(own / "bridge.json")
+    environment = {ADDRESS_VARIABLE: str(listener.file), "MALLOC_ARENA_MAX": "2"}
+    engine = SupervisedProcess(server_command(kit), own / "engine.log", environment)
     ended = threading.Event()
-    patience = Patience(settings.round_seconds, settings.grace_seconds, settings.quorum_seconds)
-    link = Link((folder / "admin").absolute(), door, note)
+    timeouts = Timeouts(settings.round_seconds, settings.grace_seconds, settings.quorum_seconds)
+    channel = JobChannel((folder / "admin").absolute(), listener, note)
 
-    def keep() -> None:
+    def supervise() -> None:
         if not keep_alive([engine], note, ended.is_set):
-            link.given_up = f"the server's engine does not start; its log is {own / 'engine.log'}"
+            channel.engine_failure = f"the server's engine does not start; its log is {own / 'engine.log'}"
 
-    keeper = threading.Thread(target=keep, daemon=True)
-    keeper.start()
-    most = int(settings.max_message_megabytes * 1e6)
-    sites = Sites(link, own / "spool", patience, most, note)
+    supervisor = threading.Thread(target=supervise, daemon=True)
+    supervisor.start()
+    max_bytes = int(settings.max_message_megabytes * 1e6)
+    messenger = Messenger(channel, own / "spool", timeouts, max_bytes, note)
     try:
-        yield sites
+        yield messenger
     finally:
-        sites.close()
+        messenger.close()
         ended.set()
-        keeper.join(timeout=20.0)
+        supervisor.join(timeout=20.0)
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -111,10 +111,14 @@ def stop(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the federation for one run."""
-    with held(folder / RUNNING) as alone:
-        if not alone:
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock the federation for one run.
+
+    Raises:
+        DeploymentError: another run uses it.
+    """
+    with held(folder / LOCK_FILE) as acquired:
+        if not acquired:
             other = _running(folder)
             raise DeploymentError(f"{folder}: process {other} runs with this federation; stop it first")
         yield
@@ -122,4 +126,4 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _running(folder: Path) -> int | None:
     """The process that runs with the federation, if one does."""
-    return holder(folder / RUNNING)
+    return holder(folder / LOCK_FILE)

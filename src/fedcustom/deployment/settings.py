@@ -1,4 +1,4 @@
-"""A federation's own file: who takes part, where the server is, and how long it waits."""
+"""Settings of a federation (``federation.toml``): its sites, its server, and how long the server waits."""
 
 from __future__ import annotations
 

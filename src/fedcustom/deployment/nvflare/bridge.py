@@ -1,6 +1,6 @@
-"""The local connection between a resident process and the engine's job process beside it.
+"""Local connection between a resident process and the engine's job process beside it.
 
-What passes is JSON; the tensors of a message lie in a file whose path it names. The connection is a socket in
+Messages are JSON; the tensors of a message lie in a file whose path it names. The connection is a socket in
 a folder that only this user can open, and begins with a challenge on a key; nothing is ever unpickled.
 """
 
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 ADDRESS_VARIABLE = "FEDCUSTOM_BRIDGE"
-"""Names the file that says where the resident process listens."""
+"""Environment variable with the path of the file that says where the resident process listens."""
 
-MOST_JSON_BYTES = 256 * 2**20
+MAX_JSON_BYTES = 256 * 2**20
 
 Message = dict[str, Any]
 
@@ -30,11 +30,11 @@ class BridgeError(ConnectionError):
 
 
 class Bridge:
-    """One open connection; messages may be sent from several threads."""
+    """An open local connection; messages may be sent from several threads."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._sending = threading.Lock()
+        self._send_lock = threading.Lock()
 
     def send(self, message: Message) -> None:
         """Send one message.
@@ -43,7 +43,7 @@ class Bridge:
             BridgeError: the other end has gone.
         """
         try:
-            with self._sending:
+            with self._send_lock:
                 self._connection.send_bytes(json.dumps(message).encode())
         except (OSError, ValueError) as error:
             raise BridgeError(str(error)) from None
@@ -57,7 +57,7 @@ class Bridge:
         try:
             if not self._connection.poll(timeout):
                 return None
-            message = json.loads(self._connection.recv_bytes(MOST_JSON_BYTES))
+            message = json.loads(self._connection.recv_bytes(MAX_JSON_BYTES))
         except (OSError, EOFError, ValueError) as error:
             raise BridgeError(str(error) or "the connection was closed") from None
         if not isinstance(message, dict):
@@ -70,8 +70,10 @@ class Bridge:
 
 
 class BridgeListener:
-    """Where a resident process can be reached: a socket in a temporary folder of this user's alone (a path
-    of a socket may have some hundred characters), and the file that names it with its key.
+    """Listening end of the local connection: a socket, and the file that names it with its key.
+
+    The socket is in a temporary folder that only this user can open, because a socket's path may have some
+    hundred characters at most.
     """
 
     def __init__(self, file: Path) -> None:
@@ -81,17 +83,17 @@ class BridgeListener:
         self._listener = Listener(address, family="AF_UNIX", backlog=16, authkey=key)
         content = json.dumps({"address": address, "key": key.hex()})
         file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(".new")
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
+        draft = file.with_suffix(".new")
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
             out.write(content)
-        fresh.replace(file)
+        draft.replace(file)
         self.file = file
 
     def accept(self) -> Bridge:
-        """The next one who knows the key; whoever does not is turned away.
+        """Wait for the next connection whose other end knows the key; others are refused.
 
         Raises:
-            BridgeError: the door has been closed.
+            BridgeError: the listener has been closed.
         """
         from multiprocessing import AuthenticationError
 
@@ -104,7 +106,7 @@ class BridgeListener:
                 time.sleep(0.01)
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Stop listening, and remove the socket and the file that names it."""
         self._closed = True
         self._listener.close()
         self.file.unlink(missing_ok=True)
@@ -119,9 +121,9 @@ def connect(file: Path | None = None) -> Bridge:
     """
     from multiprocessing import AuthenticationError
 
-    named = file or Path(os.environ.get(ADDRESS_VARIABLE, ""))
+    address_file = file or Path(os.environ.get(ADDRESS_VARIABLE, ""))
     try:
-        content = json.loads(named.read_text())
+        content = json.loads(address_file.read_text())
         return Bridge(Client(str(content["address"]), authkey=bytes.fromhex(content["key"])))
     except (OSError, EOFError, ValueError, KeyError, AuthenticationError) as error:
-        raise BridgeError(f"{named}: {error}") from None
+        raise BridgeError(f"{address_file}: {error}") from None

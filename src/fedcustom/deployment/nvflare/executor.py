@@ -1,4 +1,4 @@
-"""At a site, in the engine's job process: hands each message to the resident process, and its answer back."""
+"""Executor of the engine's job at a site: relays each request to the resident process, and its reply back."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
-from . import carry
 from .bridge import ADDRESS_VARIABLE, Bridge, BridgeError, connect
+from .payload import attach_payload, receive_payload
 
-RESTART = 60.0
-"""Seconds that a resident process may need to come back."""
+RESTART_TIMEOUT = 60.0
+"""Seconds that a resident process may take to restart."""
 
-MOST_BYTES = 64 * 2**30
+MAX_BYTES = 64 * 2**30
 
-LEFT_OVER = 24 * 3600.0
-"""Seconds after which a message in passing belongs to no job any more."""
+STALE_AFTER = 24 * 3600.0
+"""Seconds after which a file of tensors in the spool folder belongs to no job any more."""
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
-    """Answers any task with what the site's resident process says; keeps nothing itself."""
+    """Relay between the engine and the site's resident process; stateless but for files to be removed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,65 +37,65 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         self._sent: list[Path] = []
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """The engine's events; the folder for messages in passing is made when a job starts."""
+        """When a job starts, create the spool folder and remove what killed jobs left in it."""
         if event_type == EventType.START_RUN:
             self._spool.mkdir(parents=True, exist_ok=True)
-            for left in self._spool.glob("*.in"):  # by a job that was killed
-                if time.time() - left.stat().st_mtime > LEFT_OVER:
-                    left.unlink(missing_ok=True)
+            for stale in self._spool.glob("*.in"):
+                if time.time() - stale.stat().st_mtime > STALE_AFTER:
+                    stale.unlink(missing_ok=True)
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
     ) -> Shareable:
-        """One message to the resident process and its answer."""
+        """Have the resident process answer one request."""
         cell = fl_ctx.get_engine().get_cell()
         body = self._spool / f"{uuid.uuid4().hex}.in"
         message = json.loads(shareable["head"])
-        if error := carry.take(shareable, body, cell, MOST_BYTES, abort_signal):
-            return self._reply({"error": error}, None, cell)
-        answer: dict[str, Any] | None = None
+        if error := receive_payload(shareable, body, cell, MAX_BYTES, abort_signal):
+            return self._pack_reply({"error": error}, None, cell)
+        reply: dict[str, Any] | None = None
         try:
             message["body"] = str(body) if body.exists() else None
-            answer = self._ask(message, abort_signal)
+            reply = self._ask_resident(message, abort_signal)
         finally:
             body.unlink(missing_ok=True)
-        if answer is None:
+        if reply is None:
             return make_reply(ReturnCode.TASK_ABORTED)
-        path = answer.pop("body", None)
-        return self._reply(answer, Path(path) if path else None, cell)
+        path = reply.pop("body", None)
+        return self._pack_reply(reply, Path(path) if path else None, cell)
 
-    def _reply(self, answer: dict[str, Any], body: Path | None, cell: Any) -> Shareable:
-        for path in self._sent:  # the server asks anew only after it has what was sent before
+    def _pack_reply(self, reply: dict[str, Any], body: Path | None, cell: Any) -> Shareable:
+        for path in self._sent:  # the server sends another request only after it has the previous reply
             path.unlink(missing_ok=True)
         self._sent = [body] if body else []
-        reply = make_reply(ReturnCode.OK)
-        reply["head"] = json.dumps(answer)
-        carry.put(reply, body, cell)
-        return reply
+        message = make_reply(ReturnCode.OK)
+        message["head"] = json.dumps(reply)
+        attach_payload(message, body, cell)
+        return message
 
-    def _ask(self, message: dict[str, Any], abort_signal: Signal) -> dict[str, Any] | None:
-        """The resident process' answer; None if the job ends first. A process that died meanwhile is asked
-        again when it is back.
+    def _ask_resident(self, message: dict[str, Any], abort_signal: Signal) -> dict[str, Any] | None:
+        """The resident process' reply; None if the job ends first. A process that died meanwhile is asked
+        again after its restart.
         """
-        until = time.monotonic() + RESTART
+        deadline = time.monotonic() + RESTART_TIMEOUT
         bridge: Bridge | None = None
         while not abort_signal.triggered:
             try:
                 if bridge is None:
                     bridge = connect()
                     bridge.send(message)
-                    until = time.monotonic() + RESTART
-                answer = bridge.receive(timeout=0.5)
+                    deadline = time.monotonic() + RESTART_TIMEOUT
+                reply = bridge.receive(timeout=0.5)
             except BridgeError:
-                if bridge is not None:  # it was there until now
-                    until = time.monotonic() + RESTART
+                if bridge is not None:  # it has just died
+                    deadline = time.monotonic() + RESTART_TIMEOUT
                     bridge.close()
                 bridge = None
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     return {"error": "the site's resident process is not running"}
                 time.sleep(0.5)
                 continue
-            if answer is not None:
+            if reply is not None:
                 bridge.close()
-                return answer
+                return reply
         return None

@@ -1,4 +1,4 @@
-"""The engine's jobs: what one is made of, and a session with the server to submit and to watch them."""
+"""Jobs of the engine: their configuration, and the session with the server that submits and watches them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,12 @@ EXECUTOR = "fedcustom.deployment.nvflare.executor.SiteExecutor"
 ADMINISTRATOR = "lead@fedcustom.org"
 """The one user that a federation is provisioned with; jobs are submitted in this name."""
 
-ENDED = "FINISHED"
-"""Begins the status of a job that is over."""
+FINISHED = "FINISHED"
+"""Prefix of the status of a job that is over."""
 
 
 def write_job(folder: Path, sites: list[str]) -> None:
-    """The folder of a job for these sites: two configurations and no code, for that is installed at the
-    sites.
-    """
+    """Write the folder of a job for these sites: two configurations, and no code."""
     meta = {
         "name": "fedcustom",
         "resource_spec": {},
@@ -59,8 +57,9 @@ def write_job(folder: Path, sites: list[str]) -> None:
 
 
 class Session:
-    """A session with the server, opened anew whenever it was lost. Every method raises
-    :class:`~fedcustom.core.errors.DeploymentError` if the server cannot be reached.
+    """Administrator's session with the engine's server, reopened whenever it was lost.
+
+    Every method raises :class:`~fedcustom.core.errors.DeploymentError` if the server cannot be reached.
     """
 
     def __init__(self, kit: Path) -> None:
@@ -68,23 +67,23 @@ class Session:
         self._session: Any = None
 
     def connected(self) -> list[str]:
-        """The sites that the server has heard of lately."""
-        return [client.name for client in self._do(lambda s: s.get_system_info()).client_info]
+        """The sites whose heartbeats reach the server."""
+        return [client.name for client in self._call(lambda s: s.get_system_info()).client_info]
 
     def submit(self, sites: list[str]) -> str:
         """Submit a job for these sites; its id."""
         with tempfile.TemporaryDirectory() as folder:
             write_job(Path(folder) / "fedcustom", sites)
-            return str(self._do(lambda s: s.submit_job(str(Path(folder) / "fedcustom"))))
+            return str(self._call(lambda s: s.submit_job(str(Path(folder) / "fedcustom"))))
 
     def status(self, job: str) -> str:
-        """A job's status, in the engine's words; those of one that is over begin with FINISHED."""
-        return str(self._do(lambda s: s.get_job_meta(job)).get("status", ""))
+        """A job's status, in the engine's words; that of a job that is over begins with FINISHED."""
+        return str(self._call(lambda s: s.get_job_meta(job)).get("status", ""))
 
     def abort(self, job: str) -> None:
         """End a job, if it has not ended yet."""
         with contextlib.suppress(DeploymentError):
-            self._do(lambda s: s.abort_job(job))
+            self._call(lambda s: s.abort_job(job))
 
     def close(self) -> None:
         """Close the session; without this the engine's threads keep the process alive."""
@@ -93,7 +92,7 @@ class Session:
             with contextlib.suppress(Exception):
                 session.close()
 
-    def _do(self, action: Callable[[Any], T]) -> T:
+    def _call(self, action: Callable[[Any], T]) -> T:
         from nvflare.fuel.flare_api.flare_api import new_secure_session
 
         try:

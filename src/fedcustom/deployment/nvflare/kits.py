@@ -1,4 +1,4 @@
-"""Start-up kits: certificates and configuration for a server, its sites and the one who submits jobs."""
+"""Start-up kits: certificates and configuration for the server, the sites and the administrator."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .jobs import ADMINISTRATOR, CONTROLLER, EXECUTOR
 SITE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
 
-DEAD_AFTER = 20.0
-"""Seconds without a heartbeat after which the server takes a site for gone."""
+HEARTBEAT_TIMEOUT = 20.0
+"""Seconds without a heartbeat after which the server takes a site for disconnected."""
 
-HEARTBEAT = 4
+HEARTBEAT_INTERVAL = 4
 """Seconds between a site's heartbeats."""
 
 
@@ -40,7 +40,7 @@ def provision(folder: Path, server: str, port: int, sites: Sequence[str]) -> Non
     kit goes to its owner alone, and ``authority/`` to nobody.
 
     Raises:
-        DeploymentError: a name that cannot be one, or two that are the same; the engine's own complaint.
+        DeploymentError: a name that cannot be one, or two that are the same; the engine's own error.
     """
     require_nvflare()
     _check_names(server, sites)
@@ -49,16 +49,16 @@ def provision(folder: Path, server: str, port: int, sites: Sequence[str]) -> Non
     work.mkdir(parents=True)
     (work / "project.json").write_text(json.dumps(_project(server, port, sites), indent=1))
     command = [sys.executable, "-m", "nvflare.lighter.provision", "-p", "project.json", "-w", "kits"]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    made = work / "kits" / "fedcustom" / "prod_00"
-    if done.returncode or not made.is_dir():
-        complaint = (done.stdout + done.stderr).strip().splitlines() or ["no reason given"]
-        raise DeploymentError(f"provisioning failed: {complaint[-1]}")
+    result = subprocess.run(command, cwd=work, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    kits = work / "kits" / "fedcustom" / "prod_00"
+    if result.returncode or not kits.is_dir():
+        output = (result.stdout + result.stderr).strip().splitlines() or ["no reason given"]
+        raise DeploymentError(f"provisioning failed: {output[-1]}")
     (folder / "sites").mkdir(exist_ok=True)
-    (made / server).rename(folder / "server")
-    (made / ADMINISTRATOR).rename(folder / "admin")
+    (kits / server).rename(folder / "server")
+    (kits / ADMINISTRATOR).rename(folder / "admin")
     for site in sites:
-        (made / site).rename(folder / "sites" / site)
+        (kits / site).rename(folder / "sites" / site)
     (work / "kits" / "fedcustom" / "state").rename(folder / "authority")
     (folder / "authority").chmod(0o700)
     shutil.rmtree(work)
@@ -68,7 +68,7 @@ def provision(folder: Path, server: str, port: int, sites: Sequence[str]) -> Non
 
 
 def server_command(kit: Path) -> list[str]:
-    """What starts the engine at the server, as its own ``startup/sub_start.sh`` does."""
+    """Command that starts the engine at the server, as its own ``startup/sub_start.sh`` does."""
     return [
         *(sys.executable, "-u", "-m", "nvflare.private.fed.app.server.server_train", "-m", str(kit)),
         *("-s", "fed_server.json", "--set", "secure_train=true", "org=federation", "config_folder=config"),
@@ -76,7 +76,7 @@ def server_command(kit: Path) -> list[str]:
 
 
 def site_command(kit: Path) -> list[str]:
-    """What starts the engine at a site, as its own ``startup/sub_start.sh`` does.
+    """Command that starts the engine at a site, as its own ``startup/sub_start.sh`` does.
 
     Raises:
         DeploymentError: the folder is no site's kit.
@@ -84,7 +84,7 @@ def site_command(kit: Path) -> list[str]:
     return [
         *(sys.executable, "-u", "-m", "nvflare.private.fed.app.client.client_train", "-m", str(kit)),
         *("-s", "fed_client.json", "--set", "secure_train=true", f"uid={site_name(kit)}", "org=federation"),
-        *("config_folder=config", f"heart_beat_interval={HEARTBEAT}"),
+        *("config_folder=config", f"heart_beat_interval={HEARTBEAT_INTERVAL}"),
     ]
 
 
@@ -138,7 +138,7 @@ def _project(server: str, port: int, sites: Sequence[str]) -> dict[str, Any]:
     }
 
 
-RIGHTS = {
+PERMISSIONS = {
     "submit_job": "any", "clone_job": "none", "manage_job": "n:submitter", "download_job": "none",
     "view": "any", "operate": "none", "shell_commands": "none", "byoc": "none",
     "server-predeployed-flwr": "none",
@@ -147,19 +147,19 @@ RIGHTS = {
 and nobody reads a site's files through the engine."""
 
 
-def _restrict(kit: Path) -> None:
-    """Give the run these rights and everybody else none: a role is the server's word, so none has more."""
-    nothing = dict.fromkeys(RIGHTS, "none")
-    permissions = {"project_admin": nothing, "org_admin": nothing, "lead": RIGHTS, "member": nothing}
+def _restrict_permissions(kit: Path) -> None:
+    """Grant these permissions to the administrator and none to others: roles are claims of the server."""
+    denied = dict.fromkeys(PERMISSIONS, "none")
+    permissions = {"project_admin": denied, "org_admin": denied, "lead": PERMISSIONS, "member": denied}
     content = {"format_version": "1.0", "permissions": permissions}
     (kit / "local" / "authorization.json").write_text(json.dumps(content, indent=1))
 
 
 def _configure_server(kit: Path) -> None:
-    _restrict(kit)
+    _restrict_permissions(kit)
     resources = _resources(kit)
     resources["class_allow_list"] = [CONTROLLER]
-    resources["servers"][0]["heart_beat_timeout"] = DEAD_AFTER
+    resources["servers"][0]["heart_beat_timeout"] = HEARTBEAT_TIMEOUT
     storage = resources["snapshot_persistor"]["args"]["storage"]["args"]
     storage["root_dir"] = str((kit / "snapshots").absolute())
     for component in resources["components"]:
@@ -172,7 +172,7 @@ def _configure_server(kit: Path) -> None:
 
 
 def _configure_site(kit: Path) -> None:
-    _restrict(kit)
+    _restrict_permissions(kit)
     resources = _resources(kit)
     resources["class_allow_list"] = [EXECUTOR]
     resources["allow_log_streaming"] = False  # a site's log is its own

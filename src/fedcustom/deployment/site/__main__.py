@@ -1,4 +1,4 @@
-"""The resident process of a site: ``python -m fedcustom.deployment.site KIT SITE_TOML``."""
+"""Entry point of a site's resident process: ``python -m fedcustom.deployment.site KIT SITE_TOML``."""
 
 import sys
 from pathlib import Path
@@ -7,5 +7,5 @@ from ..nvflare.kits import site_name
 from .resident import serve
 from .settings import load_site
 
-kit, file = Path(sys.argv[1]), Path(sys.argv[2])
-serve(site_name(kit), load_site(file), file.parent, kit / "fedcustom")
+kit, settings_file = Path(sys.argv[1]), Path(sys.argv[2])
+serve(site_name(kit), load_site(settings_file), settings_file.parent, kit / "fedcustom")

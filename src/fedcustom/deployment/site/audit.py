@@ -1,4 +1,4 @@
-"""Every message that leaves a site, in a log that a compliance officer can read."""
+"""Audit log of a site: every message that leaves it, readable for a compliance officer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class AuditLog:
-    """``audit.jsonl``: a line for each event, flushed to the disk before the message leaves."""
+    """Audit log ``audit.jsonl``: a line for each event, flushed to the disk before the message leaves."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,9 +28,9 @@ class AuditLog:
 
 def digest(text: str, body: Path | None) -> str:
     """SHA-256 of a message: its JSON and then its file of tensors."""
-    found = hashlib.sha256(text.encode())
+    hashed = hashlib.sha256(text.encode())
     if body is not None:
         with body.open("rb") as file:
             while block := file.read(2**20):
-                found.update(block)
-    return found.hexdigest()
+                hashed.update(block)
+    return hashed.hexdigest()

@@ -1,4 +1,4 @@
-"""A site's private memory on its own disk, round by round, so that a run can go back to an earlier one."""
+"""Memory of a site on its own disk: a version for each round, so that a run can go back to an earlier one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ...methods.protocol import Memory
 
 
 class RoundMemory:
-    """What a client remembers after each round that it worked in: a folder a round, which appears whole."""
+    """Versioned memory of a client: one folder for each round that it worked in, written atomically."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def before(self, round_number: int) -> Memory:
-        """What was remembered when a round began. That of this round and of later ones, which were worked in
-        before the run went back, is forgotten.
+        """The memory when a round began. Versions of this and later rounds, from before the run went back,
+        are deleted.
         """
         for number in self._rounds():
             if number >= round_number:
@@ -27,7 +27,7 @@ class RoundMemory:
         return self.after(round_number - 1)
 
     def after(self, round_number: int) -> Memory:
-        """What was remembered after a round."""
+        """The memory after a round."""
         known = [number for number in self._rounds() if number <= round_number]
         if not known:
             return Memory()
@@ -36,19 +36,19 @@ class RoundMemory:
         return Memory(read_tensors(tensors) if tensors.exists() else {}, read_json(folder / "memory.json"))
 
     def save(self, round_number: int, memory: Memory) -> None:
-        """Keep what is remembered after a round."""
-        kept = copy.copy(memory)
+        """Save the memory after a round."""
+        saved = copy.copy(memory)
 
         def fill(folder: Path) -> None:
-            write_json(folder / "memory.json", kept.values)
-            if kept.tensors:
-                write_tensors(folder / "memory.safetensors", kept.tensors)
+            write_json(folder / "memory.json", saved.values)
+            if saved.tensors:
+                write_tensors(folder / "memory.safetensors", saved.tensors)
 
         write_folder(self._path(round_number), fill)
 
-    def keep(self, rounds: Iterable[int]) -> None:
-        """Forget what cannot be gone back to: the run goes back to one of these rounds at most."""
-        known, wanted = self._rounds(), sorted(rounds)
+    def prune(self, checkpoints: Iterable[int]) -> None:
+        """Delete the versions that the run, which goes back to one of these rounds at most, cannot need."""
+        known, wanted = self._rounds(), sorted(checkpoints)
         if not wanted:
             return
         needed = {max((n for n in known if n <= number), default=-1) for number in wanted}

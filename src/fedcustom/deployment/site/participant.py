@@ -1,4 +1,4 @@
-"""One site's part in one run: the recipe's method on the resident base model, with the site's own data."""
+"""Client of one run at a site: the recipe's method on the resident base model, with the site's data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ...core.errors import PolicyError
 from ...core.tensors import Tensors
 from ...data.build import with_builtin_columns
-from ...data.examples import ClientData, FederatedData, LearningTask
+from ...data.examples import ClientData, Example, FederatedData, LearningTask
 from ...data.own import OwnData
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
@@ -19,13 +19,15 @@ from ...models.inference import Predictions, measure
 from ...models.load import load_base
 from ...recipe.recipe import Recipe
 from ...transport.channel import Channel, Packed
+from ..replies import Part, PartSizes, SiteStatistics
 from .memory import RoundMemory
 
 
 class Participant:
-    """Does a run's tasks. Loads the base model once, when it is made.
+    """Client of one run at a site: executes its tasks. The base model is loaded once, by the constructor.
 
-    ``names`` are all clients of the run in their order, ``labels`` those that all sites agreed on.
+    ``names`` are all clients of the run in their order, ``labels`` those that all sites agreed on,
+    ``on_load`` is called when the base model is loaded.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class Participant:
         labels: list[str],
         own: OwnData,
         folder: Path,
-        loaded: Callable[[], None] = lambda: None,
+        on_load: Callable[[], None] = lambda: None,
     ) -> None:
         check_fit(recipe)
         _, clients = with_builtin_columns(recipe.data, recipe.clients)
@@ -44,7 +46,7 @@ class Participant:
         self.data = own.client(name, names.index(name), labels, clients, recipe.seed)
         task = LearningTask(recipe.data.task, tuple(labels))
         self.base = load_base(recipe.model, task, recipe.seed, head=recipe.method.with_head)
-        loaded()
+        on_load()
         everyone = {other: ClientData(other, []) for other in names} | {name: self.data}
         federation = FederatedData(task, everyone, [], [], test_is_pooled=True, public=own.public)
         self.method = make_method(recipe, self.base, federation)
@@ -52,15 +54,15 @@ class Participant:
         self.memory = RoundMemory(folder / "memory")
         self.disk = folder / "disk"
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> PartSizes:
         """How many examples each part has."""
-        return {part: len(getattr(self.data, part)) for part in ("train", "development", "test")}
+        return PartSizes(len(self.data.train), len(self.data.development), len(self.data.test))
 
-    def work(
+    def execute(
         self, kind: str, values: Mapping[str, Any], packed: Packed, round_number: int | None
     ) -> tuple[Packed, dict[str, Any]]:
-        """A task's answer as it travels: its tensors, and its values with the weight. In a round the memory
-        changes; outside rounds nothing is remembered.
+        """Execute a task; returns the update as it travels: its tensors, and its values with the weight. In a
+        round the memory changes; outside rounds nothing is remembered.
         """
         task = Task(kind, self.channel.unpack_down(packed), dict(values))
         before = self.memory.before(round_number) if round_number is not None else self.memory.after(2**31)
@@ -72,36 +74,38 @@ class Participant:
         self.memory.save(round_number, client.memory)
         return answer, {"weight": update.weight, **update.values}
 
-    def evaluate(self, part: str, tensors: Tensors, values: Mapping[str, Any], after: int) -> dict[str, Any]:
-        """Statistics of a state on one part of this site's data: of the global model (``whole``) and, where
-        clients keep parts or train on, of the site's own version (``own``), with its memory ``after`` a
-        round.
+    def evaluate(self, part: Part, tensors: Tensors, values: Mapping[str, Any], after: int) -> SiteStatistics:
+        """Statistics of a state on one part of this site's data: of the global model and, where clients keep
+        parts or train on, of the site's own version, with its memory ``after`` a round.
         """
-        examples = getattr(self.data, part)
+        examples: list[Example] = getattr(self.data, part)
         if not examples:
-            return {}
+            return SiteStatistics()
         state, recipe = State(tensors, {}, dict(values)), self.recipe
         epochs = recipe.personalisation.finetune_epochs if part == "test" else 0
         personal = self.method.keeps_parts()
-        result: dict[str, Any] = {}
+        global_model: Statistics | None = None
+        personalised: Statistics | None = None
         if recipe.method.is_whole or not personal:
             texts = part == "test" and recipe.data.task == "generation"
-            result["whole"] = self._statistics(self.method.predict(state, examples, texts=texts), part)
+            global_model = self._statistics(self.method.predict(state, examples, texts=texts), examples)
         if personal or epochs:
             own, client = state, Client(self.name, self.data, self.memory.after(after), self.disk)
             if epochs:
                 own = self.method.adapt(state, client, epochs)
                 client = replace(client, memory=replace(client.memory, tensors={}))
-            result["own"] = self._statistics(self.method.predict(own, examples, client, texts=False), part)
-        return result
+            predictions = self.method.predict(own, examples, client, texts=False)
+            personalised = self._statistics(predictions, examples)
+        return SiteStatistics(global_model, personalised)
 
-    def _statistics(self, said: Predictions, part: str) -> Statistics:
-        examples = getattr(self.data, part)
+    def _statistics(self, predictions: Predictions, examples: list[Example]) -> Statistics:
         if self.recipe.data.task == "classification":
-            return classification_statistics(said.scores, [example.label for example in examples])
-        # The loss of a generator is a mean over tokens, so that sites count by theirs.
-        tokens = {"loss": int(said.scores[:, 1].sum())} if self.recipe.data.task == "generation" else {}
-        return mean_statistics(measure(said, examples, self.base), tokens, len(examples))
+            return classification_statistics(predictions.scores, [example.label for example in examples])
+        # A generator's loss is a mean over tokens, so that it is weighted by their number.
+        tokens = (
+            {"loss": int(predictions.scores[:, 1].sum())} if self.recipe.data.task == "generation" else {}
+        )
+        return mean_statistics(measure(predictions, examples, self.base), tokens, len(examples))
 
 
 def refuse_retrieval_without_server(recipe: Recipe) -> None:

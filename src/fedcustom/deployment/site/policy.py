@@ -1,4 +1,4 @@
-"""A site's policy, applied: to the recipe before anything is loaded, and to each message before it leaves."""
+"""Policy checks of a site: of a recipe before anything is loaded, of each message before it leaves."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from .settings import PolicySettings
 
 MEGABYTE = 1e6
 
-MOST_LABELS, LONGEST_LABEL, MOST_WORDS = 10_000, 100, 12
+MAX_LABELS, MAX_LABEL_CHARACTERS, MAX_LABEL_WORDS = 10_000, 100, 12
 
-REPEATS = 4
-"""Tasks a round that may be answered: a round is asked again when a job ends, and some methods ask more than
-once in a round."""
+TASKS_PER_ROUND = 4
+"""Most tasks answered for each round: one is sent again when a job ends, and some methods need several."""
 
 
 def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
@@ -73,25 +72,25 @@ def check_labels(labels: Sequence[Any], *, named: bool) -> None:
     Raises:
         PolicyError: there are too many for labels, or they are too long.
     """
-    most, longest = MOST_LABELS, LONGEST_LABEL
+    most, longest = MAX_LABELS, MAX_LABEL_CHARACTERS
     if len(labels) > most or any(len(str(label)) > longest for label in labels):
         raise PolicyError(
             f"the column of labels has more than {most} values, or values of more than {longest} characters; "
             "a recipe cannot read out texts so"
         )
-    if not named and any(len(str(label).split()) > MOST_WORDS for label in labels):
+    if not named and any(len(str(label).split()) > MAX_LABEL_WORDS for label in labels):
         raise PolicyError("the recipe's column of labels holds texts; name another in site.toml (data.label)")
 
 
-def check_round(policy: PolicySettings, answered: int, work: int = 0) -> None:
-    """Refuse one round too many. ``answered`` counts other rounds, ``work`` all answers to tasks in this run.
+def check_round(policy: PolicySettings, rounds: int, tasks: int = 0) -> None:
+    """Refuse one round too many. ``rounds`` counts the other rounds that were answered, ``tasks`` all tasks.
 
     Raises:
         PolicyError: the site has answered as many rounds of this run as it may, or so many tasks that rounds
             must have been asked again and again.
     """
     most = policy.max_rounds
-    if most is not None and (answered >= most or work >= REPEATS * most):
+    if most is not None and (rounds >= most or tasks >= TASKS_PER_ROUND * most):
         raise PolicyError(f"policy.max_rounds = {most}: so many have been answered")
 
 
@@ -112,7 +111,7 @@ def check_outgoing(
 
 
 def _first_text(values: Any, where: str = "") -> str | None:
-    """Where in some values the first text stands, keys not counted."""
+    """Path of the first text among some values; keys do not count."""
     if isinstance(values, str):
         return where
     if isinstance(values, Mapping):

@@ -1,4 +1,4 @@
-"""What a site's administrator starts: the resident process and the engine, both kept alive."""
+"""Processes of a site: the resident process and the engine, both supervised."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ...core.errors import DeploymentError
 from ...core.files import held, holder
 from ..nvflare.bridge import ADDRESS_VARIABLE
 from ..nvflare.kits import require_nvflare, site_command, site_name
-from ..nvflare.supervise import SupervisedProcess, keep_alive
+from ..nvflare.supervision import SupervisedProcess, keep_alive
 from .settings import load_site
 
 
-def start_site(kit: Path, file: Path, note: Callable[[str], None], until: Callable[[], bool]) -> None:
-    """Take part in the federation that the kit is for, until told to stop.
+def start_site(kit: Path, file: Path, note: Callable[[str], None], stopped: Callable[[], bool]) -> None:
+    """Take part in the federation that the kit is for, until ``stopped()``.
 
     Only outgoing connections are made, to the server's one port. Everything that this site writes is in
     ``<kit>/fedcustom``: its memory, ``audit.jsonl`` (what left), ``errors.log``, and the processes' logs.
@@ -36,9 +36,9 @@ def start_site(kit: Path, file: Path, note: Callable[[str], None], until: Callab
     )
     environment = {ADDRESS_VARIABLE: str(own / "bridge.json"), "MALLOC_ARENA_MAX": "2"}
     engine = SupervisedProcess(site_command(kit), own / "engine.log", environment)
-    with held(own / "site.pid") as alone:
-        if not alone:
+    with held(own / "site.pid") as acquired:
+        if not acquired:
             raise DeploymentError(f"{kit}: process {holder(own / 'site.pid')} runs this site already")
         note(f"site {name}: logs and audit log are in {own}")
-        if not keep_alive([resident, engine], note, until):
+        if not keep_alive([resident, engine], note, stopped):
             raise DeploymentError(f"site {name}: a process does not start; see the logs in {own}")

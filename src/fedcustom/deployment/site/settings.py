@@ -1,4 +1,4 @@
-"""A site's own file: where its data is, what may leave, and how much of the machine it gives."""
+"""Settings of a site (``site.toml``): its data, its policy, and its threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ S = TypeVar("S", bound=Settings)
 
 
 class PolicySettings(Settings):
-    """What a site lets leave. It wins over the recipe: what it forbids is refused, and that is logged."""
+    """Policy of a site: what may leave. It wins over the recipe; what it forbids is refused and logged."""
 
     methods: list[str] | None = Field(None, description="Methods that this site takes part in; unset: all")
     base_models: list[str] | None = Field(
@@ -45,7 +45,7 @@ class PolicySettings(Settings):
 
 
 class SiteSettings(Settings):
-    """One site's file."""
+    """Settings of one site: its file, commonly ``site.toml``."""
 
     threads: int | None = Field(None, ge=1, description="Processor threads to compute with; unset: all")
     data: OwnDataSettings = Field(default_factory=lambda: OwnDataSettings(), description="This site's data")

@@ -1,4 +1,4 @@
-"""Processes that are kept alive: what dies is started again."""
+"""Supervision of child processes: one that dies is started again."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-QUICK = 10.0
-"""Seconds of life below which a process died of its start."""
+MIN_LIFETIME = 10.0
+"""Seconds: a process that dies sooner counts as a failed start."""
 
-MOST_QUICK = 5
-"""Deaths of their start in a row after which a process is given up."""
+MAX_FAILED_STARTS = 5
+"""Failed starts in a row after which a process is not started again."""
 
 
 @dataclass
 class SupervisedProcess:
-    """A command to be kept alive; its output goes to ``log``."""
+    """A child process that is started again when it dies; its output goes to ``log``."""
 
     command: list[str]
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
-    quick_deaths: int = 0
+    failed_starts: int = 0
 
     def start(self) -> None:
         """Start the process; it ends with this one, whatever ends this one (on Linux)."""
@@ -46,55 +46,57 @@ class SupervisedProcess:
             )
         self.started = time.monotonic()
 
-    def look(self) -> str:
-        """Start the process again if it has died; what happened, if anything did."""
+    def restart_if_dead(self) -> str:
+        """Start the process again if it has died; returns what happened, or an empty text."""
         if self.process is None:
             self.start()
             return ""
         code = self.process.poll()
         if code is None:
             return ""
-        lived = time.monotonic() - self.started
-        self.quick_deaths = self.quick_deaths + 1 if lived < QUICK else 0
-        if self.quick_deaths < MOST_QUICK:
-            time.sleep(min(0.5 * 2**self.quick_deaths, 8.0) if self.quick_deaths else 0.0)
+        lifetime = time.monotonic() - self.started
+        self.failed_starts = self.failed_starts + 1 if lifetime < MIN_LIFETIME else 0
+        if self.failed_starts < MAX_FAILED_STARTS:
+            time.sleep(min(0.5 * 2**self.failed_starts, 8.0) if self.failed_starts else 0.0)
             self.start()
-        return f"{Path(self.log).stem} ended with status {code} after {lived:.0f} s"
+        return f"{Path(self.log).stem} ended with status {code} after {lifetime:.0f} s"
 
     @property
     def given_up(self) -> bool:
-        """Whether the process died of its start too often."""
-        return self.quick_deaths >= MOST_QUICK
+        """Whether the start failed too often for another try."""
+        return self.failed_starts >= MAX_FAILED_STARTS
 
-    def stop(self, patience: float = 5.0) -> None:
-        """End the process and what it started."""
+    def stop(self, timeout: float = 5.0) -> None:
+        """End the process and its children: by SIGTERM and, after ``timeout`` seconds, by SIGKILL."""
         process, self.process = self.process, None
         if process is None:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+            process.wait(timeout)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+            process.wait(timeout)
 
 
-def keep_alive(kept: list[SupervisedProcess], note: Callable[[str], None], until: Callable[[], bool]) -> bool:
-    """Keep processes alive until ``until`` says so; whether none had to be given up."""
+def keep_alive(
+    processes: list[SupervisedProcess], note: Callable[[str], None], stopped: Callable[[], bool]
+) -> bool:
+    """Supervise processes until ``stopped()``, then end them; False if one failed to start too often."""
     try:
-        while not until():
-            for one in kept:
-                if said := one.look():
-                    note(said + ("; given up" if one.given_up else "; started again"))
-                if one.given_up:
+        while not stopped():
+            for process in processes:
+                if event := process.restart_if_dead():
+                    note(event + ("; given up" if process.given_up else "; started again"))
+                if process.given_up:
                     return False
             time.sleep(0.3)
         return True
     finally:
-        for one in kept:
-            one.stop()
+        for process in processes:
+            process.stop()
 
 
 def _end_with_parent() -> None:

@@ -1,0 +1,98 @@
+"""Transport of a deployed run: sends tasks to remote sites, and checks the updates that come back."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
+
+from ..core.errors import UpdateError
+from ..methods import Asked, AsksClients, Method, Task, Update
+from ..transport import wire
+from ..transport.channel import Channel
+from ..transport.protocol import Reply
+from .connection import SiteConnection
+from .memories import RemoteMemories
+from .nvflare.messenger import SiteReply
+from .participants import Participants
+
+
+class RemoteTransport:
+    """Transport: sends tasks to remote sites, packed by ``channel``, and yields their checked replies.
+
+    ``min_replies`` is how many sites have to reply before the others are waited for no longer than the grace
+    period. A method that asks its clients outside rounds is connected to :meth:`ask`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        channel: Channel,
+        connection: SiteConnection,
+        participants: Participants,
+        memories: RemoteMemories,
+        min_replies: int,
+    ) -> None:
+        self.method, self.channel = method, channel
+        self.connection, self.participants, self.memories = connection, participants, memories
+        self.min_replies = min_replies
+        if isinstance(method, AsksClients):
+            method.connect(self.ask, participants.clients)
+
+    def exchange(self, tasks: Mapping[str, Task], label: str, absent: Container[str] = ()) -> Iterator[Reply]:
+        """Give each site its task and yield the replies, in the tasks' order; a site's failure is a reply,
+        not an error. ``label`` is the round's number.
+        """
+        number, refused = int(label), self.participants.refused
+        self.connection.include_returned(tasks)
+        self.participants.admit(list(tasks))
+        packed = {name: self.channel.pack_down(task) for name, task in tasks.items()}
+        sent = {name: task for name, task in tasks.items() if name not in refused}
+        replies = self.connection.execute_round(
+            sent, packed, number, self.memories.checkpoints, min(self.min_replies, len(sent))
+        )
+        for name, task in tasks.items():
+            down = packed[name].length({"kind": task.kind, **task.values})
+            if name not in sent:
+                yield Reply(name, task, None, refused[name], "", 0, 0, 0.0)
+                continue
+            _, reply = next(replies)  # in the order of the requests, which is that of the tasks
+            yield self._unpacked(name, task, down, reply)
+            del reply  # before the next one is read
+        self.memories.advance(number)
+
+    def ask(self, tasks: Mapping[str, Task]) -> dict[str, Asked]:
+        """The sound answers to tasks outside rounds; why other sites gave none is noted."""
+        sent = {name: task for name, task in tasks.items() if name not in self.participants.refused}
+        answers = {}
+        for name, reply in self.connection.execute(sent, min_replies=1):
+            task, values = tasks[name], dict(reply.values)
+            try:
+                if reply.failure:
+                    raise UpdateError(reply.failure)
+                update = Update(reply.packed.tensors, float(values.pop("weight", 1.0)), values)
+                self.method.check(task, update)
+            except Exception as error:  # whatever a site sends, the others go on
+                self.connection.note(f"site {name} left out: {error}")
+                continue
+            down = wire.length(task.tensors, {"kind": task.kind, **task.values})
+            answers[name] = Asked(update, down, reply.size)
+        return answers
+
+    def _unpacked(self, name: str, task: Task, down: int, reply: SiteReply) -> Reply:
+        """A site's update as it comes out of the channel, checked. ``down`` is its task's length in bytes."""
+        sent = replace(task, tensors=self.channel.unpack_down(self.channel.pack_down(task)))
+        if reply.failure:
+            detail = f"{reply.failure}\n"
+            return Reply(name, sent, None, reply.failure, detail, down, 0, reply.seconds)
+        try:
+            values = dict(reply.values)
+            weight = values.pop("weight", None)
+            if not isinstance(weight, int | float):
+                raise UpdateError("an answer without a weight")
+            update = Update(self.channel.unpack_up(reply.packed, task), float(weight), values)
+            self.method.check(sent, update)
+        except Exception as error:  # whatever a site sends, the others go on
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            detail = f"{type(error).__name__}: {error}\n"
+            return Reply(name, sent, None, reason, detail, down, reply.size, reply.seconds)
+        return Reply(name, sent, update, "", "", down, reply.size, reply.seconds)
