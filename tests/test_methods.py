@@ -17,7 +17,7 @@ from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.data.settings import DataSettings
 from fedcustom.data.tokens import example_order
 from fedcustom.evaluation.settings import EvaluationSettings
-from fedcustom.methods import TECHNIQUES, Answer, Client, Context, Task, Update, WeightTuning, build_method
+from fedcustom.methods import Answer, Client, Context, Task, Update, WeightTuning, build_method, registry
 from fedcustom.methods.prefix.init import text_prefix
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
@@ -25,6 +25,7 @@ from fedcustom.training.settings import TrainingSettings
 
 LABELS = ("animal", "food", "place")
 RATE = 0.01
+TECHNIQUES = [name for name, registered in registry.methods().items() if registered.is_technique]
 
 
 def classification_examples(count: int = 8) -> list[Example]:
@@ -61,7 +62,7 @@ def make(
         seed=0,
         clients=clients,
     )
-    made = build_method(TECHNIQUES[method][0](**more), context)  # type: ignore[arg-type]
+    made = build_method(registry.settings_of(method)(**more), context)
     assert isinstance(made, WeightTuning)
     return made
 
@@ -156,7 +157,7 @@ def test_training_equals_a_plain_loop(tiny: dict[str, str], model: str, kind: st
         assert changed >= state.tensors.keys() - unused or steps == 1
 
 
-@pytest.mark.parametrize("method", list(TECHNIQUES))
+@pytest.mark.parametrize("method", TECHNIQUES)
 def test_only_the_declared_tensors_change(tiny: dict[str, str], method: str) -> None:
     ours = make(tiny["bert"], method)
     everything = {name: p.detach().clone() for name, p in ours.trainable.model.named_parameters()}
@@ -231,7 +232,7 @@ def test_reparametrisation_stays_at_the_client(tiny: dict[str, str]) -> None:
         torch.testing.assert_close(plain.trainable.model(**batch).logits, trained)
 
 
-@pytest.mark.parametrize("method", list(TECHNIQUES))
+@pytest.mark.parametrize("method", TECHNIQUES)
 @pytest.mark.parametrize(
     ("model", "kind"), [("bert", "classification"), ("llama", "classification"), ("gpt2", "classification")]
 )
@@ -250,7 +251,7 @@ def test_padding_does_not_change_predictions(
 
 
 @pytest.mark.parametrize(
-    "method", [n for n, (chosen, _) in TECHNIQUES.items() if "generation" in chosen.tasks]
+    "method", [name for name in TECHNIQUES if "generation" in registry.settings_of(name).tasks]
 )
 @pytest.mark.parametrize("model", ["llama", "gpt2", "bart"])
 def test_texts_written_in_a_batch_equal_those_written_alone(

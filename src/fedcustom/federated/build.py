@@ -52,7 +52,7 @@ def check_fit(recipe: Recipe) -> None:
         ModelError: the model cannot be found, or prefix and input together are longer than its context.
     """
     limit = context_length(load_configuration(recipe.model))
-    length = getattr(recipe.method, "length", 0)
+    length = recipe.method.context_tokens
     if limit is None:
         return
     if length >= limit:
