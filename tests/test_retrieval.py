@@ -20,8 +20,8 @@ from fedcustom.data.examples import ClientData, LearningTask
 from fedcustom.federated.callbacks import Silent
 from fedcustom.methods import Client, State, Task, Update
 from fedcustom.methods.retrieval.method import Retrieval
-from fedcustom.methods.retrieval.settings import RetrievalSettings
 from fedcustom.methods.retrieval.negatives import BORROWED, LENT, Negatives
+from fedcustom.methods.retrieval.settings import RetrievalSettings
 from fedcustom.models.embedding import embed
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
