@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=MethodSettingsBase)
 
+OWN_PACKAGE = __name__.partition(".")[0]
+
 LAST = 1000
 """The place of a method that asks for none."""
 
@@ -38,7 +40,7 @@ class Registration:
     :class:`~.tuning.technique.Technique`; of any other method a callable of the settings and a
     :class:`~.tuning.technique.Context` that gives a :class:`~.protocol.Method`. ``title`` is the method as
     people write it. ``colours`` are those of its curves on a light page and on a dark one; ``symbol`` is that
-    of its points.
+    of its points. ``package`` is the installed package that it belongs to.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Registration:
     symbol: str | None
     colours: tuple[str, str] | None
     order: int
+    package: str
 
     @property
     def is_technique(self) -> bool:
@@ -66,15 +69,14 @@ class Registration:
             PluginError: another package's method cannot be imported.
         """
         module, _, attribute = self.implementation.partition(":")
-        own = self.settings.__module__.startswith(f"{__package__}.")
         try:
             return getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            if own:
+            if self.package == OWN_PACKAGE:
                 raise
             raise PluginError(
-                f"method.name = {self.name!r}: {self.implementation} of package "
-                f"{self.settings.__module__.partition('.')[0]!r} cannot be imported: {error}"
+                f"method.name = {self.name!r}: {self.implementation} of package {self.package!r} "
+                f"cannot be imported: {error}"
             ) from error
 
 
@@ -113,7 +115,14 @@ def register(
         if module.startswith("."):
             module = settings.__module__.rpartition(".")[0] + module
         _registered[name] = Registration(
-            name, settings, f"{module}:{attribute}", title or name.replace("_", " "), symbol, colours, order
+            name,
+            settings,
+            f"{module}:{attribute}",
+            title or name.replace("_", " "),
+            symbol,
+            colours,
+            order,
+            OWN_PACKAGE,
         )
         return settings
 
@@ -148,6 +157,7 @@ def methods() -> Mapping[str, Registration]:
                 raise PluginError(
                     f"{plugins.title(point)} must be a settings class with @register and the name {name!r}"
                 )
+            _registered[name] = replace(_registered[name], package=plugins.package_of(point))
             names.append(name)
         except PluginError as error:
             _registered.clear()
