@@ -14,7 +14,8 @@ from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.data.settings import DataSettings
 from fedcustom.evaluation.settings import EvaluationSettings
-from fedcustom.methods.lora import Lora, LoraSettings
+from fedcustom.methods.lora.method import Lora
+from fedcustom.methods.lora.settings import LoraSettings
 from fedcustom.methods.protocol import Client
 from fedcustom.methods.tuning.method import WeightTuning
 from fedcustom.methods.tuning.technique import Context

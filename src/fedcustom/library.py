@@ -12,7 +12,8 @@ from .core.files import read_json, write_json, write_text
 from .data.build import build_data, with_builtin_columns
 from .data.examples import ClientData, FederatedData, LearningTask
 from .federated.build import check_fit, make_method
-from .methods.retrieval import Retrieval
+from .methods.retrieval.method import Retrieval
+from .methods.retrieval.settings import RetrievalSettings
 from .models.load import load_base
 from .recipe.recipe import Recipe, load_recipe, to_toml
 from .transport.channel import Channel
@@ -60,7 +61,7 @@ def index(
         RunError: the folder holds something else, or no client has documents.
     """
     checked, folder = load_recipe(recipe, overrides).complete(), Path(out)
-    if checked.method.name != "retrieval":
+    if not isinstance(checked.method, RetrievalSettings):
         raise RecipeError(f"method.name = {checked.method.name!r}: only method retrieval has an index")
     if checked.method.train != "none":
         raise RecipeError(

@@ -8,7 +8,7 @@ from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.data.settings import DataSettings
 from fedcustom.evaluation.settings import EvaluationSettings
-from fedcustom.methods import TECHNIQUES, Client, Context, WeightTuning, build_method
+from fedcustom.methods import Client, Context, WeightTuning, build_method, registry
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
 from fedcustom.training.settings import TrainingSettings
@@ -18,6 +18,9 @@ LABELS = ("animal", "food", "place")
 
 RATE = 0.01
 """The learning rate that :func:`make` sets unless told otherwise."""
+
+TECHNIQUES = [name for name, registered in registry.methods().items() if registered.is_technique]
+"""The methods that train tensors."""
 
 MODELS = {"bert": "classification", "llama": "generation", "gpt2": "generation", "bart": "generation"}
 """The tiny models, with the task that each is trained for."""
@@ -89,7 +92,7 @@ def make(
         seed=0,
         clients=clients,
     )
-    made = build_method(TECHNIQUES[method][0](**more), context)  # type: ignore[arg-type]
+    made = build_method(registry.settings_of(method)(**more), context)
     assert isinstance(made, WeightTuning)
     return made
 

@@ -14,11 +14,19 @@ from fedcustom.core.tensors import add, equal
 from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.data.tokens import example_order
 from fedcustom.evaluation.settings import EvaluationSettings
-from fedcustom.methods import TECHNIQUES, Answer, Client, Task, Update
+from fedcustom.methods import Answer, Client, Task, Update, registry
 from fedcustom.methods.prefix.init import text_prefix
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
-from helpers.methods import LABELS, RATE, classification_examples, examples_for, generation_examples, make
+from helpers.methods import (
+    LABELS,
+    RATE,
+    TECHNIQUES,
+    classification_examples,
+    examples_for,
+    generation_examples,
+    make,
+)
 
 
 def plain_losses(path: str, method: str, kind: str, examples: list[Example], steps: int) -> list[float]:
@@ -107,7 +115,7 @@ def test_training_equals_a_plain_loop(tiny: dict[str, str], model: str, kind: st
         assert changed >= state.tensors.keys() - unused or steps == 1
 
 
-@pytest.mark.parametrize("method", list(TECHNIQUES))
+@pytest.mark.parametrize("method", TECHNIQUES)
 def test_only_the_declared_tensors_change(tiny: dict[str, str], method: str) -> None:
     ours = make(tiny["bert"], method)
     everything = {name: p.detach().clone() for name, p in ours.trainable.model.named_parameters()}
@@ -182,7 +190,7 @@ def test_reparametrisation_stays_at_the_client(tiny: dict[str, str]) -> None:
         torch.testing.assert_close(plain.trainable.model(**batch).logits, trained)
 
 
-@pytest.mark.parametrize("method", list(TECHNIQUES))
+@pytest.mark.parametrize("method", TECHNIQUES)
 @pytest.mark.parametrize(
     ("model", "kind"), [("bert", "classification"), ("llama", "classification"), ("gpt2", "classification")]
 )
@@ -201,7 +209,7 @@ def test_padding_does_not_change_predictions(
 
 
 @pytest.mark.parametrize(
-    "method", [n for n, (chosen, _) in TECHNIQUES.items() if "generation" in chosen.tasks]
+    "method", [name for name in TECHNIQUES if "generation" in registry.settings_of(name).tasks]
 )
 @pytest.mark.parametrize("model", ["llama", "gpt2", "bart"])
 def test_texts_written_in_a_batch_equal_those_written_alone(

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedcustom.core.errors import ModelError, RunError
 from fedcustom.core.tensors import Tensors, equal
 from fedcustom.data.examples import ClientData, Example, LearningTask
-from fedcustom.methods import TECHNIQUES, Client, State, WeightTuning
+from fedcustom.methods import Client, State, WeightTuning, registry
 from fedcustom.methods.tuning.feed_forward import find_feed_forward
 from fedcustom.methods.tuning.reparametrisation import Network, Reparametrised
 from fedcustom.methods.tuning.technique import prepare_precision
@@ -352,7 +352,7 @@ def test_what_was_trained_is_not_rounded_when_frozen_weights_are(
     tiny: dict[str, str], tmp_path: Path, model: str, method: str, settings: dict[str, Any]
 ) -> None:
     kind = MODELS[model]
-    settings_class, technique = TECHNIQUES[method]
+    settings_class, technique = registry.settings_of(method), registry.methods()[method].load()
 
     def attached() -> Any:
         base = base_of(tiny[model], kind, "bfloat16")

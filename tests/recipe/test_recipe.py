@@ -10,7 +10,10 @@ import transformers
 
 from fedcustom.core.errors import RecipeError
 from fedcustom.experiment.grid import digest
-from fedcustom.methods import TECHNIQUES
+from fedcustom.methods import registry
+from fedcustom.methods.full.settings import FullSettings
+from fedcustom.methods.lora.settings import LoraSettings
+from fedcustom.methods.settings import TuningSettings
 from fedcustom.models.kind import ModelKind, kind_of, rough_parameters
 from fedcustom.models.load import model_kind
 from fedcustom.models.settings import ModelSettings
@@ -124,7 +127,7 @@ def test_overrides_read_values_as_toml() -> None:
 
 def test_another_methods_name_clears_the_old_ones_settings() -> None:
     recipe = load_recipe({"method": {"name": "prefix", "length": 8}}, ["method.name=lora"])
-    assert recipe.method.model_dump() == TECHNIQUES["lora"][0]().model_dump()
+    assert recipe.method.model_dump() == registry.settings_of("lora")().model_dump()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_a_complete_recipe_is_the_same_recipe(tmp_path: Path) -> None:
     path.write_text(to_toml(recipe.complete()))
     again = load_recipe(path)
     assert again == recipe.complete()
-    assert again.training.learning_rate == TECHNIQUES["lora"][0].rates.encoder
+    assert again.training.learning_rate == LoraSettings.rates.encoder
 
 
 @pytest.mark.parametrize(
@@ -169,10 +172,10 @@ def test_the_default_learning_rate_is_of_the_kind_of_model(base: str, kind: Mode
     assert model_kind(ModelSettings(base=base)) == kind
     task = "generation" if "lm" in base.removeprefix("builtin:minilm") else "classification"
     recipe = load_recipe({"model": {"base": base}, "data": {"task": task}})
-    for name, (settings, _) in TECHNIQUES.items():
-        if name == "probe":
+    for name, registered in registry.methods().items():
+        if name == "probe" or not issubclass(registered.settings, TuningSettings):
             continue
-        rates = settings.rates
+        rates = registered.settings.rates
         assert recipe.for_method(name).complete().training.learning_rate == rates.of(kind)
         assert rates.large <= rates.decoder
 
@@ -218,7 +221,7 @@ def test_comparison_settings_apply_to_their_method() -> None:
     lora, prefix, full = (recipe.for_method(name).complete() for name in ("lora", "prefix", "full"))
     assert (lora.method.rank, lora.training.learning_rate, lora.training.batch_size) == (2, 0.25, 4)  # type: ignore[union-attr]
     assert (prefix.method.length, prefix.training.learning_rate) == (8, 0.5)  # type: ignore[union-attr]
-    assert full.training.learning_rate == TECHNIQUES["full"][0].rates.encoder
+    assert full.training.learning_rate == FullSettings.rates.encoder
     with pytest.raises(RecipeError, match="did you mean 'lora'"):
         recipe.for_method("loar")
 

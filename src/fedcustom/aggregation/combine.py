@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..core import plugins
+from ..core.errors import PluginError
 from ..core.tensors import Tensors
 from . import robust
 from .mean import weighted_mean
-from .settings import AggregationSettings
+from .settings import OFFERED_RULES, AggregationSettings
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class Change:
     steps: int = 1
     discount: float = 1.0
 
+
+AggregationRule = Callable[[Sequence[Change], AggregationSettings], Mapping[str, Tensor]]
+"""What another package offers under ``fedcustom.aggregation``, as ``my_rule = "my_package:rule"``: a pure
+function from a cohort's changes to one change of the same names and shapes. Late changes come multiplied by
+their discount; ``weight`` is what ``aggregation.weighting`` makes of it.
+"""
 
 InnerProducts = Callable[[Sequence[Mapping[str, Tensor]]], Tensor]
 
@@ -48,6 +56,7 @@ def combine(
     Raises:
         ValueError: there is no change, or too few for the rule.
         KeyError: changes differ in names.
+        PluginError: another package's rule cannot be loaded, fails, or gives no such change.
     """
     if settings.rule == "mean":
         return weighted_mean(_one_by_one(changes, settings))
@@ -55,6 +64,8 @@ def combine(
         return normalised_mean(
             (_discounted(change), _weight(change, settings), change.steps) for change in changes
         )
+    if (rule := offered_rule(settings)) is not None:
+        return _by_plugin(rule, changes, settings)
     tensors = [_discounted(change) for change in changes]
     if not tensors:
         raise ValueError("there is no change to combine")
@@ -81,6 +92,36 @@ def combine(
     else:
         coefficients = robust.fltrust(gram)
     return linear_combination(tensors, coefficients.tolist())
+
+
+def offered_rule(settings: AggregationSettings) -> AggregationRule | None:
+    """The rule of another package that a recipe names; None where the rule is this package's.
+
+    Raises:
+        PluginError: it cannot be loaded; the message names the package.
+    """
+    if settings.rule not in OFFERED_RULES:
+        return None
+    rule: AggregationRule = plugins.load(OFFERED_RULES[settings.rule])
+    return rule
+
+
+def _by_plugin(rule: AggregationRule, changes: Iterable[Change], settings: AggregationSettings) -> Tensors:
+    title = plugins.title(OFFERED_RULES[settings.rule])
+    ready = [
+        replace(change, tensors=_discounted(change), weight=_weight(change, settings), discount=1.0)
+        for change in changes
+    ]
+    if not ready:
+        raise ValueError("there is no change to combine")
+    try:
+        result = dict(rule(ready, settings))
+    except Exception as error:  # whatever the other package's code raises
+        raise PluginError(f"{title} failed: {type(error).__name__}: {error}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in ready[0].tensors.items()}
+    if {name: tuple(getattr(tensor, "shape", ())) for name, tensor in result.items()} != wanted:
+        raise PluginError(f"{title}: its change must have the names and shapes of the clients' changes")
+    return result
 
 
 def normalised_mean(changes: Iterable[tuple[Mapping[str, Tensor], float, int]]) -> Tensors:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from ..core import plugins
 from ..core.settings import Settings
 
-Rule = Literal[
+BuiltInRule = Literal[
     "mean",
     "fednova",
     "median",
@@ -20,6 +21,14 @@ Rule = Literal[
     "centred_clipping",
     "fltrust",
 ]
+OFFERED_RULES = plugins.offered(plugins.AGGREGATION, get_args(BuiltInRule))
+"""Rules of other packages by name (:func:`~.combine.offered_rule`), of which none is imported yet."""
+
+if TYPE_CHECKING:
+    Rule = str
+else:
+    Rule = Literal[(*get_args(BuiltInRule), *OFFERED_RULES)]
+
 ServerOptimizer = Literal["fedavg", "fedavgm", "nesterov", "fedadagrad", "fedadam", "fedyogi"]
 
 

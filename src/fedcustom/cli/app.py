@@ -64,11 +64,13 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe: customise a model with its clients' data."""
-    from .. import api
     from ..recipe.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides or [])  # before what imports torch, which takes seconds
+
+    from .. import api
     from ..report import comparison_table, write_report
 
-    checked = load_recipe(recipe, overrides or [])
     directory = out or api.default_directory(recipe, checked)
     again = command_line("run", recipe, overrides=overrides, options={"--out": directory, "--resume": True})
     with display(again, quiet) as make:
@@ -104,13 +106,15 @@ def compare(
     """Compare methods and baselines on one recipe; finished runs are not run again. Classifiers are held
     against a probe: logistic regression on the frozen model's vectors.
     """
-    from ..experiment.compare import comparison_cells, run_cells, with_probes
-    from ..experiment.runner import run_cells_apart
     from ..recipe.recipe import load_recipe
-    from ..report import comparison_table, write_report
 
     folder = out or Path("runs") / recipe.stem
-    checked, reasons = load_recipe(recipe, overrides or []), list[str]()
+    checked, reasons = load_recipe(recipe, overrides or []), list[str]()  # before what imports torch
+
+    from ..experiment.compare import comparison_cells, run_cells, with_probes
+    from ..experiment.runner import run_cells_apart
+    from ..report import comparison_table, write_report
+
     cells = comparison_cells(
         checked,
         folder,

@@ -67,11 +67,13 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Start the server on this machine and run a recipe with the sites that are there."""
-    from .. import api
-    from ..deployment.run import run_deployed
     from ..recipe.recipe import load_recipe
 
-    checked = load_recipe(recipe, overrides or [])
+    checked = load_recipe(recipe, overrides or [])  # before what imports torch
+
+    from .. import api
+    from ..deployment.run import run_deployed
+
     directory = out or api.default_directory(recipe, checked)
     options = {"--federation": folder, "--out": directory, "--resume": True}
     again = command_line("deploy", "run", recipe, overrides=overrides, options=options)
@@ -90,11 +92,13 @@ def local(
     quiet: Quiet = False,
 ) -> None:
     """Try a deployment out: a server and all sites on this machine, each with a client's part of the data."""
-    from .. import api
-    from ..deployment.local import run_locally
     from ..recipe.recipe import load_recipe
 
-    checked = load_recipe(recipe, overrides or [])
+    checked = load_recipe(recipe, overrides or [])  # before what imports torch
+
+    from .. import api
+    from ..deployment.local import run_locally
+
     directory = out or api.default_directory(recipe, checked)
     folder = directory.with_name(directory.name + ".federation")
     options = {"--out": directory, "--port": port, "--resume": True}

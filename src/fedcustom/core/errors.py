@@ -40,6 +40,10 @@ class DeploymentError(FedcustomError):
     """A federation of sites cannot be made, reached or joined."""
 
 
+class PluginError(FedcustomError):
+    """What another package offers as a plug-in cannot be loaded, or does not do what it must."""
+
+
 class PolicyError(FedcustomError):
     """A site's own policy forbids what it was asked."""
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..core.errors import DataError
-from .settings import ClientSettings
+from ..core import plugins
+from ..core.errors import DataError, PluginError
+from .settings import OFFERED_PARTITIONS, ClientSettings
 
 Partition = list[list[int]]
+
+Partitioner = Callable[[Sequence[int], ClientSettings, int], Sequence[Sequence[int]]]
+"""What another package offers under ``fedcustom.partitions``, as ``my_partition = "my_package:partition"``: a
+pure function of the examples' labels, the settings and a seed, to the positions that each of
+``settings.count`` clients holds, each position once.
+"""
 
 
 def partition_examples(labels: Sequence[int], settings: ClientSettings, seed: int) -> Partition:
@@ -24,6 +31,7 @@ def partition_examples(labels: Sequence[int], settings: ClientSettings, seed: in
 
     Raises:
         DataError: more clients than examples, or a partition that cannot be made.
+        PluginError: another package's partition cannot be loaded, fails, or is no partition.
     """
     rows, count = len(labels), settings.count
     if count * settings.minimum_examples > rows:
@@ -31,6 +39,8 @@ def partition_examples(labels: Sequence[int], settings: ClientSettings, seed: in
             f"clients.count: {count} clients of at least {settings.minimum_examples} examples "
             f"need {count * settings.minimum_examples}; there are {rows}"
         )
+    if settings.partition in OFFERED_PARTITIONS:
+        return fill_up(_by_plugin(labels, settings, seed), settings.minimum_examples)
     kinds = len(set(labels))
     if settings.partition in ("dirichlet", "pathological") and kinds < 2:
         raise DataError(
@@ -82,6 +92,22 @@ def fill_up(parts: Partition, minimum: int) -> Partition:
             part.append(parts[giver].pop())
             for changed in (giver, number):
                 heapq.heappush(sizes, (-len(parts[changed]), changed))
+    return parts
+
+
+def _by_plugin(labels: Sequence[int], settings: ClientSettings, seed: int) -> Partition:
+    point = OFFERED_PARTITIONS[settings.partition]
+    partition: Partitioner = plugins.load(point)
+    try:
+        parts = [[int(position) for position in part] for part in partition(labels, settings, seed)]
+    except Exception as error:  # whatever the other package's code raises
+        raise PluginError(f"{plugins.title(point)} failed: {type(error).__name__}: {error}") from error
+    placed = sorted(position for part in parts for position in part)
+    if len(parts) != settings.count or placed != list(range(len(labels))):
+        raise PluginError(
+            f"{plugins.title(point)}: must give each of {len(labels)} examples to one of "
+            f"{settings.count} clients"
+        )
     return parts
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from ..core import plugins
 from ..core.settings import Settings
 
 TaskKind = Literal["classification", "generation", "retrieval"]
-PartitionKind = Literal["natural", "iid", "dirichlet", "quantity", "pathological"]
+BuiltInPartition = Literal["natural", "iid", "dirichlet", "quantity", "pathological"]
+
+OFFERED_PARTITIONS = plugins.offered(plugins.PARTITIONS, get_args(BuiltInPartition))
+"""Partitions of other packages by name (:mod:`~.partition`), of which none is imported yet."""
+
+if TYPE_CHECKING:
+    PartitionKind = str
+else:
+    PartitionKind = Literal[(*get_args(BuiltInPartition), *OFFERED_PARTITIONS)]
 
 
 class DataSettings(Settings):

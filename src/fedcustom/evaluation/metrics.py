@@ -15,8 +15,6 @@ from .calibration import expected_calibration_error, reliability
 Metrics = dict[str, float]
 
 LOWER_IS_BETTER = frozenset({"loss", "clients_asked", "calibration_error"})
-CLASSIFICATION_METRICS = ("accuracy", "macro_f1", "loss", "calibration_error")
-RETRIEVAL_METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
 RANKS = 10
 """The ranks that count in the mean reciprocal rank."""
 GENERATION_METRICS = ("loss", "bleu", "chrf", "rouge_l")

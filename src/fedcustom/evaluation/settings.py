@@ -8,6 +8,9 @@ from pydantic import Field
 
 from ..core.settings import Settings
 
+CLASSIFICATION_METRICS = ("accuracy", "macro_f1", "loss", "calibration_error")
+RETRIEVAL_METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
+
 
 class EvaluationSettings(Settings):
     """When quality is measured, and by what the best round is chosen."""

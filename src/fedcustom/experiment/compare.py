@@ -11,13 +11,12 @@ from ..aggregation.settings import AggregationSettings
 from ..core.errors import FedcustomError, RecipeError, nearest
 from ..federated.callbacks import Callback
 from ..federated.run import run_recipe
-from ..methods import METHODS
+from ..methods.probe.settings import PROBE, ProbeSettings
 from ..models.load import has_linear_head
 from ..recipe.label_skew import why_no_head_fit
 from ..recipe.recipe import Baseline, Recipe
 
 BASELINES: tuple[Baseline, ...] = ("centralised", "local")
-PROBE = "probe"
 PROBED: tuple[Baseline, ...] = ("centralised", "federated")
 """How the probe is run beside other methods."""
 
@@ -106,7 +105,7 @@ def probe_of(recipe: Recipe, baseline: Baseline) -> Recipe:
     """
     if not has_linear_head(recipe.model):
         raise RecipeError("the model's classification head is not known to end in one linear layer")
-    merged = recipe.model_copy(update={"method": METHODS[PROBE]()})
+    merged = recipe.model_copy(update={"method": ProbeSettings()})
     if baseline == "federated" and (reason := why_no_head_fit(merged)):
         raise RecipeError(reason)
     probe = recipe.for_method(PROBE, baseline)

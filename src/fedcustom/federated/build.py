@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..aggregation.combine import offered_rule
 from ..core.errors import ModelError, RecipeError
 from ..data.build import with_builtin_columns
 from ..data.examples import ClientData, Example, FederatedData
@@ -22,7 +23,9 @@ def make_method(recipe: Recipe, base: Base, federation: FederatedData | None = N
 
     Raises:
         ModelError: the method does not fit the model.
+        PluginError: the method or the rule is another package's, and cannot be loaded.
     """
+    offered_rule(recipe.aggregation)  # one that cannot be loaded is refused now, not after a round
     data, _ = with_builtin_columns(recipe.data, recipe.clients)
     if federation is not None:
         recipe = recipe.settled(len(federation.clients))
@@ -52,7 +55,7 @@ def check_fit(recipe: Recipe) -> None:
         ModelError: the model cannot be found, or prefix and input together are longer than its context.
     """
     limit = context_length(load_configuration(recipe.model))
-    length = getattr(recipe.method, "length", 0)
+    length = recipe.method.context_tokens
     if limit is None:
         return
     if length >= limit:

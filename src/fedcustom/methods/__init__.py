@@ -1,80 +1,32 @@
 """Customisation methods, one package each, behind one protocol of five verbs.
 
-A new method adds its line to :data:`TECHNIQUES`, or to :data:`OTHERS` if it does not train tensors.
+Names are imported on first use: settings need no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .adapter import Adapter, AdapterSettings
-from .bitfit import BitFit, BitFitSettings
-from .distillation import Distillation, DistillationSettings
-from .full import Full, FullSettings
-from .ia3 import Ia3, Ia3Settings
-from .lora import Lora, LoraSettings
-from .prefix import Prefix, PrefixSettings
-from .probe import Probe, ProbeSettings
-from .prompt_engineering import PromptEngineeringSettings, prompt_engineering
-from .protocol import (
-    UNFINISHED,
-    Answer,
-    Asked,
-    AsksClients,
-    Client,
-    Memory,
-    Method,
-    ScalesLogits,
-    State,
-    Task,
-    Update,
-    peeked,
-)
-from .retrieval import Retrieval, RetrievalSettings
-from .settings import MethodSettingsBase, TuningSettings
-from .soft_prompt import SoftPrompt, SoftPromptSettings
-from .tuning.head_fit import client_labels
-from .tuning.method import WeightTuning
-from .tuning.technique import Context, Technique
-
-TECHNIQUES: dict[str, tuple[type[TuningSettings], type[Any]]] = {
-    "prefix": (PrefixSettings, Prefix),
-    "lora": (LoraSettings, Lora),
-    "soft_prompt": (SoftPromptSettings, SoftPrompt),
-    "full": (FullSettings, Full),
-    "adapter": (AdapterSettings, Adapter),
-    "ia3": (Ia3Settings, Ia3),
-    "bitfit": (BitFitSettings, BitFit),
-    "probe": (ProbeSettings, Probe),
-}
-"""Methods that train tensors: their settings, and which tensors those are."""
-
-OTHERS: dict[str, tuple[type[MethodSettingsBase], Callable[[Any, Context], Method]]] = {
-    "distillation": (DistillationSettings, Distillation),
-    "retrieval": (RetrievalSettings, Retrieval),
-    "prompt_engineering": (PromptEngineeringSettings, prompt_engineering),
-}
-"""Methods with verbs of their own: their settings, and what makes one of them."""
-
-METHODS: dict[str, type[MethodSettingsBase]] = {
-    name: settings for name, (settings, _) in [*TECHNIQUES.items(), *OTHERS.items()]
-}
-"""The settings of every method."""
-
-MethodSettings = (
-    PrefixSettings
-    | LoraSettings
-    | SoftPromptSettings
-    | FullSettings
-    | AdapterSettings
-    | Ia3Settings
-    | BitFitSettings
-    | ProbeSettings
-    | DistillationSettings
-    | RetrievalSettings
-    | PromptEngineeringSettings
-)
+if TYPE_CHECKING:
+    from .protocol import (
+        UNFINISHED,
+        Answer,
+        Asked,
+        AsksClients,
+        Client,
+        Memory,
+        Method,
+        ScalesLogits,
+        State,
+        Task,
+        Update,
+        peeked,
+    )
+    from .registry import build_method
+    from .tuning.head_fit import client_labels
+    from .tuning.method import WeightTuning
+    from .tuning.technique import Context, Technique
 
 __all__ = [
     "UNFINISHED",
@@ -85,25 +37,29 @@ __all__ = [
     "Context",
     "Memory",
     "Method",
-    "MethodSettings",
     "ScalesLogits",
     "State",
     "Task",
     "Technique",
     "Update",
+    "WeightTuning",
     "build_method",
     "client_labels",
     "peeked",
 ]
 
+_ELSEWHERE = {
+    "Context": "tuning.technique",
+    "Technique": "tuning.technique",
+    "WeightTuning": "tuning.method",
+    "build_method": "registry",
+    "client_labels": "tuning.head_fit",
+}
+"""Where names are that are not in ``protocol``."""
 
-def build_method(settings: MethodSettings, context: Context) -> Method:
-    """The method that a recipe names.
 
-    Raises:
-        ModelError: the method does not fit the base model.
-    """
-    if settings.name in OTHERS:
-        return OTHERS[settings.name][1](settings, context)
-    _, technique = TECHNIQUES[settings.name]
-    return WeightTuning(technique(settings), context)
+def __getattr__(name: str) -> Any:
+    """Import a name on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ELSEWHERE.get(name, 'protocol')}", __name__), name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -15,9 +15,25 @@ class MethodSettingsBase(Settings):
     """A method's section of the recipe. ``with_head`` is whether a classification task gives its base model a
     head, or leaves it as it was pretrained. ``not_for`` names sections and settings of the recipe that have
     no meaning for the method: they must be left at their defaults; ``tasks`` are what it can learn.
+
+    ``sends_weights`` is whether clients send weights of a model, ``sends_whole_model`` whether they send all
+    of them, ``sends_predictions`` whether what travels is what models say of public texts: a report compares
+    traffic by them. ``only_fits`` is whether the method's one round fits the head, and nothing is trained by
+    steps.
+
+    The properties are what other packages ask of a method's settings: nothing outside this package looks at
+    their fields. Those of type ``str | None`` name the setting that makes it so, as in
+    ``method.variant = 'flora'``, and are None where nothing does.
     """
 
+    if TYPE_CHECKING:
+        name: str
+
     with_head: ClassVar[bool] = True
+    sends_weights: ClassVar[bool] = True
+    sends_whole_model: ClassVar[bool] = False
+    sends_predictions: ClassVar[bool] = False
+    only_fits: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ("classification", "generation")
     not_for: ClassVar[tuple[str, ...]] = ()
 
@@ -37,6 +53,57 @@ class MethodSettingsBase(Settings):
         """
         return False
 
+    @property
+    def context_tokens(self) -> int:
+        """Positions of the base model's context that the method takes from every input."""
+        return 0
+
+    @property
+    def named_models(self) -> tuple[str, ...]:
+        """Pretrained models beside ``model.base`` that a party may load."""
+        return ()
+
+    @property
+    def opens_file(self) -> str | None:
+        """The setting that names a file which every party opens, as in ``method.instructions_file``."""
+        return None
+
+    @property
+    def sends_texts(self) -> str | None:
+        """The setting by which clients send vectors in training from which texts can be guessed, as in
+        ``method.shared_negatives``.
+        """
+        return None
+
+    @property
+    def replaces_rule(self) -> str | None:
+        """The setting that merges by a rule of the method's own, so that what the server sends next is no
+        change of a state that every client can compute.
+        """
+        return None
+
+    @property
+    def needs_same_state(self) -> str | None:
+        """The setting whose rule needs the updates of a round to start from one state, so that late answers
+        do not fit.
+        """
+        return self.replaces_rule
+
+    @property
+    def trains_every_round(self) -> str | None:
+        """The setting that needs every round to train, so that none can be given to fitting the head."""
+        return None
+
+    @property
+    def redraws_tensors(self) -> bool:
+        """Whether a client sends other tensors in each round, so that nothing can be carried over."""
+        return self.replaces_rule is not None
+
+    @property
+    def personal(self) -> bool:
+        """Whether each client's model has tensors, or a form, of its own."""
+        return False
+
     def check_sections(self, baseline: str, sections: Mapping[str, Any]) -> None:
         """Refuse sections of the recipe that have no meaning for the method: those in ``not_for``.
 
@@ -46,8 +113,7 @@ class MethodSettingsBase(Settings):
         task = sections["data"].task
         if task not in self.tasks:
             raise ValueError(
-                f"data.task = {task!r}: allowed for method.name = {getattr(self, 'name', '')!r}: "
-                f"{', '.join(self.tasks)}"
+                f"data.task = {task!r}: allowed for method.name = {self.name!r}: {', '.join(self.tasks)}"
             )
         for key in self.not_for:
             section, _, name = key.partition(".")
@@ -58,18 +124,16 @@ class MethodSettingsBase(Settings):
                 if value != default and (default is not None or value):  # 0 and [] say off, as unset does
                     raise ValueError(
                         f"{section}.{each} = {value!r}: has no meaning for method.name = "
-                        f"{getattr(self, 'name', '')!r}; leave it at its default"
+                        f"{self.name!r}; leave it at its default"
                     )
 
 
 class TuningSettings(MethodSettingsBase):
     """That of a method that trains tensors; of ``rates`` one is used where the recipe sets no learning rate
-    (docs/learning_rates.md). ``only_fits`` is whether its one round fits the head, and nothing is trained by
-    steps.
+    (docs/learning_rates.md).
     """
 
     rates: ClassVar[Rates]
-    only_fits: ClassVar[bool] = False
 
     def default_learning_rate(self, kind: ModelKind) -> float:
         """The learning rate for a kind of model where the recipe sets none."""

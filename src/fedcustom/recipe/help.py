@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..core.settings import Settings
-from ..methods import METHODS
+from ..methods import registry
 
 
 def settings_help(recipe: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
@@ -20,9 +20,9 @@ def settings_help(recipe: type[BaseModel]) -> Iterator[tuple[str, str, str, str]
     """
     for name, field in recipe.model_fields.items():
         if name == "method":
-            for method, settings in METHODS.items():
-                yield f"[method] name = {method!r}", "", "", (settings.__doc__ or "").strip().splitlines()[0]
-                for key, sub in settings.model_fields.items():
+            for method, registered in registry.methods().items():
+                yield f"[method] name = {method!r}", "", "", registered.help
+                for key, sub in registered.settings.model_fields.items():
                     if key != "name":
                         yield f"method.{key}", _type_text(sub), _default_text(sub), sub.description or ""
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
@@ -82,7 +82,7 @@ def _default_text(field: FieldInfo) -> str:
 def explain(problem: Any, recipe: type[BaseModel]) -> str:
     """One validation problem in one line: key, value, what is allowed, nearest right name."""
     path = [str(part) for part in problem["loc"]]
-    if len(path) > 1 and path[0] == "method" and path[1] in METHODS:
+    if len(path) > 1 and path[0] == "method" and path[1] in registry.names():
         path.pop(1)  # pydantic adds the chosen method's name to the path
     if len(path) > 2 and path[-1].startswith(("constrained-", "literal[")):
         path.pop()  # and, of a number or a word, which of the two it is
@@ -92,7 +92,7 @@ def explain(problem: Any, recipe: type[BaseModel]) -> str:
         return f"{key}: unknown setting{nearest(path[-1], known, everywhere=recipe)}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name") if isinstance(value, dict) else value
-        return f"method.name = {name!r}: unknown method{nearest(str(name), list(METHODS))}"
+        return f"method.name = {name!r}: unknown method{nearest(str(name), registry.names())}"
     if kind == "literal_error":
         expected = problem["ctx"]["expected"]
         return f"{key} = {value!r}: must be {expected}{_close(value, expected)}"
@@ -107,7 +107,8 @@ def _known_keys(path: Sequence[Any], recipe: type[BaseModel]) -> list[str]:
     if not path:
         return list(recipe.model_fields)
     if path[0] == "method":
-        return list(METHODS[path[1]].model_fields) if len(path) > 1 and path[1] in METHODS else ["name"]
+        known = len(path) > 1 and path[1] in registry.names()
+        return list(registry.settings_of(path[1]).model_fields) if known else ["name"]
     annotation = recipe.model_fields[str(path[0])].annotation
     return (
         list(annotation.model_fields)

@@ -10,9 +10,7 @@ from typing import Any, Literal, Protocol
 from ..aggregation.settings import AggregationSettings
 from ..core.errors import RecipeError
 from ..data.settings import ClientSettings, DataSettings
-from ..methods import MethodSettings
-from ..methods.settings import TuningSettings
-from ..models.load import has_linear_head
+from ..methods.settings import MethodSettingsBase, TuningSettings
 from ..models.settings import ModelSettings
 from ..simulation.settings import AttackSettings, ParticipationSettings
 from ..training.settings import TrainingSettings
@@ -40,7 +38,7 @@ class Sections(Protocol):
     @property
     def clients(self) -> ClientSettings: ...
     @property
-    def method(self) -> MethodSettings: ...
+    def method(self) -> MethodSettingsBase: ...
     @property
     def training(self) -> TrainingSettings: ...
     @property
@@ -73,7 +71,7 @@ def remedies_of(recipe: Sections) -> Remedies:
     """
     training, selection, filled = recipe.training, recipe.rounds.selection, dict[str, Any]()
     default, said = _by_default(recipe), training.fit_head_clients
-    if only_fits(recipe):
+    if recipe.method.only_fits:
         return Remedies(_probing(recipe), "uniform" if selection == "balanced" else selection)
     fitted = training.fit_head_rounds or default
     if said is not None and not fitted and _open(recipe):
@@ -105,13 +103,8 @@ def remedies_of(recipe: Sections) -> Remedies:
     return Remedies(filled, selection)
 
 
-def only_fits(recipe: Sections) -> bool:
-    """Whether the method's one round fits the head, and nothing is trained by steps."""
-    return isinstance(recipe.method, TuningSettings) and recipe.method.only_fits
-
-
 def _probing(recipe: Sections) -> dict[str, Any]:
-    """What the training settings of such a method become: a fit in its one round, and all that trains off."""
+    """What the training settings of a method that only fits become: a fit in its one round, no training."""
     some = recipe.training.fit_head_clients
     if recipe.baseline == "federated" and some is None and _is_natural(recipe):
         some = FEWEST_TO_FIT
@@ -170,8 +163,8 @@ def why_no_head_fit(recipe: Sections) -> str | None:
         return "does not go with personalisation.keep = ['head']"
     if attack in ("sign_flip", "random", "alie"):
         return f"attack.kind = {attack!r} is defined for changes, not for sums"
-    if getattr(recipe.method, "variant", "") == "rolora":
-        return "method.variant = 'rolora' needs every round to train in turn"
+    if setting := recipe.method.trains_every_round:
+        return f"{setting} needs every round to train in turn"
     return None
 
 
@@ -192,9 +185,7 @@ def _by_default(recipe: Sections) -> bool:
     """Whether remedies are the default: where the recipe leaves them open, one model is trained for all
     clients, these are likely to answer, and sums go with the rest of the recipe.
     """
-    method = recipe.method
-    own_ranks = getattr(method, "client_ranks", None) or getattr(method, "private_rank", 0)
-    personal = getattr(method, "variant", "") == "fedsa" or own_ranks or recipe.personalisation.keep
+    personal = recipe.method.personal or recipe.personalisation.keep
     return (
         _open(recipe)
         and not recipe.training.freeze_head_rounds
@@ -202,8 +193,14 @@ def _by_default(recipe: Sections) -> bool:
         and not recipe.participation.dropout
         and recipe.rounds.count >= FEWEST_ROUNDS_TO_FIT
         and why_no_head_fit(recipe) is None
-        and has_linear_head(recipe.model)
+        and _has_linear_head(recipe.model)
     )
+
+
+def _has_linear_head(model: ModelSettings) -> bool:
+    from ..models.load import has_linear_head  # which imports torch
+
+    return has_linear_head(model)
 
 
 def _clients_to_fit(recipe: Sections) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
@@ -14,22 +14,24 @@ from ..aggregation.settings import AggregationSettings
 from ..core.errors import ModelError, RecipeError
 from ..core.settings import Settings
 from ..data.settings import ClientSettings, DataSettings, PublicSettings, TaskKind
-from ..evaluation.metrics import CLASSIFICATION_METRICS, RETRIEVAL_METRICS
-from ..evaluation.settings import EvaluationSettings
-from ..methods import METHODS, MethodSettings
-from ..methods.prefix import PrefixSettings
-from ..methods.settings import TuningSettings
-from ..models.load import model_kind, pooling_of
+from ..evaluation.settings import CLASSIFICATION_METRICS, RETRIEVAL_METRICS, EvaluationSettings
+from ..methods import registry
+from ..methods.prefix.settings import PrefixSettings
+from ..methods.settings import MethodSettingsBase, TuningSettings
 from ..models.settings import ModelSettings
 from ..simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
 from ..training.settings import TrainingSettings
 from ..updates.settings import CompressionSettings
 from .help import explain, nearest
-from .label_skew import only_fits, remedies_of, settled, why_no_head_fit
+from .label_skew import remedies_of, settled, why_no_head_fit
 from .sections import PersonalisationSettings, RoundSettings
 
 Baseline = Literal["federated", "centralised", "local"]
 
+if TYPE_CHECKING:
+    MethodSettings = MethodSettingsBase
+else:
+    MethodSettings = registry.settings_union()  # of every method that is registered, told apart by name
 
 SELECTION_METRICS: dict[TaskKind, tuple[str, ...]] = {
     "classification": CLASSIFICATION_METRICS,
@@ -125,7 +127,7 @@ class Recipe(Settings):
                 f"evaluation.metric = {metric!r}: allowed for {self.data.task}: {', '.join(allowed)}"
             )
         for name in self.compare:
-            known = [*METHODS, "centralised", "local"]
+            known = [*registry.names(), "centralised", "local"]
             if name not in known:
                 raise ValueError(f"compare.{name}: unknown method or baseline{nearest(name, known)}")
         return self
@@ -150,7 +152,7 @@ class Recipe(Settings):
         if training.fit_head_rounds:
             self._check_head_fit()
         federated = self.baseline == "federated"
-        if only_fits(self) and federated and (reason := why_no_head_fit(self)):
+        if self.method.only_fits and federated and (reason := why_no_head_fit(self)):
             raise ValueError(f"method.name = {self.method.name!r}: {reason}")
         unadjusted = training.logit_adjustment is None and training.fit_head_rounds is not None
         if (training.logit_adjustment == 0 or unadjusted) and training.prior_count != 1:
@@ -176,7 +178,7 @@ class Recipe(Settings):
         where = f"training.fit_head_rounds = {self.training.fit_head_rounds}"
         if len(wanted) < len(self.training.fit_head_rounds or ()) or not wanted <= set(range(1, last + 1)):
             raise ValueError(f"{where}: must be different rounds from 1 to rounds.count = {last}, or -1")
-        if len(wanted) == last and not only_fits(self):
+        if len(wanted) == last and not self.method.only_fits:
             raise ValueError(f"{where}: leaves no round of {last} to train in")
         if reason := why_no_head_fit(self):
             raise ValueError(f"{where}: {reason} (fit_head_rounds = [] and logit_adjustment = 0 turn it off)")
@@ -208,17 +210,14 @@ class Recipe(Settings):
                 set_ = getattr(self, section)
                 if set_ != type(set_)():
                     raise ValueError(f"[{section}]: needs baseline = 'federated', not {self.baseline!r}")
-        variant = getattr(self.method, "variant", "fedit")
-        own = variant in ("flora", "fedex", "flexlora", "hetlora")
         if self.participation.buffer is not None:
             if self.aggregation.rule == "fltrust":
                 raise ValueError("participation.buffer: does not go with aggregation.rule = 'fltrust'")
-            if own or variant == "rolora":
-                raise ValueError(f"participation.buffer: method.variant = {variant!r} needs all at one state")
-        if own and self.compression.down:
-            raise ValueError(f"compression.down: does not go with method.variant = {variant!r}")
-        redrawn = own or getattr(self.method, "layers_sent", None) is not None
-        if redrawn and self.compression.error_feedback:
+            if setting := self.method.needs_same_state:
+                raise ValueError(f"participation.buffer: {setting} needs all at one state")
+        if (setting := self.method.replaces_rule) and self.compression.down:
+            raise ValueError(f"compression.down: does not go with {setting}")
+        if self.method.redraws_tensors and self.compression.error_feedback:
             raise ValueError(
                 "compression.error_feedback: does not go with a method that sends other tensors in each round"
             )
@@ -239,14 +238,16 @@ class Recipe(Settings):
         if "training" not in self.method.not_for:
             filled = dict(remedies.training)
             if self.training.learning_rate in (None, "auto"):
+                from ..models.load import model_kind
+
                 default = self.method.default_learning_rate(model_kind(self.model))
                 filled["learning_rate"] = default
-                if self.training.learning_rate == "auto" and default and not only_fits(self):
+                if self.training.learning_rate == "auto" and default and not self.method.only_fits:
                     tried = [float(f"{factor * default:.3g}") for factor in SEARCHED]
                     filled["search_rates"] = self.training.search_rates or tried
             if filled:
                 changed["training"] = self.training.model_copy(update=filled)
-        if only_fits(self):
+        if self.method.only_fits:
             one = {"count": 1, "clients_per_round": None, "min_clients": 1, "selection": remedies.selection}
             changed["rounds"] = self.rounds.model_copy(update=one)
         elif remedies.selection != self.rounds.selection:
@@ -276,6 +277,8 @@ class Recipe(Settings):
             self.model.pooling != "auto" and self.model.normalize is not None
         ):
             return None
+        from ..models.load import pooling_of
+
         try:
             found = pooling_of(self.model)
         except ModelError:  # said when the model is loaded
@@ -293,8 +296,8 @@ class Recipe(Settings):
         Raises:
             RecipeError: there is no such method, or its settings do not fit.
         """
-        if name not in METHODS:
-            raise RecipeError(f"--methods: unknown method {name!r}{nearest(name, list(METHODS))}")
+        if name not in registry.names():
+            raise RecipeError(f"--methods: unknown method {name!r}{nearest(name, registry.names())}")
         values = self.model_dump(exclude={"compare"})
         if name != self.method.name:
             values["method"] = {"name": name}
@@ -304,7 +307,7 @@ class Recipe(Settings):
             values["training"]["search_rates"] = None
             values["training"]["head_learning_rate"] = None
         if name != self.method.name:
-            for key in METHODS[name].not_for:
+            for key in registry.settings_of(name).not_for:
                 section, _, part = key.partition(".")
                 values[section] = {k: v for k, v in values[section].items() if part and k != part}
         values["baseline"] = baseline
@@ -345,10 +348,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file.
 
     Raises:
-        RecipeError: it cannot be read, or is not TOML.
+        RecipeError: it cannot be read, is not TOML, or is empty.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
     except IsADirectoryError:
@@ -357,6 +360,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: not a text in UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not TOML: {error}") from None
+    if not content:
+        raise RecipeError(
+            f"{path}: is empty; a recipe to start from is written by: fedcustom recipe > {path}"
+        )
+    return content
 
 
 def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from ..evaluation.degenerate import KINDS, in_words
 from . import words
-from .groups import PROBE, Group, best_first, mean_and_interval, mean_metric, trivial_metric
+from .groups import Group, best_first, mean_and_interval, mean_metric, trivial_metric
+from .methods import is_probe
 
 
 def unbeaten(groups: Sequence[Group], metric: str) -> list[str]:
@@ -67,7 +68,7 @@ UNTUNED = "the untuned model"
 
 def _trivial(groups: Sequence[Group], metric: str) -> list[tuple[str, float]]:
     """The trivial baselines that are there, with their means: of several probes the best one."""
-    probes = [mean_metric(group, metric)[0] for group in groups if group.method == PROBE]
+    probes = [mean_metric(group, metric)[0] for group in groups if is_probe(group.method)]
     found = [
         ("the probe", min(probes, key=lambda value: best_first(value, metric), default=math.nan)),
         ("copies of the prompts", trivial_metric(groups, "copy", metric)),
@@ -78,7 +79,7 @@ def _trivial(groups: Sequence[Group], metric: str) -> list[tuple[str, float]]:
 
 def _customised(groups: Sequence[Group], metric: str) -> list[tuple[Group, float]]:
     """The groups that have to beat them, with their means."""
-    asked = [group for group in groups if group.method != PROBE and group.baseline != "local"]
+    asked = [group for group in groups if not is_probe(group.method) and group.baseline != "local"]
     means = [(group, mean_metric(group, metric)[0]) for group in asked]
     return [(group, mean) for group, mean in means if not math.isnan(mean)]
 

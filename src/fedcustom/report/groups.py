@@ -10,16 +10,12 @@ from typing import Literal, get_args
 import pandas as pd
 from scipy import stats
 
+from .methods import is_probe, title
 from .read import Baseline, Run
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 METRIC_ORDER = ("accuracy", "calibration_error", "macro_f1", "rouge_l", "bleu", "chrf", "mrr", "loss")
 PERCENT_METRICS = frozenset({"rouge_l", "bleu", "chrf"})
-METHOD_NAMES = {"full": "full fine-tuning", "lora": "LoRA", "ia3": "IA3", "bitfit": "BitFit"}
-WITHOUT_WEIGHTS = frozenset({"distillation", "prompt_engineering", "retrieval"})
-"""Methods that send no weights of a model."""
-PROBE = "probe"
-"""The method that customises nothing but a head, which the others have to beat."""
 NOT_COMPARED = frozenset({"seed", "output", "device", "threads", "workers"})
 """Last parts of settings that leave the question that a run answers as it is."""
 
@@ -40,7 +36,7 @@ class Group:
     @property
     def plain_name(self) -> str:
         """The method as people write it."""
-        return METHOD_NAMES.get(self.method, self.method.replace("_", " "))
+        return title(self.method)
 
     @property
     def method_name(self) -> str:
@@ -158,7 +154,7 @@ def best_group(groups: Sequence[Group], metric: str) -> Group:
     """The best federated group, or the best of all where none is federated; a probe only where there is
     nothing else.
     """
-    customised = [group for group in groups if group.method != PROBE] or groups
+    customised = [group for group in groups if not is_probe(group.method)] or groups
     federated = [group for group in customised if group.baseline == "federated"]
     return min(federated or customised, key=lambda group: best_first(mean_metric(group, metric)[0], metric))
 

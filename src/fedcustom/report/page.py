@@ -21,6 +21,7 @@ from .baselines import all_beat, degenerate, unbeaten
 from .calibration import Bin, reliability, reliability_charts, verdict
 from .confusion import confusions
 from .groups import Group, best_group, client_counts, client_scores, group_runs, lower_is_better, metric_names
+from .methods import palette
 from .plots import BOX_FROM, ENDS, MOST_POINTS, Plots, colour, figures
 from .read import Prediction, Run, Runs, Summary, read_predictions, read_runs
 from .rows import Section, comparison_columns, comparison_sections
@@ -361,7 +362,7 @@ def render(runs: Runs) -> str:
         ],
         recipes=[(words.capitalised(group.label), group.runs) for group in groups],
         environment=_environment(runs.finished),
-        style=Markup("".join(map(_asset, STYLES))),
+        style=Markup(palette() + "".join(map(_asset, STYLES))),
         script=script,
         hash=script_hash,
     )

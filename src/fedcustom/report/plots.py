@@ -12,22 +12,11 @@ from markupsafe import Markup
 from . import words
 from .axes import Axis, Tick, limits, linear, logarithmic, value_range, whole
 from .groups import Group, client_scores, history
-from .svg import Chart, Mark
+from .methods import has_colours, registered
+from .svg import MARKS, Chart, Mark
 
-METHODS = {
-    "prefix": "circle",
-    "lora": "square",
-    "soft_prompt": "diamond",
-    "full": "triangle-up",
-    "adapter": "triangle-down",
-    "ia3": "pentagon",
-    "bitfit": "star",
-    "prompt_engineering": "cross",
-    "distillation": "x",
-    "retrieval": "hexagon",
-    "probe": "bar",
-}
-"""Methods that have a colour of their own in palette.css, with their symbols."""
+SYMBOLS = tuple(name for name in MARKS if name != "hit")
+"""Symbols in the order in which the variants of one method take them."""
 OTHER_COLOURS = 3
 DASHES = {"federated": "solid", "centralised": "dash", "local": "dot"}
 MOST_MARKS = 40
@@ -47,10 +36,10 @@ Plots = dict[str, dict[str, Markup]]
 
 
 def colour(method: str, groups: Sequence[Group]) -> str:
-    """The name of a method's colour in palette.css: its own, or for unknown methods one of a few others."""
-    if method in METHODS:
+    """The name of a method's colour: its own, or one of a few others in palette.css where it has none."""
+    if has_colours(method):
         return f"method-{method}"
-    unknown = sorted({group.method for group in groups} - set(METHODS))
+    unknown = sorted({group.method for group in groups if not has_colours(group.method)})
     return f"method-other-{unknown.index(method) % OTHER_COLOURS}"
 
 
@@ -60,9 +49,10 @@ def _place_among_variants(group: Group, groups: Sequence[Group]) -> int:
 
 
 def _symbol(group: Group, groups: Sequence[Group]) -> str:
-    symbols = list(METHODS.values())
-    place = list(METHODS).index(group.method) if group.method in METHODS else len(METHODS)
-    return symbols[(place + _place_among_variants(group, groups)) % len(symbols)]
+    found = registered(group.method)
+    own = found.symbol if found is not None else None
+    place = SYMBOLS.index(own) if own in SYMBOLS else 0
+    return SYMBOLS[(place + _place_among_variants(group, groups)) % len(SYMBOLS)]
 
 
 def _metric_axis(curves: Sequence[pd.DataFrame], metric: str) -> Axis:

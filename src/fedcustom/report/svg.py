@@ -28,7 +28,8 @@ MARKS = {
     "bar": "M-4.2-1.4H4.2V1.4H-4.2Z",
     "hit": "M-3 0A3 3 0 1 1 3 0A3 3 0 1 1-3 0Z",
 }
-"""Symbols by name, around 0; ``hit`` is not drawn, and only feels the pointer."""
+"""Symbols by name, around 0, of which a method registers one; ``hit`` is not drawn, it only
+feels the pointer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from .groups import (
     PERCENT_METRICS,
-    PROBE,
-    WITHOUT_WEIGHTS,
     Group,
     best_development,
     best_first,
@@ -19,6 +17,7 @@ from .groups import (
     mean_metric,
     trivial_metric,
 )
+from .methods import is_probe, settings
 
 METRIC_NAMES = {
     "accuracy": "accuracy",
@@ -146,18 +145,19 @@ def total_bytes(group: Group) -> float:
 
 
 def _times_fewer(group: Group, groups: Sequence[Group]) -> str:
-    full = next((other for other in groups if other.method == "full" and other.baseline == "federated"), None)
+    federated = (other for other in groups if other.baseline == "federated")
+    full = next((other for other in federated if settings(other.method).sends_whole_model), None)
     if full is None or full is group or not total_bytes(group) > 0:
         return ""
     ratio = total_bytes(full) / total_bytes(group)
     if ratio < 1.05:
-        return "sends no fewer bytes than full fine-tuning"
-    return f"sends {ratio:.{0 if ratio >= 9.5 else 1}f} times fewer bytes than full fine-tuning"
+        return f"sends no fewer bytes than {full.plain_name}"
+    return f"sends {ratio:.{0 if ratio >= 9.5 else 1}f} times fewer bytes than {full.plain_name}"
 
 
 def findings(groups: Sequence[Group], metric: str) -> list[str]:
     """What the numbers say, in sentences: the best method beside its baseline, traffic, clients, doubt."""
-    groups = [group for group in groups if group.method != PROBE] or groups  # see baselines.py
+    groups = [group for group in groups if not is_probe(group.method)] or groups  # see baselines.py
     best = best_group(groups, metric)
     value = mean_metric(best, metric)[0]
     centralised = [group for group in groups if group.baseline == "centralised" and group is not best]
@@ -193,12 +193,14 @@ def _a_query(group: Group) -> tuple[list[float], list[float]]:
 
 
 def _at_equal_quality(groups: Sequence[Group], metric: str) -> list[str]:
-    """What distillation sent for its best development quality, and what sharing weights took for the same."""
+    """What methods that send predictions needed for their best development quality, and what those that send
+    weights needed for the same.
+    """
     federated = [group for group in groups if group.baseline == "federated"]
-    sharing = [group for group in federated if group.method not in WITHOUT_WEIGHTS]
+    sharing = [group for group in federated if settings(group.method).sends_weights]
     found = []
     for group in federated:
-        if group.method != "distillation":
+        if not settings(group.method).sends_predictions:
             continue
         value, sent = best_development(group, metric)
         for other in sharing if sent > 0 else []:
@@ -223,7 +225,7 @@ def _second(best: Group, second: Group, groups: Sequence[Group], metric: str) ->
     difference = _difference(value - other, metric)
     behind = "level with it" if difference == _difference(0.0, metric) else f"{difference} behind"
     sentence = f"Second is {second.label}, {behind}"
-    if best.method == "full" and (fewer := _times_fewer(second, groups)):
+    if settings(best.method).sends_whole_model and (fewer := _times_fewer(second, groups)):
         sentence += f", which {fewer}"
     if math.isnan(half) or math.isnan(other_half):
         return [

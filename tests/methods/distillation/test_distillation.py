@@ -23,8 +23,9 @@ from fedcustom.data.build import build_data
 from fedcustom.data.tokens import example_order
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.methods import Answer, Client, Task, Update
-from fedcustom.methods.distillation import Distillation, packing
+from fedcustom.methods.distillation import packing
 from fedcustom.methods.distillation.labels import CACHE, CURRENT, FRESH, REFRESHED, SOFT, LabelExchange
+from fedcustom.methods.distillation.method import Distillation
 from fedcustom.methods.distillation.packing import unpack_positions
 from fedcustom.methods.distillation.sampling import ASKED
 from fedcustom.models.load import load_base

@@ -15,8 +15,9 @@ import fedcustom
 from fedcustom.core.errors import ModelError, RecipeError
 from fedcustom.core.tensors import equal, part
 from fedcustom.methods import Answer
-from fedcustom.methods.distillation import Distillation, packing
+from fedcustom.methods.distillation import packing
 from fedcustom.methods.distillation.lessons import Translator, observed_losses
+from fedcustom.methods.distillation.method import Distillation
 from fedcustom.methods.distillation.packing import unpack_positions
 from fedcustom.methods.distillation.sampling import ASKED
 from fedcustom.methods.distillation.tokens import TokenExchange

@@ -22,7 +22,7 @@ from fedcustom.data.examples import Example, FederatedData
 from fedcustom.data.tokens import example_order
 from fedcustom.federated.build import make_method
 from fedcustom.federated.run_directory import Checkpoints
-from fedcustom.methods import METHODS, Client, State, Task, Update
+from fedcustom.methods import Client, State, Task, Update, registry
 from fedcustom.methods.prompt_engineering.black_box import BlackBox
 from fedcustom.methods.prompt_engineering.in_context import InContext
 from fedcustom.methods.prompt_engineering.selection import Selection
@@ -695,7 +695,7 @@ def test_comparing_with_a_method_that_trains(small: dict[str, Any]) -> None:
     """What the recipe says of training is left out, since it has no meaning here."""
     chosen = load_recipe(small).for_method("prompt_engineering")
     assert chosen.training == type(chosen.training)()
-    assert chosen.method.name in METHODS
+    assert chosen.method.name in registry.names()
 
 
 def test_commands(recipe: Any, tmp_path: Path, command: Any) -> None:

@@ -18,8 +18,9 @@ from fedcustom.core.errors import DataError, FedcustomError, ModelError, RecipeE
 from fedcustom.data.examples import ClientData, LearningTask
 from fedcustom.federated.callbacks import Callback
 from fedcustom.methods import Client, State, Task, Update
-from fedcustom.methods.retrieval import Retrieval, RetrievalSettings
+from fedcustom.methods.retrieval.method import Retrieval
 from fedcustom.methods.retrieval.negatives import BORROWED, LENT, Negatives
+from fedcustom.methods.retrieval.settings import RetrievalSettings
 from fedcustom.models.embedding import embed
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings

@@ -32,13 +32,13 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
         for model in models_of(recipe):
             if model not in policy.base_models:
                 raise PolicyError(f"policy.base_models: {model!r} is not allowed here")
-    if getattr(recipe.method, "instructions_file", None) is not None:
-        raise PolicyError("method.instructions_file: a site opens no files that a recipe names")
+    if setting := recipe.method.opens_file:
+        raise PolicyError(f"{setting}: a site opens no files that a recipe names")
     if recipe.model.trust_remote_code:
         raise PolicyError("model.trust_remote_code = true: a site runs no code that a recipe brings")
-    if not policy.texts and getattr(recipe.method, "shared_negatives", None):
+    if not policy.texts and (setting := recipe.method.sends_texts):
         raise PolicyError(
-            "policy.texts = false: method.shared_negatives would send vectors from which texts can be guessed"
+            f"policy.texts = false: {setting} would send vectors from which texts can be guessed"
         )
     if not policy.texts and recipe.training.fit_head_rounds:
         raise PolicyError(
@@ -56,13 +56,9 @@ def models_of(recipe: Recipe) -> list[str]:
     """Every pretrained model that a recipe names; the base with its revision, as in ``name@revision``, where
     the recipe asks for one.
     """
-    method: Any = recipe.method
     base, revision = recipe.model.base, recipe.model.revision
-    named = [f"{base}@{revision}" if revision else base, *(getattr(method, "client_models", None) or [])]
-    named.append(getattr(method, "generator", None))
-    if getattr(method, "strategy", None) == "in_context":
-        named.append(method.retriever)
-    return [str(name) for name in named if name]
+    named = [f"{base}@{revision}" if revision else base, *recipe.method.named_models]
+    return [name for name in named if name]
 
 
 def check_labels(labels: Sequence[Any], *, named: bool) -> None:

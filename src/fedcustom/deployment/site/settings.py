@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from ...core.errors import DeploymentError, nearest
 from ...core.settings import Settings
 from ...data.own import OwnDataSettings
-from ...methods import METHODS
+from ...methods import registry
 
 S = TypeVar("S", bound=Settings)
 
@@ -60,9 +60,9 @@ def load_site(path: Path) -> SiteSettings:
     """
     settings = load_settings(path, SiteSettings)
     for name in settings.policy.methods or []:
-        if name not in METHODS:
+        if name not in registry.names():
             raise DeploymentError(
-                f"{path}: policy.methods: unknown method {name!r}{nearest(name, list(METHODS))}"
+                f"{path}: policy.methods: unknown method {name!r}{nearest(name, registry.names())}"
             )
     return settings
 

@@ -7,28 +7,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from ...core.errors import ModelError, RunError
-from ...models.kind import Rates
 from ...models.load import Base
-from ..settings import TuningSettings
 from ..tuning.feed_forward import find_feed_forward
 from ..tuning.technique import TrainableModel
 from ..tuning.whole_model import partly_trained
 from .layers import Widened, WidenedInput, WidenedOutput
-
-
-class AdapterSettings(TuningSettings):
-    """Bottleneck adapters beside every feed-forward network."""
-
-    rates: ClassVar[Rates] = Rates(encoder=0.002, decoder=0.002, large=0.0003)
-
-    name: Literal["adapter"] = "adapter"
-    width: int = Field(48, ge=1, le=65536, description="Hidden units of the adapter beside each network")
+from .settings import AdapterSettings
 
 
 class Adapter:

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-from pydantic import Field
 from torch import nn
 
 from ...core.errors import ModelError
-from ...models.kind import Rates
 from ...models.load import Base
-from ..settings import UpperLayersSettings
 from ..tuning.peft_support import upper
 from ..tuning.technique import TrainableModel
 from ..tuning.whole_model import partly_trained
-
-
-class BitFitSettings(UpperLayersSettings):
-    """Bias vectors, and normalisation scales if asked for."""
-
-    rates: ClassVar[Rates] = Rates(encoder=0.005, decoder=0.005, large=0.001)
-
-    name: Literal["bitfit"] = "bitfit"
-    norms: bool = Field(False, description="Train the scales of normalisation layers as well")
+from .settings import BitFitSettings
 
 
 class BitFit:

@@ -8,12 +8,11 @@ result is (texts, labels), each row with sum 1.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Rule = Literal["mean", "logits", "sharpened", "power", "confidence", "entropy"]
+from .settings import Rule
 
 SMALLEST = 1e-12
 

@@ -18,8 +18,10 @@ from ...models.load import Base, context_length, load_base, load_configuration
 from ...models.settings import ModelSettings
 from ...training.local import train_locally
 from ...training.settings import TrainingSettings
-from ..full import Full, FullSettings
-from ..lora import Lora, LoraSettings
+from ..full.method import Full
+from ..full.settings import FullSettings
+from ..lora.method import Lora
+from ..lora.settings import LoraSettings
 from ..protocol import Client, Task, Update
 from ..tuning.method import WeightTuning
 from ..tuning.technique import Context, Technique

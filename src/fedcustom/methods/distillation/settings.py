@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ...aggregation.settings import AggregationSettings
 from ...models.kind import ModelKind
-from ..full import FullSettings
-from ..lora import LoraSettings
+from ..full.settings import FullSettings
+from ..lora.settings import LoraSettings
+from ..registry import register
 from ..settings import MethodSettingsBase, TuningSettings
-from .ensemble import Rule
 
 Tuning = Literal["full", "lora"]
+Rule = Literal["mean", "logits", "sharpened", "power", "confidence", "entropy"]
 
 MEANINGLESS = {
     "compression": "what travels is packed by method.bits and method.top_k",
@@ -24,8 +25,12 @@ MEANINGLESS = {
 """Sections that distillation has no use for, and why."""
 
 
+@register(".method:Distillation", symbol="x", colours=("#8a5a2b", "#c99a6b"), order=90)
 class DistillationSettings(MethodSettingsBase):
     """Knowledge distillation: models stay where they are; what they say of public texts travels."""
+
+    sends_weights: ClassVar[bool] = False
+    sends_predictions: ClassVar[bool] = True
 
     name: Literal["distillation"] = "distillation"
     direction: Literal["up", "down", "both"] = Field(
@@ -98,6 +103,11 @@ class DistillationSettings(MethodSettingsBase):
     def is_whole(self) -> bool:
         """Whether the server's model is of use without the clients'."""
         return self.has_server_model
+
+    @property
+    def named_models(self) -> tuple[str, ...]:
+        """The clients' own base models."""
+        return tuple(self.client_models or ())
 
     def tuning(self, method: Tuning) -> TuningSettings:
         """The settings of the method by which clients or server train their models."""

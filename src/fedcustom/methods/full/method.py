@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...models.kind import Rates
 from ...models.load import Base
-from ..settings import TuningSettings
 from ..tuning.peft_support import head_names, loading_page
 from ..tuning.technique import TrainableModel
-
-
-class FullSettings(TuningSettings):
-    """Full fine-tuning: every weight is trained."""
-
-    rates: ClassVar[Rates] = Rates(encoder=0.0001, decoder=0.003, large=2e-05)
-
-    name: Literal["full"] = "full"
+from .settings import FullSettings
 
 
 class Full:

@@ -5,18 +5,15 @@ Learning"): learnt vectors that rescale inner activations.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import nn
 
 from ...core.errors import ModelError
-from ...models.kind import Rates
 from ...models.load import Base
-from ..settings import UpperLayersSettings
 from ..tuning.feed_forward import find_feed_forward
 from ..tuning.peft_support import attach_peft, ending_in, peft_parameters, task_type, tuned_with, upper
 from ..tuning.technique import TrainableModel
+from .settings import Ia3Settings
 
 KEYS_AND_VALUES = (
     ("k_proj", "v_proj"),
@@ -30,22 +27,6 @@ KEYS_AND_VALUES = (
     ("Wqkv",),
 )
 """What models call the matrices of keys and values; where queries share theirs, they are rescaled as well."""
-
-
-class Ia3Settings(UpperLayersSettings):
-    """Learnt vectors that rescale keys, values and hidden units."""
-
-    rates: ClassVar[Rates] = Rates(encoder=0.01, decoder=0.01, large=0.003)
-
-    name: Literal["ia3"] = "ia3"
-    target_modules: list[str] | None = Field(
-        None,
-        description="Matrices to rescale, by name endings; unset: PEFT's choice, or keys, values and the "
-        "feed-forward networks' last matrices",
-    )
-    feedforward_modules: list[str] | None = Field(
-        None, description="Those of target_modules whose inputs are rescaled, not their outputs"
-    )
 
 
 class Ia3:

@@ -23,8 +23,8 @@ from ..tuning.peft_support import (
     upper,
 )
 from ..tuning.technique import TrainableModel
-from .aggregation_hooks import CHANGES_BASE, OWN_RULE, LoraAggregation, Matrix
-from .settings import LoraSettings
+from .aggregation_hooks import CHANGES_BASE, LoraAggregation, Matrix
+from .settings import OWN_RULE, LoraSettings
 
 
 class Lora:

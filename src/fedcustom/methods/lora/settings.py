@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ...models.kind import Rates
+from ..registry import register
 from ..settings import UpperLayersSettings
 
 Variant = Literal["fedit", "ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb"]
@@ -14,10 +15,14 @@ Variant = Literal["fedit", "ffa", "flora", "fedex", "rolora", "fedsa", "flexlora
 MIXED_RANKS = ("flora", "flexlora", "hetlora")
 """Variants in which clients may have different ranks."""
 
+OWN_RULE = ("flora", "fedex", "flexlora", "hetlora")
+"""Variants that merge what the factors make together, by a rule of their own."""
+
 WITH_DORA = ("fedit", "ffa", "rolora", "fedsa")
 """Variants that average what was trained as it is, and claim nothing about the merged weight."""
 
 
+@register(".method:Lora", title="LoRA", symbol="square", colours=("#d55e00", "#f08a3c"), order=20)
 class LoraSettings(UpperLayersSettings):
     """Low-rank adaptation of chosen matrices."""
 
@@ -77,3 +82,27 @@ class LoraSettings(UpperLayersSettings):
     def scale(self, rank: int) -> float:
         """What B A is multiplied by at a rank: alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023)."""
         return self.alpha / (rank**0.5 if self.rank_stabilised else rank)
+
+    @property
+    def replaces_rule(self) -> str | None:
+        """Variants that merge products of factors, and send their own form of the result."""
+        return self._named if self.variant in OWN_RULE else None
+
+    @property
+    def needs_same_state(self) -> str | None:
+        """The same variants, and the one that trains the two factors in turn."""
+        return self._named if self.variant in (*OWN_RULE, "rolora") else None
+
+    @property
+    def trains_every_round(self) -> str | None:
+        """The variant that trains the two factors in turn."""
+        return self._named if self.variant == "rolora" else None
+
+    @property
+    def personal(self) -> bool:
+        """Whether clients keep a factor, an adapter or a rank to themselves."""
+        return self.variant == "fedsa" or bool(self.client_ranks) or self.private_rank > 0
+
+    @property
+    def _named(self) -> str:
+        return f"method.variant = {self.variant!r}"

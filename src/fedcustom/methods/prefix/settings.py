@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ...models.kind import Rates
+from ..registry import register
 from ..settings import TuningSettings
 
 TEXT = (
@@ -15,6 +16,7 @@ TEXT = (
 )
 
 
+@register(".method:Prefix", symbol="circle", colours=("#0060a8", "#5aa9ec"), order=10)
 class PrefixSettings(TuningSettings):
     """Learnt keys and values in front of those of the input, in every layer."""
 
@@ -68,3 +70,13 @@ class PrefixSettings(TuningSettings):
         if self.layers_sent is not None and self.merging != "mean":
             raise ValueError(f"layers_sent = {self.layers_sent}: needs merging = 'mean'")
         return self
+
+    @property
+    def context_tokens(self) -> int:
+        """Its length: an input starts after it."""
+        return self.length
+
+    @property
+    def redraws_tensors(self) -> bool:
+        """Whether clients send other layers in each round."""
+        return self.layers_sent is not None

@@ -1,5 +1,1 @@
 """Linear probe: a head fitted on the vectors of the frozen model; the baseline of every classifier."""
-
-from .method import Probe, ProbeSettings
-
-__all__ = ["Probe", "ProbeSettings"]

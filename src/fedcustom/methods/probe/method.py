@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
-from ...models.kind import Rates
 from ...models.load import Base
-from ..settings import TuningSettings
 from ..tuning.technique import TrainableModel
 from ..tuning.whole_model import partly_trained
-
-
-class ProbeSettings(TuningSettings):
-    """Logistic regression on the frozen model's vectors: what every classifier has to beat."""
-
-    tasks: ClassVar[tuple[str, ...]] = ("classification",)
-    rates: ClassVar[Rates] = Rates(encoder=0.001, decoder=0.001, large=0.001)
-    only_fits: ClassVar[bool] = True
-
-    name: Literal["probe"] = "probe"
+from .settings import ProbeSettings
 
 
 class Probe:

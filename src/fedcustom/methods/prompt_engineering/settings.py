@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ..registry import register
 from ..settings import MethodSettingsBase
 from .templates import INPUT, LABEL, placeholders_in
 
@@ -41,10 +42,12 @@ OWN_KEYS: dict[str, tuple[str, ...]] = {
 """The keys that belong to one strategy alone."""
 
 
+@register(".method:prompt_engineering", symbol="cross", colours=("#7a4fbf", "#b598ec"), order=110)
 class PromptEngineeringSettings(MethodSettingsBase):
     """Prompts found by forward passes only; the model's weights stay as they are."""
 
     with_head: ClassVar[bool] = False
+    sends_weights: ClassVar[bool] = False
     not_for: ClassVar[tuple[str, ...]] = (
         "training",
         "aggregation",
@@ -189,3 +192,13 @@ class PromptEngineeringSettings(MethodSettingsBase):
         if any(not texts for texts in self.synonyms.values()):
             raise ValueError("synonyms: each text needs one paraphrase or more")
         return self
+
+    @property
+    def named_models(self) -> tuple[str, ...]:
+        """The model by whose vectors demonstrations are chosen."""
+        return (self.retriever,) if self.strategy == "in_context" else ()
+
+    @property
+    def opens_file(self) -> str | None:
+        """The file of further templates."""
+        return None if self.instructions_file is None else "method.instructions_file"

@@ -18,8 +18,10 @@ from ...data.examples import Example
 from ...models.embedding import embed
 from ...models.inference import Predictions
 from ...models.load import context_length
-from ..full import Full, FullSettings
-from ..lora import Lora, LoraSettings
+from ..full.method import Full
+from ..full.settings import FullSettings
+from ..lora.method import Lora
+from ..lora.settings import LoraSettings
 from ..one_by_one import OneByOne
 from ..protocol import Answer, Asked, Client, State, Task, Update, Values
 from ..tuning.method import WeightTuning

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ...models.kind import ModelKind
+from ..registry import register
 from ..settings import MethodSettingsBase
 
 Policy = Literal["passages", "scores", "answer"]
@@ -20,10 +21,12 @@ UNTRAINED = ("aggregation", "compression", "participation", "attack")
 """Sections that act on training alone."""
 
 
+@register(".method:Retrieval", symbol="hexagon", colours=("#b3263b", "#f27d8b"), order=100)
 class RetrievalSettings(MethodSettingsBase):
     """Each client searches its own documents; the server merges what they find, and may write an answer."""
 
     with_head: ClassVar[bool] = False
+    sends_weights: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ("retrieval",)
     not_for: ClassVar[tuple[str, ...]] = ("personalisation",)
 
@@ -146,6 +149,16 @@ class RetrievalSettings(MethodSettingsBase):
             if getattr(self, key) and self.generator is None:
                 raise ValueError(f"method.{key}: needs method.generator")
         return self
+
+    @property
+    def named_models(self) -> tuple[str, ...]:
+        """The model that writes answers."""
+        return () if self.generator is None else (self.generator,)
+
+    @property
+    def sends_texts(self) -> str | None:
+        """Vectors of passages are lent to other clients."""
+        return "method.shared_negatives" if self.shared_negatives else None
 
     def policy_of(self, client: str) -> str:
         """What may leave a client."""

@@ -1,5 +1,1 @@
 """Soft prompts: learnt vectors in front of the embedded input."""
-
-from .method import SoftPrompt, SoftPromptSettings
-
-__all__ = ["SoftPrompt", "SoftPromptSettings"]

@@ -4,16 +4,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ...models.kind import Rates
 from ...models.load import Base
-from ..settings import TuningSettings
 from ..tuning.peft_support import (
     attach_peft,
     leave_out_virtual_tokens,
@@ -23,29 +20,9 @@ from ..tuning.peft_support import (
 )
 from ..tuning.reparametrisation import Network, reparametrise
 from ..tuning.technique import TrainableModel
+from .settings import SoftPromptSettings
 
 PEFT_NAME, NAME = "prompt_encoder.embedding.weight", "soft_prompt"
-
-
-class SoftPromptSettings(TuningSettings):
-    """Learnt vectors in front of the embedded input."""
-
-    rates: ClassVar[Rates] = Rates(encoder=0.03, decoder=0.3, large=0.3)
-
-    name: Literal["soft_prompt"] = "soft_prompt"
-    length: int = Field(16, ge=1, le=100_000, description="Number of learnt vectors")
-    init: Literal["random", "vocabulary", "text"] = Field(
-        "vocabulary",
-        description="random: normal; vocabulary: embeddings of random tokens; text: those of init_text",
-    )
-    init_text: str = Field(
-        "Read the text and answer.", min_length=1, description="Text for init = text, repeated to length"
-    )
-    encoder: Literal["none", "mlp", "lstm"] = Field(
-        "none",
-        description="mlp, lstm: train through such a network at the client, as in p-tuning; it is never sent",
-    )
-    encoder_width: int = Field(128, ge=1, le=65536, description="Hidden width of that network")
 
 
 class SoftPrompt:

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from ...models.load import Base
-from ..full import Full, FullSettings
+from ..full.method import Full
+from ..full.settings import FullSettings
 from .peft_support import head_names
 from .technique import TrainableModel
 
