@@ -2,10 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test bench clean
+.PHONY: run check test bench clean
 
 run: .venv/ready
 	$(BIN)/fedcustom compare recipes/docstrings.toml --methods full,lora,prefix --baselines centralised --jobs 2 --out runs/docstrings
+
+# What is checked in under three minutes: every package's parts by themselves, without a run of several rounds.
+PARTS := $(addprefix tests/,test_rooms.py aggregation data evaluation/test_metrics.py recipe/test_recipe.py report transport \
+	updates training/test_muon.py methods/distillation/test_alignment.py methods/distillation/test_distillation_parts.py \
+	methods/prompt_engineering/test_prompt_parts.py methods/retrieval/test_retrieval_parts.py)
+
+check: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 -m "not slow" $(PARTS)
 
 test: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -170,6 +170,7 @@ def killed(folder: Path, calls: int, count: int, start: int) -> None:
     assert done.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_never_silently_short(tmp_path: Path, tokenizer: Any) -> None:
     store, queries = store_in(tmp_path, tokenizer), vectors_of(["a", "b"])
     killed(tmp_path, 2, 20, 0)

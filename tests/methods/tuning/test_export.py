@@ -162,6 +162,7 @@ def test_a_generator_on_a_builtin_base_needs_no_hub(
         assert str(Path(fedcustom.__file__).parent) not in path.read_text()
 
 
+@pytest.mark.slow
 def test_a_classifier_on_a_builtin_decoder_needs_no_hub(small: dict[str, Any], tmp_path: Path) -> None:
     recipe = {**small, "model": BUILTIN, "method": {"name": "lora"}}
     run = fedcustom.run(recipe, {"rounds.count": 1, "evaluation.untuned": False}, out=tmp_path / "run")
@@ -170,6 +171,7 @@ def test_a_classifier_on_a_builtin_decoder_needs_no_hub(small: dict[str, Any], t
     assert run_card(run.export(tmp_path / "exported"), without="fedcustom") == expected
 
 
+@pytest.mark.slow
 def test_a_prompt_for_a_builtin_base_needs_no_hub(small: dict[str, Any], tmp_path: Path) -> None:
     recipe = {**small, "model": BUILTIN, "method": {"name": "prompt_engineering"}}
     recipe.pop("training")
