@@ -17,6 +17,7 @@ from ..models.load import load_base
 from ..models.park import park, parked
 from ..recipe.recipe import Recipe
 from ..transport.channel import Channel
+from ..transport.protocol import check_visible
 from .evaluation import RemoteEvaluation
 from .nvflare.sites import Sites
 from .remote import Remote
@@ -65,8 +66,9 @@ def gather(
     remote.agree()
     data = _known(recipe, settings, own, remote.labels)
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
-    method = make_method(recipe, base, data)
+    method = make_method(recipe, base, data, remote.transforms)
     remote.method = method
+    check_visible(remote, remote.transforms, recipe.aggregation)
     origin, own_folder = method.initialise(), folder / "server" / "fedcustom"
     origin = replace(origin, tensors=parked(origin.tensors, own_folder))
     if base.device.type == "cpu":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from ..recipe.recipe import Recipe
 from ..transport import wire
 from ..transport.channel import Channel
 from ..transport.protocol import Reply
+from ..updates.pipeline import on_server, update_transforms
+from ..updates.transform import UpdateContext
 from .nvflare.sites import SiteReply, Sites
 from .settings import FederationSettings
 
@@ -41,6 +42,7 @@ class Remote:
         self.restored = 0
         self.method: Method | None = None
         self.channel = Channel(recipe.compression, {})
+        self.transforms = update_transforms(recipe.compression)
 
     # --- opening ---
 
@@ -145,7 +147,7 @@ class Remote:
     def _reply(self, name: str, task: Task, down: int, said: SiteReply) -> Reply:
         """A site's answer as it comes out of the channel, checked."""
         assert self.method is not None
-        sent = replace(task, tensors=self.channel.unpack_down(self.channel.pack_down(task)))
+        sent, _ = self.channel.down(task)
         if said.failure:
             detail = f"{said.failure}\n"
             return Reply(name, sent, None, said.failure, detail, down, 0, said.seconds)
@@ -154,7 +156,8 @@ class Remote:
             weight = values.pop("weight", None)
             if not isinstance(weight, int | float):
                 raise UpdateError("an answer without a weight")
-            update = Update(self.channel.unpack_up(said.packed, task), float(weight), values)
+            travelled = said.packed.update(float(weight), values)
+            update = on_server(self.transforms, travelled, UpdateContext(name, task))
             self.method.check(sent, update)
         except Exception as error:  # whatever a site sends, the others go on
             reason = (str(error).splitlines() or [type(error).__name__])[0]
