@@ -3,7 +3,7 @@
     python scripts/architecture.py            # rewrite the table between its two markers
     python scripts/architecture.py --check    # exit with code 1 if the table is out of date
 
-The order of the layers is ``ROOMS`` in tests/test_rooms.py, the list that the import test enforces. Each row
+The order of the layers is ``LAYERS`` in tests/test_rooms.py, the list that the import test enforces. Each row
 is the first paragraph of a package's ``__init__.py``, or of a top-level module. Subpackages follow their
 package.
 """
@@ -28,14 +28,14 @@ def layers() -> list[list[str]]:
     """The layers from top to bottom, names within a layer in alphabetical order.
 
     Raises:
-        SystemExit: tests/test_rooms.py assigns no ``ROOMS``.
+        SystemExit: tests/test_rooms.py assigns no ``LAYERS``.
     """
     for node in ast.parse(LAYERS_FILE.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(isinstance(target, ast.Name) and target.id == "ROOMS" for target in targets):
+            if any(isinstance(target, ast.Name) and target.id == "LAYERS" for target in targets):
                 return [sorted(names) for names in ast.literal_eval(node.value)]
-    raise SystemExit(f"error: {LAYERS_FILE}: no list named ROOMS")
+    raise SystemExit(f"error: {LAYERS_FILE}: no list named LAYERS")
 
 
 def summary(path: Path) -> str:

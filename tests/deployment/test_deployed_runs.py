@@ -20,7 +20,9 @@ import fedcustom
 from fedcustom.deployment.run import serving
 from fedcustom.deployment.settings import load_federation
 from fedcustom.federated.run_directory import Checkpoints
+from fedcustom.methods import Update
 from fedcustom.recipe.recipe import load_recipe, to_toml
+from fedcustom.updates.transform import ClientContext, UpdateTransform
 from helpers.deployed import Bed, Watcher, bed, command, hostile, kill, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
@@ -284,12 +286,13 @@ def test_a_hostile_site_is_left_out_and_the_others_go_on(
         assert reasons[row["round"]] in row["left_out"][bad], row["left_out"]
         assert row["answered"] == [name for name in made.names if name != bad]
 
-    def refuse(task: Any, client: str, update: Any) -> Any:
-        if client == bad and 1 < task.values["round"] < 9:
-            raise ValueError("left out")
-        return update
+    class Refuse(UpdateTransform):
+        def on_client(self, update: Update, context: ClientContext) -> Update:
+            if context.client == bad and 1 < context.round_number < 9:
+                raise ValueError("left out")
+            return update
 
-    monkeypatch.setattr("fedcustom.federated.simulation.falsifier", lambda *_: refuse)
+    monkeypatch.setattr("fedcustom.federated.simulation.simulated_attack", lambda *_: [Refuse()])
     fedcustom.run(recipe, {"rounds.count": 9}, out=tmp_path / "expected")
     assert difference(tmp_path / "run", tmp_path / "expected") == 0
 

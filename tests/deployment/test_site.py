@@ -53,8 +53,11 @@ from fedcustom.methods import Answer, Memory, Task, Update
 from fedcustom.models.park import leave_memory, parked
 from fedcustom.models.pooling import Pooling
 from fedcustom.recipe.recipe import load_recipe
-from fedcustom.transport.channel import Channel, describe, laid_out
+from fedcustom.transport.channel import Packed, update_length
+from fedcustom.updates.layout import describe, laid_out
+from fedcustom.updates.pipeline import on_client, on_server, update_transforms
 from fedcustom.updates.settings import CompressionSettings
+from fedcustom.updates.transform import ClientContext, UpdateContext
 from helpers.rows import make_rows, write_jsonl
 
 RUN = "0123456789abcdef"
@@ -191,21 +194,22 @@ def test_statistics_that_are_not_sound(told: dict[str, Any]) -> None:
 def test_what_is_unpacked_apart_is_what_a_simulation_gives(
     kind: str, shapes: list[tuple[int, int]], dropped: int, seed: int
 ) -> None:
-    """Both ends apart, with JSON between them, against the channel of a simulation."""
+    """Both ends apart, with JSON between them, against what a simulation makes of it."""
     random = torch.Generator().manual_seed(seed)
     sent = {f"t{i}": torch.randn(*shape, generator=random) for i, shape in enumerate(shapes)}
     change = {name: torch.randn(t.shape, generator=random) for name, t in list(sent.items())[dropped:]}
     change |= {"new": torch.randn(3, generator=random)} if not change else {}
     compression = CompressionSettings(kind=kind)  # type: ignore[arg-type]
-    here, there = Channel(compression, {}), Channel(compression, {})
-    task, update = Task("train", sent), Update(change)
-    packed = here.pack_up(update, task, Memory())
-    travelled = type(packed)(packed.tensors, json.loads(json.dumps(packed.layout)))
-    expected, size = Channel(compression, {}).up(update, task, Memory())
-    received = there.unpack_up(travelled, task)
-    assert received.keys() == expected.tensors.keys() == change.keys()
-    assert all(torch.equal(received[name], expected.tensors[name]) for name in change)
-    assert size == packed.length({"weight": 1.0})
+    here, there = update_transforms(compression), update_transforms(compression)
+    context = ClientContext("a", Task("train", sent), Memory())
+    coded = on_client(here, Update(change), context)
+    packed = Packed.of(coded)
+    travelled = Packed(packed.tensors, json.loads(json.dumps(packed.layout))).update(1.0, {})
+    expected = on_server(here, coded, context).tensors
+    received = on_server(there, travelled, UpdateContext("a", context.task)).tensors
+    assert received.keys() == expected.keys() == change.keys()
+    assert all(torch.equal(received[name], expected[name]) for name in change)
+    assert update_length(coded) == packed.length({"weight": 1.0})
 
 
 @pytest.mark.parametrize(

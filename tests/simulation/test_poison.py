@@ -23,7 +23,7 @@ from fedcustom.methods import Update
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.simulation.poison import backdoor_probes, noisy_clients, poisoned, with_noise
 from fedcustom.simulation.settings import AttackSettings, NoiseSettings
-from fedcustom.updates.attack import conspiracy, hostile_clients, unsuspicious_deviations
+from fedcustom.updates.attack import LittleIsEnough, hostile_clients, unsuspicious_deviations
 from helpers.runs import rows_of
 
 LABELS = ("a", "b", "c", "d")
@@ -87,7 +87,8 @@ def test_a_little_is_enough() -> None:
     generator = np.random.default_rng(0)
     changes = generator.normal(size=(3, 7)).astype(np.float32)
     updates = {f"c{i}": Update({"w": torch.from_numpy(row)}, 1.0 + i, {}) for i, row in enumerate(changes)}
-    sent = conspiracy(AttackSettings(kind="alie", deviations=1.5))(updates, 10)
+    hostile = frozenset(updates)
+    sent = LittleIsEnough(hostile, AttackSettings(kind="alie", deviations=1.5)).on_clients(updates, 10)
     expected = changes.mean(axis=0) - 1.5 * changes.std(axis=0)
     for name, update in sent.items():
         np.testing.assert_allclose(update.tensors["w"].numpy(), expected, rtol=1e-5, atol=1e-6)
@@ -95,11 +96,12 @@ def test_a_little_is_enough() -> None:
     # the paper's example: 50 clients, 24 hostile, 2 supporters
     assert unsuspicious_deviations(50, 24) == pytest.approx(stats.norm.ppf((50 - 24 - 2) / (50 - 24)))
     assert unsuspicious_deviations(10, 6) == 0.0
-    alone = conspiracy(AttackSettings(kind="alie"))({"c0": updates["c0"]}, 10)
+    attack = LittleIsEnough(hostile, AttackSettings(kind="alie"))
+    alone = attack.on_clients({"c0": updates["c0"]}, 10)
     assert torch.equal(alone["c0"].tensors["w"], updates["c0"].tensors["w"])
     other = {**updates, "c9": Update({"w": torch.zeros(3)})}
     with pytest.raises(RecipeError, match="send the same shapes"):
-        conspiracy(AttackSettings(kind="alie"))(other, 10)
+        attack.on_clients(other, 10)
 
 
 def test_conspirators_in_a_whole_run(small: dict[str, Any], tmp_path: Path) -> None:

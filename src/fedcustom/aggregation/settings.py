@@ -85,3 +85,10 @@ class AggregationSettings(Settings):
                 "use 'fedavg'"
             )
         return self
+
+    @property
+    def needs_individual_updates(self) -> bool:
+        """Whether the rule looks at each client's own change, so that it cannot be given their sum: all but
+        the mean, FedNova because it divides every change by its client's number of steps.
+        """
+        return self.rule != "mean"

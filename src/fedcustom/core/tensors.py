@@ -10,6 +10,19 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+"""The dtypes that may travel, with safetensors' names, in the order in which it puts them last to first."""
+
 
 def combine(
     function: Callable[..., Tensor], first: Mapping[str, Tensor], *rest: Mapping[str, Tensor]

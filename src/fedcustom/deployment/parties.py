@@ -16,6 +16,8 @@ from ..models.load import load_base
 from ..models.park import park, parked
 from ..recipe.recipe import Recipe
 from ..transport.channel import Channel
+from ..transport.protocol import check_visible
+from ..updates.pipeline import update_transforms
 from .connection import SiteConnection
 from .evaluation import RemoteEvaluation
 from .memories import RemoteMemories
@@ -71,14 +73,16 @@ def gather(
     participants = agree(connection, recipe, settings.sites, settings.start_with or min_clients)
     data = _server_view(recipe, settings, own, participants.labels)
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
-    method = make_method(recipe, base, data)
+    transforms = update_transforms(recipe.compression)
+    method = make_method(recipe, base, data, transforms)
     origin, parking = method.initialise(), folder / "server" / "fedcustom"
     origin = replace(origin, tensors=parked(origin.tensors, parking))
     if base.device.type == "cpu":
         park(base.model, parking)  # the sites do the computing
     channel = Channel(recipe.compression, origin.tensors)
     memories = RemoteMemories(directory / RUN_FILE, identifier)
-    transport = RemoteTransport(method, channel, connection, participants, memories, min_clients)
+    transport = RemoteTransport(method, channel, transforms, connection, participants, memories, min_clients)
+    check_visible(transport, transforms, recipe.aggregation)
     evaluation = RemoteEvaluation(method, base, data, connection, participants, memories)
     return Federation(base, data, method, origin, evaluation, transport, memories)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from ..core.errors import UpdateError
 from ..methods import Asked, AsksClients, Method, Task, Update
 from ..transport import wire
 from ..transport.channel import Channel
 from ..transport.protocol import Reply
+from ..updates.pipeline import on_server
+from ..updates.transform import UpdateContext, UpdateTransform
 from .connection import SiteConnection
 from .memories import RemoteMemories
 from .nvflare.messenger import SiteReply
@@ -17,7 +18,8 @@ from .participants import Participants
 
 
 class RemoteTransport:
-    """Transport: sends tasks to remote sites, packed by ``channel``, and yields their checked replies.
+    """Transport: sends tasks to remote sites, packed by ``channel``, and yields their checked replies, which
+    ``transforms`` decode.
 
     ``min_replies`` is how many sites have to reply before the others are waited for no longer than the grace
     period. A method that asks its clients outside rounds is connected to :meth:`ask`.
@@ -27,12 +29,13 @@ class RemoteTransport:
         self,
         method: Method,
         channel: Channel,
+        transforms: Sequence[UpdateTransform],
         connection: SiteConnection,
         participants: Participants,
         memories: RemoteMemories,
         min_replies: int,
     ) -> None:
-        self.method, self.channel = method, channel
+        self.method, self.channel, self.transforms = method, channel, transforms
         self.connection, self.participants, self.memories = connection, participants, memories
         self.min_replies = min_replies
         if isinstance(method, AsksClients):
@@ -80,7 +83,7 @@ class RemoteTransport:
 
     def _unpacked(self, name: str, task: Task, down: int, reply: SiteReply) -> Reply:
         """A site's update as it comes out of the channel, checked. ``down`` is its task's length in bytes."""
-        sent = replace(task, tensors=self.channel.unpack_down(self.channel.pack_down(task)))
+        sent, _ = self.channel.down(task)
         if reply.failure:
             detail = f"{reply.failure}\n"
             return Reply(name, sent, None, reply.failure, detail, down, 0, reply.seconds)
@@ -89,7 +92,8 @@ class RemoteTransport:
             weight = values.pop("weight", None)
             if not isinstance(weight, int | float):
                 raise UpdateError("an answer without a weight")
-            update = Update(self.channel.unpack_up(reply.packed, task), float(weight), values)
+            packed = reply.packed.update(float(weight), values)
+            update = on_server(self.transforms, packed, UpdateContext(name, task))
             self.method.check(sent, update)
         except Exception as error:  # whatever a site sends, the others go on
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..aggregation.combine import offered_rule
@@ -12,14 +14,21 @@ from ..methods import Context, Method, build_method
 from ..methods.tuning.technique import Keeps
 from ..models.load import Base, context_length, load_configuration
 from ..recipe.recipe import Baseline, Recipe
+from ..updates.transform import UpdateTransform
 from .schedule import EVERYONE
 
 KEEPS: dict[Baseline, Keeps] = {"federated": "nothing", "centralised": "optimizer", "local": "everything"}
 """What clients keep to themselves between rounds."""
 
 
-def make_method(recipe: Recipe, base: Base, federation: FederatedData | None = None) -> Method:
-    """The recipe's method on a loaded base model; without a federation, to predict only.
+def make_method(
+    recipe: Recipe,
+    base: Base,
+    federation: FederatedData | None = None,
+    transforms: Sequence[UpdateTransform] = (),
+) -> Method:
+    """The recipe's method on a loaded base model; without a federation, to predict only. ``transforms`` act
+    on what its aggregation rule gives.
 
     Raises:
         ModelError: the method does not fit the model.
@@ -44,6 +53,7 @@ def make_method(recipe: Recipe, base: Base, federation: FederatedData | None = N
         root=_root_examples(recipe, federation) if federation else [],
         public=federation.public if federation else [],
         model=recipe.model,
+        transforms=tuple(transforms),
     )
     return build_method(recipe.method, context)
 

@@ -16,7 +16,9 @@ from ..methods.tuning.head_messages import HEAD_GRADIENT, LEAST, POINT, SCALE_HE
 from ..methods.tuning.method import WeightTuning
 from ..recipe.recipe import Recipe
 from ..transport import wire
-from ..transport.channel import Channel
+from ..transport.channel import Channel, update_length
+from ..updates.pipeline import on_client, update_transforms
+from ..updates.transform import ClientContext, UpdateTransform
 from .callbacks import Outline
 from .schedule import Assignment, Plan
 
@@ -35,12 +37,13 @@ def outline(recipe: Recipe, data: FederatedData, method: Method, state: State, p
     if recipe.baseline != "federated" or type(method) is not WeightTuning:
         return Outline(len(sizes), cohort, examples)
     channel = Channel(recipe.compression, state.tensors)
+    transforms = update_transforms(recipe.compression)
     fits = recipe.training.rounds_of_head_fits(recipe.rounds.count)
     down = up = 0.0
     if first := next((number for number in range(1, len(plan) + 1) if number not in fits), None):
         labels = [examples or 1] * len(data.task.labels)  # as if a head had been fitted before
         fitted = replace(state, values={**state.values, LABEL_COUNTS: labels})
-        down, up = _training(method, channel, fitted, first, plan[first - 1])
+        down, up = _training(method, channel, transforms, fitted, first, plan[first - 1])
     rounds = [cohort for number, cohort in enumerate(plan, start=1) if number not in fits]
     costs = [sum(down + (not a.absent) * up for a in cohort.values()) for cohort in rounds]
     fitting = sum(_fitting(method, channel, state, number, plan[number - 1], data) for number in fits)
@@ -58,12 +61,17 @@ def outline(recipe: Recipe, data: FederatedData, method: Method, state: State, p
 
 
 def _training(
-    method: WeightTuning, channel: Channel, state: State, number: int, cohort: Mapping[str, Assignment]
+    method: WeightTuning,
+    channel: Channel,
+    transforms: Sequence[UpdateTransform],
+    state: State,
+    number: int,
+    cohort: Mapping[str, Assignment],
 ) -> tuple[float, float]:
     """The mean bytes to and from a client of a cohort that trains."""
     tasks = list(method.configure(state, number, {name: a.amount for name, a in cohort.items()}).values())
     down = _lengths(tasks, lambda task: _down(channel, task))
-    up = _lengths(tasks, lambda task: _up(method, channel, task))
+    up = _lengths(tasks, lambda task: _up(method, transforms, task))
     return sum(down) / len(tasks), sum(up) / len(tasks)
 
 
@@ -84,12 +92,12 @@ def _down(channel: Channel, task: Task) -> int:
     return channel.pack_down(task).length({"kind": task.kind, **task.values})
 
 
-def _up(method: WeightTuning, channel: Channel, task: Task) -> int:
+def _up(method: WeightTuning, transforms: Sequence[UpdateTransform], task: Task) -> int:
     """The bytes of an answer to a task that trains: of a change that is zero everywhere."""
     wanted = {name: _zeros(tensor) for name, tensor in method.ownership.wanted(task).items()}
     packed, said = method.hooks.pack(wanted)
-    values = {"weight": 16.0, **SAID, **said}
-    return channel.pack_up(Update(packed, 16.0, values), task, Memory()).length(values)
+    update = on_client(transforms, Update(packed, 16.0, {**SAID, **said}), ClientContext("", task, Memory()))
+    return update_length(update)
 
 
 def _zeros(tensor: Tensor) -> Tensor:

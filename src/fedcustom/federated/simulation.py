@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..core.errors import RecipeError
 from ..data.build import build_data, with_builtin_columns
 from ..data.examples import FederatedData
 from ..data.perturb import perturbed
 from ..evaluation.metrics import Metrics
-from ..methods import Method, State, Task
+from ..methods import Method, State
 from ..models.load import Base, load_base
 from ..recipe.recipe import Recipe
 from ..simulation.poison import backdoor_probes, poisoned, with_noise
 from ..transport.channel import Channel
 from ..transport.client_store import ClientStore
 from ..transport.in_process import InProcessTransport
-from ..transport.protocol import Reply
-from ..updates.attack import conspiracy, falsifier, hostile_clients
+from ..transport.protocol import Transport, check_visible
+from ..updates.attack import hostile_clients, simulated_attack
+from ..updates.pipeline import update_transforms
+from ..updates.transform import UpdateTransform
 from .build import check_cohort, check_fit, make_method, pooled
 from .callbacks import Callback
 from .evaluator import Evaluator, Probes, Result
@@ -40,15 +43,6 @@ class Evaluation(Protocol):
     def final(self, state: State, trained: State | None = None) -> Result:
         """Quality on the test split and on every client's own test part; clients' versions are fine-tuned
         from the state as it was ``trained``, where that is another.
-        """
-
-
-class Transport(Protocol):
-    """How tasks reach clients and their updates come back."""
-
-    def exchange(self, tasks: Mapping[str, Task], label: str, absent: Container[str] = ()) -> Iterator[Reply]:
-        """Give each client its task and yield the replies, in the tasks' order; a client's failure is a
-        reply, not an error. ``label`` is new in each round.
         """
 
 
@@ -85,12 +79,21 @@ Gather = Callable[[Recipe, Path, Path, Callback], Federation]
 this goes, to its parties."""
 
 
-def simulate(recipe: Recipe, directory: Path, private: Path, callbacks: Callback) -> Federation:
-    """All parties in this process, on one resident base model.
+def simulate(
+    recipe: Recipe,
+    directory: Path,
+    private: Path,
+    callbacks: Callback,
+    transforms: Sequence[UpdateTransform] = (),
+) -> Federation:
+    """All parties in this process, on one resident base model. ``transforms`` act on updates after the
+    simulated attack and before compression (:mod:`fedcustom.updates.transform`).
 
     Raises:
         RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
     """
+    if transforms and recipe.baseline != "federated":
+        raise RecipeError(f"baseline = {recipe.baseline!r}: transforms of updates need 'federated'")
     callbacks.on_phase("reading the data")
     check_fit(recipe)
     settings, clients = with_builtin_columns(recipe.data, recipe.clients)
@@ -98,8 +101,10 @@ def simulate(recipe: Recipe, directory: Path, private: Path, callbacks: Callback
     check_cohort(recipe, data)
     callbacks.on_phase(f"loading {recipe.model.base}")
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
-    method = make_method(recipe, base, data)
     hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
+    attack = simulated_attack(hostile, recipe.attack, recipe.seed)
+    applied = update_transforms(recipe.compression, attack, transforms)
+    method = make_method(recipe, base, data, applied)
     probes = _probes(recipe, data)
     data = _damaged(recipe, data, hostile)
     owners = pooled(data) if recipe.baseline == "centralised" else data.clients
@@ -116,10 +121,8 @@ def simulate(recipe: Recipe, directory: Path, private: Path, callbacks: Callback
     )
     origin = method.initialise()
     channel = Channel(recipe.compression, origin.tensors)
-    falsify = falsifier(hostile, recipe.attack, recipe.seed)
-    transport = InProcessTransport(method, store, channel, falsify, callbacks.on_note)
-    if recipe.attack.kind == "alie":
-        transport.conspire(hostile, conspiracy(recipe.attack))
+    transport = InProcessTransport(method, store, channel, applied, callbacks.on_note)
+    check_visible(transport, applied, recipe.aggregation)
     return Federation(base, data, method, origin, evaluator, transport, store)
 
 

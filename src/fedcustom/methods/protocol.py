@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +21,20 @@ UNFINISHED = "unfinished"
 """The value of a state that says that its round is not over: the same clients are to be asked again."""
 
 
+class ExactTask(StrEnum):
+    """The kinds of tasks of which a model's head is fitted. What is answered is not a change of tensors but
+    figures to compute with: they travel bit for bit, and are not falsified.
+    """
+
+    FIT_HEAD = "fit head"
+    SCALE_HEAD = "scale head"
+    HEAD_GRADIENT = "head gradient"
+
+
+EXACT_ANSWERS = frozenset(kind.value for kind in ExactTask)
+EXACT_TENSORS = EXACT_ANSWERS - {ExactTask.FIT_HEAD.value}  # that one brings the state, as to train
+
+
 @dataclass(frozen=True)
 class Task:
     """What the server asks of one client in a round."""
@@ -27,6 +42,21 @@ class Task:
     kind: str
     tensors: Tensors = field(default_factory=dict)
     values: Values = field(default_factory=dict)
+
+    @property
+    def exact_answer(self) -> bool:
+        """Whether the answer's tensors must arrive as they are, since they are no change of the state."""
+        return self.kind in EXACT_ANSWERS
+
+    @property
+    def exact_tensors(self) -> bool:
+        """Whether the task's own tensors must arrive as they are, since they are no state."""
+        return self.kind in EXACT_TENSORS
+
+    @property
+    def round_number(self) -> int:
+        """The round in which it is asked, from 1; 0 where the task does not say."""
+        return int(self.values.get("round", 0))
 
 
 @dataclass(frozen=True)
@@ -52,6 +82,23 @@ class Answer:
     task: Task
     update: Update
     discount: float = 1.0
+
+
+@dataclass(frozen=True)
+class AggregateContext:
+    """What is known when a cohort's change has been combined: the round of the newest task that was answered,
+    and the clients that answered, in the order in which their answers came.
+    """
+
+    round_number: int
+    clients: tuple[str, ...]
+
+
+class AggregateTransform(Protocol):
+    """What may act on a cohort's change (:class:`fedcustom.updates.transform.UpdateTransform`)."""
+
+    def on_aggregate(self, delta: Tensors, context: AggregateContext) -> Tensors:
+        """The change that the server optimiser follows, in place of the one that the rule gave."""
 
 
 def peeked(answers: Iterable[Answer]) -> tuple[Task | None, Iterator[Answer]]:

@@ -7,13 +7,12 @@ import traceback
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 from ..methods.protocol import Asked, AsksClients, Client, Method, Task, Update
+from ..updates.pipeline import on_client, on_server
+from ..updates.transform import ClientContext, JointTransform, UpdateTransform
 from . import wire
-from .channel import Channel
+from .channel import Channel, update_length
 from .client_store import ClientStore
 from .protocol import Reply
-
-Conspiracy = Callable[[Mapping[str, Update], int], dict[str, Update]]
-"""From hostile clients' honest updates, and the number of clients in the round, to what they send."""
 
 SLOW = 10
 """Seconds from which on it is worth saying how long a client took outside rounds."""
@@ -21,7 +20,7 @@ SLOW = 10
 
 class InProcessTransport:
     """Asks clients that live in this process, many at once where the method trains them in one batch. Bytes
-    are counted as on a network, but not copied. ``falsify`` is what hostile clients do to their updates.
+    are counted as on a network, but not copied. ``transforms`` act on the updates on their way.
     """
 
     def __init__(
@@ -29,13 +28,12 @@ class InProcessTransport:
         method: Method,
         store: ClientStore,
         channel: Channel,
-        falsify: Callable[[Task, str, Update], Update] = lambda task, client, update: update,
+        transforms: Sequence[UpdateTransform] = (),
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.method, self.store, self.channel, self.falsify = method, store, channel, falsify
+        self.method, self.store, self.channel, self.transforms = method, store, channel, transforms
         self.note = note
-        self.conspirators: Container[str] = ()
-        self.agree: Conspiracy = lambda updates, clients: dict(updates)
+        self.joint = next((one for one in transforms if isinstance(one, JointTransform)), None)
         if isinstance(method, AsksClients):
             method.connect(self.ask, list(store.data))
 
@@ -45,7 +43,7 @@ class InProcessTransport:
         """
         width = self.method.widest_cohort()
         names = list(tasks)
-        ahead = self._conspired(tasks, [n for n in names if n in self.conspirators and n not in absent])
+        ahead = self._together(tasks, absent)
         for start in range(0, len(names), width):
             cohort = names[start : start + width]
             sent = {name: self.channel.down(tasks[name]) for name in cohort}
@@ -59,14 +57,13 @@ class InProcessTransport:
                 else:
                     yield self._reply(name, task, down, label, *answers.pop(name))
 
-    def conspire(self, clients: Container[str], agree: Conspiracy) -> None:
-        """Let hostile clients work first in each round, and agree on what they send."""
-        self.conspirators, self.agree = clients, agree
-
-    def _conspired(
-        self, tasks: Mapping[str, Task], names: Sequence[str]
+    def _together(
+        self, tasks: Mapping[str, Task], absent: Container[str]
     ) -> dict[str, tuple[Client, Update | Exception, float]]:
-        """The conspirators' answers, agreed upon."""
+        """The answers of those whose updates are transformed together, who therefore work first."""
+        if self.joint is None:
+            return {}
+        names = [name for name in tasks if name in self.joint.members and name not in absent]
         found: dict[str, tuple[Client, Update | Exception, float]] = {}
         width = self.method.widest_cohort()
         for start in range(0, len(names), width):
@@ -74,7 +71,7 @@ class InProcessTransport:
             worked = self._work({name: self.channel.down(tasks[name])[0] for name in cohort})
             found |= zip(cohort, worked, strict=True)
         updates = {name: answer for name, (_, answer, _) in found.items() if isinstance(answer, Update)}
-        agreed = self.agree(updates, len(tasks)) if updates else {}
+        agreed = self.joint.on_clients(updates, len(tasks)) if updates else {}
         return {
             name: (client, agreed.get(name, answer), seconds)
             for name, (client, answer, seconds) in found.items()
@@ -132,13 +129,15 @@ class InProcessTransport:
         answer: Update | Exception,
         seconds: float,
     ) -> Reply:
-        """A client's answer as it comes out of the channel, checked."""
+        """A client's answer as the server gets it, checked."""
         started = time.perf_counter()
         up, update, reason, detail = 0, None, "", ""
         try:
             if isinstance(answer, Exception):
                 raise answer
-            received, up = self.channel.up(self.falsify(task, name, answer), task, client.memory)
+            context = ClientContext(name, task, client.memory)
+            sent = on_client(self.transforms, answer, context)
+            received, up = on_server(self.transforms, sent, context), update_length(sent)
             self.method.check(task, received)
             update = received
         except Exception as error:

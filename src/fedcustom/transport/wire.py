@@ -14,24 +14,12 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from ..core.errors import WireError
-from ..core.tensors import Tensors
+from ..core.tensors import DTYPE_NAMES, Tensors
 
-DTYPES: dict[torch.dtype, str] = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
-"""The dtypes that may travel, with safetensors' names, in the order in which it puts them last to first."""
+DTYPES = DTYPE_NAMES
 
 MAX_BYTES = 64 * 2**30
 MAX_JSON_BYTES = 64 * 2**20

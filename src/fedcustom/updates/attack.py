@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from statistics import NormalDist
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..core.errors import RecipeError
 from ..core.tensors import Tensors
-from ..methods.protocol import Task, Update
-from ..methods.tuning.head_messages import HEAD_TASKS
+from ..methods.protocol import Update
 from ..simulation.settings import AttackSettings
+from .transform import ClientContext, UpdateTransform
 
 
 def hostile_clients(names: Sequence[str], settings: AttackSettings, seed: int) -> frozenset[str]:
@@ -42,7 +42,25 @@ def attack(update: Update, settings: AttackSettings, seed: Sequence[int]) -> Upd
     return replace(update, tensors={name: hostile(tensor) for name, tensor in update.tensors.items()})
 
 
-def conspiracy(settings: AttackSettings) -> Callable[[Mapping[str, Update], int], dict[str, Update]]:
+class Falsification(UpdateTransform):
+    """What hostile clients do to their own updates (:func:`attack`), each by itself."""
+
+    def __init__(self, hostile: frozenset[str], settings: AttackSettings, seed: int) -> None:
+        self.hostile, self.settings, self.seed = hostile, settings, seed
+        self.name = f"attack.kind = {settings.kind!r}"
+        self.is_linear = settings.kind != "random"
+
+    def on_client(self, update: Update, context: ClientContext) -> Update:
+        """A hostile client's falsified update; another's, and exact answers, as they are: sums of poisoned
+        examples are malice enough.
+        """
+        if context.client not in self.hostile or context.task.exact_answer:
+            return update
+        seed = [self.seed, 9, context.round_number, *context.client.encode()]
+        return attack(update, self.settings, seed)
+
+
+class LittleIsEnough(UpdateTransform):
     """A little is enough (Baruch et al. 2019, algorithm 3): from the hostile clients' honest updates of a
     round and the number of clients in it, what all of them send.
 
@@ -55,10 +73,22 @@ def conspiracy(settings: AttackSettings) -> Callable[[Mapping[str, Update], int]
     0, z is 0. One hostile client alone knows no deviation, and sends its honest change.
     """
 
-    def agree(updates: Mapping[str, Update], clients: int) -> dict[str, Update]:
-        z = settings.deviations
+    name = "attack.kind = 'alie'"
+    needs_individual_updates = True
+
+    def __init__(self, hostile: frozenset[str], settings: AttackSettings) -> None:
+        self.members: Container[str] = hostile
+        self.settings = settings
+
+    def on_clients(self, updates: Mapping[str, Update], cohort: int) -> dict[str, Update]:
+        """The same changes for all hostile clients, each with its own weight and figures.
+
+        Raises:
+            RecipeError: their changes differ in names or shapes.
+        """
+        z = self.settings.deviations
         if z is None:
-            z = unsuspicious_deviations(clients, len(updates))
+            z = unsuspicious_deviations(cohort, len(updates))
         shapes = {tuple(sorted((k, t.shape) for k, t in u.tensors.items())) for u in updates.values()}
         if len(shapes) > 1:
             raise RecipeError("attack.kind = 'alie': needs a method whose clients all send the same shapes")
@@ -68,25 +98,20 @@ def conspiracy(settings: AttackSettings) -> Callable[[Mapping[str, Update], int]
             tensors[name] = stack.mean(dim=0) - z * stack.std(dim=0, correction=0)
         return {client: replace(update, tensors=tensors) for client, update in updates.items()}
 
-    return agree
-
 
 def unsuspicious_deviations(clients: int, hostile: int) -> float:
-    """z of :func:`conspiracy`, 0 at least."""
+    """z of :class:`LittleIsEnough`, 0 at least."""
     honest, supporters = clients - hostile, clients // 2 + 1 - hostile
     share = (honest - supporters) / honest if honest else 0.0
     return max(0.0, NormalDist().inv_cdf(share)) if 0 < share < 1 else 0.0
 
 
-def falsifier(
+def simulated_attack(
     hostile: frozenset[str], settings: AttackSettings, seed: int
-) -> Callable[[Task, str, Update], Update]:
-    """What becomes of a client's honest update before it is sent: hostile ones falsify it."""
-
-    def falsified(task: Task, client: str, update: Update) -> Update:
-        if client not in hostile or settings.kind == "alie" or task.kind in HEAD_TASKS:
-            return update  # sums of poisoned examples are malice enough
-        number = int(task.values.get("round", 0))
-        return attack(update, settings, [seed, 9, number, *client.encode()])
-
-    return falsified
+) -> tuple[UpdateTransform, ...]:
+    """What the recipe's attack does to the updates of these clients; nothing where it names none."""
+    if settings.kind == "none":
+        return ()
+    if settings.kind == "alie":
+        return (LittleIsEnough(hostile, settings),)
+    return (Falsification(hostile, settings, seed),)

@@ -14,11 +14,13 @@ from ...data.examples import ClientData, Example, FederatedData, LearningTask
 from ...data.own import OwnData
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
-from ...methods import Client, State, Task
+from ...methods import Client, State
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
 from ...recipe.recipe import Recipe
 from ...transport.channel import Channel, Packed
+from ...updates.pipeline import on_client, update_transforms
+from ...updates.transform import ClientContext
 from ..replies import Part, PartSizes, SiteStatistics
 from .memory import RoundMemory
 
@@ -51,6 +53,7 @@ class Participant:
         federation = FederatedData(task, everyone, [], [], test_is_pooled=True, public=own.public)
         self.method = make_method(recipe, self.base, federation)
         self.channel = Channel(recipe.compression, self.method.initialise().tensors)
+        self.transforms = update_transforms(recipe.compression)
         self.memory = RoundMemory(folder / "memory")
         self.disk = folder / "disk"
 
@@ -64,15 +67,15 @@ class Participant:
         """Execute a task; returns the update as it travels: its tensors, and its values with the weight. In a
         round the memory changes; outside rounds nothing is remembered.
         """
-        task = Task(kind, self.channel.unpack_down(packed), dict(values))
+        task = self.channel.unpack_down(packed, kind, dict(values))
         before = self.memory.before(round_number) if round_number is not None else self.memory.after(2**31)
         client = Client(self.name, self.data, before, self.disk)
         update = self.method.execute(task, client)
         if round_number is None:
             return Packed(update.tensors), {"weight": update.weight, **update.values}
-        answer = self.channel.pack_up(update, task, client.memory)
+        sent = on_client(self.transforms, update, ClientContext(self.name, task, client.memory))
         self.memory.save(round_number, client.memory)
-        return answer, {"weight": update.weight, **update.values}
+        return Packed.of(sent), {"weight": sent.weight, **sent.values}
 
     def evaluate(self, part: Part, tensors: Tensors, values: Mapping[str, Any], after: int) -> SiteStatistics:
         """Statistics of a state on one part of this site's data: of the global model and, where clients keep

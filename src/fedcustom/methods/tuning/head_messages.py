@@ -10,16 +10,16 @@ from torch import Tensor
 
 from ...core.errors import UpdateError
 from ...core.tensors import Tensors, is_finite
-from ..protocol import Update
+from ..protocol import ExactTask, Update
 from .update_checks import check_forms
 
-FIT_HEAD = "fit head"
+FIT_HEAD = ExactTask.FIT_HEAD.value
 """The kind of task that asks for a client's sums."""
 
-SCALE_HEAD = "scale head"
+SCALE_HEAD = ExactTask.SCALE_HEAD.value
 """The kind of task that asks for the losses of a head at several temperatures."""
 
-HEAD_GRADIENT = "head gradient"
+HEAD_GRADIENT = ExactTask.HEAD_GRADIENT.value
 """The kind of task that asks for loss and gradient of a head."""
 
 HEAD_TASKS = (FIT_HEAD, SCALE_HEAD, HEAD_GRADIENT)

@@ -19,7 +19,18 @@ from ...data.tokens import Batch, TokenizedExample, example_order
 from ...models.inference import Predictions, predict
 from ...training.label_prior import label_offset
 from ...training.local import LocalResult, learning_rate, schedule_factor
-from ..protocol import UNFINISHED, Answer, Client, Memory, State, Task, Update, Values, peeked
+from ..protocol import (
+    UNFINISHED,
+    AggregateContext,
+    Answer,
+    Client,
+    Memory,
+    State,
+    Task,
+    Update,
+    Values,
+    peeked,
+)
 from .aggregation_hooks import BASE_CHANGE, AggregationHooks, ClientDelta
 from .drift_corrections import CONTROL, Correction, make_correction
 from .head_fit import LABEL_COUNTS, HeadFit, output_names
@@ -142,11 +153,14 @@ class WeightTuning:
                 return self.head_fit.aggregate(task.kind, state, answers)
         settings, gathered = self.aggregation, self.hooks.round(state)
         answered: list[str] = []
+        newest = 0
 
         def changes() -> Iterator[Change]:
+            nonlocal newest
             for answer in stream:
                 arrival = self._arrival(answer)
                 answered.append(answer.client)
+                newest = max(newest, answer.task.round_number)
                 rest = gathered.take(arrival)
                 steps = int(answer.update.values["steps"])
                 yield Change(answer.client, rest, arrival.weight, steps, answer.discount)
@@ -158,6 +172,8 @@ class WeightTuning:
             assert first is not None
             root = gathered.take(self._root(state, first))
         change = combine(changes(), settings, root=root, inner_products=gathered.inner_products)
+        for transform in self.context.transforms:
+            change = transform.on_aggregate(change, AggregateContext(newest, tuple(answered)))
         current = {name: state.tensors[name] for name in change if name in state.tensors}
         relevant = {n: t for n, t in state.server.items() if n.partition("/")[2] in change}
         tensors, kept = self.correction.step(current, change, relevant, len(answered))

@@ -18,6 +18,7 @@ from ...evaluation.settings import EvaluationSettings
 from ...models.load import Base
 from ...models.settings import ModelSettings
 from ...training.settings import TrainingSettings
+from ..protocol import AggregateTransform
 from .aggregation_hooks import AggregationHooks
 
 Keeps = Literal["nothing", "optimizer", "everything"]
@@ -32,7 +33,8 @@ class Context:
     sends nothing). ``keep_local`` names parts of what is trained that stay with each client (``head``, or a
     part of tensors' names); ``clients`` is how many clients there are, ``names`` who they are, ``root`` what
     the server itself trains on where a rule asks for that, ``public`` texts that everybody may see. ``model``
-    says how ``base`` was loaded, for methods that load others like it.
+    says how ``base`` was loaded, for methods that load others like it; ``transforms`` act on what the
+    aggregation rule gives, in their order.
     """
 
     base: Base
@@ -49,6 +51,7 @@ class Context:
     root: list[Example] = field(default_factory=list)
     public: list[Example] = field(default_factory=list)
     model: ModelSettings = field(default_factory=lambda: ModelSettings())
+    transforms: tuple[AggregateTransform, ...] = ()
 
 
 @dataclass

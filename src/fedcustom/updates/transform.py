@@ -1,0 +1,115 @@
+"""Transforms of updates: what happens to a client's update on its way, and to what the rule makes of them.
+
+The transforms of a run stand in one list. Their order is fixed (:func:`~.pipeline.update_transforms`):
+
+1. the simulated attack (:mod:`.attack`), for a hostile client falsifies what it would have sent;
+2. the caller's own transforms, in the caller's order: clipping first, then noise;
+3. compression with error feedback (:class:`~.encode.Compression`), for it decides the bytes. Whatever stands
+   before it sees the numbers as they were trained; what follows it would see codes.
+
+A round goes through the list three times::
+
+    at the client    on_client      first to last    the delta that the method made -> what travels
+    at the server    on_server      last to first    what came -> the delta, before it is checked
+    at the server    on_aggregate   first to last    the rule's delta -> what the server optimiser follows
+
+The second pass is for :class:`ServerTransform` alone. Tasks whose answers are exact (``Task.exact_answer``)
+are asked with the same list; a transform of deltas has to leave those answers as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from ..core.tensors import Tensors
+from ..methods.protocol import AggregateContext, Memory, Task, Update
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class UpdateContext:
+    """What both ends know of an update: the client that it is of, and the task that it answers."""
+
+    client: str
+    task: Task
+
+    @property
+    def round_number(self) -> int:
+        """The round of the task, from 1; a late answer's is the round in which it was asked."""
+        return self.task.round_number
+
+
+@dataclass(frozen=True)
+class ClientContext(UpdateContext):
+    """What is known at the client: also its private memory, which a transform may change."""
+
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class EncodedUpdate(Update):
+    """An update whose tensors are codes (``changes_bytes``); ``layout`` is what the receiver must be told of
+    the names, shapes and dtypes that they stand for.
+    """
+
+    layout: Layout = None
+
+
+class UpdateTransform(Protocol):
+    """One entry of the list. Subclass it for these defaults, which change nothing, or match its form.
+
+    ``name`` is what errors call it: the setting that asks for it, as in ``attack.kind = 'alie'``. It says of
+    itself:
+
+    - ``needs_individual_updates``: others than its client must see a client's update, so that a sum of all
+      would not do;
+    - ``changes_bytes``: what it returns are codes of another form or length, so that it has to stand last,
+      and to be a :class:`ServerTransform`;
+    - ``is_linear``: the sum of what it returns is what it returns for the sum.
+    """
+
+    name: str = "transform"
+    needs_individual_updates: bool = False
+    changes_bytes: bool = False
+    is_linear: bool = False
+
+    def on_client(self, update: Update, context: ClientContext) -> Update:
+        """A client's update in place of the one that its method made, or that the transform before this one
+        returned. An exception leaves the client out of the round.
+        """
+        return update
+
+    def on_aggregate(self, delta: Tensors, context: AggregateContext) -> Tensors:
+        """The cohort's delta in place of the one that the aggregation rule gave, in the same names and
+        shapes; the server optimiser follows it. Called by methods that train tensors. Tensors that a method
+        combines by a rule of its own are not in ``delta``; what a drift correction sends is.
+        """
+        return delta
+
+
+@runtime_checkable
+class ServerTransform(Protocol):
+    """A transform that also acts on each update as it arrives at the server."""
+
+    def on_server(self, update: Update, context: UpdateContext) -> Update:
+        """The update that the method checks and aggregates. Nothing in ``update`` is trusted.
+
+        Raises:
+            WireError: what came is no update; the client is left out of the round.
+        """
+
+
+@runtime_checkable
+class JointTransform(Protocol):
+    """A transform of several clients' updates at once, which only a simulation can do: its ``members`` work
+    before the round's other clients.
+    """
+
+    members: Container[str]
+
+    def on_clients(self, updates: Mapping[str, Update], cohort: int) -> dict[str, Update]:
+        """The members' updates, by client, in place of those that their methods made; ``cohort`` is the
+        number of clients in the round.
+        """
