@@ -1,4 +1,4 @@
-"""Document indexes of a retrieval recipe: build, update and query them."""
+"""Retrieval from Python: client document indexes on disk, and questions to them."""
 
 from __future__ import annotations
 

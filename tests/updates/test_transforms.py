@@ -14,7 +14,7 @@ import fedcustom
 from fedcustom.aggregation.settings import AggregationSettings, Rule
 from fedcustom.core.errors import RecipeError, WireError
 from fedcustom.core.tensors import Tensors, combine, norm, scale
-from fedcustom.federated.loop import run_recipe
+from fedcustom.federated.run import run_recipe
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.federated.simulation import Federation, simulate
 from fedcustom.methods import Memory, State, Task, Update

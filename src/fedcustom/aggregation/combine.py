@@ -1,4 +1,4 @@
-"""From the changes of a cohort to one change, by the rule that the recipe names."""
+"""Aggregation of a cohort's deltas by the rule that the recipe names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The change that LoRA makes in a dense matrix, kept as two factors: rank, scale, norm and compression."""
+"""Low-rank factors of a LoRA delta: rank, scale, norm and compression."""
 
 from __future__ import annotations
 

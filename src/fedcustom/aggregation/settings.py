@@ -1,4 +1,4 @@
-"""The recipe's section on how the server merges updates."""
+"""The recipe's section on aggregation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands: parse, call, print."""
+"""The command line application."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands share: consoles, arguments, and a display that says how to go on after Ctrl-C."""
+"""Shared parts of the commands: consoles, options, and the resume hint after Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands of a deployed federation: parse, call, print."""
+"""The ``deploy`` and ``site`` commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that runs a grid of recipes and shows its results."""
+"""The ``experiment`` command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run shows itself: a live line on a terminal, plain lines elsewhere."""
+"""Progress display: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

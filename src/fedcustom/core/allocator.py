@@ -1,4 +1,4 @@
-"""What the C library does with memory that was freed."""
+"""Memory allocator settings: freed memory is given back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine and memory."""
+"""Environment of a run: versions, machine and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong for reasons a user can mend."""
+"""Errors that a user can mend: one clear line each."""
 
 from __future__ import annotations
 

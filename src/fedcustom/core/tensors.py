@@ -1,4 +1,4 @@
-"""A state is a dict of named tensors; these are the operations on it."""
+"""Operations on states: dictionaries of named tensors."""
 
 from __future__ import annotations
 

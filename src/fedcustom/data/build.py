@@ -1,4 +1,4 @@
-"""From a recipe's data and client settings to the federated data of a run."""
+"""Federated data of a run, built from the recipe's data and client settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an example is, and how columns become one."""
+"""Examples, and the columns they are made from."""
 
 from __future__ import annotations
 

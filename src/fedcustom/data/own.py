@@ -1,4 +1,4 @@
-"""A party's own data: files that it names itself, with columns that may have names of their own."""
+"""A party's own data: files with columns of their own names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test texts as people mistype and mangle them: how much quality is left."""
+"""Perturbed test texts: typing errors and other noise."""
 
 from __future__ import annotations
 

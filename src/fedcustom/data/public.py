@@ -1,4 +1,4 @@
-"""The public set: texts without labels that server and clients all hold."""
+"""The public set: unlabelled texts that server and clients all hold."""
 
 from __future__ import annotations
 

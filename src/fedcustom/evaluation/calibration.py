@@ -1,4 +1,4 @@
-"""Whether probabilities say how often they are right, and the one temperature that makes them."""
+"""Calibration: expected calibration error, reliability bins and temperature scaling."""
 
 from __future__ import annotations
 

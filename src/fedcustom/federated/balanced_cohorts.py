@@ -1,4 +1,4 @@
-"""Cohorts whose clients' labels, taken together, are nearly everybody's."""
+"""Balanced cohorts: clients whose labels, taken together, are close to the whole federation's."""
 
 from __future__ import annotations
 

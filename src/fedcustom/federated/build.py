@@ -1,4 +1,4 @@
-"""What a recipe names, put together: its method on its model, and checks that all of it fits."""
+"""The recipe's method built on its base model, and checks that they fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good a state is: on development and test data, and client by client."""
+"""Evaluation of a global state on development and test data, and client by client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lines of a run's history as frames: one of rounds, one of clients in rounds."""
+"""History of a run as data frames: rounds, and clients in rounds."""
 
 from __future__ import annotations
 

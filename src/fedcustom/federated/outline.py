@@ -1,4 +1,4 @@
-"""What a run is going to ask of its clients: how many, how often, and how many bytes."""
+"""Cost of a run before it begins: clients, rounds and bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A learning rate chosen by the federation: a few rounds at each of some rates, by successive halving."""
+"""Federated learning rate search by successive halving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parties of one run, put together: what drives its rounds needs nothing else of them."""
+"""Simulation: all parties of a run in this process; the protocols a run's parties follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For methods whose clients do not share a batch."""
+"""Base class of methods whose clients do not share a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one conversation between server and clients: five verbs, whatever the method."""
+"""The method protocol: initialise, configure, execute, aggregate, export."""
 
 from __future__ import annotations
 

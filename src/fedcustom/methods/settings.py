@@ -1,4 +1,4 @@
-"""What the settings of every method say besides their fields."""
+"""Base classes of the methods' settings."""
 
 from __future__ import annotations
 

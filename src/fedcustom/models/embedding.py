@@ -1,4 +1,4 @@
-"""Texts as vectors: what a base model makes of them, averaged over their tokens."""
+"""Sentence embeddings by a base model: pooled token states."""
 
 from __future__ import annotations
 

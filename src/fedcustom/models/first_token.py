@@ -1,4 +1,4 @@
-"""The last layer of an encoder that is classified by its first token: computed for that token alone."""
+"""Last layer of a first-token classifier, computed for that token alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model says of examples: class logits, losses of targets, generated texts."""
+"""Inference: class logits, target losses and generated texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same functions, computed faster."""
+"""Faster kernels for the same functions."""
 
 from __future__ import annotations
 

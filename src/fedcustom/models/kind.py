@@ -1,4 +1,4 @@
-"""What kind of model a configuration is of: its architecture, and whether it is small or large."""
+"""Kinds of models by architecture and size, for default learning rates."""
 
 from __future__ import annotations
 

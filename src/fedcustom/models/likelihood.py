@@ -1,4 +1,4 @@
-"""How likely a language model finds each of some short continuations of a prompt."""
+"""Likelihoods of short continuations of a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load a pretrained base model and its tokenizer."""
+"""Loading of pretrained base models and their tokenizers."""
 
 from __future__ import annotations
 

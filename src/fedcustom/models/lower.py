@@ -1,4 +1,4 @@
-"""Frozen layers below everything that is trained: what they give for an example is computed once."""
+"""Cached lower layers: the outputs of frozen layers below all trained ones, computed once per example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A decoder's output layer, and losses of target tokens without holding the logits of all of them."""
+"""Output layer of a decoder, and target losses without the logits of all positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that are not in use: they lie on the disk until somebody looks at them."""
+"""Parked tensors: unused tensors memory-mapped from disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an encoder's states become the one vector that is classified: what its folder and a recipe say."""
+"""Pooling settings of an encoder, from its folder and the recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe's settings in words: their help, and what is wrong with a value."""
+"""Help texts and error messages for a recipe's settings."""
 
 from __future__ import annotations
 

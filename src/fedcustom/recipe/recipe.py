@@ -1,4 +1,4 @@
-"""A recipe: everything a user asks for, in one TOML file."""
+"""The recipe of a run, read from one TOML file and checked."""
 
 from __future__ import annotations
 

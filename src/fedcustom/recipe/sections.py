@@ -1,4 +1,4 @@
-"""Small sections of the recipe: the rounds, and what makes models personal."""
+"""Small sections of the recipe: rounds and personalisation."""
 
 from __future__ import annotations
 

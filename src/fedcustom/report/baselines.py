@@ -1,4 +1,4 @@
-"""What a sceptic asks first: do the methods beat baselines that need no customisation of the model?"""
+"""Trivial baselines: do the methods beat those that need no customisation of the model?"""
 
 from __future__ import annotations
 

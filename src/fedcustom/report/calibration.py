@@ -1,4 +1,4 @@
-"""Whether a classifier's probabilities are to be believed: reliability by bins of confidence."""
+"""Reliability diagram: accuracy against confidence, by bins."""
 
 from __future__ import annotations
 

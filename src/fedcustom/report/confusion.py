@@ -1,4 +1,4 @@
-"""What a classifier takes for what: a table of all labels, or the most frequent confusions of many."""
+"""Confusion table: all labels, or the most frequent confusions of many."""
 
 from __future__ import annotations
 

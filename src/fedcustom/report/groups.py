@@ -1,4 +1,4 @@
-"""Runs that differ in their seed only, taken together, and the statistics over them."""
+"""Groups of runs that differ in their seed only, and the statistics over them."""
 
 from __future__ import annotations
 

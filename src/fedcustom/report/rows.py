@@ -1,4 +1,4 @@
-"""The comparison table of the page: which columns it has, and what stands in its cells."""
+"""Columns and cells of the page's comparison table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each client answered, missed and sent, where there are few enough to be read one by one."""
+"""Traffic table: each client's answers, absences and bytes, where clients are few."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them, and the findings of a comparison as sentences."""
+"""Formatting of numbers, and the findings of a comparison as sentences."""
 
 from __future__ import annotations
 

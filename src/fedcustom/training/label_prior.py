@@ -1,4 +1,4 @@
-"""A client's label prior, taken out of what its training learns."""
+"""Logit adjustment: a client's label prior, taken out of its training (Menon et al. 2021)."""
 
 from __future__ import annotations
 

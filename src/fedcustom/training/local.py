@@ -1,4 +1,4 @@
-"""One client's optimisation of named parameters by ordinary backpropagation."""
+"""Local training: one client's optimisation of named parameters by backpropagation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels of a message between server and client, and how long it is."""
+"""Channel: packing of messages between server and client, and their lengths."""
 
 from __future__ import annotations
 

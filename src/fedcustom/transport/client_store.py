@@ -1,4 +1,4 @@
-"""The clients of a simulation and their private memories, which live on disk as a site's would."""
+"""Client store: simulated clients and their private memories on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients in this process: one after the other, on one resident base model."""
+"""In-process transport: clients in this process, on one resident base model."""
 
 from __future__ import annotations
 

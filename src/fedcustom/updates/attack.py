@@ -1,4 +1,4 @@
-"""Hostile clients: they work like the others and then change what they send."""
+"""Simulated attacks on updates: sign flips, noise, boosting, and "a little is enough" (ALIE)."""
 
 from __future__ import annotations
 

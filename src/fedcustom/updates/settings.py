@@ -1,4 +1,4 @@
-"""The recipe's section on what travels."""
+"""The recipe's section on compression."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What classifiers tell each other: soft labels of public texts."""
+"""Label exchange: classifiers' soft labels of public texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that learn: from private examples as any client does, and from what other models say."""
+"""Student training: on private examples, and on other models' outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a teacher's next-token probabilities say to a student with other tokens."""
+"""Translation of a teacher's next-token probabilities to a student with another tokenizer."""
 
 from __future__ import annotations
 

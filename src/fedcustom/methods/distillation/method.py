@@ -1,4 +1,4 @@
-"""The five verbs of federated knowledge distillation."""
+"""Federated knowledge distillation: the method's five verbs."""
 
 from __future__ import annotations
 

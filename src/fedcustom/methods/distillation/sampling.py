@@ -1,4 +1,4 @@
-"""Which public texts a round is about, and how a task says so."""
+"""Sampling of the public texts of a round."""
 
 from __future__ import annotations
 

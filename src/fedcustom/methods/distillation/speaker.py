@@ -1,4 +1,4 @@
-"""Language models, and what they say of public texts."""
+"""Language models that score public texts for distillation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A student learns from a teacher: losses, and the order of texts."""
+"""Distillation losses, and the order of texts in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What language models tell each other: the likeliest next tokens at each place of public texts."""
+"""Token exchange: the likeliest next tokens at each position of public texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How clients' prefixes become one; the rules are ``aggregation/prefix.py`` (docs/prefix_rules.md)."""
+"""Aggregation of prefixes in each variant; the rules are ``aggregation/prefix.py`` (docs/prefix_rules.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stacked prefix distilled into one of the set length, on the server's unlabelled texts."""
+"""Distillation of a stacked prefix into one of the set length, on the server's unlabelled texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first prefix from a real text: its keys and values in the frozen base, the same at every client."""
+"""Prefix initialisation from a real text: its keys and values in the frozen base model."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Linear probe: a head fitted on the vectors of the frozen model; the baseline of every classifier."""
+"""Linear probe, the baseline of every classifier: a linear head on the frozen model."""

@@ -1,1 +1,1 @@
-"""Prompts found by forward passes only: selection, in-context learning, black-box soft prompts."""
+"""Prompt engineering: prompts found by forward passes alone."""

@@ -1,4 +1,4 @@
-"""The local baseline of a method whose state fits into a client's memory: each client is its own server."""
+"""Local baseline for methods whose state fits into a client's memory: each client is its own server."""
 
 from __future__ import annotations
 

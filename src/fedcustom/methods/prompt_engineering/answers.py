@@ -1,4 +1,4 @@
-"""Rules by which a server makes one answer of several clients': pure functions."""
+"""Answer aggregation: pure functions that make one answer of several clients' answers."""
 
 from __future__ import annotations
 

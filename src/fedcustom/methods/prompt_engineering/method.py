@@ -1,4 +1,4 @@
-"""Prompt engineering: which strategy a recipe names."""
+"""Prompt engineering: the strategy that a recipe names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes out: a prompt that any chat or completion interface can use, as JSON and as text."""
+"""Prompt export: JSON and text for any chat or completion interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the strategies of prompt engineering share: the verbs that do not depend on how a prompt is found."""
+"""Base class of the prompt engineering strategies."""
 
 from __future__ import annotations
 

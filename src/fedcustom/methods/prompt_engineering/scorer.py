@@ -1,4 +1,4 @@
-"""What a frozen model says of texts under a prompt."""
+"""Scores of texts under a prompt by a frozen model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts as texts: templates with placeholders, and how labels are written in them."""
+"""Prompt templates with placeholders, and verbalisers of labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is a sound answer to each task of a search."""
+"""Checks of clients' answers in a search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents in pieces that fit into an encoder's window."""
+"""Chunking: documents cut to an encoder's window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client does for a search: keep its documents, find, show and answer."""
+"""The client's side of retrieval: indexing, searching and showing its documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a folder with a sentence encoder one of ``sentence-transformers``."""
+"""Export of a sentence encoder as a ``sentence-transformers`` folder."""
 
 from __future__ import annotations
 

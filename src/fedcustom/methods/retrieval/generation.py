@@ -1,4 +1,4 @@
-"""Answers that a language model writes from passages, and how well it knows answers with them."""
+"""Answers generated from passages, and the likelihood of reference answers."""
 
 from __future__ import annotations
 

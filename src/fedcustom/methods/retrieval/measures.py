@@ -1,4 +1,4 @@
-"""How good searches are, and what passages are worth to a generator."""
+"""Retrieval measures, and the worth of passages to a generator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The clients' lists, merged into one."""
+"""Merging of the clients' result lists into one."""
 
 from __future__ import annotations
 

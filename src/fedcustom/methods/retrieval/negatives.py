@@ -1,4 +1,4 @@
-"""Vectors of passages that clients lend each other, as negatives for each other's training."""
+"""Shared negatives: passage vectors of other clients for contrastive training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Queries that do not say exactly what was asked."""
+"""Query perturbation by noise."""
 
 from __future__ import annotations
 

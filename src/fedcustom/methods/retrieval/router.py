@@ -1,4 +1,4 @@
-"""Which clients are likely to hold the answer: a classifier over clients, from sums that they send."""
+"""Query routing: a classifier over clients, from sums that they send."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Searches over clients that keep their documents: whom the server asks, and how it merges what they find."""
+"""Federated search: which clients the server asks, and how their results are merged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One client's documents on its own disk, searched by vectors and by words (LanceDB)."""
+"""Document store: one client's documents on its own disk, searched by vectors and by words (LanceDB)."""
 
 from __future__ import annotations
 

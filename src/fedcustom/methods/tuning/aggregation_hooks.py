@@ -1,4 +1,4 @@
-"""How the tensors of a method travel and are merged; a method with rules of its own overrides this."""
+"""Aggregation hooks: how a method's tensors travel and are aggregated, for methods with rules of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corrections of client drift: each client remembers how its own data pull, and trains against that."""
+"""Client drift corrections: SCAFFOLD and FedDyn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model's feed-forward networks are, found by what grows with their width in the configuration."""
+"""Feed-forward networks of a model, found by the sizes in its configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounds in which the classification head is fitted to frozen vectors, from sums that clients send."""
+"""Head fitting: the classification head from sums and gradients over clients' frozen vectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients and server say to each other in a round that fits the head, and what of it is believed."""
+"""Messages of rounds that fit the head, and their checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One client's training, or many clients' in one batch, on the resident model."""
+"""Local training on the resident model, one client at a time or many in one batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The five verbs for every method that trains tensors; a method of this family says only which tensors."""
+"""Weight tuning: the five verbs of every method that trains tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cards of models that stand on a built-in base: their code runs where no model hub can be reached."""
+"""Model cards and modeling code for models on a built-in base, loadable without a hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method that trains tensors minimises: from examples to batches, and from batches to losses."""
+"""Training objectives: batches from examples, and losses from batches."""
 
 from __future__ import annotations
 

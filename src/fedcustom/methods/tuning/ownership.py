@@ -1,4 +1,4 @@
-"""Which of a method's tensors travel, which rest, and which stay with their clients."""
+"""Ownership of tensors: which travel, which are frozen, and which stay with their clients."""
 
 from __future__ import annotations
 

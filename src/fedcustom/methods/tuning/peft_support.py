@@ -1,4 +1,4 @@
-"""What methods that stand on ``peft`` share: wrapping, names, the head and saving."""
+"""Support for methods built on ``peft``: wrapping, names, the head and saving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method that trains tensors says of itself: which tensors, and how they act in the model."""
+"""The technique protocol: which tensors a method trains, and how they act in the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a state must be to be trained from, and a trained client's update to be merged."""
+"""Checks of states and of trained clients' updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What methods share that train some of a model's parameters and export it whole."""
+"""Partly trained models that are exported whole (BitFit, full fine-tuning, the probe)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules whose trained tensors differ from client to client, for a batch of many clients' examples."""
+"""Client modules: layers whose trained tensors differ from client to client within a batch."""
 
 from __future__ import annotations
 

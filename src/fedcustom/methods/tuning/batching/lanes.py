@@ -1,4 +1,4 @@
-"""Several passes at a time, each on its share of the processor's threads."""
+"""Parallel passes: several at a time, each on its share of the processor's threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many clients' optimisation in one batch: the frozen base sees the examples of all of them at once."""
+"""Batched training: many clients' optimisation in one batch over the frozen base model."""
 
 from __future__ import annotations
 
