@@ -23,7 +23,7 @@ from .confusion import confusions
 from .groups import Group, best_group, client_counts, client_scores, group_runs, lower_is_better, metric_names
 from .plots import BOX_FROM, ENDS, MOST_POINTS, Plots, colour, figures
 from .read import Prediction, Run, Runs, Summary, read_predictions, read_runs
-from .rows import Section, comparison_columns, comparison_sections
+from .rows import TableSection, comparison_columns, comparison_sections
 from .svg import definitions
 from .traffic import traffic
 
@@ -316,7 +316,7 @@ def render(runs: Runs) -> str:
         (above, metric, len(list(same)))
         for (above, metric), same in groupby(columns, key=lambda column: (column.above, column.metric))
     ]
-    sections: list[Section] = comparison_sections(groups, columns)
+    sections: list[TableSection] = comparison_sections(groups, columns)
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(_asset("page.html"))
