@@ -172,10 +172,10 @@ def test_a_whole_experiment(small: dict[str, Any], tmp_path: Path, monkeypatch: 
 
 def test_one_process_searches(tmp_path: Path, small: dict[str, Any]) -> None:
     """A trial that another one is at would pass for one that failed."""
-    campaign = opened(written(tmp_path, small, search=SEARCH, seeds=[3]))
-    with held(campaign.runs / "search.pid"), pytest.raises(RunError, match="searches learning rates; wait"):
-        campaign.run(1, print)
-    assert not campaign.results.exists()
+    experiment = opened(written(tmp_path, small, search=SEARCH, seeds=[3]))
+    with held(experiment.runs / "search.pid"), pytest.raises(RunError, match="searches learning rates; wait"):
+        experiment.run(1, print)
+    assert not experiment.results.exists()
 
 
 def test_what_would_stop_an_experiment_at_its_end_stops_it_before_it_runs(
@@ -183,12 +183,14 @@ def test_what_would_stop_an_experiment_at_its_end_stops_it_before_it_runs(
 ) -> None:
     """A file among the results that is none, and a rate that one cell cannot have."""
     monkeypatch.setattr(runner, "_here", lambda *_: pytest.fail("ran"))
-    search = {"rates": {"prefix": [2, 4], "lora": [2, 4]}, "setting": "rounds.clients_per_round"}
+    search = {"rates": {"prefix": [0.1, 0.2], "lora": [0.1, 0.2]}, "setting": "training.proximal"}
     path = written(
         tmp_path, small, search=search, seeds=[3],
-        override=[{"match": {"partition": "skewed"}, "set": {"clients": {"count": 3}}}],
+        override=[{"match": {"partition": "skewed"}, "set": {"aggregation": {"correction": "feddyn"}}}],
     )  # fmt: skip
-    with pytest.raises(RecipeError, match=r"cell federated--prefix--skewed: .*there are 3 clients"):
+    with pytest.raises(
+        RecipeError, match=r"cell federated--prefix--skewed: .*has a proximal term of its own"
+    ):
         opened(path).run(1, print)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "note.json").write_text('{"seed": 1}')
@@ -200,8 +202,8 @@ def test_a_rate_is_chosen_by_its_mean_over_seeds(small: dict[str, Any], tmp_path
     """The best rate of one seed alone is not chosen, nor one that fails with a seed."""
     search = {"rates": {"prefix": [0.1, 0.2, 0.3], "lora": [0.1, 0.2, 0.3]}, "seeds": [3, 5]}
     path = written(tmp_path, small, search=search)
-    campaign = opened(path, method="prefix")
-    made = campaign.trials()
+    experiment = opened(path, method="prefix")
+    made = experiment.trials()
     names = [f"prefix--{rate}--seed-{seed}" for rate in (0.1, 0.2, 0.3) for seed in (3, 5)]
     assert [trial.name for trial in made] == names
     scores = [0.9, 0.2, 0.6, 0.7, 0.99, None]
@@ -210,7 +212,7 @@ def test_a_rate_is_chosen_by_its_mean_over_seeds(small: dict[str, Any], tmp_path
         for name, score in zip(names, scores, strict=True)
         if score is not None
     }
-    content = choose(campaign.settings, made, results, {names[-1]: "diverged"})  # type: ignore[arg-type]
+    content = choose(experiment.settings, made, results, {names[-1]: "diverged"})  # type: ignore[arg-type]
     entry = content["groups"]["prefix"]
     assert entry["chosen"] == 0.2
     assert not entry["at_edge"]
@@ -438,9 +440,9 @@ PROBES = ["centralised-probe", "federated-probe"]
 def test_added_baselines_are_one_for_all_cells_that_share_data(small: dict[str, Any], tmp_path: Path) -> None:
     plain = opened(written(tmp_path, small))
     before = {cell.name: cell.digest for cell in plain.cells()}
-    campaign = opened(written(tmp_path, small, baselines=PROBES))
-    assert {cell.name: cell.digest for cell in campaign.cells()} == before
-    cells, reasons = campaign.added()
+    experiment = opened(written(tmp_path, small, baselines=PROBES))
+    assert {cell.name: cell.digest for cell in experiment.cells()} == before
+    cells, reasons = experiment.added()
     assert reasons == []
     assert [cell.name for cell in cells] == [
         f"{name}--{partition}--seed-{seed}"
