@@ -146,7 +146,7 @@ def test_where_there_is_no_probe(
 def test_a_probe_that_fails_is_no_failure_of_the_others(
     command: Any, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedcustom.experiment.compare as experiments
+    import fedcustom.experiment.runner as experiments
 
     plain = experiments.run_recipe
 
@@ -180,6 +180,20 @@ def test_compare_goes_on_past_a_method_that_fails(command: Any, recipe_file: Pat
     assert one["metrics"] == pytest.approx(other["metrics"], abs=1e-4)
     quiet = command(*cells, tmp_path / "quiet", "--jobs", 2, "--quiet")
     assert quiet.error.startswith("error: soft_prompt")
+
+
+def test_a_comparison_does_not_begin_beside_runs_of_another_task(
+    command: Any, recipe_file: Path, tmp_path: Path, generation: dict[str, Any]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("--methods", "prefix", "--no-probe", "--set", "rounds.count=1", "--out", out)
+    assert command("compare", recipe_file, *arguments).code == 0
+    texts = tmp_path / "texts.toml"
+    texts.write_text(to_toml(load_recipe(generation)))
+    result = command("compare", texts, *arguments)
+    assert (result.code, result.error) == (
+        2, f"error: {out}: holds runs of classification, not generation; name another --out\n"
+    )  # fmt: skip
 
 
 def test_quiet(command: Any, recipe_file: Path, tmp_path: Path) -> None:

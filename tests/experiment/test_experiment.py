@@ -8,9 +8,11 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -21,13 +23,14 @@ import fedcustom
 from fedcustom.core.errors import RecipeError, RunError
 from fedcustom.core.files import held
 from fedcustom.experiment import runner
-from fedcustom.experiment.campaign import Campaign, open_campaign
+from fedcustom.experiment.experiment import Experiment, open_experiment
 from fedcustom.experiment.grid import parse_only
 from fedcustom.experiment.page import write_tables
+from fedcustom.experiment.plots import dot_plot
 from fedcustom.experiment.results import Result, reached, read_result, read_results, write_result
 from fedcustom.experiment.search import choose, chosen_tables
 from fedcustom.experiment.settings import ExperimentSettings
-from fedcustom.experiment.tables import cost_table, grouped, score_tables
+from fedcustom.experiment.tables import cost_table, facets, grouped, score_tables
 from fedcustom.recipe.recipe import load_recipe
 from helpers.runs import rows_of
 
@@ -59,9 +62,9 @@ def written(tmp_path: Path, small: dict[str, Any], **more: Any) -> Path:
     return path
 
 
-def opened(path: Path, **only: str) -> Campaign:
+def opened(path: Path, **only: str) -> Experiment:
     folder = path.parent
-    return Campaign(
+    return Experiment(
         path, folder / "runs", folder / "results", parse_only(f"{k}={v}" for k, v in only.items())
     )
 
@@ -151,7 +154,7 @@ def test_a_whole_experiment(small: dict[str, Any], tmp_path: Path, monkeypatch: 
 
     ran: list[str] = []
     plain = runner._here
-    monkeypatch.setattr(runner, "_here", lambda job: (ran.append(job.name), plain(job))[1])
+    monkeypatch.setattr(runner, "_here", lambda job, *rest: (ran.append(job.name), plain(job, *rest))[1])
     assert opened(path).run(1, said.append) == {}
     assert ran == []
     edited = written(
@@ -166,18 +169,38 @@ def test_a_whole_experiment(small: dict[str, Any], tmp_path: Path, monkeypatch: 
 
 def test_one_process_searches(tmp_path: Path, small: dict[str, Any]) -> None:
     """A trial that another one is at would pass for one that failed."""
-    campaign = opened(written(tmp_path, small, search=SEARCH, seeds=[3]))
-    with held(campaign.runs / "search.pid"), pytest.raises(RunError, match="searches learning rates; wait"):
-        campaign.run(1, print)
-    assert not campaign.results.exists()
+    experiment = opened(written(tmp_path, small, search=SEARCH, seeds=[3]))
+    with held(experiment.runs / "search.pid"), pytest.raises(RunError, match="searches learning rates; wait"):
+        experiment.run(1, print)
+    assert not experiment.results.exists()
+
+
+def test_what_would_stop_an_experiment_at_its_end_stops_it_before_it_runs(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file among the results that is none, and a rate that one cell cannot have."""
+    monkeypatch.setattr(runner, "_here", lambda *_: pytest.fail("ran"))
+    search = {"rates": {"prefix": [0.1, 0.2], "lora": [0.1, 0.2]}, "setting": "training.proximal"}
+    path = written(
+        tmp_path, small, search=search, seeds=[3],
+        override=[{"match": {"partition": "skewed"}, "set": {"aggregation": {"correction": "feddyn"}}}],
+    )  # fmt: skip
+    with pytest.raises(
+        RecipeError, match=r"cell federated--prefix--skewed: .*has a proximal term of its own"
+    ):
+        opened(path).run(1, print)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "note.json").write_text('{"seed": 1}')
+    with pytest.raises(RunError, match="not a result of an experiment"):
+        opened(written(tmp_path, small)).run(1, print)
 
 
 def test_a_rate_is_chosen_by_its_mean_over_seeds(small: dict[str, Any], tmp_path: Path) -> None:
     """The best rate of one seed alone is not chosen, nor one that fails with a seed."""
     search = {"rates": {"prefix": [0.1, 0.2, 0.3], "lora": [0.1, 0.2, 0.3]}, "seeds": [3, 5]}
     path = written(tmp_path, small, search=search)
-    campaign = opened(path, method="prefix")
-    made = campaign.trials()
+    experiment = opened(path, method="prefix")
+    made = experiment.trials()
     names = [f"prefix--{rate}--seed-{seed}" for rate in (0.1, 0.2, 0.3) for seed in (3, 5)]
     assert [trial.name for trial in made] == names
     scores = [0.9, 0.2, 0.6, 0.7, 0.99, None]
@@ -186,7 +209,7 @@ def test_a_rate_is_chosen_by_its_mean_over_seeds(small: dict[str, Any], tmp_path
         for name, score in zip(names, scores, strict=True)
         if score is not None
     }
-    content = choose(campaign.settings, made, results, {names[-1]: "diverged"})  # type: ignore[arg-type]
+    content = choose(experiment.settings, made, results, {names[-1]: "diverged"})  # type: ignore[arg-type]
     entry = content["groups"]["prefix"]
     assert entry["chosen"] == 0.2
     assert not entry["at_edge"]
@@ -264,7 +287,7 @@ def test_an_interrupted_experiment_goes_on(
 def test_several_at_once_are_the_same(small: dict[str, Any], tmp_path: Path) -> None:
     path = written(tmp_path, small, seeds=[3], exclude=[{"training": "centralised"}, {"method": "lora"}])
     assert opened(path).run(2, print) == {}
-    other = Campaign(path, tmp_path / "runs-1", tmp_path / "results-1")
+    other = Experiment(path, tmp_path / "runs-1", tmp_path / "results-1")
     assert other.run(1, print) == {}
     pairs = zip(read_results(tmp_path / "results"), read_results(tmp_path / "results-1"), strict=True)
     for together, alone in pairs:
@@ -350,9 +373,60 @@ def test_tables_and_page_from_results_alone(small: dict[str, Any], tmp_path: Pat
     assert "0.740 ± 0.127" in text
     assert "gone" not in text
     page = (folder / "index.html").read_text()
-    assert page.count("<circle") == 2 + 1  # two means, and the legend
+    assert page.count("<use") == 2 + 1  # two means, and the legend
     assert "<script" not in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+ONE_AXIS = {"method": {"prefix": {"method": {"name": "prefix"}}, "lora": {"method": {"name": "lora"}}}}
+
+
+@pytest.mark.parametrize(
+    ("axes", "report", "columns", "rows"),
+    [
+        (("method",), {}, ["score"], ["prefix", "lora"]),
+        (("method",), {"rows": ["method"]}, ["score"], ["prefix", "lora"]),
+        (("method",), {"columns": "method"}, ["prefix", "lora"], [""]),
+        (("method", "partition"), {}, ["iid"], ["prefix", "lora"]),
+        (("method", "partition"), {"rows": ["partition"]}, ["prefix", "lora"], ["iid"]),
+        (("method", "partition"), {"rows": ["method", "partition"]}, ["score"], ["prefix, iid", "lora, iid"]),
+    ],
+)  # fmt: skip
+def test_which_axes_are_rows_and_columns(
+    small: dict[str, Any], tmp_path: Path, axes: tuple[str, ...], report: dict[str, Any],
+    columns: list[str], rows: list[str],
+) -> None:  # fmt: skip
+    path = written(
+        tmp_path, small, axes={**ONE_AXIS, **({"partition": {"iid": {}}} if len(axes) > 1 else {})},
+        exclude=[], report=report,
+    )  # fmt: skip
+    points = [
+        {"method": name} | ({"partition": "iid"} if len(axes) > 1 else {}) for name in ONE_AXIS["method"]
+    ]
+    for seed in (3, 5):
+        for number, at in enumerate(points):
+            result = made_up("", "", seed, 0.7 + seed / 100 - number / 10, points=at)
+            write_result(tmp_path / "kept" / f"{'--'.join(at.values())}-{seed}.json", result)
+    table = score_tables(opened(path).settings, grouped(read_results(tmp_path / "kept")))[0]
+    assert table.columns == ["", *columns]
+    assert {row[0] for row in table.rows} == set(rows)
+    assert {cell.split()[0] for row in table.rows for cell in row[1:]} == {"0.740", "0.640"}
+    write_tables(path, tmp_path / "kept")
+    assert (tmp_path / "kept" / "plot-1.svg").read_text().count("<use") == 2 + len(rows)
+
+
+def test_a_plot_is_a_document_of_its_own(small: dict[str, Any], tmp_path: Path) -> None:
+    results = [made_up("prefix", "iid", seed, 0.7 + seed / 10) for seed in (0, 1)]
+    (facet,) = facets(laid_out(tmp_path, small), grouped(results))
+    facet = replace(facet, heading="a < b")
+    root = ElementTree.fromstring(dot_plot(facet, "accuracy"))
+    svg = "{http://www.w3.org/2000/svg}"
+    assert root.findtext(f"{svg}title") == "a < b"
+    assert {use.get("href") for use in root.iter(f"{svg}use")} == {"#mark-circle"}
+    assert any(path.get("id") == "mark-circle" for path in root.iter(f"{svg}path"))
+    assert len([line for line in root.iter(f"{svg}line") if line.get("class") == "interval"]) == 1
+    assert "var(" not in dot_plot(facet, "accuracy")  # not every program knows variables
+    assert dot_plot(facet, "loss2") == ""
 
 
 # --- baselines beside the grid ---
@@ -363,9 +437,9 @@ PROBES = ["centralised-probe", "federated-probe"]
 def test_added_baselines_are_one_for_all_cells_that_share_data(small: dict[str, Any], tmp_path: Path) -> None:
     plain = opened(written(tmp_path, small))
     before = {cell.name: cell.digest for cell in plain.cells()}
-    campaign = opened(written(tmp_path, small, baselines=PROBES))
-    assert {cell.name: cell.digest for cell in campaign.cells()} == before
-    cells, reasons = campaign.added()
+    experiment = opened(written(tmp_path, small, baselines=PROBES))
+    assert {cell.name: cell.digest for cell in experiment.cells()} == before
+    cells, reasons = experiment.added()
     assert reasons == []
     assert [cell.name for cell in cells] == [
         f"{name}--{partition}--seed-{seed}"
@@ -452,7 +526,7 @@ def test_where_no_baseline_can_be_added(
     command: Any, small: dict[str, Any], generation: dict[str, Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    import fedcustom.experiment.compare as experiments
+    import fedcustom.experiment.baselines as experiments
 
     monkeypatch.setattr(experiments, "has_linear_head", lambda model: False)
     path = written(tmp_path, small, baselines=PROBES, seeds=[3])
@@ -532,6 +606,9 @@ def test_tables_with_baselines(small: dict[str, Any], tmp_path: Path) -> None:
          "axes.baseline: with baselines that is an axis already"),
         ({"report": {"columns": "alpha"}}, "report: there is no axis 'alpha'"),
         ({"report": {"columns": "method", "rows": ["method"]}}, "report.rows: 'method' is the axis of the"),
+        ({"report": {"metric": "acuracy"}}, "report.metric: 'acuracy'.*did you mean 'accuracy'"),
+        ({"search": {"rates": {"prefix": [1.0], "lora": [1.0]}, "setting": "method.lenth"}},
+         "search: cell .*method.lenth: unknown setting"),
         ({"base": {"traning": {}}}, "cell federated--prefix--iid: traning: unknown setting"),
         ({"override": [{"match": {"method": "lora"}, "set": {"method": {"rank": 0}}}]},
          "cell federated--lora--iid: method.rank = 0"),
@@ -544,7 +621,7 @@ def test_bad_files(
 ) -> None:
     path = written(tmp_path, small, **more)
     with pytest.raises(RecipeError, match=message):
-        open_campaign(path)
+        open_experiment(path)
     result = command("experiment", path, "--list")
     assert result.code == 2
     assert len(result.error.strip().splitlines()) == 1
@@ -556,7 +633,7 @@ def test_an_experiment_stopped_by_ctrl_c_says_its_whole_command(
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Campaign, "run", stop)
+    monkeypatch.setattr(Experiment, "run", stop)
     path = written(tmp_path, small)
     options = [
         "--jobs",

@@ -111,20 +111,26 @@ def compare(
     folder = out or Path("runs") / recipe.stem
     checked, reasons = load_recipe(recipe, overrides or []), list[str]()  # before what imports torch
 
-    from ..experiment.compare import comparison_cells, run_cells, with_probes
-    from ..experiment.runner import run_cells_apart
+    from ..experiment.compare import (
+        check_folder,
+        comparison_cells,
+        label,
+        run_comparison,
+        run_directory,
+        with_probes,
+    )
     from ..report import comparison_table, write_report
 
     cells = comparison_cells(
         checked,
-        folder,
         _names(methods),
         _names(baselines),
         seeds,
         baseline_methods=_names(baseline_methods) or None,
     )
     if not no_probe:
-        cells, reasons = with_probes(checked, folder, seeds, cells)
+        cells, reasons = with_probes(checked, seeds, cells)
+    check_folder(folder, checked)
     for reason in reasons:
         _note(reason)
     options = {
@@ -137,16 +143,13 @@ def compare(
         "--jobs": jobs if jobs != 1 else None,
     }
     with display(command_line("compare", recipe, overrides=overrides, options=options), quiet) as make:
-        if jobs == 1:
-            failed = run_cells(cells, lambda cell: make(cell.name))
-        else:
-            failed = run_cells_apart(cells, jobs, None if quiet else _note)
-    finished = [cell.directory for cell in cells if cell.name not in failed]
+        failed = run_comparison(cells, folder, jobs, progress_for=make, tell=None if quiet else _note)
+    finished = [run_directory(cell, folder) for cell in cells if label(cell) not in failed]
     if finished:
         page = write_report([folder], folder / "report.html")
         out_console.print(comparison_table(finished))
         out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
-    for name in [cell.name for cell in cells if cell.added and cell.name in failed]:
+    for name in [label(cell) for cell in cells if cell.added and label(cell) in failed]:
         _note(f"no {name}: {failed.pop(name)}")
     for name, error in failed.items():
         err_console.print(

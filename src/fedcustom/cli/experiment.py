@@ -36,19 +36,19 @@ def experiment(
     ] = None,
 ) -> None:
     """Run a grid of recipes: what is done is not run again; one that fails does not stop the others."""
-    from ..experiment.campaign import open_campaign
+    from ..experiment.experiment import open_experiment
     from ..experiment.grid import parse_only
     from ..experiment.page import write_tables
 
-    campaign = open_campaign(file, runs, results, parse_only(only or []))
+    opened = open_experiment(file, runs, results, parse_only(only or []))
     if list_:
-        for line in campaign.listing():
+        for line in opened.listing():
             out_console.print(line, highlight=False, markup=False, soft_wrap=True)
         return
     failed: dict[str, str] = {}
     if not report:
         try:
-            failed = campaign.run(jobs, _say)
+            failed = opened.run(jobs, _say)
         except KeyboardInterrupt:
             options = {
                 "--jobs": jobs if jobs != 1 else None,
@@ -59,7 +59,7 @@ def experiment(
             _say(f"stopped; go on with: {command_line('experiment', file, options=options)}")
             raise typer.Exit(130) from None
     try:
-        for path in write_tables(file, campaign.results):
+        for path in write_tables(file, opened.results):
             out_console.print(str(path), highlight=False, markup=False, soft_wrap=True)
     except RunError:
         if not failed:

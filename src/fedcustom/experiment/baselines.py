@@ -8,10 +8,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..aggregation.settings import AggregationSettings
 from ..core.errors import RecipeError, nearest
+from ..methods.probe.settings import PROBE, ProbeSettings
+from ..models.load import has_linear_head
+from ..recipe.label_skew import why_no_head_fit
 from ..recipe.recipe import Baseline, Recipe, load_recipe
-from .compare import probe_of
-from .grid import Cell, grid
+from .grid import Cell, experiment_cells
 from .results import Result
 from .settings import BASELINE, ExperimentSettings, Match
 
@@ -51,7 +54,7 @@ def added_cells(
                 f"--only: axis {BASELINE!r} has no point {name!r}{nearest(name, settings.baselines)}"
             )
     axes, found, reasons = deciding_axes(settings), dict[str, Cell](), list[str]()
-    for cell in grid(settings, base, where, only=only):
+    for cell in experiment_cells(settings, base, where, only=only):
         for name in wanted:
             points = {BASELINE: name} | {axis: cell.points[axis] for axis in axes}
             added = Cell(points, cell.seed, cell.recipe)
@@ -85,7 +88,24 @@ def reference_rows(
     return list(rows.items())
 
 
+def probe_recipe(recipe: Recipe, baseline: Baseline) -> Recipe:
+    """The recipe with the probe as its method, which the other methods have to beat.
+
+    Raises:
+        RecipeError: it is not possible; the message says why.
+    """
+    if not has_linear_head(recipe.model):
+        raise RecipeError("the model's classification head is not known to end in one linear layer")
+    merged = recipe.model_copy(update={"method": ProbeSettings()})
+    if baseline == "federated" and (reason := why_no_head_fit(merged)):
+        raise RecipeError(reason)
+    probe = recipe.for_method(PROBE, baseline)
+    if baseline != "federated":  # one client has all data: nothing is merged
+        probe = probe.model_copy(update={"aggregation": AggregationSettings()})
+    return probe
+
+
 def _probe(recipe: Recipe, name: str) -> Recipe:
     baseline: Baseline = "federated" if name == "federated-probe" else "centralised"
     values = recipe.model_dump(include={*SECTIONS, "seed"}, exclude_none=True)
-    return probe_of(load_recipe({**values, "rounds": {"count": 1}}), baseline)
+    return probe_recipe(load_recipe({**values, "rounds": {"count": 1}}), baseline)

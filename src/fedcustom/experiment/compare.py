@@ -1,48 +1,40 @@
-"""Many runs from one recipe: methods, baselines and seeds, resumable."""
+"""The experiment that writes itself from one recipe: methods by training (federated, centralised, local), and
+the probe that every classifier has to beat.
+"""
 
 from __future__ import annotations
 
-import gc
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-from ..aggregation.settings import AggregationSettings
-from ..core.errors import FedcustomError, RecipeError, nearest
+from ..core.errors import RecipeError, RunError, nearest
 from ..federated.callbacks import Callback
-from ..federated.run import run_recipe
-from ..methods.probe.settings import PROBE, ProbeSettings
-from ..models.load import has_linear_head
-from ..recipe.label_skew import why_no_head_fit
+from ..methods.probe.settings import PROBE
 from ..recipe.recipe import Baseline, Recipe
+from ..report.read import read_runs
+from .baselines import probe_recipe
+from .grid import Cell, Points, grid
+from .runner import Job, run_jobs
 
 BASELINES: tuple[Baseline, ...] = ("centralised", "local")
 PROBED: tuple[Baseline, ...] = ("centralised", "federated")
-"""How the probe is run beside other methods."""
+"""How the probe is trained beside other methods."""
 
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a comparison: its name, its recipe and its directory. Nobody asked for one that is
-    ``added``: if it fails, that is no failure of the comparison.
-    """
-
-    name: str
-    recipe: Recipe
-    directory: Path
-    added: bool = False
+TRAINING, METHOD = "training", "method"
+"""The two axes. A point of the first is a recipe's ``baseline``."""
 
 
 def comparison_cells(
     recipe: Recipe,
-    out: Path,
     methods: Sequence[str],
     baselines: Sequence[str] = (),
     seeds: int = 1,
     *,
     baseline_methods: Sequence[str] | None = None,
 ) -> list[Cell]:
-    """The runs of a comparison, baselines first, one directory ``<out>/[<baseline>-]<method>/seed-<n>`` each.
+    """The runs of a comparison, baselines first.
 
     Every method runs federated, with what the recipe's ``[compare.<method>]`` says of it. Baselines run with
     the methods in ``baseline_methods``, by default the recipe's own, and with what ``[compare.<baseline>]``
@@ -56,24 +48,14 @@ def comparison_cells(
             raise RecipeError(f"--baselines: unknown baseline {name!r}{nearest(name, BASELINES)}")
     if not methods and not baselines:
         raise RecipeError("nothing to run: name methods or baselines")
-    wanted: list[tuple[Baseline, str]] = [
-        (baseline, method)
-        for baseline in BASELINES
-        if baseline in baselines
-        for method in (baseline_methods or [recipe.method.name])
+    named = [baseline for baseline in BASELINES if baseline in baselines]
+    return [
+        *_cells(recipe, named, baseline_methods or [recipe.method.name], seeds),
+        *_cells(recipe, ["federated"], methods, seeds),
     ]
-    wanted += [("federated", method) for method in dict.fromkeys(methods)]
-    cells = []
-    for baseline, method in wanted:
-        chosen = recipe.for_method(method, baseline)
-        name = method if baseline == "federated" else f"{baseline}-{method}"
-        for seed in range(recipe.seed, recipe.seed + seeds):
-            exact = chosen.model_copy(update={"baseline": baseline, "seed": seed})
-            cells.append(Cell(f"{name}, seed {seed}", exact, out / name / f"seed-{seed}"))
-    return cells
 
 
-def with_probes(recipe: Recipe, out: Path, seeds: int, cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
+def with_probes(recipe: Recipe, seeds: int, cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
     """The cells of a comparison behind those of the probe, centralised and federated, once a seed, unless
     they are among them; and why some probe is not possible, one line each.
 
@@ -81,49 +63,100 @@ def with_probes(recipe: Recipe, out: Path, seeds: int, cells: Sequence[Cell]) ->
     """
     if recipe.data.task != "classification":
         return list(cells), []
-    there, added, reasons = {cell.directory for cell in cells}, list[Cell](), list[str]()
+    asked = {label(cell) for cell in cells}
+    added, reasons = list[Cell](), list[str]()
     for baseline in PROBED:
-        name = PROBE if baseline == "federated" else f"{baseline}-{PROBE}"
         try:
-            probe = probe_of(recipe, baseline)
+            probe = probe_recipe(recipe, baseline)
         except RecipeError as error:
             reasons.append(f"no {baseline} probe: {error}")
             continue
-        for seed in range(recipe.seed, recipe.seed + seeds):
-            directory = out / name / f"seed-{seed}"
-            if directory not in there:
-                exact = probe.model_copy(update={"seed": seed})
-                added.append(Cell(f"{name}, seed {seed}", exact, directory, added=True))
+        at = {TRAINING: baseline, METHOD: PROBE}
+        for seed in _seeds(recipe, seeds):
+            cell = Cell(at, seed, probe.model_copy(update={"seed": seed}), added=True)
+            added += [cell] if label(cell) not in asked else []
     return [*added, *cells], reasons
 
 
-def probe_of(recipe: Recipe, baseline: Baseline) -> Recipe:
-    """The recipe with the probe as its method, which the other methods have to beat.
+def label(cell: Cell) -> str:
+    """What a comparison calls a run: ``lora, seed 0`` or ``centralised-lora, seed 0``."""
+    return f"{_name(cell)}, seed {cell.seed}"
+
+
+def run_directory(cell: Cell, out: Path) -> Path:
+    """A run's directory: ``<out>/[<baseline>-]<method>/seed-<n>``."""
+    return out / _name(cell) / f"seed-{cell.seed}"
+
+
+def check_folder(out: Path, recipe: Recipe) -> None:
+    """See that the comparison's page can be written over the runs that its folder holds already.
 
     Raises:
-        RecipeError: it is not possible; the message says why.
+        RunError: one of them is of another task, or damaged.
     """
-    if not has_linear_head(recipe.model):
-        raise RecipeError("the model's classification head is not known to end in one linear layer")
-    merged = recipe.model_copy(update={"method": ProbeSettings()})
-    if baseline == "federated" and (reason := why_no_head_fit(merged)):
-        raise RecipeError(reason)
-    probe = recipe.for_method(PROBE, baseline)
-    if baseline != "federated":  # one client has all data: nothing is merged
-        probe = probe.model_copy(update={"aggregation": AggregationSettings()})
-    return probe
+    if not out.is_dir() or not any(out.rglob("summary.json")):
+        return
+    task = read_runs([out]).finished[0].summary.task
+    if task != recipe.data.task:
+        raise RunError(f"{out}: holds runs of {task}, not {recipe.data.task}; name another --out")
 
 
-def run_cells(cells: Sequence[Cell], progress_for: Callable[[Cell], Callback]) -> dict[str, FedcustomError]:
-    """Run all cells in turn; finished ones are not run again, unfinished ones go on where they stopped.
+def run_comparison(
+    cells: Sequence[Cell],
+    out: Path,
+    at_once: int = 1,
+    *,
+    progress_for: Callable[[str], Callback] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, str]:
+    """Run all cells; finished ones are not run again, unfinished ones go on where they stopped.
 
-    Returns the cells that failed, by name, with the reason; the others are not held up by them.
+    Args:
+        cells: The runs, in their order.
+        out: The comparison's folder.
+        at_once: Runs at the same time. With more than one, each is a process with its share of the cores.
+        progress_for: Makes what is told of a run's progress, from its label; for runs in this process.
+        tell: Told of each line that a run of another process shows of its progress.
+
+    Returns the labels of cells that failed, with the reason; the others are not held up by them.
     """
-    failed: dict[str, FedcustomError] = {}
-    for cell in cells:
-        try:
-            run_recipe(cell.recipe, cell.directory, resume=True, callbacks=[progress_for(cell)])
-        except FedcustomError as error:
-            failed[cell.name] = error
-        gc.collect()
+    failed: dict[str, str] = {}
+
+    def done(job: Job, reason: str | None) -> None:
+        if reason is not None:
+            failed[job.name] = reason
+
+    def told(job: Job, line: str) -> None:
+        assert tell is not None
+        own = f"{job.recipe.baseline} {job.recipe.method.name}: "  # the name of a run that has none
+        tell(f"{job.name}: {line.removeprefix(own)}")
+
+    run_jobs(
+        [Job(label(cell), cell.recipe, run_directory(cell, out)) for cell in cells],
+        at_once,
+        done,
+        progress_for=None if progress_for is None else lambda job: progress_for(job.name),
+        tell=None if tell is None else told,
+        threads=max(1, (os.cpu_count() or 1) // at_once),
+    )
     return failed
+
+
+def _cells(recipe: Recipe, trainings: Sequence[Baseline], methods: Sequence[str], seeds: int) -> list[Cell]:
+    """The runs of these methods, trained in each of these ways."""
+
+    def recipe_at(at: Points, seed: int) -> Recipe:
+        baseline = cast(Baseline, at[TRAINING])
+        chosen = recipe.for_method(at[METHOD], baseline)
+        return chosen.model_copy(update={"baseline": baseline, "seed": seed})
+
+    return grid({TRAINING: trainings, METHOD: list(dict.fromkeys(methods))}, _seeds(recipe, seeds), recipe_at)
+
+
+def _seeds(recipe: Recipe, count: int) -> range:
+    return range(recipe.seed, recipe.seed + count)
+
+
+def _name(cell: Cell) -> str:
+    training, method = cell.points[TRAINING], cell.points[METHOD]
+    return method if training == "federated" else f"{training}-{method}"

@@ -1,11 +1,11 @@
-"""The cells of an experiment: every combination of points and seeds that is not excluded."""
+"""The cells of a grid, every combination of points and seeds; and those of an experiment's file."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,20 @@ from ..core.errors import RecipeError
 from ..recipe.recipe import FEDERATED_ONLY, Recipe, merged, parse_recipe
 from .settings import ExperimentSettings, Match, check_match, is_baseline, matches
 
+Points = Mapping[str, str]
+"""A cell's point on each axis."""
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid: its point on each axis, its seed and its recipe."""
+    """One run of a grid: its point on each axis, its seed and its recipe. Nobody asked for one that is
+    ``added`` to a comparison: if it fails, that is no failure of the comparison.
+    """
 
     points: dict[str, str]
     seed: int
     recipe: Recipe
+    added: bool = False
 
     @property
     def name(self) -> str:
@@ -31,6 +37,30 @@ class Cell:
     def digest(self) -> str:
         """A digest of the complete recipe: two cells with the same one give the same result."""
         return digest(self.recipe)
+
+
+def grid(
+    axes: Mapping[str, Iterable[str]],
+    seeds: Sequence[int],
+    recipe_at: Callable[[Points, int], Recipe],
+    wanted: Callable[[Points, int], bool] = lambda at, seed: True,
+) -> list[Cell]:
+    """Every combination of points and seeds, the last axis and then the seeds running fastest.
+
+    Args:
+        axes: The points of each axis, by its name.
+        seeds: The seeds at each combination.
+        recipe_at: Makes the recipe of a cell.
+        wanted: Says which cells there are.
+
+    Raises:
+        RecipeError: a cell's recipe is not possible.
+    """
+    cells = []
+    for combination in itertools.product(*axes.values()):
+        at = dict(zip(axes, combination, strict=True))
+        cells += [Cell(at, seed, recipe_at(at, seed)) for seed in seeds if wanted(at, seed)]
+    return cells
 
 
 CLASSIFIERS_ALONE = (
@@ -55,7 +85,7 @@ def digest(recipe: Recipe) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-def grid(
+def experiment_cells(
     settings: ExperimentSettings,
     base: Mapping[str, Any],
     where: str,
@@ -63,7 +93,7 @@ def grid(
     only: Match | None = None,
     chosen: Mapping[tuple[str, ...], Mapping[str, Any]] | None = None,
 ) -> list[Cell]:
-    """All cells, the last axis and then the seeds running fastest.
+    """The cells of an experiment's file.
 
     A cell's recipe is the base, then what its points say in the order of the axes, then the overrides that
     match it. ``only`` names points, or seeds, to which the grid is restricted. ``chosen`` are tables that a
@@ -73,19 +103,20 @@ def grid(
     Raises:
         RecipeError: a cell's recipe is not possible; names the cell. Or nothing is left.
     """
-    points = settings.points()
+    points, only = settings.points(), only or {}
     try:
-        check_match(only or {}, {**points, "seed": list(map(str, settings.seeds))}, "--only")
+        check_match(only, {**points, "seed": list(map(str, settings.seeds))}, "--only")
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    cells: list[Cell] = []
-    for combination in itertools.product(*points.values()):
-        at = dict(zip(points, combination, strict=True))
-        if any(matches(match, at) for match in settings.exclude):
-            continue
-        seeds = [seed for seed in settings.seeds if matches(only or {}, {**at, "seed": str(seed)})]
-        found = (chosen or {}).get(group_of(settings, at), {})
-        cells += [Cell(at, seed, cell_recipe(settings, base, at, seed, where, found)) for seed in seeds]
+
+    def recipe_at(at: Points, seed: int) -> Recipe:
+        return cell_recipe(settings, base, at, seed, where, (chosen or {}).get(group_of(settings, at), {}))
+
+    def wanted(at: Points, seed: int) -> bool:
+        excluded = any(matches(match, at) for match in settings.exclude)
+        return not excluded and matches(only, {**at, "seed": str(seed)})
+
+    cells = grid(points, settings.seeds, recipe_at, wanted)
     if not cells:
         raise RecipeError(f"{where}: no cell is left")
     return cells

@@ -12,7 +12,7 @@ from .baselines import deciding_axes
 from .plots import dot_plot
 from .results import Result, read_results
 from .settings import BASELINE, ExperimentSettings, load_experiment
-from .tables import Table, cost_table, grouped, metric_of, score_tables, search_table, sections
+from .tables import Table, cost_table, facets, grouped, metric_of, score_tables, search_table
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 70rem; margin: 2rem auto }
@@ -23,7 +23,7 @@ th:first-child, td:first-child { text-align: left } .wide { overflow-x: auto } s
 
 
 def write_tables(file: Path, results: Path) -> list[Path]:
-    """Write ``tables.md``, ``index.html`` and a plot a section (``plot-<n>.svg``) beside the results.
+    """Write ``tables.md``, ``index.html`` and a plot a facet (``plot-<n>.svg``) beside the results.
 
     Raises:
         RecipeError: the file is not in order.
@@ -38,7 +38,7 @@ def write_tables(file: Path, results: Path) -> list[Path]:
         shown.append(search_table(read_json(search)))
     facts = _facts(file, found)
     metric = metric_of(settings.report, groups)
-    plots = [(section.heading, dot_plot(section, metric)) for section in sections(settings, groups)]
+    plots = [(facet.heading, dot_plot(facet, metric)) for facet in facets(settings, groups)]
     written = [results / "tables.md", results / "index.html"]
     text = "\n\n".join([f"# Experiment {file.stem}", *facts, *(table.markdown() for table in shown)])
     write_text(written[0], text + "\n")

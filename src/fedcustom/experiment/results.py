@@ -66,13 +66,18 @@ def read_result(path: Path) -> Result:
         raise RunError(f"{path}: not a result of an experiment: {error}") from None
 
 
+def result_paths(folder: Path) -> list[Path]:
+    """The files of results in a folder, by name."""
+    return sorted(path for path in folder.glob("*.json") if path.name != "search.json")
+
+
 def read_results(folder: Path) -> list[Result]:
     """All results in a folder, by name.
 
     Raises:
         RunError: there is none, or one is damaged.
     """
-    paths = sorted(path for path in folder.glob("*.json") if path.name != "search.json")
+    paths = result_paths(folder)
     if not paths:
         raise RunError(f"{folder}: holds no results of an experiment")
     return [read_result(path) for path in paths]

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from ..core.errors import FedcustomError
 from ..core.files import write_text
+from ..federated.callbacks import Callback
 from ..federated.run import run_recipe
 from ..recipe.recipe import Recipe, to_toml
-from .compare import Cell
 
 WEIGHTS = ("model", "checkpoints")
 """What of a finished run's directory holds weights."""
@@ -41,17 +41,31 @@ Tell = Callable[[Job, str], None]
 
 
 def run_jobs(
-    jobs: Sequence[Job], at_once: int, done: Done, tell: Tell | None = None, *, threads: int = 1
+    jobs: Sequence[Job],
+    at_once: int,
+    done: Done,
+    *,
+    progress_for: Callable[[Job], Callback] | None = None,
+    tell: Tell | None = None,
+    threads: int = 1,
 ) -> None:
-    """Run all jobs; those that were begun go on where they stopped. One that fails does not hold up the
-    others. ``done`` is called in this thread, in the order in which jobs end; ``tell`` in others.
+    """Run all jobs; those that are finished are not run again, those that were begun go on where they
+    stopped. One that fails does not hold up the others.
 
-    With one at once they run in this process; with more, each in a process with so many ``threads``. On
-    KeyboardInterrupt the processes are stopped; what they have done is kept.
+    With one at once they run in this process; with more, each in a process of its own. On KeyboardInterrupt
+    the processes are stopped; what they have done is kept.
+
+    Args:
+        jobs: What to run, in this order.
+        at_once: How many at the same time.
+        done: Called in this thread, in the order in which jobs end.
+        progress_for: Makes what is told of a job's progress, for jobs in this process.
+        tell: Told of the progress of jobs in other processes, and called in other threads.
+        threads: Threads of each process.
     """
     if at_once == 1:
         for job in jobs:
-            done(job, _here(job))
+            done(job, _here(job, None if progress_for is None else progress_for(job)))
             gc.collect()
         return
     processes: set[subprocess.Popen[str]] = set()
@@ -66,40 +80,16 @@ def run_jobs(
                 done(pending.pop(future), future.result())
 
 
-def run_cells_apart(
-    cells: Sequence[Cell], at_once: int, tell: Callable[[str], None] | None
-) -> dict[str, FedcustomError]:
-    """As :func:`~.compare.run_cells`, several at a time, each in a process with its share of the cores.
-
-    ``tell`` is told what they show of their progress, line by line. On KeyboardInterrupt they are stopped;
-    what they did is kept.
-    """
-    failed: dict[str, FedcustomError] = {}
-
-    def done(job: Job, error: str | None) -> None:
-        if error is not None:
-            failed[job.name] = FedcustomError(error)
-
-    def told(job: Job, line: str) -> None:
-        assert tell is not None
-        own = f"{job.recipe.baseline} {job.recipe.method.name}: "  # the name of a run that has none
-        tell(f"{job.name}: {line.removeprefix(own)}")
-
-    jobs = [Job(cell.name, cell.recipe, cell.directory) for cell in cells]
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-    run_jobs(jobs, at_once, done, None if tell is None else told, threads=threads)
-    return failed
-
-
 def drop_weights(directory: Path) -> None:
     """Remove a finished run's model and checkpoints; its figures stay."""
     for name in WEIGHTS:
         shutil.rmtree(directory / name, ignore_errors=True)
 
 
-def _here(job: Job) -> str | None:
+def _here(job: Job, callback: Callback | None) -> str | None:
+    """The job in this process; the reason where it failed."""
     try:
-        run_recipe(job.recipe, job.directory, resume=True)
+        run_recipe(job.recipe, job.directory, resume=True, callbacks=[callback] if callback else [])
     except FedcustomError as error:
         return str(error)
     return None

@@ -11,30 +11,39 @@ from pydantic import Field, ValidationError, model_validator
 
 from ..core.errors import RecipeError, nearest
 from ..core.settings import Settings
+from ..data.settings import TaskKind
+from ..evaluation.metrics import CLASSIFICATION_METRICS, GENERATION_METRICS, RETRIEVAL_METRICS
 from ..recipe.recipe import Baseline, read_toml
 
 BASELINE = "baseline"
 """The axis on which added baselines lie, in place of the file's axes that have no meaning for them."""
 
+METRICS: dict[TaskKind, tuple[str, ...]] = {
+    "classification": CLASSIFICATION_METRICS,
+    "generation": GENERATION_METRICS,
+    "retrieval": (*RETRIEVAL_METRICS, "clients_asked"),
+}
+"""What is measured on the test split."""
+
 Match = dict[str, str | list[str]]
 """Points by axis: those cells are meant that lie on one of the points named, on each axis named."""
 
 
-class Sweep(Settings):
-    """An axis along which one setting takes values; its points are named after them."""
+class SettingSweep(Settings):
+    """An axis along which one setting of a recipe takes values; its points are named after them."""
 
     setting: str = Field(description="A recipe's setting, as in method.length")
     values: list[int | float | str | bool] = Field(min_length=1, description="Its values")
 
 
-class Override(Settings):
+class CellOverride(Settings):
     """Settings of some cells, laid over what their points say."""
 
     match: Match = Field(description="Which cells")
     set: dict[str, Any] = Field(description="Tables of a recipe")
 
 
-class OtherRates(Settings):
+class RateOverride(Settings):
     """Rates of some cells, in place of the search's own: another optimiser wants others."""
 
     match: Match = Field(description="Which cells")
@@ -46,7 +55,7 @@ class SearchSettings(Settings):
 
     axis: str = Field("method", description="The axis whose points each have a list of rates")
     rates: dict[str, list[float]] = Field(description="The rates to try, as many for every point")
-    instead: list[OtherRates] = Field(default_factory=list, description="Other rates for some cells")
+    instead: list[RateOverride] = Field(default_factory=list, description="Other rates for some cells")
     per: list[str] = Field(
         default_factory=list, description="Axes for each of whose points the search is made anew"
     )
@@ -99,7 +108,9 @@ class ReportSettings(Settings):
     """How tables are laid out."""
 
     rows: list[str] = Field(default_factory=list, description="Axes whose points are a table's rows")
-    columns: str | None = Field(None, description="The axis whose points are a table's columns")
+    columns: str | None = Field(
+        None, description="The axis whose points are a table's columns; unset: the last that is no row"
+    )
     metric: str | None = Field(None, description="The metric of the tables; unset: what rounds are chosen by")
     reference: Match = Field(
         default_factory=dict, description="The cells whose score others are to reach (centralised ones)"
@@ -122,9 +133,9 @@ class ExperimentSettings(Settings):
     axes: dict[str, dict[str, dict[str, Any]]] = Field(
         default_factory=dict, description="[axes.<axis>.<point>]: tables of a recipe"
     )
-    sweeps: dict[str, Sweep] = Field(default_factory=dict, description="Axes of one setting each")
+    sweeps: dict[str, SettingSweep] = Field(default_factory=dict, description="Axes of one setting each")
     exclude: list[Match] = Field(default_factory=list, description="Cells that are left out")
-    override: list[Override] = Field(default_factory=list, description="Settings of some cells")
+    override: list[CellOverride] = Field(default_factory=list, description="Settings of some cells")
     search: SearchSettings | None = Field(None, description="Learning rates")
     estimate: EstimateSettings | None = Field(None, description="Seconds a round")
     report: ReportSettings = Field(default_factory=lambda: ReportSettings(), description="Tables")
@@ -160,8 +171,10 @@ class ExperimentSettings(Settings):
         check_match(self.report.reference, points, "report.reference")
         columns = [self.report.columns] if self.report.columns else []
         _check_axes([*self.report.rows, *columns, *self.report.same], points, "report")
-        if (column := self.report.columns or list(points)[-1]) in self.report.rows:
-            raise ValueError(f"report.rows: {column!r} is the axis of the columns; name another as columns")
+        if columns and columns[0] in self.report.rows:
+            raise ValueError(
+                f"report.rows: {columns[0]!r} is the axis of the columns; name another as columns"
+            )
         if self.search is not None:
             _check_axes([self.search.axis, *self.search.per, *self.search.at], points, "search")
             check_match({self.search.axis: list(self.search.rates)}, points, "search.rates")
@@ -181,6 +194,16 @@ class ExperimentSettings(Settings):
             for axis, factors in self.estimate.times.items():
                 check_match({axis: list(factors)}, points, "estimate.times")
         return self
+
+    def layout(self) -> tuple[list[str], str | None]:
+        """The axes of a table's rows, and that of its columns: where the file names none, the last that is
+        not among the rows. It is None where rows are all axes, as they are by default where there is one.
+        """
+        axes, rows, columns = list(self.points()), self.report.rows, self.report.columns
+        if not rows and columns is None and len(axes) == 1:
+            return axes, None
+        columns = columns or next((axis for axis in reversed(axes) if axis not in rows), None)
+        return rows or [axis for axis in axes if axis != columns], columns
 
     def is_added(self, points: Mapping[str, object]) -> bool:
         """Whether these are the points of an added baseline, and no cell of the grid."""
@@ -213,6 +236,17 @@ def load_experiment(path: Path) -> tuple[ExperimentSettings, dict[str, Any]]:
     base = read_toml(path.parent / settings.recipe)
     base.pop("compare", None)
     return settings, merged(base, settings.base)
+
+
+def check_metric(report: ReportSettings, tasks: Iterable[TaskKind], where: str) -> None:
+    """Refuse a metric that no cell measures.
+
+    Raises:
+        RecipeError: names what is allowed.
+    """
+    allowed = list(dict.fromkeys(metric for task in tasks for metric in METRICS[task]))
+    if report.metric is not None and allowed and report.metric not in allowed:
+        raise RecipeError(f"{where}: report.metric: {report.metric!r}{nearest(report.metric, allowed)}")
 
 
 def check_match(

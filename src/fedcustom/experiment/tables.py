@@ -14,13 +14,16 @@ from .baselines import deciding_axes, reference_rows
 from .results import Result, reached
 from .settings import BASELINE, ExperimentSettings, ReportSettings, matches
 
+SCORE = "score"
+"""The column of a table whose rows are all axes."""
+
 Value = Callable[[Result], float]
 """A figure of one result."""
 
 
 @dataclass(frozen=True)
-class Group:
-    """The results at one combination of points, one a seed."""
+class Replicates:
+    """The results at one combination of points, which differ in their seeds alone."""
 
     points: dict[str, str]
     results: list[Result]
@@ -45,65 +48,64 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Section:
-    """What stands in one table of scores: its heading, row names, column names, and the group in each place
-    (None where there is none).
+class Facet:
+    """What one table of scores and one plot show: a heading, the names of rows and columns, and the results
+    in each place, by row and column (missing where there are none).
     """
 
     heading: str
     rows: list[str]
     columns: list[str]
-    groups: dict[tuple[str, str], Group]
+    places: dict[tuple[str, str], Replicates]
 
 
-def grouped(results: Sequence[Result]) -> list[Group]:
+def grouped(results: Sequence[Result]) -> list[Replicates]:
     """Results by their points, seeds in rising order."""
     found: dict[tuple[tuple[str, str], ...], list[Result]] = {}
     for result in sorted(results, key=lambda result: result.seed):
         found.setdefault(tuple(result.points.items()), []).append(result)
-    return [Group(dict(points), together) for points, together in found.items()]
+    return [Replicates(dict(points), together) for points, together in found.items()]
 
 
-def sections(settings: ExperimentSettings, groups: Sequence[Group]) -> list[Section]:
-    """The groups as the file's ``[report]`` lays them out; in the order of the file.
+def facets(settings: ExperimentSettings, groups: Sequence[Replicates]) -> list[Facet]:
+    """The results as the file's ``[report]`` lays them out (:meth:`~.settings.ExperimentSettings.layout`), in
+    the order of the file.
 
-    Axes that are neither rows nor columns have a section for each combination of their points. Without
-    ``columns``, the last axis is; without ``rows``, all others are. Added baselines are rows, in each section
-    and column that they stand for.
+    Axes that are neither rows nor columns have a facet for each combination of their points. Added baselines
+    are rows, in each facet and column that they stand for.
     """
     points = settings.points()
-    column, rows = _layout(settings)
+    rows, column = settings.layout()
     rest = [axis for axis in points if axis not in (*rows, column)]
-    places = {axis: {point: i for i, point in enumerate(there)} for axis, there in points.items()}
+    order = {axis: {point: i for i, point in enumerate(there)} for axis, there in points.items()}
     cells = [group for group in groups if not settings.is_added(group.points)]
-    ordered = sorted(cells, key=lambda group: [places[axis].get(group.points[axis], -1) for axis in points])
-    found: dict[str, list[Group]] = {}
+    ordered = sorted(cells, key=lambda group: [order[axis].get(group.points[axis], -1) for axis in points])
+    found: dict[str, list[Replicates]] = {}
     for group in ordered:
         heading = ", ".join(f"{axis} {group.points[axis]}" for axis in rest if len(points[axis]) > 1)
         found.setdefault(heading, []).append(group)
 
-    def row(group: Group) -> str:
+    def row(group: Replicates) -> str:
         return ", ".join(group.points[axis] for axis in rows)
 
     made = []
     for heading, there in found.items():
-        columns = [point for point in points[column] if any(g.points[column] == point for g in there)]
-        named = {(row(group), group.points[column]): group for group in there}
+        columns = [SCORE]
+        if column is not None:
+            columns = [point for point in points[column] if any(g.points[column] == point for g in there)]
+        places = {(row(group), _column(group, column)): group for group in there}
         for group in groups:
             if settings.is_added(group.points) and _agree(group.points, there[0].points, rest):
                 name = ", ".join(group.points[axis] for axis in [*rows, BASELINE] if axis in group.points)
-                at = group.points.get(column)
-                named |= {(name, point): group for point in columns if at is None or at == point}
-        names = list(dict.fromkeys(name for name, _ in named))
-        made.append(Section(heading, names, columns, named))
+                at = None if column is None else group.points.get(column)
+                places |= {(name, point): group for point in columns if at is None or at == point}
+        names = list(dict.fromkeys(name for name, _ in places))
+        made.append(Facet(heading, names, columns, places))
     return made
 
 
-def _layout(settings: ExperimentSettings) -> tuple[str, list[str]]:
-    """The axis of the columns, and those of the rows."""
-    points = settings.points()
-    column = settings.report.columns or list(points)[-1]
-    return column, settings.report.rows or [axis for axis in points if axis != column]
+def _column(group: Replicates, axis: str | None) -> str:
+    return SCORE if axis is None else group.points[axis]
 
 
 def _agree(points: Mapping[str, str], others: Mapping[str, str], axes: Sequence[str]) -> bool:
@@ -111,8 +113,8 @@ def _agree(points: Mapping[str, str], others: Mapping[str, str], axes: Sequence[
     return all(points.get(axis, others[axis]) == others[axis] for axis in axes)
 
 
-def score_tables(settings: ExperimentSettings, groups: Sequence[Group]) -> list[Table]:
-    """The score on the test split, the worst client's, and what only some runs have, section by section."""
+def score_tables(settings: ExperimentSettings, groups: Sequence[Replicates]) -> list[Table]:
+    """The score on the test split, the worst client's, and what only some runs have, facet by facet."""
     metric = metric_of(settings.report, groups)
     results = [result for group in groups for result in group.results]
     name = words.metric_name(metric)
@@ -127,35 +129,35 @@ def score_tables(settings: ExperimentSettings, groups: Sequence[Group]) -> list[
     perturbed = dict.fromkeys(kind for result in results for kind in result.more.get("perturbed", {}))
     kinds += [(f"{name} on test texts with {kind}", _extra("perturbed", kind, metric)) for kind in perturbed]
     tables = []
-    for section in sections(settings, groups):
+    for facet in facets(settings, groups):
         for kind, value in kinds:
-            heading = f"{section.heading}: {kind}" if section.heading else words.capitalised(kind)
+            heading = f"{facet.heading}: {kind}" if facet.heading else words.capitalised(kind)
             rows = []
-            for row in section.rows:
-                there = [section.groups.get((row, column)) for column in section.columns]
+            for row in facet.rows:
+                there = [facet.places.get((row, column)) for column in facet.columns]
                 rows.append([row, *(_shown(group, value, metric) for group in there)])
             if kind == name:
-                rows += _references(settings, section, metric)
+                rows += _references(settings, facet, metric)
             if any(cell != words.MISSING for row in rows for cell in row[1:]):
-                tables.append(Table(heading, ["", *section.columns], rows))
+                tables.append(Table(heading, ["", *facet.columns], rows))
     return tables
 
 
-def _references(settings: ExperimentSettings, section: Section, metric: str) -> list[list[str]]:
-    """The rows of a section for the untuned model and copies of the prompts."""
-    axes = [axis for axis in _layout(settings)[1] if axis in deciding_axes(settings)]
+def _references(settings: ExperimentSettings, facet: Facet, metric: str) -> list[list[str]]:
+    """The rows of a facet for the untuned model and copies of the prompts."""
+    axes = [axis for axis in settings.layout()[0] if axis in deciding_axes(settings)]
     places: dict[tuple[str, str], list[Result]] = {}
-    for (_, column), group in section.groups.items():
+    for (_, column), group in facet.places.items():
         if not settings.is_added(group.points):
             row = ", ".join(group.points[axis] for axis in axes)
             places.setdefault((column, row), []).extend(group.results)
     return [
-        [name, *(words.score(values.get(column, math.nan), metric) for column in section.columns)]
+        [name, *(words.score(values.get(column, math.nan), metric) for column in facet.columns)]
         for name, values in reference_rows(settings, places, metric)
     ]
 
 
-def cost_table(settings: ExperimentSettings, groups: Sequence[Group]) -> Table:
+def cost_table(settings: ExperimentSettings, groups: Sequence[Replicates]) -> Table:
     """What each combination costs: parameters, bytes, seconds, memory, and rounds and bytes to the wanted
     share of the reference's development score (``[report] reference``); means over seeds.
     """
@@ -193,7 +195,7 @@ def cost_table(settings: ExperimentSettings, groups: Sequence[Group]) -> Table:
     return Table("Costs", columns, rows)
 
 
-def target_of(report: ReportSettings, group: Group, groups: Sequence[Group]) -> float | None:
+def target_of(report: ReportSettings, group: Replicates, groups: Sequence[Replicates]) -> float | None:
     """The development score that a group is to reach: the wanted share of its reference's mean over seeds;
     for a metric of which less is better, that mean divided by the share. None without a reference.
     """
@@ -230,7 +232,7 @@ def search_table(content: Mapping[str, Any]) -> Table:
     return Table(heading, ["", *(f"trial {n}" for n in range(1, most + 1)), "best at the edge"], rows)
 
 
-def metric_of(report: ReportSettings, groups: Sequence[Group]) -> str:
+def metric_of(report: ReportSettings, groups: Sequence[Replicates]) -> str:
     """The metric of the tables."""
     return report.metric or groups[0].results[0].metric
 
@@ -247,7 +249,7 @@ def _extra(*keys: str) -> Value:
     return value
 
 
-def _shown(group: Group | None, value: Value, metric: str) -> str:
+def _shown(group: Replicates | None, value: Value, metric: str) -> str:
     if group is None:
         return words.MISSING
     mean, half = group.mean(value)

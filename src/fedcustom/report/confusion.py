@@ -14,7 +14,7 @@ MOST_PAIRS = 15
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class MatrixEntry:
     """How often a label was predicted as another, and its share of the label's examples."""
 
     count: int
@@ -26,7 +26,7 @@ class Matrix:
     """All labels by all labels: a row is a label, a column what was predicted."""
 
     labels: list[str]
-    rows: list[tuple[str, list[Cell]]]
+    rows: list[tuple[str, list[MatrixEntry]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,9 @@ def confusions(predictions: Sequence[Prediction], order: Sequence[str]) -> Confu
     present = {name for pair in counts for name in pair}
     labels = [name for name in dict.fromkeys([*order, *sorted(present)]) if name in present]
 
-    def cell(label: str, predicted: str) -> Cell:
+    def cell(label: str, predicted: str) -> MatrixEntry:
         number = counts[label, predicted]
-        return Cell(number, number / max(1, frequency[label]))
+        return MatrixEntry(number, number / max(1, frequency[label]))
 
     matrix = None
     if len(labels) <= LARGEST_MATRIX:

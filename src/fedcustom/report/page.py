@@ -24,7 +24,7 @@ from .groups import Group, best_group, client_counts, client_scores, group_runs,
 from .methods import palette
 from .plots import BOX_FROM, ENDS, MOST_POINTS, Plots, colour, figures
 from .read import Prediction, Run, Runs, Summary, read_predictions, read_runs
-from .rows import Section, comparison_columns, comparison_sections
+from .rows import TableSection, comparison_columns, comparison_sections
 from .svg import definitions
 from .traffic import traffic
 
@@ -317,7 +317,7 @@ def render(runs: Runs) -> str:
         (above, metric, len(list(same)))
         for (above, metric), same in groupby(columns, key=lambda column: (column.above, column.metric))
     ]
-    sections: list[Section] = comparison_sections(groups, columns)
+    sections: list[TableSection] = comparison_sections(groups, columns)
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(_asset("page.html"))

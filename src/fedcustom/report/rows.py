@@ -39,7 +39,7 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class TableCell:
     """What stands in one cell: a value, its interval below it, and whether it is the best of its column."""
 
     text: str
@@ -49,21 +49,21 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One group."""
 
     name: str
     note: str
     paint: str
-    cells: list[Cell]
+    cells: list[TableCell]
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class TableSection:
     """The groups of one baseline."""
 
     heading: str
-    rows: list[Row]
+    rows: list[TableRow]
 
 
 def _metric_column(metric: str, prefix: str, heading: str, above: str, chosen: str = "") -> Column:
@@ -122,7 +122,7 @@ def _best_texts(frame: pd.DataFrame, column: Column, rows: Sequence[bool]) -> st
     return column.show(float(values.min() if column.lower_is_better else values.max()))
 
 
-def comparison_sections(groups: Sequence[Group], columns: Sequence[Column]) -> list[Section]:
+def comparison_sections(groups: Sequence[Group], columns: Sequence[Column]) -> list[TableSection]:
     """The rows by baseline, and last the untuned model and copies of the prompts. Best is the best
     federated value, where any is federated.
     """
@@ -131,7 +131,7 @@ def comparison_sections(groups: Sequence[Group], columns: Sequence[Column]) -> l
     compared_baseline = best_group(groups, metrics[0]).baseline
     compared = [group.baseline == compared_baseline for group in groups]
     best = {column.key: _best_texts(frame, column, compared) for column in columns}
-    sections: dict[str, Section] = {}
+    sections: dict[str, TableSection] = {}
     for place, group in enumerate(groups):
         values = frame.iloc[place]
         cells = []
@@ -139,16 +139,16 @@ def comparison_sections(groups: Sequence[Group], columns: Sequence[Column]) -> l
             text = column.show(float(values[column.key]))
             half = float(values[f"{column.key}_interval"]) if column.measured else math.nan
             is_best = compared[place] and bool(best[column.key]) and text == best[column.key]
-            cells.append(Cell(text, words.interval(half, column.measured), is_best, column.metric))
-        section = sections.setdefault(group.baseline, Section(SECTION_NAMES[group.baseline], []))
+            cells.append(TableCell(text, words.interval(half, column.measured), is_best, column.metric))
+        section = sections.setdefault(group.baseline, TableSection(SECTION_NAMES[group.baseline], []))
         note = f"{words.plural(len(group.runs), 'seed')}, {words.plural(int(values['rounds']), 'round')}"
         section.rows.append(
-            Row(words.capitalised(group.method_name), note, colour(group.method, groups), cells)
+            TableRow(words.capitalised(group.method_name), note, colour(group.method, groups), cells)
         )
     references = [_reference(groups, columns, "untuned", "Untuned model", "before any training")]
     if any(run.summary.copy for group in groups for run in group.runs):
         references.append(_reference(groups, columns, "copy", "Copy", "the prompt as the output"))
-    return [*sections.values(), Section("Reference", references)]
+    return [*sections.values(), TableSection("Reference", references)]
 
 
 def _reference(
@@ -157,11 +157,11 @@ def _reference(
     kind: Literal["copy", "untuned"],
     name: str,
     note: str,
-) -> Row:
+) -> TableRow:
     cells = []
     for column in columns:
         if column.measured and not column.metric:
-            cells.append(Cell(column.show(trivial_metric(groups, kind, column.measured))))
+            cells.append(TableCell(column.show(trivial_metric(groups, kind, column.measured))))
         else:
-            cells.append(Cell("", metric=column.metric))
-    return Row(name, note, "", cells)
+            cells.append(TableCell("", metric=column.metric))
+    return TableRow(name, note, "", cells)

@@ -1,13 +1,15 @@
-"""Charts as inline SVG inside HTML, with neither script nor library.
+"""Charts as inline SVG inside HTML, or as SVG files of their own, with neither script nor library.
 
 Places are percentages of the drawing area, so that a chart is as wide as its page and its texts keep their
 size. Lines and bands, which SVG has no percentages for, stand in an inner drawing of 1000 by 1000 that is
-stretched; their strokes are not. Colours are names in palette.css. Texts are escaped here.
+stretched; their strokes are not. Colours are names in palette.css, or for a file those that the chart is
+given. Texts are escaped here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
@@ -32,6 +34,23 @@ MARKS = {
 feels the pointer."""
 
 
+FILE_STYLE = """
+.grid line{stroke:#d9dee3}
+.line{fill:none;stroke:currentColor;stroke-width:2;vector-effect:non-scaling-stroke}
+.line.dash{stroke-dasharray:7 5}.line.dot{stroke-dasharray:2 4}
+.band{fill:currentColor;opacity:.15}
+.marks use,.legend use{fill:currentColor}.marks.hit use{fill:none}.marks.faint{opacity:.75}
+.box{fill:currentColor;fill-opacity:.08;stroke:currentColor}.bar{fill:currentColor;fill-opacity:.55}
+.whisker{stroke:currentColor}.interval{stroke:currentColor;stroke-width:2}
+.mean{stroke:#1f2933;stroke-width:2.5}.gap{stroke:#b3261e;stroke-width:2}
+.diagonal{stroke:#5c636d;stroke-dasharray:5 5}.count{fill:#5c636d;text-anchor:middle}
+"""
+"""What style.css says of charts, for a file of its own."""
+FILE_WIDTH, FILE_LEFT, FILE_RIGHT, FILE_TOP, FILE_BOTTOM = 720, 56, 12, 16, 44
+"""Widths and heights around the drawing area of a file, in pixels."""
+LEGEND_LINE, LEGEND_COLUMNS = 18, 4
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
     """A symbol at a place (both coordinates from 0 to 1, y upwards) and the text that the pointer shows."""
@@ -45,7 +64,8 @@ class Mark:
 class Chart:
     """A chart that is put together layer by layer.
 
-    ``y`` may have ticks that are names; then ``gutter`` is "names", and they have a wider column.
+    ``y`` may have ticks that are names; then ``gutter`` is "names", and they have a wider column. ``colours``
+    by name are for a chart that becomes a file (:meth:`file`).
     """
 
     x: Axis
@@ -55,15 +75,16 @@ class Chart:
     height: int = 380
     gutter: str = "numbers"
     grid: str = "xy"
+    colours: Mapping[str, str] = field(default_factory=dict)
     _stretched: list[Markup] = field(default_factory=list)
     _fixed: list[Markup] = field(default_factory=list)
-    _legend: list[Markup] = field(default_factory=list)
+    _legend: list[_Entry] = field(default_factory=list)
 
     def band(self, x: Sequence[float], low: Sequence[float], high: Sequence[float], paint: str) -> None:
         """The area between two curves, given in the axes' units."""
         there = [*zip(x, high, strict=True), *reversed(list(zip(x, low, strict=True)))]
         self._stretched.append(
-            Markup('<polygon class="band" points="{}"{}/>').format(self._points(there), _paint(paint))
+            Markup('<polygon class="band" points="{}"{}/>').format(self._points(there), self._paint(paint))
         )
 
     def line(self, points: Sequence[tuple[float, float]], paint: str, dash: str, opacity: float = 1) -> None:
@@ -71,7 +92,7 @@ class Chart:
         if len(points) > 1:
             self._stretched.append(
                 Markup('<polyline class="line {}" points="{}"{}/>').format(
-                    dash, self._points(points), _paint(paint, opacity)
+                    dash, self._points(points), self._paint(paint, opacity)
                 )
             )
 
@@ -85,7 +106,7 @@ class Chart:
         )
         self._fixed.append(
             Markup('<g class="marks {} {}" data-name="{}"{}>{}</g>').format(
-                kind, "hit" if symbol == "hit" else "", name, _paint(paint), uses
+                kind, "hit" if symbol == "hit" else "", name, self._paint(paint), uses
             )
         )
 
@@ -101,7 +122,7 @@ class Chart:
                     for value in (left, 1 - high, max(0.0, right - left), max(0.0, high - low))
                 ),
                 Markup(' data-tip="{}"').format(tip) if tip else "",
-                _paint(paint),
+                self._paint(paint),
             )
         )
 
@@ -114,7 +135,7 @@ class Chart:
                 kind,
                 *(_percent(value) for value in (start[0], 1 - start[1], end[0], 1 - end[1])),
                 Markup(' data-tip="{}"').format(tip) if tip else "",
-                _paint(paint),
+                self._paint(paint),
             )
         )
 
@@ -127,24 +148,11 @@ class Chart:
         )
 
     def entry(self, name: str, paint: str, dash: str, symbol: str) -> None:
-        """A line of the legend."""
-        self._legend.append(
-            Markup(
-                '<li><svg width="28" height="12" aria-hidden="true"{}>'
-                '<line class="line {}" x1="0" y1="6" x2="28" y2="6"/>'
-                '<use href="#mark-{}" x="14" y="6"/></svg>{}</li>'
-            ).format(_paint(paint), dash, symbol, name)
-        )
+        """A line of the legend; without a ``dash`` its symbol alone."""
+        self._legend.append(_Entry(name, self._paint(paint), dash, symbol))
 
     def html(self) -> Markup:
         """The chart."""
-        lines = [
-            Markup('<line x1="0" x2="100%" y1="{0}" y2="{0}"/>').format(_percent(1 - tick.place))
-            for tick in (self.y.ticks if "y" in self.grid else ())
-        ] + [
-            Markup('<line y1="0" y2="100%" x1="{0}" x2="{0}"/>').format(_percent(tick.place))
-            for tick in (self.x.ticks if "x" in self.grid else ())
-        ]
         side = Markup("").join(
             Markup('<span style="top:{}">{}</span>').format(_percent(1 - tick.place), _lines(tick.text))
             for tick in self.y.ticks
@@ -154,7 +162,9 @@ class Chart:
             for tick in self.x.ticks
         )
         above = Markup('<p class="axis">{}</p>').format(self.y_title) if self.y_title else ""
-        legend = Markup('<ul class="legend">{}</ul>').format(Markup("").join(self._legend))
+        legend = Markup('<ul class="legend">{}</ul>').format(
+            Markup("").join(entry.html() for entry in self._legend)
+        )
         return Markup(
             '<div class="chart {gutter}">{above}<div class="side" style="height:{height}px">{side}</div>'
             '<svg class="area" width="100%" height="{height}"><g class="grid">{grid}</g>'
@@ -166,7 +176,7 @@ class Chart:
             above=above,
             height=self.height,
             side=side,
-            grid=Markup("").join(lines),
+            grid=self._grid(),
             stretched=Markup("").join(self._stretched),
             fixed=Markup("").join(self._fixed),
             below=below,
@@ -174,29 +184,126 @@ class Chart:
             legend=legend if self._legend else "",
         )
 
+    def file(self, title: str) -> str:
+        """The chart as an SVG document of its own, which can stand in a page as well."""
+        width = FILE_WIDTH - FILE_LEFT - FILE_RIGHT
+        bottom = FILE_TOP + self.height
+        lines = math.ceil(len(self._legend) / LEGEND_COLUMNS)
+        texts = [
+            _text(FILE_LEFT - 8, FILE_TOP + self.height * (1 - tick.place) + 4, tick.text, "end")
+            for tick in self.y.ticks
+        ]
+        texts += [_text(FILE_LEFT + width * tick.place, bottom + 20, tick.text) for tick in self.x.ticks]
+        if self.x_title:
+            texts.append(_text(FILE_LEFT + width / 2, bottom + 38, self.x_title))
+        legend = [
+            entry.file(
+                FILE_LEFT + number % LEGEND_COLUMNS * (FILE_WIDTH - FILE_LEFT) / LEGEND_COLUMNS,
+                bottom + FILE_BOTTOM + LEGEND_LINE * (number // LEGEND_COLUMNS),
+            )
+            for number, entry in enumerate(self._legend)
+        ]
+        return Markup(
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {full} {total}" role="img" '
+            'font-family="system-ui, sans-serif" font-size="12" fill="#1f2933">'
+            "<title>{title}</title><style>{style}</style>{symbols}{texts}"
+            '<svg x="{left}" y="{top}" width="{width}" height="{height}" overflow="visible">'
+            '<g class="grid">{grid}</g>'
+            '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%" '
+            'overflow="visible">{stretched}</svg>{fixed}</svg>'
+            '<g class="legend">{legend}</g></svg>'
+        ).format(
+            full=FILE_WIDTH,
+            total=bottom + FILE_BOTTOM + LEGEND_LINE * lines,
+            title=title,
+            style=Markup(FILE_STYLE),
+            symbols=_symbols(),
+            texts=Markup("").join(texts),
+            left=FILE_LEFT,
+            top=FILE_TOP,
+            width=width,
+            height=self.height,
+            grid=self._grid(),
+            stretched=Markup("").join(self._stretched),
+            fixed=Markup("").join(self._fixed),
+            legend=Markup("").join(legend),
+        )
+
+    def _grid(self) -> Markup:
+        lines = [
+            Markup('<line x1="0" x2="100%" y1="{0}" y2="{0}"/>').format(_percent(1 - tick.place))
+            for tick in (self.y.ticks if "y" in self.grid else ())
+        ] + [
+            Markup('<line y1="0" y2="100%" x1="{0}" x2="{0}"/>').format(_percent(tick.place))
+            for tick in (self.x.ticks if "x" in self.grid else ())
+        ]
+        return Markup("").join(lines)
+
+    def _paint(self, name: str, opacity: float = 1) -> Markup:
+        if not name:
+            return Markup("")
+        colour = f"color:{self.colours[name]}" if self.colours else f"--paint:var(--{name})"
+        faded = f";opacity:{opacity:g}" if opacity < 1 else ""
+        return Markup(' style="{}{}"').format(colour, faded)
+
     def _points(self, points: Sequence[tuple[float, float]]) -> str:
         return " ".join(f"{1000 * self.x.place(x):.1f},{1000 * (1 - self.y.place(y)):.1f}" for x, y in points)
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A line of a legend; ``paint`` is an attribute."""
+
+    name: str
+    paint: Markup
+    dash: str
+    symbol: str
+
+    def html(self) -> Markup:
+        return Markup('<li><svg width="28" height="12" aria-hidden="true"{}>{}</svg>{}</li>').format(
+            self.paint, self._drawn(0, 6), self.name
+        )
+
+    def file(self, x: float, y: float) -> Markup:
+        left = 36 if self.dash else 26
+        return Markup("<g{}>{}</g>").format(self.paint, self._drawn(x, y - 4)) + _text(
+            x + left, y, self.name, "start"
+        )
+
+    def _drawn(self, x: float, y: float) -> Markup:
+        line = Markup('<line class="line {}" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(
+            self.dash, _number(x), _number(y), _number(x + 28), _number(y)
+        )
+        symbol = Markup('<use href="#mark-{}" x="{}" y="{}"/>').format(
+            self.symbol, _number(x + 14), _number(y)
+        )
+        return line + symbol if self.dash else symbol
+
+
 def definitions() -> Markup:
     """The symbols, which stand once in a page that has charts."""
+    return Markup('<svg class="symbols" width="0" height="0" aria-hidden="true">{}</svg>').format(_symbols())
+
+
+def _symbols() -> Markup:
     paths = Markup("").join(
         Markup('<path id="mark-{}" d="{}"/>').format(name, path) for name, path in MARKS.items()
     )
-    return Markup(
-        '<svg class="symbols" width="0" height="0" aria-hidden="true"><defs>{}</defs></svg>'
-    ).format(paths)
+    return Markup("<defs>{}</defs>").format(paths)
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> Markup:
+    return Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(
+        _number(x), _number(y), anchor, text
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}".rstrip("0").rstrip(".")
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f}".rstrip("0").rstrip(".") + "%"
-
-
-def _paint(name: str, opacity: float = 1) -> Markup:
-    if not name:
-        return Markup("")
-    faded = f";opacity:{opacity:g}" if opacity < 1 else ""
-    return Markup(' style="--paint:var(--{}){}"').format(name, faded)
 
 
 def _lines(text: str) -> Markup:

@@ -1,4 +1,4 @@
-"""Aggregation hooks: how a method's tensors travel and are aggregated, for methods with rules of their own."""
+"""Aggregation hooks: how tensors travel and are aggregated in methods with rules of their own."""
 
 from __future__ import annotations
 

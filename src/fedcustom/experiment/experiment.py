@@ -14,17 +14,17 @@ from ..evaluation.degenerate import in_words
 from ..report import words
 from .baselines import added_cells
 from .estimate import Rates, total
-from .grid import Cell, grid, group_of
-from .results import Result, collect, has_result, read_result, write_result
+from .grid import Cell, experiment_cells, group_of
+from .results import Result, collect, has_result, read_result, result_paths, write_result
 from .runner import Job, drop_weights, run_jobs
 from .search import Trial, choose, chosen_tables, trials
-from .settings import ExperimentSettings, Match, load_experiment
+from .settings import ExperimentSettings, Match, check_metric, load_experiment, nested
 
 Say = Callable[[str], None]
 
 
 @dataclass
-class Campaign:
+class Experiment:
     """One experiment's file, and where its runs and results are.
 
     ``runs`` gets a directory a cell; ``results`` a small JSON file a cell, ``search.json``, and ``search/``
@@ -39,8 +39,11 @@ class Campaign:
     def __post_init__(self) -> None:
         self.settings: ExperimentSettings
         self.settings, self.base = load_experiment(self.file)
+        # A file that is not in order is refused before anything runs.
         self.added()
-        self.cells()  # a file that is not in order is refused before anything runs
+        cells = self.cells()
+        self._trials = self._made_trials()
+        check_metric(self.settings.report, [cell.recipe.data.task for cell in cells], str(self.file))
 
     @property
     def name(self) -> str:
@@ -53,7 +56,7 @@ class Campaign:
         """
         if self.settings.is_added(self.only):
             return []
-        return grid(self.settings, self.base, str(self.file), only=self.only, chosen=chosen)
+        return experiment_cells(self.settings, self.base, str(self.file), only=self.only, chosen=chosen)
 
     def added(self) -> tuple[list[Cell], list[str]]:
         """The baselines that the file adds to the grid, and why some are not possible."""
@@ -63,11 +66,14 @@ class Campaign:
 
     def trials(self) -> list[Trial]:
         """The search's trials for those cells; where they are made does not depend on ``only``."""
-        every = trials(
-            self.settings, self.base, grid(self.settings, self.base, str(self.file)), str(self.file)
-        )
         groups = {group_of(self.settings, cell.points) for cell in self.cells()}
-        return [trial for trial in every if trial.group in groups]
+        return [trial for trial in self._trials if trial.group in groups]
+
+    def _made_trials(self) -> list[Trial]:
+        if self.settings.search is None:
+            return []
+        where = str(self.file)
+        return trials(self.settings, self.base, experiment_cells(self.settings, self.base, where), where)
 
     def result_path(self, name: str) -> Path:
         """Where a cell's result is kept."""
@@ -79,9 +85,7 @@ class Campaign:
 
     def listing(self) -> Iterator[str]:
         """A line a trial and cell, with its time as far as it is known, and what all of it takes."""
-        folder = self.results
-        measured = [read_result(path) for path in sorted(folder.glob("*.json")) if path.name != "search.json"]
-        measured += [read_result(path) for path in sorted((folder / "search").glob("*.json"))]
+        measured = [read_result(path) for path in self._result_paths()]
         rates = Rates(self.settings, measured)
         added, reasons = self.added()
         made, cells = self.trials(), [*added, *self.cells(self._chosen())]
@@ -113,8 +117,12 @@ class Campaign:
         """Search, then run all cells that have no result yet; what failed, by name, with the reason.
 
         Raises:
-            RunError: another process searches this experiment's rates.
+            RecipeError: a rate that the search may choose is not possible in some cell.
+            RunError: another process searches this experiment's rates, or the results that are there cannot
+                be read.
         """
+        for path in result_paths(self.results):
+            read_result(path)  # what cannot be shown with the others at the end is said now
         added, reasons = self.added()
         for reason in reasons:
             say(reason)
@@ -127,6 +135,8 @@ class Campaign:
         made = self.trials()
         if not made:
             return {}
+        if not all(has_result(self.trial_path(trial.name), trial.cell.digest) for trial in made):
+            self._check_rates(made)
         lock = self.runs / "search.pid"
         with held(lock) as alone:  # a trial that another process is at would pass for one that failed
             if not alone:
@@ -137,6 +147,20 @@ class Campaign:
             content = choose(self.settings, made, found, failed)
             self._note_search(content)
         return chosen_tables(content)
+
+    def _check_rates(self, made: Sequence[Trial]) -> None:
+        """See that each rate that a search may choose is possible in every cell, before any is tried."""
+        assert self.settings.search is not None
+        rates: dict[tuple[str, ...], list[float]] = {}
+        for trial in made:
+            rates.setdefault(trial.group, []).append(trial.rate)
+        once = self.only | {"seed": str(self.cells()[0].seed)}
+        for tried in zip(*(dict.fromkeys(each) for each in rates.values()), strict=True):
+            chosen = {
+                group: nested(self.settings.search.setting, rate)
+                for group, rate in zip(rates, tried, strict=True)
+            }
+            experiment_cells(self.settings, self.base, str(self.file), only=once, chosen=chosen)
 
     def _all(
         self, wanted: Sequence[tuple[str, Cell, Path]], kind: str, jobs: int, say: Say
@@ -180,6 +204,10 @@ class Campaign:
         only = [f"--only={axis}={point}" for axis, point in points.items()]
         return shlex.join(["fedcustom", "experiment", str(self.file), *only])
 
+    def _result_paths(self) -> list[Path]:
+        """The files of results that are there, those of trials behind those of cells."""
+        return [*result_paths(self.results), *result_paths(self.results / "search")]
+
     def _note_search(self, content: dict[str, Any]) -> None:
         """Write ``search.json``; groups that ``only`` leaves out stay in it as they were."""
         path = self.results / "search.json"
@@ -188,16 +216,16 @@ class Campaign:
         write_json(path, content)
 
 
-def open_campaign(
+def open_experiment(
     file: Path, runs: Path | None = None, results: Path | None = None, only: Match | None = None
-) -> Campaign:
+) -> Experiment:
     """An experiment with its usual folders: ``runs/<name>`` and ``results/<name>``.
 
     Raises:
         RecipeError: the file is not in order.
     """
     name = file.stem
-    return Campaign(file, runs or Path("runs") / name, results or Path("results") / name, only or {})
+    return Experiment(file, runs or Path("runs") / name, results or Path("results") / name, only or {})
 
 
 def _said(result: Result, kind: str) -> str:
