@@ -17,7 +17,6 @@ Metrics = dict[str, float]
 LOWER_IS_BETTER = frozenset({"loss", "clients_asked", "calibration_error"})
 RANKS = 10
 """The ranks that count in the mean reciprocal rank."""
-GENERATION_METRICS = ("loss", "bleu", "chrf", "rouge_l")
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> Metrics:

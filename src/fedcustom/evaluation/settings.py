@@ -9,6 +9,7 @@ from pydantic import Field
 from ..core.settings import Settings
 
 CLASSIFICATION_METRICS = ("accuracy", "macro_f1", "loss", "calibration_error")
+GENERATION_METRICS = ("loss", "bleu", "chrf", "rouge_l")
 RETRIEVAL_METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
 
 

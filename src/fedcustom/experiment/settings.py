@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from ..core.errors import RecipeError, nearest
 from ..core.settings import Settings
 from ..data.settings import TaskKind
-from ..evaluation.metrics import CLASSIFICATION_METRICS, GENERATION_METRICS, RETRIEVAL_METRICS
+from ..evaluation.settings import CLASSIFICATION_METRICS, GENERATION_METRICS, RETRIEVAL_METRICS
 from ..recipe.recipe import Baseline, read_toml
 
 BASELINE = "baseline"
