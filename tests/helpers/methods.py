@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adapter": {"width": 6},
     "ia3": {},
     "bitfit": {"norms": True},
+    "ln_tuning": {},
     "prefix": {"length": 4},
     "prefix matched": {"length": 4, "merging": "matched"},
     "prefix stacked": {"length": 4, "merging": "stacked"},

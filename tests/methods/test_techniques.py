@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ia3": {},
     "bitfit": {"norms": False},
     "bitfit-norms": {"norms": True},
+    "ln_tuning": {},
 }
 GRID = [
     (model, method)
@@ -100,6 +101,16 @@ def plain_bitfit(base: Any, tensors: Tensors, norms: bool) -> tuple[Any, dict[st
     return filled(base, tensors)
 
 
+def plain_ln_tuning(base: Any, model: str, tensors: Tensors) -> tuple[Any, dict[str, Tensor]]:
+    import peft
+
+    kinds = {"bert": "SEQ_CLS", "bart": "SEQ_2_SEQ_LM"}
+    names = [name for name, _ in base.named_parameters() if "norm" in name.lower() or ".ln_" in name]
+    layers = sorted({name.rpartition(".")[0] for name in names})
+    config = peft.LNTuningConfig(task_type=kinds.get(model, "CAUSAL_LM"), target_modules=layers)
+    return filled(peft.get_peft_model(base, config), tensors)
+
+
 def filled(model: Any, tensors: Tensors) -> tuple[Any, dict[str, Tensor]]:
     trained = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     assert trained.keys() == tensors.keys()
@@ -120,6 +131,8 @@ def plain_reference(path: str, model: str, method: str, tensors: Tensors) -> tup
         return plain_adapter(base, model, tensors)
     if method == "ia3":
         return plain_ia3(base, model, tensors)
+    if method == "ln_tuning":
+        return plain_ln_tuning(base, model, tensors)
     return plain_bitfit(base, tensors, method == "bitfit-norms")
 
 
@@ -186,7 +199,9 @@ def test_a_step_equals_a_plain_step_and_changes_nothing_else(
         if id(parameter) not in mine:
             assert torch.equal(parameter, before[name]), name
             assert parameter.grad is None
-    marks = {"adapter": ".adapter.", "ia3": ".ia3_l", "bitfit": "bias", "bitfit-norms": ""}[method]
+    marks = {"adapter": ".adapter.", "ia3": ".ia3_l", "bitfit": "bias", "bitfit-norms": "", "ln_tuning": ""}[
+        method
+    ]
     assert all(marks in name or name.startswith("classifier.") for name in trained)
 
 
@@ -198,7 +213,7 @@ def test_the_export_loads_without_this_package(
     ours = build(tiny, model, method)
     state = State(perturbed(ours.initialise().tensors))
     ours.export(state, tmp_path)
-    if method == "ia3":
+    if method in ("ia3", "ln_tuning"):
         import peft
 
         loaded = peft.PeftModel.from_pretrained(plain(tiny[model], kind, model), str(tmp_path)).eval()
