@@ -43,7 +43,8 @@ def dot_plot(facet: Facet, metric: str) -> str:
                 continue
             mean, half = means[row, column]
             x = (place + 0.5) * step + (number - (len(facet.rows) - 1) / 2) * apart
-            low, high = (chart.y.place(mean + sign * _known(half)) for sign in (-1, 1))
+            ends = [chart.y.place(mean + sign * _known(half)) for sign in (-1, 1)]
+            low, high = max(0.0, ends[0]), min(1.0, ends[1])  # an axis ends where the metric does
             if low < high:
                 chart.segment((x, low), (x, high), "interval", row)
             tip = f"{column}: {words.score(mean, metric)} {words.interval(half, metric)}".strip()
