@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from ..core.errors import UpdateError
 from ..methods import State, Task
-from ..methods.tuning.head_fit import LABEL_COUNTS
+from ..methods.tuning.head_fit import without_label_counts
 from ..transport.channel import Packed
 from .nvflare.messenger import Messenger, Request, SiteReply
 from .replies import LabelList, Part, PartSizes, SiteStatistics
@@ -98,7 +98,7 @@ class SiteConnection:
 
         ``labels`` is the number of labels, 0 for anything but classification.
         """
-        values = {key: value for key, value in state.values.items() if key != LABEL_COUNTS}
+        values = without_label_counts(state.values)
         head = self._head("evaluate") | {"part": part, "after": after, "values": values}
         requests = dict.fromkeys(names, Request(head, state.tensors))
         replies = self.messenger.request(requests, min(1, len(names)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..core.tensors import Tensors
 from ..data.examples import FederatedData
 from ..methods.protocol import Memory, Method, State, Task, Update, Values
-from ..methods.tuning.head_fit import LABEL_COUNTS, HeadFit
+from ..methods.tuning.head_fit import HeadFit, as_if_fitted
 from ..methods.tuning.head_messages import HEAD_GRADIENT, LEAST, POINT, SCALE_HEAD, TEMPERATURES
 from ..methods.tuning.method import WeightTuning
 from ..recipe.recipe import Recipe
@@ -42,7 +41,7 @@ def outline(recipe: Recipe, data: FederatedData, method: Method, state: State, p
     down = up = 0.0
     if first := next((number for number in range(1, len(plan) + 1) if number not in fits), None):
         labels = [examples or 1] * len(data.task.labels)  # as if a head had been fitted before
-        fitted = replace(state, values={**state.values, LABEL_COUNTS: labels})
+        fitted = as_if_fitted(state, labels)
         down, up = _training(method, channel, transforms, fitted, first, plan[first - 1])
     rounds = [cohort for number, cohort in enumerate(plan, start=1) if number not in fits]
     costs = [sum(down + (not a.absent) * up for a in cohort.values()) for cohort in rounds]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -356,6 +356,18 @@ class HeadFit:
 
     def _head(self, point: Tensor) -> Tensors:
         return {self.weight: point[:, :-1].float(), self.bias: point[:, -1].float()}
+
+
+def as_if_fitted(state: State, labels: list[int]) -> State:
+    """The state as if a head had been fitted to these numbers of examples of each label; for estimates of
+    message lengths.
+    """
+    return replace(state, values={**state.values, LABEL_COUNTS: labels})
+
+
+def without_label_counts(values: Values) -> Values:
+    """A state's values but for the clients' label counts, which an evaluation does not need."""
+    return {key: value for key, value in values.items() if key != LABEL_COUNTS}
 
 
 def client_labels(state: State) -> dict[str, list[int]]:
