@@ -16,7 +16,7 @@ from .data.examples import Example, LearningTask, fields
 from .evaluation.calibration import softmax
 from .federated.build import make_method
 from .federated.callbacks import Callback
-from .federated.frames import client_frame, round_frame
+from .federated.history_frames import client_frame, round_frame
 from .federated.run import run_recipe
 from .federated.run_directory import History
 from .methods import Method, State

@@ -28,7 +28,7 @@ from fedcustom.aggregation.lora import (
     stacked_lora,
     truncated_lora,
 )
-from fedcustom.aggregation.low_rank import (
+from fedcustom.aggregation.lora_factors import (
     LoraFactors,
     change_norm,
     compress_lora,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedcustom.core.errors import DataError
 from fedcustom.data.build import build_data
 from fedcustom.data.examples import Example, LearningTask, make_examples
-from fedcustom.data.own import read_own
+from fedcustom.data.party_data import read_own
 from fedcustom.data.settings import ClientSettings, DataSettings, PublicSettings
 from fedcustom.data.sources import read_file, read_rows
 from fedcustom.data.tokens import (

@@ -32,7 +32,7 @@ from fedcustom.core.errors import (
 from fedcustom.core.files import held, holder
 from fedcustom.core.tensors import equal
 from fedcustom.data.build import build_data
-from fedcustom.data.own import OwnDataSettings, read_own
+from fedcustom.data.party_data import OwnDataSettings, read_own
 from fedcustom.deployment.local import write_parts
 from fedcustom.deployment.nvflare.bridge import BridgeError, BridgeListener, connect
 from fedcustom.deployment.nvflare.controller import read_head
@@ -50,7 +50,7 @@ from fedcustom.evaluation.statistics import (
     pooled_metrics,
 )
 from fedcustom.methods import Answer, Memory, Task, Update
-from fedcustom.models.park import leave_memory, parked
+from fedcustom.models.memory_mapping import leave_memory, parked
 from fedcustom.models.pooling import Pooling
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport.channel import Packed, update_length

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import fedcustom
-from fedcustom.federated.frames import CLIENT_COLUMNS, client_frame, round_frame
+from fedcustom.federated.history_frames import CLIENT_COLUMNS, client_frame, round_frame
 from helpers.runs import rows_of
 
 

@@ -14,9 +14,9 @@ from fedcustom.methods import registry
 from fedcustom.methods.full.settings import FullSettings
 from fedcustom.methods.lora.settings import LoraSettings
 from fedcustom.methods.settings import TuningSettings
-from fedcustom.models.kind import ModelKind, kind_of, rough_parameters
 from fedcustom.models.load import model_kind
 from fedcustom.models.settings import ModelSettings
+from fedcustom.models.size_class import ModelKind, kind_of, rough_parameters
 from fedcustom.recipe.help import settings_help
 from fedcustom.recipe.recipe import Recipe, load_recipe, to_toml
 

@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from fedcustom.core.errors import RunError
-from fedcustom.report import comparison, comparison_table, words, write_report
+from fedcustom.report import comparison, comparison_table, write_report
+from fedcustom.report import formatting as words
 from fedcustom.report.groups import group_runs, mean_and_interval
 from fedcustom.report.read import read_runs
 from fedcustom.report.traffic import traffic

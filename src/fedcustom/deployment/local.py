@@ -15,7 +15,7 @@ from ..core.errors import DeploymentError
 from ..core.files import read_json, write_json, write_text
 from ..data.build import build_data, with_builtin_columns
 from ..data.examples import Example, FederatedData
-from ..data.own import OwnDataSettings
+from ..data.party_data import OwnDataSettings
 from ..federated.build import check_cohort
 from ..federated.callbacks import Callback
 from ..recipe.recipe import Recipe

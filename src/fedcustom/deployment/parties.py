@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ..core.errors import RecipeError
 from ..data.examples import ClientData, FederatedData, LearningTask
-from ..data.own import OwnData, read_own
+from ..data.party_data import OwnData, read_own
 from ..federated.build import check_fit, make_method
 from ..federated.simulation import Federation
 from ..models.load import load_base
-from ..models.park import park, parked
+from ..models.memory_mapping import park, parked
 from ..recipe.recipe import Recipe
 from ..transport.channel import Channel
 from ..transport.protocol import check_visible

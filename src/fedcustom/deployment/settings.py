@@ -10,7 +10,7 @@ from pydantic import Field
 from ..core.errors import DeploymentError
 from ..core.files import write_text
 from ..core.settings import Settings
-from ..data.own import OwnDataSettings
+from ..data.party_data import OwnDataSettings
 from .site.settings import load_settings
 
 FILE = "federation.toml"

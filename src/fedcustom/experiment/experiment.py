@@ -11,7 +11,7 @@ from typing import Any
 from ..core.errors import RunError
 from ..core.files import held, holder, read_json, write_json
 from ..evaluation.degenerate import in_words
-from ..report import words
+from ..report import formatting as words
 from .baselines import added_cells
 from .estimate import Rates, total
 from .grid import Cell, experiment_cells, group_of

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..core.files import read_json, write_text
-from ..report import words
+from ..report import formatting as words
 from .baselines import deciding_axes
 from .plots import dot_plot
 from .results import Result, read_results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..report import words
+from ..report import formatting as words
 from ..report.axes import Axis, Tick, linear, value_range
 from ..report.svg import MARKS, Chart, Mark
 from .tables import Facet

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..evaluation.metrics import LOWER_IS_BETTER
-from ..report import words
+from ..report import formatting as words
 from ..report.groups import mean_and_interval
 from .baselines import deciding_axes, reference_rows
 from .results import Result, reached

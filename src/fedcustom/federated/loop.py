@@ -14,7 +14,7 @@ from ..methods.tuning.method import RATE_FACTOR
 from ..recipe import Recipe
 from ..transport.protocol import Reply
 from .callbacks import Callback, Callbacks, HistoryWriter
-from .outline import outline
+from .cost_estimate import outline
 from .rate_search import learning_rate_in, search_rate
 from .round_record import RoundRecord
 from .run_directory import Checkpoint, Row, RunDirectory

@@ -97,7 +97,7 @@ def register(
         implementation: ``"module:attribute"``, imported when the method is built; a module that begins with
             a dot is relative to that of the settings (:class:`Registration` says what it must be).
         title: The method as people write it; by default its name with spaces.
-        symbol: That of its points in charts, one of :data:`fedcustom.report.svg.SYMBOLS`; by default none
+        symbol: That of its points in charts, one of :data:`fedcustom.report.svg.MARKS`; by default none
             of its own.
         colours: Of its curves, on a light page and on a dark one, as ``#rrggbb``; by default one that it may
             share with others.

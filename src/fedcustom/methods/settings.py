@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ..core.settings import Settings
-from ..models.kind import ModelKind, Rates
+from ..models.size_class import ModelKind, Rates
 
 
 class MethodSettingsBase(Settings):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lower import transformer_layers
+from .frozen_layers import transformer_layers
 
 FAMILIES = (
     "bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta",

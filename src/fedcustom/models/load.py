@@ -20,11 +20,11 @@ from ..core.errors import ModelError, nearest
 from ..data.examples import LearningTask
 from .first_token import first_token_only
 from .kernels import attend_in_float32_on_processors, fuse_activations
-from .kind import Architecture, ModelKind, architecture_of, kind_of
 from .output import OutputLayer, output_layer
 from .pooled_classifier import PooledClassifier, PooledClassifierConfig, with_pooling
 from .pooling import Pooling, find_pooling
 from .settings import ModelSettings
+from .size_class import Architecture, ModelKind, architecture_of, kind_of
 
 Precision = Literal["float32", "bfloat16"]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ..evaluation.degenerate import KINDS, in_words
-from . import words
+from . import formatting as words
 from .groups import Group, best_first, mean_and_interval, mean_metric, trivial_metric
 from .methods import is_probe
 

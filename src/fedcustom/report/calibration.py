@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ..evaluation.calibration import BINS, binned, expected_calibration_error
-from . import words
+from . import formatting as words
 from .axes import Axis, linear
 from .read import Prediction
 from .svg import Chart

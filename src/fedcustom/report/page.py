@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from . import words
+from . import formatting as words
 from .baselines import all_beat, degenerate, unbeaten
 from .calibration import Bin, reliability, reliability_charts, verdict
 from .confusion import confusions

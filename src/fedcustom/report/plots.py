@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from . import words
+from . import formatting as words
 from .axes import Axis, Tick, limits, linear, logarithmic, value_range, whole
 from .groups import Group, client_scores, history
 from .methods import has_colours, registered

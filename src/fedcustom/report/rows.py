@@ -9,7 +9,7 @@ from typing import Literal
 
 import pandas as pd
 
-from . import words
+from . import formatting as words
 from .groups import Group, best_group, lower_is_better, measured_on_clients, trivial_metric
 from .plots import colour
 from .tables import comparison_frame

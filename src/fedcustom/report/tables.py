@@ -10,7 +10,7 @@ import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
-from . import words
+from . import formatting as words
 from .baselines import degenerate, unbeaten
 from .groups import Group, group_runs, mean_and_interval, measured_on_clients, metric_names, trivial_metric
 from .read import Run, read_runs

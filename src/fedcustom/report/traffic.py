@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import words
+from . import formatting as words
 from .groups import Group
 from .read import Run
 

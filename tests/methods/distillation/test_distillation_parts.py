@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fedcustom.core.errors import UpdateError
 from fedcustom.methods.distillation import ensemble, packing
+from fedcustom.methods.distillation.losses import divergence, top_k_divergence
 from fedcustom.methods.distillation.packing import Format, TopK
-from fedcustom.methods.distillation.teaching import divergence, top_k_divergence
 from fedcustom.transport import wire
 
 # --- ensembles ---

@@ -16,10 +16,10 @@ from fedcustom.core.errors import ModelError, RecipeError
 from fedcustom.core.tensors import equal, part
 from fedcustom.methods import Answer
 from fedcustom.methods.distillation import packing
-from fedcustom.methods.distillation.lessons import Translator, observed_losses
 from fedcustom.methods.distillation.method import Distillation
 from fedcustom.methods.distillation.packing import unpack_positions
 from fedcustom.methods.distillation.sampling import ASKED
+from fedcustom.methods.distillation.token_translation import Translator, observed_losses
 from fedcustom.methods.distillation.tokens import TokenExchange
 from helpers.distillation import prepared
 from helpers.rows import make_rows, write_jsonl

@@ -32,7 +32,7 @@ from fedcustom.methods.retrieval.store import Found, ranked
 from fedcustom.methods.tuning.objective import Contrastive
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
-from fedcustom.report.words import metric_name
+from fedcustom.report.formatting import metric_name
 from helpers.retrieval import documents, store_in, vectors_of
 from helpers.tiny_models import tiny_tokenizer
 

@@ -19,7 +19,7 @@ from fedcustom.core.errors import UpdateError
 from fedcustom.data.examples import ClientData
 from fedcustom.methods import Client, Update
 from fedcustom.methods.tuning import local_training
-from fedcustom.methods.tuning.batching.lanes import Lanes
+from fedcustom.methods.tuning.batching.parallel_passes import Lanes
 from fedcustom.methods.tuning.batching.trainer import clip_each, passes, train_together
 from fedcustom.methods.tuning.objective import Supervised
 from helpers.methods import ALONE, MODELS, SETTINGS, SINGLE, examples_for, make

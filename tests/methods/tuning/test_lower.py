@@ -9,7 +9,7 @@ import torch
 
 from fedcustom.core.errors import ModelError
 from fedcustom.methods.tuning.local_training import LocalTraining
-from fedcustom.models.lower import LowerLayers, layer_of, transformer_layers
+from fedcustom.models.frozen_layers import LowerLayers, layer_of, transformer_layers
 from helpers.methods import MODELS, make
 from helpers.rounds import distance, rounds
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...core.errors import DeploymentError, WireError
 from ...core.files import write_tensors
 from ...core.tensors import Tensors
-from ...models.park import leave_memory
+from ...models.memory_mapping import leave_memory
 from ...transport import wire
 from ...transport.channel import Packed
 from .job_channel import JobChannel, ReceivedMessage

@@ -11,7 +11,7 @@ from ...core.errors import PolicyError
 from ...core.tensors import Tensors
 from ...data.build import with_builtin_columns
 from ...data.examples import ClientData, Example, FederatedData, LearningTask
-from ...data.own import OwnData
+from ...data.party_data import OwnData
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
 from ...methods import Client, State

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from ...core.errors import FedcustomError, PolicyError, UpdateError, WireError
 from ...core.files import read_json, write_json, write_tensors
 from ...core.tensors import Tensors
-from ...data.own import OwnData, read_own
+from ...data.party_data import OwnData, read_own
 from ...methods.tuning.head_messages import HEAD_GRADIENT, SCALE_HEAD
 from ...recipe.recipe import Recipe, load_recipe
 from ...transport import wire

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from ...core.errors import DeploymentError, nearest
 from ...core.settings import Settings
-from ...data.own import OwnDataSettings
+from ...data.party_data import OwnDataSettings
 from ...methods import registry
 
 S = TypeVar("S", bound=Settings)

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ...models.kind import Rates
+from ...models.size_class import Rates
 from ..registry import register
 from ..settings import TuningSettings
 

@@ -19,11 +19,11 @@ from ..protocol import Answer, Client, State, Task, Values
 from ..tuning.technique import Context
 from . import packing
 from .ensemble import combine
-from .learner import Learner, Models, own_tensors
+from .losses import Student, divergence, teaching, text_batches
 from .packing import Floats, Format, Integers, pack_positions, unpack_positions
 from .sampling import ASKED, asked_in, drawn
 from .settings import DistillationSettings
-from .teaching import Student, divergence, teaching, text_batches
+from .student import Learner, Models, own_tensors
 
 SOFT, REFRESHED, CURRENT, HELD = "labels", "refreshed", "current", "held/"
 FRESH, CACHE, CACHED = "fresh", "cache", "cached"

@@ -12,12 +12,12 @@ from ...core.tensors import Tensors
 from ...data.examples import Example
 from ...models.inference import Predictions
 from ...training.local import schedule_factor
-from ..one_by_one import OneByOne
 from ..protocol import Answer, Client, State, Task, Update, Values
+from ..sequential_clients import OneByOne
 from ..tuning.technique import Context
 from .labels import LabelExchange
-from .learner import Learner, Models
 from .settings import DistillationSettings
+from .student import Learner, Models
 from .tokens import TokenExchange
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ...aggregation.settings import AggregationSettings
-from ...models.kind import ModelKind
+from ...models.size_class import ModelKind
 from ..full.settings import FullSettings
 from ..lora.settings import LoraSettings
 from ..registry import register

@@ -14,13 +14,13 @@ from ...training.local import schedule_factor
 from ..protocol import Answer, Client, State, Task
 from ..tuning.technique import Context
 from . import packing
-from .learner import Learner, Models, own_tensors
-from .lessons import Lesson, Translator, lesson_batch
+from .language_models import Speaker
+from .losses import Student, teaching, text_batches, top_k_divergence
 from .packing import Floats, Integers, TopK, pack_positions
 from .sampling import ASKED, asked_in, drawn
 from .settings import DistillationSettings
-from .speaker import Speaker
-from .teaching import Student, teaching, text_batches, top_k_divergence
+from .student import Learner, Models, own_tensors
+from .token_translation import Lesson, Translator, lesson_batch
 
 TAUGHT = "taught"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from ...models.kind import Rates
+from ...models.size_class import Rates
 from ..registry import register
 from ..settings import UpperLayersSettings
 
 
-@register(".method:LnTuning", title="LN-tuning", symbol="hexagon", colours=("#7a6f63", "#b8ab9c"), order=75)
+@register(".method:LnTuning", title="LN-tuning", colours=("#7a6f63", "#b8ab9c"), order=75)
 class LnTuningSettings(UpperLayersSettings):
     """Scales and shifts of the normalisation layers."""
 

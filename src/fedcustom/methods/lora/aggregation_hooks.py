@@ -38,7 +38,7 @@ from ...aggregation.lora import (
     stacked_lora,
     truncated_lora,
 )
-from ...aggregation.low_rank import LoraFactors, truncate_rank, with_scale
+from ...aggregation.lora_factors import LoraFactors, truncate_rank, with_scale
 from ...core.seeds import name_seed
 from ...core.tensors import Tensors
 from ..protocol import State, Values

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...aggregation.low_rank import LoraFactors, frozen_bases, layer_layout, pad_rank
+from ...aggregation.lora_factors import LoraFactors, frozen_bases, layer_layout, pad_rank
 from ...core.errors import ModelError
 from ...core.tensors import Tensors
 from ...models.load import Base

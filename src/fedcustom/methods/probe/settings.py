@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from ...models.kind import Rates
+from ...models.size_class import Rates
 from ..registry import register
 from ..settings import TuningSettings
 

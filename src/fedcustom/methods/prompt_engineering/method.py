@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from ..protocol import Method
 from ..tuning.technique import Context
-from .alone import Alone
 from .black_box import BlackBox
 from .in_context import InContext
+from .local_baseline import Alone
 from .selection import Selection
 from .settings import PromptEngineeringSettings
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from ...core.errors import RecipeError
 from ...models.load import HUB_NAMES, Base
-from ..one_by_one import OneByOne
 from ..protocol import Client, State, Values
+from ..sequential_clients import OneByOne
 from ..tuning.technique import Context
 from .prompt_file import prompt_notes, read_prompt, write_prompt
 

@@ -22,8 +22,8 @@ from ..full.method import Full
 from ..full.settings import FullSettings
 from ..lora.method import Lora
 from ..lora.settings import LoraSettings
-from ..one_by_one import OneByOne
 from ..protocol import Answer, Asked, Client, State, Task, Update, Values
+from ..sequential_clients import OneByOne
 from ..tuning.method import WeightTuning
 from ..tuning.objective import Contrastive
 from ..tuning.peft_support import loading_page

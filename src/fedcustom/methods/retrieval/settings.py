@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ...models.kind import ModelKind
+from ...models.size_class import ModelKind
 from ..registry import register
 from ..settings import MethodSettingsBase
 

@@ -18,8 +18,8 @@ from ...core.errors import RecipeError
 from ...core.tensors import Tensors, count, part
 from ...data.tokens import Batch, TokenizedExample
 from ...models.forward import LABEL_OFFSET
+from ...models.frozen_layers import LowerLayers, lower_layers
 from ...models.load import Base
-from ...models.lower import LowerLayers, lower_layers
 from ...training.local import LocalResult, train_locally
 from ...training.settings import TrainingSettings
 from ..protocol import Client, Task, Update

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...core.errors import ModelError, RunError
+from ...models.frozen_layers import in_upper_layers
 from ...models.load import HUB_NAMES, Base
-from ...models.lower import in_upper_layers
 from ...models.pooled_classifier import FILE, PooledClassifier, copy_code
 from .model_card import offline
 from .technique import TrainableModel

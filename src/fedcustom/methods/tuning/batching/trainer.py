@@ -15,7 +15,7 @@ from ....core.tensors import Tensors
 from ....data.tokens import TokenizedExample
 from ....training.local import LocalResult, make_optimizer
 from ....training.settings import TrainingSettings
-from .lanes import Lanes
+from .parallel_passes import Lanes
 
 RowLosses = Callable[[Mapping[str, Tensor], Sequence[TokenizedExample], Tensor], Tensor]
 """From some clients' tensors, (clients, ...), examples in rows, and the client that owns each row, (rows,) in

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...data.tokens import example_order
-from ...models.kind import kind_of
 from ...models.load import Base
+from ...models.size_class import kind_of
 from ...training.settings import TrainingSettings
 from .packing import Integers
 from .settings import DistillationSettings

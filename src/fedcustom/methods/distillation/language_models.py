@@ -15,9 +15,9 @@ from ...data.tokens import Batch
 from ...models.inference import to_device
 from ..tuning.technique import Context
 from .alignment import Vocabulary
-from .learner import Learner
 from .packing import Floats, Format, Integers, TopK
 from .settings import DistillationSettings
+from .student import Learner
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...data.tokens import Batch
 from ...models.inference import to_device
 from .alignment import VocabularyMap, align, map_rows, one_to_one
+from .language_models import Speaker
 from .packing import Floats, Integers, TopK
-from .speaker import Speaker
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from ...core.errors import RunError, UpdateError
 from ...core.tensors import named, part
 from ...data.examples import Example
 from ...models.inference import Predictions
-from ..one_by_one import OneByOne
 from ..protocol import Answer, Client, Memory, Method, State, Task, Update, Values
+from ..sequential_clients import OneByOne
 
 OWN = "own"
 
