@@ -69,9 +69,9 @@ def residual_lora(updates: Iterable[LoraUpdate]) -> tuple[LoraFactors, Tensor]:
         B = sum_k w_k B_k,  A = sum_k w_k A_k
         residual = sum_k w_k s B_k A_k - s B A      (out, in)
 
-    The residual is (out, in), not the layer's own layout: see :func:`~.lora_factors.layer_layout`. It is taken
-    against the means as they are sent, so it makes up for their rounding in half precision too. Consumes the
-    updates one by one; costs what :func:`ideal_change` costs.
+    The residual is (out, in), not the layer's own layout: see :func:`~.lora_factors.layer_layout`. It is
+    taken against the means as they are sent, so it makes up for their rounding in half precision too.
+    Consumes the updates one by one; costs what :func:`ideal_change` costs.
 
     Raises:
         ValueError: see :func:`mean_factors`.
@@ -107,8 +107,8 @@ def truncated_lora(updates: Iterable[LoraUpdate], rank: int, scale: float) -> Lo
     """The factors of ``rank`` whose change ``scale B A`` is nearest to the ideal (FlexLoRA, Bai et al. 2024).
 
     FlexLoRA takes the singular value decomposition of the dense ideal change; here it is that of
-    :func:`stacked_lora`'s factors (:func:`~.lora_factors.compress_lora`), which is the same and needs no dense
-    matrix. It is exact if ``rank`` is at least the rank of the ideal change. A client of a smaller rank is
+    :func:`stacked_lora`'s factors (:func:`~.lora_factors.compress_lora`), which is the same and needs no
+    dense matrix. It is exact if ``rank`` is at least the rank of the ideal change. A client of a smaller rank is
     sent the first rows and columns (:func:`~.lora_factors.truncate_rank`), which are the best of that rank.
 
     Memory and time grow with ``R = sum_k r_k``: O((out + in) R^2 + R^3).
