@@ -343,3 +343,17 @@ def test_a_full_disk(recipe_file: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "run" / "checkpoints").glob("round-*"))
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_comparison_goes_on_past_a_cut_line(command: Any, recipe_file: Path, tmp_path: Path) -> None:
+    """A run that was killed while it wrote a line goes on, though another one is finished."""
+    arguments = ("compare", recipe_file, "--methods", "lora", "--no-probe", "--set", "rounds.count=2")
+    assert command(*arguments, "--out", tmp_path / "out").code == 0
+    other = tmp_path / "out" / "prefix" / "seed-0"
+    more = ("compare", recipe_file, "--methods", "lora,prefix", "--no-probe", "--set", "rounds.count=2")
+    assert command(*more, "--out", tmp_path / "out").code == 0
+    (other / "summary.json").unlink()
+    with (other / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"round": 3, "coh')
+    assert command(*more, "--out", tmp_path / "out").code == 0
+    assert (other / "summary.json").exists()

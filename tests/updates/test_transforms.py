@@ -315,3 +315,11 @@ def test_baselines_have_no_transforms(small: dict[str, Any], tmp_path: Path) -> 
 def tensors_after(run: Path, number: int) -> Tensors:
     state: State = Checkpoints(run / "checkpoints").load(number).state
     return dict(state.tensors)
+
+
+def test_what_is_no_delta_travels_as_it_is() -> None:
+    """A caller's transform need not know of answers without tensors, or of those that must be exact."""
+    clip = Clip(1.0)
+    empty = Update({}, 2.0, {"score": 0.5})
+    assert on_client([clip], empty, context_of({})) is empty
+    assert not clip.seen

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import plugins
 from ..core.errors import PluginError
-from ..core.tensors import Tensors
+from ..core.tensors import Tensors, is_finite
 from . import robust
 from .mean import weighted_mean
 from .settings import OFFERED_RULES, AggregationSettings
@@ -121,6 +121,9 @@ def _by_plugin(rule: AggregationRule, changes: Iterable[Change], settings: Aggre
     wanted = {name: tuple(tensor.shape) for name, tensor in ready[0].tensors.items()}
     if {name: tuple(getattr(tensor, "shape", ())) for name, tensor in result.items()} != wanted:
         raise PluginError(f"{title}: its change must have the names and shapes of the clients' changes")
+    result = {name: tensor.to(ready[0].tensors[name].dtype) for name, tensor in result.items()}
+    if not is_finite(result):
+        raise PluginError(f"{title}: its change holds numbers that are not finite")
     return result
 
 

@@ -108,8 +108,8 @@ def truncated_lora(updates: Iterable[LoraUpdate], rank: int, scale: float) -> Lo
 
     FlexLoRA takes the singular value decomposition of the dense ideal change; here it is that of
     :func:`stacked_lora`'s factors (:func:`~.lora_factors.compress_lora`), which is the same and needs no
-    dense matrix. It is exact if ``rank`` is at least the rank of the ideal change. A client of a smaller rank is
-    sent the first rows and columns (:func:`~.lora_factors.truncate_rank`), which are the best of that rank.
+    dense matrix. It is exact if ``rank`` is at least the rank of the ideal change. A client of a smaller rank
+    is sent the first rows and columns (:func:`~.lora_factors.truncate_rank`), the best of that rank.
 
     Memory and time grow with ``R = sum_k r_k``: O((out + in) R^2 + R^3).
 

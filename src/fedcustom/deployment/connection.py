@@ -28,8 +28,8 @@ class SiteFailure:
 
 
 class SiteConnection:
-    """Connection to the sites of one run, by the run's identifier. ``min_replies`` is how many sites have to
-    reply before the others are waited for no longer than the grace period.
+    """Connection to the sites of one run, by the run's identifier. ``min_replies`` of a request is how many
+    sites have to reply before the others are waited for no longer than the grace period.
     """
 
     def __init__(self, messenger: Messenger, run_id: str) -> None:

@@ -41,16 +41,16 @@ def run_deployed(
         FedcustomError: see :func:`fedcustom.federated.run.run_recipe`.
     """
     require_nvflare()
-    settings = load_federation(folder)
+    settings, told = load_federation(folder), Callbacks(callbacks)
     complete = recipe.complete()
     check_deployable(complete)
-    with _locked(folder), serving(folder, settings, Callbacks(callbacks).on_note) as messenger:
+    with _locked(folder), serving(folder, settings, told.on_note) as messenger:
 
-        def parties(recipe: Recipe, directory: Path, private: Path, told: Callback) -> Federation:
-            told.on_phase("waiting for the sites")
+        def parties(recipe: Recipe, directory: Path, private: Path, callback: Callback) -> Federation:
+            callback.on_phase("waiting for the sites")
             return gather(recipe, settings, folder, messenger, directory)
 
-        return run_recipe(complete, directory, resume=resume, callbacks=callbacks, gather=parties)
+        return run_recipe(complete, directory, resume=resume, callbacks=told, gather=parties)
 
 
 @contextlib.contextmanager

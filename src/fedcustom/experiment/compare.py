@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import cast
 
 from ..core.errors import RecipeError, RunError, nearest
+from ..core.files import read_json
 from ..federated.callbacks import Callback
 from ..methods.probe.settings import PROBE
 from ..recipe.recipe import Baseline, Recipe
-from ..report.read import read_runs
 from .baselines import probe_recipe
 from .grid import Cell, Points, grid
 from .runner import Job, run_jobs
@@ -94,11 +94,13 @@ def check_folder(out: Path, recipe: Recipe) -> None:
     Raises:
         RunError: one of them is of another task, or damaged.
     """
-    if not out.is_dir() or not any(out.rglob("summary.json")):
-        return
-    task = read_runs([out]).finished[0].summary.task
-    if task != recipe.data.task:
-        raise RunError(f"{out}: holds runs of {task}, not {recipe.data.task}; name another --out")
+    for path in sorted(out.rglob("summary.json")):  # unfinished runs may end anywhere, and go on
+        try:
+            task = read_json(path)["task"]
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"{path}: is damaged; remove its run, or name another --out") from None
+        if task != recipe.data.task:
+            raise RunError(f"{out}: holds runs of {task}, not {recipe.data.task}; name another --out")
 
 
 def run_comparison(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 
 from ..core import environment
@@ -62,16 +63,20 @@ class FedAvg:
         for number in range(done + 1, self.recipe.rounds.count + 1):
             self.callbacks.on_round_start(number)
             self.search_learning_rate(number)
-            cohort = self.select(number)
-            tasks = self.configure(number, cohort)
-            record = RoundRecord(number, cohort)
-            replies = self.train(record, tasks)
-            candidates = self.aggregate(record, replies, asked=len(tasks))
-            self.states[number], row = self.evaluate(record, candidates)
-            del candidates
+            row = self.round(number)
             self.end_round(number, row)
             self.checkpoint(number)
         self.states.clear()  # the final evaluation reads the checkpoint of the best round
+
+    def round(self, number: int) -> Row:
+        """One round: its state is kept, its row returned."""
+        cohort = self.select(number)
+        tasks = self.configure(number, cohort)
+        record = RoundRecord(number, cohort)
+        replies = self.train(record, tasks)
+        candidates = self.aggregate(record, replies, asked=len(tasks))
+        self.states[number], row = self.evaluate(record, candidates)
+        return row
 
     # --- the steps ---
 
@@ -134,7 +139,7 @@ class FedAvg:
                 candidates.insert(0, before)
             state, row["development"] = better_state(recipe, candidates, self.federation.evaluation)
             row["seconds"]["evaluate"] = round(time.perf_counter() - begun, 4)
-            self.callbacks.on_evaluate(number, row["development"])
+            self.callbacks.on_evaluate(number, dict(row["development"]))
         if report := state.values.get("method"):
             row["method"] = report
         row["peak_memory_bytes"] = environment.peak_memory()
@@ -143,7 +148,7 @@ class FedAvg:
     def end_round(self, number: int, row: Row) -> None:
         """Write the round's row, and draw the rounds to come again where clients told of their labels."""
         self.writer.on_round_end(row)
-        self.callbacks.on_round_end(row)
+        self.callbacks.on_round_end(deepcopy(row))
         if number in self._fits() and number < self.recipe.rounds.count:
             self._plan(self.states[number])
         needed = [since for since in self.states if self.uses.get(since, 0) > number]
@@ -190,6 +195,7 @@ class FedAvg:
                 earlier = self.directory.checkpoints.load(since).state if since else federation.origin
                 self.states[since] = earlier
         self.federation = replace(federation, origin=State({}))  # held no longer than it is needed
+        self.callbacks.raise_failure()  # nothing is lost yet
         if done == 0:
             self.evaluate_untuned(state)
         return done
@@ -204,9 +210,9 @@ class FedAvg:
         row: Row = {"round": 0, "development": self.federation.evaluation.development(state)}
         row["seconds"] = {"train": 0.0, "evaluate": round(time.perf_counter() - begun, 4), "aggregate": 0.0}
         row["peak_memory_bytes"] = environment.peak_memory()
+        self.callbacks.on_evaluate(0, dict(row["development"]))
         self.writer.on_round_end(row)
-        self.callbacks.on_evaluate(0, row["development"])
-        self.callbacks.on_round_end(row)
+        self.callbacks.on_round_end(deepcopy(row))
 
     def search_learning_rate(self, number: int) -> None:
         """Search for the learning rate before the first round that trains, where the recipe asks for it; the

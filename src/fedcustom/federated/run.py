@@ -24,7 +24,7 @@ def run_recipe(
     directory: Path,
     *,
     resume: bool = False,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback] | Callbacks = (),
     gather: Gather = simulate,
 ) -> dict[str, Any]:
     """Run a recipe into a directory and return its summary.
@@ -40,7 +40,8 @@ def run_recipe(
         RunError: the directory holds something else, or too few clients answered in a round.
         RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
     """
-    recipe, place, told = recipe.complete(), RunDirectory(directory), Callbacks(callbacks)
+    recipe, place = recipe.complete(), RunDirectory(directory)
+    told = callbacks if isinstance(callbacks, Callbacks) else Callbacks(callbacks)
     finished = place.finished(recipe, resume=resume)
     if finished is not None:
         told.on_note(f"{directory} holds this run already; nothing to do")
@@ -51,9 +52,15 @@ def run_recipe(
         if finished is not None:
             return finished
         try:
-            return _run(recipe, place, told, gather)
-        finally:
+            summary = _run(recipe, place, told, gather)
+        except BaseException as error:
             told.on_phase("")
+            if told.failure is not None:
+                error.add_note(f"before that a callback raised {told.failure!r}")
+            raise
+        told.on_phase("")
+        told.raise_failure()
+        return summary
 
 
 def _run(recipe: Recipe, directory: RunDirectory, callbacks: Callbacks, gather: Gather) -> dict[str, Any]:
@@ -62,6 +69,7 @@ def _run(recipe: Recipe, directory: RunDirectory, callbacks: Callbacks, gather: 
     environment.restart_peak_memory()
     parties = gather(recipe, directory.path, directory.checkpoints.clients, callbacks)
     loop, base = FedAvg(recipe, parties, directory, callbacks), parties.base
+    callbacks.raise_failure()
     del parties  # with the first state, which is held no longer than the loop needs it
     directory.describe(recipe, base)
     if base.measured:
@@ -72,7 +80,6 @@ def _run(recipe: Recipe, directory: RunDirectory, callbacks: Callbacks, gather: 
     callbacks.on_run_end(summary)
     if text := in_words(summary.get("degenerate", {})):
         loop.warn(text)
-    callbacks.raise_failure()
     return summary
 
 

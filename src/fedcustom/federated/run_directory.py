@@ -221,7 +221,7 @@ class Checkpoints:
         state = checkpoint.state
         content = {
             "round": checkpoint.round_number,
-            "values": {**state.values, **({UNTUNED: checkpoint.untuned} if checkpoint.untuned else {})},
+            "values": {**({UNTUNED: checkpoint.untuned} if checkpoint.untuned else {}), **state.values},
             "memories": checkpoint.memories,
             "files": checkpoint.files,
         }

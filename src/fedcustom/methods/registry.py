@@ -147,7 +147,10 @@ def methods() -> Mapping[str, Registration]:
     for found in pkgutil.iter_modules(package.__path__, f"{__package__}."):
         if found.ispkg and find_spec(f"{found.name}.settings") is not None:
             import_module(f"{found.name}.settings")
-    names = sorted(_registered, key=lambda name: (_registered[name].order, name))
+    own = [
+        name for name, each in _registered.items() if each.settings.__module__.startswith(f"{__package__}.")
+    ]  # a plug-in's settings may have been imported, and so registered, before
+    names = sorted(own, key=lambda name: (_registered[name].order, name))
     for name, point in plugins.offered(plugins.METHODS, tuple(names)).items():
         before = dict(_registered)
         try:

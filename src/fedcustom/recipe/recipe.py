@@ -338,6 +338,10 @@ def load_recipe(
         values = dict(source)
     else:
         values, where = read_toml(Path(source)), str(source)
+        if not values:
+            raise RecipeError(
+                f"{where}: is empty; a recipe to start from is written by: fedcustom recipe > {where}"
+            )
     pairs = overrides.items() if isinstance(overrides, Mapping) else (_split(text) for text in overrides)
     for key, value in pairs:
         values = merged(values, _nested(key, value))
@@ -348,7 +352,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file.
 
     Raises:
-        RecipeError: it cannot be read, is not TOML, or is empty.
+        RecipeError: it cannot be read, or is not TOML.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -360,10 +364,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: not a text in UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: not TOML: {error}") from None
-    if not content:
-        raise RecipeError(
-            f"{path}: is empty; a recipe to start from is written by: fedcustom recipe > {path}"
-        )
     return content
 
 
