@@ -15,7 +15,7 @@ METHOD = '''
 from typing import ClassVar, Literal
 from fedcustom.methods.registry import register
 from fedcustom.methods.settings import TuningSettings
-from fedcustom.models.kind import Rates
+from fedcustom.models.size_class import Rates
 
 @register("{package}_method:Last", title="last bias", colours=("#123456", "#654321"))
 class LastSettings(TuningSettings):
