@@ -97,7 +97,7 @@ def test_a_run_of_many_clients(many: dict[str, Any], tmp_path: Path) -> None:
     assert sent["down_per_client_round"] < trained + 600
 
     with pytest.raises(Interrupted):
-        fedcustom.run(many, out=tmp_path / "half", callbacks=[Stopping](Console(file=StringIO())))
+        fedcustom.run(many, out=tmp_path / "half", callbacks=[Stopping(Console(file=StringIO()))])
     again = fedcustom.run(many, out=tmp_path / "half", resume=True)
     assert [row["cohort"] for row in rows_of(again.directory)[1:]] == [row["cohort"] for row in rows]
     ours, theirs = tensors_of(run.directory), tensors_of(again.directory)
