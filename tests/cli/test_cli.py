@@ -331,11 +331,12 @@ def test_a_full_disk(recipe_file: Path, tmp_path: Path) -> None:
     """Files may grow to 2,300 bytes only, as on a disk that fills up while a checkpoint is written."""
     code = (
         "import resource, sys\n"
-        "from fedcustom import api, cli, report\n"
-        "import fedcustom.federated.loop, transformers, peft\n"
+        "from fedcustom import api, report\n"
+        "from fedcustom.cli import app\n"
+        "import fedcustom.federated.run, transformers, peft\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2300, 2300))\n"
         f"sys.argv = ['fedcustom', 'run', {str(recipe_file)!r}, '--out', {str(tmp_path / 'run')!r}]\n"
-        "cli.main()\n"
+        "app.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
