@@ -37,7 +37,7 @@ def python(code: str, *arguments: str) -> tuple[float, list[str], str]:
 def test_recipes_need_no_torch() -> None:
     seconds, heavy, said = python("import fedcustom.recipe, fedcustom.recipe.help")
     assert heavy == [], said
-    assert seconds < 1.0  # half of that on an idle machine
+    assert seconds < 3.0  # a sixth of that on an idle machine; importing torch alone takes more
 
 
 @pytest.mark.parametrize(
@@ -63,4 +63,4 @@ def test_bad_recipes_are_refused_at_once(tmp_path: Path, command: str, content: 
     assert message in said
     assert len(said.strip().splitlines()) == 1
     assert heavy == []
-    assert seconds < 2.0  # half of that on an idle machine
+    assert seconds < 4.0  # a quarter of that on an idle machine
