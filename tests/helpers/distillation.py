@@ -7,7 +7,7 @@ from typing import Any
 from fedcustom.data.build import build_data
 from fedcustom.federated.build import make_method
 from fedcustom.methods import Client
-from fedcustom.methods.distillation import Distillation
+from fedcustom.methods.distillation.method import Distillation
 from fedcustom.models.load import load_base
 from fedcustom.recipe.recipe import load_recipe
 

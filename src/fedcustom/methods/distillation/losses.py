@@ -57,7 +57,8 @@ def top_k_divergence(logits: Tensor, labels: Tensor, probabilities: Tensor) -> T
     those labels apart, and all others as one (rows,).
 
     ``logits`` is (rows, vocabulary); ``labels`` and ``probabilities`` are (rows, k), no label twice but with
-    probability 0. By the log-sum inequality it is at most the divergence over the whole vocabulary.
+    probability 0. The student's mass of all other labels counts as 1e-6 at least, so that a row's loss is
+    finite. But for that, by the log-sum inequality it is at most the divergence over the whole vocabulary.
     """
     student = functional.log_softmax(logits, dim=1)
     known = student.gather(1, labels)
