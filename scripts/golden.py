@@ -31,8 +31,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-TIMES = ("seconds", "peak_memory_bytes", "started")
-"""Keys of what differs between two runs of the same code."""
+TIMES = ("seconds", "peak_memory_bytes", "started", "digest")
+"""Keys of what differs between two runs of the same code (a recipe's digest, by the folder of its data)."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
@@ -203,7 +203,8 @@ def described(directory: Path) -> dict[str, str]:
         elif path.suffix == ".json" and "metrics" in (kept := json.loads(path.read_text())):
             found[name] = json.dumps({key: kept[key] for key in ("metrics", "clients") if key in kept})
         elif path.name == "tables.md":
-            found[name] = path.read_text()
+            lines = path.read_text().partition("### Costs")[0].splitlines()
+            found[name] = "\n".join(line for line in lines if not line.startswith("Machine:"))
         elif path.name in ("metrics.jsonl", "predictions.jsonl"):
             rows = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
             found[name] = json.dumps(rows, sort_keys=True)

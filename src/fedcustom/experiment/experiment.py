@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ class Experiment:
         # A file that is not in order is refused before anything runs.
         self.added()
         cells = self.cells()
+        self._trials = self._made_trials()
         check_metric(self.settings.report, [cell.recipe.data.task for cell in cells], str(self.file))
 
     @property
@@ -69,9 +69,7 @@ class Experiment:
         groups = {group_of(self.settings, cell.points) for cell in self.cells()}
         return [trial for trial in self._trials if trial.group in groups]
 
-    @cached_property
-    def _trials(self) -> list[Trial]:
-        """The search's trials, made before anything runs."""
+    def _made_trials(self) -> list[Trial]:
         if self.settings.search is None:
             return []
         where = str(self.file)
