@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,18 +27,21 @@ def python(code: str, *arguments: str) -> tuple[float, list[str], str]:
     """Seconds of processor time that a Python process took, what it imported that is heavy, and what it wrote
     to standard error.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED + code, *arguments],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "COLUMNS": "400"},
-    )  # fmt: skip
-    seconds, heavy = json.loads(done.stdout.splitlines()[-1])
-    return seconds, heavy, done.stderr
+    least = math.inf
+    for _ in range(3):  # the least of three: a busy machine makes it longer, never shorter
+        done = subprocess.run(
+            [sys.executable, "-c", LOADED + code, *arguments],
+            capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "COLUMNS": "400"},
+        )  # fmt: skip
+        seconds, heavy = json.loads(done.stdout.splitlines()[-1])
+        least = min(least, seconds)
+    return least, heavy, done.stderr
 
 
 def test_recipes_need_no_torch() -> None:
     seconds, heavy, said = python("import fedcustom.recipe, fedcustom.recipe.help")
     assert heavy == [], said
-    assert seconds < 3.0  # a sixth of that on an idle machine; importing torch alone takes more
+    assert seconds < 1.0  # half of that on an idle machine
 
 
 @pytest.mark.parametrize(
@@ -63,4 +67,4 @@ def test_bad_recipes_are_refused_at_once(tmp_path: Path, command: str, content: 
     assert message in said
     assert len(said.strip().splitlines()) == 1
     assert heavy == []
-    assert seconds < 4.0  # a quarter of that on an idle machine
+    assert seconds < 2.0  # half of that on an idle machine

@@ -18,6 +18,12 @@ _log = logging.getLogger("fedcustom.plugins")
 
 
 @cache
+def _installed() -> Any:  # its type depends on the version of Python
+    """The entry points of all installed packages, whose files are read once for all groups."""
+    return entry_points()
+
+
+@cache
 def offered(group: str, taken: Collection[str] = ()) -> dict[str, EntryPoint]:
     """The entry points of a group by name, in the order of their names; nothing of them is imported yet.
 
@@ -28,7 +34,7 @@ def offered(group: str, taken: Collection[str] = ()) -> dict[str, EntryPoint]:
         taken: Names that belong to this package.
     """
     found: dict[str, EntryPoint] = {}
-    for point in sorted(entry_points(group=group), key=lambda each: (each.name, each.value)):
+    for point in sorted(_installed().select(group=group), key=lambda each: (each.name, each.value)):
         if point.name in found and found[point.name].value == point.value:
             continue  # one package, found in two places
         if point.name in taken or point.name in found:

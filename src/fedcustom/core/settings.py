@@ -11,5 +11,10 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, strict=True
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        strict=True,
+        defer_build=True,  # a validator is built when it is first used, not at import
     )
