@@ -250,25 +250,42 @@ def main() -> None:
     parser.add_argument("--commands", action="store_true", help="a deployed run and an experiment too")
     parser.add_argument("--only", default="", help="only runs whose names hold this text")
     given = parser.parse_args()
-    if given.what == "compare" and not given.file.is_file():
-        parser.error(f"{given.file}: no such file; record it first")
+    before: dict[str, dict[str, str]] = {}
+    if given.what == "compare":
+        if not given.file.is_file():
+            parser.error(f"{given.file}: no such file; record it first")
+        try:
+            before = json.loads(given.file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            parser.error(f"{given.file}: not a record: {error}")
     with tempfile.TemporaryDirectory() as folder:
         found = recorded(Path(folder), minilm=given.minilm, asked=given.commands, only=given.only)
+    if not found:
+        parser.error(f"--only {given.only}: no run has that in its name")
     if given.what == "record":
         given.file.parent.mkdir(parents=True, exist_ok=True)
         given.file.write_text(json.dumps(found, indent=1, sort_keys=True), encoding="utf-8")
         print(f"{given.file}: {len(found)} runs")
         return
-    before = json.loads(given.file.read_text(encoding="utf-8"))
-    if given.only:
-        before = {name: files for name, files in before.items() if given.only in name}
+    groups = {"minilm": given.minilm, "command": given.commands}
+    recorded_runs = len(before)
+    before = {
+        name: files
+        for name, files in before.items()
+        if given.only in name and groups.get(name.partition("/")[0], True)
+    }
     differing = [
         f"{name}: {file}"
         for name in sorted(before.keys() | found.keys())
         for file in sorted(before.get(name, {}).keys() | found.get(name, {}).keys())
         if before.get(name, {}).get(file) != found.get(name, {}).get(file)
     ]
-    print("\n".join([*differing, f"{len(found)} runs, {len(differing)} files differ"]))
+    left_out = recorded_runs - len(before)
+    counted = f"{len(found)} runs, {len(differing)} files differ"
+    counted += (
+        f"; {left_out} recorded runs were not asked for (--only, --minilm, --commands)" if left_out else ""
+    )
+    print("\n".join([*differing, counted]))
     sys.exit(1 if differing else 0)
 
 

@@ -94,10 +94,16 @@ class Callbacks(Callback):
 
     An exception that one of them raises is kept in ``failure``, the first of several, and the others are
     called all the same; :meth:`raise_failure` raises it when the run can be resumed.
+
+    Raises:
+        TypeError: one of them is no instance of :class:`Callback`.
     """
 
     def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
         self.callbacks = list(callbacks)
+        for callback in self.callbacks:
+            if not isinstance(callback, Callback):
+                raise TypeError(f"callbacks: {callback!r} is no instance of fedcustom.Callback")
         self.failure: Exception | None = None
 
     def raise_failure(self) -> None:
