@@ -136,6 +136,6 @@ def test_what_a_callback_does_to_its_copies_stays_there(small: dict[str, Any], t
 
 @pytest.mark.parametrize("given", [Events, "verbose", print])
 def test_what_is_no_callback_is_refused(small: dict[str, Any], tmp_path: Path, given: Any) -> None:
-    with pytest.raises(TypeError, match="callbacks: .* is no instance of fedcustom.Callback"):
+    with pytest.raises(TypeError, match=r"callbacks: .* is no instance of fedcustom\.Callback"):
         fedcustom.run(small, out=tmp_path / "run", callbacks=[given])
     assert not (tmp_path / "run").exists()
