@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .protocol import Client, Task, Update
 
 
-class OneByOne:
+class SequentialClients:
     """The verbs on several clients of one process, for a method that works for one client after the other."""
 
     def widest_cohort(self) -> int:

@@ -19,7 +19,7 @@ from fedcustom.core.errors import UpdateError
 from fedcustom.data.examples import ClientData
 from fedcustom.methods import Client, Update
 from fedcustom.methods.tuning import local_training
-from fedcustom.methods.tuning.batching.parallel_passes import Lanes
+from fedcustom.methods.tuning.batching.parallel_passes import ParallelPasses
 from fedcustom.methods.tuning.batching.trainer import clip_each, passes, train_together
 from fedcustom.methods.tuning.objective import Supervised
 from helpers.methods import ALONE, MODELS, SETTINGS, SINGLE, examples_for, make
@@ -123,7 +123,7 @@ def test_lanes_give_results_in_order_and_errors_in_place(side_by_side: None) -> 
             raise UpdateError("five")
         return number, torch.get_num_threads()
 
-    with Lanes(3) as lanes:
+    with ParallelPasses(3) as lanes:
         assert list(lanes.each(work, range(4))) == [(number, 1) for number in range(4)]
         assert list(lanes.each(work, [2])) == [(2, 3)]  # one alone has all threads
         found = lanes.each(work, range(7))

@@ -23,7 +23,7 @@ from .losses import Student, divergence, teaching, text_batches
 from .packing import Floats, Format, Integers, pack_positions, unpack_positions
 from .sampling import ASKED, asked_in, drawn
 from .settings import DistillationSettings
-from .student import Learner, Models, own_tensors
+from .student import Models, StudentModel, own_tensors
 
 SOFT, REFRESHED, CURRENT, HELD = "labels", "refreshed", "current", "held/"
 FRESH, CACHE, CACHED = "fresh", "cache", "cached"
@@ -153,7 +153,7 @@ class LabelExchange:
 
     # --- client ---
 
-    def learn(self, learner: Learner, task: Task, client: Client) -> None:
+    def learn(self, learner: StudentModel, task: Task, client: Client) -> None:
         """Let the client's model learn from the ensemble's soft labels of the last round's texts.
 
         Raises:
@@ -190,7 +190,7 @@ class LabelExchange:
         client.memory.tensors = memory | {CACHE: cache, CACHED: cached}
         return cache[current]
 
-    def say(self, learner: Learner, task: Task, client: Client) -> Tensors:
+    def say(self, learner: StudentModel, task: Task, client: Client) -> Tensors:
         """The client's soft labels of the texts that it is asked about, packed."""
         texts = asked_in(task, self.count)
         if not len(texts):
@@ -200,7 +200,7 @@ class LabelExchange:
 
     # --- models ---
 
-    def soft_labels(self, learner: Learner, tensors: Tensors, texts: Integers) -> Floats:
+    def soft_labels(self, learner: StudentModel, tensors: Tensors, texts: Integers) -> Floats:
         """``softmax(z / T)`` of the model's logits z: (texts, labels)."""
         learner.put(tensors)
         tokens = learner.tokens(self.context.public)
@@ -212,7 +212,7 @@ class LabelExchange:
 
     def _teach(
         self,
-        learner: Learner,
+        learner: StudentModel,
         tensors: Tensors,
         texts: Integers,
         soft: Tensor,

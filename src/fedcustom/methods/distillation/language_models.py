@@ -17,7 +17,7 @@ from ..tuning.technique import Context
 from .alignment import Vocabulary
 from .packing import Floats, Format, Integers, TopK
 from .settings import DistillationSettings
-from .student import Learner
+from .student import StudentModel
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -25,7 +25,7 @@ Ids = np.ndarray[Any, np.dtype[np.int32]]
 class Speaker:
     """A language model with its tokens of the public texts."""
 
-    def __init__(self, learner: Learner, context: Context, settings: DistillationSettings) -> None:
+    def __init__(self, learner: StudentModel, context: Context, settings: DistillationSettings) -> None:
         if learner.base.architecture != "decoder":
             raise ModelError(
                 f"method.name = 'distillation': {learner.base.name} is an {learner.base.architecture}; "

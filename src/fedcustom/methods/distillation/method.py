@@ -13,11 +13,11 @@ from ...data.examples import Example
 from ...models.inference import Predictions
 from ...training.local import schedule_factor
 from ..protocol import Answer, Client, State, Task, Update, Values
-from ..sequential_clients import OneByOne
+from ..sequential_clients import SequentialClients
 from ..tuning.technique import Context
 from .labels import LabelExchange
 from .settings import DistillationSettings
-from .student import Learner, Models
+from .student import Models, StudentModel
 from .tokens import TokenExchange
 
 
@@ -36,14 +36,14 @@ class Exchange(Protocol):
     def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """What the server makes of the answers."""
 
-    def learn(self, learner: Learner, task: Task, client: Client) -> None:
+    def learn(self, learner: StudentModel, task: Task, client: Client) -> None:
         """What a client makes of what came down; changes its memory."""
 
-    def say(self, learner: Learner, task: Task, client: Client) -> Tensors:
+    def say(self, learner: StudentModel, task: Task, client: Client) -> Tensors:
         """A client's answer."""
 
 
-class Distillation(OneByOne):
+class Distillation(SequentialClients):
     """Federated distillation: every client trains a model of its own, which is never sent.
 
     A round: the client learns from what came down (directions down and both), trains on its private examples,
@@ -179,5 +179,5 @@ class Distillation(OneByOne):
 
     # --- parts ---
 
-    def _learner(self, task: Task) -> Learner:
+    def _learner(self, task: Task) -> StudentModel:
         return self.models.of(int(task.values["model"]))

@@ -28,7 +28,7 @@ from ..tuning.technique import Context, Technique
 from .settings import DistillationSettings, Tuning
 
 
-class Learner(WeightTuning):
+class StudentModel(WeightTuning):
     """A resident base model, which the server or those clients whose model it is train as their own.
 
     Whose tensors are in it changes from call to call: a client's come out of its memory and go back there.
@@ -99,7 +99,7 @@ class Models:
         self.bases = settings.client_models or [context.model.base]
         if context.names:  # to predict, nobody's model but the server's is needed
             self._check_context_lengths()
-        self._learners: dict[tuple[str, Tuning], Learner] = {}
+        self._learners: dict[tuple[str, Tuning], StudentModel] = {}
         self.server = self._learner(context.model.base, settings.server_method)
         for number in range(len(self.bases)) if context.names else []:
             self.of(number)
@@ -108,21 +108,21 @@ class Models:
         """Which of the bases is a client's: they are given out in turn, in the order of the clients."""
         return self.context.names.index(client) % len(self.bases)
 
-    def of(self, number: int) -> Learner:
+    def of(self, number: int) -> StudentModel:
         """The clients' resident model of a base, by the base's number."""
         return self._learner(self.bases[number], self.settings.client_method)
 
-    def each(self) -> Iterator[Learner]:
+    def each(self) -> Iterator[StudentModel]:
         """All resident models."""
         yield from self._learners.values()
 
-    def _learner(self, base: str, method: Tuning) -> Learner:
+    def _learner(self, base: str, method: Tuning) -> StudentModel:
         if (base, method) not in self._learners:
             settings = self.settings.tuning(method)
             technique = Lora(settings) if isinstance(settings, LoraSettings) else Full(FullSettings())
             # The first is the server's, whose base is there already.
             context = replace(self.context, base=self._load(base)) if self._learners else self.context
-            self._learners[base, method] = Learner(technique, context)
+            self._learners[base, method] = StudentModel(technique, context)
         return self._learners[base, method]
 
     def _load(self, base: str) -> Base:

@@ -19,7 +19,7 @@ from .losses import Student, teaching, text_batches, top_k_divergence
 from .packing import Floats, Integers, TopK, pack_positions
 from .sampling import ASKED, asked_in, drawn
 from .settings import DistillationSettings
-from .student import Learner, Models, own_tensors
+from .student import Models, StudentModel, own_tensors
 from .token_translation import Lesson, Translator, lesson_batch
 
 TAUGHT = "taught"
@@ -90,7 +90,7 @@ class TokenExchange:
 
     # --- client ---
 
-    def learn(self, learner: Learner, task: Task, client: Client) -> None:
+    def learn(self, learner: StudentModel, task: Task, client: Client) -> None:
         """Let the client's model learn from the server's where that is better."""
         packed = part(task.tensors, f"{TAUGHT}/")
         if not packed:
@@ -111,7 +111,7 @@ class TokenExchange:
         )
         client.memory.tensors = without(client.memory.tensors, "state/") | named(tensors, "state/")
 
-    def say(self, learner: Learner, task: Task, client: Client) -> Tensors:
+    def say(self, learner: StudentModel, task: Task, client: Client) -> Tensors:
         """The client's likeliest next tokens at each place of the texts that it is asked about, packed."""
         texts = asked_in(task, self.count)
         if not len(texts):
@@ -121,7 +121,7 @@ class TokenExchange:
 
     # --- parts ---
 
-    def speaker(self, learner: Learner) -> Speaker:
+    def speaker(self, learner: StudentModel) -> Speaker:
         """A resident model with its tokens of the public texts."""
         if id(learner) not in self._speakers:
             self._speakers[id(learner)] = Speaker(learner, self.context, self.settings)

@@ -10,12 +10,12 @@ from ...core.tensors import named, part
 from ...data.examples import Example
 from ...models.inference import Predictions
 from ..protocol import Answer, Client, Memory, Method, State, Task, Update, Values
-from ..sequential_clients import OneByOne
+from ..sequential_clients import SequentialClients
 
 OWN = "own"
 
 
-class Alone(OneByOne):
+class Alone(SequentialClients):
     """Drives a method at every client by itself: it asks itself, answers and merges its one answer. What
     comes of it stays in the client's memory; nothing is sent.
     """

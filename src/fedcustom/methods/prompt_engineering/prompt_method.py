@@ -8,12 +8,12 @@ from typing import Any
 from ...core.errors import RecipeError
 from ...models.load import HUB_NAMES, Base
 from ..protocol import Client, State, Values
-from ..sequential_clients import OneByOne
+from ..sequential_clients import SequentialClients
 from ..tuning.technique import Context
 from .prompt_file import prompt_notes, read_prompt, write_prompt
 
 
-class PromptMethod(OneByOne):
+class PromptMethod(SequentialClients):
     """A method whose result is a prompt. A strategy adds the five verbs, and says what its prompt is."""
 
     strategy: str

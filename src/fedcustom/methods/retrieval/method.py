@@ -23,7 +23,7 @@ from ..full.settings import FullSettings
 from ..lora.method import Lora
 from ..lora.settings import LoraSettings
 from ..protocol import Answer, Asked, Client, State, Task, Update, Values
-from ..sequential_clients import OneByOne
+from ..sequential_clients import SequentialClients
 from ..tuning.method import WeightTuning
 from ..tuning.objective import Contrastive
 from ..tuning.peft_support import loading_page
@@ -43,7 +43,7 @@ from .settings import RetrievalSettings
 from .store import library
 
 
-class Retrieval(OneByOne):
+class Retrieval(SequentialClients):
     """Federated retrieval-augmented generation.
 
     Rounds train the sentence encoder, if the recipe asks for that, by the verbs of every method that trains
@@ -79,7 +79,7 @@ class Retrieval(OneByOne):
         self.encoder = replace(self.base, model=model)
         evaluation = context.evaluation
         self.generator = generator_of(settings.generator, context.model, evaluation, settings.answer_tokens)
-        self.librarian = RetrievalClient(settings, self.base.tokenizer, self._embed, self.generator)
+        self.retrieval_client = RetrievalClient(settings, self.base.tokenizer, self._embed, self.generator)
         self.searcher = Searcher(settings, self._embed_questions)
         shares = settings.shared_negatives and context.keeps == "nothing"
         self.negatives = (
@@ -106,7 +106,7 @@ class Retrieval(OneByOne):
             return self._trained(self.tuning, task, client)
         if task.kind == "index" and self.tuning:
             self.tuning.trainable.write(self.tuning.ownership.complete(task.tensors))
-        return self.librarian.execute(task, client)
+        return self.retrieval_client.execute(task, client)
 
     def check(self, task: Task, update: Update) -> None:
         """Refuse what is not a sound answer."""

@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Lanes:
+class ParallelPasses:
     """Works on several items at a time, in threads that share torch's threads among them.
 
     Small matrices keep one thread each busier than all threads together, which wait for one another after
@@ -24,7 +24,7 @@ class Lanes:
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(count, "lane") if count > 1 else None
 
-    def __enter__(self) -> Lanes:
+    def __enter__(self) -> ParallelPasses:
         if self._pool is not None:
             torch.set_num_threads(1)  # what is left to this thread is small; its helpers would wait busily
         return self

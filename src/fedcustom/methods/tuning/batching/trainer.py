@@ -15,7 +15,7 @@ from ....core.tensors import Tensors
 from ....data.tokens import TokenizedExample
 from ....training.local import LocalResult, make_optimizer
 from ....training.settings import TrainingSettings
-from .parallel_passes import Lanes
+from .parallel_passes import ParallelPasses
 
 RowLosses = Callable[[Mapping[str, Tensor], Sequence[TokenizedExample], Tensor], Tensor]
 """From some clients' tensors, (clients, ...), examples in rows, and the client that owns each row, (rows,) in
@@ -84,7 +84,7 @@ def train_together(
     trainer.matrices = matrices or {}
     trainer.fixed = in_order(fixed or {})
     trainer.room = room or PassBudget()
-    with Lanes(lanes) as trainer.lanes:
+    with ParallelPasses(lanes) as trainer.lanes:
         trainer.train()
     if chosen is not None:
         for name, stack in stacks.items():
@@ -165,7 +165,7 @@ class _Trainer:
             if all(name in item.shift for item in work)
         }
         self.limit: int | None = None
-        self.lanes = Lanes(1)
+        self.lanes = ParallelPasses(1)
 
     def train(self) -> None:
         """All steps of all clients."""
