@@ -20,9 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from fedcustom.aggregation.lora import (
     LoraUpdate,
     aggregation_error,
-    ideal_change,
     lora_inner_products,
-    mean_factors,
     padded_lora,
     residual_lora,
     stacked_lora,
@@ -116,7 +114,7 @@ def by_full_rank_truncation(updates: list[LoraUpdate]) -> Tensor:
 
 def by_shared_factor(name: str) -> Callable[[list[LoraUpdate]], Tensor]:
     def rule(updates: list[LoraUpdate]) -> Tensor:
-        return mean_factors(share(updates, name)).change()
+        return residual_lora(share(updates, name))[0].change()  # the means of A and of B alone
 
     return rule
 
@@ -129,7 +127,6 @@ def share(updates: list[LoraUpdate], name: str) -> list[LoraUpdate]:
 
 MIXED, EQUAL = [2, 4, 1, 8], [4, 4, 4, 4]
 EXACT = {
-    "ideal": (ideal_change, make(MIXED)),
     "flora": (by_stacking, make(MIXED)),
     "flexlora of full rank": (by_full_rank_truncation, make(MIXED)),
     "fedex": (by_residual, make(EQUAL)),
@@ -182,10 +179,10 @@ def test_factors_mean_what_peft_means(conv: bool) -> None:
     assert distance(base + layer_layout(by_stacking(updates), conv).numpy(), wanted) < 1e-5
 
 
-def test_ideal_change_by_hand() -> None:
+def test_stacking_by_hand() -> None:
     one = LoraFactors(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [0.0], [3.0]]), 2.0)
     two = LoraFactors(torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), 0.5)
-    change = ideal_change([LoraUpdate("one", one, 1.0), LoraUpdate("two", two, 3.0)])
+    change = stacked_lora([LoraUpdate("one", one, 1.0), LoraUpdate("two", two, 3.0)], 1.0).change()
     # 1/4 * 2 * [[1, 2], [0, 0], [3, 6]] + 3/4 * 1/2 * [[1, 0], [0, 1], [0, 0]]
     assert torch.equal(change, torch.tensor([[0.875, 1.0], [0.0, 0.375], [1.5, 3.0]]))
 
@@ -197,7 +194,7 @@ def test_rules_for_mixed_ranks_are_exact(updates: list[LoraUpdate]) -> None:
     stack = stacked_lora(updates, 3.0)
     assert stack.rank == sum(update.factors.rank for update in updates)
     assert stack.scale == 3.0
-    for found in (ideal_change(updates), stack.change(), by_full_rank_truncation(updates)):
+    for found in (stack.change(), by_full_rank_truncation(updates)):
         assert found.dtype == torch.float32
         assert distance(found, wanted) < 1e-5
 
@@ -206,9 +203,6 @@ def test_rules_for_mixed_ranks_are_exact(updates: list[LoraUpdate]) -> None:
 @settings(max_examples=30, deadline=None)
 def test_means_of_factors_miss_their_covariance(updates: list[LoraUpdate]) -> None:
     merged, residual = residual_lora(updates)
-    plain = mean_factors(updates)
-    assert torch.equal(plain.a, merged.a)
-    assert torch.equal(plain.b, merged.b)
     w = shares(updates)
     a = np.stack([update.factors.a.double().numpy() for update in updates])
     b = np.stack([update.factors.b.double().numpy() for update in updates])
@@ -221,7 +215,7 @@ def test_means_of_factors_miss_their_covariance(updates: list[LoraUpdate]) -> No
     size = np.linalg.norm(wanted)
     assert np.linalg.norm(residual.double().numpy() - covariance) < 2e-5 * size
     assert distance(merged.change() + residual, wanted) < 1e-5
-    error = aggregation_error([(merged.change(), ideal_change(updates))])
+    error = aggregation_error([(merged.change(), torch.from_numpy(wanted))])
     assert error == pytest.approx(np.linalg.norm(covariance) / size, rel=1e-3, abs=1e-5)
     if len(updates) > 1 and w.max() < 0.9:
         assert error > 1e-3
@@ -441,8 +435,8 @@ def test_inner_products_see_changes_not_factors() -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    [ideal_change, mean_factors, residual_lora, lambda updates: padded_lora(updates, 4, 1.0)],
-    ids=["ideal", "means", "residual", "padded"],
+    [residual_lora, lambda updates: padded_lora(updates, 4, 1.0)],
+    ids=["residual", "padded"],
 )
 def test_rules_hold_no_more_than_a_few_clients_at_once(rule: Callable[[Iterator[LoraUpdate]], Any]) -> None:
     seen: list[weakref.ref[Tensor]] = []
@@ -463,8 +457,6 @@ def test_rules_hold_no_more_than_a_few_clients_at_once(rule: Callable[[Iterator[
 
 
 RULES: dict[str, Callable[[list[LoraUpdate]], Any]] = {
-    "ideal": ideal_change,
-    "means": mean_factors,
     "residual": residual_lora,
     "stacked": lambda updates: stacked_lora(updates, 1.0),
     "truncated": lambda updates: truncated_lora(updates, 2, 1.0),
@@ -495,12 +487,11 @@ def test_unsound_updates_are_refused_by_name(rule: str) -> None:
         RULES[rule]([])
 
 
-@pytest.mark.parametrize("rule", ["means", "residual"])
-def test_means_of_factors_refuse_mixed_ranks(rule: str) -> None:
+def test_means_of_factors_refuse_mixed_ranks() -> None:
     with pytest.raises(ValueError, match=r"client 'c2': rank 2, where client 'c0' has 4; .*equal ranks"):
-        RULES[rule](make([4, 4, 2]))
+        residual_lora(make([4, 4, 2]))
     with pytest.raises(ValueError, match=r"client 'c1': scale 2\.0, where client 'c0' has 1\.0"):
-        RULES[rule](make([4, 4], scales=[1.0, 2.0]))
+        residual_lora(make([4, 4], scales=[1.0, 2.0]))
 
 
 def test_other_bad_arguments() -> None:

@@ -24,10 +24,7 @@ from fedcustom.aggregation.prefix import (
 )
 from fedcustom.aggregation.prefix_stacking import (
     Stacked,
-    attention_with_prefix,
     cluster_slots,
-    distil_prefix,
-    prefix_attention,
     stack_prefixes,
 )
 from fedcustom.core.errors import UpdateError
@@ -44,6 +41,66 @@ def normal(generator: np.random.Generator, *shape: int) -> Tensor:
 
 def weights_of(generator: np.random.Generator, count: int) -> np.ndarray:
     return generator.uniform(0.05, 5, count)
+
+
+def attention_with_prefix(
+    query: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    slot_bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention over a prefix's slots and the input's own keys, in plain products::
+
+        softmax([q . K_prefix * scale + bias, q . K * scale + (0 or -inf by mask)]) [V_prefix; V]
+
+    Args:
+        query: (..., query heads, queries, size); its leading dimensions are those of the result.
+        keys: (..., heads, tokens, size), the input's own; query head h uses head h // (query heads / heads).
+            None where the prefix is all there is.
+        values: Like ``keys``.
+        prefix_keys: (..., heads, slots, size); leading dimensions broadcast to the query's.
+        prefix_values: Like ``prefix_keys``.
+        slot_bias: (..., heads, slots), one dimension less than ``prefix_keys``; or, with as many dimensions
+            as ``query``, what broadcasts to (..., query heads, queries, slots).
+        mask: True where a query may attend to a token; broadcasts to (..., query heads, queries, tokens). The
+            slots are never masked.
+        scale: What products of query and key are multiplied by; 1 / sqrt(size) if unset.
+
+    Returns:
+        (..., query heads, queries, size).
+    """
+    groups = query.shape[-3] // prefix_keys.shape[-3]
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    slots = prefix_keys.shape[-2]
+
+    def per_query_head(tensor: Tensor, dim: int = -3) -> Tensor:
+        return tensor.repeat_interleave(groups, dim=dim)
+
+    logits = query @ per_query_head(prefix_keys).mT * factor
+    if slot_bias is not None:
+        per_slot = slot_bias.dim() < prefix_keys.dim()
+        logits = logits + (per_query_head(slot_bias, -2)[..., None, :] if per_slot else slot_bias)
+    if keys is not None:
+        own = query @ per_query_head(keys).mT * factor
+        logits = torch.cat([logits, own if mask is None else own.masked_fill(~mask, -math.inf)], dim=-1)
+    shares = logits.softmax(dim=-1)
+    output = shares[..., :slots] @ per_query_head(prefix_values)
+    return output if values is None else output + shares[..., slots:] @ per_query_head(values)
+
+
+def prefix_attention(
+    stacked: Stacked, queries: Tensor, keys: Tensor | None = None, values: Tensor | None = None
+) -> Tensor:
+    """Attention in every layer: queries (layers, batch, query heads, queries, size), own keys and values
+    (layers, batch, heads, tokens, size).
+    """
+    prefix, bias = stacked.prefix[:, None], stacked.bias[:, None]  # an axis for the batch
+    return attention_with_prefix(queries, keys, values, prefix[:, :, 0], prefix[:, :, 1], bias)
 
 
 def shuffled(prefix: Tensor, generator: np.random.Generator) -> Tensor:
@@ -88,10 +145,6 @@ def sorted_slots(prefix: Tensor) -> np.ndarray:
     """Slots of each layer and head as rows [key; value] in an order that depends on their numbers alone."""
     rows = torch.cat([prefix[:, 0], prefix[:, 1]], dim=-1).double().numpy()
     return np.stack([[head[np.lexsort(head.T[::-1])] for head in layer] for layer in rows])
-
-
-def relative_error(output: Tensor, target: Tensor) -> float:
-    return float(((output - target) ** 2).sum() / (target**2).sum())
 
 
 # --- matching ---
@@ -404,62 +457,6 @@ def test_clustering_starts_also_from_a_given_prefix_and_keeps_the_better() -> No
     both = cluster_slots(*stacked, 8, start=reference).prefix
     assert (inertia(both) <= inertia(alone) + 1e-9).all()
     assert (inertia(both) < inertia(alone) - 1e-9).any()
-
-
-@pytest.mark.parametrize("own", [True, False])
-def test_distillation_beats_clustering_and_the_mean_on_new_queries(own: bool) -> None:
-    generator = np.random.default_rng(5)
-    for _ in range(3):
-        clients = [normal(generator, 2, 2, 2, 6, 8).float() for _ in range(4)]
-        weights = weights_of(generator, 4)
-        stacked = stack_prefixes(weighted(clients, weights))
-        clustered = cluster_slots(*stacked, 6)
-        plain = sum(x * float(w) for x, w in zip(clients, weights / weights.sum(), strict=True))
-
-        def sample(texts: int, stacked: Stacked = stacked) -> tuple[Tensor, ...]:
-            queries = normal(generator, 2, texts, 4, 10, 8).float() * 1.5
-            keys, values = (normal(generator, 2, texts, 2, 10, 8).float() for _ in range(2))
-            inputs = (queries, keys, values) if own else (queries,)
-            return prefix_attention(stacked, *inputs), *inputs
-
-        teacher, queries, *rest = sample(24)
-        fitted = distil_prefix(teacher, queries, clustered.prefix, *rest, steps=150)
-        assert fitted.dtype == torch.float32
-        teacher, *inputs = sample(24)
-        errors = {
-            name: relative_error(prefix_attention(Stacked(prefix, torch.zeros(2, 2, 6)), *inputs), teacher)
-            for name, prefix in (("fitted", fitted), ("clustered", clustered.prefix), ("mean", plain))
-        }
-        assert errors["fitted"] < 0.7 * min(errors["clustered"], errors["mean"]), errors
-
-
-def test_distillation_is_never_worse_on_its_queries_repeats_itself_and_ignores_padding() -> None:
-    generator = np.random.default_rng(6)
-    start, target = normal(generator, 2, 2, 2, 4, 5), normal(generator, 2, 2, 2, 4, 5)
-    queries, own = normal(generator, 2, 3, 4, 7, 5), normal(generator, 2, 3, 2, 7, 5)
-    no_bias = torch.zeros(2, 2, 4)
-    mask = torch.ones(3, 1, 7, 7, dtype=torch.bool).tril()
-    teacher = prefix_attention(Stacked(target, no_bias), queries, own, own, mask)
-    query_mask = torch.ones(3, 1, 7, dtype=torch.bool)
-    query_mask[1, :, 4:] = False
-    spoilt = teacher.where(query_mask[..., None], torch.tensor(1e6, dtype=torch.float64))
-
-    def fit(teacher: Tensor, rate: float) -> Tensor:
-        options = {"mask": mask, "query_mask": query_mask, "steps": 20, "learning_rate": rate}
-        return distil_prefix(teacher, queries, start, own, own, **options)
-
-    assert torch.equal(fit(teacher, 0.02), fit(teacher, 0.02))
-    assert torch.equal(fit(teacher, 0.02), fit(spoilt, 0.02))
-    wild = fit(teacher, 1000.0)
-    for prefix in (wild, fit(teacher, 0.02)):
-        by_head = []
-        for candidate in (prefix, start):
-            output = prefix_attention(Stacked(candidate, no_bias), queries, own, own, mask)
-            squares = ((output - teacher) ** 2).sum(-1).where(query_mask, 0.0).sum(dim=(1, 3))
-            by_head.append(squares.view(2, 2, 2).sum(-1))
-        assert (by_head[0] <= by_head[1]).all()
-    assert (by_head[0] < by_head[1]).all()
-    torch.testing.assert_close(distil_prefix(teacher, queries, target, own, own, mask=mask), target)
 
 
 # --- layer selection ---

@@ -3,7 +3,7 @@
 The ideal is the weighted mean of the clients' changes, ``sum_k w_k s_k B_k A_k``, with weights w_k that sum
 to one and scales s_k = alpha / r_k. Every rule normalises the weights, takes its sums in float32 (float64
 where the factors are), and gives factors in the first client's dtype. FFA-LoRA (Sun et al. 2024) and RoLoRA
-(Chen et al. 2025) share one factor among all clients; for them :func:`mean_factors` is exact.
+(Chen et al. 2025) share one factor among all clients; for them the means of A and of B are exact.
 """
 
 from __future__ import annotations
@@ -30,38 +30,6 @@ class LoraUpdate:
     weight: float = 1.0
 
 
-def ideal_change(updates: Iterable[LoraUpdate]) -> Tensor:
-    """The dense change of (out, in) that a merge should make::
-
-        sum_k w_k s_k B_k A_k
-
-    Ranks and scales may differ. Consumes the updates one by one; costs one dense product each and holds two
-    dense matrices.
-
-    Raises:
-        ValueError: there is no update, or one is not sound: factors that do not fit each other or the first
-            client's (out, in), a weight or scale that is not positive.
-    """
-    _, stream = _checked(updates)
-    return weighted_mean(({"change": one.factors.change()}, one.weight) for one in stream)["change"]
-
-
-def mean_factors(updates: Iterable[LoraUpdate]) -> LoraFactors:
-    """The means of A and of B apart (FedIT, Zhang et al. 2023)::
-
-        B = sum_k w_k B_k,  A = sum_k w_k A_k
-
-    ``s B A`` is not the ideal change unless all clients share A or share B. Since ``sum_k w_k A_k - A = 0``,
-    it falls short by ``s sum_k w_k (B_k - B)(A_k - A)``. Consumes the updates one by one.
-
-    Raises:
-        ValueError: see :func:`ideal_change`; or clients differ in rank or scale.
-    """
-    first, stream = _checked(updates, equal_ranks=True)
-    mean = weighted_mean(({"a": one.factors.a, "b": one.factors.b}, one.weight) for one in stream)
-    return LoraFactors(mean["a"], mean["b"], first.factors.scale)
-
-
 def residual_lora(updates: Iterable[LoraUpdate]) -> tuple[LoraFactors, Tensor]:
     """The means of A and B, and the dense residual that makes them exact when it is added to the base weight
     (FedEx-LoRA, Singhal et al. 2025)::
@@ -70,11 +38,14 @@ def residual_lora(updates: Iterable[LoraUpdate]) -> tuple[LoraFactors, Tensor]:
         residual = sum_k w_k s B_k A_k - s B A      (out, in)
 
     The residual is (out, in), not the layer's own layout: see :func:`~.lora_factors.layer_layout`. It is
-    taken against the means as they are sent, so it makes up for their rounding in half precision too.
-    Consumes the updates one by one; costs what :func:`ideal_change` costs.
+    taken against the means as they are sent, so it makes up for their rounding in half precision too. Since
+    ``sum_k w_k A_k - A = 0``, it is ``s sum_k w_k (B_k - B)(A_k - A)``: zero where all clients share A or B.
+    Consumes the updates one by one; costs one dense product each and holds two dense matrices.
 
     Raises:
-        ValueError: see :func:`mean_factors`.
+        ValueError: there is no update; clients differ in rank or scale; or an update is not sound: factors
+            that do not fit each other or the first client's (out, in), a weight or scale that is not
+            positive.
     """
     first, stream = _checked(updates, equal_ranks=True)
     mean = weighted_mean(
@@ -97,7 +68,7 @@ def stacked_lora(updates: Iterable[LoraUpdate], scale: float) -> LoraFactors:
     :func:`truncated_lora` brings it to a set rank.
 
     Raises:
-        ValueError: see :func:`ideal_change`; or ``scale`` is not positive.
+        ValueError: see :func:`residual_lora`, but ranks and scales may differ; or ``scale`` is not positive.
     """
     stack, dtype = _stacked(updates, scale)
     return stack.to(dtype)
@@ -131,8 +102,8 @@ def padded_lora(updates: Iterable[LoraUpdate], rank: int, scale: float) -> LoraF
     the largest of the clients. Consumes the updates one by one; norms cost no dense matrix.
 
     Raises:
-        ValueError: see :func:`ideal_change`; or ``scale`` is not positive, or a client's rank is above
-            ``rank``.
+        ValueError: see :func:`residual_lora`, but ranks and scales may differ; or ``scale`` is not positive,
+            or a client's rank is above ``rank``.
     """
     _, stream = _checked(updates)
     _check_positive("the merged scale", scale)
@@ -189,7 +160,8 @@ def lora_inner_products(updates: Iterable[LoraUpdate], start: LoraFactors | None
     ``R = sum_k r_k``, with all factors in memory.
 
     Raises:
-        ValueError: see :func:`ideal_change`; or ``start`` has another (out, in).
+        ValueError: see :func:`residual_lora`, but ranks and scales may differ; or ``start`` has another
+            (out, in).
     """
     first, stream = _checked(updates)
     clients = [one.factors for one in stream]

@@ -37,7 +37,7 @@ def stack_prefixes(prefixes: Iterable[WeightedPrefix]) -> Stacked:
     since the input's own keys enter with weight sum_k w_k = 1. So it is a convex combination of the clients'
     outputs with weights proportional to w_k D_k, and sum_k w_k o_k itself where the normalisers agree. The
     input's positions must stay those that follow on one client's prefix. Lengths may differ; the result grows
-    with the number of clients: :func:`cluster_slots` and :func:`distil_prefix` bring it back.
+    with the number of clients: :func:`cluster_slots` brings it back.
 
     Raises:
         UpdateError: there is no prefix, prefixes differ in more than length, a number is not finite or a
@@ -57,72 +57,6 @@ def stack_prefixes(prefixes: Iterable[WeightedPrefix]) -> Stacked:
     ).to(torch.promote_types(first.dtype, torch.float32))
     layers, _, heads = first.shape[:3]
     return Stacked(torch.cat([x for x, _ in held], dim=3), bias.expand(layers, heads, -1).contiguous())
-
-
-def attention_with_prefix(
-    query: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    slot_bias: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Attention over a prefix's slots and the input's own keys, in plain products::
-
-        softmax([q . K_prefix * scale + bias, q . K * scale + (0 or -inf by mask)]) [V_prefix; V]
-
-    The reference that models' attention is held to; it runs in the dtype that it is given.
-
-    Args:
-        query: (..., query heads, queries, size); its leading dimensions are those of the result.
-        keys: (..., heads, tokens, size), the input's own; query head h uses head h // (query heads / heads).
-            None where the prefix is all there is.
-        values: Like ``keys``.
-        prefix_keys: (..., heads, slots, size); leading dimensions broadcast to the query's.
-        prefix_values: Like ``prefix_keys``.
-        slot_bias: (..., heads, slots), one dimension less than ``prefix_keys``; or, with as many dimensions
-            as ``query``, what broadcasts to (..., query heads, queries, slots).
-        mask: True where a query may attend to a token; broadcasts to (..., query heads, queries, tokens). The
-            slots are never masked.
-        scale: What products of query and key are multiplied by; 1 / sqrt(size) if unset.
-
-    Returns:
-        (..., query heads, queries, size).
-    """
-    groups = query.shape[-3] // prefix_keys.shape[-3]
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    slots = prefix_keys.shape[-2]
-
-    def per_query_head(tensor: Tensor, dim: int = -3) -> Tensor:
-        return tensor.repeat_interleave(groups, dim=dim)
-
-    logits = query @ per_query_head(prefix_keys).mT * factor
-    if slot_bias is not None:
-        per_slot = slot_bias.dim() < prefix_keys.dim()
-        logits = logits + (per_query_head(slot_bias, -2)[..., None, :] if per_slot else slot_bias)
-    if keys is not None:
-        own = query @ per_query_head(keys).mT * factor
-        logits = torch.cat([logits, own if mask is None else own.masked_fill(~mask, -math.inf)], dim=-1)
-    shares = logits.softmax(dim=-1)
-    output = shares[..., :slots] @ per_query_head(prefix_values)
-    return output if values is None else output + shares[..., slots:] @ per_query_head(values)
-
-
-def prefix_attention(
-    stacked: Stacked,
-    queries: Tensor,
-    keys: Tensor | None = None,
-    values: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """:func:`attention_with_prefix` in every layer: queries (layers, batch, query heads, queries, size), own
-    keys and values (layers, batch, heads, tokens, size), mask as there.
-    """
-    prefix, bias = stacked.prefix[:, None], stacked.bias[:, None]  # an axis for the batch
-    return attention_with_prefix(queries, keys, values, prefix[:, :, 0], prefix[:, :, 1], bias, mask=mask)
 
 
 def cluster_slots(
@@ -176,83 +110,6 @@ def cluster_slots(
             merged[layer, :, head] = (share[source] / weight[:, None]) @ points[layer, :, head]
             merged_bias[layer, head] = (weight / copies[source]).log()
     return Stacked(merged.to(stacked.dtype), merged_bias.to(bias.dtype))
-
-
-def distil_prefix(
-    teacher_attention: Tensor,
-    queries: Tensor,
-    start: Tensor,
-    keys: Tensor | None = None,
-    values: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    steps: int = 300,
-    learning_rate: float = 0.02,
-) -> Tensor:
-    """Fit a plain prefix to the attention outputs of another, such as a stacked one, on sample queries.
-
-    Each layer l and key-value head h is a problem of its own. With teacher outputs o and student outputs o'
-    of the prefix x (no bias), over the queries of the head's group::
-
-        min_x  sum_q |o'_q(x) - o_q|^2 / sum_q |o_q|^2
-
-    by ``steps`` of Adam (Kingma and Ba 2015) from ``start``, usually the clustered prefix, in units of the
-    start's root mean square keys and values, with a cosine schedule. Of all steps each head keeps its best,
-    so no head is worse on these queries than it was. Deterministic. Slots that start equal stay equal.
-
-    Args:
-        teacher_attention: (layers, batch, query heads, queries, size), e.g. of :func:`prefix_attention`.
-        queries: As ``teacher_attention``, from forward passes on text that need no labels.
-        start: (layers, 2, heads, length, size).
-        keys: (layers, batch, heads, tokens, size), the inputs' own; None for the prefix alone.
-        values: Like ``keys``.
-        mask: As in :func:`attention_with_prefix`.
-        query_mask: True for the queries that count (not padding); broadcasts to (layers, batch, query heads,
-            queries).
-        steps: Number of steps.
-        learning_rate: First step size, in the units above.
-
-    Returns:
-        The prefix, shaped like ``start``, in its dtype.
-
-    Raises:
-        UpdateError: the start is malformed.
-    """
-    dtype = torch.promote_types(torch.promote_types(start.dtype, teacher_attention.dtype), torch.float32)
-    initial = check_prefix(start, "the start").to(dtype).detach()
-    teacher, queries = teacher_attention.to(dtype).detach(), queries.to(dtype)
-    keys, values = (None if own is None else own.to(dtype) for own in (keys, values))
-    unit = (initial**2).mean(dim=(3, 4), keepdim=True).sqrt()
-    unit = torch.where(unit > 0, unit, 1.0)
-    layers, _, heads = initial.shape[:3]
-    counted = torch.ones_like(teacher[..., 0], dtype=torch.bool)
-    counted = counted if query_mask is None else counted & query_mask
-
-    def squares_by_head(outputs: Tensor) -> Tensor:
-        squares = (outputs**2).sum(-1).where(counted, 0.0)  # (layers, batch, query heads, queries)
-        grouped = squares.view(layers, squares.shape[1], heads, -1)
-        return grouped.sum(dim=(1, 3))
-
-    size = squares_by_head(teacher).clamp(min=torch.finfo(dtype).tiny)
-    no_bias = initial.new_zeros(initial[:, 0, :, :, 0].shape)
-    best, best_error = initial, initial.new_full((layers, heads), math.inf)
-    with torch.enable_grad():
-        offset = torch.zeros_like(initial, requires_grad=True)
-        optimiser = torch.optim.Adam([offset], lr=learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
-        for step in range(steps + 1):
-            prefix = initial + unit * offset
-            outputs = prefix_attention(Stacked(prefix, no_bias), queries, keys, values, mask)
-            error = squares_by_head(outputs - teacher) / size
-            better = error < best_error
-            best = torch.where(better[:, None, :, None, None], prefix.detach(), best)
-            best_error = torch.where(better, error.detach(), best_error)
-            if step < steps:
-                (offset.grad,) = torch.autograd.grad(error.sum(), offset)
-                optimiser.step()
-                schedule.step()
-    return best.to(start.dtype)
 
 
 def _greedy_start(points: Tensor, mass: Tensor, count: int) -> Tensor:
