@@ -16,6 +16,7 @@ from fedcustom.core.seeds import name_seed
 from fedcustom.data.build import build_data
 from fedcustom.data.tokens import TokenizedExample, example_order
 from fedcustom.federated.build import make_method
+from fedcustom.federated.resolve import resolved
 from fedcustom.federated.schedule import plan_rounds
 from fedcustom.methods.tuning.local_training import batch_ranges
 from fedcustom.methods.tuning.method import WeightTuning
@@ -29,7 +30,7 @@ def write_job(recipe: Mapping[str, Any], folder: Path) -> Path:
     """
     # Others know no remedies for label skew, which classifiers have by default.
     plain = merged({"training": {"logit_adjustment": 0.0}}, recipe)
-    checked = parse_recipe(plain, "benchmark").complete()
+    checked = resolved(parse_recipe(plain, "benchmark"))
     data = build_data(checked.data, checked.clients, checked.seed)
     base = load_base(checked.model, data.task, checked.seed)
     folder.mkdir(parents=True)

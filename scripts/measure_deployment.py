@@ -26,6 +26,7 @@ from fedcustom.core import environment
 from fedcustom.deployment.local import local_sites, prepare
 from fedcustom.deployment.run import run_deployed
 from fedcustom.federated.callbacks import Callback
+from fedcustom.federated.resolve import resolved
 from fedcustom.recipe.recipe import load_recipe
 
 WORDS = (
@@ -179,7 +180,7 @@ def main() -> None:
                 "evaluation": {"every": 1000, "untuned": False},
             }
         )
-        prepare(recipe.complete(), folder / "federation", chosen.port)
+        prepare(resolved(recipe), folder / "federation", chosen.port)
         clock = Clock()
         with Peaks(folder) as peaks, local_sites(folder / "federation"):
             summary = run_deployed(recipe, folder / "federation", folder / "run", callbacks=[clock])

@@ -13,8 +13,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more; also for child processes
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # two busy cores are no fault of the code
+hypothesis.settings.load_profile("no deadline")
 
 pytest.register_assert_rewrite("helpers")
 

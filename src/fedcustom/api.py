@@ -17,6 +17,7 @@ from .evaluation.calibration import softmax
 from .federated.build import make_method
 from .federated.callbacks import Callback
 from .federated.history_frames import client_frame, round_frame
+from .federated.resolve import resolved
 from .federated.run import run_recipe
 from .federated.run_directory import History
 from .methods import Method, State
@@ -48,7 +49,7 @@ class Run:
 
     def _refuse_unpooled(self) -> None:
         """A classifier from before ``model.pooling`` read another vector than one that is built now."""
-        if self.recipe.complete().model != self.recipe.model:
+        if resolved(self.recipe).model != self.recipe.model:
             raise RunError(
                 f"{self.directory}: was made before classifiers pooled their encoder's states "
                 "(model.pooling); run its recipe again"

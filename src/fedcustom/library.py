@@ -12,6 +12,7 @@ from .core.files import read_json, write_json, write_text
 from .data.build import build_data, with_builtin_columns
 from .data.examples import ClientData, FederatedData, LearningTask
 from .federated.build import check_fit, make_method
+from .federated.resolve import resolved
 from .methods.retrieval.method import Retrieval
 from .methods.retrieval.settings import RetrievalSettings
 from .models.load import load_base
@@ -60,7 +61,7 @@ def index(
         RecipeError: the recipe's method is another one, or trains its encoder.
         RunError: the folder holds something else, or no client has documents.
     """
-    checked, folder = load_recipe(recipe, overrides).complete(), Path(out)
+    checked, folder = resolved(load_recipe(recipe, overrides)), Path(out)
     if not isinstance(checked.method, RetrievalSettings):
         raise RecipeError(f"method.name = {checked.method.name!r}: only method retrieval has an index")
     if checked.method.train != "none":

@@ -17,6 +17,7 @@ from fedcustom.cli.console import command_line
 from fedcustom.cli.progress_bar import ProgressDisplay
 from fedcustom.core.errors import RunError
 from fedcustom.core.files import read_json
+from fedcustom.federated.resolve import resolved
 from fedcustom.recipe.recipe import load_recipe, to_toml
 
 
@@ -318,7 +319,7 @@ def test_recipe_prints_a_recipe_that_runs(command: Any, tmp_path: Path) -> None:
     (tmp_path / "start.toml").write_text(printed.out)
     assert load_recipe(tmp_path / "start.toml") == load_recipe({})
     complete = command("recipe", tmp_path / "start.toml").out
-    assert complete == to_toml(load_recipe({}).complete()) != printed.out
+    assert complete == to_toml(resolved(load_recipe({}))) != printed.out
     (tmp_path / "start.toml").write_text(complete)
     assert command("recipe", tmp_path / "start.toml").out == complete
     everything = command("recipe", "--help-all").out

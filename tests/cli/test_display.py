@@ -13,6 +13,7 @@ from rich.console import Console
 import fedcustom
 from fedcustom.cli.progress_bar import ProgressDisplay, asked, size
 from fedcustom.federated.callbacks import Outline
+from fedcustom.federated.resolve import resolved
 from fedcustom.recipe.recipe import load_recipe
 from helpers.runs import rows_of
 
@@ -99,7 +100,7 @@ def test_on_a_terminal_the_live_line_says_it(small: dict[str, Any]) -> None:
     written = StringIO()
     display = ProgressDisplay(Console(file=written, width=200, force_terminal=True))
     display.on_phase("reading the data")
-    display.on_run_start(load_recipe(small).complete().settled(4), 0, Path())
+    display.on_run_start(resolved(load_recipe(small)).settled(4), 0, Path())
     display.on_phase("round 1 of 2, training", 3, 4)
     assert display._thread is None
     assert display.bar is not None
@@ -115,7 +116,7 @@ def test_time_left_is_that_of_rounds_alike(small: dict[str, Any]) -> None:
     """Rounds that fit the head take as long as each other, and say nothing of those that train."""
     display, clock, written = shown()
     recipe = load_recipe(small, {"rounds.count": 7, "training.fit_head_rounds": [1, -1]})
-    display.on_run_start(recipe.complete().settled(4), 0, Path())
+    display.on_run_start(resolved(recipe).settled(4), 0, Path())
     for number, seconds in ((0, 100), (1, 50), (2, 4), (3, 6)):
         clock.now += seconds
         display.on_round_end({"round": number})
@@ -153,7 +154,7 @@ def test_time_left_is_that_of_rounds_alike(small: dict[str, Any]) -> None:
 def test_what_is_asked_in_words(
     small: dict[str, Any], overrides: dict[str, Any], outline: Outline, words: str
 ) -> None:
-    assert asked(load_recipe(small, overrides).complete(), outline) == words
+    assert asked(resolved(load_recipe(small, overrides)), outline) == words
 
 
 def test_sizes() -> None:

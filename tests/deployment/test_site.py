@@ -49,6 +49,7 @@ from fedcustom.evaluation.statistics import (
     mean_statistics,
     pooled_metrics,
 )
+from fedcustom.federated.resolve import resolved
 from fedcustom.methods import Answer, Memory, Task, Update
 from fedcustom.models.memory_mapping import leave_memory, parked
 from fedcustom.models.pooling import Pooling
@@ -111,7 +112,7 @@ def test_names_that_cannot_be(server: str, sites: list[str], message: str) -> No
 )
 def test_what_has_a_meaning_in_simulations_alone(small: dict[str, Any], change: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        check_deployable(load_recipe({**small, **change}).complete())
+        check_deployable(resolved(load_recipe({**small, **change})))
 
 
 # --- its data ---
@@ -313,7 +314,7 @@ def resident(small: dict[str, Any], tmp_path: Path) -> Any:
         write_jsonl(tmp_path / "rows.jsonl", rows)
         site = SiteSettings(data=OwnDataSettings(train="rows.jsonl"), policy=PolicySettings(**policy))
         made = Resident("site-1", site, tmp_path, tmp_path / "own")
-        content = load_recipe(small).complete().model_dump(mode="json", exclude_none=True)
+        content = resolved(load_recipe(small)).model_dump(mode="json", exclude_none=True)
         said = made.handle({"kind": "describe", "run": RUN, "values": {"recipe": content}})
         return made, said
 

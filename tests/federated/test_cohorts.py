@@ -16,6 +16,7 @@ import fedcustom
 from fedcustom.core.errors import RecipeError, UpdateError
 from fedcustom.data.examples import ClientData, FederatedData, LearningTask
 from fedcustom.federated.balanced_cohorts import balanced_cohorts
+from fedcustom.federated.resolve import resolved
 from fedcustom.federated.schedule import Plan, plan_rounds
 from fedcustom.methods import Client
 from fedcustom.methods.tuning.local_training import batch_ranges
@@ -224,7 +225,7 @@ def test_a_run_and_its_second_half(small: dict[str, Any], tmp_path: Path) -> Non
 )
 def test_what_balance_needs(small: dict[str, Any], change: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        load_recipe(small, change).complete()
+        resolved(load_recipe(small, change))
 
 
 def test_a_large_batch_goes_through_in_parts(tiny: dict[str, str]) -> None:

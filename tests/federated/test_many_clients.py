@@ -19,6 +19,7 @@ import fedcustom
 from fedcustom.cli.progress_bar import ProgressDisplay
 from fedcustom.data.build import build_data
 from fedcustom.data.examples import ClientData, Example, FederatedData, LearningTask
+from fedcustom.federated.resolve import resolved
 from fedcustom.federated.schedule import Plan, plan_rounds
 from fedcustom.recipe.recipe import load_recipe
 from helpers.rows import make_rows, write_jsonl
@@ -72,7 +73,7 @@ def test_a_run_of_many_clients(many: dict[str, Any], tmp_path: Path) -> None:
     run = fedcustom.run(
         many, out=tmp_path / "run", callbacks=[ProgressDisplay(Console(file=written, width=300))]
     )
-    recipe = load_recipe(many).complete()
+    recipe = resolved(load_recipe(many))
     data = build_data(recipe.data, recipe.clients, recipe.seed)
     planned = plan_rounds(recipe.settled(CLIENTS), data)
     rows = rows_of(run.directory)[1:]
@@ -107,7 +108,7 @@ def test_a_run_of_many_clients(many: dict[str, Any], tmp_path: Path) -> None:
 def test_a_centralised_run_sees_as_many_examples_as_the_cohorts(many: dict[str, Any], tmp_path: Path) -> None:
     only_trains = {"baseline": "centralised", "training.fit_head_rounds": []}
     run = fedcustom.run(many, only_trains, out=tmp_path / "run")
-    recipe = load_recipe(many, {"training.fit_head_rounds": []}).complete()
+    recipe = resolved(load_recipe(many, {"training.fit_head_rounds": []}))
     data = build_data(recipe.data, recipe.clients, recipe.seed)
     planned = plan_rounds(recipe, data)
     assert [len(cohort) for cohort in planned] == ROUNDS * [50]

@@ -10,6 +10,7 @@ import pytest
 import fedcustom
 from fedcustom.core.errors import RecipeError
 from fedcustom.core.files import read_json
+from fedcustom.federated.resolve import resolved
 from fedcustom.federated.summary import PHASES
 from fedcustom.recipe.recipe import load_recipe
 from helpers.runs import rows_of
@@ -56,14 +57,14 @@ def test_trials_are_the_first_rounds_of_runs_at_their_rates(small: dict[str, Any
 
 def test_auto_tries_four_rates_around_the_methods_own(small: dict[str, Any]) -> None:
     recipe = load_recipe({**small, "method": {"name": "lora"}}, {"training.learning_rate": "auto"})
-    training = recipe.complete().training
+    training = resolved(recipe).training
     assert training.learning_rate == pytest.approx(training.search_rates[1])  # type: ignore[index]
     ratios = [rate / training.learning_rate for rate in training.search_rates or []]  # type: ignore[operator]
     assert ratios == pytest.approx([0.3, 1, 3, 10])
-    assert recipe.complete().complete() == recipe.complete()
+    assert resolved(resolved(recipe)) == resolved(recipe)
     other = recipe.for_method("bitfit")
     assert other.training.learning_rate == "auto"
-    assert other.complete().training.search_rates != training.search_rates
+    assert resolved(other).training.search_rates != training.search_rates
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from fedcustom.data.build import build_data
 from fedcustom.evaluation.metrics import is_better
 from fedcustom.federated.build import make_method
 from fedcustom.federated.callbacks import Callback
+from fedcustom.federated.resolve import resolved
 from fedcustom.federated.run import run_recipe
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.federated.schedule import plan_rounds
@@ -37,7 +38,7 @@ from helpers.runs import rows_of, tensors_of, without_seconds
 @pytest.mark.parametrize("method", ["prefix", "lora", "soft_prompt", "full"])
 def test_the_rounds_are_federated_averaging(small: dict[str, Any], tmp_path: Path, method: str) -> None:
     """Two rounds of the run against the same two rounds put together by hand."""
-    recipe = load_recipe({**small, "method": {"name": method}, "evaluation": {"select": "last"}}).complete()
+    recipe = resolved(load_recipe({**small, "method": {"name": method}, "evaluation": {"select": "last"}}))
     run = fedcustom.run(recipe, out=tmp_path / "run")
 
     data = build_data(recipe.data, recipe.clients, recipe.seed)
@@ -292,7 +293,7 @@ def test_a_failing_clients_round_does_not_count(
     with monkeypatch.context() as patch:
         Sabotage(patch, {(1, "site-3"): with_nan})
         run = fedcustom.run(recipe, out=tmp_path / "run")
-    checked = load_recipe(recipe).complete()
+    checked = resolved(load_recipe(recipe))
     data = build_data(checked.data, checked.clients, 0)
     method = make_method(checked, load_base(checked.model, data.task, 0))
     state = method.initialise()
@@ -395,7 +396,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
 
 
 def test_an_empty_client_is_named(small: dict[str, Any]) -> None:
-    recipe = load_recipe(small).complete()
+    recipe = resolved(load_recipe(small))
     data = build_data(recipe.data, recipe.clients, 0)
     method = make_method(recipe, load_base(recipe.model, data.task, 0))
     client = fedcustom.methods.Client("hollow", type(data.clients["site-0"])("hollow", []))

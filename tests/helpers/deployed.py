@@ -24,6 +24,7 @@ from fedcustom.deployment.settings import load_federation, save_federation
 from fedcustom.deployment.site.resident import Resident
 from fedcustom.deployment.site.settings import load_site
 from fedcustom.federated.callbacks import Callback
+from fedcustom.federated.resolve import resolved
 from fedcustom.recipe.recipe import load_recipe
 
 
@@ -76,7 +77,7 @@ class Bed:
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
         self.folder, self.recipe = folder, dict(recipe)
-        prepare(load_recipe(self.recipe).complete(), folder, free_port())
+        prepare(resolved(load_recipe(self.recipe)), folder, free_port())
         self.names = list(load_federation(folder).sites)
         self.sites: dict[str, SupervisedProcess] = {}
         self.patience(round_seconds=120.0, grace_seconds=12.0, quorum_seconds=120.0)

@@ -17,6 +17,7 @@ import torch
 from fedcustom.core.errors import ModelError, RecipeError
 from fedcustom.data.examples import Example, LearningTask
 from fedcustom.data.tokens import TokenizedExample, collate
+from fedcustom.federated.resolve import resolved
 from fedcustom.models.forward import classification_logits
 from fedcustom.models.load import Base, load_base, pooling_of
 from fedcustom.models.pooled_classifier import FILE, PooledClassifier
@@ -228,7 +229,7 @@ def test_without_a_pooling_the_architecture_has_its_own_head(tiny: dict[str, str
     from transformers import BertForSequenceClassification
 
     assert isinstance(load(tiny["bert"]).model, BertForSequenceClassification)
-    assert load_recipe({"model": {"base": tiny["bert"]}}).complete().model.pooling == "auto"
+    assert resolved(load_recipe({"model": {"base": tiny["bert"]}})).model.pooling == "auto"
 
 
 # --- what is saved ---
@@ -397,14 +398,14 @@ def test_a_pooling_that_there_is_not(sentence: str) -> None:
 
 
 def test_a_complete_recipe_says_how_states_are_pooled(sentence: str, generation: dict[str, Any]) -> None:
-    recipe = load_recipe({"model": {"base": sentence}}).complete()
+    recipe = resolved(load_recipe({"model": {"base": sentence}}))
     assert (recipe.model.pooling, recipe.model.normalize) == ("mean", True)
-    assert recipe.complete() == recipe
+    assert resolved(recipe) == recipe
     assert load_recipe({**recipe.model_dump()}) == recipe
     assert 'pooling = "mean"' in to_toml(recipe)
-    half = load_recipe({"model": {"base": sentence, "normalize": False}}).complete().model
+    half = resolved(load_recipe({"model": {"base": sentence, "normalize": False}})).model
     assert (half.pooling, half.normalize) == ("mean", False)
-    other = load_recipe({"model": {"base": sentence, "pooling": "first"}}).complete().model
+    other = resolved(load_recipe({"model": {"base": sentence, "pooling": "first"}})).model
     assert (other.pooling, other.normalize) == ("first", True)
     for values in (
         generation,
@@ -412,7 +413,7 @@ def test_a_complete_recipe_says_how_states_are_pooled(sentence: str, generation:
         {"model": {"base": "./is-not-there"}},
         {"model": {"base": sentence, "trust_remote_code": True}},
     ):
-        model = load_recipe(values).complete().model
+        model = resolved(load_recipe(values)).model
         assert (model.pooling, model.normalize) == ("auto", None)
 
 

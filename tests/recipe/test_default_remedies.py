@@ -15,6 +15,7 @@ from rich.console import Console
 import fedcustom
 from fedcustom.cli.progress_bar import ProgressDisplay
 from fedcustom.core.errors import RecipeError
+from fedcustom.federated.resolve import resolved
 from fedcustom.models.load import LINEAR_HEADS
 from fedcustom.recipe.label_skew import in_words
 from fedcustom.recipe.recipe import Recipe, load_recipe, to_toml
@@ -27,7 +28,7 @@ def found(small: dict[str, Any], overrides: dict[str, Any]) -> tuple[float | Non
     """The completed recipe's two settings; ``method`` is taken as a table."""
     given = {**small, "method": overrides.get("method", small["method"])}
     single = {key: value for key, value in overrides.items() if key != "method"}
-    training = load_recipe(given, single).complete().training
+    training = resolved(load_recipe(given, single)).training
     return training.logit_adjustment, training.fit_head_rounds
 
 
@@ -76,14 +77,14 @@ def test_baselines_have_the_fits_alone(small: dict[str, Any], baseline: str) -> 
 def test_a_probe_is_a_fit_and_nothing_else(small: dict[str, Any], said: dict[str, Any]) -> None:
     probe = {**small, "method": {"name": "probe"}}
     for baseline in ("federated", "centralised", "local"):
-        complete = load_recipe(probe, {"baseline": baseline, **said}).complete()
+        complete = resolved(load_recipe(probe, {"baseline": baseline, **said}))
         training = complete.training
         assert (training.logit_adjustment, training.fit_head_rounds) == (0.0, [1])
         assert complete.rounds.count == 1
         most = 100 if baseline == "federated" else None  # of clients whose number is not known yet
         assert training.fit_head_clients == most
         assert complete.settled(4).training.fit_head_clients is None
-    some = load_recipe(probe, {"training.fit_head_clients": 3}).complete().settled(9)
+    some = resolved(load_recipe(probe, {"training.fit_head_clients": 3})).settled(9)
     assert in_words(some) == "3 clients fit the head in round 1"
 
 
@@ -118,7 +119,7 @@ def test_a_run_by_default_is_the_run_with_them(
 def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
     written = StringIO()
     display = ProgressDisplay(Console(file=written, width=100))
-    display.on_run_start(load_recipe(small, {"rounds.count": 5}).complete(), 0, Path())
+    display.on_run_start(resolved(load_recipe(small, {"rounds.count": 5})), 0, Path())
     kept = "not fitted: 1 of 4 clients answered"
     for row in ({"round": 1}, {"round": 5, "train_loss": None, "method": {"head": kept}}):
         display.on_round_end(row)
@@ -153,14 +154,14 @@ def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
     ],
 )
 def test_in_words(small: dict[str, Any], overrides: dict[str, Any], said: str | None) -> None:
-    recipe = load_recipe(small, {"rounds.count": 5, **overrides}).complete()
+    recipe = resolved(load_recipe(small, {"rounds.count": 5, **overrides}))
     assert in_words(recipe.settled(100)) == said
 
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_progress_says_what_is_done_against_label_skew(small: dict[str, Any], quiet: bool) -> None:
     written = StringIO()
-    recipe = load_recipe(small, {"rounds.count": 5}).complete().settled(4)
+    recipe = resolved(load_recipe(small, {"rounds.count": 5})).settled(4)
     ProgressDisplay(Console(file=written, width=200), quiet=quiet).on_run_start(recipe, 0, Path())
     said = "federated prefix: against label skew, all clients fit the head in rounds 1, 5, and it rests"
     assert (said in written.getvalue()) != quiet
@@ -194,7 +195,7 @@ def test_of_very_many_clients_some_fit_the_head(
     """
     base = {"clients.partition": partition, "clients.count": count, "rounds.count": rounds}
     given = load_recipe(small, {**base, "rounds.clients_per_round": cohort})
-    complete = given.complete()
+    complete = resolved(given)
     training = complete.training
     assert (training.fit_head_rounds, training.fit_head_clients) == ([1, -1], asked)
     balanced = asked is None and cohort >= 10
@@ -202,7 +203,7 @@ def test_of_very_many_clients_some_fit_the_head(
     assert complete.rounds.selection == ("balanced" if balanced else None)
     said = f"{asked or 'all'} clients fit the head in rounds 1, {rounds}, and it rests otherwise; "
     assert str(in_words(complete)).startswith(said)
-    assert load_recipe(tomllib.loads(to_toml(complete))).complete() == complete
+    assert resolved(load_recipe(tomllib.loads(to_toml(complete)))) == complete
 
 
 def test_how_many_fit_the_head_is_for_the_recipe_to_say(small: dict[str, Any]) -> None:
@@ -211,7 +212,7 @@ def test_how_many_fit_the_head_is_for_the_recipe_to_say(small: dict[str, Any]) -
     base |= {"rounds.clients_per_round": 10, "training.fit_head_clients": 300}
 
     def asked(**more: Any) -> tuple[list[int] | None, int | None]:
-        training = load_recipe(small, {**base, **more}).complete().training
+        training = resolved(load_recipe(small, {**base, **more})).training
         return training.fit_head_rounds, training.fit_head_clients
 
     assert asked() == asked(**{"training.fit_head_rounds": [1, -1]}) == ([1, -1], 300)
@@ -237,7 +238,7 @@ def test_what_a_fit_to_some_clients_needs(
     small: dict[str, Any], overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        load_recipe(small, {"rounds.count": 9, "training.fit_head_clients": 3, **overrides}).complete()
+        resolved(load_recipe(small, {"rounds.count": 9, "training.fit_head_clients": 3, **overrides}))
 
 
 def test_cohorts_of_very_many_clients_are_balanced_where_asked(
@@ -246,12 +247,12 @@ def test_cohorts_of_very_many_clients_are_balanced_where_asked(
     base = {"clients.partition": "iid", "clients.count": 1000, "rounds.count": 40}
     more = {**base, "rounds.clients_per_round": 10, "rounds.selection": "balanced"}
     with pytest.raises(RecipeError, match="needs all clients to tell of their labels"):
-        load_recipe(small, {**more, "training.fit_head_clients": 200}).complete()
-    complete = load_recipe(small, more).complete()
+        resolved(load_recipe(small, {**more, "training.fit_head_clients": 200}))
+    complete = resolved(load_recipe(small, more))
     assert complete.rounds.selection == "balanced"
     assert complete.training.fit_head_clients is None
     more["training.fit_head_rounds"] = [1, -1]
-    assert load_recipe(small, more).complete().rounds.selection == "balanced"
+    assert resolved(load_recipe(small, more)).rounds.selection == "balanced"
 
 
 def test_a_run_with_a_head_fitted_to_some_clients(small: dict[str, Any], tmp_path: Path) -> None:
@@ -315,9 +316,9 @@ def test_balanced_cohorts_take_the_place_of_the_adjustment(
     """Where cohorts are large, and nobody says otherwise. What was completed reads as it is."""
     base = {"rounds.count": 6, "rounds.clients_per_round": 10}
     given = load_recipe(small, {k: v for k, v in {**base, **overrides}.items() if v is not None})
-    complete = given.complete()
+    complete = resolved(given)
     assert (complete.training.logit_adjustment, complete.rounds.selection) == (adjustment, selection)
-    assert load_recipe(tomllib.loads(to_toml(complete))).complete() == complete
+    assert resolved(load_recipe(tomllib.loads(to_toml(complete)))) == complete
 
 
 @pytest.mark.parametrize("kind", sorted(LINEAR_HEADS))
@@ -360,7 +361,7 @@ def test_a_complete_recipe_of_a_method_without_training_is_one(small: dict[str, 
     """Those of older runs say 0 and [] where nothing is said now."""
     given = {**small, "method": {"name": "prompt_engineering"}, "training": {}}
     off = {"training.logit_adjustment": 0.0, "training.fit_head_rounds": []}
-    assert load_recipe(given, off).complete().training.logit_adjustment == 0.0
+    assert resolved(load_recipe(given, off)).training.logit_adjustment == 0.0
     with pytest.raises(RecipeError, match="has no meaning"):
         load_recipe(given, {"training.logit_adjustment": 1.0})
 
@@ -386,17 +387,17 @@ def natural(small: dict[str, Any], **overrides: Any) -> Recipe:
 def test_so_many_natural_clients_fit_the_head_at_most(
     small: dict[str, Any], overrides: dict[str, Any], most: int | None
 ) -> None:
-    complete = natural(small, **overrides).complete()
+    complete = resolved(natural(small, **overrides))
     assert complete.training.fit_head_clients == most
     assert complete.training.fit_head_rounds == [1, -1]
-    assert load_recipe(tomllib.loads(to_toml(complete))).complete() == complete
+    assert resolved(load_recipe(tomllib.loads(to_toml(complete)))) == complete
 
 
 def test_natural_clients_are_balanced_while_all_of_them_tell_of_their_labels(small: dict[str, Any]) -> None:
     """Settled alike by everybody who knows how many there are, once or twice; where they are not, the logits
     are adjusted, as the default is elsewhere.
     """
-    complete = natural(small, rounds__clients_per_round=30).complete()
+    complete = resolved(natural(small, rounds__clients_per_round=30))
     few, many = complete.settled(300), complete.settled(301)
     assert (complete.rounds.selection, complete.training.logit_adjustment) == ("balanced", 0.0)
     assert (few.rounds.selection, few.training.logit_adjustment) == ("balanced", 0.0)
@@ -408,13 +409,13 @@ def test_natural_clients_are_balanced_while_all_of_them_tell_of_their_labels(sma
     )
     assert few.settled(300) == few
     assert many.settled(301) == many
-    asked = natural(small, rounds__clients_per_round=30, rounds__selection="balanced").complete()
+    asked = resolved(natural(small, rounds__clients_per_round=30, rounds__selection="balanced"))
     assert asked.settled(10_000) == asked  # whoever asks for balance gets it, and all are asked
 
 
 def test_recipes_that_count_their_clients_are_settled_already(small: dict[str, Any]) -> None:
     for more in ({"clients__count": 1000, "rounds__clients_per_round": 10}, {"clients__count": 40}):
-        complete = natural(small, clients__partition="iid", **more).complete()
+        complete = resolved(natural(small, clients__partition="iid", **more))
         assert complete.settled(complete.clients.count) == complete
 
 
@@ -439,9 +440,9 @@ def test_a_cohort_by_default(
 
 def test_counted_clients_in_cohorts_by_default_are_asked_as_natural_ones_are(small: dict[str, Any]) -> None:
     """1,000 of them, 50 a round over 20 rounds: 500 fit the head."""
-    complete = natural(small, clients__partition="iid", clients__count=1000).complete()
+    complete = resolved(natural(small, clients__partition="iid", clients__count=1000))
     assert complete.training.fit_head_clients == 500
     assert complete.rounds.selection is None
-    everybody = natural(small, clients__partition="iid", clients__count=500).complete()
+    everybody = resolved(natural(small, clients__partition="iid", clients__count=500))
     assert everybody.training.fit_head_clients is None
     assert everybody.rounds.selection == "balanced"

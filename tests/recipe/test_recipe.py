@@ -10,11 +10,12 @@ import transformers
 
 from fedcustom.core.errors import RecipeError
 from fedcustom.experiment.grid import digest
+from fedcustom.federated.resolve import resolved
 from fedcustom.methods import registry
 from fedcustom.methods.full.settings import FullSettings
 from fedcustom.methods.lora.settings import LoraSettings
 from fedcustom.methods.settings import TuningSettings
-from fedcustom.models.load import model_kind
+from fedcustom.models.load import read_facts
 from fedcustom.models.settings import ModelSettings
 from fedcustom.models.size_class import ModelKind, kind_of, rough_parameters
 from fedcustom.recipe.help import settings_help
@@ -153,9 +154,9 @@ def test_a_complete_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         }
     )
     path = tmp_path / "recipe.toml"
-    path.write_text(to_toml(recipe.complete()))
+    path.write_text(to_toml(resolved(recipe)))
     again = load_recipe(path)
-    assert again == recipe.complete()
+    assert again == resolved(recipe)
     assert again.training.learning_rate == LoraSettings.rates.encoder
 
 
@@ -169,14 +170,14 @@ def test_a_complete_recipe_is_the_same_recipe(tmp_path: Path) -> None:
     ],
 )
 def test_the_default_learning_rate_is_of_the_kind_of_model(base: str, kind: ModelKind) -> None:
-    assert model_kind(ModelSettings(base=base)) == kind
+    assert read_facts(ModelSettings(base=base)).kind == kind
     task = "generation" if "lm" in base.removeprefix("builtin:minilm") else "classification"
     recipe = load_recipe({"model": {"base": base}, "data": {"task": task}})
     for name, registered in registry.methods().items():
         if name == "probe" or not issubclass(registered.settings, TuningSettings):
             continue
         rates = registered.settings.rates
-        assert recipe.for_method(name).complete().training.learning_rate == rates.of(kind)
+        assert resolved(recipe.for_method(name)).training.learning_rate == rates.of(kind)
         assert rates.large <= rates.decoder
 
 
@@ -218,7 +219,7 @@ def test_comparison_settings_apply_to_their_method() -> None:
             "compare": {"lora": {"method": {"rank": 2}, "training": {"learning_rate": 0.25}}},
         }
     )
-    lora, prefix, full = (recipe.for_method(name).complete() for name in ("lora", "prefix", "full"))
+    lora, prefix, full = (resolved(recipe.for_method(name)) for name in ("lora", "prefix", "full"))
     assert (lora.method.rank, lora.training.learning_rate, lora.training.batch_size) == (2, 0.25, 4)  # type: ignore[union-attr]
     assert (prefix.method.length, prefix.training.learning_rate) == (8, 0.5)  # type: ignore[union-attr]
     assert full.training.learning_rate == FullSettings.rates.encoder

@@ -20,6 +20,7 @@ from fedcustom.data.build import build_data
 from fedcustom.data.examples import ClientData, FederatedData, LearningTask
 from fedcustom.data.tokens import example_order
 from fedcustom.federated.build import make_method
+from fedcustom.federated.resolve import resolved
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.federated.schedule import last_uses, plan_rounds
 from fedcustom.methods import Answer, Client, State, WeightTuning
@@ -240,14 +241,16 @@ def test_buffered_rounds(buffer: int, latency: str, count: int) -> None:
 
 def test_late_answers_are_merged_into_the_newest_state(small: dict[str, Any], tmp_path: Path) -> None:
     """A buffered run by hand: each change from the state its client started from, discounted by its age."""
-    recipe = load_recipe(
-        {
-            **small,
-            "rounds": {"count": 4, "clients_per_round": 3},
-            "participation": {"buffer": 1, "latency": "exponential"},
-            "evaluation": {"select": "last"},
-        }
-    ).complete()
+    recipe = resolved(
+        load_recipe(
+            {
+                **small,
+                "rounds": {"count": 4, "clients_per_round": 3},
+                "participation": {"buffer": 1, "latency": "exponential"},
+                "evaluation": {"select": "last"},
+            }
+        )
+    )
     run = fedcustom.run(recipe, out=tmp_path / "run")
     data = build_data(recipe.data, recipe.clients, recipe.seed)
     method = make_method(recipe, load_base(recipe.model, data.task, recipe.seed), data)

@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 from ..core.errors import DataError, FedcustomError
+from ..federated.resolve import resolved
 from .console import Overrides, Quiet, RecipeFile, command_line, display, err_console, out_console
 from .deploy import deploy, site
 from .experiment import experiment
@@ -292,7 +293,7 @@ def recipe(
         out_console.print(table, highlight=False)
         return
     if file is not None:
-        chosen = load_recipe(file, overrides or []).complete()
+        chosen = resolved(load_recipe(file, overrides or []))
     else:
         chosen = load_recipe(Recipe(), overrides or [])  # to begin with: what depends on the rest stays open
     print(to_toml(chosen), end="")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import DeploymentError
+from ..federated.resolve import resolved
 from .console import Overrides, Quiet, RecipeFile, command_line, display, err_console, out_console
 
 deploy = typer.Typer(
@@ -41,7 +42,7 @@ def init(
     from ..recipe.recipe import load_recipe
 
     names = [name.strip() for name in sites.split(",") if name.strip()]
-    check_deployable(load_recipe(recipe, overrides or []).complete())
+    check_deployable(resolved(load_recipe(recipe, overrides or [])))
     if folder.exists() and any(folder.iterdir()):
         raise DeploymentError(f"{folder}: is not empty; name another --federation")
     provision(folder, server, port, names)

@@ -18,6 +18,7 @@ from ..data.examples import Example, FederatedData
 from ..data.party_data import OwnDataSettings
 from ..federated.build import check_cohort
 from ..federated.callbacks import Callback
+from ..federated.resolve import resolved
 from ..recipe.recipe import Recipe
 from .nvflare.kits import provision, require_nvflare
 from .nvflare.supervision import SupervisedProcess
@@ -46,10 +47,10 @@ def run_locally(
         DeploymentError: too many clients for one machine, or see :func:`run_deployed`.
     """
     require_nvflare()
-    settings = recipe.complete().model_dump(mode="json", include={"data", "clients", "public", "seed"})
+    settings = resolved(recipe).model_dump(mode="json", include={"data", "clients", "public", "seed"})
     prepared = folder / "prepared.json"
     if not (folder / "federation.toml").exists():
-        prepare(recipe.complete(), folder, port)
+        prepare(resolved(recipe), folder, port)
         write_json(prepared, {"port": port, **settings})
     elif not prepared.exists() or read_json(prepared) != {"port": port, **settings}:
         raise DeploymentError(

@@ -12,6 +12,7 @@ from typing import Any
 from ..core.errors import DeploymentError
 from ..core.files import held, holder
 from ..federated.callbacks import Callback, Callbacks
+from ..federated.resolve import resolved
 from ..federated.run import run_recipe
 from ..federated.simulation import Federation
 from ..recipe.recipe import Recipe
@@ -42,7 +43,7 @@ def run_deployed(
     """
     require_nvflare()
     settings, told = load_federation(folder), Callbacks(callbacks)
-    complete = recipe.complete()
+    complete = resolved(recipe)
     check_deployable(complete)
     with _locked(folder), serving(folder, settings, told.on_note) as messenger:
 

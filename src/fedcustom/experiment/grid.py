@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import RecipeError
+from ..federated.resolve import resolved
 from ..recipe.recipe import FEDERATED_ONLY, Recipe, merged, parse_recipe
 from .settings import ExperimentSettings, Match, check_match, is_baseline, matches
 
@@ -77,7 +78,7 @@ def digest(recipe: Recipe) -> str:
     new setting that nobody sets makes no old result another's; and, where nothing is classified, what only
     classifiers have.
     """
-    complete = recipe.complete().model_dump(exclude={"compare"}, exclude_none=True)
+    complete = resolved(recipe).model_dump(exclude={"compare"}, exclude_none=True)
     if recipe.data.task != "classification":
         for section, key in CLASSIFIERS_ALONE:
             complete[section].pop(key, None)

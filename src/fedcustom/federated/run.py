@@ -14,6 +14,7 @@ from ..methods import AsksClients, ScalesLogits, State
 from ..recipe import Recipe
 from .callbacks import Callback, Callbacks
 from .loop import FedAvg
+from .resolve import resolved
 from .run_directory import RunDirectory
 from .simulation import Federation, Gather, has_one_model, simulate
 from .summary import summarise
@@ -40,7 +41,7 @@ def run_recipe(
         RunError: the directory holds something else, or too few clients answered in a round.
         RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
     """
-    recipe, place = recipe.complete(), RunDirectory(directory)
+    recipe, place = resolved(recipe), RunDirectory(directory)
     told = callbacks if isinstance(callbacks, Callbacks) else Callbacks(callbacks)
     finished = place.finished(recipe, resume=resume)
     if finished is not None:

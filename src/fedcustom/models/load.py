@@ -18,13 +18,14 @@ from torch import nn
 
 from ..core.errors import ModelError, nearest
 from ..data.examples import LearningTask
+from .facts import ModelFacts
 from .first_token import first_token_only
 from .kernels import attend_in_float32_on_processors, fuse_activations
 from .output import OutputLayer, output_layer
 from .pooled_classifier import PooledClassifier, PooledClassifierConfig, with_pooling
 from .pooling import Pooling, find_pooling
 from .settings import ModelSettings
-from .size_class import Architecture, ModelKind, architecture_of, kind_of
+from .size_class import Architecture, architecture_of, kind_of
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -150,14 +151,23 @@ def has_linear_head(settings: ModelSettings) -> bool:
         return False
 
 
-def model_kind(settings: ModelSettings) -> ModelKind:
-    """Which kind of model the recipe names; a large one where its configuration cannot be read."""
+def read_facts(settings: ModelSettings) -> ModelFacts:
+    """What the model's configuration says. Where it cannot be read, the model counts as a large one of which
+    nothing else is known: loading it says why.
+    """
+    pooling = None
     try:
         if settings.trust_remote_code:
-            return kind_of(load_configuration(settings))
-        return kind_of(_configuration(settings.base, settings.revision))
-    except ModelError:  # said when the model is loaded
-        return "large"
+            return ModelFacts(kind_of(load_configuration(settings)))
+        kind = kind_of(_configuration(settings.base, settings.revision))
+    except ModelError:
+        return ModelFacts("large")
+    with contextlib.suppress(ModelError):
+        pooling = pooling_of(settings)
+    linear = has_linear_head(settings)
+    if pooling is None:
+        return ModelFacts(kind, linear)
+    return ModelFacts(kind, linear, pooling.name, pooling.normalize)
 
 
 def pooling_of(settings: ModelSettings) -> Pooling | None:

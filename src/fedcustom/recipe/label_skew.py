@@ -1,5 +1,5 @@
 """Remedies against label skew: which a recipe has by default, what they need, and in words
-(docs/experiment.md).
+(docs/label_skew.md).
 """
 
 from __future__ import annotations
@@ -61,18 +61,31 @@ class Remedies:
     selection: Literal["uniform", "balanced"] | None
 
 
-def remedies_of(recipe: Sections) -> Remedies:
+def remedies_of(recipe: Sections, *, linear_head: bool) -> Remedies:
     """A head that clients fit before and after training, with balanced cohorts or else logit adjustment,
-    where that is the default; what the recipe itself says stays.
+    where that is the default; what the recipe itself says stays. ``training.label_skew`` and
+    ``training.fit_head`` are resolved into the finer settings, and unset.
+
+    ``linear_head`` says whether the model's classification head is known to end in a linear layer.
 
     Raises:
-        RecipeError: the recipe asks for balanced cohorts, which nobody could draw, or says how many clients
-            fit a head that is not fitted.
+        RecipeError: the recipe asks for a head to be fitted that is not linear, for balanced cohorts, which
+            nobody could draw, or says how many clients fit a head that is not fitted.
     """
     training, selection, filled = recipe.training, recipe.rounds.selection, dict[str, Any]()
-    default, said = _by_default(recipe), training.fit_head_clients
+    if training.fit_head and not linear_head:
+        raise RecipeError(
+            f"training.fit_head = true: the classification head of {recipe.model.base} is not known to end "
+            "in one linear layer"
+        )
+    skew = training.label_skew or "auto"
     if recipe.method.only_fits:
-        return Remedies(_probing(recipe), "uniform" if selection == "balanced" else selection)
+        return Remedies(
+            _probing(recipe) | _resolved(recipe), "uniform" if selection == "balanced" else selection
+        )
+    if skew == "balance" and recipe.baseline == "federated":
+        selection = "balanced"
+    default, said = linear_head and _by_default(recipe), training.fit_head_clients
     fitted = training.fit_head_rounds or default
     if said is not None and not fitted and _open(recipe):
         raise RecipeError(
@@ -85,12 +98,14 @@ def remedies_of(recipe: Sections) -> Remedies:
     filled["fit_head_clients"] = some
     told = some is None or (said is None and _is_natural(recipe))  # by all, for all that is known by now
     federated = recipe.baseline == "federated"
-    if default and federated and selection is None and told and _can_balance(recipe):
+    unset = skew == "auto" and selection is None and training.logit_adjustment is None
+    if unset and default and federated and told and _can_balance(recipe):
         selection = "balanced"
     if selection == "balanced":
         _check_balance(recipe, default, some)
     if training.logit_adjustment is None:  # what balanced cohorts cancel need not be taken out
-        skewed = default and federated and selection != "balanced"
+        by_default = skew == "auto" and default and selection != "balanced"
+        skewed = federated and (by_default or skew == "adjust")
         filled["logit_adjustment"] = 1.0 if skewed else 0.0
         if not filled["logit_adjustment"]:
             filled["prior_count"] = 1.0  # which has no effect then
@@ -100,7 +115,53 @@ def remedies_of(recipe: Sections) -> Remedies:
         before = 1 in (filled.get("fit_head_rounds") or training.fit_head_rounds or ())
         rests = before and training.head_learning_rate is None
         filled["freeze_head_rounds"] = recipe.rounds.count if rests else 0
-    return Remedies(filled, selection)
+    return Remedies(filled | _resolved(recipe), selection)
+
+
+def _resolved(recipe: Sections) -> dict[str, Any]:
+    """What of the coarser settings the finer ones now say."""
+    training = recipe.training
+    return {key: None for key in ("label_skew", "fit_head") if getattr(training, key) is not None}
+
+
+def check_label_skew(recipe: Sections) -> None:
+    """Refuse coarser settings that contradict finer ones, or that the task does not have.
+
+    Raises:
+        ValueError: names both settings.
+    """
+    training, selection = recipe.training, recipe.rounds.selection
+    if training.label_skew not in (None, "auto"):
+        skew, adjustment = training.label_skew, training.logit_adjustment
+        where = f"training.label_skew = {skew!r}"
+        if recipe.data.task != "classification":
+            raise ValueError(f"{where}: needs labels")
+        if adjustment is not None and (adjustment > 0) != (skew == "adjust"):
+            raise ValueError(
+                f"{where}: does not go with training.logit_adjustment = {adjustment}; leave one unset"
+            )
+        if selection is not None and (selection == "balanced") != (skew == "balance"):
+            raise ValueError(f"{where}: does not go with rounds.selection = {selection!r}; leave one unset")
+        if skew == "balance" and training.fit_head is False:
+            raise ValueError(
+                f"{where}: clients tell of their labels when the head is fitted; leave fit_head unset"
+            )
+    if training.fit_head is not None:
+        where = f"training.fit_head = {str(training.fit_head).lower()}"
+        if training.fit_head and recipe.data.task != "classification":
+            raise ValueError(f"{where}: needs labels and a head")
+        rounds = training.fit_head_rounds
+        if rounds is not None and bool(rounds) != training.fit_head:
+            raise ValueError(
+                f"{where}: does not go with training.fit_head_rounds = {rounds}; leave one unset"
+            )
+        if training.fit_head and rounds is None:
+            if recipe.rounds.count < 3 and not recipe.method.only_fits and recipe.baseline != "local":
+                raise ValueError(
+                    f"{where}: takes two rounds; rounds.count = {recipe.rounds.count} must be 3 or more"
+                )
+            if reason := why_no_head_fit(recipe):
+                raise ValueError(f"{where}: {reason}")
 
 
 def _probing(recipe: Sections) -> dict[str, Any]:
@@ -173,34 +234,29 @@ def _open(recipe: Sections) -> bool:
     of them. Baselines have their head fitted alike, so that a comparison compares one thing.
     """
     training = recipe.training
+    unsaid = training.logit_adjustment is None or training.label_skew is not None
     return (
-        training.logit_adjustment is None
+        (unsaid or training.fit_head is True)
         and training.fit_head_rounds is None
+        and training.fit_head is not False
         and recipe.data.task == "classification"
         and isinstance(recipe.method, TuningSettings)
     )
 
 
 def _by_default(recipe: Sections) -> bool:
-    """Whether remedies are the default: where the recipe leaves them open, one model is trained for all
-    clients, these are likely to answer, and sums go with the rest of the recipe.
+    """Whether the head is fitted where the recipe does not say in which rounds: where it asks for it, or one
+    model is trained for all clients, these are likely to answer, and sums go with the rest of the recipe.
     """
+    if not _open(recipe) or why_no_head_fit(recipe) is not None:
+        return False
     personal = recipe.method.personal or recipe.personalisation.keep
-    return (
-        _open(recipe)
-        and not recipe.training.freeze_head_rounds
+    return recipe.training.fit_head is True or (
+        not recipe.training.freeze_head_rounds
         and not personal
         and not recipe.participation.dropout
         and recipe.rounds.count >= FEWEST_ROUNDS_TO_FIT
-        and why_no_head_fit(recipe) is None
-        and _has_linear_head(recipe.model)
     )
-
-
-def _has_linear_head(model: ModelSettings) -> bool:
-    from ..models.load import has_linear_head  # which imports torch
-
-    return has_linear_head(model)
 
 
 def _clients_to_fit(recipe: Sections) -> int | None:
@@ -212,7 +268,8 @@ def _clients_to_fit(recipe: Sections) -> int | None:
         return recipe.training.fit_head_clients
     count = None if _is_natural(recipe) else recipe.clients.count
     most = max(FEWEST_TO_FIT, recipe.rounds.count * recipe.rounds.cohort(count) // 2)
-    every = recipe.rounds.selection == "balanced" or (count is not None and count <= most)
+    balanced = recipe.rounds.selection == "balanced" or recipe.training.label_skew == "balance"
+    every = balanced or (count is not None and count <= most)
     return None if every else most
 
 

@@ -11,7 +11,7 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from ..aggregation.settings import AggregationSettings
-from ..core.errors import ModelError, RecipeError
+from ..core.errors import RecipeError
 from ..core.settings import Settings
 from ..data.settings import ClientSettings, DataSettings, PublicSettings, TaskKind
 from ..evaluation.settings import CLASSIFICATION_METRICS, RETRIEVAL_METRICS, EvaluationSettings
@@ -23,7 +23,7 @@ from ..simulation.settings import AttackSettings, NoiseSettings, ParticipationSe
 from ..training.settings import TrainingSettings
 from ..updates.settings import CompressionSettings
 from .help import explain, nearest
-from .label_skew import remedies_of, settled, why_no_head_fit
+from .label_skew import check_label_skew, settled, why_no_head_fit
 from .sections import PersonalisationSettings, RoundSettings
 
 Baseline = Literal["federated", "centralised", "local"]
@@ -41,9 +41,6 @@ SELECTION_METRICS: dict[TaskKind, tuple[str, ...]] = {
 """By what the best round can be chosen."""
 
 DEFAULT_METRIC: dict[TaskKind, str] = {"classification": "accuracy", "generation": "loss", "retrieval": "mrr"}
-
-SEARCHED = (0.3, 1.0, 3.0, 10.0)
-"""What of a method's default learning rate ``training.learning_rate = "auto"`` tries."""
 
 FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation")
 """Sections that a baseline leaves at their defaults."""
@@ -135,6 +132,7 @@ class Recipe(Settings):
     def _check_training(self) -> None:
         """What only a classifier's training has, and its data."""
         training = self.training
+        check_label_skew(self)
         if self.data.task != "classification":
             if self.attack.kind in ("label_flip", "backdoor"):
                 raise ValueError(f"attack.kind = {self.attack.kind!r}: needs labels")
@@ -155,6 +153,8 @@ class Recipe(Settings):
         if self.method.only_fits and federated and (reason := why_no_head_fit(self)):
             raise ValueError(f"method.name = {self.method.name!r}: {reason}")
         unadjusted = training.logit_adjustment is None and training.fit_head_rounds is not None
+        unadjusted = unadjusted and training.label_skew != "adjust"
+        unadjusted = unadjusted or training.label_skew in ("none", "balance")
         if (training.logit_adjustment == 0 or unadjusted) and training.prior_count != 1:
             raise ValueError(
                 f"training.prior_count = {training.prior_count}: has no effect without logit_adjustment"
@@ -229,33 +229,6 @@ class Recipe(Settings):
         """The metric by which the best round is chosen."""
         return self.evaluation.metric or DEFAULT_METRIC[self.data.task]
 
-    def complete(self) -> Recipe:
-        """With the method's own learning rate where none is set, and with remedies for label skew where the
-        recipe says nothing of them and they are possible.
-        """
-        remedies = remedies_of(self)
-        changed: dict[str, Any] = {}
-        if "training" not in self.method.not_for:
-            filled = dict(remedies.training)
-            if self.training.learning_rate in (None, "auto"):
-                from ..models.load import model_kind
-
-                default = self.method.default_learning_rate(model_kind(self.model))
-                filled["learning_rate"] = default
-                if self.training.learning_rate == "auto" and default and not self.method.only_fits:
-                    tried = [float(f"{factor * default:.3g}") for factor in SEARCHED]
-                    filled["search_rates"] = self.training.search_rates or tried
-            if filled:
-                changed["training"] = self.training.model_copy(update=filled)
-        if self.method.only_fits:
-            one = {"count": 1, "clients_per_round": None, "min_clients": 1, "selection": remedies.selection}
-            changed["rounds"] = self.rounds.model_copy(update=one)
-        elif remedies.selection != self.rounds.selection:
-            changed["rounds"] = self.rounds.model_copy(update={"selection": remedies.selection})
-        if (model := self._pooled()) is not None:
-            changed["model"] = model
-        return self.model_copy(update=changed) if changed else self
-
     def settled(self, clients: int) -> Recipe:
         """This recipe, complete, as it is run where there are so many ``clients``
         (:func:`fedcustom.recipe.label_skew.settled`).
@@ -266,26 +239,6 @@ class Recipe(Settings):
         training = self.training.model_copy(update=found.training)
         rounds = self.rounds.model_copy(update={"selection": found.selection})
         return self.model_copy(update={"training": training, "rounds": rounds})
-
-    def _pooled(self) -> ModelSettings | None:
-        """The model with the pooling that its folder says, so that all parties read the same; None where
-        there is none to fill in.
-        """
-        if self.data.task != "classification" or not self.method.with_head:
-            return None
-        if self.model.trust_remote_code or (
-            self.model.pooling != "auto" and self.model.normalize is not None
-        ):
-            return None
-        from ..models.load import pooling_of
-
-        try:
-            found = pooling_of(self.model)
-        except ModelError:  # said when the model is loaded
-            return None
-        if found is None:
-            return None
-        return self.model.model_copy(update={"pooling": found.name, "normalize": found.normalize})
 
     def for_method(self, name: str, baseline: Baseline = "federated") -> Recipe:
         """This recipe with another method and baseline, and with what ``[compare.<method>]`` and

@@ -57,6 +57,18 @@ class TrainingSettings(Settings):
     proximal: float = Field(
         0.0, ge=0, description="FedProx: weight mu of mu/2 * |w - w_global|^2 in the client's loss"
     )
+    label_skew: Literal["auto", "none", "adjust", "balance"] | None = Field(
+        None,
+        description="Classification, remedy where clients have few of the labels. balance: cohorts that "
+        "together have nearly everybody's labels (rounds.selection); adjust: a client's logits, in training, "
+        "by its own label shares (logit_adjustment); none: neither; unset, or auto: balance where that is "
+        "possible, else adjust, with a head that is fitted by default, else none (docs/label_skew.md)",
+    )
+    fit_head: bool | None = Field(
+        None,
+        description="Classification: whether clients together fit the head before and after training "
+        "(fit_head_rounds); unset: where that is possible",
+    )
     logit_adjustment: float | None = Field(
         None,
         ge=0,
@@ -82,7 +94,7 @@ class TrainingSettings(Settings):
         None,
         description="Rounds in which clients send sums of the head's inputs instead of training, and the "
         "server fits the head to them; 1: before training begins, -1 (the last): after it; []: none; unset: "
-        "[1, -1] where that is possible and logit_adjustment is unset too, else [] (docs/experiment.md)",
+        "[1, -1] where that is possible and logit_adjustment is unset too, else [] (docs/label_skew.md)",
     )
     fit_head_clients: int | None = Field(
         None,

@@ -21,6 +21,7 @@ from fedcustom.core.files import read_tensors
 from fedcustom.core.tensors import equal, part
 from fedcustom.data.build import build_data
 from fedcustom.data.tokens import example_order
+from fedcustom.federated.resolve import resolved
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.methods import Answer, Client, Task, Update
 from fedcustom.methods.distillation import packing
@@ -459,8 +460,8 @@ def test_what_does_not_fit_is_refused(
 
 def test_the_clients_learning_rate_is_that_of_their_method(distil: dict[str, Any]) -> None:
     del distil["training"]["learning_rate"]
-    assert load_recipe(distil).complete().training.learning_rate == 1e-4
-    assert load_recipe(changed(distil, client_method="lora")).complete().training.learning_rate == 2e-3
+    assert resolved(load_recipe(distil)).training.learning_rate == 1e-4
+    assert resolved(load_recipe(changed(distil, client_method="lora"))).training.learning_rate == 2e-3
 
 
 def test_a_public_set_that_overlaps_the_test_set_is_refused(distil: dict[str, Any], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import fedcustom
 from fedcustom.cli.app import app
 from fedcustom.core.errors import RecipeError
 from fedcustom.data.build import build_data
+from fedcustom.federated.resolve import resolved
 from fedcustom.recipe.recipe import load_recipe
 from helpers.rows import make_rows, write_jsonl
 from helpers.runs import rows_of, tensors_of
@@ -74,13 +75,13 @@ def test_its_only_round(probe: dict[str, Any], tmp_path: Path) -> None:
     """Whatever the recipe's rounds and remedies are; nothing but the head is trained, sent or counted."""
     recipe = {**probe, "rounds": {"count": 30, "clients_per_round": 2, "selection": "balanced"}}
     recipe["training"] = {"freeze_head_rounds": 4, "warmup_rounds": 3, "logit_adjustment": 1.0}
-    complete = load_recipe(recipe).complete()
+    complete = resolved(load_recipe(recipe))
     assert (complete.rounds.count, complete.rounds.clients_per_round) == (1, None)
     assert complete.rounds.selection == "uniform"
     training = complete.training
     assert (training.fit_head_rounds, training.logit_adjustment, training.freeze_head_rounds) == ([1], 0.0, 0)
     assert (training.warmup_rounds, training.prior_count) == (0, 1.0)
-    assert complete.complete() == complete
+    assert resolved(complete) == complete
     run = fedcustom.run(recipe, out=tmp_path / "run")
     rows = rows_of(run.directory)
     assert [row["round"] for row in rows] == [0, 1]

@@ -20,6 +20,7 @@ from ...core.errors import FedcustomError, PolicyError, UpdateError, WireError
 from ...core.files import read_json, write_json, write_tensors
 from ...core.tensors import Tensors
 from ...data.party_data import OwnData, read_own
+from ...federated.resolve import resolved
 from ...methods.tuning.head_messages import HEAD_GRADIENT, SCALE_HEAD
 from ...recipe.recipe import Recipe, load_recipe
 from ...transport import wire
@@ -193,7 +194,7 @@ class Resident:
         """
         recipe = load_recipe(content)
         check_recipe(self.settings.policy, recipe)
-        recipe = recipe.complete()
+        recipe = resolved(recipe)
         check_recipe(self.settings.policy, recipe)
         return recipe
 
