@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 import sys
@@ -15,7 +14,17 @@ from rich.table import Table
 
 from ..core.errors import DataError, FedcustomError
 from ..federated.resolve import resolved
-from .console import Overrides, Quiet, RecipeFile, command_line, display, err_console, out_console
+from .console import (
+    Overrides,
+    Quiet,
+    RecipeFile,
+    command_line,
+    display,
+    err_console,
+    json_line,
+    out_console,
+    write_any_text,
+)
 from .deploy import deploy, site
 from .experiment import experiment
 
@@ -41,17 +50,18 @@ def main() -> NoReturn:
     """Run the command line; what a user can mend is one line on standard error and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _stop)
+    write_any_text()
     try:
         app(standalone_mode=True)
     except FedcustomError as error:
-        err_console.print(f"error: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+        err_console.print(f"error: {error}", style="bold red", soft_wrap=True)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone, as in: fedcustom ... | head
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         sys.exit(0)
     except OSError as error:
         what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        err_console.print(f"error: {what}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+        err_console.print(f"error: {what}", style="bold red", soft_wrap=True)
         sys.exit(2)
     sys.exit(0)
 
@@ -79,7 +89,7 @@ def run(
     page = write_report([directory], directory / "report.html")
     if not quiet:
         out_console.print(comparison_table([directory]))
-    out_console.print(f"run: {directory}\nreport: {page}", highlight=False, soft_wrap=True)
+    out_console.print(f"run: {directory}\nreport: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -149,13 +159,11 @@ def compare(
     if finished:
         page = write_report([folder], folder / "report.html")
         out_console.print(comparison_table(finished))
-        out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+        out_console.print(f"report: {page}", soft_wrap=True)
     for name in [label(cell) for cell in cells if cell.added and label(cell) in failed]:
         _note(f"no {name}: {failed.pop(name)}")
     for name, error in failed.items():
-        err_console.print(
-            f"error: {name}: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True
-        )
+        err_console.print(f"error: {name}: {error}", style="bold red", soft_wrap=True)
     if failed:
         raise typer.Exit(2)
 
@@ -172,7 +180,7 @@ def report(
 
     page = write_report(directories, out or directories[0] / "report.html")
     out_console.print(comparison_table(directories))
-    out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    out_console.print(f"report: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -198,15 +206,13 @@ def predict(
     if text is not None:
         answer = finished.predict([text])[0]
         if "label" in answer:
-            out_console.print(
-                f"{answer['label']}  {answer['probability']:.3f}", highlight=False, markup=False
-            )
+            out_console.print(f"{answer['label']}  {answer['probability']:.3f}")
         else:
-            out_console.print(answer["text"], highlight=False, markup=False, soft_wrap=True)
+            out_console.print(answer["text"], soft_wrap=True)
         return
     assert input_file is not None
     for answer in finished.predict(_inputs(input_file)):
-        print(json.dumps(_readable(answer), ensure_ascii=False))
+        print(json_line(_readable(answer)))
 
 
 @app.command()
@@ -220,8 +226,8 @@ def index(
 
     found = library.index(recipe, out, overrides or [], note=_note)
     for name, documents in sorted(found.items()):
-        out_console.print(f"{name}: {documents} documents", highlight=False, markup=False)
-    out_console.print(f"index: {out}", highlight=False, soft_wrap=True)
+        out_console.print(f"{name}: {documents} documents")
+    out_console.print(f"index: {out}", soft_wrap=True)
 
 
 @app.command()
@@ -237,22 +243,21 @@ def ask(
     for number, passage in enumerate(reply.passages, start=1):
         out_console.print(
             f"[{number}] {passage.client}  {passage.score:.4f}  {passage.document}",
-            style="bold", highlight=False, markup=False,
+            style="bold",
         )  # fmt: skip
         text = "(its owner does not show it)" if passage.text is None else " ".join(passage.text.split())
-        out_console.print(f"    {text}", highlight=False, markup=False)
+        out_console.print(f"    {text}")
     if reply.answer:
         cited = " ".join(f"[{number}]" for number in reply.cited)
-        out_console.print(f"answer: {reply.answer} {cited}".rstrip(), highlight=False, markup=False)
+        out_console.print(f"answer: {reply.answer} {cited}".rstrip())
     asked = ", ".join(reply.clients_asked)
     out_console.print(
         f"asked: {asked}; {reply.bytes_down:,} bytes down, {reply.bytes_up:,} bytes up",
-        highlight=False, markup=False,
     )  # fmt: skip
 
 
 def _note(text: str) -> None:
-    err_console.print(text, highlight=False, markup=False, soft_wrap=True)
+    err_console.print(text, soft_wrap=True)
 
 
 @app.command()
@@ -264,9 +269,7 @@ def export(
     from .. import api
 
     folder = api.load(directory).export(to)
-    out_console.print(
-        f"model: {folder} (its README.md shows how to load it)", highlight=False, soft_wrap=True
-    )
+    out_console.print(f"model: {folder} (its README.md shows how to load it)", soft_wrap=True)
 
 
 @app.command()
@@ -287,10 +290,10 @@ def recipe(
         for key, kind, default, help_text in settings_help(Recipe):
             style = "bold" if key.startswith("[") else ""
             table.add_row(
-                key.replace("[", r"\["), kind, default.replace("[", r"\["), help_text,
+                key, kind, default, help_text,
                 style=style,
             )  # fmt: skip
-        out_console.print(table, highlight=False)
+        out_console.print(table)
         return
     if file is not None:
         chosen = resolved(load_recipe(file, overrides or []))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +13,47 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-err_console = Console(stderr=True)
+from ..core.text import printable
+
+
+class PlainConsole(Console):
+    """A console that shows text as it is: no markup in it, and nothing in it that a terminal would obey.
+    Names, texts and errors of clients come here.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, highlight=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As of any console, of a text whose control characters are escaped."""
+        return super().render_str(printable(text), **options)
+
+
+err_console = PlainConsole(stderr=True)
 # A pipe or file has no width of its own; tables need more than the 80 columns that rich would take.
-out_console = Console() if sys.stdout.isatty() else Console(width=120)
+out_console = PlainConsole() if sys.stdout.isatty() else PlainConsole(width=120)
+
+
+def write_any_text() -> None:
+    """Let standard output and error take every text, whatever their encoding: characters that it lacks are
+    escaped, so that a finished run does not fail by its last line.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def json_line(value: Any) -> str:
+    """A value as one line of JSON, in characters that standard output can write."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
+
 
 RecipeFile = Annotated[
     Path, typer.Argument(help="The recipe, a TOML file (see: fedcustom recipe --help-all)")
@@ -67,7 +106,7 @@ def display(command: str, quiet: bool) -> Iterator[Any]:
     except KeyboardInterrupt:
         for display in shown:
             display.close()
-        err_console.print(f"stopped; go on with: {command}", highlight=False, markup=False, soft_wrap=True)
+        err_console.print(f"stopped; go on with: {command}", soft_wrap=True)
         raise typer.Exit(130) from None
     finally:
         for display in shown:

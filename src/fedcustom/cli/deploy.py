@@ -49,12 +49,12 @@ def init(
     save_federation(folder, FederationSettings(server=server, port=port, sites=names))
     deployed = command_line("deploy", "run", recipe, overrides=overrides, options={"--federation": folder})
     for name in names:
-        out_console.print(f"kit of {name}: {folder / 'sites' / name}", highlight=False, soft_wrap=True)
+        out_console.print(f"kit of {name}: {folder / 'sites' / name}", soft_wrap=True)
     out_console.print(
         "Hand each site its kit over a channel that both trust, then delete it here; keep authority/ to "
         "yourself.\nA site runs: fedcustom site start KIT --data site.toml\n"
         f"You run: {deployed}",
-        highlight=False, markup=False, soft_wrap=True,
+        soft_wrap=True,
     )  # fmt: skip
 
 
@@ -118,13 +118,13 @@ def status(folder: Folder = Path("federation")) -> None:
     if found["process"] is None:
         out_console.print("no run is under way; the server is started by: fedcustom deploy run")
         return
-    out_console.print(f"process {found['process']} drives a run", highlight=False)
+    out_console.print(f"process {found['process']} drives a run")
     connected = found["connected"]
     for name in found["sites"]:
         state = "unknown (the server does not answer)" if connected is None else "not connected"
         if connected is not None and name in connected:
             state = "connected"
-        out_console.print(f"{name}: {state}", highlight=False, markup=False)
+        out_console.print(f"{name}: {state}")
 
 
 @deploy.command()
@@ -133,7 +133,7 @@ def stop(folder: Folder = Path("federation")) -> None:
     from ..deployment import run as deployed
 
     said = "the run was told to stop" if deployed.stop(folder) else "no run is under way"
-    out_console.print(said, highlight=False)
+    out_console.print(said)
 
 
 @site.command()
@@ -157,8 +157,8 @@ def check(data: Annotated[Path, typer.Option("--data", help="The file to check (
 
     load_site(data)
     for key, value, default, help_text in describe():
-        out_console.print(f"{key} ({value}, default {default}): {help_text}", highlight=False, markup=False)
-    out_console.print(f"{data}: in order", highlight=False, markup=False)
+        out_console.print(f"{key} ({value}, default {default}): {help_text}")
+    out_console.print(f"{data}: in order")
 
 
 def _show(directory: Path, quiet: bool) -> None:
@@ -167,8 +167,8 @@ def _show(directory: Path, quiet: bool) -> None:
     page = write_report([directory], directory / "report.html")
     if not quiet:
         out_console.print(comparison_table([directory]))
-    out_console.print(f"run: {directory}\nreport: {page}", highlight=False, soft_wrap=True)
+    out_console.print(f"run: {directory}\nreport: {page}", soft_wrap=True)
 
 
 def _note(text: str) -> None:
-    err_console.print(text, highlight=False, markup=False, soft_wrap=True)
+    err_console.print(text, soft_wrap=True)

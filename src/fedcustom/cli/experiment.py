@@ -43,7 +43,7 @@ def experiment(
     opened = open_experiment(file, runs, results, parse_only(only or []))
     if list_:
         for line in opened.listing():
-            out_console.print(line, highlight=False, markup=False, soft_wrap=True)
+            out_console.print(line, soft_wrap=True)
         return
     failed: dict[str, str] = {}
     if not report:
@@ -60,17 +60,15 @@ def experiment(
             raise typer.Exit(130) from None
     try:
         for path in write_tables(file, opened.results):
-            out_console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+            out_console.print(str(path), soft_wrap=True)
     except RunError:
         if not failed:
             raise
     for name, reason in failed.items():
-        err_console.print(
-            f"error: {name}: {reason}", style="bold red", highlight=False, markup=False, soft_wrap=True
-        )
+        err_console.print(f"error: {name}: {reason}", style="bold red", soft_wrap=True)
     if failed:
         raise typer.Exit(2)
 
 
 def _say(text: str) -> None:
-    err_console.print(text, highlight=False, markup=False, soft_wrap=True)
+    err_console.print(text, soft_wrap=True)

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..core.text import printable
 from ..federated.callbacks import Callback, Outline
 from ..federated.run_directory import Row
 from ..recipe.label_skew import in_words
@@ -130,7 +131,8 @@ class ProgressDisplay(Callback):
 
     def on_note(self, text: str) -> None:
         """Show a warning."""
-        self.console.print(text, style="yellow", highlight=False, soft_wrap=True)
+        plain = printable(text, lines=False)
+        self.console.print(plain, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         """Show the result."""
@@ -174,7 +176,7 @@ class ProgressDisplay(Callback):
 
     def _line(self, text: str) -> None:
         """Print a line that stays; the next word on what is being done can wait."""
-        text = f"{self.name}: {text}" if self.name else text
+        text = printable(f"{self.name}: {text}" if self.name else text)
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         self.due = self.clock() + EVERY
 
@@ -190,8 +192,12 @@ class ProgressDisplay(Callback):
                 TimeElapsedColumn(),
                 console=self.console,
             )
-            bar.add_task(self.name or "fedcustom", total=None, figures="", doing="")
-        bar.update(bar.task_ids[0], **changes)
+            bar.add_task(printable(self.name or "fedcustom", lines=False), total=None, figures="", doing="")
+        plain: dict[str, Any] = {
+            key: printable(value, lines=False) if isinstance(value, str) else value
+            for key, value in changes.items()
+        }
+        bar.update(bar.task_ids[0], **plain)
         if self.bar is None:
             self.bar = bar
             bar.start()

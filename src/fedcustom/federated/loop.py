@@ -260,8 +260,9 @@ class FedAvg:
             record.note(reply)
             if reply.update is None:
                 if reply.detail:  # a simulated drop-out is no surprise
+                    reason = record.left_out[reply.client]
                     self.warn(
-                        f"round {record.number}: client {reply.client} left out: {reply.reason}", reply.detail
+                        f"round {record.number}: client {reply.client} left out: {reason}", reply.detail
                     )
                 continue
             late = record.staleness(reply.client)

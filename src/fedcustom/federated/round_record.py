@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..core.text import printable
 from ..recipe import Recipe
 from ..training.local import schedule_factor
 from ..transport.protocol import Reply
 from .run_directory import Row
 from .schedule import Assignment
+
+MOST_CHARACTERS = 1000
+"""Of the reason why a client is left out, which may be the client's own words."""
 
 
 @dataclass
@@ -38,7 +42,7 @@ class RoundRecord:
         if reply.bytes_up:
             self.bytes_up[reply.client] = self.bytes_up.get(reply.client, 0) + reply.bytes_up
         if reply.update is None:
-            self.left_out[reply.client] = reply.reason
+            self.left_out[reply.client] = printable(reply.reason, lines=False)[:MOST_CHARACTERS]
             return
         self.answered.append(reply.client)
         values = reply.update.values

@@ -25,6 +25,7 @@ from ..core.files import (
     write_text,
 )
 from ..core.tensors import named, part
+from ..core.text import printable
 from ..evaluation.metrics import Metrics, is_better
 from ..methods.protocol import State
 from ..models.load import Base
@@ -131,7 +132,7 @@ class RunDirectory:
     def warn(self, text: str, detail: str = "") -> None:
         """Add a warning to ``warnings.log``."""
         with (self.path / "warnings.log").open("a", encoding="utf-8") as file:
-            file.write(f"{_now()} {text}\n{detail}")
+            file.write(f"{_now()} {printable(text, lines=False)}\n{printable(detail)}")
 
 
 def _difference(old: Recipe, new: Recipe) -> str:
