@@ -10,6 +10,9 @@ UNPRINTABLE = re.compile(
     "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]"  # line separators, and direction marks
 )
 
+UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+"""What no text of another party may hold: control characters but line breaks and tabs, lone surrogates."""
+
 
 def printable(text: str, *, lines: bool = True) -> str:
     """The text with everything escaped that a terminal obeys instead of showing, as in ``\\x1b``.

@@ -1,32 +1,34 @@
 """What travels between server and client: named tensors, numbers and texts, as bytes.
 
 A message is eight bytes (the length of the JSON, little-endian), the JSON, and the tensors in safetensors
-form. Nothing in it can run code when it is read.
+form. Nothing in it can run code when it is read, and it passes the gate (:mod:`.gate`) first.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from ..core.errors import WireError
 from ..core.tensors import DTYPE_NAMES, Tensors
+from . import gate
 
 DTYPES = DTYPE_NAMES
 
 MAX_BYTES = 64 * 2**30
-MAX_JSON_BYTES = 64 * 2**20
+
+_UNCLEAN = re.compile(r"\\(?:u00[01]|b|f)|[\x7f\ud800-\udfff]")  # in JSON, at the least
 
 
 def encode(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> bytes:
-    """One message.
+    """One message. Control characters in its texts are spaces in it (:func:`.gate.clean`).
 
     Raises:
         WireError: a tensor's dtype may not travel, or a value is not a number, text, list or dict of them.
@@ -41,24 +43,18 @@ def decode(payload: bytes, limit: int = MAX_BYTES) -> tuple[Tensors, dict[str, A
     """The tensors and values of a message.
 
     Raises:
-        WireError: the message is larger than ``limit`` bytes, truncated or malformed.
+        WireError: the message is larger than ``limit`` bytes, truncated, malformed, or beyond a bound of the
+            gate.
     """
     if len(payload) > limit:
         raise WireError(f"a message of {len(payload)} bytes; at most {limit} are allowed")
     if len(payload) < 8:
         raise WireError("a message is truncated")
     (size,) = struct.unpack_from("<Q", payload)
-    if size > MAX_JSON_BYTES or 8 + size > len(payload):
+    if size > gate.MAX_JSON_BYTES or 8 + size > len(payload):
         raise WireError("a message is truncated or malformed")
-    try:
-        values = json.loads(payload[8 : 8 + size])
-        tensors = safetensors.torch.load(payload[8 + size :])
-    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise WireError(f"a message is malformed: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
-        raise WireError("a message is malformed: its values must be a JSON object")
-    _check_dtypes(tensors)
-    return tensors, values
+    values = gate.read_json(payload[8 : 8 + size])
+    return gate.read_tensors(payload[8 + size :], limit), values
 
 
 def length(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> int:
@@ -94,8 +90,14 @@ def _safetensors_length(signature: tuple[tuple[str, str, tuple[int, ...], int], 
 
 
 def _json(values: Mapping[str, Any]) -> bytes:
+    def dumped(values: Any) -> str:
+        return json.dumps(values, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
+
     try:
-        return json.dumps(dict(values), separators=(",", ":"), sort_keys=True, ensure_ascii=False).encode()
+        text = dumped(dict(values))
+        if _UNCLEAN.search(text):
+            text = dumped(gate.clean(values))
+        return text.encode()
     except (TypeError, ValueError) as error:
         raise WireError(f"only numbers, texts, lists and dicts can travel: {error}") from None
 
