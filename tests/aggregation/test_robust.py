@@ -218,3 +218,31 @@ def test_nothing_to_combine() -> None:
     for rule in ("mean", "median", "krum"):
         with pytest.raises(ValueError, match="there is no"):
             combine([], AggregationSettings(rule=rule))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", [*ROBUST, "fltrust"])
+@pytest.mark.parametrize("value", [1e20, 3.4e38, -3.4e38])
+def test_changes_of_any_finite_size_move_no_robust_rule_far(rule: str, value: float) -> None:
+    states, rows = cohort(7, 5)
+    honest = rows[:5]
+    for state in states[5:]:
+        for tensor in state.values():
+            tensor.fill_(value)
+    root = states[0] if rule == "fltrust" else None
+    found = combined(states, rule=rule, byzantine_fraction=2 / 7, root=root)
+    assert np.isfinite(found).all()
+    centre = honest.mean(axis=0)
+    spread = np.linalg.norm(honest - centre, axis=1).max() + np.linalg.norm(honest, axis=1).max()
+    assert np.linalg.norm(found - centre) < 2 * spread
+
+
+def test_the_geometric_median_of_a_majority_that_agrees_is_what_it_agrees_on() -> None:
+    states, _ = cohort(5, 2)
+    for state in states[1:3]:
+        for name, tensor in state.items():
+            tensor.copy_(states[0][name])
+    for value in (1e3, 1e30, 3.4e38):
+        for state in states[3:]:
+            for tensor in state.values():
+                tensor.fill_(value)
+        np.testing.assert_allclose(combined(states, rule="geometric_median"), flat(states[0]), rtol=1e-4)

@@ -60,10 +60,11 @@ def krum(gram: Tensor, byzantine: int, chosen: int = 1) -> Tensor:
 def geometric_median(gram: Tensor, iterations: int = 100, smoothing: float = 1e-6) -> Tensor:
     """The point with the smallest sum of distances, by smoothed Weiszfeld steps (RFA, Pillutla et al. 2022).
 
-    ``smoothing`` is relative to the median distance of the start. Returns coefficients (K).
+    The steps start at the mean of the half of the changes that lie nearest to one another, so that changes of
+    any finite size among the others neither move the start nor set the scale. ``smoothing`` is relative to
+    the median distance of the start. Returns coefficients (K).
     """
-    count = len(gram)
-    coefficients = torch.full((count,), 1 / count, dtype=torch.float64)
+    coefficients = _mean_of_nearest_half(gram)
     floor = None
     for _ in range(iterations):
         away = distances(gram, coefficients)
@@ -73,6 +74,19 @@ def geometric_median(gram: Tensor, iterations: int = 100, smoothing: float = 1e-
         moved, coefficients = float((following - coefficients).abs().max()), following
         if moved < 1e-9:
             break
+    return coefficients
+
+
+def _mean_of_nearest_half(gram: Tensor) -> Tensor:
+    """Coefficients of the mean of K // 2 + 1 changes: one and those nearest to it, such that the farthest of
+    them is as near as can be.
+    """
+    count = len(gram)
+    half = count // 2 + 1
+    away, order = distances(gram).sort(dim=1, stable=True)
+    centre = int(away[:, half - 1].argmin())
+    coefficients = torch.zeros(count, dtype=torch.float64)
+    coefficients[order[centre, :half]] = 1 / half
     return coefficients
 
 

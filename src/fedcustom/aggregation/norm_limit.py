@@ -1,0 +1,64 @@
+"""Norm limit: refuses a change far larger than those of other clients, which would ruin the global state."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FEWEST_TO_COMPARE = 3
+"""Changes from which on one is compared with the others: of two, either may be the malicious one."""
+
+MAX_NORM = 1e6
+"""Largest norm of a change by default, whatever the others'."""
+
+MAX_RATIO = 100.0
+"""How many times the median of other changes one may be by default."""
+
+
+@dataclass(frozen=True)
+class ChangeSize:
+    """The Euclidean norm of a client's change, over all its tensors, and its optimiser steps."""
+
+    norm: float
+    steps: int = 1
+
+
+def change_size(tensors: Mapping[str, Tensor], steps: int = 1) -> ChangeSize:
+    """The size of a change; its norm is taken in float64, so that no finite change overflows."""
+    squares = 0.0
+    for tensor in tensors.values():
+        if tensor.is_floating_point() and tensor.numel():
+            squares += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    return ChangeSize(math.sqrt(squares), max(1, steps))
+
+
+def too_large(
+    size: ChangeSize,
+    others: Sequence[ChangeSize],
+    *,
+    max_norm: float = MAX_NORM,
+    max_ratio: float = MAX_RATIO,
+) -> str | None:
+    """Why a change is refused; None if it is not.
+
+    It is where its norm is above ``max_norm``, or above ``max_ratio`` times the median of ``others`` both as
+    it is and divided by its steps: clients with much data make longer changes than others, those with little
+    longer ones a step. Fewer than three others, or others that did not move, are not compared with.
+    """
+    if not size.norm <= max_norm:
+        return f"its change has norm {size.norm:.3g}; at most {max_norm:.3g} is allowed"
+    if len(others) < FEWEST_TO_COMPARE:
+        return None
+    median = statistics.median(other.norm for other in others)
+    a_step = statistics.median(other.norm / other.steps for other in others)
+    if median > 0 and size.norm > max_ratio * median and size.norm / size.steps > max_ratio * a_step:
+        return (
+            f"its change has norm {size.norm:.3g}, more than {max_ratio:g} times the median of the other "
+            f"clients' ({median:.3g})"
+        )
+    return None
