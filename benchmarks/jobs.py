@@ -18,6 +18,7 @@ from fedcustom.data.tokens import TokenizedExample, example_order
 from fedcustom.federated.build import make_method
 from fedcustom.federated.resolve import resolved
 from fedcustom.federated.schedule import plan_rounds
+from fedcustom.methods.protocol import Work
 from fedcustom.methods.tuning.local_training import batch_ranges
 from fedcustom.methods.tuning.method import WeightTuning
 from fedcustom.models.load import load_base
@@ -58,7 +59,7 @@ def write_job(recipe: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _work(
-    recipe: Recipe, tokens: Mapping[str, list[TokenizedExample]], plan: list[dict[str, dict[str, Any]]]
+    recipe: Recipe, tokens: Mapping[str, list[TokenizedExample]], plan: list[dict[str, Work]]
 ) -> dict[str, Any]:
     """Every client's batches of every round, in the order in which our engine makes them."""
     training = recipe.training

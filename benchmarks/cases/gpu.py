@@ -16,7 +16,7 @@ from fedcustom.data.settings import DataSettings
 from fedcustom.evaluation.settings import EvaluationSettings
 from fedcustom.methods.lora.method import Lora
 from fedcustom.methods.lora.settings import LoraSettings
-from fedcustom.methods.protocol import Client
+from fedcustom.methods.protocol import Client, Work
 from fedcustom.methods.tuning.method import WeightTuning
 from fedcustom.methods.tuning.technique import Context
 from fedcustom.models.load import load_base
@@ -44,7 +44,9 @@ def measure(
         words = " ".join(f"w{i % 900}" for i in range(tokens - 2))
         examples = [Example("w1", target=f" {words}") for _ in range(batch_size * steps)]
         people = [Client(f"c{i}", ClientData(f"c{i}", examples)) for i in range(clients)]
-        tasks = method.configure(method.initialise(), 1, {client.name: {"steps": steps} for client in people})
+        tasks = method.configure(
+            method.initialise(), 1, {client.name: Work(steps=steps) for client in people}
+        )
         pairs = [(tasks[client.name], client) for client in people]
         work = clients * steps * batch_size * tokens
         rates: dict[str, list[float]] = {"together": [], "one by one": []}

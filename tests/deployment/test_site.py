@@ -50,11 +50,13 @@ from fedcustom.evaluation.statistics import (
     pooled_metrics,
 )
 from fedcustom.federated.resolve import resolved
-from fedcustom.methods import Answer, Memory, Task, Update
+from fedcustom.methods import Answer, Memory, Update, Work
+from fedcustom.methods.tuning.messages import TrainTask
 from fedcustom.models.memory_mapping import leave_memory, parked
 from fedcustom.models.pooling import Pooling
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport.channel import Packed, update_length
+from fedcustom.transport.messages import read_update, values_of
 from fedcustom.updates.layout import describe, laid_out
 from fedcustom.updates.pipeline import on_client, on_server, update_transforms
 from fedcustom.updates.settings import CompressionSettings
@@ -202,10 +204,10 @@ def test_what_is_unpacked_apart_is_what_a_simulation_gives(
     change |= {"new": torch.randn(3, generator=random)} if not change else {}
     compression = CompressionSettings(kind=kind)  # type: ignore[arg-type]
     here, there = update_transforms(compression), update_transforms(compression)
-    context = ClientContext("a", Task("train", sent), Memory())
+    context = ClientContext("a", TrainTask(sent, round_number=1), Memory())
     coded = on_client(here, Update(change), context)
     packed = Packed.of(coded)
-    travelled = Packed(packed.tensors, json.loads(json.dumps(packed.layout))).update(1.0, {})
+    travelled = Packed(packed.tensors, json.loads(json.dumps(packed.layout))).update(Update())
     expected = on_server(here, coded, context).tensors
     received = on_server(there, travelled, UpdateContext("a", context.task)).tensors
     assert received.keys() == expected.keys() == change.keys()
@@ -330,12 +332,12 @@ def opened(made: Resident) -> dict[str, Any]:
 def work(made: Resident, tmp_path: Path, number: int = 1) -> dict[str, Any]:
     assert made.participant is not None
     state = made.participant.method.initialise()
-    task = made.participant.method.configure(state, number, {"site-1": {"epochs": 1}})["site-1"]
+    task = made.participant.method.configure(state, number, {"site-1": Work(epochs=1)})["site-1"]
     body = tmp_path / "in.safetensors"
     safetensors.torch.save_file(task.tensors, body)
     return made.handle(
         {
-            "kind": "work", "run": RUN, "task": task.kind, "round": number, "values": task.values,
+            "kind": "work", "run": RUN, "task": task.kind, "round": number, "values": values_of(task),
             "body": str(body),
         }
     )  # fmt: skip
@@ -376,13 +378,13 @@ def test_all_exchanges_of_a_fit_are_one_round(resident: Any, small: dict[str, An
     method, kinds = made.participant.method, []
     state = method.initialise()
     while not kinds or "unfinished" in state.values:
-        task = method.configure(state, 1, {"site-1": {"epochs": 1}})["site-1"]
+        task = method.configure(state, 1, {"site-1": Work(epochs=1)})["site-1"]
         kinds.append(task.kind)
         safetensors.torch.save_file(task.tensors, tmp_path / "in.safetensors")
-        message = {"kind": "work", "run": RUN, "task": task.kind, "round": 1, "values": task.values}
+        message = {"kind": "work", "run": RUN, "task": task.kind, "round": 1, "values": values_of(task)}
         answer = made.handle({**message, "body": str(tmp_path / "in.safetensors")})
-        said = dict(answer["values"])
-        update = Update(safetensors.torch.load_file(answer["body"]), said.pop("weight"), said)
+        tensors = safetensors.torch.load_file(answer["body"])
+        update = read_update(method.messages, task, answer["values"], tensors)
         method.check(task, update)
         state = method.aggregate(state, iter([Answer("site-1", task, update)]))
     assert kinds[:3] == ["fit head", "scale head", "head gradient"]
@@ -419,8 +421,8 @@ def test_a_restarted_site_goes_on_with_its_memory(resident: Any, tmp_path: Path)
     message = {"kind": "work", "run": RUN, "task": "train", "round": 2, "body": str(body)}
     assert made.participant is not None
     state = made.participant.method.initialise()
-    values = made.participant.method.configure(state, 2, {"site-1": {"epochs": 1}})["site-1"].values
-    said = again.handle({**message, "values": values})
+    task = made.participant.method.configure(state, 2, {"site-1": Work(epochs=1)})["site-1"]
+    said = again.handle({**message, "values": values_of(task)})
     assert said["values"] == expected["values"]
     found = safetensors.torch.load_file(said["body"])
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

@@ -18,7 +18,7 @@ from fedcustom.data.examples import ClientData, FederatedData, LearningTask
 from fedcustom.federated.balanced_cohorts import balanced_cohorts
 from fedcustom.federated.resolve import resolved
 from fedcustom.federated.schedule import Plan, plan_rounds
-from fedcustom.methods import Client
+from fedcustom.methods import Client, Work
 from fedcustom.methods.tuning.local_training import batch_ranges
 from fedcustom.recipe.recipe import load_recipe
 from helpers.methods import classification_examples, make
@@ -144,13 +144,13 @@ def test_steps_are_the_mean_clients() -> None:
     labels = {f"c{i}": [10 * i, 7] for i in range(12)}  # 62 examples each, in the mean
     plan = plan_of(labels, "balanced", batch_size=16)
     amounts = [[assignment.amount for assignment in cohort.values()] for cohort in plan]
-    assert amounts[2] == 4 * [{"epochs": 1, "batches": 4}]
+    assert amounts[2] == 4 * [Work(epochs=1, batches=4)]
     for number in (0, 1, 8):
-        assert all(amount == {"epochs": 1} for amount in amounts[number])
+        assert all(amount == Work(epochs=1) for amount in amounts[number])
     liar = plan_of({**labels, "c3": [10**9, 0]}, "balanced", batch_size=16)[2]
     assert {a.amount["batches"] for a in liar.values()} == {10 * 72 // 16}  # 72: the median client's
     counted = plan_of(labels, "balanced", local_steps=3)[2]
-    assert all(assignment.amount == {"steps": 3} for assignment in counted.values())
+    assert all(assignment.amount == Work(steps=3) for assignment in counted.values())
 
 
 def test_plans_that_fit_the_head_to_some_clients() -> None:
@@ -167,14 +167,14 @@ def test_a_cohort_of_all_clients_is_balanced_as_it_is() -> None:
     labels = {f"c{i}": [10 * i, 7] for i in range(12)}  # 62 examples each, in the mean
     plan = plan_of(labels, "balanced", cohort=12, batch_size=16)
     assert all(set(cohort) == set(labels) for cohort in plan)
-    assert [a.amount for a in plan[4].values()] == 12 * [{"epochs": 1, "batches": 4}]
+    assert [a.amount for a in plan[4].values()] == 12 * [Work(epochs=1, batches=4)]
 
 
 @given(
     count=st.integers(1, 200), batches=st.integers(1, 12), passes=st.integers(1, 3), done=st.integers(0, 3)
 )
 def test_an_epoch_in_so_many_batches(count: int, batches: int, passes: int, done: int) -> None:
-    start, amount = done * count, {"epochs": passes, "batches": batches}
+    start, amount = done * count, Work(epochs=passes, batches=batches)
     ranges = batch_ranges(count, start, 16, amount)
     assert [i for begin, end in ranges for i in range(begin, end)] == list(
         range(start, start + passes * count)
@@ -232,7 +232,7 @@ def test_a_large_batch_goes_through_in_parts(tiny: dict[str, str]) -> None:
     """Where clients train one by one, no pass has more rows than the recipe's batch; the step is the same."""
     client = Client("c", ClientData("c", classification_examples(10)))
     updates = []
-    for size, amount in ((10, {"epochs": 1}), (4, {"epochs": 1, "batches": 1})):
+    for size, amount in ((10, Work(epochs=1)), (4, Work(epochs=1, batches=1))):
         method = make(tiny["bert"], "prefix", training={"batch_size": size})
         task = method.configure(method.initialise(), 1, {"c": amount})["c"]
         rows: list[int] = []
@@ -246,9 +246,9 @@ def test_a_large_batch_goes_through_in_parts(tiny: dict[str, str]) -> None:
         updates.append(method.execute(task, Client(client.name, client.data)))
         assert rows == ([10] if size == 10 else [4, 4, 2])
     whole, parts = updates
-    assert whole.values["steps"] == parts.values["steps"] == 1
-    assert parts.values["loss"] == pytest.approx(whole.values["loss"], rel=1e-5)
-    assert parts.values["examples"] == 10
+    assert whole.steps == parts.steps == 1
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert parts.examples == 10
     for name, change in whole.tensors.items():
         assert parts.tensors[name].numpy() == pytest.approx(change.numpy(), rel=1e-3, abs=1e-5)
 
@@ -256,6 +256,6 @@ def test_a_large_batch_goes_through_in_parts(tiny: dict[str, str]) -> None:
 @pytest.mark.parametrize("batches", [0, -1, 2.0, True, "3"])
 def test_a_client_checks_what_it_is_asked(tiny: dict[str, str], batches: Any) -> None:
     method = make(tiny["bert"], "prefix")
-    task = method.configure(method.initialise(), 1, {"c": {"epochs": 1, "batches": batches}})["c"]
+    task = method.configure(method.initialise(), 1, {"c": Work(epochs=1, batches=batches)})["c"]
     with pytest.raises(UpdateError, match=r"batches .* must be a whole number from 1"):
         method.execute(task, Client("c", ClientData("c", classification_examples(4))))

@@ -26,7 +26,8 @@ from fedcustom.federated.resolve import resolved
 from fedcustom.federated.run import run_recipe
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.federated.schedule import plan_rounds
-from fedcustom.methods import WeightTuning
+from fedcustom.methods import WeightTuning, Work
+from fedcustom.methods.tuning.messages import TrainTask
 from fedcustom.models.load import load_base
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport import wire
@@ -51,9 +52,7 @@ def test_the_rounds_are_federated_averaging(small: dict[str, Any], tmp_path: Pat
         for name, client_data in data.clients.items():
             memory = fedcustom.methods.Memory(values={"examples_seen": seen[name]} if seen[name] else {})
             client = fedcustom.methods.Client(name, client_data, memory)
-            task = fedcustom.methods.Task(
-                "train", state, {"epochs": 1, "learning_rate_factor": 1.0, "round": number}
-            )
+            task = TrainTask(state, round_number=number, work=Work(epochs=1))
             updates[name] = by_hand.execute(task, client)
             seen[name] += len(client_data.train)
         total = sum(len(client.train) for client in data.clients.values())
@@ -202,7 +201,7 @@ def test_local_clients_learn_alone(small: dict[str, Any], tmp_path: Path) -> Non
     client = fedcustom.methods.Client("site-2", data.clients["site-2"])
     for number in range(1, state.round_number + 1):
         method.execute(
-            method.configure(method.initialise(), number, {"site-2": {"epochs": 1}})["site-2"], client
+            method.configure(method.initialise(), number, {"site-2": Work(epochs=1)})["site-2"], client
         )
     stored = safetensors.torch.load_file(local.directory / "checkpoints" / "clients" / state.files["site-2"])
     assert equal(client.memory.tensors, stored)
@@ -298,7 +297,7 @@ def test_a_failing_clients_round_does_not_count(
     method = make_method(checked, load_base(checked.model, data.task, 0))
     state = method.initialise()
     names = ["site-0", "site-1", "site-2"]
-    tasks = method.configure(state, 1, {name: {"epochs": 1} for name in names})
+    tasks = method.configure(state, 1, {name: Work(epochs=1) for name in names})
     answers = [
         fedcustom.methods.Answer(
             n, tasks[n], method.execute(tasks[n], fedcustom.methods.Client(n, data.clients[n]))
@@ -401,7 +400,7 @@ def test_an_empty_client_is_named(small: dict[str, Any]) -> None:
     method = make_method(recipe, load_base(recipe.model, data.task, 0))
     client = fedcustom.methods.Client("hollow", type(data.clients["site-0"])("hollow", []))
     with pytest.raises(DataError, match="client 'hollow' has no examples to train on"):
-        method.execute(method.configure(method.initialise(), 1, {"hollow": {"epochs": 1}})["hollow"], client)
+        method.execute(method.configure(method.initialise(), 1, {"hollow": Work(epochs=1)})["hollow"], client)
 
 
 def test_bfloat16_trains_float32_adapters_on_a_bfloat16_base(small: dict[str, Any], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedcustom.methods import Answer, Client, State, Task, WeightTuning
+from fedcustom.methods import Answer, Client, State, Task, WeightTuning, Work
 
 ROUND: dict[str, Any] = {"fit_head_rounds": [1]}
 """Training settings of a run whose first round fits the head."""
@@ -17,7 +17,7 @@ def asked(
     method: WeightTuning, state: State, clients: dict[str, Client], number: int = 1
 ) -> tuple[dict[str, Task], list[Answer]]:
     """The tasks of one exchange, and the clients' answers as the server takes them."""
-    tasks = method.configure(state, number, {name: {"epochs": 1} for name in clients})
+    tasks = method.configure(state, number, {name: Work(epochs=1) for name in clients})
     answers = []
     for name in tasks:
         client = clients[name]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from fedcustom.data.examples import ClientData
-from fedcustom.methods import Answer, Client, Update, WeightTuning
+from fedcustom.methods import Answer, Client, Update, WeightTuning, Work
+from fedcustom.methods.tuning.messages import TrainUpdate
 from helpers.methods import examples_for
 
 SIZES = (5, 1, 8, 3)
@@ -23,7 +24,7 @@ def two_rounds(method: WeightTuning, kind: str) -> tuple[Any, set[str]]:
     for number in (1, 2):
         answers = []
         for name, client in clients.items():
-            task = method.configure(state, number, {name: {"epochs": 1}})[name]
+            task = method.configure(state, number, {name: Work(epochs=1)})[name]
             update = method.execute(task, client)
             method.check(task, update)
             came |= update.tensors.keys()
@@ -34,7 +35,7 @@ def two_rounds(method: WeightTuning, kind: str) -> tuple[Any, set[str]]:
 
 def rounds(
     method: WeightTuning, kind: str, *, together: bool, double: bool = False
-) -> list[dict[str, Update]]:
+) -> list[dict[str, TrainUpdate]]:
     """The updates of two rounds of four unequal clients, two epochs in batches of three each.
 
     In ``double`` precision no rounding stands between two orders of the same sums, on any processor.
@@ -49,12 +50,12 @@ def rounds(
         start += size
     state, result = method.initialise(), []
     for number in (1, 2):
-        tasks = method.configure(state, number, {name: {"epochs": 2} for name in clients})
+        tasks = method.configure(state, number, {name: Work(epochs=2) for name in clients})
         pairs = [(tasks[name], client) for name, client in clients.items()]
         answers = method.execute_together(pairs) if together else [method.execute(*pair) for pair in pairs]
         updates = {}
         for name, answer in zip(clients, answers, strict=True):
-            assert isinstance(answer, Update), answer
+            assert isinstance(answer, TrainUpdate), answer
             method.check(tasks[name], answer)
             updates[name] = answer
         state = method.aggregate(

@@ -14,8 +14,10 @@ from fedcustom.core.tensors import add, equal
 from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.data.tokens import example_order
 from fedcustom.evaluation.settings import EvaluationSettings
-from fedcustom.methods import Answer, Client, Task, Update, registry
+from fedcustom.methods import Answer, Client, Work, registry
 from fedcustom.methods.prefix.init import text_prefix
+from fedcustom.methods.protocol import typed
+from fedcustom.methods.tuning.messages import TrainTask, TrainUpdate
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
 from helpers.methods import (
@@ -106,10 +108,10 @@ def test_training_equals_a_plain_loop(tiny: dict[str, str], model: str, kind: st
         ours = make(tiny[model], method, kind, **more)
         state = ours.initialise()
         client = Client("here", ClientData("here", examples))
-        update = ours.execute(ours.configure(state, 1, {"here": {"steps": steps}})["here"], client)
-        assert update.values["loss"] == pytest.approx(sum(expected[:steps]) / steps, abs=1e-5)
-        assert update.values["steps"] == steps
-        ours.check(Task("train", state.tensors, {"round": 1}), update)
+        update = ours.execute(ours.configure(state, 1, {"here": Work(steps=steps)})["here"], client)
+        assert typed(update, TrainUpdate).loss == pytest.approx(sum(expected[:steps]) / steps, abs=1e-5)
+        assert update.steps == steps
+        ours.check(TrainTask(state.tensors, round_number=1), update)
         changed = {name for name, tensor in update.tensors.items() if tensor.any()}
         unused = {name for name in state.tensors if "position" in name or "embed" in name or "pooler" in name}
         assert changed >= state.tensors.keys() - unused or steps == 1
@@ -120,7 +122,7 @@ def test_only_the_declared_tensors_change(tiny: dict[str, str], method: str) -> 
     ours = make(tiny["bert"], method)
     everything = {name: p.detach().clone() for name, p in ours.trainable.model.named_parameters()}
     client = Client("here", ClientData("here", classification_examples()))
-    ours.execute(ours.configure(ours.initialise(), 1, {"here": {"epochs": 2}})["here"], client)
+    ours.execute(ours.configure(ours.initialise(), 1, {"here": Work(epochs=2)})["here"], client)
     trained = {id(p) for p in ours.trainable.parameters.values()}
     for name, parameter in ours.trainable.model.named_parameters():
         if id(parameter) not in trained:
@@ -179,7 +181,7 @@ def test_reparametrisation_stays_at_the_client(tiny: dict[str, str]) -> None:
     state = through.initialise()
     assert equal(state.tensors, plain.initialise().tensors)  # the network starts as nothing
     client = Client("here", ClientData("here", classification_examples()))
-    update = through.execute(through.configure(state, 1, {"here": {"epochs": 3}})["here"], client)
+    update = through.execute(through.configure(state, 1, {"here": Work(epochs=3)})["here"], client)
     assert update.tensors.keys() == plain.initialise().tensors.keys()
     assert update.tensors["prefix"].any()
     # What was sent acts without the network as it did with it.
@@ -219,7 +221,7 @@ def test_texts_written_in_a_batch_equal_those_written_alone(
     examples = generation_examples(12)
     client = Client("here", ClientData("here", examples))
     start = ours.initialise()
-    task = ours.configure(start, 1, {"here": {"epochs": 4}})["here"]
+    task = ours.configure(start, 1, {"here": Work(epochs=4)})["here"]
     state = ours.aggregate(start, [Answer("here", task, ours.execute(task, client))])
     mixed = [
         Example("cat", target=" x"),
@@ -255,12 +257,12 @@ def test_models_that_take_no_prefix_are_refused(tmp_path: Path, tiny: dict[str, 
 )
 def test_unsound_updates_are_refused(tiny: dict[str, str], change: Any, message: str) -> None:
     ours = make(tiny["bert"], "prefix")
-    task = Task("train", ours.initialise().tensors, {"round": 1})
+    task = TrainTask(ours.initialise().tensors, round_number=1)
     tensors = ours.initialise().tensors
-    ours.check(task, Update(tensors, 3.0, {"loss": 1.0, "steps": 2, "examples": 3}))
+    ours.check(task, TrainUpdate(tensors, 3.0, loss=1.0, steps=2, examples=3))
     change(tensors)
     with pytest.raises(UpdateError, match=message):
-        ours.check(task, Update(tensors, 3.0, {"loss": 1.0, "steps": 2, "examples": 3}))
+        ours.check(task, TrainUpdate(tensors, 3.0, loss=1.0, steps=2, examples=3))
 
 
 @pytest.mark.parametrize(
@@ -280,11 +282,9 @@ def test_unsound_numbers_are_refused(
     tiny: dict[str, str], weight: float, loss: float, steps: Any, message: str
 ) -> None:
     ours = make(tiny["bert"], "prefix")
-    task = Task("train", ours.initialise().tensors, {"round": 1})
+    task = TrainTask(ours.initialise().tensors, round_number=1)
     with pytest.raises(UpdateError, match=message):
-        ours.check(
-            task, Update(ours.initialise().tensors, weight, {"loss": loss, "steps": steps, "examples": 3})
-        )
+        ours.check(task, TrainUpdate(ours.initialise().tensors, weight, loss=loss, steps=steps, examples=3))
 
 
 def test_merging_is_the_mean_by_examples(tiny: dict[str, str]) -> None:
@@ -294,7 +294,7 @@ def test_merging_is_the_mean_by_examples(tiny: dict[str, str]) -> None:
     answers = []
     for name, size in sizes.items():
         client = Client(name, ClientData(name, classification_examples(size)))
-        task = ours.configure(state, 1, {name: {"epochs": 1}})[name]
+        task = ours.configure(state, 1, {name: Work(epochs=1)})[name]
         answers.append(Answer(name, task, ours.execute(task, client)))
     merged = ours.aggregate(state, answers)
     for key, tensor in merged.tensors.items():
@@ -316,7 +316,7 @@ def test_fedprox_adds_its_gradient(tiny: dict[str, str]) -> None:
         states = [ours.initialise().tensors]
         for steps in (1, 2):
             client = Client("here", ClientData("here", examples))
-            task = Task("train", states[0], {"steps": steps, "learning_rate_factor": 1.0, "round": 1})
+            task = TrainTask(states[0], round_number=1, work=Work(steps=steps))
             states.append(add(states[0], ours.execute(task, client).tensors))
         results[proximal] = states
     for name in results[mu][0]:
@@ -334,7 +334,7 @@ def test_a_head_with_its_own_learning_rate(tiny: dict[str, str]) -> None:
     steps = {}
     for key, method in (("ours", ours), ("plain", plain)):
         client = Client("here", ClientData("here", classification_examples(4)))
-        task = Task("train", start, {"steps": 1, "learning_rate_factor": 0.5, "round": 1})
+        task = TrainTask(start, round_number=1, learning_rate_factor=0.5, work=Work(steps=1))
         steps[key] = method.execute(task, client).tensors
     for name in start:
         factor = 3.0 if name.startswith("classifier") else 1.0

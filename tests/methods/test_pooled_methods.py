@@ -44,7 +44,7 @@ def test_together_is_as_one_by_one(sentence: str, name: str) -> None:
     for before, after in zip(alone, together, strict=True):
         for client, update in before.items():
             assert distance(update, after[client]) < (1e-7 if double else 1e-5), client
-            assert update.values["loss"] == pytest.approx(after[client].values["loss"], rel=1e-5)
+            assert update.loss == pytest.approx(after[client].loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NO_OPS)

@@ -13,8 +13,10 @@ from torch import Tensor
 from fedcustom.core.errors import ModelError, RunError
 from fedcustom.core.tensors import Tensors, equal
 from fedcustom.data.examples import ClientData, Example, LearningTask
-from fedcustom.methods import Client, State, WeightTuning, registry
+from fedcustom.methods import Client, State, WeightTuning, Work, registry
+from fedcustom.methods.protocol import typed
 from fedcustom.methods.tuning.feed_forward import find_feed_forward
+from fedcustom.methods.tuning.messages import TrainUpdate
 from fedcustom.methods.tuning.reparametrisation import Network, Reparametrised
 from fedcustom.methods.tuning.technique import prepare_precision
 from fedcustom.models.load import Base, load_base
@@ -58,9 +60,9 @@ def perturbed(tensors: Tensors) -> Tensors:
 
 def train_one_step(ours: WeightTuning, tensors: Tensors, examples: list[Example]) -> Tensors:
     """The tensors after one step on all examples at once."""
-    task = ours.configure(State(tensors), 1, {"here": {"epochs": 1}})["here"]
+    task = ours.configure(State(tensors), 1, {"here": Work(epochs=1)})["here"]
     update = ours.execute(task, Client("here", ClientData("here", examples)))
-    assert update.values["steps"] == 1
+    assert typed(update, TrainUpdate).steps == 1
     assert update.tensors.keys() == tensors.keys()
     return ours.trainable.read()
 

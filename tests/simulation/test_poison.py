@@ -86,7 +86,7 @@ def test_a_little_is_enough() -> None:
     """Baruch et al. 2019: all send mean - z deviation of the hostile clients' own changes."""
     generator = np.random.default_rng(0)
     changes = generator.normal(size=(3, 7)).astype(np.float32)
-    updates = {f"c{i}": Update({"w": torch.from_numpy(row)}, 1.0 + i, {}) for i, row in enumerate(changes)}
+    updates = {f"c{i}": Update({"w": torch.from_numpy(row)}, 1.0 + i) for i, row in enumerate(changes)}
     hostile = frozenset(updates)
     sent = LittleIsEnough(hostile, AttackSettings(kind="alie", deviations=1.5)).on_clients(updates, 10)
     expected = changes.mean(axis=0) - 1.5 * changes.std(axis=0)

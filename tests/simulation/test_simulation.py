@@ -23,8 +23,9 @@ from fedcustom.federated.build import make_method
 from fedcustom.federated.resolve import resolved
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.federated.schedule import last_uses, plan_rounds
-from fedcustom.methods import Answer, Client, State, WeightTuning
+from fedcustom.methods import Answer, Client, State, WeightTuning, Work
 from fedcustom.methods.tuning.local_training import batch_ranges
+from fedcustom.methods.tuning.messages import TrainTask
 from fedcustom.models.load import load_base
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.simulation.settings import AttackSettings
@@ -44,7 +45,7 @@ def play(method: WeightTuning, rounds: int, clients: dict[str, Client]) -> list[
     for number in range(1, rounds + 1):
         answers = []
         for name, client in clients.items():
-            task = method.configure(state, number, {name: {"epochs": 1}})[name]
+            task = method.configure(state, number, {name: Work(epochs=1)})[name]
             update = method.execute(task, client)
             method.check(task, update)
             answers.append(Answer(name, task, update))
@@ -185,7 +186,7 @@ def test_drop_outs() -> None:
 def test_partial_work() -> None:
     rounds = plan(10, partial=0.6, minimum_work=0.3)
     amounts = [a.amount for cohort in rounds for a in cohort.values()]
-    less = [a["examples"] for a in amounts if "examples" in a]
+    less = [a.examples for a in amounts if a.examples is not None]
     assert 0.5 < len(less) / len(amounts) < 0.7
     assert min(less) >= 3
     assert max(less) <= 10
@@ -198,7 +199,7 @@ def test_a_part_of_an_epoch_goes_on_where_the_last_one_ended(
     """With 1 / rounds of an epoch in each round, examples come once a pass, in batches that end with it."""
     part, start, seen = max(1, round(1 / rounds * count)), 0, list[int]()
     for _ in range(rounds):
-        ranges = batch_ranges(count, start, batch_size, {"epochs": 1 / rounds})
+        ranges = batch_ranges(count, start, batch_size, Work(epochs=1 / rounds))
         assert sum(stop - begin for begin, stop in ranges) == part
         assert all(stop - begin <= batch_size for begin, stop in ranges)
         assert all(begin // count == (stop - 1) // count for begin, stop in ranges)
@@ -218,7 +219,7 @@ def test_a_centralised_run_sees_as_many_examples_as_parts_of_epochs() -> None:
         }
     )
     (first, second) = plan_rounds(recipe, federation(10))
-    assert first["centralised"].amount == second["centralised"].amount == {"examples": 6}
+    assert first["centralised"].amount == second["centralised"].amount == Work(examples=6)
 
 
 @given(
@@ -318,10 +319,10 @@ def test_attacks() -> None:
     chosen = hostile_clients(names, AttackSettings(kind="sign_flip", fraction=0.2), 3)
     assert len(chosen) == 10
     assert hostile_clients(names, AttackSettings(), 3) == frozenset()
-    update = fedcustom.methods.Update({"w": torch.tensor([3.0, -4.0])}, 2.0, {"loss": 1.0})
+    update = fedcustom.methods.Update({"w": torch.tensor([3.0, -4.0])}, 2.0)
     flipped = attack(update, AttackSettings(kind="sign_flip", scale=10), [0])
     assert flipped.tensors["w"].tolist() == [-30.0, 40.0]
-    large = fedcustom.methods.Update({"w": torch.randn(10_000)}, 2.0, {})
+    large = fedcustom.methods.Update({"w": torch.randn(10_000)}, 2.0)
     noise = attack(large, AttackSettings(kind="random", scale=2), [1])
     assert norm(noise.tensors) == pytest.approx(2 * norm(large.tensors), rel=0.05)
     again = attack(large, AttackSettings(kind="random", scale=2), [1])
@@ -345,7 +346,7 @@ def test_a_channel_counts_what_it_sends() -> None:
     start = {"prefix": torch.randn(6, 2, 12, 16, 32, generator=generator)}
     channel = Channel(CompressionSettings(kind="int8", down=True), start)
     state = {"prefix": start["prefix"] + 0.1 * torch.randn(start["prefix"].shape, generator=generator)}
-    task = fedcustom.methods.Task("train", state, {"round": 1})
+    task = TrainTask(state, round_number=1)
     received, size = channel.down(task)
     assert size < 0.27 * 4 * state["prefix"].numel()
     # What is rounded is the difference from the start, so the error is small against that.
@@ -498,7 +499,7 @@ def test_a_change_that_came_very_late_moves_little(tiny: dict[str, str], merging
     method = make(tiny["bert"], "prefix", length=4, merging=merging)
     old = method.initialise()
     client = Client("a", ClientData("a", classification_examples(8)))
-    task = method.configure(old, 1, {"a": {"epochs": 2}})["a"]
+    task = method.configure(old, 1, {"a": Work(epochs=2)})["a"]
     update = method.execute(task, client)
     newest = State({name: tensor + 1.0 for name, tensor in old.tensors.items()})
     merged = method.aggregate(newest, [Answer("a", task, update, discount=1e-3)]).tensors

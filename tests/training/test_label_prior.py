@@ -16,7 +16,7 @@ from fedcustom.core.errors import RecipeError
 from fedcustom.core.seeds import name_seed
 from fedcustom.data.examples import Example
 from fedcustom.data.tokens import example_order
-from fedcustom.methods import Update
+from fedcustom.methods import Update, Work
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.training.label_prior import label_offset
 from helpers.methods import classification_examples, make, skewed
@@ -91,7 +91,7 @@ def test_training_against_a_plain_loop(
     start = method.initialise().tensors
     plain = make(tiny["bert"], technique, training={"optimizer": "sgd", "learning_rate": RATE})
     clients = skewed()
-    tasks = method.configure(method.initialise(), 1, {name: {"epochs": 1} for name in clients})
+    tasks = method.configure(method.initialise(), 1, {name: Work(epochs=1) for name in clients})
     together = method.execute_together([(tasks[name], client) for name, client in skewed().items()])
     for (name, client), shared in zip(clients.items(), together, strict=True):
         examples = client.data.train
@@ -146,7 +146,7 @@ def test_a_head_that_rests(tiny: dict[str, str], together: bool) -> None:
     head = method.trainable.head
     for number in (1, 2):
         clients = skewed()
-        tasks = method.configure(method.initialise(), number, {name: {"epochs": 1} for name in clients})
+        tasks = method.configure(method.initialise(), number, {name: Work(epochs=1) for name in clients})
         pairs = [(tasks[name], client) for name, client in clients.items()]
         updates = method.execute_together(pairs) if together else [method.execute(*pair) for pair in pairs]
         for (task, _), update in zip(pairs, updates, strict=True):

@@ -16,6 +16,7 @@ from fedcustom.core.errors import RecipeError
 from fedcustom.data.examples import ClientData
 from fedcustom.data.tokens import TokenizedExample
 from fedcustom.methods import Client
+from fedcustom.methods import Work as Amount
 from fedcustom.methods.tuning.batching.trainer import Work, train_together
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.training.local import make_optimizer, train_locally
@@ -238,7 +239,7 @@ def test_a_clients_first_step_moves_all_keys_and_values_alike(tiny: dict[str, st
     training = {"optimizer": "muon", "learning_rate": RATE, "batch_size": 8}
     method = make(tiny["bert"], "prefix", length=4, training=training)
     state, client = method.initialise(), Client("a", ClientData("a", examples_for("classification")[:8]))
-    update = method.execute(method.configure(state, 1, {"a": {"steps": 1}})["a"], client)
+    update = method.execute(method.configure(state, 1, {"a": Amount(steps=1)})["a"], client)
     for layer in update.tensors["prefix"]:
         for change in layer:  # (heads, length, size)
             matrix = change.movedim(0, 1).flatten(1)

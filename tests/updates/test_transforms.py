@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -18,11 +19,19 @@ from fedcustom.federated.run import run_recipe
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.federated.simulation import Federation, simulate
 from fedcustom.methods import Memory, State, Task, Update
-from fedcustom.methods.protocol import AggregateContext
-from fedcustom.methods.tuning.head_messages import FIT_HEAD, HEAD_GRADIENT, HEAD_TASKS, SCALE_HEAD
+from fedcustom.methods.protocol import AggregateContext, RoundTask
+from fedcustom.methods.tuning.messages import (
+    MESSAGES,
+    FitHeadTask,
+    HeadGradientTask,
+    ScaleHeadTask,
+    TrainTask,
+    TrainUpdate,
+)
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.simulation.settings import AttackSettings
 from fedcustom.transport.channel import Channel, Packed, update_length
+from fedcustom.transport.messages import read_update, values_of
 from fedcustom.transport.protocol import Reply, check_visible
 from fedcustom.updates.attack import Falsification, LittleIsEnough, simulated_attack
 from fedcustom.updates.compression import compress
@@ -38,6 +47,8 @@ from fedcustom.updates.transform import (
     UpdateTransform,
 )
 from helpers.runs import rows_of
+
+HEAD_TASKS = (FitHeadTask, ScaleHeadTask, HeadGradientTask)
 
 INT8 = CompressionSettings(kind="int8", error_feedback=True)
 
@@ -56,7 +67,7 @@ class Clip(UpdateTransform):
     def on_client(self, update: Update, context: ClientContext) -> Update:
         self.seen.append((context.client, context.round_number, update.tensors))
         factor = min(1.0, self.bound / norm(update.tensors))
-        return Update(scale(update.tensors, factor), update.weight, update.values)
+        return replace(update, tensors=scale(update.tensors, factor))
 
     def on_aggregate(self, delta: Tensors, context: AggregateContext) -> Tensors:
         self.combined.append((context, delta))
@@ -68,8 +79,12 @@ def random_change(seed: int = 0) -> Tensors:
     return {name: torch.randn(5, 9, generator=generator) for name in ("a", "b")}
 
 
-def context_of(change: Tensors, client: str = "c", kind: str = "train") -> ClientContext:
-    return ClientContext(client, Task(kind, dict(change), {"round": 3}), Memory())
+def context_of(change: Tensors, client: str = "c", kind: type[RoundTask] = TrainTask) -> ClientContext:
+    return ClientContext(client, kind(dict(change), round_number=3), Memory())
+
+
+def trained(change: Tensors) -> TrainUpdate:
+    return TrainUpdate(change, 2.0, loss=1.0, examples=3, steps=1)
 
 
 # --- one update ---
@@ -80,7 +95,7 @@ def test_a_clients_transform_acts_before_compression() -> None:
     change, clip = random_change(), Clip(1.0)
     transforms = update_transforms(INT8, own=[clip])
     context = context_of(change)
-    sent = on_client(transforms, Update(change, 2.0, {"loss": 1.0}), context)
+    sent = on_client(transforms, trained(change), context)
     ((client, number, seen),) = clip.seen
     assert (client, number) == ("c", 3)
     assert seen is change
@@ -90,8 +105,8 @@ def test_a_clients_transform_acts_before_compression() -> None:
     by_hand = compress(clipped, INT8)
     assert all(torch.equal(by_hand[name], tensor) for name, tensor in sent.tensors.items())
     received = on_server(transforms, sent, UpdateContext("c", context.task))
-    assert type(received) is Update
-    assert (received.weight, received.values) == (2.0, {"loss": 1.0})
+    assert type(received) is TrainUpdate
+    assert values_of(received) == values_of(sent) == values_of(trained(change))
     lost = combine(torch.sub, clipped, received.tensors)
     for name, tensor in lost.items():
         torch.testing.assert_close(context.memory.tensors[RESIDUAL + name], tensor)
@@ -101,18 +116,19 @@ def test_an_update_travels_as_a_message_and_back() -> None:
     change = random_change()
     (compression,) = update_transforms(INT8)
     context = context_of({**change, "c": torch.zeros(2)})
-    sent = compression.on_client(Update(change, 2.0, {"loss": 1.0}), context)
+    sent = compression.on_client(trained(change), context)
     packed = Packed.of(sent)
     assert packed.layout == [0, 1]
-    assert packed.length({"weight": 2.0, "loss": 1.0}) == update_length(sent)
-    again = packed.update(2.0, {"loss": 1.0})
+    values = {"weight": 2.0, "loss": 1.0, "examples": 3, "steps": 1}
+    assert packed.length(values) == update_length(sent)
+    again = packed.update(read_update(MESSAGES, context.task, values))
     received = on_server([compression], again, UpdateContext("c", context.task))
     expected = on_server([compression], sent, context)
     assert all(torch.equal(expected.tensors[name], t) for name, t in received.tensors.items())
     assert Packed.of(Update(change)) == Packed(change)
-    assert type(Packed(change).update(1.0, {})) is Update
+    assert type(Packed(change).update(trained({}))) is TrainUpdate
     with pytest.raises(WireError):
-        on_server([compression], Packed({"numbers": torch.zeros(3)}).update(1.0, {}), context)
+        on_server([compression], Packed({"numbers": torch.zeros(3)}).update(Update()), context)
 
 
 def test_exact_answers_are_neither_falsified_nor_compressed() -> None:
@@ -129,25 +145,27 @@ def test_exact_answers_are_neither_falsified_nor_compressed() -> None:
     assert all(torch.equal(-2.0 * change[name], t) for name, t in flipped.tensors.items())
     honest = Update(change)
     assert attack.on_client(honest, context_of(change, client="d")) is honest
-    exact = {kind: (Task(kind).exact_answer, Task(kind).exact_tensors) for kind in ("train", *HEAD_TASKS)}
+    exact = {kind: (kind.exact_answer, kind.exact_tensors) for kind in (TrainTask, *HEAD_TASKS)}
     assert exact == {
-        "train": (False, False),
-        FIT_HEAD: (True, False),
-        SCALE_HEAD: (True, True),
-        HEAD_GRADIENT: (True, True),
+        TrainTask: (False, False),
+        FitHeadTask: (True, False),
+        ScaleHeadTask: (True, True),
+        HeadGradientTask: (True, True),
     }
 
 
 def test_heads_are_sent_as_they_are_and_states_compressed() -> None:
     channel = Channel(CompressionSettings(kind="int8", down=True), random_change())
-    for kind, exact in {"train": False, FIT_HEAD: False, SCALE_HEAD: True, HEAD_GRADIENT: True}.items():
-        task = Task(kind, random_change(1), {"round": 1})
+    for kind in (TrainTask, *HEAD_TASKS):
+        exact = kind in (ScaleHeadTask, HeadGradientTask)
+        task = kind(random_change(1), round_number=1)
         packed = channel.pack_down(task)
         assert (packed.tensors is task.tensors) == exact
         received, length = channel.down(task)
-        assert length == packed.length({"kind": kind, "round": 1})
-        unpacked = channel.unpack_down(packed, kind, {"round": 1})
-        assert unpacked.values == task.values
+        factor = {} if exact else {"learning_rate_factor": 1.0}
+        assert length == packed.length({"kind": kind.kind, "round": 1, **factor})
+        unpacked = channel.unpack_down(packed, kind(round_number=1))
+        assert values_of(unpacked) == values_of(task)
         assert unpacked.tensors.keys() == task.tensors.keys()
         assert all(torch.equal(unpacked.tensors[name], t) for name, t in received.tensors.items())
 
@@ -199,7 +217,7 @@ class OnlySums:
     """A transport that shows sums."""
 
     def exchange_sum(
-        self, tasks: Mapping[str, Task], label: str, absent: Container[str] = ()
+        self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
     ) -> Iterator[Reply]:
         yield from ()
 
@@ -207,7 +225,9 @@ class OnlySums:
 class Plain:
     """A transport that shows every update."""
 
-    def exchange(self, tasks: Mapping[str, Task], label: str, absent: Container[str] = ()) -> Iterator[Reply]:
+    def exchange(
+        self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
+    ) -> Iterator[Reply]:
         yield from ()
 
 
@@ -320,6 +340,6 @@ def tensors_after(run: Path, number: int) -> Tensors:
 def test_what_is_no_delta_travels_as_it_is() -> None:
     """A caller's transform need not know of answers without tensors, or of those that must be exact."""
     clip = Clip(1.0)
-    empty = Update({}, 2.0, {"score": 0.5})
+    empty = Update({}, 2.0)
     assert on_client([clip], empty, context_of({})) is empty
     assert not clip.seen

@@ -10,6 +10,7 @@ from ..core.errors import UpdateError
 from ..methods import State, Task
 from ..methods.tuning.head_fit import without_label_counts
 from ..transport.channel import Packed
+from ..transport.messages import values_of
 from .nvflare.messenger import Messenger, Request, SiteReply
 from .replies import LabelList, Part, PartSizes, SiteStatistics
 
@@ -79,14 +80,14 @@ class SiteConnection:
         requests = {}
         for name, task in tasks.items():
             head = self._head("work") | {"task": task.kind, "round": round_number, "keep": list(checkpoints)}
-            head |= {"values": task.values, "layout": packed[name].layout}
+            head |= {"values": values_of(task), "layout": packed[name].layout}
             requests[name] = Request(head, packed[name].tensors)
         return self.messenger.request(requests, min_replies) if requests else iter(())
 
     def execute(self, tasks: Mapping[str, Task], min_replies: int) -> Iterator[tuple[str, SiteReply]]:
         """Have sites execute tasks outside rounds, of which they remember nothing; the replies are raw."""
         requests = {
-            name: Request(self._head("work") | {"task": task.kind, "values": task.values}, task.tensors)
+            name: Request(self._head("work") | {"task": task.kind, "values": values_of(task)}, task.tensors)
             for name, task in tasks.items()
         }
         return self.messenger.request(requests, min_replies)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 
 from ..core.errors import UpdateError
-from ..methods import Asked, AsksClients, Method, Task, Update
-from ..transport import wire
-from ..transport.channel import Channel
+from ..methods import Asked, AsksClients, Method, Task
+from ..transport.channel import Channel, task_length
+from ..transport.messages import read_update
 from ..transport.protocol import Reply
 from ..updates.pipeline import on_server
 from ..updates.transform import UpdateContext, UpdateTransform
@@ -41,44 +41,45 @@ class RemoteTransport:
         if isinstance(method, AsksClients):
             method.connect(self.ask, participants.clients)
 
-    def exchange(self, tasks: Mapping[str, Task], label: str, absent: Container[str] = ()) -> Iterator[Reply]:
+    def exchange(
+        self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
+    ) -> Iterator[Reply]:
         """Give each site its task and yield the replies, in the tasks' order; a site's failure is a reply,
-        not an error. ``label`` is the round's number.
+        not an error.
         """
-        number, refused = int(label), self.participants.refused
+        refused = self.participants.refused
         self.connection.include_returned(tasks)
         self.participants.admit(list(tasks))
         packed = {name: self.channel.pack_down(task) for name, task in tasks.items()}
         sent = {name: task for name, task in tasks.items() if name not in refused}
         replies = self.connection.execute_round(
-            sent, packed, number, self.memories.checkpoints, min(self.min_replies, len(sent))
+            sent, packed, round_number, self.memories.checkpoints, min(self.min_replies, len(sent))
         )
         for name, task in tasks.items():
-            down = packed[name].length({"kind": task.kind, **task.values})
+            down = task_length(task, packed[name])
             if name not in sent:
                 yield Reply(name, task, None, refused[name], "", 0, 0, 0.0)
                 continue
             _, reply = next(replies)  # in the order of the requests, which is that of the tasks
             yield self._unpacked(name, task, down, reply)
             del reply  # before the next one is read
-        self.memories.advance(number)
+        self.memories.advance(round_number)
 
     def ask(self, tasks: Mapping[str, Task]) -> dict[str, Asked]:
         """The sound answers to tasks outside rounds; why other sites gave none is noted."""
         sent = {name: task for name, task in tasks.items() if name not in self.participants.refused}
         answers = {}
         for name, reply in self.connection.execute(sent, min_replies=1):
-            task, values = tasks[name], dict(reply.values)
+            task = tasks[name]
             try:
                 if reply.failure:
                     raise UpdateError(reply.failure)
-                update = Update(reply.packed.tensors, float(values.pop("weight", 1.0)), values)
+                update = read_update(self.method.messages, task, reply.values, reply.packed.tensors)
                 self.method.check(task, update)
             except Exception as error:  # whatever a site sends, the others go on
                 self.connection.note(f"site {name} left out: {error}")
                 continue
-            down = wire.length(task.tensors, {"kind": task.kind, **task.values})
-            answers[name] = Asked(update, down, reply.size)
+            answers[name] = Asked(update, task_length(task), reply.size)
         return answers
 
     def _unpacked(self, name: str, task: Task, down: int, reply: SiteReply) -> Reply:
@@ -88,11 +89,7 @@ class RemoteTransport:
             detail = f"{reply.failure}\n"
             return Reply(name, sent, None, reply.failure, detail, down, 0, reply.seconds)
         try:
-            values = dict(reply.values)
-            weight = values.pop("weight", None)
-            if not isinstance(weight, int | float):
-                raise UpdateError("an answer without a weight")
-            packed = reply.packed.update(float(weight), values)
+            packed = reply.packed.update(read_update(self.method.messages, task, reply.values))
             update = on_server(self.transforms, packed, UpdateContext(name, task))
             self.method.check(sent, update)
         except Exception as error:  # whatever a site sends, the others go on

@@ -9,19 +9,27 @@ from torch import Tensor
 
 from ..core.tensors import Tensors
 from ..data.examples import FederatedData
-from ..methods.protocol import Memory, Method, State, Task, Update, Values
+from ..methods.protocol import Memory, Method, State, Task, Work, typed
 from ..methods.tuning.head_fit import HeadFit, as_if_fitted
-from ..methods.tuning.head_messages import HEAD_GRADIENT, LEAST, POINT, SCALE_HEAD, TEMPERATURES
+from ..methods.tuning.head_messages import LEAST, POINT, TEMPERATURES
+from ..methods.tuning.messages import (
+    HeadGradientTask,
+    HeadGradientUpdate,
+    HeadLossesUpdate,
+    HeadSumsUpdate,
+    ScaleHeadTask,
+    TrainTask,
+    TrainUpdate,
+)
 from ..methods.tuning.method import WeightTuning
 from ..recipe.recipe import Recipe
-from ..transport import wire
-from ..transport.channel import Channel, update_length
+from ..transport.channel import Channel, task_length, update_length
 from ..updates.pipeline import on_client, update_transforms
 from ..updates.transform import ClientContext, UpdateTransform
 from .callbacks import Outline
 from .schedule import Assignment, Plan
 
-SAID: Values = {"loss": 1.0123456789012345, "examples": 16, "steps": 1}
+LOSS, EXAMPLES = 1.0123456789012345, 16
 """Figures of about as many letters as those that clients send."""
 
 
@@ -88,15 +96,15 @@ def _lengths(tasks: Sequence[Task], length: Callable[[Task], int]) -> list[int]:
 
 def _down(channel: Channel, task: Task) -> int:
     """The bytes of a task."""
-    return channel.pack_down(task).length({"kind": task.kind, **task.values})
+    return task_length(task, channel.pack_down(task))
 
 
 def _up(method: WeightTuning, transforms: Sequence[UpdateTransform], task: Task) -> int:
     """The bytes of an answer to a task that trains: of a change that is zero everywhere."""
-    wanted = {name: _zeros(tensor) for name, tensor in method.ownership.wanted(task).items()}
-    packed, said = method.hooks.pack(wanted)
-    update = on_client(transforms, Update(packed, 16.0, {**SAID, **said}), ClientContext("", task, Memory()))
-    return update_length(update)
+    asked = method.ownership.wanted(typed(task, TrainTask))
+    change = {name: _zeros(tensor) for name, tensor in asked.items()}
+    update = method.hooks.pack(TrainUpdate(change, 16.0, loss=LOSS, examples=EXAMPLES, steps=1))
+    return update_length(on_client(transforms, update, ClientContext("", task, Memory())))
 
 
 def _zeros(tensor: Tensor) -> Tensor:
@@ -113,10 +121,10 @@ def _fitting(
     data: FederatedData,
 ) -> int:
     """The bytes of a round in which these clients send what the head is fitted from."""
-    tasks = method.configure(state, number, {name: {} for name in asked})
+    tasks = method.configure(state, number, {name: Work() for name in asked})
     down = _lengths(list(tasks.values()), lambda task: _down(channel, task))
     labels = [[example.label for example in data.clients[name].train] for name in tasks]
-    up = [wire.length(head_sums(method.head_fit, own), {"weight": float(len(own))}) for own in labels]
+    up = [update_length(HeadSumsUpdate(head_sums(method.head_fit, own), float(len(own)))) for own in labels]
     more = sum(len(own) >= LEAST for own in labels)
     return sum(down) + sum(up) + more * _steps(method.head_fit, number)
 
@@ -127,11 +135,11 @@ def _steps(fit: HeadFit, number: int) -> int:
     if not steps:
         return 0
     head = _zeros(torch.zeros(fit.layer.out_features, fit.layer.in_features + 1))
-    said: Values = {"weight": 16.0, "objective": SAID["loss"]}
-    scale = wire.length({POINT: head}, {"kind": SCALE_HEAD, "round": number})
-    scale += wire.length({"losses": torch.zeros(len(TEMPERATURES))}, {"weight": 16.0})
-    step = wire.length({POINT: head}, {"kind": HEAD_GRADIENT, "round": number})
-    return scale + steps * (step + wire.length({"gradient": head}, said))
+    scale = task_length(ScaleHeadTask({POINT: head}, round_number=number))
+    scale += update_length(HeadLossesUpdate({"losses": torch.zeros(len(TEMPERATURES))}, 16.0))
+    step = task_length(HeadGradientTask({POINT: head}, round_number=number))
+    step += update_length(HeadGradientUpdate({"gradient": head}, 16.0, objective=LOSS))
+    return scale + steps * step
 
 
 def head_sums(fit: HeadFit, labels: Sequence[int]) -> Tensors:

@@ -97,7 +97,7 @@ class FedAvg:
         self._phase(record.number, self._kind(record.number), of=len(tasks))
         record.elapsed = -time.perf_counter()
         absent = {name for name, assignment in record.cohort.items() if assignment.absent}
-        return self.federation.transport.exchange(tasks, f"{record.number:06d}", absent)
+        return self.federation.transport.exchange(tasks, record.number, absent)
 
     def aggregate(self, record: RoundRecord, replies: Iterator[Reply], asked: int) -> list[State]:
         """The states that the round may end with: one, or two after a round that fits the head.
@@ -246,7 +246,7 @@ class FedAvg:
         tasks = method.configure(state, number, amounts)
         record.answered = [name for name in record.answered if name not in tasks]
         record.exchanges += 1
-        replies = self.federation.transport.exchange(tasks, f"{number:06d}")
+        replies = self.federation.transport.exchange(tasks, number)
         return method.aggregate(state, self._accepted(record, replies))
 
     def _accepted(self, record: RoundRecord, replies: Iterator[Reply]) -> Iterator[Answer]:

@@ -153,7 +153,7 @@ def _round(
                 answered += 1
                 yield Answer(reply.client, reply.task, reply.update)
 
-    first, answers = peeked(sound(parties.transport.exchange(tasks, f"{number:06d}")))
+    first, answers = peeked(sound(parties.transport.exchange(tasks, number)))
     if first is not None:
         state = parties.method.aggregate(state, answers)
     if answered < max(1, min(needed, len(cohort))):

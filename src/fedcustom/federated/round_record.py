@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..core.text import printable
+from ..methods.protocol import LossUpdate
 from ..recipe import Recipe
 from ..training.local import schedule_factor
 from ..transport.protocol import Reply
@@ -45,9 +46,8 @@ class RoundRecord:
             self.left_out[reply.client] = printable(reply.reason, lines=False)[:MOST_CHARACTERS]
             return
         self.answered.append(reply.client)
-        values = reply.update.values
-        if "loss" in values:
-            self.losses.append((float(values["loss"]), int(values.get("examples", 1))))
+        if isinstance(reply.update, LossUpdate):
+            self.losses.append((float(reply.update.loss), reply.update.examples))
 
     def staleness(self, client: str) -> int:
         """How many rounds a client's starting state is behind the newest one."""

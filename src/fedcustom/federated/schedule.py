@@ -7,13 +7,13 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..core.errors import RecipeError
 from ..data.examples import FederatedData
-from ..methods.protocol import Values
+from ..methods.protocol import Work
 from ..recipe.recipe import Recipe
 from ..simulation.settings import ParticipationSettings
 from .balanced_cohorts import balanced_cohorts
@@ -26,7 +26,7 @@ EVERYONE = "centralised"
 class Assignment:
     """What one client is to do: how much, from the state after which round, and whether it never answers."""
 
-    amount: Values
+    amount: Work
     since: int
     absent: bool = False
 
@@ -72,11 +72,11 @@ def last_uses(plan: Plan) -> dict[int, int]:
     return uses
 
 
-def _whole(recipe: Recipe) -> Values:
+def _whole(recipe: Recipe) -> Work:
     training = recipe.training
     if training.local_steps:
-        return {"steps": training.local_steps}
-    return {"epochs": training.local_epochs}
+        return Work(steps=training.local_steps)
+    return Work(epochs=training.local_epochs)
 
 
 def _synchronous(
@@ -93,8 +93,8 @@ def _synchronous(
         elif labels and number > min(fits):
             waiting = waiting or balanced_cohorts(_table(recipe, names, labels), size, generator)
             chosen = waiting.pop()
-            if "epochs" in amount:
-                amount["batches"] = _batches(recipe, labels)
+            if amount.epochs is not None:
+                amount = replace(amount, batches=_batches(recipe, labels))
         else:
             chosen = sorted(generator.choice(len(names), size=size, replace=False).tolist())
         yield {names[i]: Assignment(amount, number - 1) for i in chosen}
@@ -208,11 +208,12 @@ def _with_partial_work(
     return changed
 
 
-def _share(amount: Values, share: float, examples: int) -> Values:
-    if "steps" in amount:
-        return {"steps": max(1, math.floor(share * amount["steps"]))}
-    less: Values = {"examples": max(1, math.floor(share * amount["epochs"] * examples))}
-    return {**amount, **less} if "batches" in amount else less
+def _share(amount: Work, share: float, examples: int) -> Work:
+    if amount.steps is not None:
+        return Work(steps=max(1, math.floor(share * amount.steps)))
+    assert amount.epochs is not None
+    less = max(1, math.floor(share * amount.epochs * examples))
+    return replace(amount, examples=less) if amount.batches is not None else Work(examples=less)
 
 
 def _pooled(recipe: Recipe, data: FederatedData, cohort: Mapping[str, Assignment]) -> dict[str, Assignment]:
@@ -225,4 +226,4 @@ def _pooled(recipe: Recipe, data: FederatedData, cohort: Mapping[str, Assignment
     else:
         examples = sum(max(1, round(training.local_epochs * count)) for count in sizes)
     since = next(iter(cohort.values())).since
-    return {EVERYONE: Assignment({"examples": examples}, since)}
+    return {EVERYONE: Assignment(Work(examples=examples), since)}

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+from pydantic import Field
+
+from ..core.errors import UpdateError
 from ..core.tensors import Tensors
 from ..data.examples import ClientData, Example
 from ..models.inference import Predictions
+
+M = TypeVar("M")
 
 Values = dict[str, Any]
 """Numbers, texts and lists or dicts of them: what JSON can hold."""
@@ -21,54 +25,114 @@ UNFINISHED = "unfinished"
 """The value of a state that says that its round is not over: the same clients are to be asked again."""
 
 
-class ExactTask(StrEnum):
-    """The kinds of tasks of which a model's head is fitted. What is answered is not a change of tensors but
-    figures to compute with: they travel bit for bit, and are not falsified.
+Whole = Annotated[int, Field(ge=0, lt=2**53)]
+"""A whole number from 0, small enough for a float to hold it."""
+
+Positive = Annotated[int, Field(ge=1, lt=2**53)]
+"""A whole number from 1."""
+
+RoundNumber = Annotated[int, Field(ge=1, lt=2**31)]
+"""The number of a round, from 1."""
+
+KEY, INLINE = "key", "inline"
+"""Metadata of a message's field: its key in JSON, where that is not its name; and that its value is a
+dataclass whose fields stand among those of the message.
+"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much a client is to do: so many passes over its data, optimiser steps or examples. ``steps`` come
+    before ``examples``, these before ``epochs``. With ``batches`` an epoch is made in so many steps.
     """
 
-    FIT_HEAD = "fit head"
-    SCALE_HEAD = "scale head"
-    HEAD_GRADIENT = "head gradient"
-
-
-EXACT_ANSWERS = frozenset(kind.value for kind in ExactTask)
-EXACT_TENSORS = EXACT_ANSWERS - {ExactTask.FIT_HEAD.value}  # that one brings the state, as to train
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive | None = None
+    examples: Positive | None = None
+    batches: Positive | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the server asks of one client in a round."""
+    """What the server asks of one client: the base class of tasks.
 
-    kind: str
+    Each kind of task is a frozen dataclass with keyword-only fields, defined beside the method that asks it.
+    Its fields but ``tensors`` travel as JSON (:mod:`fedcustom.transport.messages`). A field that is ``None``
+    or ``False`` by default is left out where it has that value; all others always travel.
+
+    ``exact_answer`` says that the answer's tensors must arrive as they are, since they are no change of the
+    state but figures to compute with: they are neither falsified nor compressed. ``exact_tensors`` says the
+    same of the task's own tensors, where these are no state.
+    """
+
+    kind: ClassVar[str]
+    exact_answer: ClassVar[bool] = False
+    exact_tensors: ClassVar[bool] = False
+
     tensors: Tensors = field(default_factory=dict)
-    values: Values = field(default_factory=dict)
 
-    @property
-    def exact_answer(self) -> bool:
-        """Whether the answer's tensors must arrive as they are, since they are no change of the state."""
-        return self.kind in EXACT_ANSWERS
 
-    @property
-    def exact_tensors(self) -> bool:
-        """Whether the task's own tensors must arrive as they are, since they are no state."""
-        return self.kind in EXACT_TENSORS
+@dataclass(frozen=True, kw_only=True)
+class RoundTask(Task):
+    """A task of a round."""
 
-    @property
-    def round_number(self) -> int:
-        """The round in which it is asked, from 1; 0 where the task does not say."""
-        return int(self.values.get("round", 0))
+    round_number: RoundNumber = field(metadata={KEY: "round"})
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a client answers: tensors, a weight in the mean, and numbers or texts.
+    """What a client answers: tensors, a weight in the mean, and what subclasses add: the base class of
+    updates, which are dataclasses as tasks are.
 
     Where tensors are trained, ``tensors`` is the change: the client's new ones minus those it was sent.
     """
 
     tensors: Tensors = field(default_factory=dict)
     weight: float = 1.0
-    values: Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossUpdate(Update):
+    """An update with the client's mean loss, and the number of examples that it is the mean of."""
+
+    loss: float
+    examples: Positive
+
+
+class MessagePair(NamedTuple):
+    """The class of a kind of task, and that of the update that answers it."""
+
+    task: type[Task]
+    update: type[Update]
+
+
+Messages = Mapping[str, MessagePair]
+"""The messages of a method by the kind of task; no other is read from the wire."""
+
+
+def message_kinds(*pairs: tuple[type[Task], type[Update]]) -> dict[str, MessagePair]:
+    """A registry of messages, by the kind of task.
+
+    Raises:
+        ValueError: two tasks have the same kind.
+    """
+    found: dict[str, MessagePair] = {}
+    for task, update in pairs:
+        if task.kind in found:
+            raise ValueError(f"two tasks of kind {task.kind!r}: {found[task.kind].task} and {task}")
+        found[task.kind] = MessagePair(task, update)
+    return found
+
+
+def typed(message: Task | Update, wanted: type[M]) -> M:
+    """The message as one of the ``wanted`` class.
+
+    Raises:
+        UpdateError: it is another one.
+    """
+    if not isinstance(message, wanted):
+        raise UpdateError(f"a message is {type(message).__name__}, not {wanted.__name__}")
+    return message
 
 
 @dataclass(frozen=True)
@@ -188,10 +252,14 @@ class Method(Protocol):
     recipe.
     """
 
+    @property
+    def messages(self) -> Messages:
+        """Its kinds of tasks and updates."""
+
     def initialise(self) -> State:
         """The first global state."""
 
-    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Work]) -> dict[str, Task]:
         """The round's tasks, one for each client named in ``work``, which says how much each is to do."""
 
     def execute(self, task: Task, client: Client) -> Update:

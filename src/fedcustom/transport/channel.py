@@ -15,6 +15,7 @@ from ..updates.layout import Layout, describe, laid_out
 from ..updates.settings import CompressionSettings
 from ..updates.transform import EncodedUpdate
 from . import wire
+from .messages import values_of
 
 LAYOUT = "layout"
 
@@ -31,11 +32,11 @@ class Packed:
         """What travels of an update beside its weight and values."""
         return cls(update.tensors, update.layout if isinstance(update, EncodedUpdate) else None)
 
-    def update(self, weight: float, values: Values) -> Update:
-        """The update of which this travelled."""
+    def update(self, answer: Update) -> Update:
+        """The update of which this travelled; ``answer`` has what travelled beside its tensors."""
         if self.layout is None:
-            return Update(self.tensors, weight, values)
-        return EncodedUpdate(self.tensors, weight, values, self.layout)
+            return replace(answer, tensors=self.tensors)
+        return EncodedUpdate.of(answer, self.tensors, self.layout)
 
     def length(self, values: Values) -> int:
         """The length in bytes of a message that holds these and some values."""
@@ -44,7 +45,12 @@ class Packed:
 
 def update_length(update: Update) -> int:
     """The length in bytes of the message that an update travels in."""
-    return Packed.of(update).length({"weight": update.weight, **update.values})
+    return Packed.of(update).length(values_of(update))
+
+
+def task_length(task: Task, packed: Packed | None = None) -> int:
+    """The length in bytes of the message that a task travels in, by default with its tensors as they are."""
+    return (packed or Packed(task.tensors)).length({"kind": task.kind, **values_of(task)})
 
 
 class Channel:
@@ -63,13 +69,13 @@ class Channel:
             return Packed(task.tensors)
         return self._compressed(task.tensors)[1]
 
-    def unpack_down(self, packed: Packed, kind: str, values: Values) -> Task:
-        """A task of this ``kind`` as the client gets it.
+    def unpack_down(self, packed: Packed, task: Task) -> Task:
+        """A task as the client gets it; ``task`` has what travelled beside its tensors.
 
         Raises:
             WireError: what came is not what :meth:`pack_down` gives.
         """
-        task = Task(kind, packed.tensors, values)
+        task = replace(task, tensors=packed.tensors)
         if not self._compresses(task):
             return task
         like = laid_out(packed.layout, self.start)
@@ -78,11 +84,10 @@ class Channel:
 
     def down(self, task: Task) -> tuple[Task, int]:
         """A task as the client gets it, and the length of its message in bytes."""
-        values = {"kind": task.kind, **task.values}
         if not self._compresses(task):
-            return task, wire.length(task.tensors, values)
+            return task, task_length(task)
         tensors, packed = self._compressed(task.tensors)
-        return replace(task, tensors=tensors), packed.length(values)
+        return replace(task, tensors=tensors), task_length(task, packed)
 
     def _compresses(self, task: Task) -> bool:
         """Whether a task's tensors are compressed: states are."""

@@ -36,13 +36,13 @@ class ClientStore:
         disk = self.disks / folder_name(name) if self.disks is not None else None
         return Client(name, self.data[name], memory, disk)
 
-    def close(self, client: Client, label: str) -> None:
-        """Keep what the client remembers; ``label`` makes the file's name new."""
+    def close(self, client: Client, round_number: int) -> None:
+        """Keep what the client remembers after a round, whose number makes the file's name new."""
         if client.memory.values:
             self.memories[client.name] = client.memory.values
         if client.memory.tensors:
             digest = hashlib.sha256(client.name.encode()).hexdigest()[:16]
-            file = f"{digest}-{label}.safetensors"
+            file = f"{digest}-{round_number:06d}.safetensors"
             write_tensors(self.folder / file, client.memory.tensors)
             self.files[client.name] = file
 

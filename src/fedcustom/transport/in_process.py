@@ -9,8 +9,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from ..methods.protocol import Asked, AsksClients, Client, Method, Task, Update
 from ..updates.pipeline import on_client, on_server
 from ..updates.transform import ClientContext, JointTransform, UpdateTransform
-from . import wire
-from .channel import Channel, update_length
+from .channel import Channel, task_length, update_length
 from .client_store import ClientStore
 from .protocol import Reply
 
@@ -37,7 +36,9 @@ class InProcessTransport:
         if isinstance(method, AsksClients):
             method.connect(self.ask, list(store.data))
 
-    def exchange(self, tasks: Mapping[str, Task], label: str, absent: Container[str] = ()) -> Iterator[Reply]:
+    def exchange(
+        self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
+    ) -> Iterator[Reply]:
         """Give each client its task and yield the replies as they come, in the tasks' order; a client's
         failure is a reply, not an error. Clients in ``absent`` take their task and never answer.
         """
@@ -55,7 +56,7 @@ class InProcessTransport:
                 if name in absent:
                     yield Reply(name, task, None, "dropped out", "", down, 0, 0.0)
                 else:
-                    yield self._reply(name, task, down, label, *answers.pop(name))
+                    yield self._reply(name, task, down, round_number, *answers.pop(name))
 
     def _together(
         self, tasks: Mapping[str, Task], absent: Container[str]
@@ -93,9 +94,7 @@ class InProcessTransport:
                 continue
             if (seconds := time.perf_counter() - started) > SLOW:
                 self.note(f"client {name}: {task.kind} done in {seconds:.0f} s")
-            down = wire.length(task.tensors, {"kind": task.kind, **task.values})
-            up = wire.length(update.tensors, {"weight": update.weight, **update.values})
-            answers[name] = Asked(update, down, up)
+            answers[name] = Asked(update, task_length(task), update_length(update))
         return answers
 
     def _work(self, tasks: Mapping[str, Task]) -> Iterator[tuple[Client, Update | Exception, float]]:
@@ -124,7 +123,7 @@ class InProcessTransport:
         name: str,
         task: Task,
         down: int,
-        label: str,
+        round_number: int,
         client: Client,
         answer: Update | Exception,
         seconds: float,
@@ -145,5 +144,5 @@ class InProcessTransport:
             reason = lines[0] if lines else type(error).__name__
             detail = traceback.format_exc()
         if update is not None:  # what a client did in vain, it forgets
-            self.store.close(client, label)
+            self.store.close(client, round_number)
         return Reply(name, task, update, reason, detail, down, up, seconds + time.perf_counter() - started)

@@ -33,9 +33,11 @@ class Reply:
 class Transport(Protocol):
     """How tasks reach clients and their updates come back."""
 
-    def exchange(self, tasks: Mapping[str, Task], label: str, absent: Container[str] = ()) -> Iterator[Reply]:
+    def exchange(
+        self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
+    ) -> Iterator[Reply]:
         """Give each client its task and yield the replies, in the tasks' order; a client's failure is a
-        reply, not an error. ``label`` is new in each round.
+        reply, not an error. A round may take several exchanges.
         """
 
 
@@ -44,7 +46,7 @@ class SumTransport(Protocol):
     """A transport that shows the server the sum of a cohort's updates, and no client's own."""
 
     def exchange_sum(
-        self, tasks: Mapping[str, Task], label: str, absent: Container[str] = ()
+        self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
     ) -> Iterator[Reply]:
         """As :meth:`Transport.exchange`, but clients' replies bring no update; after them comes one more with
         the sum of all.

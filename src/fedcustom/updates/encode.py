@@ -35,7 +35,7 @@ class Compression(UpdateTransform):
         else:
             codes = compress(update.tensors, self.settings)
         layout = describe(update.tensors, context.task.tensors)
-        return EncodedUpdate(codes, update.weight, update.values, layout)
+        return EncodedUpdate.of(update, codes, layout)
 
     def on_server(self, update: Update, context: UpdateContext) -> Update:
         """The update that the codes stand for, up to what the kind of compression loses.
@@ -45,9 +45,11 @@ class Compression(UpdateTransform):
         """
         if not _compresses(update, context.task):
             return update
-        layout = update.layout if isinstance(update, EncodedUpdate) else None
-        like = laid_out(layout, context.task.tensors)
-        return Update(decompress(update.tensors, like, self.settings), update.weight, update.values)
+        encoded = (
+            update if isinstance(update, EncodedUpdate) else EncodedUpdate.of(update, update.tensors, None)
+        )
+        like = laid_out(encoded.layout, context.task.tensors)
+        return encoded.decoded(decompress(encoded.tensors, like, self.settings))
 
     def _with_feedback(self, change: Tensors, memory: Memory) -> Tensors:
         """The codes of a change and of what was lost before, which the memory holds."""

@@ -20,11 +20,11 @@ are asked with the same list; a transform of deltas has to leave those answers a
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from ..core.tensors import Tensors
-from ..methods.protocol import AggregateContext, Memory, Task, Update
+from ..methods.protocol import AggregateContext, Memory, RoundTask, Task, Update
 from .layout import Layout
 
 
@@ -37,8 +37,10 @@ class UpdateContext:
 
     @property
     def round_number(self) -> int:
-        """The round of the task, from 1; a late answer's is the round in which it was asked."""
-        return self.task.round_number
+        """The round of the task, from 1; a late answer's is the round in which it was asked. 0 outside
+        rounds.
+        """
+        return self.task.round_number if isinstance(self.task, RoundTask) else 0
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,23 @@ class ClientContext(UpdateContext):
     memory: Memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncodedUpdate(Update):
     """An update whose tensors are codes (``changes_bytes``); ``layout`` is what the receiver must be told of
-    the names, shapes and dtypes that they stand for.
+    the names, shapes and dtypes that they stand for, ``answer`` the method's update without its tensors.
     """
 
+    answer: Update
     layout: Layout = None
+
+    @classmethod
+    def of(cls, update: Update, codes: Tensors, layout: Layout) -> EncodedUpdate:
+        """An update with these codes in place of its tensors."""
+        return cls(codes, update.weight, answer=replace(update, tensors={}), layout=layout)
+
+    def decoded(self, tensors: Tensors) -> Update:
+        """The update with the tensors that the codes stand for."""
+        return replace(self.answer, tensors=tensors)
 
 
 class UpdateTransform(Protocol):

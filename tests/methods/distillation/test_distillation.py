@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from fedcustom.data.build import build_data
 from fedcustom.data.tokens import example_order
 from fedcustom.federated.resolve import resolved
 from fedcustom.federated.run_directory import Checkpoints
-from fedcustom.methods import Answer, Client, Task, Update
+from fedcustom.methods import Answer, Client, Task, Update, Work
 from fedcustom.methods.distillation import packing
 from fedcustom.methods.distillation.labels import CACHE, CURRENT, FRESH, REFRESHED, SOFT, LabelExchange
+from fedcustom.methods.distillation.messages import DistilUpdate
 from fedcustom.methods.distillation.method import Distillation
 from fedcustom.methods.distillation.packing import unpack_positions
 from fedcustom.methods.distillation.sampling import ASKED
+from fedcustom.methods.protocol import typed
 from fedcustom.models.load import load_base
 from fedcustom.recipe.recipe import load_recipe, to_toml
 from fedcustom.training.label_prior import label_offset
@@ -248,7 +251,7 @@ def test_cached_labels_do_not_travel_again(distil: dict[str, Any]) -> None:
     last: set[int] = set()
     for number in range(1, 7):
         cohort = SITES if number % 2 else SITES[:2]  # two clients are away in every other round
-        tasks = method.configure(state, number, {site: {"steps": 1} for site in cohort})
+        tasks = method.configure(state, number, {site: Work(steps=1) for site in cohort})
         drawn = np.random.default_rng([0, 12, number]).permutation(40)[:15]
         expected = sorted(int(i) for i in drawn if i not in made or number - made[i] > 2)
         answers = []
@@ -278,7 +281,7 @@ def test_a_client_that_lost_its_cache_says_so(distil: dict[str, Any]) -> None:
     method, clients = prepared(changed(distil, direction="both", cache_duration=5))
     state = method.initialise()
     for number in (1, 2, 3):
-        tasks = method.configure(state, number, {"site-1": {"steps": 1}})
+        tasks = method.configure(state, number, {"site-1": Work(steps=1)})
         if number == 3:
             clients["site-1"].memory.tensors = {}
             with pytest.raises(DataError, match="'site-1' lacks soft labels that the server takes for known"):
@@ -305,7 +308,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
     original = Distillation.execute
 
     def killed(self: Distillation, task: Task, client: Client) -> Update:
-        if task.values["round"] == 3 and client.name == "site-2":
+        if task.round_number == 3 and client.name == "site-2":
             raise KeyboardInterrupt
         return original(self, task, client)
 
@@ -341,7 +344,7 @@ def test_a_late_answer_counts_less(distil: dict[str, Any]) -> None:
     """Weights are examples times the discount."""
     method, clients = prepared(distil)
     state = method.initialise()
-    tasks = method.configure(state, 1, {site: {"steps": 1} for site in SITES[:2]})
+    tasks = method.configure(state, 1, {site: Work(steps=1) for site in SITES[:2]})
     answers = [
         Answer(site, tasks[site], method.execute(tasks[site], clients[site]), discount)
         for site, discount in zip(SITES, (1.0, 0.25), strict=False)
@@ -368,9 +371,9 @@ def test_logit_adjustment_changes_training_only(distil: dict[str, Any]) -> None:
             {**distil, "training": {**distil["training"], "logit_adjustment": float(adjust)}}
         )
         client = clients["site-0"]
-        task = method.configure(method.initialise(), 1, {"site-0": {"steps": 1}})["site-0"]
+        task = method.configure(method.initialise(), 1, {"site-0": Work(steps=1)})["site-0"]
         untrained = method.predict(method.initialise(), client.data.train, client, texts=False).scores
-        losses[adjust] = method.execute(task, client).values["loss"]
+        losses[adjust] = typed(method.execute(task, client), DistilUpdate).loss
         offset = label_offset([e.label for e in client.data.train], 3).numpy() if adjust else 0.0
         seed = [0, 5, fedcustom.core.seeds.name_seed("site-0")]
         chosen = example_order(len(client.data.train), 0, 8, seed)
@@ -385,13 +388,14 @@ def test_logit_adjustment_changes_training_only(distil: dict[str, Any]) -> None:
 
 def test_unsound_answers_are_refused(distil: dict[str, Any]) -> None:
     method, clients = prepared(distil)
-    task = method.configure(method.initialise(), 1, {"site-0": {"epochs": 1}})["site-0"]
+    task = method.configure(method.initialise(), 1, {"site-0": Work(epochs=1)})["site-0"]
     good = method.execute(task, clients["site-0"])
     method.check(task, good)
     assert set(good.tensors) == {"probabilities"}
 
     def refused(message: str, tensors: Any = None, weight: float = good.weight, **values: Any) -> None:
-        update = Update(good.tensors if tensors is None else tensors, weight, {**good.values, **values})
+        tensors = good.tensors if tensors is None else tensors
+        update = replace(typed(good, DistilUpdate), tensors=tensors, weight=weight, **values)
         with pytest.raises(UpdateError, match=message):
             method.check(task, update)
 
@@ -411,12 +415,12 @@ def test_an_answer_to_nothing_is_refused(distil: dict[str, Any]) -> None:
     method, clients = prepared(changed(distil, cache_duration=9))
     state = method.initialise()
     for number in (1, 2):
-        task = method.configure(state, number, {"site-0": {"steps": 1}})["site-0"]
+        task = method.configure(state, number, {"site-0": Work(steps=1)})["site-0"]
         update = method.execute(task, clients["site-0"])
         state = method.aggregate(state, [Answer("site-0", task, update)])
     assert update.tensors == {}  # all was cached
     with pytest.raises(UpdateError, match="nothing was asked for"):
-        method.check(task, Update({"probabilities": torch.zeros(1)}, 1.0, update.values))
+        method.check(task, replace(update, tensors={"probabilities": torch.zeros(1)}))
 
 
 # --- recipes ---

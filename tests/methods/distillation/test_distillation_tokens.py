@@ -14,7 +14,7 @@ import torch
 import fedcustom
 from fedcustom.core.errors import ModelError, RecipeError
 from fedcustom.core.tensors import equal, part
-from fedcustom.methods import Answer
+from fedcustom.methods import Answer, Work
 from fedcustom.methods.distillation import packing
 from fedcustom.methods.distillation.method import Distillation
 from fedcustom.methods.distillation.packing import unpack_positions
@@ -124,7 +124,7 @@ def test_the_best_teacher_of_each_text_is_taken(speaking: dict[str, Any]) -> Non
     exchange = method.exchange
     assert isinstance(exchange, TokenExchange)
     state = method.initialise()
-    tasks = method.configure(state, 1, {name: {"epochs": 6} for name in clients})
+    tasks = method.configure(state, 1, {name: Work(epochs=6) for name in clients})
     updates = {name: method.execute(tasks[name], client) for name, client in clients.items()}
     for name, update in updates.items():
         method.check(tasks[name], update)
@@ -198,7 +198,7 @@ def test_clients_learn_from_a_server_with_other_tokens(speaking: dict[str, Any],
     speaking["model"] = {"base": str(tmp_path / "server")}
     speaking["method"] |= {"client_epochs": 6, "samples_per_round": 20}
     method, clients = prepared(speaking)
-    tasks = method.configure(method.initialise(), 1, {name: {"steps": 1} for name in clients})
+    tasks = method.configure(method.initialise(), 1, {name: Work(steps=1) for name in clients})
     assert isinstance(method.exchange, TokenExchange)
     for name in ("client-0", "client-1"):
         learner = method.models.of(method.models.number_of(name))

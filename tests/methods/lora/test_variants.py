@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedcustom.core.errors import RecipeError
 from fedcustom.core.tensors import Tensors, equal
 from fedcustom.data.examples import ClientData
 from fedcustom.federated.run_directory import Checkpoints
-from fedcustom.methods import Answer, Client, WeightTuning
+from fedcustom.methods import Answer, Client, WeightTuning, Work
 from fedcustom.methods.lora.method import lora_layers
 from fedcustom.methods.lora.settings import LoraSettings
 from fedcustom.recipe.recipe import load_recipe
@@ -48,7 +49,7 @@ def one_round(
     for number in range(1, rounds + 1):
         answers, ideal = [], {}
         for name, size in SIZES.items():
-            task = method.configure(state, number, {name: {"epochs": 2}})[name]
+            task = method.configure(state, number, {name: Work(epochs=2)})[name]
             update = method.execute(task, Client(name, ClientData(name, make_examples(size))))
             method.check(task, update)
             answers.append(Answer(name, task, update))
@@ -101,13 +102,13 @@ def test_clients_train_at_their_own_rank_and_scale(tiny: dict[str, str]) -> None
     settings: dict[str, Any] = {"alpha": 6.0, "target_modules": ["query"]}
     mixed = make(tiny["bert"], "lora", variant="hetlora", rank=4, client_ranks=[2], **settings)
     plain = make(tiny["bert"], "lora", rank=2, **settings)
-    task = mixed.configure(mixed.initialise(), 1, {"a": {"steps": 3}})["a"]
+    task = mixed.configure(mixed.initialise(), 1, {"a": Work(steps=3)})["a"]
     # B starts at zero, so the rescaling of a truncated B changes nothing here.
-    same = plain.configure(plain.initialise(), 1, {"a": {"steps": 3}})["a"]
+    same = plain.configure(plain.initialise(), 1, {"a": Work(steps=3)})["a"]
     for name in same.tensors:
         if "lora" in name:
             assert task.tensors[name].shape == same.tensors[name].shape
-    same = type(same)(same.kind, task.tensors, same.values)
+    same = replace(same, tensors=task.tensors)
     ours = mixed.execute(task, Client("a", ClientData("a", classification_examples())))
     theirs = plain.execute(same, Client("a", ClientData("a", classification_examples())))
     for name, tensor in theirs.tensors.items():
@@ -120,7 +121,7 @@ def test_what_travels(tiny: dict[str, str], variant: str) -> None:
     state = method.initialise()
     up = []
     for number in (1, 2):
-        task = method.configure(state, number, {"a": {"steps": 1}})["a"]
+        task = method.configure(state, number, {"a": Work(steps=1)})["a"]
         update = method.execute(task, Client("a", ClientData("a", classification_examples())))
         kinds = {name.split(".")[-2] for name in update.tensors if "lora" in name}
         up.append(kinds)
@@ -138,12 +139,12 @@ def test_fedsa_keeps_b_with_the_client(tiny: dict[str, str]) -> None:
     method = make(tiny["bert"], "lora", variant="fedsa", rank=4)
     client = Client("a", ClientData("a", classification_examples()))
     state = method.initialise()
-    task = method.configure(state, 1, {"a": {"epochs": 3}})["a"]
+    task = method.configure(state, 1, {"a": Work(epochs=3)})["a"]
     method.execute(task, client)
     kept = {n.removeprefix("state/"): t for n, t in client.memory.tensors.items()}
     assert kept
     assert all("lora_B" in name for name in kept)
-    again = method.configure(state, 2, {"a": {"epochs": 1}})["a"]
+    again = method.configure(state, 2, {"a": Work(epochs=1)})["a"]
     before = method.ownership.complete(again.tensors, client.memory)
     assert equal({n: before[n] for n in kept}, kept)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from fedcustom.aggregation.prefix import matched_mean
 from fedcustom.aggregation.prefix_stacking import Stacked, stack_prefixes
 from fedcustom.core.errors import DataError, RecipeError, UpdateError
 from fedcustom.data.examples import ClientData
-from fedcustom.methods import Answer, Client, State, WeightTuning
+from fedcustom.methods import Answer, Client, State, WeightTuning, Work
 from fedcustom.methods.prefix.distil import Distiller
+from fedcustom.methods.prefix.messages import PrefixUpdate
 from fedcustom.methods.prefix.settings import PrefixSettings
+from fedcustom.methods.protocol import typed
 from fedcustom.recipe.recipe import load_recipe
 from helpers.methods import classification_examples, make
 
@@ -25,7 +28,7 @@ SIZES = {"a": 3, "b": 8, "c": 5}
 def answers_of(method: WeightTuning, state: State) -> list[Answer]:
     answers = []
     for name, size in SIZES.items():
-        task = method.configure(state, 1, {name: {"epochs": 2}})[name]
+        task = method.configure(state, 1, {name: Work(epochs=2)})[name]
         update = method.execute(task, Client(name, ClientData(name, classification_examples(size))))
         method.check(task, update)
         answers.append(Answer(name, task, update))
@@ -44,12 +47,11 @@ def test_matched_prefixes(tiny: dict[str, str]) -> None:
         Answer(
             a.client,
             a.task,
-            type(a.update)(
-                a.update.tensors
+            replace(
+                a.update,
+                tensors=a.update.tensors
                 | {"prefix": (start + a.update.tensors["prefix"])[:, :, :, order] - start if n == 1 else
                    a.update.tensors["prefix"]},
-                a.update.weight,
-                a.update.values,
             ),
         )
         for n, a in enumerate(answers)
@@ -86,7 +88,7 @@ def test_only_the_layers_that_changed_most_are_sent(tiny: dict[str, str]) -> Non
     start = state.tensors["prefix"]
     expected = start.clone()
     for layer in range(len(start)):
-        sent = [a for a in answers if a.update.values["layers"] == [layer]]
+        sent = [a for a in answers if typed(a.update, PrefixUpdate).layers == [layer]]
         if sent:
             total = sum(a.update.weight for a in sent)
             expected[layer] += sum(a.update.weight / total * a.update.tensors["prefix"][0] for a in sent)
@@ -94,9 +96,7 @@ def test_only_the_layers_that_changed_most_are_sent(tiny: dict[str, str]) -> Non
     torch.testing.assert_close(method.aggregate(state, answers).tensors["prefix"], expected)
     good = answers[0]
     for layers in ([5], ["0"], [True], [0, 1], "0", None):
-        bad = type(good.update)(
-            good.update.tensors, good.update.weight, {**good.update.values, "layers": layers}
-        )
+        bad = replace(typed(good.update, PrefixUpdate), layers=layers)
         with pytest.raises(UpdateError, match="different numbers below 2"):
             method.check(good.task, bad)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,20 @@ from fedcustom.data.examples import Example, FederatedData
 from fedcustom.data.tokens import example_order
 from fedcustom.federated.build import make_method
 from fedcustom.federated.run_directory import Checkpoints
-from fedcustom.methods import Client, State, Task, Update, registry
+from fedcustom.methods import Client, State, Task, Update, Work, registry
 from fedcustom.methods.prompt_engineering.black_box import BlackBox
 from fedcustom.methods.prompt_engineering.in_context import InContext
+from fedcustom.methods.prompt_engineering.messages import (
+    AnswerQueriesUpdate,
+    ScoreTask,
+    ScoreUpdate,
+    SearchUpdate,
+)
 from fedcustom.methods.prompt_engineering.selection import Selection
+from fedcustom.methods.protocol import typed
 from fedcustom.models.load import load_base
 from fedcustom.recipe.recipe import Recipe, load_recipe, to_toml
+from fedcustom.transport.messages import values_of
 from helpers.likelihoods import label_log_probability
 from helpers.rows import make_rows, write_jsonl
 from helpers.runs import rows_of, without_seconds
@@ -190,7 +199,7 @@ def test_examples_are_fresh_until_all_were_used(recipe: Any) -> None:
     seen = [
         i
         for number in range(1, len(client.train) // 6 + 1)
-        for i in method._examples(Task("score", {}, {"round": number}), Client(name, client))
+        for i in method._examples(ScoreTask(round_number=number, candidates=[]), Client(name, client))
     ]
     assert len(set(seen)) == len(seen)
 
@@ -200,12 +209,12 @@ def test_only_numbers_travel(recipe: Any) -> None:
     method, data = built(recipe("selection", "llama"))
     state = method.initialise()
     (name, client), *_ = data.clients.items()
-    task = method.configure(state, 1, {name: {"epochs": 1}})[name]
-    assert task.values["bred"] == {}
+    task = method.configure(state, 1, {name: Work(epochs=1)})[name]
+    assert task.bred == {}
     update = method.execute(task, Client(name, client))
-    assert set(update.values) == {"tallies", "examples"}
+    assert set(values_of(update)) == {"tallies", "examples", "weight"}
     assert not update.tensors
-    assert all(isinstance(value, int | float) for row in update.values["tallies"].values() for value in row)
+    assert all(isinstance(value, int | float) for row in update.tallies.values() for value in row)
 
 
 def test_a_bandit_reaches_the_best_candidate(recipe: Any, tmp_path: Path) -> None:
@@ -236,8 +245,8 @@ def test_breeding_adds_candidates(recipe: Any, tmp_path: Path) -> None:
         assert (row["template"], tuple(row["labels"])) not in known
         assert row["template"].count("{label}") == 1
         assert int(number) >= len(method.pool)
-    task = method.configure(state, 4, {"client-0": {}})["client-0"]
-    assert set(task.values["bred"]) == {str(i) for i in task.values["candidates"] if i >= len(method.pool)}
+    task = method.configure(state, 4, {"client-0": Work()})["client-0"]
+    assert set(task.bred) == {str(i) for i in task.candidates if i >= len(method.pool)}
     update = method.execute(task, Client("client-0", data.clients["client-0"]))
     method.check(task, update)
 
@@ -245,20 +254,20 @@ def test_breeding_adds_candidates(recipe: Any, tmp_path: Path) -> None:
 def test_bad_selection_answers(recipe: Any) -> None:
     method, data = built(recipe("selection", "bert", **{"method.edits": 0}))
     name, client = next(iter(data.clients.items()))
-    task = method.configure(method.initialise(), 1, {name: {}})[name]
+    task = method.configure(method.initialise(), 1, {name: Work()})[name]
     good = method.execute(task, Client(name, client))
     method.check(task, good)
 
     def refused(said: str, change: Any) -> None:
-        tallies = {key: list(row) for key, row in good.values["tallies"].items()}
+        tallies = {key: list(row) for key, row in good.tallies.items()}
         values = {"tallies": tallies, "examples": 6}
-        update = change(tallies, values) or Update({}, 6.0, values)
+        update = change(tallies, values) or ScoreUpdate({}, 6.0, **values)
         with pytest.raises(UpdateError, match=said):
             method.check(task, update)
 
     refused("exactly the candidates", lambda t, v: t.pop("0") and None)
     refused("exactly the candidates", lambda t, v: t.update({"9": [6, 1, -1.0]}))
-    refused("exactly the candidates", lambda t, v: Update({"x": torch.zeros(1)}, 6.0, v))
+    refused("exactly the candidates", lambda t, v: ScoreUpdate({"x": torch.zeros(1)}, 6.0, **v))
     refused("exactly the candidates", lambda t, v: v.update(tallies=[1, 2]))
     refused("not a count", lambda t, v: t.update({"0": [6, float("nan"), -1.0]}))
     refused("not a count", lambda t, v: t.update({"0": [6, "many", -1.0]}))
@@ -348,12 +357,14 @@ def test_demonstrations_that_help_are_used(recipe: Any) -> None:
 def test_private_examples_stay(recipe: Any) -> None:
     method, data = built(recipe("in_context"))
     name, client = next(iter(data.clients.items()))
-    update = method.execute(method.configure(method.initialise(), 1, {name: {}})[name], Client(name, client))
+    update = method.execute(
+        method.configure(method.initialise(), 1, {name: Work()})[name], Client(name, client)
+    )
     assert set(update.tensors) == {"answers", "similarities"}
     assert {name: tensor.dtype for name, tensor in update.tensors.items()} == dict.fromkeys(
         ["answers", "similarities"], torch.float16
     )
-    assert update.values == {"examples": len(client.train)}
+    assert values_of(update) == {"examples": len(client.train), "weight": len(client.train)}
 
 
 def test_the_surest_demonstrations_are_in_the_prompt_file(recipe: Any, tmp_path: Path) -> None:
@@ -375,9 +386,9 @@ def test_the_surest_demonstrations_are_in_the_prompt_file(recipe: Any, tmp_path:
 def test_bad_in_context_answers(recipe: Any) -> None:
     method, data = built(recipe("in_context"))
     name, client = next(iter(data.clients.items()))
-    task = method.configure(method.initialise(), 1, {name: {}})[name]
+    task = method.configure(method.initialise(), 1, {name: Work()})[name]
     good = method.execute(task, Client(name, client)).tensors
-    method.check(task, Update(good))
+    method.check(task, AnswerQueriesUpdate(good, examples=1))
     uniform = torch.full((9, 3), float(np.log(1 / 3))).half()
     for change, said in [
         ({"answers": uniform[:8]}, r"answers has shape \(8, 3\)"),
@@ -389,9 +400,9 @@ def test_bad_in_context_answers(recipe: Any) -> None:
         ({"more": uniform}, "wrong tensor names"),
     ]:
         with pytest.raises(UpdateError, match=said):
-            method.check(task, Update(good | change))
+            method.check(task, AnswerQueriesUpdate(good | change, examples=1))
     method, data = built(recipe("in_context", "llama", "generation"))
-    task = method.configure(method.initialise(), 1, {name: {}})[name]
+    task = method.configure(method.initialise(), 1, {name: Work()})[name]
     good = {"similarities": torch.zeros(9).half()}
     for texts, said in [
         (["a"] * 8, "9 texts"),
@@ -400,7 +411,7 @@ def test_bad_in_context_answers(recipe: Any) -> None:
         (None, "9 texts"),
     ]:
         with pytest.raises(UpdateError, match=said):
-            method.check(task, Update(good, values={"answers": texts}))
+            method.check(task, AnswerQueriesUpdate(good, examples=1, answers=texts))
 
 
 # --- black box ---
@@ -469,7 +480,7 @@ def test_the_adapter_loads_with_peft(recipe: Any, tmp_path: Path) -> None:
 def test_the_server_takes_the_weighted_mean(recipe: Any, weights: str) -> None:
     method, data = built(recipe("black_box", "bert", **{"method.client_weights": weights}))
     state = method.initialise()
-    tasks = method.configure(state, 1, {name: {} for name in data.clients})
+    tasks = method.configure(state, 1, {name: Work() for name in data.clients})
     answers = []
     for name, task in tasks.items():
         update = method.execute(task, Client(name, data.clients[name]))
@@ -477,7 +488,7 @@ def test_the_server_takes_the_weighted_mean(recipe: Any, weights: str) -> None:
         answers.append(fedcustom.methods.Answer(name, task, update))
     merged = method.aggregate(state, answers)
     if weights == "rank":
-        places = np.argsort(np.argsort([a.update.values["loss"] for a in answers]))
+        places = np.argsort(np.argsort([typed(a.update, SearchUpdate).loss for a in answers]))
         raw = np.log(3.5) - np.log(places + 1)
     else:
         raw = np.array([len(data.clients[a.client].train) for a in answers], dtype=float)
@@ -485,7 +496,7 @@ def test_the_server_takes_the_weighted_mean(recipe: Any, weights: str) -> None:
     mean = sum(w * a.update.tensors["mean"].numpy() for w, a in zip(shares, answers, strict=True))
     np.testing.assert_allclose(merged.tensors["mean"].numpy(), mean, atol=1e-6)
     variance = sum(
-        w * a.update.values["sigma"] ** 2 * a.update.tensors["covariance"].numpy()
+        w * typed(a.update, SearchUpdate).sigma ** 2 * a.update.tensors["covariance"].numpy()
         for w, a in zip(shares, answers, strict=True)
     )
     np.testing.assert_allclose(
@@ -497,7 +508,7 @@ def test_bad_distributions(recipe: Any) -> None:
     for covariance in ("diagonal", "full"):
         method, data = built(recipe("black_box", "bert", **{"method.covariance": covariance}))
         name, client = next(iter(data.clients.items()))
-        task = method.configure(method.initialise(), 1, {name: {}})[name]
+        task = method.configure(method.initialise(), 1, {name: Work()})[name]
         good = method.execute(task, Client(name, client))
         method.check(task, good)
         spread = good.tensors["covariance"]
@@ -517,7 +528,7 @@ def test_bad_distributions(recipe: Any) -> None:
             bad.append(({"covariance": skew}, {}, "not symmetric"))
         for tensors, values, said in bad:
             with pytest.raises(UpdateError, match=said):
-                method.check(task, Update(good.tensors | tensors, good.weight, good.values | values))
+                method.check(task, replace(good, tensors=good.tensors | tensors, **values))
 
 
 # --- baselines, resuming, export ---
@@ -539,7 +550,7 @@ def test_baselines(recipe: Any, tmp_path: Path, strategy: str, baseline: str) ->
     name = "client-1"
     state, client = inner.initialise(), Client(name, data.clients[name])
     for number in (1, 2, 3):
-        task = inner.configure(state, number, {name: {}})[name]
+        task = inner.configure(state, number, {name: Work()})[name]
         state = inner.aggregate(state, [fedcustom.methods.Answer(name, task, inner.execute(task, client))])
     checkpoint = Checkpoints(run.directory / "checkpoints").load(run.summary["best_round"])
     kept = json.loads(json.dumps(checkpoint.memories[name]["own"]))

@@ -18,9 +18,11 @@ from fedcustom.core.errors import DataError, FedcustomError, ModelError, RecipeE
 from fedcustom.data.examples import ClientData, LearningTask
 from fedcustom.federated.callbacks import Callback
 from fedcustom.methods import Client, State, Task, Update
+from fedcustom.methods.retrieval.messages import FetchTask
 from fedcustom.methods.retrieval.method import Retrieval
 from fedcustom.methods.retrieval.negatives import BORROWED, LENT, Negatives
 from fedcustom.methods.retrieval.settings import RetrievalSettings
+from fedcustom.methods.tuning.messages import TrainTask
 from fedcustom.models.embedding import embed
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
@@ -113,7 +115,7 @@ def test_policies(recipe: dict[str, Any], tmp_path: Path, tiny: dict[str, str]) 
     method = library.Library(alone.directory).method
     client = Client("site-0", ClientData("site-0", []))
     with pytest.raises(DataError, match="does not share passages"):
-        method.execute(Task("fetch", {}, {"documents": [], "encoder": "e"}), client)
+        method.execute(FetchTask(documents=[], encoder="e"), client)
 
 
 @pytest.mark.parametrize("search", ["text", "hybrid"])
@@ -226,8 +228,8 @@ def test_clients_lend_each_other_negatives(
 
     def recorded(self: Retrieval, task: Task, client: Client) -> Update:
         update = work(self, task, client)
-        if task.kind == "train":
-            seen.append((task.values["round"], client.name, task, update, client.data))
+        if isinstance(task, TrainTask):
+            seen.append((task.round_number, client.name, task, update, client.data))
         return update
 
     monkeypatch.setattr(Retrieval, "execute", recorded)
@@ -280,12 +282,12 @@ def test_what_is_lent_is_kept_for_one_round() -> None:
     settings = RetrievalSettings(train="full", shared_negatives=4)
     negatives = Negatives(settings, 0, 9, lambda texts: np.zeros((len(texts), 2), dtype=np.float32))
     state = negatives.kept(State({}, {"m/w": torch.ones(1)}), {"b": torch.ones(1, 2), "a": torch.zeros(2, 2)})
-    tasks = negatives.offered(state, {name: Task("train") for name in ("a", "b", "c")})
+    tasks = negatives.offered(state, {name: TrainTask(round_number=1) for name in ("a", "b", "c")})
     assert tasks["a"].tensors[BORROWED].tolist() == [[1, 1]]
     assert tasks["c"].tensors[BORROWED].tolist() == [[0, 0], [0, 0], [1, 1]]
     state = negatives.kept(state, {"b": torch.ones(1, 2)})
     assert state.server.keys() == {"m/w", "negatives/lent/b"}
-    assert BORROWED not in negatives.offered(state, {"b": Task("train")})["b"].tensors
+    assert BORROWED not in negatives.offered(state, {"b": TrainTask(round_number=1)})["b"].tensors
 
 
 def test_a_trained_run_keeps_the_index_of_its_encoder_alone(recipe: dict[str, Any], tmp_path: Path) -> None:

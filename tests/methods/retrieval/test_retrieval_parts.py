@@ -21,11 +21,23 @@ from fedcustom.core.errors import DataError, UpdateError
 from fedcustom.data.examples import Example, LearningTask
 from fedcustom.data.settings import DataSettings
 from fedcustom.evaluation.metrics import retrieval_metrics
-from fedcustom.methods import Task, Update
+from fedcustom.methods import Update
 from fedcustom.methods.retrieval.checks import check_answer
 from fedcustom.methods.retrieval.chunking import chunks, digest
 from fedcustom.methods.retrieval.client import packed, unpacked
 from fedcustom.methods.retrieval.merging import by_rank, by_score
+from fedcustom.methods.retrieval.messages import (
+    AnswerTask,
+    AnswerUpdate,
+    CalibrateTask,
+    FetchTask,
+    FetchUpdate,
+    IndexTask,
+    IndexUpdate,
+    RetrieveTask,
+    RouteTask,
+    RouteUpdate,
+)
 from fedcustom.methods.retrieval.privacy import perturbed
 from fedcustom.methods.retrieval.router import Sums, choose, fit_router, mass_before, threshold
 from fedcustom.methods.retrieval.store import Found, ranked
@@ -332,7 +344,7 @@ def test_lists_survive_the_wire() -> None:
 
 
 def test_unsound_answers_are_refused() -> None:
-    task = Task("retrieve", {"queries": torch.ones(2, 4) / 2}, {"top": 3, "encoder": "e"})
+    task = RetrieveTask({"queries": torch.ones(2, 4) / 2}, top=3, encoder="e")
     sound = packed("vector", [Found([digest("a")], [0.5]), Found([], [])], 3)
     check_answer(task, Update(sound), 4)
     twice = packed("vector", [Found([digest("a"), digest("a")], [0.5, 0.5]), Found([], [])], 3)
@@ -348,13 +360,14 @@ def test_unsound_answers_are_refused() -> None:
         with pytest.raises(UpdateError, match=message):
             check_answer(task, Update(tensors), 4)
     with pytest.raises(UpdateError, match="not a number of chunks"):
-        check_answer(Task("index"), Update({}, 1.0, {"documents": 3}), 4)
+        check_answer(IndexTask(encoder="e"), IndexUpdate(documents=3, chunks=-1), 4)
     with pytest.raises(UpdateError, match="those that were asked for"):
-        check_answer(Task("fetch", {}, {"documents": ["a"]}), Update({}, 1.0, {"passages": {"b": "x"}}), 4)
+        check_answer(FetchTask(encoder="e", documents=["a"]), FetchUpdate(passages={"b": "x"}), 4)
+    task = AnswerTask(encoder="e", question="?", documents=[])
     with pytest.raises(UpdateError, match="longer than"):
-        check_answer(Task("answer"), Update({}, 1.0, {"answer": "x" * 200_000}), 4)
+        check_answer(task, AnswerUpdate(answer="x" * 200_000), 4)
     with pytest.raises(UpdateError, match="total is"):
-        check_answer(Task("route"), Update({"total": torch.zeros(3)}, 1.0, {"questions": 2}), 4)
+        check_answer(RouteTask(), RouteUpdate({"total": torch.zeros(3)}, questions=2), 4)
     masses = torch.tensor([2.0], dtype=torch.float64)
     with pytest.raises(UpdateError, match="between 0 and 1"):
-        check_answer(Task("calibrate"), Update({"masses": masses}), 4)
+        check_answer(CalibrateTask(own=0), Update({"masses": masses}), 4)

@@ -20,6 +20,7 @@ from fedcustom.methods.retrieval.checks import check_answer
 from fedcustom.methods.retrieval.chunking import digest
 from fedcustom.methods.retrieval.client import packed
 from fedcustom.methods.retrieval.merging import by_score
+from fedcustom.methods.retrieval.messages import RetrieveTask
 from fedcustom.methods.retrieval.store import DocumentStore, Found
 from fedcustom.models.embedding import embed
 from fedcustom.models.load import load_base
@@ -107,13 +108,13 @@ def test_index_keeps_its_router(recipe: dict[str, Any], tmp_path: Path) -> None:
 
 def test_scores_have_a_range() -> None:
     query = torch.tensor([[1.0, 0, 0, 0]])
-    task = Task("retrieve", {"queries": query}, {"top": 2, "encoder": "e"})
+    task = RetrieveTask({"queries": query}, top=2, encoder="e")
     with pytest.raises(UpdateError):
         check_answer(task, Update(packed("vector", [Found([digest("a")], [1e30])], 2)), 4)
 
 
 def test_lists_are_in_order() -> None:
-    task = Task("retrieve", {"queries": torch.tensor([[1.0, 0, 0, 0]])}, {"top": 2, "encoder": "e"})
+    task = RetrieveTask({"queries": torch.tensor([[1.0, 0, 0, 0]])}, top=2, encoder="e")
     found = Found([digest("a"), digest("b")], [0.1, 0.9])
     with pytest.raises(UpdateError, match="begin with the best"):
         check_answer(task, Update(packed("vector", [found], 2)), 4)

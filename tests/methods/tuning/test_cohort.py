@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.core.errors import UpdateError
 from fedcustom.data.examples import ClientData
-from fedcustom.methods import Client, Update
+from fedcustom.methods import Client, Update, Work
 from fedcustom.methods.tuning import local_training
 from fedcustom.methods.tuning.batching.parallel_passes import ParallelPasses
 from fedcustom.methods.tuning.batching.trainer import clip_each, passes, train_together
 from fedcustom.methods.tuning.objective import Supervised
+from fedcustom.transport.messages import values_of
 from helpers.methods import ALONE, MODELS, SETTINGS, SINGLE, examples_for, make
 from helpers.plain import watched
 from helpers.rounds import distance, rounds
@@ -44,8 +45,8 @@ def test_the_same_as_one_by_one(tiny: dict[str, str], name: str, model: str) -> 
         for client, update in before.items():
             assert distance(update, after[client]) < (1e-7 if double else 1e-5), client
             assert update.weight == after[client].weight
-            assert update.values["steps"] == after[client].values["steps"]
-            assert update.values["loss"] == pytest.approx(after[client].values["loss"], rel=1e-5)
+            assert update.steps == after[client].steps
+            assert update.loss == pytest.approx(after[client].loss, rel=1e-5)
 
 
 def test_tensors_are_trained_in_the_models_order(
@@ -113,7 +114,7 @@ def test_the_same_in_several_threads(
         for client, update in expected.items():
             assert distance(update, one[client]) < 1e-5
             assert all(torch.equal(t, other[client].tensors[n]) for n, t in one[client].tensors.items())
-            assert one[client].values == other[client].values
+            assert values_of(one[client]) == values_of(other[client])
 
 
 def test_lanes_give_results_in_order_and_errors_in_place(side_by_side: None) -> None:
@@ -229,7 +230,7 @@ def test_what_a_client_remembers_wrongly_spoils_its_answer_alone(tiny: dict[str,
     pool = examples_for("classification")
     clients = {f"c{i}": Client(f"c{i}", ClientData(f"c{i}", pool[3 * i : 3 * i + 3])) for i in range(3)}
     clients["c1"].memory.tensors = {f"state/{name}": torch.zeros(7)}
-    tasks = method.configure(method.initialise(), 1, {client: {"epochs": 1} for client in clients})
+    tasks = method.configure(method.initialise(), 1, {client: Work(epochs=1) for client in clients})
     answers = method.execute_together([(tasks[client.name], client) for client in clients.values()])
     assert [type(answer) for answer in answers] == [Update, UpdateError, Update]
     assert f"{name} has shape (7,)" in str(answers[1])
@@ -259,7 +260,7 @@ def test_a_client_whose_loss_is_not_finite_fails_alone(tiny: dict[str, str]) -> 
     examples = examples_for("classification")
     clients = [Client(name, ClientData(name, examples[:4])) for name in "abc"]
     state = method.initialise()
-    tasks = method.configure(state, 1, {name: {"epochs": 1} for name in "abc"})
+    tasks = method.configure(state, 1, {name: Work(epochs=1) for name in "abc"})
     bad = {name: torch.full_like(t, torch.nan) for name, t in tasks["b"].tensors.items()}
     tasks["b"] = replace(tasks["b"], tensors=bad)
     alone = method.execute(tasks["a"], Client("a", ClientData("a", examples[:4])))

@@ -19,9 +19,20 @@ from torch import nn
 from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.core.errors import RecipeError, UpdateError
 from fedcustom.data.examples import ClientData, Example
-from fedcustom.methods import UNFINISHED, Answer, Client, State, Task, Update, WeightTuning, client_labels
+from fedcustom.methods import (
+    UNFINISHED,
+    Answer,
+    Client,
+    State,
+    Update,
+    WeightTuning,
+    Work,
+    client_labels,
+)
+from fedcustom.methods.protocol import typed
 from fedcustom.methods.tuning.head_fit import HeadFit
-from fedcustom.methods.tuning.head_messages import HEAD_UNFITTED, LEAST, POINT, Sums
+from fedcustom.methods.tuning.head_messages import LEAST, POINT, Sums
+from fedcustom.methods.tuning.messages import ScaleHeadTask, TrainTask
 from helpers.head_fit import LABELS, ROUND, WIDTH, asked
 from helpers.methods import classification_examples, make, skewed
 from helpers.rounds import distance
@@ -195,7 +206,7 @@ def test_single_examples_are_withheld(tiny: dict[str, str]) -> None:
     assert sent.tensors["counts"].tolist() == [0, 1, 0]
     assert sent.tensors["totals"].numel() == sent.tensors["factor"].numel() == 0
     assert sent.weight == 1
-    scale = Task("scale head", {POINT: torch.ones(3, WIDTH + 1)}, {"round": 1})
+    scale = ScaleHeadTask({POINT: torch.ones(3, WIDTH + 1)}, round_number=1)
     after = method.execute(scale, more["d"])
     assert isinstance(after, Update)
     assert after.weight == 0
@@ -235,8 +246,8 @@ def test_a_head_that_could_not_be_fitted_trains(tiny: dict[str, str]) -> None:
     for client, unfitted in (alone_with(0), True), (alone_with(9), False):
         method = make(tiny["bert"], "lora", training={**ROUND, "freeze_head_rounds": 9})
         state = fitted(method, {"d": client})
-        task = method.configure(state, 2, {"d": {"epochs": 1}})["d"]
-        assert (HEAD_UNFITTED in task.values) == unfitted
+        task = method.configure(state, 2, {"d": Work(epochs=1)})["d"]
+        assert typed(task, TrainTask).head_unfitted == unfitted
         update = method.execute(task, client)
         method.check(task, update)
         assert any("classifier" in name for name in update.tensors) == unfitted
@@ -251,7 +262,7 @@ def test_a_local_head_of_single_examples(tiny: dict[str, str]) -> None:
     method.context = method.ownership.context = replace(method.context, keeps="everything")
     method.ownership.initial = method.trainable.read()
     client = alone_with(1)
-    method.execute(method.configure(method.initialise(), 1, {"d": {"epochs": 1}})["d"], client)
+    method.execute(method.configure(method.initialise(), 1, {"d": Work(epochs=1)})["d"], client)
     own = {name.removeprefix("state/"): t for name, t in client.memory.tensors.items()}
     vectors = method.head_fit.inputs(method.tokens(client.data.train)).numpy()
     labels = [example.label for example in client.data.train]
@@ -268,7 +279,7 @@ def test_once_fitted_the_adjustment_is_relative_to_the_labels_of_all(tiny: dict[
     labels = {name: [e.label for e in client.data.train] for name, client in clients.items()}
     together = [sum(rows.count(c) for rows in labels.values()) for c in range(LABELS)]
     assert state.values["label_counts"] == together
-    for name, task in method.configure(state, 2, {name: {"epochs": 1} for name in clients}).items():
+    for name, task in method.configure(state, 2, {name: Work(epochs=1) for name in clients}).items():
         everybody = (np.array(together) + 1) / (sum(together) + LABELS)
         own = (np.bincount(labels[name], minlength=LABELS) + LABELS * everybody) / (
             len(labels[name]) + LABELS
@@ -276,9 +287,9 @@ def test_once_fitted_the_adjustment_is_relative_to_the_labels_of_all(tiny: dict[
         offset = method._label_offset(task, clients[name])
         assert offset is not None
         assert offset.numpy() == pytest.approx(np.log(own / everybody), rel=1e-5)
-        for wrong in ([1, 2], [1, 2, -3], [1, 2, True], [1, 2, 3.0], "123"):
+        for wrong in ((1, 2), (1, 2, -3), (1, 2, True), (1, 2, 3.0), "123"):
             with pytest.raises(UpdateError, match=r"label_counts .* must be 3 whole numbers"):
-                method.execute(replace(task, values={**task.values, "label_counts": wrong}), clients[name])
+                method.execute(replace(typed(task, TrainTask), label_counts=wrong), clients[name])
     method.context = replace(method.context, keeps="everything")
     assert method._label_offset(task, clients[name]) is None
 
@@ -325,7 +336,7 @@ def test_a_former_head_is_forgotten(tiny: dict[str, str], optimizer: str) -> Non
         "label_counts": [2, 3, 4],
         "method": {"head": "fitted to 9 examples of 1 clients"},
     }
-    task = method.configure(state, 3, {"c": {"epochs": 1}})["c"]
+    task = method.configure(state, 3, {"c": Work(epochs=1)})["c"]
     method.check(task, method.execute(task, client))
     assert not method.head_fit.vectors  # of what the model was
 
@@ -340,7 +351,7 @@ def test_a_local_head(tiny: dict[str, str], steps: int) -> None:
     alone.ownership.initial = alone.trainable.read()
     client = skewed()["c"]
     expected = fitted(method, {"c": skewed()["c"]}).tensors
-    task = alone.configure(alone.initialise(), 1, {"c": {"epochs": 1}})["c"]
+    task = alone.configure(alone.initialise(), 1, {"c": Work(epochs=1)})["c"]
     update = alone.execute(task, client)
     alone.check(task, update)
     assert not update.tensors

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fedcustom.core.errors import UpdateError
-from fedcustom.methods import UNFINISHED, Update
+from fedcustom.methods import UNFINISHED, Update, Work
+from fedcustom.methods.protocol import typed
 from fedcustom.methods.tuning.head_messages import TEMPERATURES
+from fedcustom.methods.tuning.messages import HeadGradientTask, HeadGradientUpdate
 from helpers.head_fit import LABELS, ROUND, WIDTH, asked
 from helpers.methods import make, skewed
 
@@ -83,9 +85,10 @@ def test_losses_and_gradients_that_nobody_has_are_refused(tiny: dict[str, str]) 
             with pytest.raises(UpdateError, match="is not the number of examples"):
                 method.check(tasks["b"], replace(answers[1].update, weight=weight))
         if kind == "head gradient":
+            step = typed(answers[1].update, HeadGradientUpdate)
             for objective in (None, -1.0, float("nan"), float("inf"), "1"):
                 with pytest.raises(UpdateError, match="is not a sum of losses"):
-                    method.check(tasks["b"], replace(answers[1].update, values={"objective": objective}))
+                    method.check(tasks["b"], replace(step, objective=objective))
         state = method.aggregate(state, iter(answers))
 
 
@@ -98,7 +101,7 @@ def test_a_client_that_was_started_anew(tiny: dict[str, str]) -> None:
     for name, left in (("a", 2), ("b", 1)):
         state = method.aggregate(state, iter(asked(method, state, clients)[1]))  # of scales, or gradients
         method.head_fit.vectors.pop(name)
-        task = method.configure(state, 1, {name: {}})[name]
+        task = method.configure(state, 1, {name: Work()})[name]
         with pytest.raises(UpdateError, match="vectors of this round are gone: this client was started anew"):
             method.execute(task, clients.pop(name))
         assert len(clients) == left
@@ -127,7 +130,8 @@ def test_only_what_the_recipe_asks_for_is_answered(tiny: dict[str, str]) -> None
         ([1], "train"), ([2], "fit head"), ([], "fit head"), ([2], "head gradient"), ([], "scale head")
     ):  # fmt: skip
         method = make(tiny["bert"], "prefix", training={"fit_head_rounds": rounds})
-        task = replace(method.configure(method.initialise(), 1, {"c": {"epochs": 1}})["c"], kind=kind)
+        given = method.configure(method.initialise(), 1, {"c": Work(epochs=1)})["c"]
+        task = method.messages[kind].task(given.tensors, round_number=1)
         with pytest.raises(UpdateError, match=f"no task '{kind}' in round 1"):
             method.execute(task, client)
         (answer,) = method.execute_together([(task, client)])
@@ -138,10 +142,10 @@ def test_no_more_steps_than_the_recipe_says(tiny: dict[str, str]) -> None:
     """A server that asks on and on learns no more than the recipe tells."""
     method = make(tiny["bert"], "bitfit", training={**ROUND, "fit_head_steps": 2})
     client = skewed()["c"]
-    first = method.configure(method.initialise(), 1, {"c": {"epochs": 1}})["c"]
+    first = method.configure(method.initialise(), 1, {"c": Work(epochs=1)})["c"]
     method.execute(first, client)
     point = {"head_point": torch.zeros(LABELS, WIDTH + 1)}
-    step = replace(first, kind="head gradient", tensors=point)
+    step = HeadGradientTask(point, round_number=first.round_number)
     for _ in range(3):  # the temperature, and two gradients
         method.check(step, method.execute(step, client))
     with pytest.raises(UpdateError, match="more steps were asked for than"):

@@ -40,7 +40,7 @@ def test_the_same_updates_and_fewer_layers(
     for mine, other in zip(with_cache, without, strict=True):
         for client, update in mine.items():
             assert distance(update, other[client]) < 1e-5
-            assert update.values["loss"] == pytest.approx(other[client].values["loss"], rel=1e-5)
+            assert update.loss == pytest.approx(other[client].loss, rel=1e-5)
 
 
 def count_into(computed: list[int], place: int) -> Any:

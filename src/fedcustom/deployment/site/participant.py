@@ -14,11 +14,12 @@ from ...data.examples import ClientData, Example, FederatedData, LearningTask
 from ...data.party_data import OwnData
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
-from ...methods import Client, State
+from ...methods import Client, State, Task
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
 from ...recipe.recipe import Recipe
 from ...transport.channel import Channel, Packed
+from ...transport.messages import read_task, values_of
 from ...updates.pipeline import on_client, update_transforms
 from ...updates.transform import ClientContext
 from ..replies import Part, PartSizes, SiteStatistics
@@ -61,21 +62,27 @@ class Participant:
         """How many examples each part has."""
         return PartSizes(len(self.data.train), len(self.data.development), len(self.data.test))
 
-    def execute(
-        self, kind: str, values: Mapping[str, Any], packed: Packed, round_number: int | None
-    ) -> tuple[Packed, dict[str, Any]]:
+    def task(self, kind: object, values: object) -> Task:
+        """The task of a message, whose tensors are still packed.
+
+        Raises:
+            WireError: the method has no such task, or a value is not what it allows.
+        """
+        return read_task(self.method.messages, kind, values)
+
+    def execute(self, asked: Task, packed: Packed, round_number: int | None) -> tuple[Packed, dict[str, Any]]:
         """Execute a task; returns the update as it travels: its tensors, and its values with the weight. In a
         round the memory changes; outside rounds nothing is remembered.
         """
-        task = self.channel.unpack_down(packed, kind, dict(values))
+        task = self.channel.unpack_down(packed, asked)
         before = self.memory.before(round_number) if round_number is not None else self.memory.after(2**31)
         client = Client(self.name, self.data, before, self.disk)
         update = self.method.execute(task, client)
         if round_number is None:
-            return Packed(update.tensors), {"weight": update.weight, **update.values}
+            return Packed(update.tensors), values_of(update)
         sent = on_client(self.transforms, update, ClientContext(self.name, task, client.memory))
         self.memory.save(round_number, client.memory)
-        return Packed.of(sent), {"weight": sent.weight, **sent.values}
+        return Packed.of(sent), values_of(sent)
 
     def evaluate(self, part: Part, tensors: Tensors, values: Mapping[str, Any], after: int) -> SiteStatistics:
         """Statistics of a state on one part of this site's data: of the global model and, where clients keep

@@ -130,16 +130,17 @@ class Resident:
         if kind == "open":
             return self._open(run_id, values)
         participant = self._participant_of(run_id)
+        task = participant.task(message.get("task"), values) if kind == "work" else None
         if "keep" in message:
             participant.memory.prune([int(number) for number in message["keep"]])
         tensors = _tensors(message.get("body"))
-        if kind == "work":
+        if task is not None:
             number = message.get("round")
             round_number = int(number) if number is not None else None
             tasks = self._usage().get("work", 0)
             check_round(self.settings.policy, self._other_rounds(round_number), tasks)
             packed = Packed(tensors, message.get("layout"))
-            update, update_values = participant.execute(str(message["task"]), values, packed, round_number)
+            update, update_values = participant.execute(task, packed, round_number)
             return update_values, update
         if kind == "evaluate":
             if not self.settings.policy.evaluate:

@@ -15,11 +15,12 @@ from ...data.tokens import Batch, collate
 from ...models.forward import classification_logits
 from ...models.inference import predict, to_device
 from ...training.local import schedule_factor
-from ..protocol import Answer, Client, State, Task, Values
+from ..protocol import Answer, Client, State, Values, typed
 from ..tuning.technique import Context
 from . import packing
 from .ensemble import combine
 from .losses import Student, divergence, teaching, text_batches
+from .messages import DistilTask
 from .packing import Floats, Format, Integers, pack_positions, unpack_positions
 from .sampling import ASKED, asked_in, drawn
 from .settings import DistillationSettings
@@ -75,7 +76,7 @@ class LabelExchange:
         packed = packing.pack(packing.largest(soft, self.format), self.format)
         return {FRESH: pack_positions(fresh, self.count), **named(packed, f"{SOFT}/")}
 
-    def check(self, task: Task, tensors: Tensors) -> None:
+    def check(self, task: DistilTask, tensors: Tensors) -> None:
         """Refuse what is not one packed row for each text asked about."""
         self._read(task, tensors)
 
@@ -88,14 +89,15 @@ class LabelExchange:
         said: list[Tensor] = []
         weights: list[Tensor] = []
         for answer in answers:
-            texts, soft = self._read(answer.task, answer.update.tensors)
+            task = typed(answer.task, DistilTask)
+            texts, soft = self._read(task, answer.update.tensors)
             weight = torch.zeros(self.count)
             weight[texts] = answer.discount * (1.0 if uniform else answer.update.weight)
             row = torch.zeros(self.count, self.labels)
             row[texts] = soft
             said.append(row)
             weights.append(weight)
-            since = int(answer.task.values["round"])
+            since = task.round_number
             current[drawn(settings.samples_per_round, self.count, self.context.seed, since)] = True
             self._note_held(server, answer, since - 1)
         known = torch.stack(weights).sum(0) > 0
@@ -140,7 +142,7 @@ class LabelExchange:
         held[fresh] = until
         server[HELD + answer.client] = held
 
-    def _read(self, task: Task, tensors: Tensors) -> tuple[Integers, Tensor]:
+    def _read(self, task: DistilTask, tensors: Tensors) -> tuple[Integers, Tensor]:
         """The texts that were asked about and a client's soft labels of them."""
         texts = asked_in(task, self.count)
         if not len(texts):
@@ -153,7 +155,7 @@ class LabelExchange:
 
     # --- client ---
 
-    def learn(self, learner: StudentModel, task: Task, client: Client) -> None:
+    def learn(self, learner: StudentModel, task: DistilTask, client: Client) -> None:
         """Let the client's model learn from the ensemble's soft labels of the last round's texts.
 
         Raises:
@@ -163,7 +165,7 @@ class LabelExchange:
             return
         current = unpack_positions(task.tensors[CURRENT], self.count)
         soft = self._update_cache(task, client, current)
-        number = int(task.values["round"])
+        number = task.round_number
         tensors, _ = self._teach(
             learner,
             own_tensors(client),
@@ -171,12 +173,12 @@ class LabelExchange:
             soft,
             [self.context.seed, 13, number, name_seed(client.name)],
             "client",
-            float(task.values["learning_rate_factor"]),
+            task.learning_rate_factor,
         )
         kept = without(client.memory.tensors, "state/")
         client.memory.tensors = kept | named(tensors, "state/")
 
-    def _update_cache(self, task: Task, client: Client, current: Integers) -> Tensor:
+    def _update_cache(self, task: DistilTask, client: Client, current: Integers) -> Tensor:
         """Put the labels that came into the client's cache; those of the current texts."""
         fresh = unpack_positions(task.tensors[FRESH], self.count)
         memory = client.memory.tensors
@@ -190,7 +192,7 @@ class LabelExchange:
         client.memory.tensors = memory | {CACHE: cache, CACHED: cached}
         return cache[current]
 
-    def say(self, learner: StudentModel, task: Task, client: Client) -> Tensors:
+    def say(self, learner: StudentModel, task: DistilTask, client: Client) -> Tensors:
         """The client's soft labels of the texts that it is asked about, packed."""
         texts = asked_in(task, self.count)
         if not len(texts):

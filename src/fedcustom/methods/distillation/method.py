@@ -12,10 +12,11 @@ from ...core.tensors import Tensors
 from ...data.examples import Example
 from ...models.inference import Predictions
 from ...training.local import schedule_factor
-from ..protocol import Answer, Client, State, Task, Update, Values
+from ..protocol import Answer, Client, State, Task, Update, Work, typed
 from ..sequential_clients import SequentialClients
 from ..tuning.technique import Context
 from .labels import LabelExchange
+from .messages import MESSAGES, DistilTask, DistilUpdate
 from .settings import DistillationSettings
 from .student import Models, StudentModel
 from .tokens import TokenExchange
@@ -30,16 +31,16 @@ class Exchange(Protocol):
     def configure(self, state: State, round_number: int, clients: Iterable[str]) -> dict[str, Tensors]:
         """What goes down to each client."""
 
-    def check(self, task: Task, tensors: Tensors) -> None:
+    def check(self, task: DistilTask, tensors: Tensors) -> None:
         """Refuse what is not a sound answer."""
 
     def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """What the server makes of the answers."""
 
-    def learn(self, learner: StudentModel, task: Task, client: Client) -> None:
+    def learn(self, learner: StudentModel, task: DistilTask, client: Client) -> None:
         """What a client makes of what came down; changes its memory."""
 
-    def say(self, learner: StudentModel, task: Task, client: Client) -> Tensors:
+    def say(self, learner: StudentModel, task: DistilTask, client: Client) -> Tensors:
         """A client's answer."""
 
 
@@ -56,6 +57,8 @@ class Distillation(SequentialClients):
     whether a given text was among its training examples can sometimes be guessed from them. Weights,
     gradients and private texts do not travel.
     """
+
+    messages = MESSAGES
 
     def __init__(self, settings: DistillationSettings, context: Context) -> None:
         self.settings, self.context = settings, context
@@ -86,22 +89,19 @@ class Distillation(SequentialClients):
         tensors = self.models.server.trainable.read() if self.serves else {}
         return State(tensors, self.exchange.initialise())
 
-    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Work]) -> dict[str, Task]:
         """Learn from the others, train on your own examples, and say what you think of these public texts."""
         factor = schedule_factor(self.context.training, round_number, self.context.rounds)
         tensors: Mapping[str, Tensors] = {name: {} for name in work}
         if not self.alone:
             tensors = self.exchange.configure(state, round_number, work)
         return {
-            name: Task(
-                "distil",
+            name: DistilTask(
                 tensors[name],
-                {
-                    "learning_rate_factor": factor,
-                    "round": round_number,
-                    "model": self.models.number_of(name),
-                    **amount,
-                },
+                round_number=round_number,
+                learning_rate_factor=factor,
+                model=self.models.number_of(name),
+                work=amount,
             )
             for name, amount in work.items()
         }
@@ -110,10 +110,11 @@ class Distillation(SequentialClients):
         """Refuse other tensors than were asked for, rows that are no probabilities, labels that do not exist,
         and weights, losses and steps that cannot be.
         """
-        self._learner(task).check(replace(task, tensors={}), replace(update, tensors={}))
+        asked, said = typed(task, DistilTask), typed(update, DistilUpdate)
+        self._learner(asked).check(asked.training(), replace(said, tensors={}))
         if self.alone:
             return
-        self.exchange.check(task, update.tensors)
+        self.exchange.check(asked, said.tensors)
 
     def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """The next state of the server; in a local run, where nothing is said, the old one."""
@@ -140,10 +141,17 @@ class Distillation(SequentialClients):
             DataError: the client has nothing to train on.
             UpdateError: a loss is not finite.
         """
-        learner = self._learner(task)
-        self.exchange.learn(learner, task, client)
-        update = learner.train(task, client)
-        return replace(update, tensors=self.exchange.say(learner, task, client))
+        asked = typed(task, DistilTask)
+        learner = self._learner(asked)
+        self.exchange.learn(learner, asked, client)
+        trained = learner.train(asked.training(), client)
+        return DistilUpdate(
+            self.exchange.say(learner, asked, client),
+            trained.weight,
+            loss=trained.loss,
+            examples=trained.examples,
+            steps=trained.steps,
+        )
 
     def predict(
         self, state: State, examples: list[Example], client: Client | None = None, *, texts: bool
@@ -179,5 +187,5 @@ class Distillation(SequentialClients):
 
     # --- parts ---
 
-    def _learner(self, task: Task) -> StudentModel:
-        return self.models.of(int(task.values["model"]))
+    def _learner(self, task: DistilTask) -> StudentModel:
+        return self.models.of(task.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..protocol import Task
+from .messages import DistilTask
 from .packing import Integers, unpack_positions
 
 ASKED = "asked"
@@ -20,6 +20,6 @@ def drawn(samples: int | None, count: int, seed: int, round_number: int) -> Inte
     return chosen
 
 
-def asked_in(task: Task, count: int) -> Integers:
+def asked_in(task: DistilTask, count: int) -> Integers:
     """The texts that a task asks about, in rising order; none in a local run's."""
     return unpack_positions(task.tensors[ASKED], count) if ASKED in task.tensors else np.empty(0, np.int64)

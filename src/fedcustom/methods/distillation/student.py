@@ -22,7 +22,8 @@ from ..full.method import Full
 from ..full.settings import FullSettings
 from ..lora.method import Lora
 from ..lora.settings import LoraSettings
-from ..protocol import Client, Task, Update
+from ..protocol import Client, typed
+from ..tuning.messages import TrainTask, TrainUpdate
 from ..tuning.method import WeightTuning
 from ..tuning.technique import Context, Technique
 from .settings import DistillationSettings, Tuning
@@ -38,13 +39,13 @@ class StudentModel(WeightTuning):
         own = replace(context, keeps="everything", keep_local=(), aggregation=AggregationSettings())
         super().__init__(technique, own)
 
-    def train(self, task: Task, client: Client) -> Update:
+    def train(self, task: TrainTask, client: Client) -> TrainUpdate:
         """Train the client's model on its own examples, with a fresh optimiser. The update has no tensors.
 
         Raises:
             DataError, UpdateError: see :meth:`WeightTuning.work`.
         """
-        update = self.execute(task, client)
+        update = typed(self.execute(task, client), TrainUpdate)
         client.memory.tensors = without(client.memory.tensors, "moments/")
         return update
 

@@ -11,11 +11,12 @@ from ...core.seeds import name_seed
 from ...core.tensors import Tensors, named, part, without
 from ...data.tokens import Batch
 from ...training.local import schedule_factor
-from ..protocol import Answer, Client, State, Task
+from ..protocol import Answer, Client, State, typed
 from ..tuning.technique import Context
 from . import packing
 from .language_models import Speaker
 from .losses import Student, teaching, text_batches, top_k_divergence
+from .messages import DistilTask
 from .packing import Floats, Integers, TopK, pack_positions
 from .sampling import ASKED, asked_in, drawn
 from .settings import DistillationSettings
@@ -58,7 +59,7 @@ class TokenExchange:
             asked |= named(said, f"{TAUGHT}/")
         return dict.fromkeys(clients, asked)
 
-    def check(self, task: Task, tensors: Tensors) -> None:
+    def check(self, task: DistilTask, tensors: Tensors) -> None:
         """Refuse what is not a packed row for each place of each text asked about."""
         self._read(self._speaker_of(task), tensors, asked_in(task, self.count))
 
@@ -69,9 +70,10 @@ class TokenExchange:
         own: dict[int, Floats] = {}
         best: dict[int, Lesson] = {}
         for answer in answers:
-            texts = asked_in(answer.task, self.count)
+            task = typed(answer.task, DistilTask)
+            texts = asked_in(task, self.count)
             own |= server.losses(state.tensors, np.array([t for t in texts if int(t) not in own], np.int64))
-            teacher = self._speaker_of(answer.task)
+            teacher = self._speaker_of(task)
             rows = self._read(teacher, answer.update.tensors, texts)
             for text, lesson in self._lessons(teacher, server, texts, rows, own):
                 if text not in best or lesson.loss < best[text].loss:
@@ -90,7 +92,7 @@ class TokenExchange:
 
     # --- client ---
 
-    def learn(self, learner: StudentModel, task: Task, client: Client) -> None:
+    def learn(self, learner: StudentModel, task: DistilTask, client: Client) -> None:
         """Let the client's model learn from the server's where that is better."""
         packed = part(task.tensors, f"{TAUGHT}/")
         if not packed:
@@ -105,13 +107,13 @@ class TokenExchange:
             own,
             own_tensors(client),
             chosen,
-            [self.context.seed, 13, int(task.values["round"]), name_seed(client.name)],
+            [self.context.seed, 13, task.round_number, name_seed(client.name)],
             "client",
-            float(task.values["learning_rate_factor"]),
+            task.learning_rate_factor,
         )
         client.memory.tensors = without(client.memory.tensors, "state/") | named(tensors, "state/")
 
-    def say(self, learner: StudentModel, task: Task, client: Client) -> Tensors:
+    def say(self, learner: StudentModel, task: DistilTask, client: Client) -> Tensors:
         """The client's likeliest next tokens at each place of the texts that it is asked about, packed."""
         texts = asked_in(task, self.count)
         if not len(texts):
@@ -127,8 +129,8 @@ class TokenExchange:
             self._speakers[id(learner)] = Speaker(learner, self.context, self.settings)
         return self._speakers[id(learner)]
 
-    def _speaker_of(self, task: Task) -> Speaker:
-        return self.speaker(self.models.of(int(task.values["model"])))
+    def _speaker_of(self, task: DistilTask) -> Speaker:
+        return self.speaker(self.models.of(task.model))
 
     def _read(self, speaker: Speaker, tensors: Tensors, texts: Integers) -> TopK:
         return packing.unpack(tensors, int(speaker.rows(texts)[-1]), speaker.format)

@@ -10,8 +10,10 @@ from ...aggregation.prefix import barycentre, matched_mean, mean_of_selected, se
 from ...aggregation.prefix_stacking import Stacked, cluster_slots, stack_prefixes
 from ...core.errors import UpdateError
 from ...core.tensors import Tensors
-from ..protocol import State, Values
+from ..protocol import State, Values, typed
 from ..tuning.aggregation_hooks import AggregationHooks, ClientDelta, RoundAggregator
+from ..tuning.messages import TrainUpdate
+from .messages import PrefixUpdate
 from .settings import PrefixSettings
 
 NAME = "prefix"
@@ -29,6 +31,7 @@ class PrefixAggregation(AggregationHooks):
         self.own_rule = f"prefix merging {settings.merging}"
         if settings.layers_sent is not None:
             self.own_rule = "prefix layers_sent"
+            self.update = PrefixUpdate
 
     def initialise(self, tensors: Tensors) -> Tensors:
         """The server alone reads its public texts, when a run begins."""
@@ -36,20 +39,28 @@ class PrefixAggregation(AggregationHooks):
             self.distil = self.make_distil()
         return tensors
 
-    def pack(self, change: Tensors) -> tuple[Tensors, Values]:
+    def pack(self, update: TrainUpdate) -> TrainUpdate:
         """With ``layers_sent``, the layers that changed most, and which ones they are."""
         count = self.settings.layers_sent
         if count is None:
-            return change, {}
+            return update
+        change = update.tensors
         layers = select_layers(change[NAME], count)
-        return {**change, NAME: change[NAME][layers]}, {"layers": layers}
+        return PrefixUpdate(
+            {**change, NAME: change[NAME][layers]},
+            update.weight,
+            loss=update.loss,
+            examples=update.examples,
+            steps=update.steps,
+            layers=layers,
+        )
 
-    def unpack(self, tensors: Tensors, values: Values, wanted: Tensors) -> Tensors:
+    def unpack(self, update: TrainUpdate, wanted: Tensors) -> Tensors:
         """The change with the layers in their places; those that were not sent have none."""
-        count, expected = self.settings.layers_sent, wanted.get(NAME)
+        count, expected, tensors = self.settings.layers_sent, wanted.get(NAME), update.tensors
         if count is None or expected is None or NAME not in tensors:
             return tensors
-        layers = values.get("layers")
+        layers = typed(update, PrefixUpdate).layers
         allowed = range(len(expected))
         if (
             not isinstance(layers, list)
@@ -84,7 +95,7 @@ class PrefixRoundAggregator(RoundAggregator):
         """Note the client's prefix; the rest is for the recipe's rule."""
         # A late change is added to the newest prefix, not to that which its client was sent.
         self.prefixes.append((self.before + arrival.discount * arrival.change[NAME], arrival.weight))
-        self.layers.append(arrival.values.get("layers", []))
+        self.layers.append(arrival.update.layers if isinstance(arrival.update, PrefixUpdate) else [])
         return {name: tensor for name, tensor in arrival.change.items() if name != NAME}
 
     def merged(self, tensors: Tensors) -> tuple[Tensors, Values]:

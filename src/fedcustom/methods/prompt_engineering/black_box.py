@@ -23,10 +23,11 @@ from ...data.tokens import example_order
 from ...models.embedding import pooled
 from ...models.inference import Predictions, to_device
 from ...models.load import HUB_NAMES, context_length
-from ..protocol import Answer, Client, State, Task, Update, Values
+from ..protocol import Answer, Client, State, Task, Update, Values, Work, typed
 from ..tuning.model_card import offline
 from ..tuning.technique import Context
 from .evolution import Array, Distribution, merge_distributions, population_size, rank_weights, search
+from .messages import BLACK_BOX, SearchTask, SearchUpdate
 from .prompt_method import PromptMethod
 from .scorer import Matrix, Scorer, log_softmax
 from .settings import PromptEngineeringSettings
@@ -53,6 +54,7 @@ class BlackBox(PromptMethod):
     """
 
     strategy = "black_box"
+    messages = BLACK_BOX
 
     def __init__(self, settings: PromptEngineeringSettings, context: Context) -> None:
         self.settings, self.context, self.base = settings, context, context.base
@@ -82,10 +84,12 @@ class BlackBox(PromptMethod):
         begun = Distribution.isotropic(settings.dimensions, settings.sigma, full=full)
         return State(_tensors(begun), {}, {"round": 0, "sigma": settings.sigma})
 
-    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Work]) -> dict[str, Task]:
         """Search from the server's distribution."""
-        values = {"round": round_number, "sigma": state.values["sigma"]}
-        return {name: Task("search", dict(state.tensors), dict(values)) for name in work}
+        sigma = state.values["sigma"]
+        return {
+            name: SearchTask(dict(state.tensors), round_number=round_number, sigma=sigma) for name in work
+        }
 
     def check(self, task: Task, update: Update) -> None:
         """Refuse other shapes, numbers that are not finite, and what is no covariance."""
@@ -104,8 +108,8 @@ class BlackBox(PromptMethod):
             covariance = torch.linalg.eigvalsh(covariance)
         if float(covariance.min()) <= 0:
             raise UpdateError("covariance is not positive definite")
-        said: Values = update.values
-        sigma, loss, examples = said.get("sigma", 0.0), said.get("loss"), said.get("examples")
+        said = typed(update, SearchUpdate)
+        sigma, loss, examples = said.sigma, said.loss, said.examples
         if not _is_finite(sigma) or not 0 < float(sigma) < WORST:
             raise UpdateError(f"sigma {sigma!r} is not a positive number")
         if not _is_finite(loss):
@@ -117,14 +121,14 @@ class BlackBox(PromptMethod):
 
     def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """One distribution of the clients' ones."""
-        received = list(answers)
-        losses = [float(answer.update.values["loss"]) for answer in received]
+        received = [typed(answer.update, SearchUpdate) for answer in answers]
+        losses = [float(update.loss) for update in received]
         if self.settings.client_weights == "rank":
             weights = rank_weights(losses)
         else:
-            weights = np.array([answer.update.weight for answer in received], dtype=np.float64)
+            weights = np.array([update.weight for update in received], dtype=np.float64)
             weights = weights / weights.sum()
-        found = [_distribution(a.update.tensors, float(a.update.values["sigma"])) for a in received]
+        found = [_distribution(update.tensors, update.sigma) for update in received]
         merged = merge_distributions(found, weights)
         report = {"sigma": round(merged.sigma, 6), "norm": round(float(np.linalg.norm(merged.mean)), 6)}
         values = {"round": state.values["round"] + 1, "sigma": merged.sigma, "method": report}
@@ -138,7 +142,8 @@ class BlackBox(PromptMethod):
         Raises:
             DataError: the client has no examples.
         """
-        train, number = client.data.train, int(task.values["round"])
+        asked, train = typed(task, SearchTask), client.data.train
+        number = asked.round_number
         if not train:
             raise DataError(f"client {client.name!r} has no examples to score prompts on")
         count = min(self.settings.examples, len(train))
@@ -146,14 +151,19 @@ class BlackBox(PromptMethod):
         examples = [train[i] for i in example_order(len(train), (number - 1) * count, number * count, seed)]
         digest = hashlib.sha256(repr([*seed, number]).encode()).digest()
         found = search(
-            _distribution(task.tensors, float(task.values["sigma"])),
+            _distribution(asked.tensors, asked.sigma),
             lambda point: self.loss(point, examples),
             generations=self.settings.local_generations,
             population=self.population,
             seed=int.from_bytes(digest[:4], "big"),
         )
-        said = {"loss": self.loss(found.mean, examples), "sigma": found.sigma, "examples": len(train)}
-        return Update(_tensors(found), float(len(train)), said)
+        return SearchUpdate(
+            _tensors(found),
+            float(len(train)),
+            loss=self.loss(found.mean, examples),
+            sigma=found.sigma,
+            examples=len(train),
+        )
 
     def loss(self, point: Array, examples: list[Example]) -> float:
         """Mean cross-entropy of the labels, or mean loss a target token, under the soft prompt of a point."""

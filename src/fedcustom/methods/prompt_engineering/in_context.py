@@ -16,9 +16,10 @@ from ...models.embedding import embed
 from ...models.inference import Predictions, generate
 from ...models.likelihood import prompt_ids
 from ...models.load import context_length, load_base
-from ..protocol import Answer, Client, State, Task, Update, Values
+from ..protocol import Answer, Client, State, Task, Update, Values, Work, typed
 from ..tuning.technique import Context
 from .answers import medoid, nearest, pooled_log_probabilities, similarity_weights
+from .messages import IN_CONTEXT, AnswerQueriesTask, AnswerQueriesUpdate
 from .prompt_method import PromptMethod
 from .scorer import Matrix, Scorer, log_softmax
 from .settings import PromptEngineeringSettings
@@ -43,6 +44,7 @@ class InContext(PromptMethod):
     """
 
     strategy = "in_context"
+    messages = IN_CONTEXT
 
     def __init__(self, settings: PromptEngineeringSettings, context: Context) -> None:
         self.settings, self.context, self.base = settings, context, context.base
@@ -78,19 +80,20 @@ class InContext(PromptMethod):
             )
         return State({}, {}, {"round": 0, "queries": queries, "answers": []})
 
-    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Work]) -> dict[str, Task]:
         """The current answers; the queries themselves are public."""
         tensors = {name: tensor.half() for name, tensor in state.tensors.items()}
-        values = {
-            "round": round_number,
-            "queries": len(state.values["queries"]),
-            "answers": state.values["answers"],
-        }
-        return {name: Task("answer", tensors, values) for name in work}
+        task = AnswerQueriesTask(
+            tensors,
+            round_number=round_number,
+            queries=len(state.values["queries"]),
+            answers=state.values["answers"],
+        )
+        return dict.fromkeys(work, task)
 
     def check(self, task: Task, update: Update) -> None:
         """Refuse answers of another number or shape, and log-probabilities that are none."""
-        count, labels = task.values["queries"], len(self.base.task.labels)
+        count, labels = typed(task, AnswerQueriesTask).queries, len(self.base.task.labels)
         similarity = update.tensors.get("similarities")
         wanted = {"similarities"} if self.scorer.generates else {"similarities", "answers"}
         if update.tensors.keys() != wanted or similarity is None:
@@ -102,7 +105,7 @@ class InContext(PromptMethod):
             if not torch.allclose(answers.double().exp().sum(dim=1), torch.ones(count).double(), atol=0.02):
                 raise UpdateError("answers: are not log-probabilities; a query's do not sum to 1")
             return
-        texts = update.values.get("answers")
+        texts = typed(update, AnswerQueriesUpdate).answers
         if not isinstance(texts, list) or len(texts) != count:
             raise UpdateError(f"answers: must be {count} texts")
         for text in texts:
@@ -120,7 +123,7 @@ class InContext(PromptMethod):
             "mean_similarity": round(float(similarities.mean()), 6),
         }
         if self.scorer.generates:
-            said = [answer.update.values["answers"] for answer in received]
+            said = [typed(answer.update, AnswerQueriesUpdate).answers or [] for answer in received]
             values["answers"] = self._chosen(state, said, weights)
             if state.values["answers"]:
                 pairs = zip(values["answers"], state.values["answers"], strict=True)
@@ -145,29 +148,28 @@ class InContext(PromptMethod):
         Raises:
             DataError: the client has no examples.
         """
+        asked = typed(task, AnswerQueriesTask)
         if not client.data.train:
             raise DataError(f"client {client.name!r} has no examples to put into the context")
         own, queries = client.data.train, self.context.public
         chosen, near = self._nearest(self._embed(queries), self._embed(own), self.settings.demonstrations)
         shown = [[(own[i].text, self._answer_of(own[i])) for i in row] for row in chosen]
-        state = State(
-            task.tensors, {}, {"answers": task.values["answers"], "queries": [q.text for q in queries]}
-        )
+        state = State(task.tensors, {}, {"answers": asked.answers, "queries": [q.text for q in queries]})
         shared = self._shared(state, queries, exclude_self=True)
         prompts = self._prompts([[*a, *b] for a, b in zip(shared, shown, strict=True)], queries)
         tensors = {"similarities": torch.from_numpy(near).half()}
-        values: Values = {"examples": len(own)}
         if self.scorer.generates:
             sources = [np.asarray(ids, dtype=np.int32) for ids in prompt_ids(self.base, prompts)]
             texts = generate(self.base.model, self.base, sources, self.context.evaluation)
-            return Update(tensors, float(len(own)), {**values, "answers": [_first(text) for text in texts]})
+            answers = [_first(text) for text in texts]
+            return AnswerQueriesUpdate(tensors, float(len(own)), examples=len(own), answers=answers)
         said = log_softmax(self._logits(prompts))
         if "answers" in task.tensors:
             prior = self.settings.prior
             said = log_softmax((1 - prior) * said + prior * _array(task.tensors["answers"]))
         # Nothing below float16's range: exp(-100) is nothing either.
         tensors["answers"] = torch.from_numpy(np.maximum(said, -100.0)).half()
-        return Update(tensors, float(len(own)), values)
+        return AnswerQueriesUpdate(tensors, float(len(own)), examples=len(own))
 
     def predict(
         self, state: State, examples: list[Example], client: Client | None = None, *, texts: bool

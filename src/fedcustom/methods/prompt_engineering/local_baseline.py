@@ -9,8 +9,9 @@ from ...core.errors import RunError, UpdateError
 from ...core.tensors import named, part
 from ...data.examples import Example
 from ...models.inference import Predictions
-from ..protocol import Answer, Client, Memory, Method, State, Task, Update, Values
+from ..protocol import Answer, Client, Memory, Method, State, Task, Update, Work, typed
 from ..sequential_clients import SequentialClients
+from .messages import ALONE, AloneTask, AloneUpdate, AnswerQueriesUpdate, ScoreUpdate, SearchUpdate
 
 OWN = "own"
 
@@ -20,6 +21,8 @@ class Alone(SequentialClients):
     comes of it stays in the client's memory; nothing is sent.
     """
 
+    messages = ALONE
+
     def __init__(self, method: Method) -> None:
         self.method = method
 
@@ -27,20 +30,24 @@ class Alone(SequentialClients):
         """The state from which every client starts."""
         return self.method.initialise()
 
-    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Work]) -> dict[str, Task]:
         """Go on by yourself."""
-        return {name: Task("alone", {}, {"round": round_number}) for name in work}
+        return {name: AloneTask(round_number=round_number) for name in work}
 
     def execute(self, task: Task, client: Client) -> Update:
         """One round of the method with one client."""
+        number = typed(task, AloneTask).round_number
         state = self._own(client.memory) or self.method.initialise()
-        asked = self.method.configure(state, task.values["round"], {client.name: {}})[client.name]
+        asked = self.method.configure(state, number, {client.name: Work()})[client.name]
         update = self.method.execute(asked, client)
         self.method.check(asked, update)
         state = self.method.aggregate(state, [Answer(client.name, asked, update)])
         client.memory.values[OWN] = state.values
         client.memory.tensors |= named(state.tensors, f"{OWN}/") | named(state.server, f"{OWN}-server/")
-        return Update({}, 1.0, {"examples": update.values.get("examples", 1)})
+        examples = 1
+        if isinstance(update, ScoreUpdate | AnswerQueriesUpdate | SearchUpdate):
+            examples = update.examples
+        return AloneUpdate(examples=examples)
 
     def check(self, task: Task, update: Update) -> None:
         """Refuse anything that is sent."""

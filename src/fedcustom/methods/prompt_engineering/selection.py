@@ -14,11 +14,12 @@ from ...core.seeds import name_seed
 from ...data.examples import Example
 from ...data.tokens import example_order
 from ...models.inference import Predictions
-from ..protocol import Answer, Client, State, Task, Update, Values
+from ..protocol import Answer, Client, State, Task, Update, Values, Work, typed
 from ..tuning.technique import Context
 from . import bandit
 from .bandit import Tally
 from .edits import PARAPHRASES, offspring
+from .messages import SELECTION, BredCandidate, ScoreTask, ScoreUpdate, TallyRow
 from .prompt_method import PromptMethod
 from .scorer import Scorer, log_softmax
 from .settings import PromptEngineeringSettings
@@ -37,6 +38,7 @@ class Selection(PromptMethod):
     """
 
     strategy = "selection"
+    messages = SELECTION
 
     def __init__(self, settings: PromptEngineeringSettings, context: Context) -> None:
         self.settings, self.context, self.base = settings, context, context.base
@@ -61,37 +63,41 @@ class Selection(PromptMethod):
             self._pool = self._make_pool()
         return self._pool
 
-    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Work]) -> dict[str, Task]:
         """The same candidates for everybody: numbers, and texts of those that were bred."""
         chosen = self._choose(state, round_number)
         bred = {str(i): state.values["bred"][str(i)] for i in chosen if str(i) in state.values["bred"]}
         return {
-            name: Task("score", {}, {"round": round_number, "candidates": chosen, "bred": bred, **amount})
+            name: ScoreTask(round_number=round_number, candidates=chosen, bred=bred, work=amount)
             for name, amount in work.items()
         }
 
     def check(self, task: Task, update: Update) -> None:
         """Refuse candidates that were not asked for, and counts and sums that no examples can have."""
-        said = update.values.get("tallies")
-        wanted = sorted(str(i) for i in task.values["candidates"])
+        asked, answered = typed(task, ScoreTask), typed(update, ScoreUpdate)
+        said, wanted = answered.tallies, sorted(str(i) for i in asked.candidates)
         if update.tensors or not isinstance(said, dict) or sorted(map(str, said)) != wanted:
             raise UpdateError("tallies: must hold exactly the candidates that were asked for")
         counts = set()
         for name, row in said.items():
-            if not isinstance(row, list) or len(row) != 3 or not all(_is_number(value) for value in row):
+            if (
+                not isinstance(row, list | tuple)
+                or len(row) != 3
+                or not all(_is_number(value) for value in row)
+            ):
                 raise UpdateError(f"candidate {name}: {row!r} is not a count and two finite sums")
             count, reward, score = row
             counts.add(count)
-            if type(count) is not int or not 1 <= count <= self._most(task):
+            if type(count) is not int or not 1 <= count <= self._most(asked):
                 raise UpdateError(
-                    f"candidate {name}: scored on {count!r} examples, not 1 to {self._most(task)}"
+                    f"candidate {name}: scored on {count!r} examples, not 1 to {self._most(asked)}"
                 )
             whole = self.scorer.generates or float(reward).is_integer()
             if not 0 <= reward <= count or not whole:
                 raise UpdateError(f"candidate {name}: reward {reward!r} of {count} examples")
             if score > 0:
                 raise UpdateError(f"candidate {name}: log-likelihood {score!r} is above 0")
-        if len(counts) > 1 or update.values.get("examples") not in counts:
+        if len(counts) > 1 or answered.examples not in counts:
             raise UpdateError("candidates were scored on different numbers of examples")
 
     def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
@@ -99,7 +105,7 @@ class Selection(PromptMethod):
         tallies = self._tallies(state)
         scored: set[int] = set()
         for answer in answers:
-            for name, (count, reward, score) in answer.update.values["tallies"].items():
+            for name, (count, reward, score) in typed(answer.update, ScoreUpdate).tallies.items():
                 scored.add(int(name))
                 tallies[int(name)] += Tally(count, float(reward), float(score))
         number, alive = state.values["round"] + 1, list(state.values["alive"])
@@ -140,17 +146,18 @@ class Selection(PromptMethod):
         Raises:
             DataError: the client has no examples.
         """
+        asked = typed(task, ScoreTask)
         if not client.data.train:
             raise DataError(f"client {client.name!r} has no examples to score prompts on")
-        positions = self._examples(task, client)
+        positions = self._examples(asked, client)
         examples = [client.data.train[i] for i in positions]
         vectors = self.scorer.vectors(examples) if self.scorer.encoder else None
-        said = {}
-        for number in task.values["candidates"]:
-            candidate = _candidate(task.values["bred"], number) or self.pool[number]
+        said: dict[str, TallyRow] = {}
+        for number in asked.candidates:
+            candidate = _candidate(asked.bred, number) or self.pool[number]
             rewards, scores = self._rewards(candidate, examples, vectors)
-            said[str(number)] = [len(examples), _plain(rewards.sum()), float(scores.sum())]
-        return Update({}, float(len(examples)), {"tallies": said, "examples": len(examples)})
+            said[str(number)] = (len(examples), _plain(rewards.sum()), float(scores.sum()))
+        return ScoreUpdate({}, float(len(examples)), tallies=said, examples=len(examples))
 
     def _rewards(
         self, candidate: Candidate, examples: list[Example], vectors: Any
@@ -299,22 +306,22 @@ class Selection(PromptMethod):
         numbers = sorted({*state.values["alive"], *map(int, rows)})
         return {i: Tally(*rows.get(str(i), (0, 0.0, 0.0))) for i in numbers}
 
-    def _most(self, task: Task) -> int:
+    def _most(self, task: ScoreTask) -> int:
         """How many examples a client can score at most: in the centralised baseline, as many as a cohort."""
-        return self.settings.examples * (self.context.clients if "examples" in task.values else 1)
+        return self.settings.examples * (1 if task.work.examples is None else self.context.clients)
 
-    def _examples(self, task: Task, client: Client) -> list[int]:
+    def _examples(self, task: ScoreTask, client: Client) -> list[int]:
         """Positions of the round's examples, none twice before all were used."""
         total, count = len(client.data.train), self.settings.examples
-        if "examples" in task.values:  # one client stands for the cohort
-            share = task.values["examples"] / total
+        if task.work.examples is not None:  # one client stands for the cohort
+            share = task.work.examples / total
             count = min(math.ceil(count * self.context.clients * share), self._most(task))
         count = min(count, total)
-        start = (task.values["round"] - 1) * count
+        start = (task.round_number - 1) * count
         return example_order(total, start, start + count, [self.context.seed, 23, name_seed(client.name)])
 
 
-def _candidate(bred: Mapping[str, Values], number: int) -> Candidate | None:
+def _candidate(bred: Mapping[str, BredCandidate], number: int) -> Candidate | None:
     if str(number) not in bred:
         return None
     row = bred[str(number)]

@@ -10,8 +10,21 @@ from torch import Tensor
 
 from ...core.errors import UpdateError
 from ...core.tensors import is_finite
-from ..protocol import Task, Update
+from ..protocol import Task, Update, typed
 from .client import BYTES
+from .messages import (
+    AnswerUpdate,
+    CalibrateTask,
+    CountTask,
+    CountUpdate,
+    FetchTask,
+    FetchUpdate,
+    IndexTask,
+    IndexUpdate,
+    RetrieveTask,
+    RouteTask,
+    RouteUpdate,
+)
 
 LONGEST_TEXT = 100_000
 
@@ -24,20 +37,34 @@ def check_answer(task: Task, update: Update, width: int) -> None:
     """
     if not is_finite({n: t for n, t in update.tensors.items() if t.is_floating_point()}):
         raise UpdateError("an answer holds numbers that are not finite")
-    CHECKS[task.kind](task, update, width)
+    match task:
+        case CountTask():
+            _count("documents", typed(update, CountUpdate).documents)
+        case IndexTask():
+            _count("documents", typed(update, IndexUpdate).documents)
+            _count("chunks", typed(update, IndexUpdate).chunks)
+        case RouteTask():
+            _route(typed(update, RouteUpdate), width)
+        case CalibrateTask():
+            _calibrate(update)
+        case RetrieveTask():
+            _retrieve(task, update)
+        case FetchTask():
+            _fetch(task, typed(update, FetchUpdate))
+        case _:
+            _text(typed(update, AnswerUpdate).answer)
 
 
-def _count(task: Task, update: Update, width: int) -> None:
-    for key in ("documents", "chunks") if task.kind == "index" else ("documents",):
-        if type(update.values.get(key)) is not int or update.values[key] < 0:
-            raise UpdateError(f"{key} {update.values.get(key)!r} is not a number of {key}")
+def _count(key: str, number: Any) -> None:
+    if type(number) is not int or number < 0:
+        raise UpdateError(f"{key} {number!r} is not a number of {key}")
 
 
-def _route(task: Task, update: Update, width: int) -> None:
+def _route(update: RouteUpdate, width: int) -> None:
     wanted = {"total": (width,), "scatter": (width, width)}
     for name, shape in wanted.items():
         _shape(update, name, shape, torch.float64)
-    questions = update.values.get("questions")
+    questions = update.questions
     if type(questions) is not int or questions < 1:
         raise UpdateError(f"questions {questions!r} is not a positive integer")
     total, scatter = update.tensors["total"], update.tensors["scatter"]
@@ -48,7 +75,7 @@ def _route(task: Task, update: Update, width: int) -> None:
         raise UpdateError("scatter is not symmetric")
 
 
-def _calibrate(task: Task, update: Update, width: int) -> None:
+def _calibrate(update: Update) -> None:
     masses = update.tensors.get("masses")
     if masses is None or masses.dim() != 1 or masses.dtype != torch.float64 or len(masses) > 10**7:
         raise UpdateError("masses must be one list of float64 numbers")
@@ -56,13 +83,13 @@ def _calibrate(task: Task, update: Update, width: int) -> None:
         raise UpdateError("masses must lie between 0 and 1")
 
 
-def _retrieve(task: Task, update: Update, width: int) -> None:
-    top = int(task.values["top"])
+def _retrieve(task: RetrieveTask, update: Update) -> None:
+    top = task.top
     rows = {}
     if "queries" in task.tensors:
         rows["vector"] = len(task.tensors["queries"])
-    if "texts" in task.values:
-        rows["text"] = len(task.values["texts"])
+    if task.texts is not None:
+        rows["text"] = len(task.texts)
     parts = {"scores": ((), torch.float32), "documents": ((BYTES,), torch.uint8)}
     for way, count in rows.items():
         for name, (more, dtype) in parts.items():
@@ -92,16 +119,12 @@ def _scores(scores: Tensor, largest: float) -> None:
         raise UpdateError("a list does not begin with the best")
 
 
-def _fetch(task: Task, update: Update, width: int) -> None:
-    passages = update.values.get("passages")
-    if not isinstance(passages, dict) or set(passages) != set(task.values["documents"]):
+def _fetch(task: FetchTask, update: FetchUpdate) -> None:
+    passages = update.passages
+    if not isinstance(passages, dict) or set(passages) != set(task.documents):
         raise UpdateError("passages must be those that were asked for")
     for text in passages.values():
         _text(text)
-
-
-def _answer(task: Task, update: Update, width: int) -> None:
-    _text(update.values.get("answer"))
 
 
 def _text(text: Any) -> None:
@@ -115,14 +138,3 @@ def _shape(update: Update, name: str, shape: tuple[int, ...], dtype: torch.dtype
         found = None if tensor is None else (tuple(tensor.shape), str(tensor.dtype))
         raise UpdateError(f"{name} is {found}, not {(shape, str(dtype))}")
     return tensor
-
-
-CHECKS = {
-    "count": _count,
-    "index": _count,
-    "route": _route,
-    "calibrate": _calibrate,
-    "retrieve": _retrieve,
-    "fetch": _fetch,
-    "answer": _answer,
-}

@@ -10,9 +10,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...core.errors import DataError
+from ...core.errors import DataError, UpdateError
 from ..protocol import Client, Task, Update
 from .generation import Generator
+from .messages import (
+    AnswerTask,
+    AnswerUpdate,
+    CalibrateTask,
+    CalibrateUpdate,
+    CountTask,
+    CountUpdate,
+    FetchTask,
+    FetchUpdate,
+    IndexTask,
+    IndexUpdate,
+    RetrieveTask,
+    RetrieveUpdate,
+    RouteTask,
+    RouteUpdate,
+)
 from .router import Sums, mass_before
 from .settings import RetrievalSettings
 from .store import DocumentStore, Found, Vectors
@@ -55,67 +71,80 @@ class RetrievalClient:
 
         Raises:
             DataError: the client has no documents, or its policy refuses the task.
+            UpdateError: there is no such task.
         """
-        return getattr(self, f"_{task.kind}")(task, client)  # type: ignore[no-any-return]
+        match task:
+            case CountTask():
+                return CountUpdate(documents=len(documents_of(client)))
+            case IndexTask():
+                return self._index(task, client)
+            case RouteTask():
+                return self._route(client)
+            case CalibrateTask():
+                return self._calibrate(task, client)
+            case RetrieveTask():
+                return self._retrieve(task, client)
+            case FetchTask():
+                return self._fetch(task, client)
+            case AnswerTask():
+                return self._answer(task, client)
+        raise UpdateError(f"retrieval has no task {task.kind!r}")
 
-    def _count(self, task: Task, client: Client) -> Update:
-        return Update({}, 1.0, {"documents": len(documents_of(client))})
-
-    def _index(self, task: Task, client: Client) -> Update:
+    def _index(self, task: IndexTask, client: Client) -> Update:
         documents = documents_of(client)
         if not documents:
             raise DataError(f"client {client.name!r} has no documents")
-        store = self.store(client, task.values["encoder"])
+        store = self.store(client, task.encoder)
         updated = store.update(documents, self.embed)
         for other in store.folder.parent.glob("store-*"):
             if other != store.folder:  # of an encoder that nobody asks with any more
                 shutil.rmtree(other, ignore_errors=True)
-        return Update({}, 1.0, {"documents": updated.documents, "chunks": updated.chunks})
+        return IndexUpdate(documents=updated.documents, chunks=updated.chunks)
 
-    def _route(self, task: Task, client: Client) -> Update:
+    def _route(self, client: Client) -> Update:
         questions = [example.text for example in client.data.train]
         if not questions:
             raise DataError(f"client {client.name!r} has no questions to learn routing from")
         sums = Sums.of(torch.from_numpy(self.embed(questions)))
-        return Update({"total": sums.total, "scatter": sums.scatter}, 1.0, {"questions": sums.count})
+        return RouteUpdate({"total": sums.total, "scatter": sums.scatter}, questions=sums.count)
 
-    def _calibrate(self, task: Task, client: Client) -> Update:
+    def _calibrate(self, task: CalibrateTask, client: Client) -> Update:
         questions = [example.text for example in client.data.development]
         masses = torch.zeros(0, dtype=torch.float64)
         if questions:
             vectors = torch.from_numpy(self.embed(questions)).double()
             logits = vectors @ task.tensors["weight"].T + task.tensors["bias"]
-            masses = mass_before(logits, torch.full((len(questions),), int(task.values["own"])))
-        return Update({"masses": masses}, 1.0, {})
+            masses = mass_before(logits, torch.full((len(questions),), task.own))
+        return CalibrateUpdate({"masses": masses})
 
-    def _retrieve(self, task: Task, client: Client) -> Update:
-        store = self.store(client, task.values["encoder"])
-        top = int(task.values["top"])
+    def _retrieve(self, task: RetrieveTask, client: Client) -> Update:
+        store = self.store(client, task.encoder)
+        top = task.top
         tensors: dict[str, torch.Tensor] = {}
         if "queries" in task.tensors:
             tensors |= packed("vector", store.search(task.tensors["queries"].numpy(), top), top)
-        if "texts" in task.values:
-            tensors |= packed("text", store.search_words(task.values["texts"], top), top)
-        return Update(tensors, 1.0, {})
+        if task.texts is not None:
+            tensors |= packed("text", store.search_words(task.texts, top), top)
+        return RetrieveUpdate(tensors)
 
-    def _fetch(self, task: Task, client: Client) -> Update:
+    def _fetch(self, task: FetchTask, client: Client) -> Update:
         if self.settings.policy_of(client.name) != "passages":
             raise DataError(f"client {client.name!r} does not share passages")
-        return Update({}, 1.0, {"passages": self._passages(task, client)})
+        return FetchUpdate(passages=self._passages(task, client))
 
-    def _answer(self, task: Task, client: Client) -> Update:
+    def _answer(self, task: AnswerTask, client: Client) -> Update:
         if self.settings.policy_of(client.name) != "answer":
             raise DataError(f"client {client.name!r} does not write answers")
         if self.generator is None:
             raise DataError(f"client {client.name!r} has no generator to write answers with")
         passages = list(self._passages(task, client).values())
-        (text,) = self.generator.write([task.values["question"]], [passages])
-        return Update({}, 1.0, {"answer": text})
+        (text,) = self.generator.write([task.question], [passages])
+        return AnswerUpdate(answer=text)
 
-    def _passages(self, task: Task, client: Client) -> dict[str, str]:
+    def _passages(self, task: FetchTask | AnswerTask, client: Client) -> dict[str, str]:
         query = task.tensors.get("query")
         vector = None if query is None else query.numpy()
-        return self.store(client, task.values["encoder"]).passages(task.values["documents"], vector)
+        return self.store(client, task.encoder).passages(task.documents, vector)
 
 
 def documents_of(client: Client) -> list[str]:

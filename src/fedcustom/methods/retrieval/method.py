@@ -22,8 +22,9 @@ from ..full.method import Full
 from ..full.settings import FullSettings
 from ..lora.method import Lora
 from ..lora.settings import LoraSettings
-from ..protocol import Answer, Asked, Client, State, Task, Update, Values
+from ..protocol import Answer, Asked, Client, Messages, State, Task, Update, Work, typed
 from ..sequential_clients import SequentialClients
+from ..tuning.messages import TrainTask
 from ..tuning.method import WeightTuning
 from ..tuning.objective import Contrastive
 from ..tuning.peft_support import loading_page
@@ -36,6 +37,7 @@ from .export import weights_digest, write_modules
 from .generation import Generator, generator_of
 from .measures import answer_losses, search_figures
 from .merging import Hit
+from .messages import MESSAGES, AnswerTask, AnswerUpdate, CountTask, CountUpdate, IndexTask
 from .negatives import BORROWED, LENT, Negatives, plain
 from .privacy import Vectors
 from .search import Searched, Searcher
@@ -87,30 +89,35 @@ class Retrieval(SequentialClients):
         )
         self.report: dict[str, Any] = {}
 
+    @property
+    def messages(self) -> Messages:
+        """Searches and, where the encoder is trained, those of training."""
+        return {**(self.tuning.messages if self.tuning else {}), **MESSAGES}
+
     # --- rounds ---
 
     def initialise(self) -> State:
         """The encoder as it is."""
         return self.tuning.initialise() if self.tuning else State({})
 
-    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Work]) -> dict[str, Task]:
         """Train the encoder, or say how many documents there are."""
         if self.tuning:
             tasks = self.tuning.configure(state, round_number, work)
             return self.negatives.offered(state, tasks) if self.negatives else tasks
-        return {name: Task("count", {}, {"round": round_number}) for name in work}
+        return {name: CountTask(round_number=round_number) for name in work}
 
     def execute(self, task: Task, client: Client) -> Update:
         """The task done on the client's questions or documents."""
-        if task.kind == "train" and self.tuning:
+        if isinstance(task, TrainTask) and self.tuning:
             return self._trained(self.tuning, task, client)
-        if task.kind == "index" and self.tuning:
+        if isinstance(task, IndexTask) and self.tuning:
             self.tuning.trainable.write(self.tuning.ownership.complete(task.tensors))
         return self.retrieval_client.execute(task, client)
 
     def check(self, task: Task, update: Update) -> None:
         """Refuse what is not a sound answer."""
-        if task.kind == "train" and self.tuning:
+        if isinstance(task, TrainTask) and self.tuning:
             if self.negatives:
                 self.negatives.check(update, self.base.model.config.hidden_size)
                 task, update = plain(task), plain(update)
@@ -132,7 +139,7 @@ class Retrieval(SequentialClients):
             return self.negatives.kept(self.tuning.aggregate(state, trained()), lent)
         if self.tuning:
             return self.tuning.aggregate(state, answers)
-        counts = {answer.client: answer.update.values["documents"] for answer in answers}
+        counts = {answer.client: typed(answer.update, CountUpdate).documents for answer in answers}
         return State({}, {}, {**state.values, "method": {"documents": sum(counts.values())}})
 
     # --- searches ---
@@ -190,14 +197,11 @@ class Retrieval(SequentialClients):
             if self.settings.policy_of(hit.client) == "answer":
                 own = [i for i, other in enumerate(hits) if other.client == hit.client]
                 documents = [hits[i].document for i in own][: self.settings.passages_given]
-                values = {
-                    "question": question,
-                    "documents": documents,
-                    "encoder": self.searcher.ready.encoder,
-                }
-                reply = self.searcher.asked({hit.client: Task("answer", {}, values)}).get(hit.client)
+                encoder = self.searcher.ready.encoder
+                task = AnswerTask(encoder=encoder, question=question, documents=documents)
+                reply = self.searcher.asked({hit.client: task}).get(hit.client)
                 if reply is not None:
-                    return str(reply.update.values["answer"]), own[: len(documents)]
+                    return typed(reply.update, AnswerUpdate).answer, own[: len(documents)]
         return "", []
 
     def bytes_a_query(self) -> tuple[float, float]:
@@ -281,7 +285,7 @@ class Retrieval(SequentialClients):
             technique = Lora(LoraSettings(rank=settings.rank))
         return WeightTuning(technique, context, self.contrastive)
 
-    def _trained(self, tuning: WeightTuning, task: Task, client: Client) -> Update:
+    def _trained(self, tuning: WeightTuning, task: TrainTask, client: Client) -> Update:
         """The client's training, with what others lent as further negatives, and what it lends itself."""
         if self.negatives is None:
             return tuning.execute(task, client)
@@ -289,7 +293,7 @@ class Retrieval(SequentialClients):
         tensors = tuning.ownership.complete(own.tensors)
         check_state(tuning.trainable.inwards(tensors), tuning.trainable.parameters)
         tuning.trainable.write(tensors)
-        lent = self.negatives.lend(client, int(task.values["round"]))
+        lent = self.negatives.lend(client, task.round_number)
         self.contrastive.negatives = task.tensors.get(BORROWED)
         try:
             update = tuning.execute(own, client)

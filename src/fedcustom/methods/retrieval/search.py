@@ -14,9 +14,19 @@ from torch import Tensor
 from ...core.errors import RunError
 from ...core.files import read_tensors, write_tensors
 from ...core.tensors import Tensors
-from ..protocol import Asked, Task, Values
+from ..protocol import Asked, Task, typed
 from .client import unpacked
 from .merging import Hit, as_list, by_rank, by_score
+from .messages import (
+    CalibrateTask,
+    FetchTask,
+    FetchUpdate,
+    IndexTask,
+    IndexUpdate,
+    RetrieveTask,
+    RouteTask,
+    RouteUpdate,
+)
 from .privacy import Vectors, perturbed
 from .router import Sums, choose, fit_router, threshold
 from .settings import RetrievalSettings
@@ -79,9 +89,9 @@ class Searcher:
         Raises:
             RunError: no client has documents.
         """
-        task = Task("index", dict(tensors), {"encoder": encoder})
+        task = IndexTask(dict(tensors), encoder=encoder)
         replies = self.asked(dict.fromkeys(self.names, task))
-        found = {name: int(reply.update.values["documents"]) for name, reply in replies.items()}
+        found = {name: typed(reply.update, IndexUpdate).documents for name, reply in replies.items()}
         if not found:
             raise RunError("no client has documents to search")
         self.ready = Ready(encoder, sorted(found))
@@ -157,12 +167,12 @@ class Searcher:
                 wanted.setdefault(hit.client, []).append(hit.document)
         query = {"query": torch.from_numpy(vector)}
         tasks = {
-            name: Task("fetch", query, {"documents": documents, "encoder": self.ready.encoder})
+            name: FetchTask(query, encoder=self.ready.encoder, documents=documents)
             for name, documents in wanted.items()
         }
         shown: dict[str, str] = {}
         for reply in self.asked(tasks).values():
-            shown |= reply.update.values["passages"]
+            shown |= typed(reply.update, FetchUpdate).passages
         return shown
 
     def save_router(self, folder: Path) -> None:
@@ -194,13 +204,12 @@ class Searcher:
         return replies
 
     def _query(self, vectors: Vectors, questions: list[str]) -> Task:
-        values: Values = {"encoder": self.ready.encoder, "top": self.settings.top}
+        settings = self.settings
         tensors: Tensors = {}
-        if self.settings.search != "text":
+        if settings.search != "text":
             tensors["queries"] = torch.from_numpy(np.ascontiguousarray(vectors))
-        if self.settings.search != "vector":
-            values["texts"] = questions
-        return Task("retrieve", tensors, values)
+        texts = questions if settings.search != "vector" else None
+        return RetrieveTask(tensors, encoder=self.ready.encoder, top=settings.top, texts=texts)
 
     def _merged(self, vector: dict[str, Any], text: dict[str, Any]) -> list[Hit]:
         top = self.settings.top
@@ -216,17 +225,19 @@ class Searcher:
         return [replace(hit, client=owner[hit.document]) for hit in fused]
 
     def _learn_routes(self) -> None:
-        task = Task("route", {}, {})
+        task = RouteTask()
         replies = self.asked(dict.fromkeys(self.ready.clients, task))
         sums = {
-            name: Sums(r.update.values["questions"], r.update.tensors["total"], r.update.tensors["scatter"])
+            name: Sums(
+                typed(r.update, RouteUpdate).questions, r.update.tensors["total"], r.update.tensors["scatter"]
+            )
             for name, r in sorted(replies.items())
         }
         if set(sums) != set(self.ready.clients) or len(sums) < 2:
             return  # one that cannot be told apart would never be asked
         weight, bias = fit_router(sums)
         tasks = {
-            name: Task("calibrate", {"weight": weight, "bias": bias}, {"own": number})
+            name: CalibrateTask({"weight": weight, "bias": bias}, own=number)
             for number, name in enumerate(self.ready.clients)
         }
         masses = [reply.update.tensors["masses"] for reply in self.asked(tasks).values()]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ...aggregation import robust
 from ...core.tensors import Tensors
 from ..protocol import State, Values
+from .messages import TrainUpdate
 
 BASE_CHANGE = "base_change/"
 """Before the name of a base weight: what the server has added to it. Part of the state, never trained."""
@@ -20,15 +21,15 @@ class ClientDelta:
     """One client's answer, in full shape.
 
     ``sent`` is what it was sent, ``change`` what it adds to that, ``weight`` its weight in a mean and
-    ``discount`` what a late change is multiplied by; ``values`` are the numbers and texts that it sent.
+    ``discount`` what a late change is multiplied by; ``update`` is the answer as it was packed.
     """
 
     client: str
     sent: Tensors
     change: Tensors
     weight: float
+    update: TrainUpdate
     discount: float = 1.0
-    values: Values = field(default_factory=dict)
 
 
 class RoundAggregator:
@@ -51,8 +52,10 @@ class AggregationHooks:
     """All of the state goes down, all that was trained comes up, and the recipe's rule combines the changes.
 
     ``own_rule`` names the rule of a method that does not follow the recipe's, ``personal`` the parts of
-    tensors' names that stay with each client.
+    tensors' names that stay with each client, ``update`` is the class of what :meth:`pack` gives.
     """
+
+    update: type[TrainUpdate] = TrainUpdate
 
     own_rule: str = ""
     personal: tuple[str, ...] = ()
@@ -69,17 +72,17 @@ class AggregationHooks:
         """Whether a tensor is trained, and comes up, in a round."""
         return True
 
-    def pack(self, change: Tensors) -> tuple[Tensors, Values]:
-        """What a client sends of its change, and what it says of it."""
-        return change, {}
+    def pack(self, update: TrainUpdate) -> TrainUpdate:
+        """What a client sends of an update that holds its whole change."""
+        return update
 
-    def unpack(self, tensors: Tensors, values: Values, wanted: Tensors) -> Tensors:
+    def unpack(self, update: TrainUpdate, wanted: Tensors) -> Tensors:
         """The change that :meth:`pack` packed, in the names and shapes of ``wanted``.
 
         Raises:
             UpdateError: it is not what was asked for.
         """
-        return tensors
+        return update.tensors
 
     def round(self, state: State) -> RoundAggregator:
         """Begin to merge a round."""

@@ -31,6 +31,16 @@ from .head_messages import (
     check_answer,
     sums_of,
 )
+from .messages import (
+    FitHeadTask,
+    HeadGradientTask,
+    HeadGradientUpdate,
+    HeadLossesUpdate,
+    HeadSumsUpdate,
+    HeadTask,
+    ScaleHeadTask,
+    TrainTask,
+)
 from .objective import Objective
 from .technique import TrainableModel
 from .update_checks import check_forms
@@ -115,20 +125,20 @@ class HeadFit:
     # --- client ---
 
     def execute(
-        self, task: Task, name: str, examples: Sequence[Example], tokens: Sequence[TokenizedExample]
+        self, task: HeadTask, name: str, examples: Sequence[Example], tokens: Sequence[TokenizedExample]
     ) -> Update:
-        """A client's answer to one of :data:`HEAD_TASKS`; for the first the model holds the state.
+        """A client's answer to a task about the head; for the first the model holds the state.
 
         Raises:
             UpdateError: its vectors are gone, since its process was started anew within the round; or more
                 steps are asked for than the recipe says.
         """
         number = float(len(examples))
-        if task.kind == FIT_HEAD:
+        if isinstance(task, FitHeadTask):
             labels = torch.tensor([example.label for example in examples])
             vectors = self.read.pop(name) if name in self.read else self.inputs(tokens)
             self.vectors[name], self.steps[name] = (vectors, labels), 0
-            return Update(self.sums(vectors, labels), number)
+            return HeadSumsUpdate(self.sums(vectors, labels), number)
         if name not in self.vectors:
             raise UpdateError("the vectors of this round are gone: this client was started anew")
         self.steps[name] += 1
@@ -140,15 +150,15 @@ class HeadFit:
         if len(labels) < LEAST:  # nothing of a single example
             vectors, labels = vectors[:0], labels[:0]
         point = task.tensors[POINT]
-        if task.kind == SCALE_HEAD:
+        if isinstance(task, ScaleHeadTask):
             logits = vectors.double() @ point[:, :-1].double().T + point[:, -1].double()
             losses = [
                 float(functional.cross_entropy(scale * logits, labels, reduction="sum"))
                 for scale in TEMPERATURES
             ]
-            return Update({"losses": torch.tensor(losses)}, float(len(labels)))
+            return HeadLossesUpdate({"losses": torch.tensor(losses)}, float(len(labels)))
         loss, gradient = loss_and_gradient(point, vectors, labels)
-        return Update({"gradient": gradient.float()}, float(len(labels)), {"objective": loss})
+        return HeadGradientUpdate({"gradient": gradient.float()}, float(len(labels)), objective=loss)
 
     def forget(self) -> None:
         """Drop the clients' vectors: the model changes."""
@@ -197,7 +207,7 @@ class HeadFit:
 
     # --- server ---
 
-    def tasks(self, state: State, names: Iterable[str], values: Values) -> dict[str, Task]:
+    def tasks(self, state: State, names: Iterable[str], round_number: int) -> dict[str, Task]:
         """What is asked after the first exchange of a round; nothing of clients with a single example."""
         assert self.fitting is not None
         kind = str(state.values[UNFINISHED])
@@ -208,7 +218,8 @@ class HeadFit:
             point = torch.cat([state.tensors[self.weight], state.tensors[self.bias][:, None]], dim=1)
         counts = {name: state.server.get(CLIENT_LABELS + name) for name in names}
         some = [name for name, found in counts.items() if found is None or int(found.sum()) >= LEAST]
-        return {name: Task(kind, {POINT: point}, values) for name in some}
+        asked = HeadGradientTask if kind == HEAD_GRADIENT else ScaleHeadTask
+        return {name: asked({POINT: point}, round_number=round_number) for name in some}
 
     def check(self, task: Task, update: Update, *, sent: bool = True) -> None:
         """Refuse what cannot be an answer to a task about the head; or any, unless they are to be ``sent``.
@@ -217,7 +228,7 @@ class HeadFit:
             UpdateError: says what is wrong.
         """
         if sent:
-            check_answer(task.kind, update, self.layer.out_features, self.layer.in_features)
+            check_answer(task, update, self.layer.out_features, self.layer.in_features)
         else:
             check_forms(update.tensors, {})
 
@@ -238,7 +249,7 @@ class HeadFit:
             tensor = sent.double() if tensor is None else tensor + sent.double()
             examples += int(state.server[CLIENT_LABELS + answer.client].sum())  # as it said at first
             answered += 1
-            loss += float(update.values.get("objective", 0.0))
+            loss += update.objective if isinstance(update, HeadGradientUpdate) else 0.0
         if tensor is None or 2 * answered < fitting.clients or not examples:
             return self._finished(
                 state, f"{answered} of {fitting.clients} clients went on; kept the discriminant"
@@ -298,17 +309,17 @@ class HeadFit:
             values["method"] = {"head": f"{values['method']['head']}; {note}"}
         return State(state.tensors, state.server, values)
 
-    def label_counts(self, values: Values) -> list[int] | None:
-        """What a task's values say of the labels of all clients; None before the head was first fitted.
+    def label_counts(self, task: TrainTask) -> tuple[int, ...] | None:
+        """What a task says of the labels of all clients; None before the head was first fitted.
 
         Raises:
             UpdateError: they are not counts of these labels.
         """
-        counts = values.get(LABEL_COUNTS)
+        counts = task.label_counts
         if counts is None:
             return None
         if (
-            not isinstance(counts, list)
+            not isinstance(counts, tuple)
             or len(counts) != self.layer.out_features
             or any(type(count) is not int or not 0 <= count < 2**53 for count in counts)
         ):

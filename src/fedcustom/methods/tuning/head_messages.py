@@ -10,22 +10,18 @@ from torch import Tensor
 
 from ...core.errors import UpdateError
 from ...core.tensors import Tensors, is_finite
-from ..protocol import ExactTask, Update
+from ..protocol import Task, Update, typed
+from .messages import FitHeadTask, HeadGradientTask, HeadGradientUpdate, ScaleHeadTask
 from .update_checks import check_forms
 
-FIT_HEAD = ExactTask.FIT_HEAD.value
+FIT_HEAD = FitHeadTask.kind
 """The kind of task that asks for a client's sums."""
 
-SCALE_HEAD = ExactTask.SCALE_HEAD.value
+SCALE_HEAD = ScaleHeadTask.kind
 """The kind of task that asks for the losses of a head at several temperatures."""
 
-HEAD_GRADIENT = ExactTask.HEAD_GRADIENT.value
+HEAD_GRADIENT = HeadGradientTask.kind
 """The kind of task that asks for loss and gradient of a head."""
-
-HEAD_TASKS = (FIT_HEAD, SCALE_HEAD, HEAD_GRADIENT)
-
-HEAD_UNFITTED = "head_unfitted"
-"""The value of a task to train that says that the head, which would rest, could not be fitted before."""
 
 POINT = "head_point"
 """The tensor of a task that holds a head, (labels, width + 1), biases last."""
@@ -93,8 +89,8 @@ def sums_of(vectors: Tensor, labels: Tensor, classes: int) -> Tensors:
     }
 
 
-def check_answer(kind: str, update: Update, classes: int, width: int) -> None:
-    """Refuse what no examples can have given as an answer to a task of this kind.
+def check_answer(task: Task, update: Update, classes: int, width: int) -> None:
+    """Refuse what no examples can have given as an answer to a task of which the head is fitted.
 
     Raises:
         UpdateError: says what is wrong.
@@ -104,13 +100,13 @@ def check_answer(kind: str, update: Update, classes: int, width: int) -> None:
     number = update.weight
     if not (isinstance(number, int | float) and 0 <= number < 1e12 and number == int(number)):
         raise UpdateError(f"weight {number!r} is not the number of examples")
-    if kind == SCALE_HEAD:
+    if isinstance(task, ScaleHeadTask):
         check_forms(update.tensors, {"losses": torch.empty(len(TEMPERATURES))})
         if (update.tensors["losses"] < 0).any():
             raise UpdateError("losses below 0")
-    elif kind == HEAD_GRADIENT:
+    elif isinstance(task, HeadGradientTask):
         check_forms(update.tensors, {"gradient": torch.empty(classes, width + 1)})
-        loss = update.values.get("objective")
+        loss = typed(update, HeadGradientUpdate).objective
         if not isinstance(loss, int | float) or not 0 <= loss < 1e300:
             raise UpdateError(f"objective {loss!r} is not a sum of losses")
     else:

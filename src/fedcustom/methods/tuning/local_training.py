@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,13 @@ from ...models.frozen_layers import LowerLayers, lower_layers
 from ...models.load import Base
 from ...training.local import LocalResult, train_locally
 from ...training.settings import TrainingSettings
-from ..protocol import Client, Task, Update
+from ..protocol import Client, Update
+from ..protocol import Work as Amount
 from .aggregation_hooks import AggregationHooks
 from .batching.client_modules import ClientModules, stand_ins
 from .batching.trainer import PassBudget, Work, train_together
 from .drift_corrections import Correction
+from .messages import TrainTask
 from .objective import Objective
 from .technique import TrainableModel
 
@@ -41,7 +42,7 @@ SCALE = "scale"
 class Job:
     """One client's training, ready to begin."""
 
-    task: Task
+    task: TrainTask
     client: Client
     correction: Correction
     hooks: AggregationHooks
@@ -58,7 +59,7 @@ class Job:
     @property
     def number(self) -> int:
         """The round that the task belongs to."""
-        return int(self.task.values["round"])
+        return self.task.round_number
 
     def trains(self, name: str) -> bool:
         """Whether a tensor is trained."""
@@ -67,7 +68,7 @@ class Job:
     @property
     def factor(self) -> float:
         """What the learning rates are multiplied by."""
-        return float(self.task.values["learning_rate_factor"])
+        return self.task.learning_rate_factor
 
 
 class LocalTraining:
@@ -264,20 +265,23 @@ class LocalTraining:
                 yield error
 
 
-def batch_ranges(count: int, start: int, batch_size: int, amount: Mapping[str, Any]) -> list[tuple[int, int]]:
+def batch_ranges(count: int, start: int, batch_size: int, amount: Amount) -> list[tuple[int, int]]:
     """Where each batch begins and ends in the client's endless stream of examples.
 
-    ``amount`` holds ``epochs``, ``steps`` or ``examples``. A batch never crosses the end of a pass over the
+    A batch never crosses the end of a pass over the
     client's ``count`` examples, so that one epoch is every example once in ceil(count / batch_size) steps;
     or, where ``amount`` has ``batches`` too, in min(count, batches) steps, whose sizes differ by one at most.
     A part of an epoch is the nearest whole number of examples, and one at least.
     """
-    stop = start + int(amount.get("examples", max(1, round(amount.get("epochs", 0) * count))))
-    steps = amount.get("steps", math.inf)
-    if "steps" in amount:
-        stop = start + steps * batch_size
+    steps: float = math.inf
+    if amount.steps is not None:
+        steps, stop = amount.steps, start + amount.steps * batch_size
+    elif amount.examples is not None:
+        stop = start + amount.examples
+    else:
+        stop = start + max(1, round((amount.epochs or 0) * count))
     ranges: list[tuple[int, int]] = []
-    batches = min(count, amount["batches"]) if "batches" in amount else None
+    batches = min(count, amount.batches) if amount.batches is not None else None
     while start < stop and len(ranges) < steps:
         whole, seen = start // count * count, start % count
         if batches is None:

@@ -25,17 +25,20 @@ from ..protocol import (
     Answer,
     Client,
     Memory,
+    MessagePair,
+    Messages,
     State,
     Task,
     Update,
-    Values,
+    Work,
     peeked,
+    typed,
 )
 from .aggregation_hooks import BASE_CHANGE, AggregationHooks, ClientDelta
 from .drift_corrections import CONTROL, Correction, make_correction
 from .head_fit import LABEL_COUNTS, HeadFit, output_names
-from .head_messages import FIT_HEAD, HEAD_TASKS, HEAD_UNFITTED
 from .local_training import Job, LocalTraining, batch_ranges
+from .messages import MESSAGES, FitHeadTask, HeadSumsUpdate, HeadTask, TrainTask, TrainUpdate
 from .objective import Objective, Supervised
 from .ownership import Ownership
 from .technique import Context, Technique, prepare_precision
@@ -90,6 +93,11 @@ class WeightTuning:
             self.trainable, self.objective, context.training, self.base, lambda batch: self._loss(batch)
         )
 
+    @property
+    def messages(self) -> Messages:
+        """Training, with what the method's hooks answer, and fitting the head."""
+        return {**MESSAGES, TrainTask.kind: MessagePair(TrainTask, self.hooks.update)}
+
     # --- server ---
 
     def initialise(self) -> State:
@@ -97,45 +105,57 @@ class WeightTuning:
         tensors = self.hooks.initialise(self.trainable.read())
         return State(tensors, self.correction.initialise(self.ownership.travelling(tensors)))
 
-    def configure(self, state: State, round_number: int, work: Mapping[str, Values]) -> dict[str, Task]:
+    def configure(self, state: State, round_number: int, work: Mapping[str, Work]) -> dict[str, Task]:
         """Train from the global state, for as long as ``work`` says (``epochs``, ``steps`` or ``examples``);
         or send what the head is fitted from.
         """
         factor = schedule_factor(self.context.training, round_number, self.context.rounds)
         factor *= float(state.values.get(RATE_FACTOR, 1.0))
-        kind = FIT_HEAD if round_number in self.head_fit.rounds else "train"
-        known: Values = {}
-        due = min(self.head_fit.rounds, default=round_number) < round_number
-        if kind == "train" and LABEL_COUNTS in state.values:
-            if self.context.training.logit_adjustment:
-                known[LABEL_COUNTS] = state.values[LABEL_COUNTS]
-        elif kind == "train" and due and self.context.keeps != "everything":
-            known[HEAD_UNFITTED] = True
         if UNFINISHED in state.values:
-            return self.head_fit.tasks(state, work, {"round": round_number})
-        tasks = {}
+            return self.head_fit.tasks(state, work, round_number)
+        label_counts: tuple[int, ...] | None = None
+        head_unfitted = False
+        due = min(self.head_fit.rounds, default=round_number) < round_number
+        if LABEL_COUNTS in state.values:
+            if self.context.training.logit_adjustment:
+                label_counts = tuple(state.values[LABEL_COUNTS])
+        elif due and self.context.keeps != "everything":
+            head_unfitted = True
+        tasks: dict[str, Task] = {}
         for name, amount in work.items():
             tensors: Tensors = {}
             if self.context.keeps != "everything":
                 tensors = self.ownership.travelling(self.hooks.down(state.tensors, name, round_number))
                 tensors |= {n: t for n, t in state.server.items() if n.startswith(CONTROL)}
-            values = {"learning_rate_factor": factor, "round": round_number, **known, **amount}
-            tasks[name] = Task(kind, tensors, values)
+            if round_number in self.head_fit.rounds:
+                tasks[name] = FitHeadTask(
+                    tensors, round_number=round_number, learning_rate_factor=factor, work=amount
+                )
+            else:
+                tasks[name] = TrainTask(
+                    tensors,
+                    round_number=round_number,
+                    learning_rate_factor=factor,
+                    work=amount,
+                    label_counts=label_counts,
+                    head_unfitted=head_unfitted,
+                )
         return tasks
 
     def check(self, task: Task, update: Update) -> None:
         """Refuse other names, shapes or dtypes than were asked for, numbers that are not finite, weights and
         steps that are not positive.
         """
-        if task.kind in HEAD_TASKS:
+        if isinstance(task, HeadTask):
             self.head_fit.check(task, update, sent=self.context.keeps != "everything")
             return
         if not is_finite(update.tensors):
             raise UpdateError("an update holds numbers that are not finite")
-        wanted = self.ownership.wanted(task)
-        change = self.hooks.unpack(update.tensors, update.values, wanted)
+        asked, trained = typed(task, TrainTask), typed(update, TrainUpdate)
+        wanted = self.ownership.wanted(asked)
+        change = self.hooks.unpack(trained, wanted)
         check_forms(change, wanted)
-        check_figures(task, update)
+        check_figures(asked, trained)
 
     def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """One change for the cohort by the recipe's rule or the method's own, then the server optimiser, or
@@ -149,7 +169,7 @@ class WeightTuning:
             return self.head_fit.aggregate(str(state.values[UNFINISHED]), state, answers)
         if self.head_fit.rounds:
             task, answers = peeked(answers)
-            if task is not None and task.kind in HEAD_TASKS:
+            if isinstance(task, HeadTask):
                 return self.head_fit.aggregate(task.kind, state, answers)
         settings, gathered = self.aggregation, self.hooks.round(state)
         answered: list[str] = []
@@ -160,17 +180,16 @@ class WeightTuning:
             for answer in stream:
                 arrival = self._arrival(answer)
                 answered.append(answer.client)
-                newest = max(newest, answer.task.round_number)
+                newest = max(newest, typed(answer.task, TrainTask).round_number)
                 rest = gathered.take(arrival)
-                steps = int(answer.update.values["steps"])
-                yield Change(answer.client, rest, arrival.weight, steps, answer.discount)
+                yield Change(answer.client, rest, arrival.weight, arrival.update.steps, answer.discount)
                 del answer, arrival, rest  # before the next one is made
 
         stream, root = iter(answers), None
         if settings.rule == "fltrust":
             first, stream = peeked(stream)
             assert first is not None
-            root = gathered.take(self._root(state, first))
+            root = gathered.take(self._root(state, typed(first, TrainTask)))
         change = combine(changes(), settings, root=root, inner_products=gathered.inner_products)
         for transform in self.context.transforms:
             change = transform.on_aggregate(change, AggregateContext(newest, tuple(answered)))
@@ -215,9 +234,10 @@ class WeightTuning:
             DataError: the client has nothing to train on.
             UpdateError: the training loss is not finite, or the task is none.
         """
-        if self._fits_head(task):
-            return self._head_sums(task, client)
-        return self._alone(self._prepare(task, client, self.correction, self.hooks))
+        asked = self._asked(task)
+        if isinstance(asked, HeadTask):
+            return self._head_sums(asked, client)
+        return self._alone(self._prepare(asked, client, self.correction, self.hooks))
 
     def execute_together(self, pairs: Sequence[tuple[Task, Client]]) -> list[Update | Exception]:
         """The tasks of several clients, trained in one batch where the method, the recipe and their states
@@ -225,13 +245,14 @@ class WeightTuning:
         """
         jobs: list[Job | Update | Exception] = []
         self._tokenize([client.data.train for _, client in pairs])
-        self._read_together([(task, client) for task, client in pairs if task.kind == FIT_HEAD])
+        self._read_together([(task, client) for task, client in pairs if isinstance(task, FitHeadTask)])
         for task, client in pairs:
             try:
-                if self._fits_head(task):
-                    jobs.append(self._head_sums(task, client))
+                asked = self._asked(task)
+                if isinstance(asked, HeadTask):
+                    jobs.append(self._head_sums(asked, client))
                 else:
-                    jobs.append(self._prepare(task, client, self.correction, self.hooks))
+                    jobs.append(self._prepare(asked, client, self.correction, self.hooks))
             except Exception as error:  # whatever one client does wrong, the others go on
                 jobs.append(error)
         ready = [job for job in jobs if isinstance(job, Job)]
@@ -244,7 +265,7 @@ class WeightTuning:
 
     def _prepare(
         self,
-        task: Task,
+        task: TrainTask,
         client: Client,
         correction: Correction,
         hooks: AggregationHooks,
@@ -262,10 +283,10 @@ class WeightTuning:
         before = self.ownership.complete(without(task.tensors, CONTROL), client.memory)
         check_state(self.trainable.inwards(before), self.trainable.parameters)
         start = int(client.memory.values.get("examples_seen", 0))
-        batches = task.values.get("batches", 1)
-        if type(batches) is not int or batches < 1:
+        batches = task.work.batches
+        if batches is not None and (type(batches) is not int or batches < 1):
             raise UpdateError(f"batches {batches!r}: must be a whole number from 1")
-        ranges = batch_ranges(len(examples), start, self.context.training.batch_size, task.values)
+        ranges = batch_ranges(len(examples), start, self.context.training.batch_size, task.work)
         seed = [self.context.seed, 5, name_seed(client.name)]
         order = example_order(len(examples), start, ranges[-1][1], seed)
         shift = correction.shift(task.tensors, client.memory)
@@ -285,18 +306,18 @@ class WeightTuning:
             resting=frozenset() if own else self.ownership.resting(task),
         )
 
-    def _fits_head(self, task: Task) -> bool:
-        """Whether a task asks for sums, and not for training.
+    def _asked(self, task: Task) -> TrainTask | HeadTask:
+        """The task as one of training, or of fitting the head.
 
         Raises:
             UpdateError: it asks for other than the recipe does in that round.
         """
-        asked, number = task.kind in HEAD_TASKS, int(task.values["round"])
-        if asked != (number in self.head_fit.rounds):
-            raise UpdateError(f"the recipe has no task {task.kind!r} in round {number}")
+        asked = task if isinstance(task, HeadTask) else typed(task, TrainTask)
+        if isinstance(asked, HeadTask) != (asked.round_number in self.head_fit.rounds):
+            raise UpdateError(f"the recipe has no task {task.kind!r} in round {asked.round_number}")
         return asked
 
-    def _read_together(self, pairs: Sequence[tuple[Task, Client]]) -> None:
+    def _read_together(self, pairs: Sequence[tuple[FitHeadTask, Client]]) -> None:
         """Compute what the head is fitted to for several clients that have the same model, with passes over
         all of their examples, since many clients have few.
         """
@@ -304,7 +325,7 @@ class WeightTuning:
         if len(pairs) < 2 or len(same) > 1 or self.ownership.personal or self.context.keeps != "nothing":
             return
         task = pairs[0][0]
-        if int(task.values["round"]) not in self.head_fit.rounds:
+        if task.round_number not in self.head_fit.rounds:
             return
         self.trainable.write(self.ownership.complete(without(task.tensors, CONTROL)))
         tokens = [self.tokens(client.data.train) for _, client in pairs]
@@ -312,12 +333,12 @@ class WeightTuning:
         parts = torch.split(vectors, [len(rows) for rows in tokens])
         self.head_fit.read = {client.name: part for (_, client), part in zip(pairs, parts, strict=True)}
 
-    def _head_sums(self, task: Task, client: Client) -> Update:
+    def _head_sums(self, task: HeadTask, client: Client) -> Update:
         """What a client sends for the head to be fitted; where it keeps everything, it fits its own."""
         examples, memory = client.data.train, client.memory
         if not examples:
             raise DataError(f"client {client.name!r} has no examples to fit the head to")
-        if task.kind != FIT_HEAD:
+        if not isinstance(task, FitHeadTask):
             return self.head_fit.execute(task, client.name, examples, [])
         if client.name not in self.head_fit.read:
             self.trainable.write(self.ownership.complete(without(task.tensors, CONTROL), memory))
@@ -329,11 +350,11 @@ class WeightTuning:
         if self.context.keeps == "everything":
             head = self.head_fit.alone(*self.head_fit.vectors.pop(client.name))
             self.ownership.remember(memory, {**self.trainable.read(), **head}, moments)
-            return Update({}, update.weight)
+            return HeadSumsUpdate({}, update.weight)
         memory.tensors = without(memory.tensors, "moments/") | named(moments, "moments/")
         return update
 
-    def _label_offset(self, task: Task, client: Client) -> Tensor | None:
+    def _label_offset(self, task: TrainTask, client: Client) -> Tensor | None:
         """What the recipe has a client add to its logits in training; once the head was fitted, relative to
         the labels that it was fitted to.
         """
@@ -341,7 +362,7 @@ class WeightTuning:
         if self.head_fit.rounds:
             if self.context.keeps == "everything":
                 return None  # its head is fitted to its own labels
-            overall = self.head_fit.label_counts(task.values)
+            overall = self.head_fit.label_counts(task)
         if not training.logit_adjustment:
             return None
         return label_offset(
@@ -352,33 +373,33 @@ class WeightTuning:
             overall=overall,
         )
 
-    def _alone(self, job: Job) -> Update:
+    def _alone(self, job: Job) -> TrainUpdate:
         """One client's training."""
         self.trainable.write(job.before)
         return self._close(job, self.local.alone(job))
 
-    def _close(self, job: Job, result: LocalResult) -> Update:
+    def _close(self, job: Job, result: LocalResult) -> TrainUpdate:
         """What a client remembers and sends; the model has its trained tensors."""
         context, memory = self.context, job.client.memory
         memory.values["examples_seen"] = job.stop
         after = self.trainable.read()
         self.ownership.remember(memory, after, result.moments)
         weight = float(len(job.client.data.train))
-        values: Values = {"loss": result.loss, "examples": result.examples, "steps": result.steps}
+        update = TrainUpdate({}, weight, loss=result.loss, examples=result.examples, steps=result.steps)
         if context.keeps == "everything":
-            return Update({}, weight, values)
+            return update
         change = {
             name: after[name] - tensor
             for name, tensor in job.before.items()
             if self.ownership.comes_up(name, job.task)
         }
-        packed, said = job.hooks.pack(change)
+        update = job.hooks.pack(replace(update, tensors=change))
 
         def rate(name: str) -> float:
             return job.factor * learning_rate(context.training, head=name in self.trainable.head)
 
-        packed = packed | job.correction.remember(job.task.tensors, memory, change, rate, result.steps)
-        return Update(packed, weight, values | said)
+        more = job.correction.remember(job.task.tensors, memory, change, rate, result.steps)
+        return replace(update, tensors=update.tensors | more)
 
     def predict(
         self, state: State, examples: list[Example], client: Client | None = None, *, texts: bool
@@ -405,9 +426,9 @@ class WeightTuning:
         copied = Client(
             client.name, client.data, Memory(dict(client.memory.tensors), dict(client.memory.values))
         )
-        task = self.configure(state, 1, {client.name: {"epochs": epochs}})[client.name]
+        task = self.configure(state, 1, {client.name: Work(epochs=epochs)})[client.name]
         plain = make_correction(AggregationSettings(), 1)
-        self._alone(self._prepare(task, copied, plain, AggregationHooks(), own=True))
+        self._alone(self._prepare(typed(task, TrainTask), copied, plain, AggregationHooks(), own=True))
         return State(self.trainable.read())
 
     def notes(self, state: State) -> dict[str, str]:
@@ -451,19 +472,19 @@ class WeightTuning:
                 )
 
     def _arrival(self, answer: Answer) -> ClientDelta:
-        wanted = self.ownership.wanted(answer.task)
-        change = self.hooks.unpack(answer.update.tensors, answer.update.values, wanted)
-        weight = answer.update.weight if self.aggregation.weighting == "examples" else 1.0
+        update = typed(answer.update, TrainUpdate)
+        change = self.hooks.unpack(update, self.ownership.wanted(typed(answer.task, TrainTask)))
+        weight = update.weight if self.aggregation.weighting == "examples" else 1.0
         sent = without(answer.task.tensors, CONTROL)
-        return ClientDelta(answer.client, sent, change, weight, answer.discount, answer.update.values)
+        return ClientDelta(answer.client, sent, change, weight, update, answer.discount)
 
-    def _root(self, state: State, task: Task) -> ClientDelta:
+    def _root(self, state: State, task: TrainTask) -> ClientDelta:
         """What the server's own examples would change (FLTrust)."""
         training = self.context.training
-        amount: Values = {"epochs": training.local_epochs}
+        amount = Work(epochs=training.local_epochs)
         if training.local_steps is not None:
-            amount = {"steps": training.local_steps}
-        (own,) = self.configure(state, int(task.values["round"]), {ROOT: amount}).values()
+            amount = Work(steps=training.local_steps)
+        (own,) = self.configure(state, task.round_number, {ROOT: amount}).values()
         client = Client(ROOT, ClientData(ROOT, self.context.root))
         return replace(self._arrival(Answer(ROOT, own, self.execute(own, client))), weight=0.0)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ...core.errors import RecipeError
 from ...core.tensors import Tensors, named, part, without
-from ..protocol import Memory, Task
+from ..protocol import Memory
 from .aggregation_hooks import BASE_CHANGE, AggregationHooks
 from .drift_corrections import CONTROL
-from .head_messages import HEAD_UNFITTED
+from .messages import TrainTask
 from .technique import Context, TrainableModel
 
 
@@ -56,29 +56,29 @@ class Ownership:
             raise RecipeError(f"personalisation.keep = {list(keep)}: leaves nothing to send")
         return frozenset(names)
 
-    def resting(self, task: Task) -> frozenset[str]:
+    def resting(self, task: TrainTask) -> frozenset[str]:
         """The tensors that are neither trained nor sent: the head's, in the rounds that the recipe says,
         unless it was to be fitted before, and the server says that no fit came about.
         """
         training = self.context.training
-        rests = int(task.values["round"]) <= (training.freeze_head_rounds or 0)
-        unfitted = bool(training.fit_head_rounds) and HEAD_UNFITTED in task.values
+        rests = task.round_number <= (training.freeze_head_rounds or 0)
+        unfitted = bool(training.fit_head_rounds) and task.head_unfitted
         return self.trainable.head if rests and not unfitted else frozenset()
 
     def travelling(self, tensors: Tensors) -> Tensors:
         """Those that go between server and clients."""
         return {name: tensor for name, tensor in tensors.items() if name not in self.personal}
 
-    def comes_up(self, name: str, task: Task) -> bool:
+    def comes_up(self, name: str, task: TrainTask) -> bool:
         """Whether a client's answer to a task has a tensor's change."""
         return (
             name not in self.personal
             and name not in self.resting(task)
             and not name.startswith(BASE_CHANGE)
-            and self.hooks.trains(name, int(task.values["round"]))
+            and self.hooks.trains(name, task.round_number)
         )
 
-    def wanted(self, task: Task) -> Tensors:
+    def wanted(self, task: TrainTask) -> Tensors:
         """What an answer to the task must have the names, shapes and dtypes of."""
         return {
             name: tensor

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ...core.errors import UpdateError
-from ..protocol import Task, Update
+from .messages import TrainTask, TrainUpdate
 
 
 def check_forms(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -42,7 +42,7 @@ def check_state(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor])
             raise UpdateError(f"{name} has shape {shapes}, in what the client was sent or remembers")
 
 
-def check_figures(task: Task, update: Update) -> None:
+def check_figures(task: TrainTask, update: TrainUpdate) -> None:
     """Refuse a weight, a loss, and numbers of steps and examples that training cannot have had.
 
     Raises:
@@ -50,7 +50,7 @@ def check_figures(task: Task, update: Update) -> None:
     """
     if not (isinstance(update.weight, int | float) and 0 < update.weight < 1e12):
         raise UpdateError(f"weight {update.weight!r} is not a positive number")
-    loss, steps, examples = (update.values.get(key) for key in ("loss", "steps", "examples"))
+    loss, steps, examples = update.loss, update.steps, update.examples
     if not isinstance(loss, int | float) or not math.isfinite(loss):
         raise UpdateError(f"training loss {loss!r} is not a finite number")
     most = _most_steps(task, update.weight)
@@ -60,8 +60,11 @@ def check_figures(task: Task, update: Update) -> None:
         raise UpdateError(f"examples {examples!r} is not a positive integer")
 
 
-def _most_steps(task: Task, weight: float) -> int:
+def _most_steps(task: TrainTask, weight: float) -> int:
     """How many optimiser steps a task can take a client that claims ``weight`` examples."""
-    if "steps" in task.values:
-        return int(task.values["steps"])
-    return math.ceil(float(task.values.get("examples", task.values.get("epochs", 1) * weight)))
+    work = task.work
+    if work.steps is not None:
+        return work.steps
+    if work.examples is not None:
+        return work.examples
+    return math.ceil((1 if work.epochs is None else work.epochs) * weight)

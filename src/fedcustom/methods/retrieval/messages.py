@@ -1,0 +1,145 @@
+"""Messages of retrieval, beside those of training its encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from ..protocol import Positive, RoundTask, Task, Update, Whole, message_kinds
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{12,128}$")]
+"""The digest of an encoder, of which clients make the name of a folder."""
+
+Documents = Annotated[list[str], Field(max_length=100_000, fail_fast=True)]
+"""Names of documents."""
+
+Texts = Annotated[list[str], Field(max_length=1_000_000, fail_fast=True)]
+"""Texts of queries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountTask(RoundTask):
+    """Tell the number of documents."""
+
+    kind: ClassVar[str] = "count"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountUpdate(Update):
+    """A client's number of documents."""
+
+    documents: Whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexTask(Task):
+    """Index the documents with the encoder in ``tensors``, whose digest is ``encoder``."""
+
+    kind: ClassVar[str] = "index"
+
+    encoder: Digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexUpdate(CountUpdate):
+    """A client's numbers of documents and of chunks that it has indexed."""
+
+    chunks: Whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteTask(Task):
+    """Send sums over the vectors of the own questions."""
+
+    kind: ClassVar[str] = "route"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteUpdate(Update):
+    """Sums over the vectors of so many ``questions``."""
+
+    questions: Positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateTask(Task):
+    """Send the router's mass before the client, the router's output number ``own``, for each development
+    question.
+    """
+
+    kind: ClassVar[str] = "calibrate"
+
+    own: Whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateUpdate(Update):
+    """The masses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieveTask(Task):
+    """Send the names and scores of the ``top`` documents of each query: by its vector in ``tensors``, by its
+    words in ``texts``, or by both.
+    """
+
+    kind: ClassVar[str] = "retrieve"
+
+    encoder: Digest
+    top: Annotated[int, Field(ge=1, le=1_000_000)]
+    texts: Texts | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieveUpdate(Update):
+    """Lists of documents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchTask(Task):
+    """Send a passage of each of the ``documents``: the nearest to the query in ``tensors``, if there is
+    one.
+    """
+
+    kind: ClassVar[str] = "fetch"
+
+    encoder: Digest
+    documents: Documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchUpdate(Update):
+    """Passages by the names of their documents."""
+
+    passages: Annotated[dict[str, str], Field(max_length=100_000)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerTask(Task):
+    """Answer a question from passages of the ``documents``."""
+
+    kind: ClassVar[str] = "answer"
+
+    encoder: Digest
+    question: str
+    documents: Documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerUpdate(Update):
+    """The text that a client's generator wrote."""
+
+    answer: str
+
+
+MESSAGES = message_kinds(
+    (CountTask, CountUpdate),
+    (IndexTask, IndexUpdate),
+    (RouteTask, RouteUpdate),
+    (CalibrateTask, CalibrateUpdate),
+    (RetrieveTask, RetrieveUpdate),
+    (FetchTask, FetchUpdate),
+    (AnswerTask, AnswerUpdate),
+)

@@ -1,0 +1,99 @@
+"""Messages of methods that train tensors: training, and fitting the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from ..protocol import INLINE, LossUpdate, Positive, RoundTask, Update, Whole, Work, message_kinds
+
+LabelCounts = Annotated[tuple[Whole, ...], Field(max_length=1_000_000, fail_fast=True)]
+"""How many examples there are of each label, in the labels' order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTask(RoundTask):
+    """Train from the state in ``tensors``, for as long as ``work`` says.
+
+    Attributes:
+        learning_rate_factor: What the recipe's learning rates are multiplied by.
+        label_counts: The examples of each label of all clients to whose vectors the head was fitted; None
+            before.
+        head_unfitted: The head, which would be frozen, could not be fitted before.
+    """
+
+    kind: ClassVar[str] = "train"
+
+    learning_rate_factor: float = 1.0
+    work: Work = field(default=Work(), metadata={INLINE: True})
+    label_counts: LabelCounts | None = None
+    head_unfitted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainUpdate(LossUpdate):
+    """The change of the trained tensors, with the mean training loss over the examples of so many optimiser
+    steps.
+    """
+
+    steps: Positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTask(RoundTask):
+    """A task of which a head is fitted: its answer is figures to compute with."""
+
+    exact_answer: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitHeadTask(HeadTask):
+    """Send sums over the vectors of the model in ``tensors`` (:class:`~.head_fit.HeadFit`)."""
+
+    kind: ClassVar[str] = "fit head"
+
+    learning_rate_factor: float = 1.0
+    work: Work = field(default=Work(), metadata={INLINE: True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleHeadTask(HeadTask):
+    """Send the losses of a head at several temperatures."""
+
+    kind: ClassVar[str] = "scale head"
+    exact_tensors: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadGradientTask(HeadTask):
+    """Send the loss and gradient of a head."""
+
+    kind: ClassVar[str] = "head gradient"
+    exact_tensors: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSumsUpdate(Update):
+    """Sums over a client's vectors; the weight is its number of examples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLossesUpdate(Update):
+    """The sums of a head's losses, one for each temperature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadGradientUpdate(Update):
+    """A head's gradient, and ``objective``, the sum of its losses."""
+
+    objective: float
+
+
+MESSAGES = message_kinds(
+    (TrainTask, TrainUpdate),
+    (FitHeadTask, HeadSumsUpdate),
+    (ScaleHeadTask, HeadLossesUpdate),
+    (HeadGradientTask, HeadGradientUpdate),
+)
