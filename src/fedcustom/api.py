@@ -75,8 +75,9 @@ class Run:
     def client_history(self) -> pd.DataFrame:
         """One row for each client that was asked in a round: ``round``, ``client``, ``bytes_up`` and
         ``bytes_down`` (0 in a run that sends nothing), ``answered`` (whether its answer was merged),
-        ``left_out`` (the reason; missing for an answer that was merged) and ``late`` (rounds by which its
-        start was behind the newest, 0 for one on time).
+        ``left_out`` (the reason; missing for an answer that was merged), ``late`` (rounds by which its start
+        was behind the newest, 0 for one on time), and of trained changes that were merged ``norm``
+        (Euclidean, over all tensors) and ``steps``.
 
         Raises:
             RunError: a line of ``metrics.jsonl`` is not JSON.

@@ -54,17 +54,19 @@ def test_clients_by_round() -> None:
             left_out={"d": "loss is not finite"},
             late={"c": 2},
             bytes_up={"b": 11, "c": 12},
+            norms={"b": 0.5, "c": 1.5},
+            steps={"b": 3, "c": 4},
         ),
     ]
     frame = client_frame(rows)
     assert tuple(frame.columns) == CLIENT_COLUMNS
     said = frame.astype(object).where(frame.notna(), None)
     assert [tuple(values) for values in said.to_numpy().tolist()] == [
-        (1, "a", 10, 7, True, None, 0),
-        (1, "b", 10, 7, True, None, 0),
-        (2, "b", 11, 7, True, None, 0),
-        (2, "c", 12, 7, True, None, 2),
-        (2, "d", 0, 7, False, "loss is not finite", 0),
+        (1, "a", 10, 7, True, None, 0, None, None),
+        (1, "b", 10, 7, True, None, 0, None, None),
+        (2, "b", 11, 7, True, None, 0, 0.5, 3),
+        (2, "c", 12, 7, True, None, 2, 1.5, 4),
+        (2, "d", 0, 7, False, "loss is not finite", 0, None, None),
     ]
     rounds = round_frame(rows)
     assert rounds[["cohort", "answered", "left_out", "late"]].to_numpy().tolist() == [

@@ -54,6 +54,15 @@ class AggregationSettings(Settings):
         gt=0,
         description="Largest norm of a change (norm_bounding, centred_clipping); unset: the cohort's median",
     )
+    max_norm: float | None = Field(
+        None, gt=0, description="Largest norm of a client's change that is merged at all; unset: 1e6"
+    )
+    max_norm_ratio: float | None = Field(
+        None,
+        gt=1,
+        description="A client's change is left out if its norm is so many times that of the state, or of the "
+        "median of other clients' changes; unset: 100",
+    )
     root_examples: int = Field(
         100, ge=1, description="Development examples on which the server trains for itself (fltrust)"
     )

@@ -32,6 +32,10 @@ class UpdateError(FedcustomError):
     """A client's update has the wrong names, shapes or dtypes, or numbers that are not finite."""
 
 
+class AggregationError(FedcustomError):
+    """Clients' updates gave a state that cannot be trained from; the round is refused, the run goes on."""
+
+
 class RunError(FedcustomError):
     """A run cannot start, go on or be read."""
 

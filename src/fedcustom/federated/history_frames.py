@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from .norm_gate import NORMS, STEPS
 from .run_directory import Row
 
 COUNTED = ("cohort", "answered", "left_out", "late")
@@ -18,14 +19,18 @@ SUMMED = ("bytes_up", "bytes_down")
 TOTALS = ("bytes_up_total", "bytes_down_total")
 """The sums over clients so far."""
 
-CLIENT_COLUMNS = ("round", "client", "bytes_up", "bytes_down", "answered", "left_out", "late")
+CLIENT_COLUMNS = (
+    *("round", "client", "bytes_up", "bytes_down", "answered", "left_out", "late"),
+    *("norm", "steps"),
+)
 
 
 def round_frame(rows: Sequence[Row]) -> pd.DataFrame:
     """One row a round, with columns that do not depend on how many clients there are.
 
-    Lists of clients are counted and bytes summed over clients, both 0 in round 0, which asks nobody; other
-    figures that are nested have dotted names, and are NaN in rounds that lack them.
+    Lists of clients are counted and bytes summed over clients, both 0 in round 0, which asks nobody; norms
+    and steps of single clients are left out (:func:`client_frame` has them); other figures that are nested
+    have dotted names, and are NaN in rounds that lack them.
     """
     return pd.DataFrame([_flat(row) for row in rows])
 
@@ -41,6 +46,8 @@ def client_frame(rows: Sequence[Row]) -> pd.DataFrame:
             client in answered,
             row["left_out"].get(client),
             row["late"].get(client, 0),
+            row.get(NORMS, {}).get(client),
+            row.get(STEPS, {}).get(client),
         )
         for row in rows
         if "cohort" in row
@@ -53,6 +60,8 @@ def client_frame(rows: Sequence[Row]) -> pd.DataFrame:
 def _flat(row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {"round": row["round"]} | dict.fromkeys((*COUNTED, *SUMMED, *TOTALS), 0)
     for key, value in row.items():
+        if key in (NORMS, STEPS):
+            continue
         if key in COUNTED:
             flat[key] = len(value)
         elif key in SUMMED:

@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import replace
 
 from ..core import environment
-from ..core.errors import RunError
+from ..core.errors import AggregationError, RunError, UpdateError
 from ..core.files import write_json
 from ..methods import UNFINISHED, Answer, State, Task, client_labels, peeked
 from ..methods.tuning.method import RATE_FACTOR
@@ -16,6 +16,7 @@ from ..recipe import Recipe
 from ..transport.protocol import Reply
 from .callbacks import Callback, Callbacks, HistoryWriter
 from .cost_estimate import outline
+from .norm_gate import NormGate
 from .rate_search import learning_rate_in, search_rate
 from .round_record import RoundRecord
 from .run_directory import Checkpoint, Row, RunDirectory
@@ -52,6 +53,7 @@ class FedAvg:
         self.states: dict[int, State] = {}
         self.untuned: dict[str, float] = {}
         self.saved = 0
+        self.norm_gate = NormGate(recipe.aggregation)
 
     def run(self) -> None:
         """Run the rounds that are left, each to its checkpoint.
@@ -107,7 +109,10 @@ class FedAvg:
         """
         number, state = record.number, self.states[record.number - 1]
         first, answers = peeked(self._accepted(record, replies))
-        following = state if first is None else self.federation.method.aggregate(state, answers)
+        try:
+            following = state if first is None else self.federation.method.aggregate(state, answers)
+        except (AggregationError, UpdateError) as error:
+            following = self._refused(record, state, error)
         needed = min(self.recipe.rounds.min_clients, asked)
         if len(record.answered) < max(1, needed):
             raise RunError(
@@ -116,7 +121,10 @@ class FedAvg:
             )
         candidates = [following]
         while UNFINISHED in following.values:
-            following = self._next_exchange(record, following)
+            try:
+                following = self._next_exchange(record, following)
+            except (AggregationError, UpdateError) as error:
+                following, candidates = self._refused(record, state, error), [state]
             if following.tensors is not candidates[-1].tensors:
                 candidates = [candidates[-1], following]
             candidates[-1] = following
@@ -184,6 +192,7 @@ class FedAvg:
         if checkpoint is not None:
             state, done, self.untuned = checkpoint.state, checkpoint.round_number, checkpoint.untuned
             federation.memories.restore(done, checkpoint.memories, checkpoint.files)
+        self.norm_gate = NormGate(self.recipe.aggregation, self.directory.history.rows)
         self.callbacks.on_run_start(self.recipe, done, self.directory.path)
         self._plan(state)
         self.callbacks.on_outline(
@@ -254,7 +263,8 @@ class FedAvg:
         exponent, kind = self.recipe.participation.staleness_exponent, self._kind(record.number)
         kind += f", exchange {record.exchanges}" if record.exchanges > 1 else ""
         done = 0
-        for reply in replies:  # enumerate would hold on to each until the next one is there
+        # enumerate would hold on to each until the next one is there
+        for reply in self.norm_gate.passed(replies, record.sizes):
             done += 1
             self._phase(record.number, kind, done, len(record.cohort))
             record.note(reply)
@@ -269,6 +279,14 @@ class FedAvg:
             discount = (1 + late) ** -exponent if late else 1.0
             yield Answer(reply.client, reply.task, reply.update, discount)
             del reply  # before the next one comes
+
+    def _refused(self, record: RoundRecord, state: State, error: Exception) -> State:
+        """The state before a round whose aggregate cannot be trained from: the run goes on from there."""
+        record.refused = str(error)
+        self.warn(
+            f"round {record.number}: refused, the state stays that of round {record.number - 1}: {error}"
+        )
+        return state
 
     def warn(self, text: str, detail: str = "") -> None:
         """Tell the user, and keep it with its ``detail`` in ``warnings.log``."""

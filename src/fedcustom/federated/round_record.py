@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..aggregation.norm_limit import ChangeSize
 from ..core.text import printable
 from ..methods.protocol import LossUpdate
 from ..recipe import Recipe
 from ..training.local import schedule_factor
 from ..transport.protocol import Reply
+from .norm_gate import NORMS, STEPS
 from .run_directory import Row
 from .schedule import Assignment
 
@@ -22,7 +24,8 @@ class RoundRecord:
     """Counts, bytes and losses of a round, noted reply by reply.
 
     ``seconds`` is the clients' time; ``elapsed`` the server's, from the first task to the aggregated state.
-    A round that fits the head takes several ``exchanges``.
+    A round that fits the head takes several ``exchanges``. ``sizes`` are those of the changes that were
+    merged, ``refused`` why the state stayed as it was.
     """
 
     number: int
@@ -32,6 +35,8 @@ class RoundRecord:
     bytes_up: dict[str, int] = field(default_factory=dict)
     bytes_down: dict[str, int] = field(default_factory=dict)
     losses: list[tuple[float, int]] = field(default_factory=list)
+    sizes: dict[str, ChangeSize] = field(default_factory=dict)
+    refused: str = ""
     seconds: float = 0.0
     elapsed: float = 0.0
     exchanges: int = 1
@@ -61,7 +66,7 @@ class RoundRecord:
         factor = schedule_factor(recipe.training, self.number, recipe.rounds.count)
         training = min(self.seconds, self.elapsed)  # sites train at the same time
         weighted = sum(count * loss for loss, count in self.losses)
-        return {
+        row: Row = {
             "round": self.number,
             "cohort": list(self.cohort),
             "answered": self.answered,
@@ -80,3 +85,9 @@ class RoundRecord:
                 "aggregate": round(self.elapsed - training, 4),
             },
         }
+        if self.sizes:
+            row[NORMS] = {client: float(f"{size.norm:.6g}") for client, size in self.sizes.items()}
+            row[STEPS] = {client: size.steps for client, size in self.sizes.items()}
+        if self.refused:
+            row["refused"] = self.refused
+        return row

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ...aggregation.discriminant import class_moments, discriminant, shrunk
 from ...aggregation.logistic import LogisticFit, loss_and_gradient
-from ...core.errors import RecipeError, RunError, UpdateError
+from ...core.errors import AggregationError, RecipeError, UpdateError
 from ...core.tensors import Tensors, is_finite, part
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample, by_length
@@ -332,7 +332,7 @@ class HeadFit:
         """The last layer's weight and bias as the linear discriminant of the sums.
 
         Raises:
-            RunError: no head comes of these sums.
+            AggregationError: no head comes of these sums.
         """
         number, width = float(sums.sent.sum()), len(sums.scatter)
         means, within = class_moments(sums.sent, sums.totals, sums.scatter)
@@ -345,10 +345,10 @@ class HeadFit:
             weight, bias = discriminant(means, within, shares)
             base_weight, base_bias = discriminant(centre[None], within, torch.ones(1, dtype=torch.float64))
         except RuntimeError as error:
-            raise RunError(f"no head fits the clients' sums: {error}") from None
+            raise AggregationError(f"no head fits the clients' sums: {error}") from None
         fitted = {self.weight: (weight - base_weight).float(), self.bias: (bias - base_bias).float()}
         if not is_finite(fitted):
-            raise RunError("the head fitted to the clients' sums is not finite: a sum was too large")
+            raise AggregationError("the head fitted to the clients' sums is not finite: a sum was too large")
         return fitted
 
     def _logistic(self, sums: Sums) -> LogisticFit:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...aggregation.combine import Change, combine
 from ...aggregation.settings import AggregationSettings
-from ...core.errors import DataError, RecipeError, RunError, UpdateError
+from ...core.errors import AggregationError, DataError, RecipeError, UpdateError
 from ...core.seeds import name_seed
 from ...core.tensors import Tensors, count, is_finite, named, part, without, zeros_like
 from ...data.examples import ClientData, Example
@@ -155,7 +155,7 @@ class WeightTuning:
         wanted = self.ownership.wanted(asked)
         change = self.hooks.unpack(trained, wanted)
         check_forms(change, wanted)
-        check_figures(asked, trained)
+        check_figures(asked, trained, self.context.training.batch_size)
 
     def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """One change for the cohort by the recipe's rule or the method's own, then the server optimiser, or
@@ -197,8 +197,8 @@ class WeightTuning:
         relevant = {n: t for n, t in state.server.items() if n.partition("/")[2] in change}
         tensors, kept = self.correction.step(current, change, relevant, len(answered))
         own, report = gathered.merged({**state.tensors, **tensors})
-        if not is_finite(own):
-            raise RunError("merging gave numbers that are not finite; a client's update was too large")
+        if not is_finite({**tensors, **own}) or not is_finite(kept):
+            raise AggregationError("the aggregate holds numbers that are not finite")
         values = {key: value for key, value in state.values.items() if key != "method"}
         if report:
             values["method"] = report

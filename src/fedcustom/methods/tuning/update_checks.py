@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ...core.errors import UpdateError
+from ..protocol import Work
 from .messages import TrainTask, TrainUpdate
 
 
@@ -42,29 +44,46 @@ def check_state(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor])
             raise UpdateError(f"{name} has shape {shapes}, in what the client was sent or remembers")
 
 
-def check_figures(task: TrainTask, update: TrainUpdate) -> None:
+def check_figures(task: TrainTask, update: TrainUpdate, batch_size: int) -> None:
     """Refuse a weight, a loss, and numbers of steps and examples that training cannot have had.
 
     Raises:
-        UpdateError: names the figure.
+        UpdateError: names the figure, and what the task asked for.
     """
     if not (isinstance(update.weight, int | float) and 0 < update.weight < 1e12):
         raise UpdateError(f"weight {update.weight!r} is not a positive number")
     loss, steps, examples = update.loss, update.steps, update.examples
     if not isinstance(loss, int | float) or not math.isfinite(loss):
         raise UpdateError(f"training loss {loss!r} is not a finite number")
-    most = _most_steps(task, update.weight)
-    if type(steps) is not int or not 0 < steps <= most:
-        raise UpdateError(f"steps {steps!r}: must be an integer from 1 to {most}")
-    if type(examples) is not int or examples < 1:
-        raise UpdateError(f"examples {examples!r} is not a positive integer")
+    bounds = work_bounds(task.work, math.ceil(update.weight), batch_size)
+    if type(steps) is not int or not bounds.least_steps <= steps <= bounds.most_steps:
+        raise UpdateError(
+            f"steps {steps!r}: must be an integer from {bounds.least_steps} to {bounds.most_steps}"
+        )
+    if type(examples) is not int or not 1 <= examples <= bounds.examples:
+        raise UpdateError(f"examples {examples!r}: must be an integer from 1 to {bounds.examples}")
 
 
-def _most_steps(task: TrainTask, weight: float) -> int:
-    """How many optimiser steps a task can take a client that claims ``weight`` examples."""
-    work = task.work
+class WorkBounds(NamedTuple):
+    """How many optimiser steps a task takes at least and at most, and examples at most."""
+
+    least_steps: int
+    most_steps: int
+    examples: int
+
+
+def work_bounds(work: Work, count: int, batch_size: int) -> WorkBounds:
+    """The bounds of a client that has ``count`` training examples. Where its passes begin is not known, so
+    that each may end with one batch more.
+    """
+    largest = batch_size
     if work.steps is not None:
-        return work.steps
-    if work.examples is not None:
-        return work.examples
-    return math.ceil((1 if work.epochs is None else work.epochs) * weight)
+        return WorkBounds(work.steps, work.steps, work.steps * batch_size)
+    seen = work.examples
+    if seen is None:
+        seen = max(1, round((1 if work.epochs is None else work.epochs) * count))
+    if work.batches is not None:
+        largest = math.ceil(count / min(count, work.batches))
+    smallest = largest if work.batches is None else max(1, count // min(count, work.batches))
+    passes = seen // count + 1
+    return WorkBounds(math.ceil(seen / largest), min(seen, math.ceil(seen / smallest) + passes), seen)
