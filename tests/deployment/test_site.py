@@ -410,6 +410,32 @@ def test_every_message_is_in_the_audit_log_with_its_hash(resident: Any, tmp_path
     assert "cat" not in (tmp_path / "own" / "audit.jsonl").read_text(), "no word of the data"
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"task": "retrieve"}, "task 'retrieve': the run's method has no such task"),
+        ({"task": None}, "has no such task"),
+        ({"values": {"round": 1}}, "task 'train': learning_rate_factor is missing"),
+        ({"values": {"round": True, "learning_rate_factor": 1.0}}, "task 'train': round: "),
+        ({"values": {"round": 1, "learning_rate_factor": 1.0, "path": "/"}}, "unknown key 'path'"),
+    ],
+)
+def test_a_task_that_does_not_pass_is_refused_before_anything_else(
+    resident: Any, tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    """Its tensors are not read, and no version of the memory is deleted."""
+    made, _ = resident()
+    opened(made)
+    work(made, tmp_path)
+    assert made.participant is not None
+    message = {
+        "kind": "work", "run": RUN, "task": "train", "round": 1, "keep": [9], "body": "/no/such/file",
+        "values": {"round": 1, "learning_rate_factor": 1.0},
+    }  # fmt: skip
+    assert reason in made.handle({**message, **change})["error"]
+    assert made.participant.memory.after(1).values["examples_seen"] == 32
+
+
 def test_a_restarted_site_goes_on_with_its_memory(resident: Any, tmp_path: Path) -> None:
     made, _ = resident()
     opened(made)

@@ -148,7 +148,7 @@ def test_steps_are_the_mean_clients() -> None:
     for number in (0, 1, 8):
         assert all(amount == Work(epochs=1) for amount in amounts[number])
     liar = plan_of({**labels, "c3": [10**9, 0]}, "balanced", batch_size=16)[2]
-    assert {a.amount["batches"] for a in liar.values()} == {10 * 72 // 16}  # 72: the median client's
+    assert {a.amount.batches for a in liar.values()} == {10 * 72 // 16}  # 72: the median client's
     counted = plan_of(labels, "balanced", local_steps=3)[2]
     assert all(assignment.amount == Work(steps=3) for assignment in counted.values())
 

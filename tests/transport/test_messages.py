@@ -160,6 +160,7 @@ def test_every_class_is_tried() -> None:
 
 
 @given(tasks)
+@settings(deadline=None)  # a class's check is built when it is first used
 def test_there_and_back(sample: Any) -> None:
     """Equal field by field, the tensors beside; and as long as was counted."""
     task, kind, update = sample
@@ -180,6 +181,7 @@ def test_there_and_back(sample: Any) -> None:
 
 
 @given(strategy(PrefixUpdate, PAIRS[RoundTask][2]))
+@settings(deadline=None)
 def test_a_method_with_an_update_of_its_own(update: PrefixUpdate) -> None:
     messages = message_kinds((TrainTask, PrefixUpdate))
     back = read_update(messages, TrainTask(round_number=1), through_the_wire(values_of(update))[1])
@@ -250,7 +252,7 @@ def read_or_refused(
 
 
 @given(tasks, st.data())
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 def test_changed_json_is_read_or_refused_in_one_line(sample: Any, data: Any) -> None:
     """With WireError and nothing else; what is read is written as it was."""
     task, kind, update = sample

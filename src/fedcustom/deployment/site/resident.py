@@ -121,7 +121,9 @@ class Resident:
         return {"error": reason}
 
     def _execute(self, kind: str, message: dict[str, Any]) -> Result:
-        values, run_id = dict(message.get("values") or {}), str(message.get("run"))
+        values, run_id = message.get("values") or {}, str(message.get("run"))
+        if not isinstance(values, dict):
+            raise WireError("a message's values must be a JSON object")
         if not RUN_ID.fullmatch(run_id):  # it becomes a part of a path
             self.run_id = ""
             raise WireError("a message names no run")
