@@ -14,8 +14,8 @@ import typer
 from rich.table import Table
 
 from ..core.errors import DataError, FedcustomError
+from .certificates import deploy, site
 from .console import Overrides, Quiet, RecipeFile, command_line, display, err_console, out_console
-from .deploy import deploy, site
 from .experiment import experiment
 
 app = typer.Typer(
