@@ -106,7 +106,9 @@ def render(found: Mapping[tuple[str, str], Iterable[str]]) -> str:
 
 def main() -> None:
     """Write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--constraints", type=Path, default=ROOT / "constraints.txt")
     parser.add_argument("--out", type=Path, default=ROOT / "constraints-hashes.txt")
     parser.add_argument("--extras", default="deploy,retrieval,dev")
