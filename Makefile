@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run check test bench clean
+.PHONY: run check test bench sbom hashes clean
 
 run: .venv/ready
 	$(BIN)/fedcustom compare recipes/docstrings.toml --methods full,lora,prefix --baselines centralised --jobs 2 --out runs/docstrings
@@ -27,6 +27,14 @@ test: .venv/ready-dev
 # CASES="a e", REPEAT=3, THREADS=1 and TREC=folder choose what is measured; the peers are installed into build/peers.
 bench: .venv/ready
 	$(BIN)/python -m benchmarks $(CASES) $(if $(REPEAT),--repeat $(REPEAT)) $(if $(THREADS),--threads $(THREADS)) $(if $(TREC),--trec $(TREC))
+
+# Software bill of materials (CycloneDX) of what is installed: build/sbom.json.
+sbom: .venv/ready-dev
+	$(BIN)/python scripts/sbom.py
+
+# constraints-hashes.txt from constraints.txt, by pip and from the index that is configured.
+hashes: .venv/ready
+	$(BIN)/python scripts/hash_constraints.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from ..core.errors import DataError, FedcustomError
-from ..federated.resolve import resolved
+from .certificates import deploy, site
 from .console import (
     Overrides,
     Quiet,
@@ -25,7 +25,6 @@ from .console import (
     out_console,
     write_any_text,
 )
-from .deploy import deploy, site
 from .experiment import experiment
 
 app = typer.Typer(
@@ -296,7 +295,11 @@ def recipe(
         out_console.print(table)
         return
     if file is not None:
-        chosen = resolved(load_recipe(file, overrides or []))
+        checked = load_recipe(file, overrides or [])  # before what imports torch, which takes seconds
+
+        from ..federated.resolve import resolved
+
+        chosen = resolved(checked)
     else:
         chosen = load_recipe(Recipe(), overrides or [])  # to begin with: what depends on the rest stays open
     print(to_toml(chosen), end="")

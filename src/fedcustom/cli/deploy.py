@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from ..core.errors import DeploymentError
-from ..federated.resolve import resolved
 from .console import Overrides, Quiet, RecipeFile, command_line, display, err_console, out_console
 
 deploy = typer.Typer(
@@ -35,25 +34,39 @@ def init(
     folder: Folder = Path("federation"),
     overrides: Overrides = None,
 ) -> None:
-    """Make certificates and a start-up kit for each site, and check that the recipe can be deployed."""
-    from ..deployment.nvflare.kits import provision
+    """Make the authority and the server's kit, and check that the recipe can be deployed.
+
+    Sites make their own keys: each runs 'fedcustom site request NAME', and 'fedcustom deploy sign' answers.
+    """
+    from ..deployment.nvflare.kits import provision, require_nvflare
     from ..deployment.parties import check_deployable
     from ..deployment.settings import FederationSettings, save_federation
     from ..recipe.recipe import load_recipe
 
     names = [name.strip() for name in sites.split(",") if name.strip()]
-    check_deployable(resolved(load_recipe(recipe, overrides or [])))
+    checked = load_recipe(recipe, overrides or [])
+
+    from ..federated.resolve import resolved
+
+    check_deployable(resolved(checked))
     if folder.exists() and any(folder.iterdir()):
         raise DeploymentError(f"{folder}: is not empty; name another --federation")
-    provision(folder, server, port, names)
+    require_nvflare()
+    provision(folder, server, port, names, site_kits=False)
     save_federation(folder, FederationSettings(server=server, port=port, sites=names))
+    from ..deployment.nvflare.authority import authority_certificate
+    from ..deployment.nvflare.certificates import colons
+
     deployed = command_line("deploy", "run", recipe, overrides=overrides, options={"--federation": folder})
-    for name in names:
-        out_console.print(f"kit of {name}: {folder / 'sites' / name}", soft_wrap=True)
+    signed = command_line("deploy", "sign", "NAME.request.zip", options={"--federation": folder})
+    fingerprint = colons(authority_certificate(folder).fingerprint)
     out_console.print(
-        "Hand each site its kit over a channel that both trust, then delete it here; keep authority/ to "
-        "yourself.\nA site runs: fedcustom site start KIT --data site.toml\n"
-        f"You run: {deployed}",
+        f"authority {fingerprint}\nKeep {folder / 'authority'} to yourself: its key lets sites in.\n"
+        f"Each site ({', '.join(names)}) runs: fedcustom site request NAME\n"
+        f"and sends you NAME.request.zip. You run: {signed}\n"
+        "and send back NAME.signed.zip. The site runs: fedcustom site install NAME NAME.signed.zip\n"
+        "and: fedcustom site start NAME --data site.toml\n"
+        f"Then you run: {deployed}",
         soft_wrap=True,
     )  # fmt: skip
 

@@ -62,11 +62,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a fresh folder and put it in the place of ``path``, whole or not at all."""
+    """Fill a fresh folder and put it in the place of ``path``, whole or not at all. In a folder that only its
+    owner can open it is such a folder too.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        fresh.chmod(0o755)
+        fresh.chmod(0o700 | (path.parent.stat().st_mode & 0o055))
         with _system_errors():
             fill(fresh)
         for file in fresh.rglob("*"):

@@ -70,6 +70,8 @@ def prepare(recipe: Recipe, folder: Path, port: int, threads: int = 1) -> Federa
             f"clients: {len(data.clients)} sites on one machine; at most {MAX_SITES}: lower clients.count"
         )
     provision(folder, "localhost", port, list(data.clients))
+    from .nvflare.certificates import restrict_permissions
+
     for name, client in data.clients.items():
         kit = folder / "sites" / name
         parts = {"train": client.train, "development": client.development, "test": client.test}
@@ -96,6 +98,7 @@ def prepare(recipe: Recipe, folder: Path, port: int, threads: int = 1) -> Federa
         data=shared.model_copy(update=paths),
     )
     save_federation(folder, federation)
+    restrict_permissions(*(folder / "sites" / name for name in data.clients))
     return federation
 
 

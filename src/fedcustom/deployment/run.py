@@ -16,6 +16,7 @@ from ..federated.resolve import resolved
 from ..federated.run import run_recipe
 from ..federated.simulation import Federation
 from ..recipe.recipe import Recipe
+from .membership import Membership, check_certificates
 from .nvflare.bridge import ADDRESS_VARIABLE, BridgeListener
 from .nvflare.job_channel import JobChannel
 from .nvflare.jobs import Session
@@ -57,14 +58,19 @@ def run_deployed(
 @contextlib.contextmanager
 def serving(folder: Path, settings: FederationSettings, note: Callable[[str], None]) -> Iterator[Messenger]:
     """Keep the federation's server running, and give the messenger to its sites."""
+    from .nvflare.certificates import restrict_permissions
+
+    check_certificates(folder, note)
     kit = (folder / "server").absolute()
     own = kit / "fedcustom"
+    own.mkdir(exist_ok=True, mode=0o700)
+    restrict_permissions(kit, folder / "admin")
     listener = BridgeListener(own / "bridge.json")
     environment = {ADDRESS_VARIABLE: str(listener.file), "MALLOC_ARENA_MAX": "2"}
     engine = SupervisedProcess(server_command(kit), own / "engine.log", environment)
     ended = threading.Event()
     timeouts = Timeouts(settings.round_seconds, settings.grace_seconds, settings.quorum_seconds)
-    channel = JobChannel((folder / "admin").absolute(), listener, note)
+    channel = JobChannel((folder / "admin").absolute(), listener, note, Membership(folder, note))
 
     def supervise() -> None:
         if not keep_alive([engine], note, ended.is_set):
@@ -80,6 +86,7 @@ def serving(folder: Path, settings: FederationSettings, note: Callable[[str], No
         messenger.close()
         ended.set()
         supervisor.join(timeout=20.0)
+        restrict_permissions(kit, folder / "admin")
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def status(folder: Path) -> dict[str, Any]:
     Raises:
         DeploymentError: the folder holds no federation.
     """
-    settings, pid = load_federation(folder), _running(folder)
+    settings, pid = load_federation(folder), running(folder)
     session = Session((folder / "admin").absolute())
     try:
         connected: list[str] | None = session.connected() if pid is not None else None
@@ -104,7 +111,7 @@ def stop(folder: Path) -> bool:
     import signal
 
     load_federation(folder)
-    pid = _running(folder)
+    pid = running(folder)
     if pid is None:
         return False
     os.kill(pid, signal.SIGTERM)
@@ -120,11 +127,11 @@ def _locked(folder: Path) -> Iterator[None]:
     """
     with held(folder / LOCK_FILE) as acquired:
         if not acquired:
-            other = _running(folder)
+            other = running(folder)
             raise DeploymentError(f"{folder}: process {other} runs with this federation; stop it first")
         yield
 
 
-def _running(folder: Path) -> int | None:
+def running(folder: Path) -> int | None:
     """The process that runs with the federation, if one does."""
     return holder(folder / LOCK_FILE)

@@ -46,12 +46,21 @@ class JobChannel:
     Requests without a reply have to be sent again in it: :attr:`job_number` has changed. ``note`` is told
     what happens. Whoever supervises the engine sets ``engine_failure`` to the reason if it does not start.
 
+    Only members are put into a job; ``members`` says who they are at this moment. A job that holds a site
+    that is no member any more is ended, and followed by one without it.
+
     Attributes:
         sites: names of the sites in the current job; empty while there is none.
     """
 
-    def __init__(self, kit: Path, listener: BridgeListener, note: Callable[[str], None]) -> None:
-        self.session, self.note, self.listener = Session(kit), note, listener
+    def __init__(
+        self,
+        kit: Path,
+        listener: BridgeListener,
+        note: Callable[[str], None],
+        members: Callable[[], frozenset[str]],
+    ) -> None:
+        self.session, self.note, self.listener, self.members = Session(kit), note, listener, members
         self.sites: frozenset[str] = frozenset()
         self.job_number = 0
         self.engine_failure = ""
@@ -63,14 +72,14 @@ class JobChannel:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def connected(self) -> frozenset[str]:
-        """Names of the sites connected to the server, in the job or not; none while the server is down."""
+        """Names of the members connected to the server, in the job or not; none while the server is down."""
         if time.monotonic() - self._polled_at > POLL_INTERVAL:
             try:
                 self._connected = frozenset(self.session.connected())
             except DeploymentError:
                 self._connected = frozenset()
             self._polled_at = time.monotonic()
-        return self._connected
+        return self._connected & self.members()
 
     def start(self, expected: Collection[str], deadline: float) -> None:
         """Make sure that a job runs, with all connected sites. A new one first waits a few seconds
@@ -87,7 +96,7 @@ class JobChannel:
             if now > deadline:
                 raise DeploymentError(f"no job could be started: {reason}")
             sites = sorted(self.connected())
-            if not sites or (now < settled and not set(expected) <= set(sites)):
+            if not sites or (now < settled and not set(expected) & self.members() <= set(sites)):
                 time.sleep(0.3)
                 continue
             try:
@@ -130,6 +139,10 @@ class JobChannel:
         """The next reply, or None after ``timeout`` seconds; a site that is lost is taken out of
         :attr:`sites`.
         """
+        if removed := self.sites - self.members():
+            self.note(f"{', '.join(sorted(removed))}: revoked or removed; taken out of the job")
+            self.restart()
+            return None
         try:
             bridge, message = self._events.get(timeout=timeout)
         except queue.Empty:

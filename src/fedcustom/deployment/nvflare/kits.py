@@ -24,6 +24,10 @@ HEARTBEAT_INTERVAL = 4
 """Seconds between a site's heartbeats."""
 
 
+AUTHORITY_DAYS = 3650
+"""Days that the authority's own certificate is valid; no other outlives it."""
+
+
 def require_nvflare() -> None:
     """Raise :class:`DeploymentError` with the remedy where the engine is not installed."""
     from importlib.util import find_spec
@@ -32,24 +36,33 @@ def require_nvflare() -> None:
         raise DeploymentError("a deployed run needs nvflare: pip install 'fedcustom[deploy]'")
 
 
-def provision(folder: Path, server: str, port: int, sites: Sequence[str]) -> None:
-    """Make the kits of a federation: ``server/``, ``admin/`` and ``sites/<name>/``, each with its own key and
-    certificate, and ``authority/`` with the key that signed them (365 days).
+def provision(folder: Path, server: str, port: int, sites: Sequence[str], *, site_kits: bool = True) -> None:
+    """Make the kits of a federation: ``server/``, ``admin/`` and, with ``site_kits``, ``sites/<name>/``, each
+    with its own key and certificate (360 days), and ``authority/`` with the key that signed them (ten years).
 
-    Every connection between them is mutual TLS. Whoever has a kit can take that part in the federation, so a
-    kit goes to its owner alone, and ``authority/`` to nobody.
+    Every connection between them is mutual TLS. Kits of sites are for trying a federation out on one machine:
+    whoever makes a kit knows its key. Elsewhere a site makes its own key (:mod:`.requests`) and the authority
+    signs it (:mod:`.authority`). No private key is in two places; files are readable by their owner alone.
 
     Raises:
         DeploymentError: a name that cannot be one, or two that are the same; the engine's own error.
     """
     require_nvflare()
     _check_names(server, sites)
+    from .authority import register_kits
+
+    made, folder_names = (sites if site_kits else []), ("server", "admin", "authority")
+    for name in folder_names:
+        if (folder / name).exists():
+            raise DeploymentError(f"{folder / name}: is there already; name another folder")
     work = folder / "provisioning"
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    (work / "project.json").write_text(json.dumps(_project(server, port, sites), indent=1))
+    work.mkdir(parents=True, mode=0o700)
+    (work / "project.json").write_text(json.dumps(_project(server, port, made), indent=1))
     command = [sys.executable, "-m", "nvflare.lighter.provision", "-p", "project.json", "-w", "kits"]
-    result = subprocess.run(command, cwd=work, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    result = subprocess.run(
+        command, cwd=work, umask=0o077, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     kits = work / "kits" / "fedcustom" / "prod_00"
     if result.returncode or not kits.is_dir():
         output = (result.stdout + result.stderr).strip().splitlines() or ["no reason given"]
@@ -57,20 +70,20 @@ def provision(folder: Path, server: str, port: int, sites: Sequence[str]) -> Non
     (folder / "sites").mkdir(exist_ok=True)
     (kits / server).rename(folder / "server")
     (kits / ADMINISTRATOR).rename(folder / "admin")
-    for site in sites:
+    for site in made:
         (kits / site).rename(folder / "sites" / site)
     (work / "kits" / "fedcustom" / "state").rename(folder / "authority")
-    (folder / "authority").chmod(0o700)
     shutil.rmtree(work)
     _configure_server(folder / "server")
-    for site in sites:
-        _configure_site(folder / "sites" / site)
+    for site in made:
+        configure_site(folder / "sites" / site)
+    register_kits(folder)
 
 
 def server_command(kit: Path) -> list[str]:
-    """Command that starts the engine at the server, as its own ``startup/sub_start.sh`` does."""
+    """Command that starts the engine at the server, with its access list (:mod:`.server_train`)."""
     return [
-        *(sys.executable, "-u", "-m", "nvflare.private.fed.app.server.server_train", "-m", str(kit)),
+        *(sys.executable, "-u", "-m", "fedcustom.deployment.nvflare.server_train", "-m", str(kit)),
         *("-s", "fed_server.json", "--set", "secure_train=true", "org=federation", "config_folder=config"),
     ]
 
@@ -106,21 +119,34 @@ def _check_names(server: str, sites: Sequence[str]) -> None:
     if not sites:
         raise DeploymentError("--sites: name one site at least")
     for site in sites:
-        if not SITE_NAME.fullmatch(site):
-            raise DeploymentError(
-                f"--sites: {site!r} cannot be a site's name; allowed: up to 63 letters, digits, '-', '_', '.'"
-            )
-    reserved = {"server", "admin", server, ADMINISTRATOR}
-    for site in sites:
-        if list(sites).count(site) > 1 or site in reserved:
+        if list(sites).count(site) > 1 or site in _reserved(server):
             raise DeploymentError(f"--sites: {site!r} is there twice, or is the server's name")
+        check_site_name(site, server)
+
+
+def check_site_name(name: str, server: str = "") -> None:
+    """Refuse what cannot be a site's name.
+
+    Raises:
+        DeploymentError: a character that is not allowed, too long, or the server's or administrator's name.
+    """
+    if not SITE_NAME.fullmatch(name):
+        raise DeploymentError(
+            f"{name[:80]!r} cannot be a site's name; allowed: up to 63 letters, digits, '-', '_', '.'"
+        )
+    if name in _reserved(server):
+        raise DeploymentError(f"{name!r} is the server's or the administrator's name; a site needs another")
+
+
+def _reserved(server: str) -> set[str]:
+    return {"server", "admin", server, ADMINISTRATOR}
 
 
 def _project(server: str, port: int, sites: Sequence[str]) -> dict[str, Any]:
     builders = [
         ("workspace.WorkspaceBuilder", {"template_file": ["master_template.yml"]}),
         ("static_file.StaticFileBuilder", {"config_folder": "config", "scheme": "tcp"}),
-        ("cert.CertBuilder", {}),
+        ("cert.CertBuilder", {"root_valid_days": AUTHORITY_DAYS}),
         ("signature.SignatureBuilder", {}),
     ]
     return {
@@ -171,7 +197,8 @@ def _configure_server(kit: Path) -> None:
     _write(kit, resources)
 
 
-def _configure_site(kit: Path) -> None:
+def configure_site(kit: Path) -> None:
+    """Let a site run this package's executor only, keep its log to itself, and grant nothing else."""
     _restrict_permissions(kit)
     resources = _resources(kit)
     resources["class_allow_list"] = [EXECUTOR]

@@ -152,6 +152,8 @@ class Messenger:
                     if number is not None and pending[site].job == self.channel.job_number:
                         self.channel.cancel(number)
                     reason = "no answer in time" if site in self.channel.sites else "not connected"
+                    if site not in self.channel.members():
+                        reason = "revoked, or removed from the federation"
                     replies[site] = _StoredReply({"error": reason}, None, now - started)
                     del pending[site]
                 while order and order[0] in replies:
@@ -249,7 +251,11 @@ class Messenger:
         quorum_deadline = started + self.timeouts.quorum
         reply_deadline = deadline if quorum_met else max(deadline, quorum_deadline)
 
+        members = self.channel.members()
+
         def limit(site: str) -> float:
+            if site not in members:
+                return started - 1.0  # whatever the others do, it will not come
             if site not in self.disconnected_since:
                 return reply_deadline
             if not quorum_met:

@@ -22,7 +22,9 @@ MAX_FAILED_STARTS = 5
 
 @dataclass
 class SupervisedProcess:
-    """A child process that is started again when it dies; its output goes to ``log``."""
+    """A child process that is started again when it dies; its output goes to ``log``. What it writes, only
+    its owner can read.
+    """
 
     command: list[str]
     log: Path
@@ -33,7 +35,8 @@ class SupervisedProcess:
 
     def start(self) -> None:
         """Start the process; it ends with this one, whatever ends this one (on Linux)."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.log.touch(mode=0o600)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -42,6 +45,7 @@ class SupervisedProcess:
                 stderr=subprocess.STDOUT,
                 env=os.environ | dict(self.environment),
                 start_new_session=True,
+                umask=0o077,
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
         self.started = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +25,18 @@ def start_site(kit: Path, file: Path, note: Callable[[str], None], stopped: Call
         DeploymentError: no kit, a file that is not in order, or a process that does not start.
     """
     require_nvflare()
+    from ..nvflare.certificates import restrict_permissions
+
     kit, file = kit.absolute(), file.absolute()
     name, settings = site_name(kit), load_site(file)
+    check_certificate(kit, note)
     for part in ("train", "development", "test", "public"):
         named = getattr(settings.data, part)
         if named is not None and not (file.parent / named).expanduser().is_file():
             raise DeploymentError(f"{file}: data.{part} = {named!r}: no such file")
     own = kit / "fedcustom"
+    os.umask(0o077)  # all that this process writes from here on is in the kit
+    restrict_permissions(kit)
     resident = SupervisedProcess(
         [sys.executable, "-m", "fedcustom.deployment.site", str(kit), str(file)], own / "resident.log"
     )
@@ -42,3 +48,22 @@ def start_site(kit: Path, file: Path, note: Callable[[str], None], stopped: Call
         note(f"site {name}: logs and audit log are in {own}")
         if not keep_alive([resident, engine], note, stopped):
             raise DeploymentError(f"site {name}: a process does not start; see the logs in {own}")
+
+
+def check_certificate(kit: Path, note: Callable[[str], None]) -> None:
+    """Warn from 30 days before a site's certificate expires.
+
+    Raises:
+        DeploymentError: it has expired, or the kit has none.
+    """
+    from ..nvflare.certificates import read_certificate
+
+    certificate = read_certificate(kit / "startup" / "client.crt")
+    remedy = (
+        f"ask the federation's administrator for a new one (fedcustom deploy renew {certificate.name}), "
+        f"then: fedcustom site install {kit} {certificate.name}.signed.zip"
+    )
+    if certificate.expired():
+        raise DeploymentError(f"{kit}: its certificate {certificate.state()}; {remedy}")
+    if certificate.due():
+        note(f"this site's certificate {certificate.state()}; {remedy}")
