@@ -120,7 +120,7 @@ def test_the_base_model_is_loaded_once_and_every_message_is_logged(federation: B
         assert all(each == [["examples", "loss", "steps", "weight"]] for each in keys[1:19])
 
 
-@pytest.mark.parametrize(("process", "site", "when"), [("job", 1, 2), ("resident", 0, 3)])
+@pytest.mark.parametrize(("process", "site", "when"), [("job", 1, 2), ("resident", 0, 3), ("engine", 2, 2)])
 def test_a_sites_process_killed_in_a_round(
     federation: Bed, expected: Path, tmp_path: Path, record_property: Any, process: str, site: int, when: int
 ) -> None:
