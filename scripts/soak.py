@@ -121,7 +121,7 @@ def main() -> int:
                 parser.error(f"--out {folder}: is not empty")
         soak = Soak(folder, chosen.sites, chosen.rounds, chosen.seed, chosen.every)
         stack.callback(soak.clean_up)
-        soak.prepare()
+        soak.prepare(chosen.max_minutes * 60.0)
         soak.execute(plan_kills(chosen.kills, chosen.rounds, kinds, chosen.seed), chosen.max_minutes * 60.0)
         result = soak.result()
         write_json(folder / "soak.json", result)
@@ -159,8 +159,8 @@ class Soak:
 
     # --- the work ---
 
-    def prepare(self) -> None:
-        """Write data, model and federation, and run the recipe in process."""
+    def prepare(self, seconds: float) -> None:
+        """Write data, model and federation, and run the recipe in process, in ``seconds`` at most."""
         write_data(self.folder, 40 * self.sites)
         write_model(self.folder / "model", width=64, layers=2, vocabulary=400)
         content = {
@@ -180,7 +180,7 @@ class Soak:
         with (self.folder / "expected.log").open("wb") as log:
             subprocess.run(
                 [*self.command("run"), "--out", str(self.folder / "expected")],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=True, timeout=seconds,
                 env=os.environ | self.environment,
             )  # fmt: skip
         self.note(f"a federation of {self.sites} sites")
@@ -201,7 +201,7 @@ class Soak:
             if code == 0:
                 break
             if code is None:
-                self.failure = f"not finished after {seconds / 60:.0f} minutes"
+                self.failure = self.failure or f"not finished after {seconds / 60:.0f} minutes"
             elif code > 0:  # an error of its own; a negative code is a signal
                 failed = failed + 1 if self.done() <= reached else 1
                 self.note(f"the run ended with code {code}; run.log has the reason")

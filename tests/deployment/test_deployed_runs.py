@@ -120,13 +120,29 @@ def test_the_base_model_is_loaded_once_and_every_message_is_logged(federation: B
         assert all(each == [["examples", "loss", "steps", "weight"]] for each in keys[1:19])
 
 
-@pytest.mark.parametrize(("process", "site", "when"), [("job", 1, 2), ("resident", 0, 3), ("engine", 2, 2)])
+@pytest.mark.parametrize(("process", "site", "when"), [("job", 1, 2), ("resident", 0, 3)])
 def test_a_sites_process_killed_in_a_round(
     federation: Bed, expected: Path, tmp_path: Path, record_property: Any, process: str, site: int, when: int
 ) -> None:
     name = federation.names[site]
     watcher = Watcher({when: lambda: kill(getattr(federation, process)(name))})
     federation.run(tmp_path / "run", watcher)
+    assert difference(tmp_path / "run", expected) == 0
+    report(record_property, "nothing", longest(watcher))
+
+
+def test_a_sites_engine_killed(federation: Bed, expected: Path, tmp_path: Path, record_property: Any) -> None:
+    """It registers again, and the server's job does not notice by itself."""
+    name = federation.names[2]
+    watcher = Watcher({2: lambda: kill(federation.engine(name))})
+    federation.patience(grace_seconds=100.0, round_seconds=600.0)
+    try:
+        federation.run(tmp_path / "run", watcher)
+    finally:
+        federation.patience(grace_seconds=12.0, round_seconds=120.0)
+    assert longest(watcher) < 120.0
+    assert any(f"{name} registered again" in note for note in watcher.notes)
+    assert [row["left_out"] for row in metrics(tmp_path / "run") if row["round"]] == [{}] * ROUNDS
     assert difference(tmp_path / "run", expected) == 0
     report(record_property, "nothing", longest(watcher))
 
