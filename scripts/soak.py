@@ -121,7 +121,11 @@ def main() -> int:
                 parser.error(f"--out {folder}: is not empty")
         soak = Soak(folder, chosen.sites, chosen.rounds, chosen.seed, chosen.every)
         stack.callback(soak.clean_up)
-        soak.prepare(chosen.max_minutes * 60.0)
+        try:
+            soak.prepare(chosen.max_minutes * 60.0)
+        except (subprocess.SubprocessError, OSError) as error:
+            print(f"the soak cannot begin: {error}", file=sys.stderr)
+            return 1
         soak.execute(plan_kills(chosen.kills, chosen.rounds, kinds, chosen.seed), chosen.max_minutes * 60.0)
         result = soak.result()
         write_json(folder / "soak.json", result)
