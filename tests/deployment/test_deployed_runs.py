@@ -131,6 +131,22 @@ def test_a_sites_process_killed_in_a_round(
     report(record_property, "nothing", longest(watcher))
 
 
+def test_a_sites_engine_killed(federation: Bed, expected: Path, tmp_path: Path, record_property: Any) -> None:
+    """It registers again, and the server's job does not notice by itself."""
+    name = federation.names[2]
+    watcher = Watcher({2: lambda: kill(federation.engine(name))})
+    federation.patience(grace_seconds=100.0, round_seconds=600.0)
+    try:
+        federation.run(tmp_path / "run", watcher)
+    finally:
+        federation.patience(grace_seconds=12.0, round_seconds=120.0)
+    assert longest(watcher) < 120.0
+    assert any(f"{name} registered again" in note for note in watcher.notes)
+    assert [row["left_out"] for row in metrics(tmp_path / "run") if row["round"]] == [{}] * ROUNDS
+    assert difference(tmp_path / "run", expected) == 0
+    report(record_property, "nothing", longest(watcher))
+
+
 def test_the_servers_engine_killed(
     federation: Bed, expected: Path, tmp_path: Path, record_property: Any
 ) -> None:

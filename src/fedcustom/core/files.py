@@ -1,4 +1,8 @@
-"""Atomic files: written whole or not at all."""
+"""Atomic files: written whole or not at all.
+
+A file or folder is prepared in a folder beside it, ``.<name>.<8 characters>.new``, which its writer locks. A
+writer that is killed leaves that folder behind; the next write into the same place removes it.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,9 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,11 @@ from .tensors import Tensors
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically: a reader sees the old file or the new one, whatever happens meanwhile."""
     _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a binary file atomically."""
+    _write(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -65,9 +75,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Fill a fresh folder and put it in the place of ``path``, whole or not at all. In a folder that only its
     owner can open it is such a folder too.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with _preparing(path) as fresh:
         fresh.chmod(0o700 | (path.parent.stat().st_mode & 0o055))
         with _system_errors():
             fill(fresh)
@@ -76,9 +84,6 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
                 _flush(file)
         shutil.rmtree(path, ignore_errors=True)
         fresh.rename(path)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
     _flush(path.parent)
 
 
@@ -117,17 +122,88 @@ def holder(path: Path) -> int | None:
 
 
 def _write(path: Path, fill: Callable[[Path], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
+    with _preparing(path) as folder:
+        temporary = folder / path.name
         with _system_errors():
             fill(temporary)
         _flush(temporary)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     _flush(path.parent)
+
+
+# --- temporary folders ---
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.new")
+"""Name of a folder in which a file or folder is prepared."""
+
+SWEEP_SHARE = 0.05
+"""Share of the time that may be spent on looking for abandoned folders, where a folder has many entries."""
+
+_next_sweep: dict[Path, float] = {}
+
+
+@contextlib.contextmanager
+def _preparing(path: Path) -> Iterator[Path]:
+    """A fresh, locked folder beside ``path``, removed afterwards unless it was renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path.parent)
+    fresh, lock = _locked_folder(path)
+    try:
+        yield fresh
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A fresh folder beside ``path``, and the descriptor that holds its lock until it is closed, or until the
+    process ends.
+    """
+    while True:
+        fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+        fresh.mkdir(mode=0o700)
+        # Another process may take the folder for an abandoned one before it is locked; then another is made.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY)
+            if _lock(lock) is not False and fresh.exists():
+                return fresh, lock
+            os.close(lock)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open file or folder; False if another holds it, None where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove what killed writers left in a folder: what has the name of a temporary folder, and no lock."""
+    began = time.monotonic()
+    if began < _next_sweep.get(parent, 0.0):
+        return
+    with contextlib.suppress(OSError), os.scandir(parent) as entries:
+        for entry in entries:
+            if TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                with contextlib.suppress(OSError):  # removed meanwhile, or not ours to open
+                    _remove_unlocked(Path(entry.path))
+    if len(_next_sweep) > 1000:
+        _next_sweep.clear()
+    now = time.monotonic()
+    _next_sweep[parent] = now + (now - began) / SWEEP_SHARE
+
+
+def _remove_unlocked(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if _lock(descriptor):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

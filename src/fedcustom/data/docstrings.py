@@ -18,7 +18,6 @@ import importlib.util
 import json
 import os
 import re
-import uuid
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -387,13 +386,9 @@ def _write_cache(path: Path, rows: Rows) -> None:
     """Write all or nothing; a folder that cannot be written costs a warning."""
     lines = [json.dumps([task, *list(row.values())[1:]]) for task, items in rows.items() for row in items]
     packed = gzip.compress("\n".join([str(len(lines)), *lines]).encode(), compresslevel=5, mtime=0)
-    temporary = path.with_name(f".{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(packed)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        from ..core.files import write_bytes  # imports torch, which recipes are checked without
+
+        write_bytes(path, packed)
     except OSError as error:
         warnings.warn(f"{path.parent}: docstrings not kept: {error.strerror}", RuntimeWarning, stacklevel=3)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +14,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..core.files import write_text
 from . import formatting as words
 from .baselines import all_beat, degenerate, unbeaten
 from .calibration import Bin, reliability, reliability_charts, verdict
@@ -378,14 +377,5 @@ def write_report(directories: Sequence[Path], to: Path) -> Path:
         RunError: a folder holds no finished run, or a file in it is malformed.
     """
     page = render(read_runs(directories))
-    to.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=to.parent, prefix=f".{to.name}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(page)
-        os.chmod(name, 0o644)
-        os.replace(name, to)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_text(to, page.encode("utf-8", errors="replace").decode("utf-8"))
     return to

@@ -6,10 +6,13 @@ a folder that only this user can open, and begins with a challenge on a key; not
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -19,6 +22,14 @@ from typing import Any
 
 ADDRESS_VARIABLE = "FEDCUSTOM_BRIDGE"
 """Environment variable with the path of the file that says where the resident process listens."""
+
+PREFIX, SOCKET, LOCK = "fedcustom-", "door", "lock"
+"""Names of a socket's folder in the temporary folder (its beginning), of the socket in it, and of its lock
+file.
+"""
+
+MAX_SOCKET_PATH = 100
+"""Bytes of a socket's path; systems allow 104 or 108."""
 
 MAX_JSON_BYTES = 256 * 2**20
 
@@ -72,22 +83,36 @@ class Bridge:
 class BridgeListener:
     """Listening end of the local connection: a socket, and the file that names it with its key.
 
-    The socket is in a temporary folder that only this user can open, because a socket's path may have some
-    hundred characters at most.
+    The socket is in a folder that only this user can open: beside the file where its path is short enough
+    for a socket, else in the system's temporary folder. What a killed process left there is removed by the
+    next.
     """
 
     def __init__(self, file: Path) -> None:
         key = secrets.token_bytes(32)
-        self._closed, self._folder = False, Path(tempfile.mkdtemp(prefix="fedcustom-"))
-        address = str(self._folder / "door")
-        self._listener = Listener(address, family="AF_UNIX", backlog=16, authkey=key)
-        content = json.dumps({"address": address, "key": key.hex()})
         file.parent.mkdir(parents=True, exist_ok=True)
+        self._closed, self._lock = False, -1
+        self._folder, self._listener = self._listen(file, key)
+        content = json.dumps({"address": str(self._folder / SOCKET), "key": key.hex()})
         draft = file.with_suffix(".new")
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
             out.write(content)
         draft.replace(file)
         self.file = file
+
+    def _listen(self, file: Path, key: bytes) -> tuple[Path, Listener]:
+        folder = file.parent.absolute() / f"{file.stem}.socket"
+        if len(os.fsencode(folder / SOCKET)) <= MAX_SOCKET_PATH:
+            with contextlib.suppress(OSError):  # a file system without sockets
+                folder.mkdir(mode=0o700, exist_ok=True)
+                folder.chmod(0o700)
+                (folder / SOCKET).unlink(missing_ok=True)
+                return folder, _listener(folder, key)
+            shutil.rmtree(folder, ignore_errors=True)
+        remove_stale_folders()
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self._lock = _lock(folder)
+        return folder, _listener(folder, key)
 
     def accept(self) -> Bridge:
         """Wait for the next connection whose other end knows the key; others are refused.
@@ -111,6 +136,49 @@ class BridgeListener:
         self._listener.close()
         self.file.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def remove_stale_folders() -> list[Path]:
+    """Remove the folders for sockets that killed processes of this user left in the temporary folder.
+
+    A folder in use is locked by its process. One without a lock file is left alone for a minute: its process
+    may be about to lock it.
+    """
+    removed = []
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # not ours, in use, or removed meanwhile
+            facts = folder.lstat()
+            names = {path.name for path in folder.iterdir()}
+            ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and names <= {SOCKET, LOCK}
+            if not ours or (LOCK not in names and (names or time.time() - facts.st_mtime < 60.0)):
+                continue
+            lock = _lock(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+            removed.append(folder)
+    return removed
+
+
+def _lock(folder: Path) -> int:
+    """Lock a socket's folder until the descriptor is closed, or this process ends.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _listener(folder: Path, key: bytes) -> Listener:
+    return Listener(str(folder / SOCKET), family="AF_UNIX", backlog=16, authkey=key)
 
 
 def connect(file: Path | None = None) -> Bridge:

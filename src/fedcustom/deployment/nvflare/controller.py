@@ -17,7 +17,9 @@ from nvflare.apis.signal import Signal
 
 from ...core.allocator import release_freed_memory
 from .bridge import Bridge, BridgeError, connect
+from .housekeeping import Housekeeping
 from .payload import attach_payload, receive_payload
+from .streams import share_stream_timers
 
 MAX_HEAD_LENGTH = 16 * 2**20
 """Largest head of a reply (its numbers and texts), in characters."""
@@ -30,9 +32,14 @@ class ServerController(Controller):  # type: ignore[misc]
         super().__init__(task_check_period=0.02)
         self._pending: dict[int, Task] = {}
         self._bridge: Bridge | None = None
+        self._housekeeping: Housekeeping | None = None
 
     def start_controller(self, fl_ctx: FLContext) -> None:
-        """Nothing to prepare."""
+        """Bound threads, logs and the folders of earlier jobs."""
+        if not share_stream_timers():
+            self.log_warning(fl_ctx, "this version of the engine has a thread for each stream received")
+        root = fl_ctx.get_engine().get_workspace().root_dir
+        self._housekeeping = Housekeeping(Path(root), fl_ctx.get_job_id())
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         """Close the connection to the run's process."""
@@ -47,6 +54,8 @@ class ServerController(Controller):  # type: ignore[misc]
             sites = [client.name for client in engine.get_clients()]
             self._bridge.send({"kind": "ready", "sites": sites, "process": os.getpid()})
             while not abort_signal.triggered:
+                if self._housekeeping is not None:
+                    self._housekeeping.tidy()
                 message = self._bridge.receive(timeout=0.5)
                 if message is None:
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -17,15 +18,19 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
 from .bridge import ADDRESS_VARIABLE, Bridge, BridgeError, connect
+from .housekeeping import Housekeeping
 from .payload import attach_payload, receive_payload
+from .streams import share_stream_timers
 
 RESTART_TIMEOUT = 60.0
 """Seconds that a resident process may take to restart."""
 
 MAX_BYTES = 64 * 2**30
 
-STALE_AFTER = 24 * 3600.0
-"""Seconds after which a file of tensors in the spool folder belongs to no job any more."""
+STALE_AFTER = 600.0
+"""Seconds after which the resident process has no use any more for tensors that a job now dead handed to
+it.
+"""
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
@@ -35,21 +40,28 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         super().__init__()
         self._spool = Path(os.environ.get(ADDRESS_VARIABLE, ".")).parent / "spool" / "passing"
         self._sent: list[Path] = []
+        self._housekeeping: Housekeeping | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """When a job starts, create the spool folder and remove what killed jobs left in it."""
+        """When a job starts, bound threads, logs and the folders of earlier jobs, and remove what killed
+        jobs left in the spool folder.
+        """
         if event_type == EventType.START_RUN:
+            if not share_stream_timers():
+                self.log_warning(fl_ctx, "this version of the engine has a thread for each stream received")
+            root = fl_ctx.get_engine().get_workspace().root_dir
+            self._housekeeping = Housekeeping(Path(root), fl_ctx.get_job_id())
             self._spool.mkdir(parents=True, exist_ok=True)
-            for stale in self._spool.glob("*.in"):
-                if time.time() - stale.stat().st_mtime > STALE_AFTER:
-                    stale.unlink(missing_ok=True)
+            remove_stale(self._spool)
 
     def execute(
         self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
     ) -> Shareable:
         """Have the resident process answer one request."""
+        if self._housekeeping is not None:
+            self._housekeeping.tidy()
         cell = fl_ctx.get_engine().get_cell()
-        body = self._spool / f"{uuid.uuid4().hex}.in"
+        body = self._spool / f"{os.getpid()}-{uuid.uuid4().hex}.in"
         message = json.loads(shareable["head"])
         if error := receive_payload(shareable, body, cell, MAX_BYTES, abort_signal):
             return self._pack_reply({"error": error}, None, cell)
@@ -99,3 +111,17 @@ class SiteExecutor(Executor):  # type: ignore[misc]
                 bridge.close()
                 return reply
         return None
+
+
+def remove_stale(spool: Path) -> None:
+    """Remove the files of jobs that are over from a site's spool folder: answers that nobody sends any more,
+    and requests that were handed to the resident process long ago by a job's process that is dead.
+    """
+    for answer in spool.glob("*.out"):  # the resident process makes another for each job that asks
+        answer.unlink(missing_ok=True)
+    for request in spool.glob("*.in"):
+        with contextlib.suppress(OSError):
+            owner = request.name.partition("-")[0]
+            alive = owner.isdigit() and Path("/proc", owner).exists()
+            if not alive and time.time() - request.stat().st_mtime > STALE_AFTER:
+                request.unlink(missing_ok=True)

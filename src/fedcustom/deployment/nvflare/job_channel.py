@@ -68,18 +68,28 @@ class JobChannel:
         self._job = ""
         self._events: queue.Queue[tuple[Bridge, dict[str, Any] | None]] = queue.Queue()
         self._numbers = itertools.count()
-        self._polled_at, self._connected = 0.0, frozenset[str]()
+        self._polled_at, self._registered = 0.0, dict[str, str]()
+        self._members: dict[str, str] = {}  # the job's sites, as they were registered when it was submitted
         threading.Thread(target=self._accept, daemon=True).start()
 
     def connected(self) -> frozenset[str]:
-        """Names of the members connected to the server, in the job or not; none while the server is down."""
+        """Names of the members connected to the server, in the job or not; none while the server is down.
+
+        A site that has registered again since the job began takes no part in it any more, because its engine
+        was restarted: it is taken out of :attr:`sites`.
+        """
         if time.monotonic() - self._polled_at > POLL_INTERVAL:
             try:
-                self._connected = frozenset(self.session.connected())
+                self._registered = self.session.registrations()
             except DeploymentError:
-                self._connected = frozenset()
+                self._registered = {}
             self._polled_at = time.monotonic()
-        return self._connected & self.members()
+            for site in sorted(self.sites):
+                before, now = self._members.get(site), self._registered.get(site)
+                if before and now and before != now:
+                    self.note(f"{site} registered again: it has left job {self.job_number}")
+                    self._remove(site)
+        return frozenset(self._registered) & self.members()
 
     def start(self, expected: Collection[str], deadline: float) -> None:
         """Make sure that a job runs, with all connected sites. A new one first waits a few seconds
@@ -100,6 +110,7 @@ class JobChannel:
                 time.sleep(0.3)
                 continue
             try:
+                self._members = dict(self._registered)
                 self._job = self.session.submit(sites)
                 reason = self._wait_for_controller(min(deadline, time.monotonic() + START_TIMEOUT))
             except DeploymentError as error:
@@ -160,7 +171,7 @@ class JobChannel:
         body = message.get("body")
         lost = str(message.get("lost", ""))
         if lost:
-            self.sites = self.sites - {str(message["site"])}
+            self._remove(str(message["site"]))
         return ReceivedMessage(
             int(message["number"]), str(message["site"]), message.get("head") or {},
             Path(body) if body else None, lost,
@@ -216,6 +227,12 @@ class JobChannel:
         self._bridge, self.sites = bridge, frozenset(map(str, ready["sites"]))
         self.job_number += 1
         self.note(f"job {self.job_number} with {', '.join(sorted(self.sites))}")
+
+    def _remove(self, site: str) -> None:
+        """Take a site out of the job, and end a job without sites: :meth:`start` then starts another."""
+        self.sites = self.sites - {site}
+        if not self.sites:
+            self.restart()
 
     def _disconnect(self, reason: str) -> None:
         """Close the connection of a job that has ended, or is about to."""

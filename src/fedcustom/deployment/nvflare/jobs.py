@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
-import tempfile
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ...core.errors import DeploymentError
+from .streams import share_stream_timers
 
 T = TypeVar("T")
 
@@ -56,6 +58,29 @@ def write_job(folder: Path, sites: list[str]) -> None:
     (config / "config_fed_client.json").write_text(json.dumps(client))
 
 
+def registrations(reply: Mapping[str, Any]) -> dict[str, str]:
+    """The connected sites in the server's reply to ``check_status``, each with a digest of its registration.
+
+    A site that registers again, because its engine was restarted, has a different digest: the server gave it
+    a new token. The digest is empty where the reply shows no token. The token itself is a credential and is
+    not kept.
+
+    Raises:
+        ValueError: the reply is no success.
+    """
+    meta = reply.get("meta")
+    if not isinstance(meta, Mapping) or meta.get("status", "ok") != "ok" or "server_status" not in meta:
+        raise ValueError(str(reply.get("details") or reply.get("status") or "no reason given"))
+    tokens: dict[str, str] = {}
+    for item in reply.get("data") or []:
+        header, *rows = item.get("rows") or [[]]
+        if "CLIENT" in header and "TOKEN" in header:
+            name, token = header.index("CLIENT"), header.index("TOKEN")
+            tokens |= {row[name]: hashlib.sha256(str(row[token]).encode()).hexdigest()[:16] for row in rows}
+    names = [str(client["client_name"]) for client in meta.get("clients") or []]
+    return {name: tokens.get(name, "") for name in names}
+
+
 class Session:
     """Administrator's session with the engine's server, reopened whenever it was lost.
 
@@ -68,13 +93,18 @@ class Session:
 
     def connected(self) -> list[str]:
         """The sites whose heartbeats reach the server."""
-        return [client.name for client in self._call(lambda s: s.get_system_info()).client_info]
+        return list(self.registrations())
+
+    def registrations(self) -> dict[str, str]:
+        """The sites whose heartbeats reach the server, each with a digest of its registration."""
+        return self._call(lambda s: registrations(s.api.do_command("check_status server")))
 
     def submit(self, sites: list[str]) -> str:
         """Submit a job for these sites; its id."""
-        with tempfile.TemporaryDirectory() as folder:
-            write_job(Path(folder) / "fedcustom", sites)
-            return str(self._call(lambda s: s.submit_job(str(Path(folder) / "fedcustom"))))
+        folder = self.kit / "job"  # not a temporary folder, which a killed process would leave behind
+        shutil.rmtree(folder, ignore_errors=True)
+        write_job(folder / "fedcustom", sites)
+        return str(self._call(lambda s: s.submit_job(str(folder / "fedcustom"))))
 
     def status(self, job: str) -> str:
         """A job's status, in the engine's words; that of a job that is over begins with FINISHED."""
@@ -98,6 +128,7 @@ class Session:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the engine prints while it connects
                 if self._session is None:
+                    share_stream_timers()
                     self._session = new_secure_session(ADMINISTRATOR, str(self.kit), timeout=5.0)
                 return action(self._session)
         except Exception as error:  # the engine has dozens of ways to say that it is not there

@@ -132,21 +132,21 @@ class Messenger:
             for site, request in requests.items()
         }
         order, replies = list(requests), dict[str, _StoredReply]()
+        sound = 0  # replies without a failure, whether or not they have been yielded
         started = time.monotonic()
         deadline = started + (self.timeouts.round if timeout is None else timeout)
         self.include_returned(requests)
         try:
             while pending:
-                sound = sum(not reply.failure for reply in replies.values())
                 self._send_pending(pending, sound >= min_replies, started)
                 if not self.channel.sites and pending:
                     continue
                 message = self.channel.receive(timeout=0.25)
                 if message is not None and (reply := self._match(message, pending)) is not None:
                     replies[message.site] = reply
+                    sound += not reply.failure
                     del pending[message.site]
                 now = time.monotonic()
-                sound = sum(not reply.failure for reply in replies.values())
                 for site in self._expired(pending, sound >= min_replies, started, deadline, now):
                     number = pending[site].number
                     if number is not None and pending[site].job == self.channel.job_number:
@@ -241,11 +241,15 @@ class Messenger:
         now: float,
     ) -> list[str]:
         """The sites that are not waited for any longer: those that are late, and those that have been
-        disconnected for too long, be it since an earlier round.
+        disconnected for too long, be it since an earlier round. A site that is back does not count as
+        disconnected while others are at work in the job: the next job includes it.
         """
+        connected, others_at_work = self.channel.connected(), any(s in self.channel.sites for s in pending)
         for site in pending:
             if site in self.channel.sites:
                 self.disconnected_since.pop(site, None)
+            elif others_at_work and site in connected:
+                self.disconnected_since[site] = now
             else:
                 self.disconnected_since.setdefault(site, now)
         quorum_deadline = started + self.timeouts.quorum

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .housekeeping import limit_log
+
 MIN_LIFETIME = 10.0
 """Seconds: a process that dies sooner counts as a failed start."""
 
@@ -22,8 +24,8 @@ MAX_FAILED_STARTS = 5
 
 @dataclass
 class SupervisedProcess:
-    """A child process that is started again when it dies; its output goes to ``log``. What it writes, only
-    its owner can read.
+    """A child process that is started again when it dies; its output goes to ``log``, whose size is bounded
+    (:func:`~.housekeeping.limit_log`) while it is supervised. What it writes, only its owner can read.
     """
 
     command: list[str]
@@ -88,10 +90,13 @@ class SupervisedProcess:
 def keep_alive(
     processes: list[SupervisedProcess], note: Callable[[str], None], stopped: Callable[[], bool]
 ) -> bool:
-    """Supervise processes until ``stopped()``, then end them; False if one failed to start too often."""
+    """Supervise processes and bound their logs until ``stopped()``, then end them; False if one failed to
+    start too often.
+    """
     try:
         while not stopped():
             for process in processes:
+                limit_log(process.log)
                 if event := process.restart_if_dead():
                     note(event + ("; given up" if process.given_up else "; started again"))
                 if process.given_up:
