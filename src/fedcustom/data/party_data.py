@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..core.errors import DataError
 from ..core.settings import Settings
@@ -16,6 +16,7 @@ from .examples import ClientData, Example, columns, make_examples
 from .public import read_public
 from .settings import ClientSettings, DataSettings, PublicSettings
 from .sources import Row, read_file, require_columns
+from .templates import checked
 
 
 class OwnDataSettings(Settings):
@@ -41,6 +42,8 @@ class OwnDataSettings(Settings):
     references: str | None = Field(
         None, description="Column with accepted texts; unset: the recipe's data.references"
     )
+
+    _templates = field_validator("text", "prompt", "target")(checked)
 
 
 @dataclass(frozen=True)
