@@ -38,20 +38,25 @@ def init(
     from ..deployment.nvflare.kits import provision
     from ..deployment.parties import check_deployable
     from ..deployment.settings import FederationSettings, save_federation
+    from ..deployment.site.template import write_site_template
     from ..recipe.recipe import load_recipe
 
     names = [name.strip() for name in sites.split(",") if name.strip()]
-    check_deployable(load_recipe(recipe, overrides or []).complete())
+    complete = load_recipe(recipe, overrides or []).complete()
+    check_deployable(complete)
     if folder.exists() and any(folder.iterdir()):
         raise DeploymentError(f"{folder}: is not empty; name another --federation")
     provision(folder, server, port, names)
     save_federation(folder, FederationSettings(server=server, port=port, sites=names))
+    for name in names:
+        write_site_template(folder / "sites" / name, complete)
     deployed = command_line("deploy", "run", recipe, overrides=overrides, options={"--federation": folder})
     for name in names:
         out_console.print(f"kit of {name}: {folder / 'sites' / name}", highlight=False, soft_wrap=True)
     out_console.print(
         "Hand each site its kit over a channel that both trust, then delete it here; keep authority/ to "
-        "yourself.\nA site runs: fedcustom site start KIT --data site.toml\n"
+        "yourself.\nA site completes KIT/site.toml, which holds what the recipe asks for, and runs: "
+        "fedcustom site start KIT --data KIT/site.toml\n"
         f"You run: {deployed}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
@@ -151,13 +156,38 @@ def start(
 
 @site.command()
 def check(data: Annotated[Path, typer.Option("--data", help="The file to check (site.toml)")]) -> None:
-    """Check a site's file, and list every setting with its default."""
+    """Check a site's file and its data: list every setting, what is read, and what the server is told."""
+    from ..deployment.site.audit import printable
+    from ..deployment.site.check import site_report
     from ..deployment.site.settings import describe, load_site
 
-    load_site(data)
+    settings = load_site(data)
+    lines = list(site_report(settings, data))
     for key, value, default, help_text in describe():
         out_console.print(f"{key} ({value}, default {default}): {help_text}", highlight=False, markup=False)
+    for line in lines:
+        out_console.print(printable(line, None), highlight=False, markup=False, soft_wrap=True)
     out_console.print(f"{data}: in order", highlight=False, markup=False)
+
+
+@site.command()
+def cancel(kit: Annotated[Path, typer.Argument(help="This site's start-up kit, a folder")]) -> None:
+    """Stop the task that the site is working on; the server is told that it was cancelled."""
+    from ..deployment.site.process import cancel_task
+
+    cancel_task(kit)
+    out_console.print("the task under way, if there is one, is told to stop", highlight=False)
+
+
+@site.command()
+def ledger(kit: Annotated[Path, typer.Argument(help="This site's start-up kit, a folder")]) -> None:
+    """Show what the site has answered and sent over all runs, as the limits of its policy count it."""
+    from ..deployment.nvflare.kits import site_name
+    from ..deployment.site.check import ledger_report
+
+    out_console.print(f"site {site_name(kit)}", highlight=False, markup=False)
+    for line in ledger_report(kit):
+        out_console.print(line, highlight=False, markup=False)
 
 
 def _show(directory: Path, quiet: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,15 @@ class OwnData:
         return ClientData(name, cut.train, development or cut.development, cut.test)
 
 
-def read_own(own: OwnDataSettings, folder: Path, data: DataSettings, public: PublicSettings) -> OwnData:
-    """Read the files that a party names.
+def read_own(
+    own: OwnDataSettings,
+    folder: Path,
+    data: DataSettings,
+    public: PublicSettings,
+    *,
+    keep: Collection[str] | None = None,
+) -> OwnData:
+    """Read the files that a party names. Of their columns only those in ``keep`` are kept; None: all.
 
     Raises:
         DataError: a file is missing, empty or malformed, or lacks a column.
@@ -116,7 +123,9 @@ def read_own(own: OwnDataSettings, folder: Path, data: DataSettings, public: Pub
         found = read_file((folder / name).expanduser())
         if not found:
             raise DataError(f"{folder / name}: is empty")
-        return found
+        if keep is None:
+            return found
+        return [{name: value for name, value in row.items() if name in keep} for row in found]
 
     train = rows(own.train)
     if train:

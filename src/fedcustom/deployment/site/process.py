@@ -11,6 +11,7 @@ from ...core.files import held, holder
 from ..nvflare.bridge import ADDRESS_VARIABLE
 from ..nvflare.kits import require_nvflare, site_command, site_name
 from ..nvflare.supervision import SupervisedProcess, keep_alive
+from .limits import CANCEL_FILE
 from .settings import load_site
 
 
@@ -42,3 +43,14 @@ def start_site(kit: Path, file: Path, note: Callable[[str], None], stopped: Call
         note(f"site {name}: logs and audit log are in {own}")
         if not keep_alive([resident, engine], note, stopped):
             raise DeploymentError(f"site {name}: a process does not start; see the logs in {own}")
+
+
+def cancel_task(kit: Path) -> None:
+    """Have the task that a site is working on stopped; without one nothing happens.
+
+    Raises:
+        DeploymentError: the folder is no site's kit.
+    """
+    site_name(kit)
+    (kit / "fedcustom").mkdir(parents=True, exist_ok=True)
+    (kit / "fedcustom" / CANCEL_FILE).touch()
