@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Server:
         settings = SiteDataSettings(train="rows.jsonl", **data)
         self.settings = SiteSettings(data=settings, policy=PolicySettings(**policy))
         self.site = Resident("site-0", self.settings, folder, self.own)
-        self.run = "0" * 16
+        self.run, self.states = "0" * 16, dict[str, State]()
 
     def restart(self) -> None:
         """The site's process starts anew."""
@@ -61,15 +62,23 @@ class Server:
         assert self.site.participant is not None
         return self.site.participant.method
 
+    @property
+    def state(self) -> State:
+        """The first state of the run."""
+        if self.run not in self.states:
+            first = self.method.initialise()
+            tensors = {name: tensor.clone() for name, tensor in first.tensors.items()}
+            self.states[self.run] = replace(first, tensors=tensors)
+        return self.states[self.run]
+
     def train(self, number: int = 1, **changes: Any) -> dict[str, Any]:
         """The recipe's own task of a round, but for some values."""
         amounts = {"steps": changes.pop("steps")} if "steps" in changes else {"epochs": 1}
-        task = self.method.configure(self.method.initialise(), number, {"site-0": amounts})["site-0"]
+        task = self.method.configure(self.state, number, {"site-0": amounts})["site-0"]
         fields = {"task": task.kind, "round": number} | changes.pop("fields", {})
         return self.ask("work", task.tensors, values={**task.values, **changes}, **fields)
 
     def evaluate(self, part: Any = "test", after: Any = 0, scale: float = 1.0) -> dict[str, Any]:
         """An evaluation of the first state, its tensors scaled."""
-        state: State = self.method.initialise()
-        tensors = {name: tensor * scale for name, tensor in state.tensors.items()}
+        tensors = {name: tensor * scale for name, tensor in self.state.tensors.items()}
         return self.ask("evaluate", tensors, part=part, after=after, values={})

@@ -72,7 +72,7 @@ def models_of(recipe: Recipe) -> list[tuple[str, str | None]]:
         (recipe.model.base, recipe.model.revision),
         *((name, None) for name in recipe.method.named_models),
     ]
-    return [(name, revision) for name, revision in named if name]
+    return [(name, revision) for name, revision in named if name is not None]  # "" is this folder
 
 
 def check_content(policy: PolicySettings, contents: Iterable[Content], what: str) -> None:
