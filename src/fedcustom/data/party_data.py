@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -56,13 +55,6 @@ class OwnData:
     test: list[Row]
     public: list[Example]
     split: bool
-
-    def label_values(self) -> list[Any]:
-        """The labels that occur in the training rows, sorted, as they are in the file."""
-        if self.settings.task != "classification":
-            return []
-        values = {row[self.settings.label] for row in self.train}
-        return sorted(values, key=lambda value: (isinstance(value, str), value))
 
     def examples(self, part: str, labels: Sequence[str]) -> list[Example]:
         """The examples of one part.

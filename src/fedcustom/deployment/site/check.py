@@ -13,6 +13,7 @@ from ...data.settings import DataSettings, PublicSettings, TaskKind
 from .contents import CONTENTS, MEANING
 from .data import MAX_LABELS, SiteDataSettings, declared_settings, told_labels
 from .ledger import COUNTS, Ledger
+from .limits import check_platform
 from .models import folder_digest, is_local
 from .settings import PolicySettings, SiteSettings
 
@@ -26,6 +27,7 @@ def site_report(settings: SiteSettings, file: Path) -> Iterator[str]:
         DataError: a file of the data is malformed.
     """
     data, policy = settings.data, settings.policy
+    check_platform(policy.max_memory_gigabytes)
     yield f"columns that are read: {', '.join(data.columns or ()) or 'none'}"
     for part in ("train", "development", "test", "public"):
         named = getattr(data, part)

@@ -101,14 +101,23 @@ def limit_memory(gigabytes: float | None) -> None:
     Raises:
         DeploymentError: a limit is set on another platform than Linux.
     """
+    check_platform(gigabytes)
     if gigabytes is None:
         return
-    if not sys.platform.startswith("linux"):
-        raise DeploymentError(
-            f"policy.max_memory_gigabytes = {gigabytes:g}: cannot be enforced on {sys.platform}, only on "
-            "Linux; remove the line, or limit the service that runs the site"
-        )
     import resource
 
     most = int(gigabytes * 1e9)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def check_platform(gigabytes: float | None) -> None:
+    """Refuse a limit of memory on a platform that does not enforce it.
+
+    Raises:
+        DeploymentError: a limit is set on another platform than Linux.
+    """
+    if gigabytes is not None and not sys.platform.startswith("linux"):
+        raise DeploymentError(
+            f"policy.max_memory_gigabytes = {gigabytes:g}: cannot be enforced on {sys.platform}, only on "
+            "Linux; remove the line, or limit the service that runs the site"
+        )

@@ -11,7 +11,8 @@ from ...core.files import held, holder
 from ..nvflare.bridge import ADDRESS_VARIABLE
 from ..nvflare.kits import require_nvflare, site_command, site_name
 from ..nvflare.supervision import SupervisedProcess, keep_alive
-from .limits import CANCEL_FILE
+from .ledger import Ledger
+from .limits import CANCEL_FILE, check_platform
 from .settings import load_site
 
 
@@ -32,6 +33,8 @@ def start_site(kit: Path, file: Path, note: Callable[[str], None], stopped: Call
         if named is not None and not (file.parent / named).expanduser().is_file():
             raise DeploymentError(f"{file}: data.{part} = {named!r}: no such file")
     own = kit / "fedcustom"
+    check_platform(settings.policy.max_memory_gigabytes)
+    Ledger(own / "ledger.json")  # a damaged one is an error here, not in the logs of a process
     resident = SupervisedProcess(
         [sys.executable, "-m", "fedcustom.deployment.site", str(kit), str(file)], own / "resident.log"
     )

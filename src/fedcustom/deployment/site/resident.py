@@ -168,13 +168,14 @@ class Resident:
         try:
             with stoppable(seconds, cancel, own_process=self.own_process):
                 values, packed = self._execute(request)
-                reply = self._released(request, values, packed)
+                reply, facts = self._released(request, values, packed)
             sent = int(reply["bytes"])
         except TaskStopped:
             self.participant, self.open_run_id = None, ""  # it is built again from what is on disk
             raise
         finally:
             self.ledger.finish(request.run, request.digest, sent)
+        self.outgoing = facts
         return reply
 
     def _execute(self, request: Request) -> Result:
@@ -296,8 +297,10 @@ class Resident:
 
     # --- replies ---
 
-    def _released(self, request: Request, values: dict[str, Any], packed: Packed) -> dict[str, Any]:
-        """The reply, once the policy allows it; its tensors are in a file."""
+    def _released(
+        self, request: Request, values: dict[str, Any], packed: Packed
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The reply, once the policy allows it, its tensors in a file; and what the audit log says of it."""
         policy, size, kind = self.settings.policy, packed.length(values), request.kind
         # Labels are texts, but this site's file declares them, and all must agree on them.
         free = {"labels"} if kind == "describe" else set()
@@ -318,11 +321,11 @@ class Resident:
             facts |= {"task": request.task, "round": request.round}
         if kind == "evaluate":
             facts |= {"part": request.part, "after": request.after}
-        self.outgoing = facts | {"tensors": len(packed.tensors), "keys": sorted(values)}
+        facts |= {"tensors": len(packed.tensors), "keys": sorted(values)}
         reply: dict[str, Any] = {"values": values, "bytes": size}
         if packed.layout is not None:
             reply["layout"] = packed.layout
-        return reply | ({"body": str(body)} if body else {})
+        return reply | ({"body": str(body)} if body else {}), facts
 
 
 def _tensors(body: Path | None) -> Tensors:
