@@ -12,7 +12,8 @@ import pandas as pd
 
 from .core.errors import DataError, RunError
 from .core.files import read_json, write_folder
-from .data.examples import Example, LearningTask, fields
+from .data.examples import Example, LearningTask
+from .data.templates import fields
 from .evaluation.calibration import softmax
 from .federated.build import make_method
 from .federated.callbacks import Callback

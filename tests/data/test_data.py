@@ -217,8 +217,6 @@ def test_limits_draw_the_same_rows_again(data_folder: Path) -> None:
     [
         ({"label": "lable"}, {}, r"no column 'lable'; allowed: text, label, .*did you mean 'label'"),
         ({"text": "{txt}"}, {}, r"no column 'txt'.*did you mean 'text'"),
-        ({"text": "{text"}, {}, r"template '\{text'"),
-        ({"text": "{}"}, {}, "name a column between braces"),
         ({}, {"partition": "natural", "column": "sight"}, r"no column 'sight'.*did you mean 'site'"),
         ({}, {"partition": "natural", "column": None}, "clients.column: name the column"),
     ],

@@ -32,15 +32,17 @@ from fedcustom.core.errors import (
 from fedcustom.core.files import held, holder
 from fedcustom.core.tensors import equal
 from fedcustom.data.build import build_data
-from fedcustom.data.party_data import OwnDataSettings, read_own
+from fedcustom.data.party_data import read_own
 from fedcustom.deployment.local import write_parts
 from fedcustom.deployment.nvflare.bridge import BridgeError, BridgeListener, connect
 from fedcustom.deployment.nvflare.controller import read_head
 from fedcustom.deployment.nvflare.jobs import CONTROLLER, EXECUTOR
 from fedcustom.deployment.nvflare.kits import _check_names, provision
 from fedcustom.deployment.parties import RUN_FILE, check_deployable, run_id
+from fedcustom.deployment.site.data import MAX_LABELS, SiteDataSettings, check_labels, read_site, told_labels
+from fedcustom.deployment.site.ledger import Ledger
 from fedcustom.deployment.site.memory import RoundMemory
-from fedcustom.deployment.site.policy import check_labels, check_outgoing, check_recipe, check_round
+from fedcustom.deployment.site.policy import check_outgoing, check_recipe
 from fedcustom.deployment.site.resident import Resident
 from fedcustom.deployment.site.settings import PolicySettings, SiteSettings, load_site
 from fedcustom.evaluation.statistics import (
@@ -130,11 +132,11 @@ def test_a_site_with_its_own_columns_is_the_client_of_the_simulation(
             {"frage": row["text"], "klasse": row["label"]} for row in make_rows(160, 0) if row["site"] == name
         ]
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
-        own = read_own(
-            OwnDataSettings(train=f"{name}.jsonl", text="{frage}", label="klasse"),
-            tmp_path, recipe.data, recipe.public,
-        )  # fmt: skip
-        assert own.label_values() == ["animal", "food", "place"]
+        declared = SiteDataSettings(
+            train=f"{name}.jsonl", text="{frage}", label="klasse", columns=["frage", "klasse"], max_labels=3
+        )
+        own = read_site(declared, tmp_path, recipe.data, recipe.public)
+        assert told_labels(declared, own) == ["animal", "food", "place"]
         assert own.client(name, number, data.task.labels, recipe.clients, recipe.seed) == client
 
 
@@ -266,42 +268,42 @@ def test_memory_goes_back_with_the_run(rounds: list[int], data: st.DataObject) -
 # --- its policy ---
 
 
-def test_the_policy_wins_over_the_recipe(small: dict[str, Any]) -> None:
+def test_the_policy_wins_over_the_recipe(small: dict[str, Any], tmp_path: Path) -> None:
     recipe = load_recipe(small)
-    check_recipe(PolicySettings(methods=["prefix"]), recipe)
+    listed = {"base_models": [small["model"]["base"]]}
+    check_recipe(PolicySettings(methods=["prefix"], **listed), recipe)
     for policy, message in (
         (
-            PolicySettings(methods=["lora"]),
+            PolicySettings(methods=["lora"], **listed),
             "method 'prefix' is not allowed here; allowed: lora",
         ),
         (PolicySettings(base_models=["other"]), "policy.base_models"),
-        (PolicySettings(minimum_noise=0.5), "policy.minimum_noise = 0.5"),
+        (PolicySettings(minimum_noise=0.5, **listed), "policy.minimum_noise = 0.5"),
+        (
+            PolicySettings(least_batch_size=9, **listed),
+            "least_batch_size = 9: the recipe says",
+        ),
     ):
         with pytest.raises(PolicyError, match=message):
             check_recipe(policy, recipe)
     with pytest.raises(PolicyError, match="trust_remote_code"):
-        check_recipe(PolicySettings(), load_recipe(recipe, {"model.trust_remote_code": True}))
-    lends = {
-        "data": {"task": "retrieval", "prompt": "{q}", "target": "{a}"},
-        "method": {"name": "retrieval", "train": "full", "shared_negatives": 4},
-    }
-    check_recipe(PolicySettings(), load_recipe(lends))
-    with pytest.raises(PolicyError, match=r"texts = false: method.shared_negatives would send vectors"):
-        check_recipe(PolicySettings(texts=False), load_recipe(lends))
-    fits = load_recipe(small, {"training.fit_head_rounds": [1]})
-    check_recipe(PolicySettings(), fits)
-    with pytest.raises(PolicyError, match=r"texts = false: training.fit_head_rounds would send sums"):
-        check_recipe(PolicySettings(texts=False), fits)
-    check_round(PolicySettings(max_rounds=2), 1)
-    with pytest.raises(PolicyError, match="max_rounds = 2"):
-        check_round(PolicySettings(max_rounds=2), 2)
-    check_outgoing(PolicySettings(texts=False), "work", {"loss": 1.0, "counts": [1, 2]}, 10, 0)
+        check_recipe(PolicySettings(**listed), load_recipe(recipe, {"model.trust_remote_code": True}))
+    with pytest.raises(PolicyError, match="least_steps = 3: the recipe says"):
+        check_recipe(
+            PolicySettings(least_steps=3, **listed), load_recipe(recipe, {"training.local_steps": 2})
+        )
+    ledger = Ledger(tmp_path / "ledger.json")
+    check_outgoing(PolicySettings(), "work", {"loss": 1.0, "counts": [1, 2]}, 10, ledger)
     with pytest.raises(PolicyError, match=r"would hold a text \(passages.text\)"):
-        check_outgoing(PolicySettings(texts=False), "work", {"passages": [{"text": "private"}]}, 10, 0)
+        check_outgoing(PolicySettings(), "work", {"passages": [{"text": "private"}]}, 10, ledger)
     with pytest.raises(PolicyError, match="max_message_megabytes = 1"):
-        check_outgoing(PolicySettings(max_message_megabytes=1), "work", {}, 1_000_001, 0)
-    with pytest.raises(PolicyError, match="max_total_megabytes = 1"):
-        check_outgoing(PolicySettings(max_total_megabytes=1), "work", {}, 600_000, 600_000)
+        check_outgoing(PolicySettings(max_message_megabytes=1), "work", {}, 1_000_001, ledger)
+    ledger.note_run(RUN)
+    ledger.add(RUN, bytes=600_000)
+    for key in ("max_total_megabytes", "max_megabytes_per_day"):
+        check_outgoing(PolicySettings(**{key: 1}), "work", {}, 400_000, ledger)
+        with pytest.raises(PolicyError, match=f"{key} = 1"):
+            check_outgoing(PolicySettings(**{key: 1}), "work", {}, 400_001, ledger)
 
 
 # --- its resident process ---
@@ -309,12 +311,16 @@ def test_the_policy_wins_over_the_recipe(small: dict[str, Any]) -> None:
 
 @pytest.fixture
 def resident(small: dict[str, Any], tmp_path: Path) -> Any:
-    """Makes a site with a policy, and opens a run at it."""
+    """Makes a site with a policy, and shows it the recipe of a run."""
 
     def make(**policy: Any) -> tuple[Resident, dict[str, Any]]:
         rows = [row for row in make_rows(160, 0) if row["site"] == "site-1"]
         write_jsonl(tmp_path / "rows.jsonl", rows)
-        site = SiteSettings(data=OwnDataSettings(train="rows.jsonl"), policy=PolicySettings(**policy))
+        data = SiteDataSettings(
+            train="rows.jsonl", columns=["text", "label"], text="{text}", label="label", max_labels=3
+        )
+        choices = {"sums": True, "least_examples": 4, "base_models": [small["model"]["base"]]}
+        site = SiteSettings(data=data, policy=PolicySettings(**choices | policy))
         made = Resident("site-1", site, tmp_path, tmp_path / "own")
         content = resolved(load_recipe(small)).model_dump(mode="json", exclude_none=True)
         said = made.handle({"kind": "describe", "run": RUN, "values": {"recipe": content}})
@@ -323,24 +329,42 @@ def resident(small: dict[str, Any], tmp_path: Path) -> Any:
     return make
 
 
-def opened(made: Resident) -> dict[str, Any]:
+def opened(made: Resident, ask: Any = None) -> dict[str, Any]:
     names = [f"site-{number}" for number in range(4)]
     labels = ["animal", "food", "place"]
-    return made.handle({"kind": "open", "run": RUN, "values": {"names": names, "labels": labels}})
+    said = (ask or made.handle)({"kind": "open", "run": RUN, "values": {"names": names, "labels": labels}})
+    return dict(said)
 
 
-def work(made: Resident, tmp_path: Path, number: int = 1) -> dict[str, Any]:
+def work(made: Resident, tmp_path: Path, number: int = 1, ask: Any = None) -> dict[str, Any]:
     assert made.participant is not None
     state = made.participant.method.initialise()
     task = made.participant.method.configure(state, number, {"site-1": Work(epochs=1)})["site-1"]
     body = tmp_path / "in.safetensors"
     safetensors.torch.save_file(task.tensors, body)
-    return made.handle(
+    said = (ask or made.handle)(
         {
             "kind": "work", "run": RUN, "task": task.kind, "round": number, "values": values_of(task),
             "body": str(body),
         }
     )  # fmt: skip
+    return dict(said)
+
+
+class FakeBridge:
+    """The local connection: keeps what was sent, and is cut when it is told to be."""
+
+    def __init__(self, made: Resident) -> None:
+        self.made, self.sent, self.cut = made, list[dict[str, Any]](), False
+
+    def send(self, reply: dict[str, Any]) -> None:
+        if self.cut:
+            raise BridgeError("the job has ended")
+        self.sent.append(reply)
+
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        self.made.answer(self, message)  # type: ignore[arg-type]
+        return self.sent[-1]
 
 
 def test_a_recipe_is_refused_before_its_model_is_looked_for(
@@ -395,19 +419,26 @@ def test_all_exchanges_of_a_fit_are_one_round(resident: Any, small: dict[str, An
 def test_every_message_is_in_the_audit_log_with_its_hash(resident: Any, tmp_path: Path) -> None:
     made, said = resident()
     assert said["values"] == {"labels": ["animal", "food", "place"], "rows": 40}
-    assert opened(made)["values"]["sizes"] == {"train": 32, "development": 4, "test": 4}
-    answer = work(made, tmp_path)
+    bridge = FakeBridge(made)
+    assert opened(made, bridge.ask)["values"]["sizes"] == {"train": 32, "development": 4, "test": 4}
+    answer = work(made, tmp_path, ask=bridge.ask)
     log = [json.loads(line) for line in (tmp_path / "own" / "audit.jsonl").read_text().splitlines()]
     events = [(event["event"], event.get("kind")) for event in log]
     assert events == [
-        ("started", None), ("sent", "describe"), ("base model loaded", None), ("sent", "open"),
-        ("sent", "work"),
+        ("started", None), ("base model loaded", None), ("sent", "open"), ("sent", "work"),
     ]  # fmt: skip
     text = json.dumps(answer["values"], sort_keys=True, ensure_ascii=False)
     expected = hashlib.sha256(text.encode() + Path(answer["body"]).read_bytes()).hexdigest()
     assert log[-1]["sha256"] == expected
     assert log[-1]["bytes"] == answer["bytes"]
     assert "cat" not in (tmp_path / "own" / "audit.jsonl").read_text(), "no word of the data"
+    bridge.cut = True
+    with pytest.raises(BridgeError):
+        work(made, tmp_path, 2, bridge.ask)
+    last = [json.loads(line) for line in (tmp_path / "own" / "audit.jsonl").read_text().splitlines()][-2:]
+    assert [(event["event"], event["sha256"] == last[0]["sha256"]) for event in last] == [
+        ("sent", True), ("not sent", True),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -469,7 +500,7 @@ def test_a_refusal_is_told_and_logged(resident: Any, tmp_path: Path, policy: Any
         said = opened(made)
         assert "refused" not in said, said
         said = (
-            made.handle({"kind": "evaluate", "run": RUN, "part": "test", "after": 0})
+            made.handle({"kind": "evaluate", "run": RUN, "part": "test", "after": 0, "values": {}})
             if "evaluate" in policy
             else work(made, tmp_path)
         )
@@ -556,27 +587,14 @@ def test_a_run_is_no_path(resident: Any, tmp_path: Path, run: str) -> None:
 
 
 def test_texts_are_not_labels() -> None:
-    check_labels(["animal", "food"], named=False)
-    check_labels(["a rather long name of a label with far more than twelve words in it all"], named=True)
-    for labels in (
-        ["one text of a patient with more words than any label would ever have here"],
-        ["x" * 101],
-    ):
+    long = "a rather long name of a label with far more than twelve words in it all"
+    check_labels(["animal", "food"], most=2, longest_words=12)
+    check_labels([long], most=1, longest_words=None)
+    for labels in ([long], ["x" * 101], ["a", "b", "c"]):
         with pytest.raises(PolicyError):
-            check_labels(labels, named=False)
-    with pytest.raises(PolicyError, match="more than 10000 values"):
-        check_labels(list(range(10_001)), named=True)
-
-
-def test_a_recipe_cannot_read_out_texts_as_labels(resident: Any) -> None:
-    made, _ = resident()
-    recipe = made.recipe.model_copy(update={"data": made.recipe.data.model_copy(update={"label": "source"})})
-    content = json.loads(recipe.model_dump_json(exclude_none=True))
-    made.settings = made.settings.model_copy(
-        update={"data": made.settings.data.model_copy(update={"label": "label"})}
-    )
-    said = made.handle({"kind": "describe", "run": RUN, "values": {"recipe": content}})
-    assert said["values"]["labels"] == ["animal", "food", "place"], "the site's own column counts"
+            check_labels(labels, most=2, longest_words=12)
+    with pytest.raises(PolicyError, match="more than 100 characters"):
+        check_labels(["x" * 101], most=MAX_LABELS, longest_words=None)
 
 
 def test_work_goes_to_the_run_that_is_open(resident: Any, tmp_path: Path) -> None:
@@ -595,13 +613,14 @@ def test_every_model_of_a_recipe_is_looked_at() -> None:
         {"method": {"name": "distillation", "client_models": ["/models/a", "/models/b"]},
          "model": {"base": "/models/a"}, "data": {"source": "."}, "public": {"source": "."}}
     )  # fmt: skip
-    check_recipe(PolicySettings(base_models=["/models/a", "/models/b"]), recipe)
+    gives = {"logits": True}
+    check_recipe(PolicySettings(base_models=["/models/a", "/models/b"], **gives), recipe)
     with pytest.raises(PolicyError, match="/models/b"):
-        check_recipe(PolicySettings(base_models=["/models/a"]), recipe)
+        check_recipe(PolicySettings(base_models=["/models/a"], **gives), recipe)
     pinned = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": "v2"})})
-    check_recipe(PolicySettings(base_models=["/models/a@v2", "/models/a", "/models/b"]), pinned)
+    check_recipe(PolicySettings(base_models=["/models/a@v2", "/models/a", "/models/b"], **gives), pinned)
     with pytest.raises(PolicyError, match="'/models/a@v2' is not allowed"):
-        check_recipe(PolicySettings(base_models=["/models/a", "/models/b"]), pinned)
+        check_recipe(PolicySettings(base_models=["/models/a", "/models/b"], **gives), pinned)
 
 
 def test_sums_of_sites_are_pooled() -> None:

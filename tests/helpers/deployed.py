@@ -11,9 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
+
+import tomli_w
 
 from fedcustom.deployment.local import prepare
 from fedcustom.deployment.nvflare.bridge import ADDRESS_VARIABLE, BridgeError, BridgeListener
@@ -79,6 +82,8 @@ class Bed:
         self.folder, self.recipe = folder, dict(recipe)
         prepare(resolved(load_recipe(self.recipe)), folder, free_port())
         self.names = list(load_federation(folder).sites)
+        for name in self.names:
+            self.allow_models(name)
         self.sites: dict[str, SupervisedProcess] = {}
         self.patience(round_seconds=120.0, grace_seconds=12.0, quorum_seconds=120.0)
 
@@ -87,6 +92,15 @@ class Bed:
 
     def kit(self, name: str) -> Path:
         return self.folder / "sites" / name
+
+    def allow_models(self, name: str) -> None:
+        """Let a site load the folders beside the recipe's model too: tests try several."""
+        file = self.kit(name) / "data" / "site.toml"
+        content = tomllib.loads(file.read_text())
+        if models := content["policy"].get("base_models"):
+            beside = [str(path) for model in models for path in Path(model).parent.parent.glob("models*/*")]
+            content["policy"]["base_models"] = sorted({*models, *beside})
+            file.write_text(tomli_w.dumps(content))
 
     def own(self, name: str) -> Path:
         return self.kit(name) / "fedcustom"

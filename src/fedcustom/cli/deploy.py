@@ -41,6 +41,7 @@ def init(
     from ..deployment.nvflare.kits import provision, require_nvflare
     from ..deployment.parties import check_deployable
     from ..deployment.settings import FederationSettings, save_federation
+    from ..deployment.site.template import write_site_template
     from ..recipe.recipe import load_recipe
 
     names = [name.strip() for name in sites.split(",") if name.strip()]
@@ -48,12 +49,15 @@ def init(
 
     from ..federated.resolve import resolved
 
-    check_deployable(resolved(checked))
+    complete = resolved(checked)
+    check_deployable(complete)
     if folder.exists() and any(folder.iterdir()):
         raise DeploymentError(f"{folder}: is not empty; name another --federation")
     require_nvflare()
     provision(folder, server, port, names, site_kits=False)
     save_federation(folder, FederationSettings(server=server, port=port, sites=names))
+    for name in names:
+        write_site_template(folder / "sites" / name, complete)
     from ..deployment.nvflare.authority import authority_certificate
     from ..deployment.nvflare.certificates import colons
 
@@ -62,7 +66,8 @@ def init(
     fingerprint = colons(authority_certificate(folder).fingerprint)
     out_console.print(
         f"authority {fingerprint}\nKeep {folder / 'authority'} to yourself: its key lets sites in.\n"
-        f"Each site ({', '.join(names)}) runs: fedcustom site request NAME\n"
+        f"Send each site ({', '.join(names)}) its file in {folder / 'sites'}: a site.toml to complete.\n"
+        "It runs: fedcustom site request NAME\n"
         f"and sends you NAME.request.zip. You run: {signed}\n"
         "and send back NAME.signed.zip. The site runs: fedcustom site install NAME NAME.signed.zip\n"
         "and: fedcustom site start NAME --data site.toml\n"
@@ -165,13 +170,37 @@ def start(
 
 @site.command()
 def check(data: Annotated[Path, typer.Option("--data", help="The file to check (site.toml)")]) -> None:
-    """Check a site's file, and list every setting with its default."""
+    """Check a site's file and its data: list every setting, what is read, and what the server is told."""
+    from ..deployment.site.check import site_report
     from ..deployment.site.settings import describe, load_site
 
-    load_site(data)
+    settings = load_site(data)
+    lines = list(site_report(settings, data))
     for key, value, default, help_text in describe():
         out_console.print(f"{key} ({value}, default {default}): {help_text}")
+    for line in lines:
+        out_console.print(line, soft_wrap=True)
     out_console.print(f"{data}: in order")
+
+
+@site.command()
+def cancel(kit: Annotated[Path, typer.Argument(help="This site's start-up kit, a folder")]) -> None:
+    """Stop the task that the site is working on; the server is told that it was cancelled."""
+    from ..deployment.site.process import cancel_task
+
+    cancel_task(kit)
+    out_console.print("the task under way, if there is one, is told to stop")
+
+
+@site.command()
+def ledger(kit: Annotated[Path, typer.Argument(help="This site's start-up kit, a folder")]) -> None:
+    """Show what the site has answered and sent over all runs, as the limits of its policy count it."""
+    from ..deployment.nvflare.kits import site_name
+    from ..deployment.site.check import ledger_report
+
+    out_console.print(f"site {site_name(kit)}")
+    for line in ledger_report(kit):
+        out_console.print(line)
 
 
 def _show(directory: Path, quiet: bool) -> None:

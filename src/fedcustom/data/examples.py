@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import DataError
 from .settings import DataSettings, TaskKind
+from .templates import fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +55,6 @@ class FederatedData:
     test: list[Example]
     test_is_pooled: bool
     public: list[Example] = field(default_factory=list)
-
-
-def fields(template: str) -> tuple[str, ...]:
-    """The columns that a template names.
-
-    Raises:
-        DataError: the template is not one (an unpaired brace, a positional field).
-    """
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise DataError(f"template {template!r}: {error}; write {{{{ and }}}} for literal braces") from None
-    if any(not name.isidentifier() for name in names):
-        raise DataError(f"template {template!r}: name a column between braces, as in {{text}}")
-    return tuple(names)
 
 
 def columns(settings: DataSettings, *, scoring: bool) -> tuple[str, ...]:

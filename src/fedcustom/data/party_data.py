@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..core.errors import DataError
 from ..core.settings import Settings
@@ -16,6 +15,7 @@ from .examples import ClientData, Example, columns, make_examples
 from .public import read_public
 from .settings import ClientSettings, DataSettings, PublicSettings
 from .sources import Row, read_file, require_columns
+from .templates import checked
 
 
 class OwnDataSettings(Settings):
@@ -42,6 +42,8 @@ class OwnDataSettings(Settings):
         None, description="Column with accepted texts; unset: the recipe's data.references"
     )
 
+    _templates = field_validator("text", "prompt", "target")(checked)
+
 
 @dataclass(frozen=True)
 class OwnData:
@@ -53,13 +55,6 @@ class OwnData:
     test: list[Row]
     public: list[Example]
     split: bool
-
-    def label_values(self) -> list[Any]:
-        """The labels that occur in the training rows, sorted, as they are in the file."""
-        if self.settings.task != "classification":
-            return []
-        values = {row[self.settings.label] for row in self.train}
-        return sorted(values, key=lambda value: (isinstance(value, str), value))
 
     def examples(self, part: str, labels: Sequence[str]) -> list[Example]:
         """The examples of one part.
@@ -94,8 +89,15 @@ class OwnData:
         return ClientData(name, cut.train, development or cut.development, cut.test)
 
 
-def read_own(own: OwnDataSettings, folder: Path, data: DataSettings, public: PublicSettings) -> OwnData:
-    """Read the files that a party names.
+def read_own(
+    own: OwnDataSettings,
+    folder: Path,
+    data: DataSettings,
+    public: PublicSettings,
+    *,
+    keep: Collection[str] | None = None,
+) -> OwnData:
+    """Read the files that a party names. Of their columns only those in ``keep`` are kept; None: all.
 
     Raises:
         DataError: a file is missing, empty or malformed, or lacks a column.
@@ -113,7 +115,9 @@ def read_own(own: OwnDataSettings, folder: Path, data: DataSettings, public: Pub
         found = read_file((folder / name).expanduser())
         if not found:
             raise DataError(f"{folder / name}: is empty")
-        return found
+        if keep is None:
+            return found
+        return [{name: value for name, value in row.items() if name in keep} for row in found]
 
     train = rows(own.train)
     if train:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ..core.errors import DataError
-from .examples import Example, fields
+from .examples import Example
 from .settings import DataSettings, PublicSettings
 from .sources import Row, read_rows, require_columns
+from .templates import fields
 
 
 def read_public(settings: PublicSettings, data: DataSettings) -> list[Example]:

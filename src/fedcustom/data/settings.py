@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..core import plugins
 from ..core.settings import Settings
+from .templates import checked
 
 TaskKind = Literal["classification", "generation", "retrieval"]
 BuiltInPartition = Literal["natural", "iid", "dirichlet", "quantity", "pathological"]
@@ -66,6 +67,8 @@ class DataSettings(Settings):
         None, ge=1, description="Use at most this many test rows, drawn by the seed"
     )
 
+    _templates = field_validator("text", "prompt", "target")(checked)
+
 
 class PublicSettings(Settings):
     """An unlabelled set that everybody may see: clients and server compare what their models say of it."""
@@ -85,6 +88,8 @@ class PublicSettings(Settings):
         description="Instead of a source: part of the training rows set aside, without labels, for everybody",
     )
     limit: int | None = Field(None, ge=1, description="Use at most this many rows, drawn by the seed")
+
+    _template = field_validator("text")(checked)
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:

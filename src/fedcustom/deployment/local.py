@@ -24,6 +24,8 @@ from .nvflare.kits import provision, require_nvflare
 from .nvflare.supervision import SupervisedProcess
 from .run import run_deployed
 from .settings import FederationSettings, save_federation
+from .site.models import is_local
+from .site.policy import models_of
 
 MAX_SITES = 32
 """Sites that one machine may run: each takes three processes and a base model."""
@@ -76,8 +78,7 @@ def prepare(recipe: Recipe, folder: Path, port: int, threads: int = 1) -> Federa
         kit = folder / "sites" / name
         parts = {"train": client.train, "development": client.development, "test": client.test}
         own = write_parts(kit / "data", parts | {"public": data.public}, data)
-        text = tomli_w.dumps({"threads": threads, "data": own.model_dump(exclude_none=True)})
-        write_text(kit / "data" / "site.toml", text)
+        write_text(kit / "data" / "site.toml", local_site_file(own, data, recipe, threads))
     is_retrieval = recipe.data.task == "retrieval"
     shared = write_parts(
         folder / "data",
@@ -100,6 +101,25 @@ def prepare(recipe: Recipe, folder: Path, port: int, threads: int = 1) -> Federa
     save_federation(folder, federation)
     restrict_permissions(*(folder / "sites" / name for name in data.clients))
     return federation
+
+
+def local_site_file(own: OwnDataSettings, data: FederatedData, recipe: Recipe, threads: int) -> str:
+    """The ``site.toml`` of a site on this machine: complete, and open to every method, since one person owns
+    all of it. What a site of others would give away is for that site to choose.
+    """
+    declared = own.model_dump(exclude_none=True)
+    if data.task.kind == "classification":
+        declared |= {"columns": ["text", "label"], "labels": list(data.task.labels)}
+    else:
+        declared |= {"columns": ["text", "target", "references"]}
+    policy: dict[str, Any] = dict.fromkeys(("sums", "logits", "vectors", "texts"), True)
+    policy |= dict.fromkeys(("least_examples", "least_batch_size", "least_label_examples"), 1)
+    policy |= {"max_top": 1000, "max_queries_per_day": 1_000_000}
+    models = [name for name, _ in models_of(recipe)]
+    if any(is_local(name) for name in models):
+        policy["base_models"] = [f"{n}@{v}" if v else n for n, v in models_of(recipe)]
+    note = "# Written by fedcustom deploy local. All sites are on this machine: the policy allows all.\n"
+    return note + tomli_w.dumps({"threads": threads, "data": declared, "policy": policy})
 
 
 PARTS = ("train", "development", "test", "public")

@@ -9,9 +9,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+LONGEST_TEXT = 1000
+"""Characters of a text that a line holds at most: a message cannot fill the disk by its texts."""
+
 
 class AuditLog:
-    """Audit log ``audit.jsonl``: a line for each event, flushed to the disk before the message leaves."""
+    """Audit log ``audit.jsonl``: a line for each event, flushed to the disk before the message leaves.
+
+    Texts of others are cut to :data:`LONGEST_TEXT` characters and written in ASCII with JSON's escapes, so
+    that no text can end a line, reach a terminal as a control sequence, or fail to be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -19,16 +26,29 @@ class AuditLog:
 
     def write(self, event: str, **facts: Any) -> None:
         """Append one line: the time (UTC), what happened, and facts about it."""
-        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
+        for key, value in facts.items():
+            line[key] = value[:LONGEST_TEXT] if isinstance(value, str) else value
+        with self.path.open("a", encoding="ascii") as file:
+            file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
 
+def printable(text: str, longest: int | None = LONGEST_TEXT) -> str:
+    """A text of somebody else with everything but printable characters escaped (control characters, line
+    breaks, surrogates, marks that turn the direction of writing), and cut.
+    """
+    shown = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text[:longest]
+    )
+    return shown if longest is None or len(text) <= longest else f"{shown[:longest]} ..."
+
+
 def digest(text: str, body: Path | None) -> str:
     """SHA-256 of a message: its JSON and then its file of tensors."""
-    hashed = hashlib.sha256(text.encode())
+    hashed = hashlib.sha256(text.encode(errors="surrogatepass"))
     if body is not None:
         with body.open("rb") as file:
             while block := file.read(2**20):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,30 @@ from ...transport.messages import read_task, values_of
 from ...updates.pipeline import on_client, update_transforms
 from ...updates.transform import ClientContext
 from ..replies import Part, PartSizes, SiteStatistics
+from .amounts import check_amounts, check_least_examples, check_least_training
+from .contents import task_contents
 from .memory import RoundMemory
+from .policy import check_content
+from .request import Request
+from .settings import PolicySettings
+
+
+@dataclass(frozen=True)
+class Withheld:
+    """What a site's policy keeps out of the sums for fitting a head: how many labels, and how many examples
+    of them.
+    """
+
+    labels: int = 0
+    examples: int = 0
 
 
 class Participant:
     """Client of one run at a site: executes its tasks. The base model is loaded once, by the constructor.
 
     ``names`` are all clients of the run in their order, ``labels`` those that all sites agreed on,
-    ``on_load`` is called when the base model is loaded.
+    ``policy`` says how few examples an answer may be computed from, ``on_load`` is called when the base model
+    is loaded.
     """
 
     def __init__(
@@ -41,12 +58,15 @@ class Participant:
         labels: list[str],
         own: OwnData,
         folder: Path,
+        policy: PolicySettings,
         on_load: Callable[[], None] = lambda: None,
     ) -> None:
         check_fit(recipe)
         _, clients = with_builtin_columns(recipe.data, recipe.clients)
-        self.recipe, self.name = recipe, name
+        self.recipe, self.name, self.policy = recipe, name, policy
+        self.settled = recipe.settled(len(names))
         self.data = own.client(name, names.index(name), labels, clients, recipe.seed)
+        self.data_for_sums, self.withheld = without_rare_labels(self.data, policy.least_label_examples)
         task = LearningTask(recipe.data.task, tuple(labels))
         self.base = load_base(recipe.model, task, recipe.seed, head=recipe.method.with_head)
         on_load()
@@ -59,8 +79,45 @@ class Participant:
         self.disk = folder / "disk"
 
     def sizes(self) -> PartSizes:
-        """How many examples each part has."""
-        return PartSizes(len(self.data.train), len(self.data.development), len(self.data.test))
+        """How many examples each part has; 0 for a part with too few of them to evaluate on."""
+        least, data = self.policy.least_examples, self.data
+        parts = [len(part) if len(part) >= least else 0 for part in (data.development, data.test)]
+        return PartSizes(len(data.train), *parts)
+
+    def check_task(self, request: Request, asked: Task, tensors: Tensors) -> None:
+        """Refuse a task whose amounts are not the recipe's, or whose answer would come of too few examples.
+        ``asked`` is the request's task, whose values are of the right types.
+
+        Raises:
+            PolicyError: names the amount, or the line of the policy.
+        """
+        policy, task = self.policy, request.task
+        check_amounts(self.settled, request, tensors)
+        contents = task_contents(self.settled, task, in_round=request.round is not None)
+        check_content(policy, contents, f"the task {task!r}")
+        count = len(self.data.train)
+        if task in ("train", "distil"):
+            check_least_training(policy, self.settled, request.values, count)
+        elif asked.exact_answer:
+            check_least_examples(policy, len(self.data_for_sums.train), "examples of frequent labels")
+        elif task in ("score", "search"):
+            per_round = getattr(self.recipe.method, "examples", count)
+            check_least_examples(policy, min(per_round, count), "examples to score prompts on")
+        elif task == "calibrate":
+            check_least_examples(policy, len(self.data.development), "questions")
+            own = request.values.get("own")
+            if type(own) is not int or not 0 <= own < len(tensors.get("bias", ())):
+                raise PolicyError("own: must be the number of a client")
+        elif task == "retrieve":
+            if self.settled.method.name == "retrieval" and request.values["top"] > policy.max_top:
+                raise PolicyError(
+                    f"policy.max_top = {policy.max_top}: the task asks for {request.values['top']}"
+                )
+        elif request.round is None and task in ("fetch", "answer"):
+            if len(request.values["documents"]) > policy.max_top:
+                raise PolicyError(f"policy.max_top = {policy.max_top}: the task asks for more documents")
+        elif "updates" in contents or "sums" in contents or "logits" in contents:
+            check_least_examples(policy, count, "examples to answer from")
 
     def task(self, kind: object, values: object) -> Task:
         """The task of a message, whose tensors are still packed.
@@ -76,7 +133,8 @@ class Participant:
         """
         task = self.channel.unpack_down(packed, asked)
         before = self.memory.before(round_number) if round_number is not None else self.memory.after(2**31)
-        client = Client(self.name, self.data, before, self.disk)
+        data = self.data_for_sums if asked.exact_answer else self.data
+        client = Client(self.name, data, before, self.disk)
         update = self.method.execute(task, client)
         if round_number is None:
             return Packed(update.tensors), values_of(update)
@@ -87,10 +145,15 @@ class Participant:
     def evaluate(self, part: Part, tensors: Tensors, values: Mapping[str, Any], after: int) -> SiteStatistics:
         """Statistics of a state on one part of this site's data: of the global model and, where clients keep
         parts or train on, of the site's own version, with its memory ``after`` a round.
+
+        Raises:
+            PolicyError: the part has fewer examples than the policy says.
         """
-        examples: list[Example] = getattr(self.data, part)
+        parts: dict[Part, list[Example]] = {"development": self.data.development, "test": self.data.test}
+        examples = parts[part]
         if not examples:
             return SiteStatistics()
+        check_least_examples(self.policy, len(examples), f"{part} examples")
         state, recipe = State(tensors, {}, dict(values)), self.recipe
         epochs = recipe.personalisation.finetune_epochs if part == "test" else 0
         personal = self.method.keeps_parts()
@@ -116,6 +179,18 @@ class Participant:
             {"loss": int(predictions.scores[:, 1].sum())} if self.recipe.data.task == "generation" else {}
         )
         return mean_statistics(measure(predictions, examples, self.base), tokens, len(examples))
+
+
+def without_rare_labels(data: ClientData, least: int) -> tuple[ClientData, Withheld]:
+    """A client's data without the training examples of labels of which it has fewer than ``least``, and what
+    was left out. Data without labels stay as they are.
+    """
+    counts = Counter(example.label for example in data.train if example.label >= 0)
+    rare = {label: count for label, count in counts.items() if count < least}
+    if not rare:
+        return data, Withheld()
+    kept = replace(data, train=[example for example in data.train if example.label not in rare])
+    return kept, Withheld(len(rare), sum(rare.values()))
 
 
 def refuse_retrieval_without_server(recipe: Recipe) -> None:

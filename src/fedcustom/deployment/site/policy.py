@@ -1,20 +1,32 @@
-"""Policy checks of a site: of a recipe before anything is loaded, of each message before it leaves."""
+"""Policy checks of a site: of a recipe before anything is loaded, of each request before it is executed, and
+of each message before it leaves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...core.errors import PolicyError
 from ...recipe.recipe import Recipe
+from .contents import MEANING, Content, recipe_contents
+from .ledger import Count, Ledger
+from .models import check_model
+from .request import Request
 from .settings import PolicySettings
 
 MEGABYTE = 1e6
 
-MAX_LABELS, MAX_LABEL_CHARACTERS, MAX_LABEL_WORDS = 10_000, 100, 12
-
 TASKS_PER_ROUND = 4
 """Most tasks answered for each round: one is sent again when a job ends, and some methods need several."""
+
+TASKS_BESIDE_ROUNDS = 8
+"""Tasks of a run that belong to no round: clients of retrieval index their documents, say."""
+
+MAX_ATTEMPTS = 3
+"""How often a request may end this site's process before it is refused."""
+
+MAX_CLIENTS, MAX_CLIENT_NAME = 10_000, 100
 
 
 def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
@@ -28,22 +40,24 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
             f"policy.methods: method {recipe.method.name!r} is not allowed here; allowed: "
             f"{', '.join(policy.methods) or 'none'}"
         )
-    if policy.base_models is not None:
-        for model in models_of(recipe):
-            if model not in policy.base_models:
-                raise PolicyError(f"policy.base_models: {model!r} is not allowed here")
+    for name, revision in models_of(recipe):
+        check_model(name, revision, policy.base_models, policy.model_digests)
     if setting := recipe.method.opens_file:
         raise PolicyError(f"{setting}: a site opens no files that a recipe names")
     if recipe.model.trust_remote_code:
         raise PolicyError("model.trust_remote_code = true: a site runs no code that a recipe brings")
-    if not policy.texts and (setting := recipe.method.sends_texts):
+    for content, setting in recipe_contents(recipe).items():
+        check_content(policy, [content], f"{setting} in the recipe")
+    trains = "training" not in recipe.method.not_for and not recipe.method.only_fits
+    if trains and recipe.training.batch_size < policy.least_batch_size:
         raise PolicyError(
-            f"policy.texts = false: {setting} would send vectors from which texts can be guessed"
+            f"policy.least_batch_size = {policy.least_batch_size}: the recipe says training.batch_size = "
+            f"{recipe.training.batch_size}"
         )
-    if not policy.texts and recipe.training.fit_head_rounds:
+    if trains and recipe.training.local_steps and recipe.training.local_steps < policy.least_steps:
         raise PolicyError(
-            "policy.texts = false: training.fit_head_rounds would send sums and gradients from which a text "
-            "of a rare label can be guessed; training.logit_adjustment = 0 turns such rounds off"
+            f"policy.least_steps = {policy.least_steps}: the recipe says training.local_steps = "
+            f"{recipe.training.local_steps}"
         )
     if policy.minimum_noise > 0:
         raise PolicyError(
@@ -52,58 +66,151 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
         )
 
 
-def models_of(recipe: Recipe) -> list[str]:
-    """Every pretrained model that a recipe names; the base with its revision, as in ``name@revision``, where
-    the recipe asks for one.
-    """
-    base, revision = recipe.model.base, recipe.model.revision
-    named = [f"{base}@{revision}" if revision else base, *recipe.method.named_models]
-    return [name for name in named if name]
+def models_of(recipe: Recipe) -> list[tuple[str, str | None]]:
+    """Every pretrained model that a recipe names, with the revision that it asks for."""
+    named = [
+        (recipe.model.base, recipe.model.revision),
+        *((name, None) for name in recipe.method.named_models),
+    ]
+    return [(name, revision) for name, revision in named if name is not None]  # "" is this folder
 
 
-def check_labels(labels: Sequence[Any], *, named: bool) -> None:
-    """Refuse to tell the values of a column as labels where they look like texts. ``named``: the site's own
-    file says which column holds its labels.
+def check_content(policy: PolicySettings, contents: Iterable[Content], what: str) -> None:
+    """Refuse ``what`` where it would send content that the site has not chosen to give.
 
     Raises:
-        PolicyError: there are too many for labels, or they are too long.
+        PolicyError: names the line of ``site.toml`` that would allow it.
     """
-    most, longest = MAX_LABELS, MAX_LABEL_CHARACTERS
-    if len(labels) > most or any(len(str(label)) > longest for label in labels):
+    for content in contents:
+        if not getattr(policy, content):
+            hint = (
+                " (and training.logit_adjustment = 0 in the recipe does without)" if content == "sums" else ""
+            )
+            raise PolicyError(
+                f"policy.{content} = false: {what} needs {MEANING[content]}; allow it in [policy] of "
+                f"site.toml by {content} = true{hint}"
+            )
+
+
+def check_opening(names: Any, labels: Any, most_labels: int) -> tuple[list[str], list[str]]:
+    """The names of a run's clients and its labels, as the server tells them.
+
+    Raises:
+        PolicyError: there are too many, or they are no short texts that differ.
+    """
+    for key, value, most, longest in (
+        ("names", names, MAX_CLIENTS, MAX_CLIENT_NAME),
+        ("labels", labels, most_labels, MAX_CLIENT_NAME),
+    ):
+        if not isinstance(value, list) or len(value) > most:
+            raise PolicyError(f"{key}: must be a list of at most {most} texts")
+        if any(not isinstance(text, str) or not 0 < len(text) <= longest for text in value):
+            raise PolicyError(f"{key}: each must be a text of 1 to {longest} characters")
+        if len(set(value)) < len(value):
+            raise PolicyError(f"{key}: one is there twice")
+    return list(names), list(labels)
+
+
+def check_opening_limits(policy: PolicySettings, ledger: Ledger) -> None:
+    """Refuse one more new run today than the policy allows.
+
+    Raises:
+        PolicyError: names the limit.
+    """
+    _check_limit(policy, "max_runs_per_day", ledger.last_day("runs"), 1)
+
+
+def check_work(
+    policy: PolicySettings, ledger: Ledger, recipe: Recipe, request: Request, *, begins: bool, queries: int
+) -> None:
+    """Refuse a task beyond the limits of the site, or beyond what the recipe's rounds can need. ``begins``:
+    the task is one of a round, and no further exchange of one; the same task again is the same round.
+
+    Raises:
+        PolicyError: names the limit.
+    """
+    known = ledger.run(request.run)
+    if begins and request.digest not in known["rounds"]:
+        _check_limits(policy, ledger, "rounds", 1)
+    if queries:
+        _check_limits(policy, ledger, "queries", queries)
+    elif begins or request.round is None:
+        rounds = recipe.rounds.count + sum(recipe.training.trials())
+        most = TASKS_PER_ROUND * rounds + TASKS_BESIDE_ROUNDS
+        if known["tasks"] >= most:
+            raise PolicyError(f"the run has asked for {most} tasks; its {rounds} rounds need no more")
+
+
+def check_evaluation(policy: PolicySettings, ledger: Ledger, recipe: Recipe, request: Request) -> None:
+    """Refuse an evaluation beyond the limits of the site or more often than the recipe evaluates. The same
+    evaluation again is not counted, since its answer is the same.
+
+    Raises:
+        PolicyError: names the limit.
+    """
+    if not policy.evaluate:
+        raise PolicyError("policy.evaluate = false: this site does not tell how good a model is")
+    known, part = ledger.run(request.run), str(request.part)
+    if policy.max_rounds is not None and ledger.total("rounds") >= policy.max_rounds and not known["rounds"]:
         raise PolicyError(
-            f"the column of labels has more than {most} values, or values of more than {longest} characters; "
-            "a recipe cannot read out texts so"
+            f"policy.max_rounds = {policy.max_rounds}: so many have been answered, and none of this run"
         )
-    if not named and any(len(str(label).split()) > MAX_LABEL_WORDS for label in labels):
-        raise PolicyError("the recipe's column of labels holds texts; name another in site.toml (data.label)")
+    if request.after > recipe.rounds.count:
+        raise PolicyError(f"after = {request.after}: the recipe has rounds.count = {recipe.rounds.count}")
+    told = known["evaluations"].get(part, [])
+    if request.digest in told:
+        return
+    most = evaluations_of(recipe)[part]
+    if len(told) >= most:
+        raise PolicyError(f"the run has had {most} evaluations on the {part} part; its recipe needs no more")
+    _check_limits(policy, ledger, "evaluations", 1)
 
 
-def check_round(policy: PolicySettings, rounds: int, tasks: int = 0) -> None:
-    """Refuse one round too many. ``rounds`` counts the other rounds that were answered, ``tasks`` all tasks.
+def evaluations_of(recipe: Recipe) -> dict[str, int]:
+    """How many different evaluations a run by a recipe asks of a site at most, by part of its data.
 
-    Raises:
-        PolicyError: the site has answered as many rounds of this run as it may, or so many tasks that rounds
-            must have been asked again and again.
+    On the development part: the untuned model, each round that is evaluated (up to three candidates where the
+    head is fitted), each trial of a learning rate, and the state whose logits are scaled. On the test part:
+    the untuned model, the final one, and the one that sites fine-tune.
     """
-    most = policy.max_rounds
-    if most is not None and (rounds >= most or tasks >= TASKS_PER_ROUND * most):
-        raise PolicyError(f"policy.max_rounds = {most}: so many have been answered")
+    count = recipe.rounds.count
+    fits = recipe.training.rounds_of_head_fits(count)
+    rounds = {n for n in range(1, count + 1) if n % recipe.evaluation.every == 0} | {count} | fits
+    return {"development": 2 + len(rounds) + 2 * len(fits) + len(recipe.training.trials()), "test": 3}
 
 
 def check_outgoing(
-    policy: PolicySettings, kind: str, values: Mapping[str, Any], size: int, total: int
+    policy: PolicySettings, kind: str, values: Mapping[str, Any], size: int, ledger: Ledger
 ) -> None:
-    """Refuse to send a message. ``size`` is its length in bytes, ``total`` what has left in this run before.
+    """Refuse to send a message of ``size`` bytes.
 
     Raises:
         PolicyError: names the setting of the policy.
     """
     if not policy.texts and (found := _first_text(values)) is not None:
-        raise PolicyError(f"policy.texts = false: an answer to {kind!r} would hold a text ({found})")
-    for key, amount in (("max_message_megabytes", size), ("max_total_megabytes", total + size)):
+        raise PolicyError(
+            f"policy.texts = false: an answer to {kind!r} would hold a text ({found}); allow it in [policy] "
+            "of site.toml by texts = true"
+        )
+    for key, amount in (
+        ("max_message_megabytes", size),
+        ("max_total_megabytes", ledger.total("bytes") + size),
+        ("max_megabytes_per_day", ledger.last_day("bytes") + size),
+    ):
         most = getattr(policy, key)
         if most is not None and amount > most * MEGABYTE:
             raise PolicyError(f"policy.{key} = {most}: {amount / MEGABYTE:.3g} MB would leave")
+
+
+def _check_limits(policy: PolicySettings, ledger: Ledger, count: Count, more: int) -> None:
+    _check_limit(policy, f"max_{count}", ledger.total(count), more)
+    _check_limit(policy, f"max_{count}_per_day", ledger.last_day(count), more)
+
+
+def _check_limit(policy: PolicySettings, key: str, done: int, more: int) -> None:
+    most = getattr(policy, key)
+    if most is not None and done + more > most:
+        raise PolicyError(f"policy.{key} = {most}: {done} have been answered, {more} more are asked for")
 
 
 def _first_text(values: Any, where: str = "") -> str | None:

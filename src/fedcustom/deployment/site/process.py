@@ -12,6 +12,8 @@ from ...core.files import held, holder
 from ..nvflare.bridge import ADDRESS_VARIABLE
 from ..nvflare.kits import require_nvflare, site_command, site_name
 from ..nvflare.supervision import SupervisedProcess, keep_alive
+from .ledger import Ledger
+from .limits import CANCEL_FILE, check_platform
 from .settings import load_site
 
 
@@ -37,6 +39,8 @@ def start_site(kit: Path, file: Path, note: Callable[[str], None], stopped: Call
     own = kit / "fedcustom"
     os.umask(0o077)  # all that this process writes from here on is in the kit
     restrict_permissions(kit)
+    check_platform(settings.policy.max_memory_gigabytes)
+    Ledger(own / "ledger.json")  # a damaged one is an error here, not in the logs of a process
     resident = SupervisedProcess(
         [sys.executable, "-m", "fedcustom.deployment.site", str(kit), str(file)], own / "resident.log"
     )
@@ -67,3 +71,14 @@ def check_certificate(kit: Path, note: Callable[[str], None]) -> None:
         raise DeploymentError(f"{kit}: its certificate {certificate.state()}; {remedy}")
     if certificate.due():
         note(f"this site's certificate {certificate.state()}; {remedy}")
+
+
+def cancel_task(kit: Path) -> None:
+    """Have the task that a site is working on stopped; without one nothing happens.
+
+    Raises:
+        DeploymentError: the folder is no site's kit.
+    """
+    site_name(kit)
+    (kit / "fedcustom").mkdir(parents=True, exist_ok=True)
+    (kit / "fedcustom" / CANCEL_FILE).touch()

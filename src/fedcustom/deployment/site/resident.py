@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import traceback
 from pathlib import Path
@@ -19,50 +18,76 @@ from safetensors import SafetensorError
 from ...core.errors import FedcustomError, PolicyError, UpdateError, WireError
 from ...core.files import read_json, write_json, write_tensors
 from ...core.tensors import Tensors
-from ...data.party_data import OwnData, read_own
+from ...data.party_data import OwnData
 from ...federated.resolve import resolved
-from ...methods.tuning.head_messages import HEAD_GRADIENT, SCALE_HEAD
+from ...methods import Task
+from ...methods.tuning.head_messages import FIT_HEAD, HEAD_GRADIENT, SCALE_HEAD
 from ...recipe.recipe import Recipe, load_recipe
 from ...transport import wire
 from ...transport.channel import Packed
 from ..nvflare.bridge import Bridge, BridgeError, BridgeListener
-from ..replies import LabelList, as_part
-from .audit import AuditLog, digest
+from ..replies import LabelList
+from .amounts import queries_of
+from .audit import AuditLog, digest, printable
+from .data import MAX_LABELS, read_site, told_labels
+from .ledger import Ledger
+from .limits import CANCEL_FILE, TaskStopped, limit_memory, stoppable
 from .participant import Participant, refuse_retrieval_without_server
-from .policy import check_labels, check_outgoing, check_recipe, check_round
+from .policy import (
+    MAX_ATTEMPTS,
+    check_content,
+    check_evaluation,
+    check_opening,
+    check_opening_limits,
+    check_outgoing,
+    check_recipe,
+    check_work,
+)
+from .request import Request, read_request
 from .settings import SiteSettings
 
 Result = tuple[dict[str, Any], Packed]
 """Values and tensors of a reply, before the policy has been applied to it."""
 
-RUN_ID = re.compile("[0-9a-f]{16}")
-
 MAX_STORED_RUNS = 3
 """Runs whose memory stays on a site's disk."""
+
+FURTHER_EXCHANGES = (SCALE_HEAD, HEAD_GRADIENT)
+"""Tasks that go on with a round; the recipe bounds them (``training.fit_head_steps``)."""
 
 
 class Resident:
     """Resident service of a site: answers requests, about one run at a time.
 
-    The policy is applied and the audit log written before a reply leaves. Of an unexpected failure only its
-    kind is told; the rest is in this site's own ``errors.log``.
+    A request is checked against the site's policy and counted in its ledger before it is executed; its reply
+    is checked and logged before it leaves. Of an unexpected failure only its kind is told; the rest is in
+    this site's own ``errors.log``.
 
     ``base`` is the folder that paths of the data are relative to, ``folder`` the one for this site's files.
+    ``own_process``: a task that cannot be stopped otherwise ends this process.
+
+    Raises:
+        DeploymentError: the ledger is damaged.
     """
 
-    def __init__(self, name: str, settings: SiteSettings, base: Path, folder: Path) -> None:
+    def __init__(
+        self, name: str, settings: SiteSettings, base: Path, folder: Path, *, own_process: bool = False
+    ) -> None:
         self.name, self.settings, self.base, self.folder = name, settings, base, folder
+        self.own_process = own_process
         self.audit = AuditLog(folder / "audit.jsonl")
+        self.ledger = Ledger(folder / "ledger.json")
         self.spool = folder / "spool"
         (self.spool / "passing").mkdir(parents=True, exist_ok=True)
         for stale in [self.spool / "answer.safetensors", *self.spool.glob("passing/*.out")]:
             stale.unlink(missing_ok=True)  # requests (*.in) stay: they have yet to be answered
-        self.run_id, self.open_run_id = "", ""
+        self.run_id, self.described, self.open_run_id = "", "", ""  # of this request, the recipe, the method
         self.recipe: Recipe | None = None
         self.data: OwnData | None = None
         self.participant: Participant | None = None
         self.load_count = 0
         self.last_reply: tuple[str, dict[str, Any]] = ("", {})  # with the request's identifier
+        self.outgoing: dict[str, Any] = {}  # what the audit log says of the last reply when it is sent
         self.audit.write("started", site=name, process=os.getpid())
 
     def serve(self, listener: BridgeListener) -> None:
@@ -70,24 +95,39 @@ class Resident:
         while True:
             bridge = listener.accept()
             with contextlib.suppress(BridgeError):
-                if (message := bridge.receive(timeout=10.0)) is not None:
-                    self._answer(bridge, message)
+                try:
+                    message = bridge.receive(timeout=10.0)
+                except RecursionError:  # JSON of more levels than can be read
+                    self.audit.write("failed", told="RecursionError")
+                    bridge.send({"error": "RecursionError"})
+                else:
+                    if message is not None:
+                        self.answer(bridge, message)
             bridge.close()
 
-    def _answer(self, bridge: Bridge, message: dict[str, Any]) -> None:
+    def answer(self, bridge: Bridge, message: dict[str, Any]) -> None:
+        """Send the reply to one request. The audit log says "sent" when all is done that can fail but the
+        hand-over itself, and "not sent" where that fails.
+        """
         request = str(message.get("request", ""))
-        if request and request == self.last_reply[0]:  # the job ended before the reply got through
-            reply = self.last_reply[1]
-        else:
+        again = bool(request) and request == self.last_reply[0]  # the job ended before the reply got through
+        if not again:
             self._delete_last_reply()
-            reply = self.handle(message)
-            self.last_reply = (request, reply)
+            self.last_reply = (request, self.handle(message))
+        reply = self.last_reply[1]
         body = reply.get("body")
         if body is not None:  # the job's process deletes what it has sent; the reply may be asked for again
             link = self.spool / "passing" / f"{hashlib.sha256(os.urandom(16)).hexdigest()[:16]}.out"
             os.link(body, link)
             reply = reply | {"body": str(link)}
-        bridge.send(reply)
+        if self.outgoing:
+            self.audit.write("sent", **self.outgoing, **({"again": True} if again else {}))
+        try:
+            bridge.send(reply)
+        except BridgeError:
+            if self.outgoing:
+                self.audit.write("not sent", sha256=self.outgoing["sha256"], reason="the job has ended")
+            raise
 
     def _delete_last_reply(self) -> None:
         body = self.last_reply[1].get("body")
@@ -96,16 +136,16 @@ class Resident:
         self.last_reply = ("", {})
 
     def handle(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The reply to one request; a refusal or a failure is a reply too."""
-        kind = str(message.get("kind"))
+        """The reply to one request; a refusal or a failure is a reply too, whatever the message holds."""
+        self.outgoing, self.run_id, kind = {}, "", printable(str(message.get("kind")), 40)
         try:
-            values, packed = self._execute(kind, message)
-            return self._released(kind, message, values, packed)
+            return self._reply(read_request(message))
         except PolicyError as error:
-            self.audit.write("refused", run=self.run_id, kind=kind, reason=str(error))
-            return {"refused": str(error)}
+            reason = printable(str(error))
+            self.audit.write("refused", run=self.run_id, kind=kind, reason=reason)
+            return {"refused": reason}
         except (UpdateError, WireError) as error:
-            return self._failed(kind, error, str(error).splitlines()[0])
+            return self._failed(kind, error, (str(error).splitlines() or [""])[0])
         except FedcustomError as error:  # its text may hold paths and contents of this site's files
             return self._failed(kind, error, f"{type(error).__name__}; the site's errors.log says more")
         except Exception as error:
@@ -113,88 +153,124 @@ class Resident:
 
     def _failed(self, kind: str, error: Exception, reason: str) -> dict[str, Any]:
         """Tell that something failed; the details stay in ``errors.log``."""
+        lines = "".join(traceback.format_exception(error)).splitlines()
         with (self.folder / "errors.log").open("a", encoding="utf-8") as file:
-            file.write(traceback.format_exc() + "\n")
-        if not self.settings.policy.texts:
-            reason = type(error).__name__
+            file.write("\n".join(printable(line) for line in lines) + "\n\n")
+        reason = printable(reason) if self.settings.policy.texts else type(error).__name__
         self.audit.write("failed", run=self.run_id, kind=kind, told=reason)
         return {"error": reason}
 
-    def _execute(self, kind: str, message: dict[str, Any]) -> Result:
-        values, run_id = message.get("values") or {}, str(message.get("run"))
-        if not isinstance(values, dict):
-            raise WireError("a message's values must be a JSON object")
-        if not RUN_ID.fullmatch(run_id):  # it becomes a part of a path
-            self.run_id = ""
-            raise WireError("a message names no run")
-        if kind == "describe":
-            return self._describe(run_id, values)
-        if kind == "open":
-            return self._open(run_id, values)
-        participant = self._participant_of(run_id)
-        task = participant.task(message.get("task"), values) if kind == "work" else None
-        if "keep" in message:
-            participant.memory.prune([int(number) for number in message["keep"]])
-        tensors = _tensors(message.get("body"))
-        if task is not None:
-            number = message.get("round")
-            round_number = int(number) if number is not None else None
-            tasks = self._usage().get("work", 0)
-            check_round(self.settings.policy, self._other_rounds(round_number), tasks)
-            packed = Packed(tensors, message.get("layout"))
-            update, update_values = participant.execute(task, packed, round_number)
-            return update_values, update
-        if kind == "evaluate":
-            if not self.settings.policy.evaluate:
-                raise PolicyError("policy.evaluate = false: this site does not tell how good a model is")
-            refuse_retrieval_without_server(participant.recipe)
-            part, after = as_part(message["part"]), int(message["after"])
-            return participant.evaluate(part, tensors, values, after).to_values(), Packed({})
-        raise WireError(f"a message of unknown kind {kind!r}")
+    def _reply(self, request: Request) -> dict[str, Any]:
+        """Execute one request within the site's limits; what it did is counted whatever comes of it."""
+        self.run_id, sent = request.run, 0
+        if self.ledger.attempts(request.digest) >= MAX_ATTEMPTS:
+            raise PolicyError(f"the request has ended this site's process {MAX_ATTEMPTS} times")
+        self.ledger.begin(request.run, request.digest)
+        seconds, cancel = self.settings.policy.max_task_seconds, self.folder / CANCEL_FILE
+        try:
+            with stoppable(seconds, cancel, own_process=self.own_process):
+                values, packed = self._execute(request)
+                reply, facts = self._released(request, values, packed)
+            sent = int(reply["bytes"])
+        except TaskStopped:
+            self.participant, self.open_run_id = None, ""  # it is built again from what is on disk
+            raise
+        finally:
+            self.ledger.finish(request.run, request.digest, sent)
+        self.outgoing = facts
+        return reply
+
+    def _execute(self, request: Request) -> Result:
+        if request.kind == "describe":
+            return self._describe(request)
+        if request.kind == "open":
+            return self._open(request)
+        participant = self._participant_of(request.run)
+        asked = participant.task(request.task, request.values) if request.kind == "work" else None
+        if request.keep is not None:
+            participant.memory.prune(request.keep)
+        tensors = _tensors(request.body)
+        if asked is not None:
+            return self._work(participant, request, asked, tensors)
+        return self._evaluate(participant, request, tensors)
+
+    def _work(self, participant: Participant, request: Request, asked: Task, tensors: Tensors) -> Result:
+        """Check a task, count it, and execute it."""
+        participant.check_task(request, asked, tensors)
+        begins = request.round is not None and request.task not in FURTHER_EXCHANGES
+        queries, policy = queries_of(request, tensors), self.settings.policy
+        check_work(policy, self.ledger, participant.settled, request, begins=begins, queries=queries)
+        if begins:
+            self.ledger.note_round(request.run, request.digest)
+        counted = not queries and request.task not in FURTHER_EXCHANGES
+        self.ledger.add(request.run, tasks=int(counted), queries=queries)
+        packed, withheld = Packed(tensors, request.layout), participant.withheld
+        if request.task == FIT_HEAD and withheld.examples:
+            facts = {"labels": withheld.labels, "examples": withheld.examples}
+            self.audit.write("withheld", run=self.run_id, kind=request.task, **facts)
+        update, values = participant.execute(asked, packed, request.round)
+        return values, update
+
+    def _evaluate(self, participant: Participant, request: Request, tensors: Tensors) -> Result:
+        """Check an evaluation, count it, and make it."""
+        assert request.part is not None
+        check_content(self.settings.policy, ["counts"], "an evaluation")
+        check_evaluation(self.settings.policy, self.ledger, participant.settled, request)
+        refuse_retrieval_without_server(participant.recipe)
+        self.ledger.note_evaluation(request.run, request.part, request.digest)
+        self.ledger.add(request.run)
+        found = participant.evaluate(request.part, tensors, request.values, request.after)
+        return found.to_values(), Packed({})
 
     # --- opening ---
 
-    def _describe(self, run_id: str, values: dict[str, Any]) -> Result:
-        """Check the recipe against the policy, and reply with the labels of this site's data."""
-        self.run_id, self.recipe, self.data = run_id, None, None
-        recipe = self._checked_recipe(values["recipe"])
-        self.data = read_own(self.settings.data, self.base, recipe.data, recipe.public)
-        self.recipe = recipe
-        labels = self.data.label_values()
-        check_labels(labels, named=self.settings.data.label is not None)
-        return LabelList(labels, len(self.data.train)).to_values(), Packed({})
+    def _describe(self, request: Request) -> Result:
+        """Check the recipe against the policy, and reply with the labels that this site declares."""
+        self.described, self.recipe, self.data = "", None, None
+        recipe = self._checked_recipe(request.values.get("recipe"))
+        if self.ledger.is_new(request.run):
+            check_opening_limits(self.settings.policy, self.ledger)
+            self.ledger.note_run(request.run)
+        data = read_site(self.settings.data, self.base, recipe.data, recipe.public)
+        labels = told_labels(self.settings.data, data)
+        self.described, self.recipe, self.data = request.run, recipe, data
+        return LabelList(labels, len(data.train)).to_values(), Packed({})
 
-    def _open(self, run_id: str, values: dict[str, Any]) -> Result:
+    def _open(self, request: Request) -> Result:
         """Build the method, and save what is needed to do so again."""
-        if self.recipe is None or self.data is None or run_id != self.run_id:
+        if self.recipe is None or self.data is None or request.run != self.described:
             raise WireError("a run is opened before it was described")
-        names, labels = [str(n) for n in values["names"]], [str(label) for label in values["labels"]]
+        names, labels = check_opening(request.values.get("names"), request.values.get("labels"), MAX_LABELS)
         if self.name not in names:
             raise WireError(f"the run's clients are {', '.join(names[:5])}; this site is {self.name}")
         participant = self._build(self.recipe, self.data, names, labels)
         state = {"recipe": self.recipe.model_dump(mode="json"), "names": names, "labels": labels}
         write_json(self._run_folder / "run.json", state)
         self._remove_old_runs()
-        return participant.sizes().to_values(), Packed({})
+        sizes = participant.sizes()
+        for part, count in (("development", sizes.development), ("test", sizes.test)):
+            if held := len(getattr(participant.data, part)) - count:
+                self.audit.write("withheld", run=self.run_id, kind=f"the {part} part", examples=held)
+        return sizes.to_values(), Packed({})
 
     def _participant_of(self, run_id: str) -> Participant:
         """The participant of a run; after a restart it is built again from what is on disk."""
         if self.participant is not None and run_id == self.open_run_id:
-            self.run_id = run_id
             return self.participant
         file = self.folder / "runs" / run_id / "run.json"
         if not file.exists():
             raise WireError("the run is not open here")
         saved = read_json(file)
         recipe = self._checked_recipe(saved["recipe"])
-        self.run_id = run_id
-        data = read_own(self.settings.data, self.base, recipe.data, recipe.public)
+        data = read_site(self.settings.data, self.base, recipe.data, recipe.public)
         return self._build(recipe, data, saved["names"], saved["labels"])
 
-    def _checked_recipe(self, content: dict[str, Any]) -> Recipe:
+    def _checked_recipe(self, content: Any) -> Recipe:
         """A recipe that the policy allows. It is checked before it is completed, which may look up its model,
         and again afterwards.
         """
+        if not isinstance(content, dict):  # a text would be taken for the path of a file
+            raise WireError("a message's recipe must be an object")
         recipe = load_recipe(content)
         check_recipe(self.settings.policy, recipe)
         recipe = resolved(recipe)
@@ -203,7 +279,8 @@ class Resident:
 
     def _build(self, recipe: Recipe, data: OwnData, names: list[str], labels: list[str]) -> Participant:
         self.participant, self.open_run_id = None, ""  # only one base model at a time
-        participant = Participant(recipe, self.name, names, labels, data, self._run_folder, self._log_load)
+        folder, policy = self._run_folder, self.settings.policy
+        participant = Participant(recipe, self.name, names, labels, data, folder, policy, self._log_load)
         self.participant, self.open_run_id = participant, self.run_id
         return participant
 
@@ -216,6 +293,7 @@ class Resident:
         return self.folder / "runs" / self.run_id
 
     def _remove_old_runs(self) -> None:
+        """Delete the memory of old runs; what they sent stays in the ledger."""
         runs = sorted((self.folder / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
         for folder in runs[:-MAX_STORED_RUNS]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -223,16 +301,14 @@ class Resident:
     # --- replies ---
 
     def _released(
-        self, kind: str, message: dict[str, Any], values: dict[str, Any], packed: Packed
-    ) -> dict[str, Any]:
-        """The reply, once the policy allows it and the audit log holds it; its tensors are in a file."""
-        policy, usage = self.settings.policy, self._usage()
-        size = packed.length(values)
-        if kind == "describe":  # labels are texts, but few and short, and all must agree on them
-            numbers = {key: value for key, value in values.items() if key != "labels"}
-            check_outgoing(policy, kind, numbers, size, int(usage.get("bytes", 0)))
-        else:
-            check_outgoing(policy, kind, values, size, int(usage.get("bytes", 0)))
+        self, request: Request, values: dict[str, Any], packed: Packed
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The reply, once the policy allows it, its tensors in a file; and what the audit log says of it."""
+        policy, size, kind = self.settings.policy, packed.length(values), request.kind
+        # Labels are texts, but this site's file declares them, and all must agree on them.
+        free = {"labels"} if kind == "describe" else set()
+        checked = {key: value for key, value in values.items() if key not in free}
+        check_outgoing(policy, kind, checked, size, self.ledger)
         text = json.dumps(values, sort_keys=True, ensure_ascii=False)
         body: Path | None = None
         if packed.tensors:
@@ -245,42 +321,26 @@ class Resident:
             "sha256": digest(text, body),
         }
         if kind == "work":
-            facts |= {"task": message.get("task"), "round": message.get("round")}
+            facts |= {"task": request.task, "round": request.round}
+        if kind == "evaluate":
+            facts |= {"part": request.part, "after": request.after}
         facts |= {"tensors": len(packed.tensors), "keys": sorted(values)}
-        self.audit.write("sent", **facts)
-        # Steps of a fit of the head do not count as tasks: the recipe bounds them.
-        is_task = kind == "work" and message.get("task") not in (SCALE_HEAD, HEAD_GRADIENT)
-        self._record_usage(usage, size, message.get("round"), is_task)
         reply: dict[str, Any] = {"values": values, "bytes": size}
         if packed.layout is not None:
             reply["layout"] = packed.layout
-        return reply | ({"body": str(body)} if body else {})
-
-    def _usage(self) -> dict[str, Any]:
-        """What the policy limits in this run: bytes that have left, rounds and tasks that were answered."""
-        file = self._run_folder / "sent.json"
-        usage: dict[str, Any] = read_json(file) if file.exists() else {"bytes": 0, "rounds": []}
-        return usage
-
-    def _record_usage(self, usage: dict[str, Any], size: int, round_number: Any, work: bool) -> None:
-        rounds = sorted({*usage["rounds"], *([round_number] if round_number is not None else [])})
-        updated = {"bytes": usage["bytes"] + size, "rounds": rounds, "work": usage.get("work", 0) + work}
-        write_json(self._run_folder / "sent.json", updated)
-
-    def _other_rounds(self, round_number: int | None) -> int:
-        """How many other rounds of this run have been answered."""
-        return len([number for number in self._usage()["rounds"] if number != round_number])
+        return reply | ({"body": str(body)} if body else {}), facts
 
 
-def _tensors(body: str | None) -> Tensors:
+def _tensors(body: Path | None) -> Tensors:
     if body is None:
         return {}
     try:
         tensors: Tensors = safetensors.torch.load_file(body)
     except FileNotFoundError:
         raise WireError("a message's tensors did not get through") from None
-    except (SafetensorError, OSError) as error:
-        raise WireError(f"a message is malformed: {str(error).splitlines()[0]}") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WireError(f"a message is malformed: {reason}") from None
     for name, tensor in tensors.items():
         if tensor.dtype not in wire.DTYPES:
             raise WireError(f"{name}: {tensor.dtype} cannot travel")
@@ -288,8 +348,9 @@ def _tensors(body: str | None) -> Tensors:
 
 
 def serve(name: str, settings: SiteSettings, base: Path, folder: Path) -> None:
-    """Serve a site for ever; see :class:`Resident`."""
+    """Serve a site for ever, in a process of its own; see :class:`Resident`."""
+    limit_memory(settings.policy.max_memory_gigabytes)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    resident = Resident(name, settings, base, folder)
+    resident = Resident(name, settings, base, folder, own_process=True)
     resident.serve(BridgeListener(folder / "bridge.json"))

@@ -9,33 +9,80 @@ from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from ...core.errors import DeploymentError, nearest
+from ...core.errors import DeploymentError, PolicyError, nearest
 from ...core.settings import Settings
-from ...data.party_data import OwnDataSettings
 from ...methods import registry
+from .data import SiteDataSettings, check_declared
+from .models import check_digests
 
 S = TypeVar("S", bound=Settings)
 
 
 class PolicySettings(Settings):
-    """Policy of a site: what may leave. It wins over the recipe; what it forbids is refused and logged."""
+    """Policy of a site: what may leave. It wins over the recipe; what it forbids is refused and logged.
+
+    What leaves is denied by kind of content unless it is chosen. A site that sets nothing takes part in
+    training by updates and counts. Limits hold for the site, over all its runs.
+    """
 
     methods: list[str] | None = Field(None, description="Methods that this site takes part in; unset: all")
     base_models: list[str] | None = Field(
         None,
-        description="Base models that this site loads, as name or, for one revision, name@revision; unset: "
-        "any that the recipe names",
+        description="Models that this site loads, as name or, for one revision, name@revision; unset: any of "
+        "the hub and the built-in ones that the recipe names, but no folder of this machine",
+    )
+    model_digests: dict[str, str] = Field(
+        default_factory=dict,
+        description="SHA-256 of folders in base_models, [policy.model_digests] name = digest, as "
+        "fedcustom site check prints it; a folder with another content is refused",
+    )
+    updates: bool = Field(True, description="Whether changes of trained tensors may leave")
+    counts: bool = Field(True, description="Whether numbers of examples, losses and counts may leave")
+    sums: bool = Field(
+        False,
+        description="Whether sums and gradients over vectors of texts may leave, as for fitting a head or "
+        "learning routes",
+    )
+    logits: bool = Field(
+        False, description="Whether predictions for given texts and scores of examples may leave"
+    )
+    vectors: bool = Field(
+        False, description="Whether vectors of texts may leave, or scores of a search, which reveal them"
     )
     texts: bool = Field(
-        True, description="Whether messages may hold texts (passages, answers, prompts); false: numbers alone"
+        False, description="Whether texts may leave: passages, answers, prompts, the wording of errors"
     )
     evaluate: bool = Field(
         True, description="Whether counts and sums of this site's own evaluation may leave"
     )
-    max_rounds: int | None = Field(None, ge=0, description="Rounds of one run that this site answers at most")
+    least_examples: int = Field(
+        10, ge=1, description="Fewest examples that an update, a sum or an evaluation may be computed from"
+    )
+    least_batch_size: int = Field(4, ge=1, description="Smallest batch that this site trains on")
+    least_steps: int = Field(1, ge=1, description="Fewest optimiser steps in a round")
+    least_label_examples: int = Field(
+        5, ge=1, description="Fewest examples of a label whose sums may leave; others are withheld"
+    )
+    max_top: int = Field(10, ge=1, description="Most documents that an answer to one query names")
+    max_queries: int | None = Field(None, ge=0, description="Most queries of documents that are answered")
+    max_queries_per_day: int = Field(1000, ge=0, description="The same in 24 hours")
+    max_rounds: int | None = Field(
+        None, ge=0, description="Most rounds that this site answers, over all runs"
+    )
+    max_rounds_per_day: int | None = Field(None, ge=0, description="The same in 24 hours")
+    max_evaluations: int | None = Field(None, ge=0, description="Most evaluations, over all runs")
+    max_evaluations_per_day: int | None = Field(None, ge=0, description="The same in 24 hours")
+    max_runs_per_day: int = Field(100, ge=0, description="Most runs that are opened in 24 hours")
     max_message_megabytes: float | None = Field(None, gt=0, description="Largest message that may leave")
     max_total_megabytes: float | None = Field(
-        None, gt=0, description="Most that may leave in one run, all messages together"
+        None, gt=0, description="Most that may leave, all messages of all runs together"
+    )
+    max_megabytes_per_day: float | None = Field(None, gt=0, description="The same in 24 hours")
+    max_task_seconds: float = Field(3600.0, gt=0, description="A task that takes longer is stopped")
+    max_memory_gigabytes: float | None = Field(
+        None,
+        gt=0,
+        description="Most memory of the resident process, base model and task together (Linux; not a GPU's)",
     )
     minimum_noise: float = Field(
         0.0,
@@ -48,7 +95,7 @@ class SiteSettings(Settings):
     """Settings of one site: its file, commonly ``site.toml``."""
 
     threads: int | None = Field(None, ge=1, description="Processor threads to compute with; unset: all")
-    data: OwnDataSettings = Field(default_factory=lambda: OwnDataSettings(), description="This site's data")
+    data: SiteDataSettings = Field(default_factory=lambda: SiteDataSettings(), description="This site's data")
     policy: PolicySettings = Field(default_factory=lambda: PolicySettings(), description="What may leave")
 
 
@@ -64,6 +111,11 @@ def load_site(path: Path) -> SiteSettings:
             raise DeploymentError(
                 f"{path}: policy.methods: unknown method {name!r}{nearest(name, registry.names())}"
             )
+    try:
+        check_declared(settings.data)
+        check_digests(settings.policy.base_models or [], settings.policy.model_digests)
+    except PolicyError as error:
+        raise DeploymentError(f"{path}: {error}") from None
     return settings
 
 
@@ -97,9 +149,10 @@ def load_settings(path: Path, kind: type[S]) -> S:
 
 def describe() -> Iterator[tuple[str, str, str, str]]:
     """Key, type, default and help of every setting of a site's file."""
-    for section, kind in (("", SiteSettings), ("data.", OwnDataSettings), ("policy.", PolicySettings)):
+    for section, kind in (("", SiteSettings), ("data.", SiteDataSettings), ("policy.", PolicySettings)):
         for name, field in kind.model_fields.items():
-            if field.default_factory is not None:
+            if name in ("data", "policy"):
                 continue
             named = str(field.annotation).removeprefix("<class '").removesuffix("'>")
-            yield section + name, named, str(field.default), str(field.description)
+            default = field.get_default(call_default_factory=True)
+            yield section + name, named, str(default), str(field.description)

@@ -1,0 +1,141 @@
+"""Ledger of a site: what it has done and sent, over all runs, kept across runs and restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ...core.errors import DeploymentError, RunError
+from ...core.files import read_json, write_json
+
+Count = Literal["runs", "rounds", "tasks", "bytes", "evaluations", "queries"]
+
+COUNTS: tuple[Count, ...] = get_args(Count)
+
+HOUR_FORMAT, DAY_FORMAT = "%Y-%m-%dT%H", "%Y-%m-%d"
+
+DAY = timedelta(hours=24)
+
+
+class Ledger:
+    """Ledger ``ledger.json``: totals, the last hours, every day, and every run; written atomically.
+
+    A server names runs as it likes, so that limits hold for the totals and for the last 24 hours by this
+    machine's clock. Nothing is ever deleted but the hours before yesterday, whose sums are in the days. Hours
+    that lie ahead count as if they were now: a clock that was set back frees nothing.
+    """
+
+    def __init__(self, path: Path, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        """Read the ledger, or begin one.
+
+        Raises:
+            DeploymentError: it is damaged; the site does not start without what it counted.
+        """
+        self.path, self.now = path, now
+        self.content: dict[str, Any] = {"totals": {}, "hours": {}, "days": {}, "runs": {}, "unfinished": {}}
+        if path.exists():
+            try:
+                read = read_json(path)
+            except RunError as error:
+                raise DeploymentError(str(error)) from None
+            if not isinstance(read, dict) or read.keys() != self.content.keys():
+                raise DeploymentError(f"{path}: is no ledger; restore it from a copy")
+            self.content = read
+        else:
+            self._take_old(path.parent / "runs")
+
+    def total(self, count: Count) -> int:
+        """What was counted since the ledger began."""
+        return int(self.content["totals"].get(count, 0))
+
+    def last_day(self, count: Count) -> int:
+        """What was counted in the last 24 hours, to the hour."""
+        since = (self.now() - DAY).strftime(HOUR_FORMAT)
+        return sum(
+            int(counts.get(count, 0)) for hour, counts in self.content["hours"].items() if hour >= since
+        )
+
+    def run(self, run: str) -> dict[str, Any]:
+        """What was counted in a run: ``rounds`` and ``evaluations`` are digests of the requests."""
+        known: dict[str, Any] = self.content["runs"].get(run, {})
+        return {"rounds": [], "evaluations": {}, "tasks": 0, "bytes": 0, "queries": 0} | known
+
+    def is_new(self, run: str) -> bool:
+        """Whether nothing of this run has been counted."""
+        return run not in self.content["runs"]
+
+    def note_run(self, run: str) -> None:
+        """Count a run that begins here."""
+        self._change_run(run)
+        self._count({"runs": 1})
+
+    def begin(self, run: str, request: str) -> None:
+        """Note a request by its digest before it is executed, in case that ends the process."""
+        unfinished = self.content["unfinished"]
+        unfinished[request] = unfinished.get(request, 0) + 1
+        self.add(run)
+
+    def attempts(self, request: str) -> int:
+        """How often a request was begun and ended this site's process."""
+        return int(self.content["unfinished"].get(request, 0))
+
+    def finish(self, run: str, request: str, sent: int) -> None:
+        """Count a request's reply of so many bytes; 0 where it was refused or failed."""
+        self.content["unfinished"].pop(request, None)
+        self.add(run, bytes=sent)
+
+    def note_round(self, run: str, request: str) -> None:
+        """Count a request as one round; the same request again is the same round."""
+        if request not in self.run(run)["rounds"]:
+            self._change_run(run, rounds=[*self.run(run)["rounds"], request])
+            self._count({"rounds": 1})
+
+    def note_evaluation(self, run: str, part: str, request: str) -> None:
+        """Count a request as one evaluation on a part; the same request again is the same evaluation."""
+        known = self.run(run)["evaluations"]
+        if request not in known.get(part, []):
+            self._change_run(run, evaluations={**known, part: [*known.get(part, []), request]})
+            self._count({"evaluations": 1})
+
+    def add(self, run: str, **counts: int) -> None:
+        """Add to the counts of the site and, where it has begun here, of a run, and write the ledger."""
+        known = self.run(run)
+        if not self.is_new(run):
+            self._change_run(
+                run, **{key: known[key] + value for key, value in counts.items() if key in known}
+            )
+        self._count(counts)
+        self._write()
+
+    def _change_run(self, run: str, **changes: Any) -> None:
+        began = {"began": self.now().isoformat(timespec="seconds")}
+        self.content["runs"][run] = began | self.run(run) | changes
+
+    def _count(self, counts: dict[str, int]) -> None:
+        now, content = self.now(), self.content
+        hours = content["hours"].setdefault(now.strftime(HOUR_FORMAT), {})
+        days = content["days"].setdefault(now.strftime(DAY_FORMAT), {})
+        for key, value in counts.items():
+            for place in (content["totals"], hours, days):
+                place[key] = int(place.get(key, 0)) + value
+
+    def _write(self) -> None:
+        oldest = (self.now() - 2 * DAY).strftime(HOUR_FORMAT)
+        hours = self.content["hours"]
+        self.content["hours"] = {hour: counts for hour, counts in hours.items() if hour >= oldest}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.content)
+
+    def _take_old(self, runs: Path) -> None:
+        """Take over what earlier versions counted run by run (``sent.json``)."""
+        for file in sorted(runs.glob("*/sent.json")):
+            try:
+                old = read_json(file)
+                rounds = [f"round {number}" for number in old["rounds"]]
+                counts = {"bytes": int(old["bytes"]), "tasks": int(old.get("work", 0))}
+            except (RunError, KeyError, TypeError, ValueError):
+                continue
+            self._change_run(file.parent.name, rounds=rounds, **counts)
+            self._count({"rounds": len(rounds), **counts})

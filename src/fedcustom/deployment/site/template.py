@@ -1,0 +1,60 @@
+"""The ``site.toml`` that comes with a kit, prepared from the recipe for the site to complete."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ...core.files import write_text
+from ...data.examples import columns
+from ...recipe.recipe import Recipe
+from .contents import MEANING, recipe_contents
+from .data import NEEDED
+from .models import is_local
+from .policy import models_of
+from .settings import PolicySettings
+
+FILE = "site.toml"
+
+
+def site_template(recipe: Recipe) -> str:
+    """A complete ``site.toml`` for the recipe. What the recipe asks for and the policy denies by default
+    stands there as a comment: the site has to choose it.
+    """
+    data = recipe.data
+    scoring = [*columns(data, scoring=False), *([data.references] if data.references else [])]
+    lines = [
+        "# Prepared from the recipe. This file, not the recipe, decides what is read and what may leave:",
+        "# check every line, then: fedcustom site check --data site.toml",
+        "",
+        "[data]                      # paths are relative to this file",
+        'train = "train.jsonl"',
+        f"columns = {_toml(list(dict.fromkeys(scoring)))}   # no other column is read",
+    ]
+    lines += [f"{key} = {_toml(getattr(data, key))}" for key in NEEDED[data.task]]
+    if data.task == "classification":
+        lines.append('max_labels = 50             # or all labels by name: labels = ["...", "..."]')
+    elif data.references:
+        lines.append(f"references = {_toml(data.references)}")
+    lines += ["", "[policy]"]
+    defaults = PolicySettings()
+    for content, setting in recipe_contents(recipe).items():
+        if not getattr(defaults, content):
+            lines += [f"# The recipe ({setting}) asks for {MEANING[content]}:", f"# {content} = true"]
+    models = models_of(recipe)
+    if any(is_local(name) for name, _ in models):
+        names = [f"{name}@{revision}" if revision else name for name, revision in models]
+        lines += ["# The recipe names models in folders:", f"# base_models = {_toml(names)}"]
+    if len(lines) == lines.index("[policy]") + 1:
+        lines.append("# The recipe asks for nothing that is not allowed by default.")
+    return "\n".join(lines) + "\n"
+
+
+def write_site_template(kit: Path, recipe: Recipe) -> Path:
+    """Write the file into a site's kit; returns its path."""
+    write_text(kit / FILE, site_template(recipe))
+    return kit / FILE
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
