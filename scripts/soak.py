@@ -42,6 +42,7 @@ from fedcustom.core.files import TEMPORARY, write_json, write_text
 from fedcustom.deployment.local import prepare
 from fedcustom.deployment.nvflare.supervision import SupervisedProcess, keep_alive
 from fedcustom.deployment.settings import load_federation, save_federation
+from fedcustom.federated.resolve import resolved
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.recipe.recipe import load_recipe, to_toml
 
@@ -188,7 +189,7 @@ class Soak:
                 env=os.environ | self.environment,
             )  # fmt: skip
         self.note(f"a federation of {self.sites} sites")
-        prepare(recipe.complete(), self.federation, free_port())
+        prepare(resolved(recipe), self.federation, free_port())
         changes = {"round_seconds": TIMEOUT, "grace_seconds": TIMEOUT, "quorum_seconds": TIMEOUT}
         save_federation(self.federation, load_federation(self.federation).model_copy(update=changes))
 

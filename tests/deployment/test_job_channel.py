@@ -95,7 +95,7 @@ def notes() -> list[str]:
 def channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: list[str]) -> Iterator[JobChannel]:
     monkeypatch.setattr(job_channel, "POLL_INTERVAL", 0.0)
     listener = BridgeListener(tmp_path / "bridge.json")
-    made = JobChannel(tmp_path, listener, notes.append)
+    made = JobChannel(tmp_path, listener, notes.append, lambda: frozenset({"north", "south"}))
     made.session = FakeSession(listener.file)  # type: ignore[assignment]
     made.session.registered = {"north": "n1", "south": "s1"}  # type: ignore[attr-defined]
     made.start([], time.monotonic() + 10.0)

@@ -23,6 +23,9 @@ class FakeChannel:
         self.answers: list[ReceivedMessage] = []
         self.sent: list[tuple[int, str]] = []
 
+    def members(self) -> frozenset[str]:
+        return frozenset(SITES)
+
     def connected(self) -> frozenset[str]:
         return frozenset(SITES) - self.away
 

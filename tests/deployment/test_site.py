@@ -445,7 +445,7 @@ def test_every_message_is_in_the_audit_log_with_its_hash(resident: Any, tmp_path
     ("change", "reason"),
     [
         ({"task": "retrieve"}, "task 'retrieve': the run's method has no such task"),
-        ({"task": None}, "has no such task"),
+        ({"task": None}, "a message names no task"),
         ({"values": {"round": 1}}, "task 'train': learning_rate_factor is missing"),
         ({"values": {"round": True, "learning_rate_factor": 1.0}}, "task 'train': round: "),
         ({"values": {"round": 1, "learning_rate_factor": 1.0, "path": "/"}}, "unknown key 'path'"),

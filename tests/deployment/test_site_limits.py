@@ -21,6 +21,7 @@ from fedcustom.deployment.site.policy import check_work
 from fedcustom.deployment.site.request import Request
 from fedcustom.deployment.site.settings import PolicySettings, load_site
 from fedcustom.deployment.site.template import site_template
+from fedcustom.federated.resolve import resolved
 from fedcustom.recipe.recipe import load_recipe
 from helpers.rows import make_rows, write_jsonl
 
@@ -217,7 +218,7 @@ def test_site_check_shows_what_the_server_would_see(command: Any, tmp_path: Path
     ],
 )  # fmt: skip
 def test_the_prepared_file_is_complete_and_chooses_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
-    recipe = load_recipe(changes).complete()
+    recipe = resolved(load_recipe(changes))
     text = site_template(recipe)
     (tmp_path / "site.toml").write_text(text)
     settings = load_site(tmp_path / "site.toml")

@@ -13,8 +13,10 @@ from torch import Tensor
 from fedcustom.deployment.site.data import SiteDataSettings
 from fedcustom.deployment.site.resident import Resident
 from fedcustom.deployment.site.settings import PolicySettings, SiteSettings
-from fedcustom.methods import State
+from fedcustom.federated.resolve import resolved
+from fedcustom.methods import State, Work
 from fedcustom.recipe.recipe import load_recipe
+from fedcustom.transport.messages import values_of
 from helpers.rows import write_jsonl
 
 NAMES = ["site-0", "site-1"]
@@ -50,7 +52,7 @@ class Server:
     ) -> dict[str, Any]:
         """Describe and open a run; the last reply."""
         self.run = f"{run:016x}"
-        content = load_recipe(dict(recipe)).complete().model_dump(mode="json", exclude_none=True)
+        content = resolved(load_recipe(dict(recipe))).model_dump(mode="json", exclude_none=True)
         said = self.ask("describe", values={"recipe": content})
         if "values" not in said:
             return said
@@ -73,10 +75,10 @@ class Server:
 
     def train(self, number: int = 1, **changes: Any) -> dict[str, Any]:
         """The recipe's own task of a round, but for some values."""
-        amounts = {"steps": changes.pop("steps")} if "steps" in changes else {"epochs": 1}
+        amounts = Work(steps=changes.pop("steps")) if "steps" in changes else Work(epochs=1)
         task = self.method.configure(self.state, number, {"site-0": amounts})["site-0"]
         fields = {"task": task.kind, "round": number} | changes.pop("fields", {})
-        return self.ask("work", task.tensors, values={**task.values, **changes}, **fields)
+        return self.ask("work", task.tensors, values={**values_of(task), **changes}, **fields)
 
     def evaluate(self, part: Any = "test", after: Any = 0, scale: float = 1.0) -> dict[str, Any]:
         """An evaluation of the first state, its tensors scaled."""

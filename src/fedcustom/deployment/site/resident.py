@@ -156,7 +156,8 @@ class Resident:
         lines = "".join(traceback.format_exception(error)).splitlines()
         with (self.folder / "errors.log").open("a", encoding="utf-8") as file:
             file.write("\n".join(printable(line) for line in lines) + "\n\n")
-        reason = printable(reason) if self.settings.policy.texts else type(error).__name__
+        told = self.settings.policy.texts or isinstance(error, WireError)  # which speaks of the message alone
+        reason = printable(reason) if told else type(error).__name__
         self.audit.write("failed", run=self.run_id, kind=kind, told=reason)
         return {"error": reason}
 
