@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedcustom.core import bounded_json
 from fedcustom.core.errors import WireError
 from fedcustom.transport import gate, wire
 from helpers.fuzz import mutated, well_formed
@@ -58,29 +59,29 @@ TEXTS: dict[str, Any] = {
 def test_json_beyond_a_bound_is_refused_at_once(message: str) -> None:
     begun = time.perf_counter()
     with pytest.raises(WireError, match=message):
-        gate.read_json(TEXTS[message].encode())
+        bounded_json.read_json(TEXTS[message].encode())
     assert time.perf_counter() - begun < 5
     with pytest.raises(WireError, match=message):
-        gate.read_json(TEXTS[message])
+        bounded_json.read_json(TEXTS[message])
 
 
 def test_json_is_bounded_by_its_length_and_encoding() -> None:
     with pytest.raises(WireError, match="at most 10"):
-        gate.read_json(b'{"text": "long"}', limit=10)
+        bounded_json.read_json(b'{"text": "long"}', limit=10)
     for encoding in ("utf-16", "utf-32", "latin-1"):
         with pytest.raises(WireError, match=r"malformed"):
-            gate.read_json('{"text": "é"}'.encode(encoding))
+            bounded_json.read_json('{"text": "é"}'.encode(encoding))
 
 
 def test_what_is_within_the_bounds_is_read() -> None:
     values = {"a": [1, -(2**63) + 1, 1e30, "x\ny\tz", None, True], "é": {"b": {"c": []}}}
     deep: Any = 1
-    for _ in range(gate.MAX_DEPTH - 1):
+    for _ in range(bounded_json.MAX_DEPTH - 1):
         deep = [deep]
     values["deep"] = deep
-    assert gate.read_json(json.dumps(values)) == values
+    assert bounded_json.read_json(json.dumps(values)) == values
     many = {"x": list(range(1000)), "text": "[" * 1000 + '"\\' + "{" * 1000}
-    assert gate.read_json(json.dumps(many)) == many
+    assert bounded_json.read_json(json.dumps(many)) == many
 
 
 HEADERS: dict[str, bytes] = {
@@ -128,9 +129,12 @@ def test_sound_tensors_are_read(tmp_path: Path) -> None:
 
 @given(st.text(st.characters(codec=None)))
 def test_a_cleaned_text_passes_and_a_clean_one_stays(text: str) -> None:
-    values = gate.clean({"text": text, text: [text]})
-    assert gate.read_json(json.dumps(values)) == values
-    assert gate.clean(values) == values
+    values = bounded_json.clean({"text": text, text: [text]})
+    assert bounded_json.read_json(json.dumps(values)) == values
+    assert bounded_json.clean(values) == values
+    assert bounded_json.read_json(bounded_json.write_json({"text": text, "x": [text]})) == bounded_json.clean(
+        {"text": text, "x": [text]}
+    )
     _, back = wire.decode(wire.encode({}, {"text": text}))
     assert len(back["text"]) == len(text)
 

@@ -40,10 +40,11 @@ MODULES = ("tuning", "prefix", "distillation", "retrieval", "prompt_engineering"
 
 # --- every class, with any values that it allows ---
 
-finite = st.floats(allow_nan=False, allow_infinity=False)
+finite = st.floats(-1e30, 1e30)
 whole, positive = st.integers(0, 2**53 - 1), st.integers(1, 2**53 - 1)
 rounds = st.integers(1, 2**31 - 1)
-texts = st.lists(st.text(max_size=5), max_size=3)
+clean = st.characters(codec="utf-8", exclude_categories=["Cc"])
+texts = st.lists(st.text(clean, max_size=5), max_size=3)
 digests = st.text("0123456789abcdef", min_size=12, max_size=20)
 works = st.builds(
     Work,
@@ -54,7 +55,7 @@ works = st.builds(
 )
 bred = st.dictionaries(
     st.integers(0, 9).map(str),
-    st.fixed_dictionaries({"template": st.text(), "labels": texts, "origin": st.text()}),
+    st.fixed_dictionaries({"template": st.text(clean), "labels": texts, "origin": st.text(clean)}),
     max_size=2,
 )
 tallies = st.dictionaries(st.integers(0, 9).map(str), st.tuples(positive, finite, finite), max_size=3)
@@ -88,12 +89,12 @@ MESSAGES: dict[type[Task], tuple[dict[str, Any], type[Update], dict[str, Any]]] 
     retrieval.FetchTask: (
         {"encoder": digests, "documents": texts},
         retrieval.FetchUpdate,
-        {"passages": st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=3)},
+        {"passages": st.dictionaries(st.text(clean, max_size=3), st.text(clean, max_size=3), max_size=3)},
     ),
     retrieval.AnswerTask: (
-        {"encoder": digests, "question": st.text(), "documents": texts},
+        {"encoder": digests, "question": st.text(clean), "documents": texts},
         retrieval.AnswerUpdate,
-        {"answer": st.text()},
+        {"answer": st.text(clean)},
     ),
     ScoreTask: (
         {**asked, "work": works, "candidates": st.lists(whole, max_size=3), "bred": bred},

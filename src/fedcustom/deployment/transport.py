@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 
 from ..core.errors import UpdateError
-from ..methods import Asked, AsksClients, Method, Task
+from ..methods import Asked, AsksClients, Method, Task, Update
 from ..transport.channel import Channel, task_length
 from ..transport.messages import read_update
 from ..transport.protocol import Reply
@@ -92,8 +92,22 @@ class RemoteTransport:
             packed = reply.packed.update(read_update(self.method.messages, task, reply.values))
             update = on_server(self.transforms, packed, UpdateContext(name, task))
             self.method.check(sent, update)
+            self._check_weight(name, update)
         except Exception as error:  # whatever a site sends, the others go on
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             detail = f"{type(error).__name__}: {error}\n"
             return Reply(name, sent, None, reason, detail, down, reply.size, reply.seconds)
         return Reply(name, sent, update, "", "", down, reply.size, reply.seconds)
+
+    def _check_weight(self, name: str, update: Update) -> None:
+        """Refuse a weight above the number of training examples that the site announced at the start.
+
+        Raises:
+            UpdateError: says both.
+        """
+        sizes = self.participants.sizes.get(name)
+        most = max(1, sizes.train) if sizes is not None else 1
+        if update.weight > most:
+            raise UpdateError(
+                f"weight {update.weight:g}: the site announced {most} training examples when the run began"
+            )

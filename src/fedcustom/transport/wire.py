@@ -16,6 +16,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from ..core import bounded_json
 from ..core.errors import WireError
 from ..core.tensors import DTYPE_NAMES, Tensors
 from . import gate
@@ -28,7 +29,7 @@ _UNCLEAN = re.compile(r"\\(?:u00[01]|b|f)|[\x7f\ud800-\udfff]")  # in JSON, at t
 
 
 def encode(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> bytes:
-    """One message. Control characters in its texts are spaces in it (:func:`.gate.clean`).
+    """One message, whose texts are clean (:func:`fedcustom.core.bounded_json.clean`).
 
     Raises:
         WireError: a tensor's dtype may not travel, or a value is not a number, text, list or dict of them.
@@ -51,9 +52,9 @@ def decode(payload: bytes, limit: int = MAX_BYTES) -> tuple[Tensors, dict[str, A
     if len(payload) < 8:
         raise WireError("a message is truncated")
     (size,) = struct.unpack_from("<Q", payload)
-    if size > gate.MAX_JSON_BYTES or 8 + size > len(payload):
+    if size > bounded_json.MAX_JSON_BYTES or 8 + size > len(payload):
         raise WireError("a message is truncated or malformed")
-    values = gate.read_json(payload[8 : 8 + size])
+    values = bounded_json.read_json(payload[8 : 8 + size])
     return gate.read_tensors(payload[8 + size :], limit), values
 
 
@@ -96,7 +97,7 @@ def _json(values: Mapping[str, Any]) -> bytes:
     try:
         text = dumped(dict(values))
         if _UNCLEAN.search(text):
-            text = dumped(gate.clean(values))
+            text = dumped(bounded_json.clean(values))
         return text.encode()
     except (TypeError, ValueError) as error:
         raise WireError(f"only numbers, texts, lists and dicts can travel: {error}") from None

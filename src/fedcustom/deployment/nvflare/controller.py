@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from pathlib import Path
@@ -16,6 +15,8 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from ...core.allocator import release_freed_memory
+from ...core.bounded_json import read_json
+from ...core.errors import WireError
 from .bridge import Bridge, BridgeError, connect
 from .housekeeping import Housekeeping
 from .payload import attach_payload, receive_payload
@@ -97,8 +98,10 @@ class ServerController(Controller):  # type: ignore[misc]
                     return
                 path = Path(message["to"])
                 error = receive_payload(result, path, cell, max_bytes, abort_signal)
-                head = {"error": error} if error else read_head(result["head"])
+                head = {"error": error} if error else read_json(result["head"], MAX_HEAD_LENGTH)
                 self._send_reply(reply | {"head": head, "body": str(path) if path.exists() else None})
+            except WireError as error:
+                self._send_reply(reply | {"head": {"error": str(error)}})
             except Exception as error:  # nothing that a site sends may end the job
                 self._send_reply(reply | {"head": {"error": f"not a message ({type(error).__name__})"}})
             if body:
@@ -121,17 +124,3 @@ class ServerController(Controller):  # type: ignore[misc]
             self._bridge.send(message)
         except BridgeError:
             self._pending.clear()  # the run's process will send its requests again
-
-
-def read_head(text: Any) -> dict[str, Any]:
-    """Parse the head of a site's reply.
-
-    Raises:
-        ValueError: it is no JSON object, or too large for the run's process.
-    """
-    if not isinstance(text, str) or len(text) > MAX_HEAD_LENGTH:
-        raise ValueError("not a head")
-    head = json.loads(text)
-    if not isinstance(head, dict):
-        raise ValueError("not a head")
-    return head

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 import uuid
@@ -17,6 +16,8 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
+from ...core.bounded_json import read_json, write_json
+from ...core.errors import WireError
 from .bridge import ADDRESS_VARIABLE, Bridge, BridgeError, connect
 from .housekeeping import Housekeeping
 from .payload import attach_payload, receive_payload
@@ -62,9 +63,12 @@ class SiteExecutor(Executor):  # type: ignore[misc]
             self._housekeeping.tidy()
         cell = fl_ctx.get_engine().get_cell()
         body = self._spool / f"{os.getpid()}-{uuid.uuid4().hex}.in"
-        message = json.loads(shareable["head"])
-        if error := receive_payload(shareable, body, cell, MAX_BYTES, abort_signal):
-            return self._pack_reply({"error": error}, None, cell)
+        try:
+            message = read_json(shareable["head"])
+        except WireError as error:
+            return self._pack_reply({"error": str(error)}, None, cell)
+        if reason := receive_payload(shareable, body, cell, MAX_BYTES, abort_signal):
+            return self._pack_reply({"error": reason}, None, cell)
         reply: dict[str, Any] | None = None
         try:
             message["body"] = str(body) if body.exists() else None
@@ -81,7 +85,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
             path.unlink(missing_ok=True)
         self._sent = [body] if body else []
         message = make_reply(ReturnCode.OK)
-        message["head"] = json.dumps(reply)
+        message["head"] = write_json(reply)
         attach_payload(message, body, cell)
         return message
 

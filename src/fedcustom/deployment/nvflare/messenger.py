@@ -5,7 +5,6 @@ or time is up.
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import shutil
 import time
@@ -14,15 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from ...core.bounded_json import first_line, write_json
 from ...core.errors import DeploymentError, WireError
 from ...core.files import write_tensors
 from ...core.tensors import Tensors
 from ...models.memory_mapping import leave_memory
-from ...transport import wire
+from ...transport import gate, wire
 from ...transport.channel import Packed
 from .job_channel import JobChannel, ReceivedMessage
 
@@ -127,7 +125,7 @@ class Messenger:
         bodies = self._write_bodies([request.tensors for request in requests.values()])
         pending = {
             site: _PendingRequest(
-                json.dumps({**request.head, "request": secrets.token_hex(8)}), bodies[id(request.tensors)]
+                write_json({**request.head, "request": secrets.token_hex(8)}), bodies[id(request.tensors)]
             )
             for site, request in requests.items()
         }
@@ -281,17 +279,13 @@ def _read(stored: _StoredReply) -> SiteReply:
             raise WireError("an answer without values")
         tensors: Tensors = {}
         if stored.body is not None:
-            tensors = safetensors.torch.load_file(stored.body)
-        for name, tensor in tensors.items():
-            if tensor.dtype not in wire.DTYPES:
-                raise WireError(f"{name}: {tensor.dtype} cannot travel")
+            tensors = gate.read_tensor_file(stored.body, wire.MAX_BYTES)
         packed = Packed(tensors, stored.head.get("layout"))
         return SiteReply(values, packed, packed.length(values), seconds=stored.seconds)
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = f"a message is malformed: {(str(error).splitlines() or [''])[0]}"
-        return SiteReply(failure=reason, seconds=stored.seconds)
     except WireError as error:
         return SiteReply(failure=str(error), seconds=stored.seconds)
+    except Exception as error:  # whatever a site sends, the others go on
+        return SiteReply(failure=f"a message is malformed: {first_line(error)}", seconds=stored.seconds)
     finally:
         if stored.body is not None:
             stored.body.unlink(missing_ok=True)

@@ -11,9 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from ...core.errors import FedcustomError, PolicyError, UpdateError, WireError
 from ...core.files import read_json, write_json, write_tensors
@@ -23,7 +21,7 @@ from ...federated.resolve import resolved
 from ...methods import Task
 from ...methods.tuning.head_messages import FIT_HEAD, HEAD_GRADIENT, SCALE_HEAD
 from ...recipe.recipe import Recipe, load_recipe
-from ...transport import wire
+from ...transport import gate, wire
 from ...transport.channel import Packed
 from ..nvflare.bridge import Bridge, BridgeError, BridgeListener
 from ..replies import LabelList
@@ -333,19 +331,7 @@ class Resident:
 
 
 def _tensors(body: Path | None) -> Tensors:
-    if body is None:
-        return {}
-    try:
-        tensors: Tensors = safetensors.torch.load_file(body)
-    except FileNotFoundError:
-        raise WireError("a message's tensors did not get through") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WireError(f"a message is malformed: {reason}") from None
-    for name, tensor in tensors.items():
-        if tensor.dtype not in wire.DTYPES:
-            raise WireError(f"{name}: {tensor.dtype} cannot travel")
-    return tensors
+    return {} if body is None else gate.read_tensor_file(body, wire.MAX_BYTES)
 
 
 def serve(name: str, settings: SiteSettings, base: Path, folder: Path) -> None:

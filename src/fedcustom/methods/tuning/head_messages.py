@@ -29,6 +29,9 @@ POINT = "head_point"
 LEAST = 2
 """Examples of a label that a client must have for their sum to be sent: the sum of one would be that one."""
 
+LARGEST_SQUARE = 1e8
+"""Of a coordinate of the vectors that a head is fitted to, the mean over a client's examples."""
+
 ROUNDING = 1e-5
 """Of the sum of all squares: what float32 sums may lack in a direction."""
 
@@ -134,6 +137,8 @@ def _check_sums(update: Update, classes: int, width: int) -> None:
         return
     totals, factor = update.tensors["totals"].double(), unpacked(update.tensors["factor"].double(), width)
     scatter = factor.T @ factor
+    if float(scatter.diagonal().sum()) > LARGEST_SQUARE * sent * width:
+        raise UpdateError(f"the vectors' mean square is above {LARGEST_SQUARE:g}")
     within = scatter - (totals.T / counts[present]) @ totals
     slack = ROUNDING * float(scatter.diagonal().sum()) + 1e-9
     _, failed = torch.linalg.cholesky_ex(within + slack * torch.eye(width, dtype=torch.float64))
