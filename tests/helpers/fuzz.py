@@ -8,12 +8,61 @@ import struct
 
 import torch
 
+from fedcustom.deployment.site.request import read_request
+from fedcustom.methods.distillation import messages as distillation
+from fedcustom.methods.prompt_engineering import messages as prompt_engineering
+from fedcustom.methods.protocol import Messages
+from fedcustom.methods.retrieval import messages as retrieval
+from fedcustom.methods.tuning import messages as tuning
+from fedcustom.methods.tuning.messages import TrainTask
 from fedcustom.transport import wire
+from fedcustom.transport.messages import read_task, read_update
 
 NUMBERS = ["1e308", "1e999", "-0", "1" + "0" * 400, "NaN", "Infinity", "9223372036854775808", "true", "null"]
 TEXTS = ['"\\ud800"', '"\\u001b[2J"', '"[/x]"', '"' + "x" * 600 + '"', "[" * 300, '{"a":' * 50, '"\\', "[]"]
 DTYPES = ["F4", "F8_E8M0", "F32", "BOOL", "I64", "U64", "C64", "F128", ""]
 DIMENSIONS = [0, 1, 2**31, 2**62, 2**63, 2**64, -1]
+
+METHODS: list[Messages] = [
+    *(tuning.MESSAGES, distillation.MESSAGES, retrieval.MESSAGES),
+    *(prompt_engineering.SELECTION, prompt_engineering.IN_CONTEXT, prompt_engineering.BLACK_BOX),
+]
+TASKS: list[dict[str, object]] = [
+    {"round": 1, "learning_rate_factor": 1.0, "epochs": 1, "label_counts": [3, 4]},
+    {"round": 2, "learning_rate_factor": 1.0, "model": 0, "steps": 5},
+    {"encoder": "ab" * 32, "top": 5, "texts": ["a"]},
+    {"encoder": "ab" * 32, "question": "why?", "documents": ["a", "b"]},
+    {"round": 1, "candidates": [1, 2], "bred": {"7": {"template": "{x}", "labels": ["a"], "origin": "b"}}},
+]
+UPDATES: list[dict[str, object]] = [
+    {"weight": 3.0, "loss": 0.5, "examples": 3, "steps": 1},
+    {"weight": 3.0, "tallies": {"1": [3, 1.0, -2.0]}, "examples": 3},
+    {"weight": 1.0, "passages": {"a": "text"}},
+    {"weight": 1.0, "documents": 4, "chunks": 9},
+]
+RUN = "0123456789abcdef"
+REQUESTS: list[dict[str, object]] = [
+    {"kind": "work", "run": RUN, "task": "train", "round": 1, "keep": [1], "values": TASKS[0]},
+    {"kind": "evaluate", "run": RUN, "part": "test", "after": 1, "values": {}},
+    {"kind": "describe", "run": RUN, "values": {"recipe": {"model": {"base": "a"}}}},
+]
+
+
+def understand(values: dict[str, object], seed: int) -> None:
+    """Read values as a task, an update or a request of a run, as both ends do.
+
+    Raises:
+        WireError: they are none.
+    """
+    chance = random.Random(seed)
+    messages, what = chance.choice(METHODS), chance.randrange(3)
+    if what == 0:
+        read_task(messages, chance.choice([*messages, "none", None, 7]), values)
+    elif what == 1:
+        task = TrainTask({}, round_number=1)
+        read_update({task.kind: chance.choice(list(messages.values()))}, task, values)
+    else:
+        read_request(values)
 
 
 def well_formed(seed: int) -> bytes:
@@ -23,20 +72,13 @@ def well_formed(seed: int) -> bytes:
         f"layer.{number}": torch.zeros([chance.randrange(4) for _ in range(chance.randrange(3))])
         for number in range(chance.randrange(4))
     }
-    values = {
-        "loss": chance.random(),
-        "steps": 5,
-        "weight": 3.0,
-        "texts": ["a", "é"],
-        "nested": {"x": [1, 2]},
-    }
-    return wire.encode(tensors, dict(chance.sample(list(values.items()), chance.randrange(6))))
+    return wire.encode(tensors, chance.choice([*TASKS, *UPDATES, *REQUESTS]))
 
 
 def mutated(payload: bytes, seed: int) -> bytes:
     """The message with some bytes, numbers, lengths or parts replaced."""
     chance = random.Random(seed)
-    for _ in range(chance.randint(1, 4)):
+    for _ in range(chance.choice([1, 1, 1, 2, 4])):
         payload = chance.choice(MUTATIONS)(payload, chance)
     return payload
 

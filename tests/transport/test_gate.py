@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fedcustom.core import bounded_json
 from fedcustom.core.errors import WireError
 from fedcustom.transport import gate, wire
-from helpers.fuzz import mutated, well_formed
+from helpers.fuzz import mutated, understand, well_formed
 
 SIZE = 8
 
@@ -145,6 +145,7 @@ def test_mutated_messages_are_read_or_refused(seed: int) -> None:
     payload = mutated(well_formed(seed), seed)
     try:
         tensors, values = wire.decode(payload, limit=2**20)
+        understand(values, seed)
     except WireError:
         return
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) <= len(payload)
