@@ -14,6 +14,7 @@ from ..core.errors import UpdateError
 from ..core.tensors import Tensors
 from ..data.examples import ClientData, Example
 from ..models.inference import Predictions
+from .contents import CONTENTS, Content
 
 M = TypeVar("M")
 
@@ -62,14 +63,29 @@ class Task:
 
     ``exact_answer`` says that the answer's tensors must arrive as they are, since they are no change of the
     state but figures to compute with: they are neither falsified nor compressed. ``exact_tensors`` says the
-    same of the task's own tensors, where these are no state.
+    same of the task's own tensors, where these are no state. ``contents`` are the kinds of content that the
+    answer may hold, anything unless a class says less. ``trains`` says that the task trains for as long as
+    its ``work`` says, ``continues`` that it is a further exchange of a round that has begun.
     """
 
     kind: ClassVar[str]
     exact_answer: ClassVar[bool] = False
     exact_tensors: ClassVar[bool] = False
+    contents: ClassVar[tuple[Content, ...]] = CONTENTS
+    trains: ClassVar[bool] = False
+    continues: ClassVar[bool] = False
 
     tensors: Tensors = field(default_factory=dict)
+
+    @property
+    def queries(self) -> int:
+        """How many queries of documents the task holds."""
+        return 0
+
+    @property
+    def documents_asked(self) -> int:
+        """How many documents the answer to one query may name or show."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +250,18 @@ class AsksClients(Protocol):
     def bytes_a_query(self) -> tuple[float, float]:
         """What one query of the last evaluation took, mean over its queries: bytes down to the clients that
         it was sent to, and bytes of their answers; both NaN before there was one.
+        """
+
+
+@runtime_checkable
+class ChecksTasks(Protocol):
+    """A method that knows how much a task may ask of a client by the recipe, beside the work of training."""
+
+    def check_task(self, task: Task) -> None:
+        """Refuse a task that asks for more than the recipe does.
+
+        Raises:
+            PolicyError: names what the task asks for, and what the recipe says.
         """
 
 

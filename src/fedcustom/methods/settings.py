@@ -9,6 +9,8 @@ from pydantic import Field
 
 from ..core.settings import Settings
 from ..models.size_class import ModelKind, Rates
+from ..training.settings import TrainingSettings
+from .contents import CONTENTS, Content
 
 
 class MethodSettingsBase(Settings):
@@ -76,6 +78,23 @@ class MethodSettingsBase(Settings):
         return None
 
     @property
+    def examples_scored(self) -> int | None:
+        """The setting's number of examples on which a client computes an answer; None: all that it has."""
+        return None
+
+    def answer_contents(self, kind: str, usual: tuple[Content, ...], task: str) -> tuple[Content, ...]:
+        """The contents of an answer to a task of this ``kind``, of which its class says the ``usual`` ones,
+        where ``data.task`` is ``task``.
+        """
+        return usual
+
+    def needed_contents(self, training: TrainingSettings, task: str) -> dict[Content, str]:
+        """The kinds of content that a recipe with this method cannot do without, each with the setting that
+        asks for it: all, unless a method says less. ``task`` is ``data.task``.
+        """
+        return dict.fromkeys(CONTENTS, f"method.name = {self.name!r}")
+
+    @property
     def replaces_rule(self) -> str | None:
         """The setting that merges by a rule of the method's own, so that what the server sends next is no
         change of a state that every client can compute.
@@ -138,6 +157,16 @@ class TuningSettings(MethodSettingsBase):
     def default_learning_rate(self, kind: ModelKind) -> float:
         """The learning rate for a kind of model where the recipe sets none."""
         return self.rates.of(kind)
+
+    def needed_contents(self, training: TrainingSettings, task: str) -> dict[Content, str]:
+        """Updates, and sums where a head is fitted."""
+        name = f"method.name = {self.name!r}"
+        needed: dict[Content, str] = {"counts": name}
+        if not self.only_fits:
+            needed["updates"] = name
+        if training.fit_head_rounds or self.only_fits:
+            needed["sums"] = name if self.only_fits else "training.fit_head_rounds"
+        return needed
 
 
 class UpperLayersSettings(TuningSettings):

@@ -4,68 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from ...core.errors import PolicyError
-from ...core.tensors import Tensors
-from ...methods.retrieval.settings import RetrievalSettings
+from ...methods import ChecksTasks, Method, RoundTask, Task, Work
 from ...recipe.recipe import Recipe
 from ...training.local import schedule_factor
-from .contents import QUERIES, SEARCH_TASKS, round_tasks
-from .request import Request
 from .settings import PolicySettings
 
 AMOUNTS = ("steps", "epochs", "examples")
 
-BATCHES = "batches"
 
-MAX_BRED_CHARACTERS, MAX_BRED_LABELS = 10_000, 10_000
+def check_amounts(recipe: Recipe, method: Method, asked: Task, round_number: int | None) -> None:
+    """Refuse a task whose round or amount of work is not the recipe's, as it was when the run began.
 
-
-def check_amounts(recipe: Recipe, request: Request, tensors: Tensors) -> None:
-    """Refuse a task whose kind, round or amount of work is not the recipe's, as it was when the run began.
-
-    ``recipe`` is settled for the number of the run's clients.
+    ``recipe`` is settled for the number of the run's clients, ``round_number`` is what the message says.
 
     Raises:
         PolicyError: names the amount, what the message asks for and what the recipe says.
     """
-    in_round, task, values = request.round is not None, request.task, request.values
-    known = round_tasks(recipe)
-    searches = recipe.method.name == "retrieval" and not in_round
-    allowed = frozenset(SEARCH_TASKS) if searches else known
-    if allowed is not None and task not in allowed:
-        where = "in a round" if in_round else "outside rounds"
-        raise PolicyError(f"the recipe's method has no task {task!r} {where}")
-    if not searches and not in_round:
-        raise PolicyError(f"a task {task!r} belongs to a round, and the message names none")
-    if in_round:
-        _check_round(recipe, request)
-    if task in ("train", "distil"):
-        _check_training(recipe, request.round or 0, values)
-    elif "examples" in values:
-        raise PolicyError(f"examples = {str(values['examples'])[:40]}: the recipe says how many a task takes")
-    if task == "score":
-        _check_candidates(recipe, values)
-    if searches and task in QUERIES and isinstance(recipe.method, RetrievalSettings):
-        _check_search(recipe.method, task, values, tensors)
+    if isinstance(asked, RoundTask):
+        _check_round(recipe, asked, round_number)
+    elif round_number is not None:
+        raise PolicyError(f"the recipe's method has no task {asked.kind!r} in a round")
+    work = getattr(asked, "work", Work())
+    if asked.trains:
+        _check_training(recipe, asked, work)
+    elif work.examples is not None:
+        raise PolicyError(f"examples = {work.examples}: the recipe says how many a task takes")
+    if isinstance(method, ChecksTasks):
+        method.check_task(asked)
 
 
-def queries_of(request: Request, tensors: Tensors) -> int:
-    """How many queries of documents a request holds."""
-    if request.round is not None or request.task not in QUERIES:
-        return 0
-    vectors, texts = tensors.get("queries"), request.values.get("texts", ())
-    return max(1, 0 if vectors is None else len(vectors), len(texts) if isinstance(texts, list) else 0)
-
-
-def trained_examples(recipe: Recipe, values: Mapping[str, Any], count: int) -> tuple[int, int, int]:
+def trained_examples(recipe: Recipe, work: Work, count: int) -> tuple[int, int, int]:
     """Of a task to train on ``count`` examples: the size of its batches, its steps, and how many different
     examples it sees.
     """
-    size, batches = recipe.training.batch_size, values.get(BATCHES)
-    if batches is not None:
-        size = max(1, count // max(1, min(count, int(batches))))
+    size = recipe.training.batch_size
+    if work.batches is not None:
+        size = max(1, count // max(1, min(count, work.batches)))
     if recipe.training.local_steps:
         steps = recipe.training.local_steps
         return min(size, count), steps, min(count, steps * size)
@@ -73,15 +49,13 @@ def trained_examples(recipe: Recipe, values: Mapping[str, Any], count: int) -> t
     return min(size, count), math.ceil(seen / size), min(count, seen)
 
 
-def check_least_training(
-    policy: PolicySettings, recipe: Recipe, values: Mapping[str, Any], count: int
-) -> None:
+def check_least_training(policy: PolicySettings, recipe: Recipe, work: Work, count: int) -> None:
     """Refuse to train on so little that an update would show single examples.
 
     Raises:
         PolicyError: names the line of the policy.
     """
-    size, steps, seen = trained_examples(recipe, values, count)
+    size, steps, seen = trained_examples(recipe, work, count)
     for key, found, what in (
         ("least_batch_size", size, "examples a batch"),
         ("least_steps", steps, "steps a round"),
@@ -102,97 +76,42 @@ def check_least_examples(policy: PolicySettings, count: int, what: str) -> None:
         raise PolicyError(f"policy.least_examples = {policy.least_examples}: there are fewer {what}")
 
 
-def _check_round(recipe: Recipe, request: Request) -> None:
-    number, named = request.round, request.values.get("round")
-    if number is None or number > recipe.rounds.count:
+def _check_round(recipe: Recipe, asked: RoundTask, number: int | None) -> None:
+    if number is None:
+        raise PolicyError(f"a task {asked.kind!r} belongs to a round, and the message names none")
+    if number > recipe.rounds.count:
         raise PolicyError(f"round {number}: the recipe has rounds.count = {recipe.rounds.count}")
-    if type(named) is not int or named != number:
+    if asked.round_number != number:
         raise PolicyError(f"round {number}: the task names another round")
 
 
-def _check_training(recipe: Recipe, number: int, values: Mapping[str, Any]) -> None:
-    training = recipe.training
-    wanted = {"epochs": training.local_epochs}
+def _check_training(recipe: Recipe, asked: Task, work: Work) -> None:
+    training, number = recipe.training, getattr(asked, "round_number", 0)
+    wanted = {"epochs": float(training.local_epochs)}
     if training.local_steps:
-        wanted = {"steps": training.local_steps}
-    asked = {key: values[key] for key in AMOUNTS if key in values}
-    if asked.keys() != wanted.keys() or any(not _equal(asked[key], wanted[key]) for key in wanted):
-        said = ", ".join(f"{key} = {value}" for key, value in wanted.items())
-        raise PolicyError(f"{_shown(asked)}: the recipe says {said}")
-    if BATCHES in values:
+        wanted = {"steps": float(training.local_steps)}
+    given = {key: getattr(work, key) for key in AMOUNTS if getattr(work, key) is not None}
+    if given.keys() != wanted.keys() or any(not _equal(given[key], wanted[key]) for key in wanted):
+        said = ", ".join(f"{key} = {value:g}" for key, value in wanted.items())
+        raise PolicyError(f"{_shown(given)}: the recipe says {said}")
+    if work.batches is not None:
         fits = training.rounds_of_head_fits(recipe.rounds.count)
         balanced = recipe.rounds.selection == "balanced" and min(fits, default=number) < number
-        batches = values[BATCHES]
-        if not balanced or training.local_steps or type(batches) is not int or batches < 1:
+        if not balanced or training.local_steps:
             raise PolicyError(
-                f"batches = {str(batches)[:40]}: the recipe's rounds have no such number in this one"
+                f"batches = {work.batches}: the recipe's rounds have no such number in this one"
             )
     factor, rates = schedule_factor(training, number, recipe.rounds.count), [1.0]
     if training.search_rates and isinstance(training.learning_rate, float):
         rates += [rate / training.learning_rate for rate in training.search_rates]
-    asked_factor = values.get("learning_rate_factor")
+    asked_factor = getattr(asked, "learning_rate_factor", 1.0)
     if not any(_equal(asked_factor, factor * rate) for rate in rates):
-        raise PolicyError(
-            f"learning_rate_factor = {str(asked_factor)[:40]}: the recipe's schedule says {factor:g}"
-        )
+        raise PolicyError(f"learning_rate_factor = {asked_factor:g}: the recipe's schedule says {factor:g}")
 
 
-def _check_candidates(recipe: Recipe, values: Mapping[str, Any]) -> None:
-    """Refuse more prompts than the recipe scores, and prompts so long that they would fill the memory."""
-    numbers, bred = values.get("candidates"), values.get("bred")
-    method: Any = recipe.method
-    whole_field = method.bandit == "successive_halving"
-    most = MAX_BRED_LABELS if whole_field else method.candidates_per_round
-    if not isinstance(numbers, list) or len(numbers) > most or not all(type(n) is int for n in numbers):
-        raise PolicyError(f"candidates: the recipe scores at most {most} in a round")
-    if len(set(numbers)) < len(numbers):
-        raise PolicyError("candidates: one is named twice")
-    if not isinstance(bred, dict) or len(bred) > most:
-        raise PolicyError("bred: must be an object of candidates")
-    for row in bred.values():
-        template = row.get("template") if isinstance(row, dict) else None
-        labels = row.get("labels") if isinstance(row, dict) else None
-        texts = [template, *labels] if isinstance(labels, list) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise PolicyError("bred: a candidate has a template and labels, all of them texts")
-        if len(template or "") > MAX_BRED_CHARACTERS or (template or "").count("{labels}") > 10:
-            raise PolicyError(
-                f"bred: a template has more than {MAX_BRED_CHARACTERS} characters or ten {{labels}}"
-            )
-        if any(len(text) > MAX_BRED_CHARACTERS for text in texts if text is not None):
-            raise PolicyError(f"bred: a label has more than {MAX_BRED_CHARACTERS} characters")
+def _equal(asked: float, wanted: float) -> bool:
+    return math.isclose(asked, wanted, rel_tol=1e-9, abs_tol=1e-12)
 
 
-def _check_search(method: RetrievalSettings, task: str, values: Mapping[str, Any], tensors: Tensors) -> None:
-    if task == "retrieve":
-        if type(values.get("top")) is not int or values["top"] != method.top:
-            raise PolicyError(
-                f"top = {str(values.get('top'))[:40]}: the recipe says method.top = {method.top}"
-            )
-        texts, vectors = values.get("texts"), tensors.get("queries")
-        if texts is not None and not (
-            method.search != "vector" and isinstance(texts, list) and all(isinstance(t, str) for t in texts)
-        ):
-            raise PolicyError(f"texts: the recipe says method.search = {method.search!r}")
-        if vectors is not None and (method.search == "text" or vectors.dim() != 2):
-            raise PolicyError(f"queries: the recipe says method.search = {method.search!r}")
-        return
-    documents = values.get("documents")
-    most = method.top if task == "fetch" else min(method.top, method.passages_given)
-    if not isinstance(documents, list) or not 1 <= len(documents) <= most:
-        raise PolicyError(f"documents: the recipe asks for at most {most} in an answer to one query")
-    if len(set(map(str, documents))) < len(documents):
-        raise PolicyError("documents: one is named twice")
-
-
-def _equal(asked: Any, wanted: float) -> bool:
-    if type(asked) not in (int, float):
-        return False
-    try:
-        return math.isclose(asked, wanted, rel_tol=1e-9, abs_tol=1e-12)
-    except OverflowError:
-        return False
-
-
-def _shown(asked: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} = {str(value)[:40]}" for key, value in asked.items()) or "no amount"
+def _shown(given: Mapping[str, float]) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in given.items()) or "no amount"

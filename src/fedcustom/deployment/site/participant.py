@@ -15,7 +15,7 @@ from ...data.examples import ClientData, Example, FederatedData, LearningTask
 from ...data.party_data import OwnData
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
-from ...methods import Client, State, Task
+from ...methods import Client, RoundTask, State, Task, Work
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
 from ...recipe.recipe import Recipe
@@ -25,10 +25,8 @@ from ...updates.pipeline import on_client, update_transforms
 from ...updates.transform import ClientContext
 from ..replies import Part, PartSizes, SiteStatistics
 from .amounts import check_amounts, check_least_examples, check_least_training
-from .contents import task_contents
 from .memory import RoundMemory
 from .policy import check_content
-from .request import Request
 from .settings import PolicySettings
 
 
@@ -84,40 +82,33 @@ class Participant:
         parts = [len(part) if len(part) >= least else 0 for part in (data.development, data.test)]
         return PartSizes(len(data.train), *parts)
 
-    def check_task(self, request: Request, asked: Task, tensors: Tensors) -> None:
+    def check_task(self, asked: Task, round_number: int | None) -> None:
         """Refuse a task whose amounts are not the recipe's, or whose answer would come of too few examples.
-        ``asked`` is the request's task, whose values are of the right types.
+        ``round_number`` is what its message says.
 
         Raises:
             PolicyError: names the amount, or the line of the policy.
         """
-        policy, task = self.policy, request.task
-        check_amounts(self.settled, request, tensors)
-        contents = task_contents(self.settled, task, in_round=request.round is not None)
-        check_content(policy, contents, f"the task {task!r}")
+        policy, recipe, method = self.policy, self.settled, self.settled.method
+        check_amounts(recipe, self.method, asked, round_number)
+        contents = method.answer_contents(asked.kind, asked.contents, recipe.data.task)
+        check_content(policy, contents, f"the task {asked.kind!r}")
+        if asked.documents_asked > policy.max_top:
+            raise PolicyError(
+                f"policy.max_top = {policy.max_top}: the task asks for {asked.documents_asked} documents"
+            )
         count = len(self.data.train)
-        if task in ("train", "distil"):
-            check_least_training(policy, self.settled, request.values, count)
+        if asked.trains:
+            check_least_training(policy, recipe, getattr(asked, "work", Work()), count)
         elif asked.exact_answer:
             check_least_examples(policy, len(self.data_for_sums.train), "examples of frequent labels")
-        elif task in ("score", "search"):
-            per_round = getattr(self.recipe.method, "examples", count)
-            check_least_examples(policy, min(per_round, count), "examples to score prompts on")
-        elif task == "calibrate":
-            check_least_examples(policy, len(self.data.development), "questions")
-            own = request.values.get("own")
-            if type(own) is not int or not 0 <= own < len(tensors.get("bias", ())):
-                raise PolicyError("own: must be the number of a client")
-        elif task == "retrieve":
-            if self.settled.method.name == "retrieval" and request.values["top"] > policy.max_top:
-                raise PolicyError(
-                    f"policy.max_top = {policy.max_top}: the task asks for {request.values['top']}"
-                )
-        elif request.round is None and task in ("fetch", "answer"):
-            if len(request.values["documents"]) > policy.max_top:
-                raise PolicyError(f"policy.max_top = {policy.max_top}: the task asks for more documents")
-        elif "updates" in contents or "sums" in contents or "logits" in contents:
-            check_least_examples(policy, count, "examples to answer from")
+        elif method.examples_scored is not None:
+            scored = min(method.examples_scored, count)
+            check_least_examples(policy, scored, "examples to score prompts on")
+        elif set(contents) & {"updates", "sums", "logits"}:
+            in_round = isinstance(asked, RoundTask)
+            used = count if in_round or "logits" not in contents else len(self.data.development)
+            check_least_examples(policy, used, "examples to answer from")
 
     def task(self, kind: object, values: object) -> Task:
         """The task of a message, whose tensors are still packed.

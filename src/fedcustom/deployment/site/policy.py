@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...core.errors import PolicyError
+from ...methods.contents import MEANING, Content
 from ...recipe.recipe import Recipe
-from .contents import MEANING, Content, recipe_contents
 from .ledger import Count, Ledger
 from .models import check_model
 from .request import Request
@@ -46,7 +46,7 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
         raise PolicyError(f"{setting}: a site opens no files that a recipe names")
     if recipe.model.trust_remote_code:
         raise PolicyError("model.trust_remote_code = true: a site runs no code that a recipe brings")
-    for content, setting in recipe_contents(recipe).items():
+    for content, setting in recipe.method.needed_contents(recipe.training, recipe.data.task).items():
         check_content(policy, [content], f"{setting} in the recipe")
     trains = "training" not in recipe.method.not_for and not recipe.method.only_fits
     if trains and recipe.training.batch_size < policy.least_batch_size:

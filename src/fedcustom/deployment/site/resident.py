@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,11 @@ from ...core.tensors import Tensors
 from ...data.party_data import OwnData
 from ...federated.resolve import resolved
 from ...methods import Task
-from ...methods.tuning.head_messages import FIT_HEAD, HEAD_GRADIENT, SCALE_HEAD
 from ...recipe.recipe import Recipe, load_recipe
 from ...transport import gate, wire
 from ...transport.channel import Packed
 from ..nvflare.bridge import Bridge, BridgeError, BridgeListener
 from ..replies import LabelList
-from .amounts import queries_of
 from .audit import AuditLog, digest, printable
 from .data import MAX_LABELS, read_site, told_labels
 from .ledger import Ledger
@@ -49,9 +48,6 @@ Result = tuple[dict[str, Any], Packed]
 
 MAX_STORED_RUNS = 3
 """Runs whose memory stays on a site's disk."""
-
-FURTHER_EXCHANGES = (SCALE_HEAD, HEAD_GRADIENT)
-"""Tasks that go on with a round; the recipe bounds them (``training.fit_head_steps``)."""
 
 
 class Resident:
@@ -195,16 +191,17 @@ class Resident:
 
     def _work(self, participant: Participant, request: Request, asked: Task, tensors: Tensors) -> Result:
         """Check a task, count it, and execute it."""
-        participant.check_task(request, asked, tensors)
-        begins = request.round is not None and request.task not in FURTHER_EXCHANGES
-        queries, policy = queries_of(request, tensors), self.settings.policy
+        asked = replace(asked, tensors=tensors)
+        participant.check_task(asked, request.round)
+        begins = request.round is not None and not asked.continues
+        queries, policy = asked.queries, self.settings.policy
         check_work(policy, self.ledger, participant.settled, request, begins=begins, queries=queries)
         if begins:
             self.ledger.note_round(request.run, request.digest)
-        counted = not queries and request.task not in FURTHER_EXCHANGES
+        counted = not queries and not asked.continues
         self.ledger.add(request.run, tasks=int(counted), queries=queries)
         packed, withheld = Packed(tensors, request.layout), participant.withheld
-        if request.task == FIT_HEAD and withheld.examples:
+        if asked.exact_answer and begins and withheld.examples:
             facts = {"labels": withheld.labels, "examples": withheld.examples}
             self.audit.write("withheld", run=self.run_id, kind=request.task, **facts)
         update, values = participant.execute(asked, packed, request.round)

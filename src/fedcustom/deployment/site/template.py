@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ...core.files import write_text
 from ...data.examples import columns
+from ...methods.contents import MEANING
 from ...recipe.recipe import Recipe
-from .contents import MEANING, recipe_contents
 from .data import NEEDED
 from .models import is_local
 from .policy import models_of
@@ -38,7 +38,7 @@ def site_template(recipe: Recipe) -> str:
         lines.append(f"references = {_toml(data.references)}")
     lines += ["", "[policy]"]
     defaults = PolicySettings()
-    for content, setting in recipe_contents(recipe).items():
+    for content, setting in recipe.method.needed_contents(recipe.training, data.task).items():
         if not getattr(defaults, content):
             lines += [f"# The recipe ({setting}) asks for {MEANING[content]}:", f"# {content} = true"]
     models = models_of(recipe)

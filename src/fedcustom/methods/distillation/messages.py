@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ..contents import Content
 from ..protocol import INLINE, RoundTask, Whole, Work, message_kinds
 from ..tuning.messages import TrainTask, TrainUpdate
 
@@ -19,6 +20,8 @@ class DistilTask(RoundTask):
     """
 
     kind: ClassVar[str] = "distil"
+    contents: ClassVar[tuple[Content, ...]] = ("logits", "counts")
+    trains: ClassVar[bool] = True
 
     learning_rate_factor: float = 1.0
     model: Whole

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from ...aggregation.settings import AggregationSettings
 from ...models.size_class import ModelKind
+from ...training.settings import TrainingSettings
+from ..contents import Content
 from ..full.settings import FullSettings
 from ..lora.settings import LoraSettings
 from ..registry import register
@@ -89,6 +91,11 @@ class DistillationSettings(MethodSettingsBase):
         if self.client_models is not None and not all([self.client_models, *self.client_models]):
             raise ValueError(f"client_models = {self.client_models}: name one at least, and none empty")
         return self
+
+    def needed_contents(self, training: TrainingSettings, task: str) -> dict[Content, str]:
+        """Predictions of public texts."""
+        name = f"method.name = {self.name!r}"
+        return {"counts": name, "logits": name}
 
     def default_learning_rate(self, kind: ModelKind) -> float:
         """The clients' learning rate where the recipe sets none."""

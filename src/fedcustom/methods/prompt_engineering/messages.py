@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
+from ..contents import Content
 from ..protocol import INLINE, LossUpdate, Positive, RoundTask, Update, Whole, Work, message_kinds
 
 Texts = Annotated[list[str], Field(max_length=1_000_000, fail_fast=True)]
@@ -37,6 +38,7 @@ class ScoreTask(RoundTask):
     """
 
     kind: ClassVar[str] = "score"
+    contents: ClassVar[tuple[Content, ...]] = ("counts",)
 
     candidates: Annotated[list[Whole], Field(max_length=MAX_CANDIDATES, fail_fast=True)]
     bred: Annotated[dict[str, BredCandidate], Field(max_length=MAX_CANDIDATES)] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class AnswerQueriesTask(RoundTask):
     """
 
     kind: ClassVar[str] = "answer"
+    contents: ClassVar[tuple[Content, ...]] = ("logits", "counts")
 
     queries: Whole
     answers: Texts
@@ -80,6 +83,7 @@ class SearchTask(RoundTask):
     """Search from the distribution in ``tensors``, with step size ``sigma``."""
 
     kind: ClassVar[str] = "search"
+    contents: ClassVar[tuple[Content, ...]] = ("updates", "counts")
 
     sigma: float
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...core.errors import DataError, RecipeError, UpdateError
+from ...core.errors import DataError, PolicyError, RecipeError, UpdateError
 from ...core.seeds import name_seed
 from ...data.examples import Example
 from ...data.tokens import example_order
@@ -24,6 +24,12 @@ from .prompt_method import PromptMethod
 from .scorer import Scorer, log_softmax
 from .settings import PromptEngineeringSettings
 from .templates import CONTENT_FREE, INPUT, LABELS, PLAIN, Candidate, label_sets, read_templates
+
+MAX_FIELD = 10_000
+"""Candidates of a round where all that are left are scored."""
+
+MAX_CHARACTERS = 10_000
+"""Of a text of a candidate that was bred."""
 
 
 class Selection(PromptMethod):
@@ -71,6 +77,22 @@ class Selection(PromptMethod):
             name: ScoreTask(round_number=round_number, candidates=chosen, bred=bred, work=amount)
             for name, amount in work.items()
         }
+
+    def check_task(self, task: Task) -> None:
+        """Refuse more prompts than the recipe scores, and prompts so long that they would fill the memory."""
+        asked, settings = typed(task, ScoreTask), self.settings
+        most = MAX_FIELD if settings.bandit == "successive_halving" else settings.candidates_per_round
+        if len(asked.candidates) > most or len(asked.bred) > most:
+            raise PolicyError(f"candidates: the recipe scores at most {most} in a round")
+        if len(set(asked.candidates)) < len(asked.candidates):
+            raise PolicyError("candidates: one is named twice")
+        for candidate in asked.bred.values():
+            template, texts = candidate["template"], [candidate["template"], *candidate["labels"]]
+            if any(len(text) > MAX_CHARACTERS for text in texts) or template.count("{labels}") > 10:
+                raise PolicyError(
+                    f"bred: a candidate has a text of more than {MAX_CHARACTERS} characters, or {{labels}} "
+                    "more than ten times"
+                )
 
     def check(self, task: Task, update: Update) -> None:
         """Refuse candidates that were not asked for, and counts and sums that no examples can have."""

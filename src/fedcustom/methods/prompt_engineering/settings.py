@@ -6,6 +6,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ...training.settings import TrainingSettings
+from ..contents import Content
 from ..registry import register
 from ..settings import MethodSettingsBase
 from .templates import INPUT, LABEL, placeholders_in
@@ -160,6 +162,26 @@ class PromptEngineeringSettings(MethodSettingsBase):
         "rank",
         description="black_box: a client's weight: its loss's rank, as in FedBPT, or its number of examples",
     )
+
+    @property
+    def examples_scored(self) -> int | None:
+        """Private examples on which a prompt is scored in a round."""
+        return None if self.strategy == "in_context" else self.examples
+
+    def answer_contents(self, kind: str, usual: tuple[Content, ...], task: str) -> tuple[Content, ...]:
+        """Answers to public queries are texts where texts are generated."""
+        return ("texts", *usual) if kind == "answer" and task == "generation" else usual
+
+    def needed_contents(self, training: TrainingSettings, task: str) -> dict[Content, str]:
+        """Scores; by strategy, the distribution of a search or answers to public queries."""
+        needed: dict[Content, str] = {"counts": f"method.name = {self.name!r}"}
+        if self.strategy == "black_box":
+            needed["updates"] = "method.strategy"
+        if self.strategy == "in_context":
+            needed["logits"] = "method.strategy"
+            if task == "generation":
+                needed["texts"] = "method.strategy"
+        return needed
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.errors import UpdateError
+from ...core.errors import PolicyError, UpdateError
 from ...core.tensors import is_finite
 from ..protocol import Task, Update, typed
 from .client import BYTES
 from .messages import (
+    AnswerTask,
     AnswerUpdate,
     CalibrateTask,
     CountTask,
@@ -25,6 +26,7 @@ from .messages import (
     RouteTask,
     RouteUpdate,
 )
+from .settings import RetrievalSettings
 
 LONGEST_TEXT = 100_000
 
@@ -138,3 +140,30 @@ def _shape(update: Update, name: str, shape: tuple[int, ...], dtype: torch.dtype
         found = None if tensor is None else (tuple(tensor.shape), str(tensor.dtype))
         raise UpdateError(f"{name} is {found}, not {(shape, str(dtype))}")
     return tensor
+
+
+def check_search(settings: RetrievalSettings, task: Task) -> None:
+    """Refuse a search that asks for more than the recipe's.
+
+    Raises:
+        PolicyError: names what the task asks for, and what the recipe says.
+    """
+    if isinstance(task, RetrieveTask):
+        if task.top != settings.top:
+            raise PolicyError(f"top = {task.top}: the recipe says method.top = {settings.top}")
+        if task.texts is not None and settings.search == "vector":
+            raise PolicyError(f"texts: the recipe says method.search = {settings.search!r}")
+        vectors = task.tensors.get("queries")
+        if vectors is not None and (settings.search == "text" or vectors.dim() != 2):
+            raise PolicyError(f"queries: the recipe says method.search = {settings.search!r}")
+    elif isinstance(task, FetchTask | AnswerTask):
+        fetches = isinstance(task, FetchTask)
+        most = settings.top if fetches else min(settings.top, settings.passages_given)
+        if not 1 <= len(task.documents) <= most:
+            raise PolicyError(f"documents: the recipe asks for at most {most} in an answer to one query")
+        if len(set(task.documents)) < len(task.documents):
+            raise PolicyError("documents: one is named twice")
+    elif isinstance(task, CalibrateTask):
+        bias = task.tensors.get("bias")
+        if bias is None or bias.dim() != 1 or task.own >= len(bias):
+            raise PolicyError("own: must be the number of a client")

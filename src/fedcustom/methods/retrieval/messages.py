@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from ..contents import Content
 from ..protocol import Positive, RoundTask, Task, Update, Whole, message_kinds
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{12,128}$")]
@@ -24,6 +25,7 @@ class CountTask(RoundTask):
     """Tell the number of documents."""
 
     kind: ClassVar[str] = "count"
+    contents: ClassVar[tuple[Content, ...]] = ("counts",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class IndexTask(Task):
     """Index the documents with the encoder in ``tensors``, whose digest is ``encoder``."""
 
     kind: ClassVar[str] = "index"
+    contents: ClassVar[tuple[Content, ...]] = ("counts",)
 
     encoder: Digest
 
@@ -54,6 +57,7 @@ class RouteTask(Task):
     """Send sums over the vectors of the own questions."""
 
     kind: ClassVar[str] = "route"
+    contents: ClassVar[tuple[Content, ...]] = ("sums", "counts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,7 @@ class CalibrateTask(Task):
     """
 
     kind: ClassVar[str] = "calibrate"
+    contents: ClassVar[tuple[Content, ...]] = ("logits",)
 
     own: Whole
 
@@ -86,10 +91,22 @@ class RetrieveTask(Task):
     """
 
     kind: ClassVar[str] = "retrieve"
+    contents: ClassVar[tuple[Content, ...]] = ("vectors",)
 
     encoder: Digest
     top: Annotated[int, Field(ge=1, le=1_000_000)]
     texts: Texts | None = None
+
+    @property
+    def queries(self) -> int:
+        """As many as there are vectors or texts."""
+        vectors = self.tensors.get("queries")
+        return max(1, 0 if vectors is None or not vectors.dim() else len(vectors), len(self.texts or ()))
+
+    @property
+    def documents_asked(self) -> int:
+        """The length of each list."""
+        return self.top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +121,20 @@ class FetchTask(Task):
     """
 
     kind: ClassVar[str] = "fetch"
+    contents: ClassVar[tuple[Content, ...]] = ("texts",)
 
     encoder: Digest
     documents: Documents
+
+    @property
+    def queries(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def documents_asked(self) -> int:
+        """Those that are named."""
+        return len(self.documents)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +149,21 @@ class AnswerTask(Task):
     """Answer a question from passages of the ``documents``."""
 
     kind: ClassVar[str] = "answer"
+    contents: ClassVar[tuple[Content, ...]] = ("texts",)
 
     encoder: Digest
     question: str
     documents: Documents
+
+    @property
+    def queries(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def documents_asked(self) -> int:
+        """Those that are named."""
+        return len(self.documents)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from ..tuning.objective import Contrastive
 from ..tuning.peft_support import loading_page
 from ..tuning.technique import Context, Technique
 from ..tuning.update_checks import check_state
-from .checks import check_answer
+from .checks import check_answer, check_search
 from .chunking import digest
 from .client import RetrievalClient
 from .export import weights_digest, write_modules
@@ -114,6 +114,10 @@ class Retrieval(SequentialClients):
         if isinstance(task, IndexTask) and self.tuning:
             self.tuning.trainable.write(self.tuning.ownership.complete(task.tensors))
         return self.retrieval_client.execute(task, client)
+
+    def check_task(self, task: Task) -> None:
+        """Refuse a search that asks for more than the recipe's."""
+        check_search(self.settings, task)
 
     def check(self, task: Task, update: Update) -> None:
         """Refuse what is not a sound answer."""

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ...models.size_class import ModelKind
+from ...training.settings import TrainingSettings
+from ..contents import Content
 from ..registry import register
 from ..settings import MethodSettingsBase
 
@@ -106,6 +108,22 @@ class RetrievalSettings(MethodSettingsBase):
     def default_learning_rate(self, kind: ModelKind) -> float:
         """The learning rate for a kind of model where the recipe sets none."""
         return 2e-5
+
+    def answer_contents(self, kind: str, usual: tuple[Content, ...], task: str) -> tuple[Content, ...]:
+        """Training sends vectors of passages too, where these are shared."""
+        return (*usual, "vectors") if kind == "train" and self.sends_texts else usual
+
+    def needed_contents(self, training: TrainingSettings, task: str) -> dict[Content, str]:
+        """Vectors and what training and routing send. Passages and answers are not needed: a site that keeps
+        them takes part in the search all the same.
+        """
+        name = f"method.name = {self.name!r}"
+        needed: dict[Content, str] = {"counts": name, "vectors": self.sends_texts or name}
+        if self.train != "none":
+            needed["updates"] = "method.train"
+        if self.routing == "learned":
+            needed |= {"sums": "method.routing", "logits": "method.routing"}
+        return needed
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

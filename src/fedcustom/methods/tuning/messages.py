@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from ..contents import Content
 from ..protocol import INLINE, LossUpdate, Positive, RoundTask, Update, Whole, Work, message_kinds
 
 LabelCounts = Annotated[tuple[Whole, ...], Field(max_length=1_000_000, fail_fast=True)]
@@ -25,6 +26,8 @@ class TrainTask(RoundTask):
     """
 
     kind: ClassVar[str] = "train"
+    contents: ClassVar[tuple[Content, ...]] = ("updates", "counts")
+    trains: ClassVar[bool] = True
 
     learning_rate_factor: float = 1.0
     work: Work = field(default=Work(), metadata={INLINE: True})
@@ -53,6 +56,7 @@ class FitHeadTask(HeadTask):
     """Send sums over the vectors of the model in ``tensors`` (:class:`~.head_fit.HeadFit`)."""
 
     kind: ClassVar[str] = "fit head"
+    contents: ClassVar[tuple[Content, ...]] = ("sums", "counts")
 
     learning_rate_factor: float = 1.0
     work: Work = field(default=Work(), metadata={INLINE: True})
@@ -63,6 +67,8 @@ class ScaleHeadTask(HeadTask):
     """Send the losses of a head at several temperatures."""
 
     kind: ClassVar[str] = "scale head"
+    contents: ClassVar[tuple[Content, ...]] = ("sums",)
+    continues: ClassVar[bool] = True
     exact_tensors: ClassVar[bool] = True
 
 
@@ -71,6 +77,8 @@ class HeadGradientTask(HeadTask):
     """Send the loss and gradient of a head."""
 
     kind: ClassVar[str] = "head gradient"
+    contents: ClassVar[tuple[Content, ...]] = ("sums",)
+    continues: ClassVar[bool] = True
     exact_tensors: ClassVar[bool] = True
 
 
