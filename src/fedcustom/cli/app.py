@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
 import sys
@@ -324,13 +323,10 @@ def _readable(answer: dict[str, Any]) -> dict[str, Any]:
 
 def _inputs(path: Path) -> list[Any]:
     """The inputs of a file: rows, or lines of text (from standard input for ``-``)."""
-    from ..data.sources import read_file
+    from ..data.files import read_file
 
     if str(path) == "-":
         return [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if path.suffix == ".txt":
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    try:
-        return read_file(path)
-    except csv.Error as error:
-        raise DataError(f"{path}: {error}") from None
+    return read_file(path)
