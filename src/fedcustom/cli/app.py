@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.table import Table
@@ -36,9 +36,6 @@ app = typer.Typer(
 app.command()(experiment)
 app.add_typer(deploy, name="deploy")
 app.add_typer(site, name="site")
-
-DECIMALS = 4
-"""Decimals of a printed probability."""
 
 COMPARED = "prefix,lora,soft_prompt,full"
 RunDirectory = Annotated[Path, typer.Argument(help="A run's directory")]
@@ -193,10 +190,11 @@ def predict(
         ),
     ] = None,
 ) -> None:
-    """Ask the customised model: one text, or a file; a file's answers are JSON, a line each, with
-    probabilities of four decimals.
+    """Ask the customised model: one text, or a file; a file's answers are JSON, a line each in the file's
+    order, with probabilities of four decimals. A blank line of a text file has null for an answer.
     """
     from .. import api
+    from .predictions import answers, is_empty, reason
 
     if (text is None) == (input_file is None):
         raise DataError("give either one text or --input FILE")
@@ -207,10 +205,12 @@ def predict(
             out_console.print(f"{answer['label']}  {answer['probability']:.3f}")
         else:
             out_console.print(answer["text"], soft_wrap=True)
+        if is_empty(answer):
+            _note(f"the answer is empty: {reason(finished)}")
         return
     assert input_file is not None
-    for answer in finished.predict(_inputs(input_file)):
-        print(json_line(_readable(answer)))
+    for answer in answers(finished, input_file, _note):
+        print(json_line(answer))
 
 
 @app.command()
@@ -311,22 +311,3 @@ def _stop(*_: object) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _readable(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer with probabilities of four decimals."""
-    if "label" not in answer:
-        return answer
-    shares = {label: round(share, DECIMALS) for label, share in answer["probabilities"].items()}
-    return answer | {"probability": round(answer["probability"], DECIMALS), "probabilities": shares}
-
-
-def _inputs(path: Path) -> list[Any]:
-    """The inputs of a file: rows, or lines of text (from standard input for ``-``)."""
-    from ..data.files import read_file
-
-    if str(path) == "-":
-        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if path.suffix == ".txt":
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return read_file(path)

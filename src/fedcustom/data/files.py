@@ -59,18 +59,17 @@ def _rows(path: Path) -> Iterator[Row]:
     try:
         yield from read(path)
     except UnicodeDecodeError:
-        raise not_utf8(path) from None
+        raise not_utf8(str(path), path.read_bytes()) from None
 
 
-def not_utf8(path: Path) -> DataError:
+def not_utf8(name: str, content: bytes) -> DataError:
     """The error for a file that is not UTF-8, with the line and byte of the first fault (both from 1)."""
-    content = path.read_bytes()
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        return DataError(f"{path}: not UTF-8 text (line {line}, byte {error.start + 1} of the file)")
-    return DataError(f"{path}: not UTF-8 text")
+        return DataError(f"{name}: not UTF-8 text (line {line}, byte {error.start + 1} of the file)")
+    return DataError(f"{name}: not UTF-8 text")
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
