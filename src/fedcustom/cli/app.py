@@ -304,6 +304,18 @@ def recipe(
     print(to_toml(chosen), end="")
 
 
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what is there")] = False,
+) -> None:
+    """Show or clear the cache folder: parsed docstrings of installed packages. No client's data are in it."""
+    from ..core.cache import cache_folder, cache_size, clear_cache
+
+    found = clear_cache() if clear else cache_size()
+    text = f"{cache_folder()}: {found.files} files, {found.bytes:,} bytes"
+    out_console.print(f"{text} removed" if clear else text, soft_wrap=True)
+
+
 def _stop(*_: object) -> None:
     """End as Ctrl-C does. SIGINT itself would not do: a shell lets its background jobs ignore it."""
     raise KeyboardInterrupt
