@@ -26,7 +26,7 @@ from .methods import Method, State
 from .methods.tuning.model_card import bundle
 from .methods.tuning.peft_support import leave_out_virtual_tokens
 from .models.load import load_base
-from .recipe.recipe import Recipe, load_recipe, read_toml
+from .recipe.recipe import Recipe, load_recipe, read_toml, recorded_recipe
 
 Source = str | Path | Mapping[str, Any] | Recipe
 
@@ -44,7 +44,7 @@ class Run:
             raise RunError(f"{self.directory}: holds no run (no recipe.toml)")
         if not (self.directory / "summary.json").exists():
             raise RunError(f"{self.directory}: the run is not finished; go on with fedcustom run --resume")
-        self.recipe: Recipe = load_recipe(self.directory / "recipe.toml")
+        self.recipe: Recipe = recorded_recipe(self.directory / "recipe.toml")
         self.summary: dict[str, Any] = read_json(self.directory / "summary.json")
         if "pooling" not in read_toml(self.directory / "recipe.toml").get("model", {}):
             self._refuse_unpooled()

@@ -74,6 +74,24 @@ def test_a_saved_hub_data_set(tmp_path: Path) -> None:
         read_rows(source(tmp_path / "saved"), "test")
 
 
+def test_one_data_set_that_was_saved(tmp_path: Path) -> None:
+    """``Dataset.save_to_disk`` writes no list of splits; a test set is another folder beside it."""
+    import datasets
+
+    for name, texts in (("fit", ["a", "b"]), ("exam", ["c"])):
+        datasets.Dataset.from_dict({"text": texts, "label": texts}).save_to_disk(tmp_path / name)
+    write_jsonl(tmp_path / "more.jsonl", [{"text": "d", "label": "a"}])
+    for where, train in ((tmp_path / "fit", "train"), (tmp_path, "fit")):
+        assert [row["text"] for row in read_rows(source(where, train=train), train)] == ["a", "b"]
+        assert [row["text"] for row in read_rows(source(where), "exam")] == ["c"]
+        assert [row["text"] for row in read_rows(source(where), "more")] == ["d"]
+        with pytest.raises(DataError, match=r"no file for split 'exams'; .*did you mean 'exam'"):
+            read_rows(source(where), "exams")
+    (tmp_path / "fit" / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="fit: cannot be read as a saved data set"):
+        read_rows(source(tmp_path / "fit"), "train")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
