@@ -29,7 +29,6 @@ from .experiment import experiment
 app = typer.Typer(
     help="Customise a large pretrained model with data that stays with its owners.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -59,6 +58,23 @@ def main() -> NoReturn:
         err_console.print(f"error: {what}", style="bold red", soft_wrap=True)
         sys.exit(2)
     sys.exit(0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"fedcustom {version('fedcustom')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit")
+    ] = False,
+) -> None:
+    """Customise a large pretrained model with data that stays with its owners."""
 
 
 @app.command()
@@ -272,12 +288,20 @@ def export(
 
 @app.command()
 def recipe(
-    file: Annotated[Path | None, typer.Argument(help="A recipe to check and print complete")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A recipe to check and print complete; with --help-all a section, method or setting"
+        ),
+    ] = None,
     overrides: Overrides = None,
-    help_all: Annotated[bool, typer.Option("--help-all", help="List every setting with its default")] = False,
+    help_all: Annotated[
+        bool,
+        typer.Option("--help-all", help="List every setting with its default, or those of one section"),
+    ] = False,
 ) -> None:
     """Check a recipe and print it complete; without one, print a recipe to start from."""
-    from ..recipe.help import settings_help
+    from ..recipe.help import section_help, settings_help
     from ..recipe.recipe import Recipe, load_recipe, to_toml
 
     if help_all:
@@ -285,7 +309,9 @@ def recipe(
         table.add_column("setting", no_wrap=True)  # a name that is broken cannot be copied
         for heading in ("type", "default", "what it is"):
             table.add_column(heading, overflow="fold")
-        for key, kind, default, help_text in settings_help(Recipe):
+        for key, kind, default, help_text in (
+            settings_help(Recipe) if file is None else section_help(Recipe, str(file))
+        ):
             style = "bold" if key.startswith("[") else ""
             table.add_row(
                 key, kind, default, help_text,
@@ -295,6 +321,10 @@ def recipe(
         return
     if file is not None:
         checked = load_recipe(file, overrides or [])  # before what imports torch, which takes seconds
+
+        from ..data.build import check_first_rows, with_builtin_columns
+
+        check_first_rows(*with_builtin_columns(checked.data, checked.clients))
 
         from ..federated.resolve import resolved
 

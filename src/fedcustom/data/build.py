@@ -10,12 +10,16 @@ import numpy as np
 from ..core.errors import DataError, nearest
 from .cells import Row, cell_text
 from .examples import ClientData, Example, FederatedData, LearningTask, columns, label_names, make_examples
+from .files import ENDINGS, first_rows
 from .partition import natural_partition, partition_examples
 from .public import public_examples, read_public, refuse_overlap, set_aside, without_overlap
 from .settings import ClientSettings, DataSettings, PublicSettings
-from .sources import BUILTIN, read_rows, require_columns
+from .sources import BUILTIN, local_file, read_rows, require_columns
 
 T = TypeVar("T")
+
+FIRST_ROWS = 100
+"""Rows of a file that are looked at before anything is loaded."""
 
 
 def build_data(
@@ -81,6 +85,32 @@ def build_data(
         test_is_pooled=not test,
         public=draw(without_overlap(public_set, [*scored, *development]), public.limit, [seed, 7]),
     )
+
+
+def check_first_rows(data: DataSettings, clients: ClientSettings) -> None:
+    """Refuse columns that do not exist or hold no plain values, from the first rows of local files, before
+    anything is loaded. Other sources, and files that are missing, are left to :func:`build_data`.
+
+    Raises:
+        DataError: names file, line and column, and what to use.
+    """
+    owner = [clients.column] if clients.partition == "natural" and clients.column else []
+    for split in filter(None, (data.train, data.development, data.test)):
+        scoring = split != data.train
+        path = local_file(data, split)
+        if path is None:
+            continue
+        where, wanted = str(path), [*columns(data, scoring=scoring), *([] if scoring else owner)]
+        rows = first_rows(path, FIRST_ROWS)
+        in_all = ENDINGS[path.suffix] != "json" or len(rows) < FIRST_ROWS  # later objects may have more
+        if rows and in_all:
+            require_columns(rows, wanted, where)
+        for row in rows:
+            for name in wanted:
+                if isinstance(row.get(name), list | dict | bytes) and (
+                    name != data.references or not scoring
+                ):
+                    cell_text(row, name, f"{where}, {row.place}")
 
 
 def with_builtin_columns(data: DataSettings, clients: ClientSettings) -> tuple[DataSettings, ClientSettings]:

@@ -64,8 +64,22 @@ def text_of(value: object) -> str:
         return repr(float(value)) if isinstance(value, float) else str(value)  # float32 has fewer digits
     if isinstance(value, bool | int | np.bool_ | np.integer | date | time):
         return str(value)
-    kind = {"ndarray": "list", "tuple": "list"}.get(type(value).__name__, type(value).__name__)
-    raise ValueError(f"holds a {kind}, not a text, a number or true/false")
+    raise ValueError(f"{_contents(value)}, not a text, a number or true/false")
+
+
+def _contents(value: object) -> str:
+    """What a value that is no plain one holds, and what to do about it."""
+    if isinstance(value, list | tuple | np.ndarray):
+        if len(value) and all(isinstance(one, Mapping) and "content" in one for one in value):
+            return (
+                "holds a list of messages: write the prompt and the answer to columns of their own, such as "
+                "{prompt} and {completion}; a template takes a plain value"
+            )
+        return (
+            "holds a list: write what is wanted of it to a column of its own; a template takes a plain value"
+        )
+    kind = "object" if isinstance(value, Mapping) else type(value).__name__
+    return f"holds {'an' if kind == 'object' else 'a value of type'} {kind}: a cell must hold a plain value"
 
 
 def cell_text(row: Mapping[str, Any], column: str, where: str) -> str:

@@ -37,6 +37,18 @@ def read_rows(settings: DataSettings, split: str) -> list[Row]:
     return rows
 
 
+def local_file(settings: DataSettings, split: str) -> Path | None:
+    """The file in which a split's rows are; None where the source is none, or has no such file."""
+    path = Path(settings.source).expanduser()
+    if settings.source.startswith("builtin:") or not path.exists():
+        return None
+    if path.is_file() and split == settings.train:
+        return path if path.suffix in ENDINGS else None
+    folder = path if path.is_dir() else path.parent
+    found = [folder / split, *(folder / f"{split}{ending}" for ending in ENDINGS)]
+    return next((one for one in found if one.is_file() and one.suffix in ENDINGS), None)
+
+
 def is_saved(folder: Path) -> bool:
     """Whether a folder holds one data set that ``datasets`` saved with ``save_to_disk``."""
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()

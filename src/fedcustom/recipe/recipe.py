@@ -293,7 +293,7 @@ def load_recipe(
         values = dict(source)
     else:
         values, where = read_toml(Path(source)), str(source)
-        if not values:
+        if not _says_something(values):
             raise RecipeError(
                 f"{where}: is empty; a recipe to start from is written by: fedcustom recipe > {where}"
             )
@@ -304,6 +304,11 @@ def load_recipe(
         change = _nested(key, value)
         values = merged(values, existing(change) if is_file else change)
     return parse_recipe(values, where)
+
+
+def _says_something(values: Mapping[str, Any]) -> bool:
+    """Whether there is a setting in a file's tables: not in one that is empty, or has headings alone."""
+    return any(_says_something(v) if isinstance(v, Mapping) else True for v in values.values())
 
 
 def recorded_recipe(path: Path) -> Recipe:
