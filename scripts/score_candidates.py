@@ -23,7 +23,7 @@ from fedcustom.federated.build import make_method
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.methods.prompt_engineering.selection import Selection
 from fedcustom.models.load import load_base
-from fedcustom.recipe.recipe import load_recipe
+from fedcustom.recipe.recipe import recorded_recipe
 
 
 def accuracy(method: Selection, candidate: Any, examples: list[Example]) -> float:
@@ -34,7 +34,7 @@ def accuracy(method: Selection, candidate: Any, examples: list[Example]) -> floa
 
 def score(run: Path) -> dict[str, Any]:
     """All candidates of a run with their accuracies."""
-    recipe = load_recipe(run / "recipe.toml")
+    recipe = recorded_recipe(run / "recipe.toml")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     data = build_data(recipe.data, recipe.clients, recipe.seed, recipe.public)
     base = load_base(recipe.model, data.task, recipe.seed, head=False)

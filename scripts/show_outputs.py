@@ -18,7 +18,7 @@ from fedcustom.data.examples import Example, LearningTask
 from fedcustom.methods.tuning.objective import Supervised
 from fedcustom.models.inference import generate
 from fedcustom.models.load import load_base
-from fedcustom.recipe.recipe import load_recipe
+from fedcustom.recipe.recipe import recorded_recipe
 
 
 def predictions(run: Path) -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def predictions(run: Path) -> list[dict[str, Any]]:
 
 def untuned(run: Path, sources: list[str]) -> list[str]:
     """What the run's base model writes as it was pretrained."""
-    recipe = load_recipe(run / "recipe.toml")
+    recipe = recorded_recipe(run / "recipe.toml")
     base = load_base(recipe.model, LearningTask("generation"), recipe.seed)
     prompts = Supervised(base, recipe.data).tokens([Example(source, target="") for source in sources])
     return generate(base.model, base, [prompt.source for prompt in prompts], recipe.evaluation)
@@ -60,7 +60,7 @@ def main() -> None:
     first = next(iter(said.values()))
     if any([row["source"] for row in rows] != [row["source"] for row in first] for rows in said.values()):
         parser.error("the runs do not have the same test examples")
-    recipes = [load_recipe(run / "recipe.toml") for run in arguments.runs]
+    recipes = [recorded_recipe(run / "recipe.toml") for run in arguments.runs]
     if any(r.model.base != recipes[0].model.base for r in recipes):
         parser.error("the runs do not have the same base model")
     count = max(1, min(arguments.count, len(first)))

@@ -12,7 +12,8 @@ import pandas as pd
 
 from .core.errors import DataError, RunError
 from .core.files import read_json, write_folder
-from .data.examples import Example, LearningTask
+from .data.cells import Row
+from .data.examples import Example, LearningTask, rendered
 from .data.templates import fields
 from .evaluation.calibration import softmax
 from .federated.build import make_method
@@ -25,7 +26,7 @@ from .methods import Method, State
 from .methods.tuning.model_card import bundle
 from .methods.tuning.peft_support import leave_out_virtual_tokens
 from .models.load import load_base
-from .recipe.recipe import Recipe, load_recipe, read_toml
+from .recipe.recipe import Recipe, load_recipe, read_toml, recorded_recipe
 
 Source = str | Path | Mapping[str, Any] | Recipe
 
@@ -43,7 +44,7 @@ class Run:
             raise RunError(f"{self.directory}: holds no run (no recipe.toml)")
         if not (self.directory / "summary.json").exists():
             raise RunError(f"{self.directory}: the run is not finished; go on with fedcustom run --resume")
-        self.recipe: Recipe = load_recipe(self.directory / "recipe.toml")
+        self.recipe: Recipe = recorded_recipe(self.directory / "recipe.toml")
         self.summary: dict[str, Any] = read_json(self.directory / "summary.json")
         if "pooling" not in read_toml(self.directory / "recipe.toml").get("model", {}):
             self._refuse_unpooled()
@@ -123,14 +124,15 @@ class Run:
         for a generator.
 
         Raises:
-            DataError: an input lacks a column that the recipe's template names.
+            DataError: an input lacks a column that the recipe's template names, or the cell is empty or no
+                plain value, as in training; names the input.
         """
         if not inputs:
             return []
         method, state = self._method
         kind = self.recipe.data.task
         template = self.recipe.data.text if kind == "classification" else self.recipe.data.prompt
-        examples = [Example(_fill(template, item, number), label=0) for number, item in enumerate(inputs)]
+        examples = [Example(_asked(template, item, number), label=0) for number, item in enumerate(inputs)]
         said = method.predict(state, examples, texts=True)
         if kind == "generation":
             return [{"text": text} for text in said.texts or []]
@@ -222,20 +224,13 @@ def default_directory(source: Source, recipe: Recipe) -> Path:
     return Path("runs") / f"{'-'.join(parts)}-seed-{recipe.seed}"
 
 
-def _fill(template: str, item: str | Mapping[str, Any], number: int) -> str:
-    names = fields(template)
-    if isinstance(item, str):
-        if len(set(names)) != 1:
-            raise DataError(
-                f"input {number + 1}: the recipe's template {template!r} needs columns, not one text"
-            )
-        return template.format_map({names[0]: item})
-    missing = [name for name in names if name not in item]
-    if missing:
-        raise DataError(
-            f"input {number + 1}: no column {missing[0]!r}; the recipe's template is {template!r}"
-        )
-    return template.format_map(item)
+def _asked(template: str, item: str | Mapping[str, Any], number: int) -> str:
+    """The text of one new input: of a row or, where the template names one column only, of a text."""
+    if not isinstance(item, str):
+        return rendered(template, item, item.place if isinstance(item, Row) else f"input {number + 1}")
+    if len(set(fields(template))) != 1:
+        raise DataError(f"input {number + 1}: the recipe's template {template!r} needs columns, not one text")
+    return rendered(template, {fields(template)[0]: item}, f"input {number + 1}")
 
 
 __all__ = ["Run", "default_directory", "load", "run"]

@@ -16,7 +16,8 @@ from .federated.resolve import resolved
 from .methods.retrieval.method import Retrieval
 from .methods.retrieval.settings import RetrievalSettings
 from .models.load import load_base
-from .recipe.recipe import Recipe, load_recipe, to_toml
+from .recipe.paths import absolute
+from .recipe.recipe import Recipe, load_recipe, recorded_recipe, to_toml
 from .transport.channel import Channel
 from .transport.client_store import ClientStore
 from .transport.in_process import InProcessTransport
@@ -61,7 +62,7 @@ def index(
         RecipeError: the recipe's method is another one, or trains its encoder.
         RunError: the folder holds something else, or no client has documents.
     """
-    checked, folder = resolved(load_recipe(recipe, overrides)), Path(out)
+    checked, folder = absolute(resolved(load_recipe(recipe, overrides))), Path(out)
     if not isinstance(checked.method, RetrievalSettings):
         raise RecipeError(f"method.name = {checked.method.name!r}: only method retrieval has an index")
     if checked.method.train != "none":
@@ -115,7 +116,7 @@ class Library:
                 f"{folder}: holds no index; build one with fedcustom index RECIPE --out {folder}, or run a "
                 "recipe of method retrieval"
             )
-        self.recipe = load_recipe(folder / "recipe.toml")
+        self.recipe = recorded_recipe(folder / "recipe.toml")
         names: list[str] = read_json(folder / INDEX)["clients"]
         self.method = _connected(self.recipe, folder, {n: ClientData(n, []) for n in names}, None, note)
         model = folder / "model"

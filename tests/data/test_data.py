@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from fedcustom.core.errors import DataError
 from fedcustom.data.build import build_data
 from fedcustom.data.examples import Example, LearningTask, make_examples
+from fedcustom.data.files import read_file
 from fedcustom.data.party_data import read_own
 from fedcustom.data.settings import ClientSettings, DataSettings, PublicSettings
-from fedcustom.data.sources import read_file, read_rows
+from fedcustom.data.sources import read_rows
 from fedcustom.data.tokens import (
     IGNORED,
     TokenizedExample,
@@ -73,11 +74,29 @@ def test_a_saved_hub_data_set(tmp_path: Path) -> None:
         read_rows(source(tmp_path / "saved"), "test")
 
 
+def test_one_data_set_that_was_saved(tmp_path: Path) -> None:
+    """``Dataset.save_to_disk`` writes no list of splits; a test set is another folder beside it."""
+    import datasets
+
+    for name, texts in (("fit", ["a", "b"]), ("exam", ["c"])):
+        datasets.Dataset.from_dict({"text": texts, "label": texts}).save_to_disk(tmp_path / name)
+    write_jsonl(tmp_path / "more.jsonl", [{"text": "d", "label": "a"}])
+    for where, train in ((tmp_path / "fit", "train"), (tmp_path, "fit")):
+        assert [row["text"] for row in read_rows(source(where, train=train), train)] == ["a", "b"]
+        assert [row["text"] for row in read_rows(source(where), "exam")] == ["c"]
+        assert [row["text"] for row in read_rows(source(where), "more")] == ["d"]
+        with pytest.raises(DataError, match=r"no file for split 'exams'; .*did you mean 'exam'"):
+            read_rows(source(where), "exams")
+    (tmp_path / "fit" / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="fit: cannot be read as a saved data set"):
+        read_rows(source(tmp_path / "fit"), "train")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', r"bad.jsonl, line 2: not JSON"),
-        ("list.jsonl", b"[1, 2]\n", r"list.jsonl, row 1: must be a JSON object, not list"),
+        ("list.jsonl", b"[1, 2]\n", r"list.jsonl, line 1: must be a JSON object, not list"),
         ("bad.json", b'[{"a": 1},\n {"a" 2}]', r"bad.json, line 2: not JSON"),
         ("latin.jsonl", b'{"text": "\xe9"}\n', r"latin.jsonl: not UTF-8"),
         ("bad.parquet", b"PAR1 is not one", r"bad.parquet: cannot be read as PARQUET"),
@@ -233,9 +252,9 @@ def test_settings_that_do_not_fit_the_rows(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label": None}, r"train, row 8: column 'label' is empty"),
-        ({"text": ""}, r"train, row 8: column 'text' is empty"),
-        ({"site": " "}, r"train, row 8: column 'site' names no client"),
+        ({"label": None}, r"train, line 8: column 'label' is empty"),
+        ({"text": ""}, r"train, line 8: column 'text' is empty"),
+        ({"site": " "}, r"train, line 8: column 'site' is blank; it names no client"),
     ],
 )
 def test_empty_values_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -252,7 +271,7 @@ def test_empty_values_are_named(tmp_path: Path, change: dict[str, Any], message:
 def test_a_label_that_only_the_test_has(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", make_rows(20, 0))
     write_jsonl(tmp_path / "test.jsonl", [{"text": "x", "label": "mineral"}])
-    with pytest.raises(DataError, match=r"test, row 1: label 'mineral' is not among the training labels"):
+    with pytest.raises(DataError, match=r"test, line 1: label 'mineral' is not among the training labels"):
         build_data(source(tmp_path, test="test"), iid(2), 0)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
+import stat
 from pathlib import Path
 
 import pytest
 
 from fedcustom.core.errors import DataError
+from fedcustom.data import docstrings
 from fedcustom.data.docstrings import (
     FIELDS,
     LABELS,
     PACKAGES,
-    PARSER,
     SOURCE_LENGTH,
     TEXT_LENGTH,
     docstring_rows,
@@ -292,15 +294,27 @@ def test_plain_text() -> None:
     assert plain_text(prose) == "See A, c.D and this x * y of page:"
 
 
-def test_cache_is_read_until_the_version_changes(package: Path, tmp_path: Path) -> None:
+def test_cache_is_read_until_the_content_changes(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "cache"
     first = docstring_rows("classification", ["pointy"], cache)
-    assert [file.name for file in cache.iterdir()] == [f"pointy-1.0-{PARSER}.jsonl.gz"]
+    (file,) = cache.iterdir()
+    assert re.fullmatch(r"pointy-[0-9a-f]{32}\.jsonl\.gz", file.name)
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    with monkeypatch.context() as patch:
+        patch.setattr(docstrings, "_parse_package", None)  # nothing is parsed again
+        assert docstring_rows("classification", ["pointy"], cache) == first
+    times = {path: path.stat().st_mtime_ns for path in package.rglob("*.py")}
+    sources = {path: path.read_text() for path in times}
     write_package(tmp_path, "pointy", arrays="", files="")
-    assert docstring_rows("classification", ["pointy"], cache) == first
-    os.rename(tmp_path / "pointy-1.0.dist-info", tmp_path / "pointy-1.1.dist-info")
-    write_package(tmp_path, "pointy", version="1.1")
+    for path, when in times.items():  # the same version, and the same time of change
+        os.utime(path, ns=(when, when))
     assert docstring_rows("classification", ["pointy"], cache) == []
+    for path, text in sources.items():
+        path.write_text(text)
+    assert docstring_rows("classification", ["pointy"], cache) == first
+    assert len(list(cache.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -319,12 +333,16 @@ def test_corrupt_cache_is_parsed_anew(package: Path, tmp_path: Path, content: by
     assert file.read_bytes() == whole
 
 
-def test_package_without_a_version_is_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_without_a_version_is_read_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     write_package(tmp_path, "loose", version=None, __init__=NUMPY_STYLE)
     rows = docstring_rows("generation", ["loose"], tmp_path / "cache")
     assert [row["function"] for row in rows] == ["loose.clip", "loose.Box.area"]
-    assert not (tmp_path / "cache").exists()
+    write_package(tmp_path, "loose", version=None, __init__=NUMPY_STYLE.replace("clip", "clap"))
+    rows = docstring_rows("generation", ["loose"], tmp_path / "cache")
+    assert [row["function"] for row in rows] == ["loose.clap", "loose.Box.area"]
 
 
 def test_cache_folder_that_cannot_be_written_costs_a_warning(package: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_bad_public_sets(folder: Path) -> None:
     with pytest.raises(DataError, match="no file for split 'nothing'"):
         build(split="nothing")
     write_jsonl(folder / "public.jsonl", [{"body": "a"}, {"body": ""}])
-    with pytest.raises(DataError, match="row 2: column 'body' is empty"):
+    with pytest.raises(DataError, match="line 2: column 'body' is empty"):
         build(split="public", text="{body}")
 
 

@@ -231,3 +231,15 @@ def test_the_prepared_file_is_complete_and_chooses_nothing(tmp_path: Path, chang
     (tmp_path / "site.toml").write_text(text.replace("# sums = true", "sums = true"))
     assert load_site(tmp_path / "site.toml").policy.sums == ("# sums = true" in text)
     assert ("# vectors = true" in text) == (recipe.data.task == "retrieval")
+
+
+def test_a_check_says_when_there_is_nothing_to_train_on(command: Any, tmp_path: Path) -> None:
+    file = tmp_path / "site.toml"
+    file.write_text('[data]\ncolumns = ["text", "label"]\ntext = "{text}"\nlabel = "label"\nmax_labels = 3\n')
+    said = command("site", "check", "--data", file)
+    assert said.code == 0, said.error
+    assert "no training rows: data.train is not set" in " ".join(said.out.split())
+    file.write_text(file.read_text() + 'train = "rows.csv"\n')
+    said = command("site", "check", "--data", file)
+    assert said.code == 2
+    assert "data.train = 'rows.csv': no such file" in " ".join(said.error.split())

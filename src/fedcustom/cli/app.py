@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.table import Table
@@ -30,16 +29,12 @@ from .experiment import experiment
 app = typer.Typer(
     help="Customise a large pretrained model with data that stays with its owners.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(experiment)
 app.add_typer(deploy, name="deploy")
 app.add_typer(site, name="site")
-
-DECIMALS = 4
-"""Decimals of a printed probability."""
 
 COMPARED = "prefix,lora,soft_prompt,full"
 RunDirectory = Annotated[Path, typer.Argument(help="A run's directory")]
@@ -63,6 +58,23 @@ def main() -> NoReturn:
         err_console.print(f"error: {what}", style="bold red", soft_wrap=True)
         sys.exit(2)
     sys.exit(0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"fedcustom {version('fedcustom')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit")
+    ] = False,
+) -> None:
+    """Customise a large pretrained model with data that stays with its owners."""
 
 
 @app.command()
@@ -194,10 +206,11 @@ def predict(
         ),
     ] = None,
 ) -> None:
-    """Ask the customised model: one text, or a file; a file's answers are JSON, a line each, with
-    probabilities of four decimals.
+    """Ask the customised model: one text, or a file; a file's answers are JSON, a line each in the file's
+    order, with probabilities of four decimals. A blank line of a text file has null for an answer.
     """
     from .. import api
+    from .predictions import answers, is_empty, reason
 
     if (text is None) == (input_file is None):
         raise DataError("give either one text or --input FILE")
@@ -208,10 +221,12 @@ def predict(
             out_console.print(f"{answer['label']}  {answer['probability']:.3f}")
         else:
             out_console.print(answer["text"], soft_wrap=True)
+        if is_empty(answer):
+            _note(f"the answer is empty: {reason(finished)}")
         return
     assert input_file is not None
-    for answer in finished.predict(_inputs(input_file)):
-        print(json_line(_readable(answer)))
+    for answer in answers(finished, input_file, _note):
+        print(json_line(answer))
 
 
 @app.command()
@@ -273,12 +288,20 @@ def export(
 
 @app.command()
 def recipe(
-    file: Annotated[Path | None, typer.Argument(help="A recipe to check and print complete")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A recipe to check and print complete; with --help-all a section, method or setting"
+        ),
+    ] = None,
     overrides: Overrides = None,
-    help_all: Annotated[bool, typer.Option("--help-all", help="List every setting with its default")] = False,
+    help_all: Annotated[
+        bool,
+        typer.Option("--help-all", help="List every setting with its default, or those of one section"),
+    ] = False,
 ) -> None:
     """Check a recipe and print it complete; without one, print a recipe to start from."""
-    from ..recipe.help import settings_help
+    from ..recipe.help import section_help, settings_help
     from ..recipe.recipe import Recipe, load_recipe, to_toml
 
     if help_all:
@@ -286,7 +309,9 @@ def recipe(
         table.add_column("setting", no_wrap=True)  # a name that is broken cannot be copied
         for heading in ("type", "default", "what it is"):
             table.add_column(heading, overflow="fold")
-        for key, kind, default, help_text in settings_help(Recipe):
+        for key, kind, default, help_text in (
+            settings_help(Recipe) if file is None else section_help(Recipe, str(file))
+        ):
             style = "bold" if key.startswith("[") else ""
             table.add_row(
                 key, kind, default, help_text,
@@ -297,12 +322,28 @@ def recipe(
     if file is not None:
         checked = load_recipe(file, overrides or [])  # before what imports torch, which takes seconds
 
+        from ..data.build import check_first_rows, with_builtin_columns
+
+        check_first_rows(*with_builtin_columns(checked.data, checked.clients))
+
         from ..federated.resolve import resolved
 
         chosen = resolved(checked)
     else:
         chosen = load_recipe(Recipe(), overrides or [])  # to begin with: what depends on the rest stays open
     print(to_toml(chosen), end="")
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove what is there")] = False,
+) -> None:
+    """Show or clear the cache folder: parsed docstrings of installed packages. No client's data are in it."""
+    from ..core.cache import cache_folder, cache_size, clear_cache
+
+    found = clear_cache() if clear else cache_size()
+    text = f"{cache_folder()}: {found.files} files, {found.bytes:,} bytes"
+    out_console.print(f"{text} removed" if clear else text, soft_wrap=True)
 
 
 def _stop(*_: object) -> None:
@@ -312,25 +353,3 @@ def _stop(*_: object) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _readable(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer with probabilities of four decimals."""
-    if "label" not in answer:
-        return answer
-    shares = {label: round(share, DECIMALS) for label, share in answer["probabilities"].items()}
-    return answer | {"probability": round(answer["probability"], DECIMALS), "probabilities": shares}
-
-
-def _inputs(path: Path) -> list[Any]:
-    """The inputs of a file: rows, or lines of text (from standard input for ``-``)."""
-    from ..data.sources import read_file
-
-    if str(path) == "-":
-        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if path.suffix == ".txt":
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    try:
-        return read_file(path)
-    except csv.Error as error:
-        raise DataError(f"{path}: {error}") from None

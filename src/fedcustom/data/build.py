@@ -8,13 +8,18 @@ from typing import TypeVar
 import numpy as np
 
 from ..core.errors import DataError, nearest
+from .cells import Row, cell_text
 from .examples import ClientData, Example, FederatedData, LearningTask, columns, label_names, make_examples
+from .files import ENDINGS, first_rows
 from .partition import natural_partition, partition_examples
 from .public import public_examples, read_public, refuse_overlap, set_aside, without_overlap
 from .settings import ClientSettings, DataSettings, PublicSettings
-from .sources import BUILTIN, Row, read_rows, require_columns
+from .sources import BUILTIN, local_file, read_rows, require_columns
 
 T = TypeVar("T")
+
+FIRST_ROWS = 100
+"""Rows of a file that are looked at before anything is loaded."""
 
 
 def build_data(
@@ -33,22 +38,21 @@ def build_data(
             f"clients.column: name the column that holds the client{nearest('client', list(rows[0]))}; "
             "or set clients.partition to iid, dirichlet, quantity or pathological"
         )
-    require_columns(
-        rows, [*columns(data, scoring=False), *([column] if column else [])], f"{data.source}, {data.train}"
-    )
-    labels = label_names(rows, data.label) if data.task == "classification" else ()
+    where = f"{data.source}, {data.train}"
+    require_columns(rows, [*columns(data, scoring=False), *([column] if column else [])], where)
+    labels = label_names(rows, data.label, where) if data.task == "classification" else ()
     if data.task == "classification" and len(labels) < 2:
         raise DataError(
             f"{data.source}: column {data.label!r} has one value only; classification needs two or more"
         )
     public = public or PublicSettings()
     private, shared = set_aside(len(rows), public.fraction, [seed, 6])
-    public_set = public_examples([rows[i] for i in shared], public, data, f"{data.source}, {data.train}")
+    public_set = public_examples([rows[i] for i in shared], public, data, where)
     rows = [rows[i] for i in private]
-    examples = make_examples(rows, data, labels, scoring=False, where=f"{data.source}, {data.train}")
+    examples = make_examples(rows, data, labels, scoring=False, where=where)
 
     members = (
-        natural_partition(_client_names(rows, column, f"{data.source}, {data.train}"))
+        natural_partition(_client_names(rows, column, where))
         if column
         else _numbered(partition_examples([max(e.label, 0) for e in examples], clients, seed))
     )
@@ -63,7 +67,7 @@ def build_data(
     own_tests: dict[str, list[Example]] = {}
     if column and test_rows and column in test_rows[0]:
         names = _client_names(test_rows, column, f"{data.source}, {data.test}")
-        own_tests = {name: [test[i] for i in where] for name, where in natural_partition(names).items()}
+        own_tests = {name: [test[i] for i in own] for name, own in natural_partition(names).items()}
     split = {}
     for number, (name, positions) in enumerate(members.items()):
         chosen = [examples[i] for i in draw(positions, clients.limit, [seed, 3, number])]
@@ -81,6 +85,32 @@ def build_data(
         test_is_pooled=not test,
         public=draw(without_overlap(public_set, [*scored, *development]), public.limit, [seed, 7]),
     )
+
+
+def check_first_rows(data: DataSettings, clients: ClientSettings) -> None:
+    """Refuse columns that do not exist or hold no plain values, from the first rows of local files, before
+    anything is loaded. Other sources, and files that are missing, are left to :func:`build_data`.
+
+    Raises:
+        DataError: names file, line and column, and what to use.
+    """
+    owner = [clients.column] if clients.partition == "natural" and clients.column else []
+    for split in filter(None, (data.train, data.development, data.test)):
+        scoring = split != data.train
+        path = local_file(data, split)
+        if path is None:
+            continue
+        where, wanted = str(path), [*columns(data, scoring=scoring), *([] if scoring else owner)]
+        rows = first_rows(path, FIRST_ROWS)
+        in_all = ENDINGS[path.suffix] != "json" or len(rows) < FIRST_ROWS  # later objects may have more
+        if rows and in_all:
+            require_columns(rows, wanted, where)
+        for row in rows:
+            for name in wanted:
+                if isinstance(row.get(name), list | dict | bytes) and (
+                    name != data.references or not scoring
+                ):
+                    cell_text(row, name, f"{where}, {row.place}")
 
 
 def with_builtin_columns(data: DataSettings, clients: ClientSettings) -> tuple[DataSettings, ClientSettings]:
@@ -127,11 +157,17 @@ def split_client(
 
 
 def _client_names(rows: Sequence[Row], column: str, where: str) -> list[str]:
-    names = [row[column] for row in rows]
-    for position, name in enumerate(names):
-        if name is None or str(name).strip() == "":
-            raise DataError(f"{where}, row {position + 1}: column {column!r} names no client")
-    return [str(name) for name in names]
+    names = []
+    for row in rows:
+        here = f"{where}, {row.place}"
+        try:
+            name = cell_text(row, column, here)
+        except DataError as error:
+            raise DataError(f"{error}; it names no client") from None
+        if not name.strip():
+            raise DataError(f"{here}: column {column!r} is blank; it names no client")
+        names.append(name)
+    return names
 
 
 def _numbered(parts: list[list[int]]) -> dict[str, list[int]]:

@@ -5,7 +5,7 @@ Two tasks come from one parse. *Classification* is a parameter's description and
 
 Nothing is imported or run. Definitions are found in the source text (parsing whole files would take several
 times as long), their headers are read with :mod:`ast` and their docstrings with griffe. Tests, and files that
-document no parameter, are left out. A cache keeps one file a package, version and :data:`PARSER`.
+document no parameter, are left out. A cache keeps one file a package, named by the digest of its sources.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from __future__ import annotations
 import ast
 import functools
 import gzip
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 import warnings
 import zlib
@@ -28,6 +28,7 @@ from typing import Literal
 
 from griffe import Docstring, DocstringParameter, DocstringSectionKind, DocstringStyle, parse
 
+from ..core.cache import cache_folder, private
 from ..core.errors import DataError, nearest
 
 Task = Literal["classification", "generation"]
@@ -151,8 +152,8 @@ def docstring_rows(task: Task, packages: Sequence[str] = PACKAGES, cache: Path |
             description alone) and label (one of :data:`LABELS`); ``generation`` gives package, function,
             source (the signature; a method's name after its class) and target (one sentence).
         packages: import names of top-level packages.
-        cache: where parsed packages are kept, by default ``docstrings`` in ``$FEDCUSTOM_CACHE``, else in
-            ``fedcustom`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. If it cannot be written, a warning says so.
+        cache: where parsed packages are kept, by default ``docstrings`` in the cache folder
+            (:func:`~fedcustom.core.cache.cache_folder`). If it cannot be written, a warning says so.
 
     Raises:
         DataError: the task is unknown, or a package is not installed.
@@ -163,16 +164,13 @@ def docstring_rows(task: Task, packages: Sequence[str] = PACKAGES, cache: Path |
     folders = {package: _package_folder(package, distributions) for package in packages}
     rows: list[Row] = []
     for package, folder in folders.items():
-        # A package without a version may change unseen, so it is parsed every time.
-        version = importlib.metadata.version(distributions[package][0]) if package in distributions else None
-        path = (cache or _default_cache()) / f"{package}-{version}-{PARSER}.jsonl.gz"
-        parsed = _read_cache(path, package) if version else None
+        path = (cache or cache_folder() / "docstrings") / f"{package}-{_digest(folder)}.jsonl.gz"
+        parsed = _read_cache(path, package)
         if parsed is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about escapes in other people's strings
                 parsed = _parse_package(package, folder)
-            if version:
-                _write_cache(path, parsed)
+            _write_cache(path, parsed)
         rows.extend(parsed[task])
     return rows
 
@@ -268,13 +266,29 @@ def _definitions(source: str) -> list[_Definition]:
     return found
 
 
+def _sources(folder: Path) -> Iterator[Path]:
+    """A package's files of Python but for its tests, in a fixed order."""
+    for path in sorted(folder.rglob("*.py")):
+        location = path.relative_to(folder).with_suffix("").parts
+        if not any(part in TESTS or part.startswith("test_") for part in location):
+            yield path
+
+
+def _digest(folder: Path) -> str:
+    """The digest of :data:`PARSER` and of a package's files: their names and contents."""
+    digest = hashlib.blake2b(str(PARSER).encode(), digest_size=16)
+    for path in _sources(folder):
+        content = path.read_bytes()
+        digest.update(f"\n{path.relative_to(folder).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
 def _parse_package(package: str, folder: Path) -> Rows:
     described: dict[tuple[str, str], Row] = {}
     summarised: dict[tuple[str, str], Row] = {}
-    for path in sorted(folder.rglob("*.py")):
+    for path in _sources(folder):
         location = path.relative_to(folder).with_suffix("").parts
-        if any(part in TESTS or part.startswith("test_") for part in location):
-            continue
         text = path.read_text(encoding="utf-8", errors="replace")
         if not any(mark in text for mark in MARKS):
             continue
@@ -363,11 +377,6 @@ def _package_folder(package: str, distributions: Iterable[str]) -> Path:
     return Path(next(iter(specification.submodule_search_locations)))
 
 
-def _default_cache() -> Path:
-    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FEDCUSTOM_CACHE") or Path(shared, "fedcustom"), "docstrings")
-
-
 def _read_cache(path: Path, package: str) -> Rows | None:
     """The rows of a cache file, or nothing if it is missing, cut short or malformed."""
     rows: Rows = {task: [] for task in FIELDS}
@@ -389,6 +398,7 @@ def _write_cache(path: Path, rows: Rows) -> None:
     try:
         from ..core.files import write_bytes  # imports torch, which recipes are checked without
 
+        private(path.parent)
         write_bytes(path, packed)
     except OSError as error:
         warnings.warn(f"{path.parent}: docstrings not kept: {error.strerror}", RuntimeWarning, stacklevel=3)

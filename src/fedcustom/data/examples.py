@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import DataError
+from .cells import cell_text, cell_texts, in_order, place_of
 from .settings import DataSettings, TaskKind
-from .templates import fields
+from .templates import fields, fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +68,13 @@ def columns(settings: DataSettings, *, scoring: bool) -> tuple[str, ...]:
     return (*wanted, *fields(settings.target))
 
 
-def label_names(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[str, ...]:
-    """The labels that occur, as text, in sorted order (numbers in numeric order)."""
-    values = {row[column] for row in rows}
-    numeric = all(isinstance(value, int | float) for value in values)
-    return tuple(str(value) for value in sorted(values, key=None if numeric else str))
+def label_names(rows: Sequence[Mapping[str, Any]], column: str, where: str) -> tuple[str, ...]:
+    """The labels that occur, as text, in their order (:func:`~.cells.in_order`).
+
+    Raises:
+        DataError: a row has no label, or one that is no plain value.
+    """
+    return in_order(cell_text(row, column, f"{where}, {place_of(row, n)}") for n, row in enumerate(rows))
 
 
 def make_examples(
@@ -85,45 +88,45 @@ def make_examples(
     """Turn rows into examples.
 
     Raises:
-        DataError: an empty value, or a label that the training split does not have; names the split and the
-        row.
+        DataError: a cell that is empty or no plain value, or a label that the training split does not have;
+            names the split, the line and the column.
     """
     numbers = {label: number for number, label in enumerate(labels)}
-    examples, named = [], columns(settings, scoring=scoring)
+    examples = []
     for position, row in enumerate(rows):
-        for name in named:
-            if row[name] is None or row[name] == "":
-                raise DataError(f"{where}, row {position + 1}: column {name!r} is empty")
-            if isinstance(row[name], str) and any("\ud800" <= letter <= "\udfff" for letter in row[name]):
-                raise DataError(f"{where}, row {position + 1}: column {name!r} is not UTF-8 text")
-        if settings.task == "classification":
-            label = str(row[settings.label])
-            if label not in numbers:
-                raise DataError(
-                    f"{where}, row {position + 1}: label {label!r} is not among the training labels"
-                )
-            examples.append(Example(settings.text.format_map(row), label=numbers[label]))
-        else:
-            examples.append(_generation_example(row, settings, scoring, f"{where}, row {position + 1}"))
+        here = f"{where}, {place_of(row, position)}"
+        if settings.task != "classification":
+            examples.append(_generation_example(row, settings, scoring, here))
+            continue
+        text, label = rendered(settings.text, row, here), cell_text(row, settings.label, here)
+        if label not in numbers:
+            raise DataError(f"{here}: label {label!r} is not among the training labels")
+        examples.append(Example(text, label=numbers[label]))
     return examples
 
 
+def rendered(template: str, row: Mapping[str, Any], where: str) -> str:
+    """The text that a template makes of a row.
+
+    Raises:
+        DataError: a column that it names is missing, empty or no plain value.
+    """
+    return fill(template, {name: cell_text(row, name, where) for name in fields(template)})
+
+
 def _generation_example(row: Mapping[str, Any], settings: DataSettings, scoring: bool, where: str) -> Example:
-    prompt = settings.prompt.format_map(row)
+    prompt = rendered(settings.prompt, row, where)
     if scoring and settings.references is not None:
-        value = row[settings.references]
-        references = tuple([value] if isinstance(value, str) else value)
-        if not references or not all(isinstance(text, str) and text for text in references):
-            raise DataError(f"{where}: column {settings.references!r} must hold a text or a list of texts")
+        references = cell_texts(row, settings.references, where)
         # The loss is taken on the row's own target or, where it has none, on the first reference, in the form
         # in which the model learns to write it.
         names = fields(settings.target)
-        if all(isinstance(row.get(name), str) and row[name] for name in names):
-            target = settings.target.format_map(row)
-        elif len(names) == 1:
-            target = settings.target.format_map(dict.fromkeys(names, references[0]))
+        if all(row.get(name) not in (None, "") for name in names):
+            target = rendered(settings.target, row, where)
+        elif len(set(names)) == 1:
+            target = fill(settings.target, {names[0]: references[0]})
         else:
             target = references[0]
         return Example(prompt, target=target, references=references)
-    target = settings.target.format_map(row)
+    target = rendered(settings.target, row, where)
     return Example(prompt, target=target, references=(target.strip(),))

@@ -11,10 +11,12 @@ from pydantic import Field, field_validator
 from ..core.errors import DataError
 from ..core.settings import Settings
 from .build import draw, split_client
+from .cells import Row
 from .examples import ClientData, Example, columns, make_examples
+from .files import read_file
 from .public import read_public
 from .settings import ClientSettings, DataSettings, PublicSettings
-from .sources import Row, read_file, require_columns
+from .sources import require_columns
 from .templates import checked
 
 
@@ -117,7 +119,8 @@ def read_own(
             raise DataError(f"{folder / name}: is empty")
         if keep is None:
             return found
-        return [{name: value for name, value in row.items() if name in keep} for row in found]
+        columns_kept = [column for column in found[0] if column in keep]
+        return [row.only(columns_kept) for row in found]
 
     train = rows(own.train)
     if train:

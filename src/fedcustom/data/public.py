@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ..core.errors import DataError
-from .examples import Example
+from .cells import Row, place_of
+from .examples import Example, rendered
 from .settings import DataSettings, PublicSettings
-from .sources import Row, read_rows, require_columns
+from .sources import read_rows, require_columns
 from .templates import fields
 
 
@@ -33,14 +34,10 @@ def public_examples(
     """Rows as texts without labels.
 
     Raises:
-        DataError: a value that the template names is empty; names the row.
+        DataError: a value that the template names is empty or no plain value; names line and column.
     """
     template = public_template(settings, data)
-    for position, row in enumerate(rows):
-        for name in fields(template):
-            if row[name] is None or row[name] == "":
-                raise DataError(f"{where}, row {position + 1}: column {name!r} is empty")
-    return [Example(template.format_map(row)) for row in rows]
+    return [Example(rendered(template, row, f"{where}, {place_of(row, n)}")) for n, row in enumerate(rows)]
 
 
 def public_template(settings: PublicSettings, data: DataSettings) -> str:

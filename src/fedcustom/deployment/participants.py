@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..core.errors import DeploymentError
+from ..data.cells import in_order
 from ..recipe.recipe import Recipe
 from .connection import SiteConnection, SiteFailure
 from .replies import Label, PartSizes
@@ -103,10 +104,7 @@ def agree(
 
 def united_labels(labels: Sequence[Label]) -> list[str]:
     """All sites' labels as texts, each once: in the order of numbers if all are numbers, else of texts."""
-    values: set[Any] = set(labels)
-    if all(isinstance(value, int | float) for value in values):
-        return [str(value) for value in sorted(values)]
-    return sorted({*map(str, values)})
+    return list(in_order(str(label) for label in labels))
 
 
 def shown_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from ..core.errors import RunError
 from ..core.files import read_json, write_json
 from ..federated.run_directory import History
-from ..recipe.recipe import Recipe, load_recipe
+from ..recipe.recipe import Recipe, recorded_recipe
 
 MACHINE = ("processor", "cores", "threads", "accelerator", "python", "precision", "git_commit")
 
@@ -102,7 +102,7 @@ def collect(
         RunError: a file is missing or damaged.
     """
     summary: dict[str, Any] = read_json(directory / "summary.json")
-    recipe = load_recipe(directory / "recipe.toml")
+    recipe = recorded_recipe(directory / "recipe.toml")
     rows = [row for row in History.read(directory / "metrics.jsonl").rows if "development" in row]
     rows = [row for row in rows if row["round"] > 0]
     metric = recipe.metric

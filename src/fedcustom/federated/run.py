@@ -12,6 +12,7 @@ from ..core.files import read_json, write_folder, write_json, write_text
 from ..evaluation.degenerate import in_words
 from ..methods import AsksClients, ScalesLogits, State
 from ..recipe import Recipe
+from ..recipe.paths import absolute
 from .callbacks import Callback, Callbacks
 from .loop import FedAvg
 from .resolve import resolved
@@ -41,7 +42,7 @@ def run_recipe(
         RunError: the directory holds something else, or too few clients answered in a round.
         RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
     """
-    recipe, place = resolved(recipe), RunDirectory(directory)
+    recipe, place = absolute(resolved(recipe)), RunDirectory(directory)
     told = callbacks if isinstance(callbacks, Callbacks) else Callbacks(callbacks)
     finished = place.finished(recipe, resume=resume)
     if finished is not None:

@@ -29,7 +29,8 @@ from ..core.text import printable
 from ..evaluation.metrics import Metrics, is_better
 from ..methods.protocol import State
 from ..models.load import Base
-from ..recipe import Recipe, load_recipe, to_toml
+from ..recipe import Recipe, recorded_recipe, to_toml
+from ..recipe.paths import absolute
 
 Row = dict[str, Any]
 """One line of ``metrics.jsonl``: a round's figures."""
@@ -61,7 +62,7 @@ class RunDirectory:
         if path.exists() and not path.is_dir():
             raise RunError(f"{path}: is a file; name a folder")
         if written.exists():
-            old = load_recipe(written)
+            old = absolute(recorded_recipe(written))
             if old != recipe:
                 raise RunError(
                     f"{path}: holds another recipe's run ({_difference(old, recipe)}); name another --out"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.errors import RecipeError
-from ..data.build import build_data, with_builtin_columns
+from ..data.build import build_data, check_first_rows, with_builtin_columns
 from ..data.examples import FederatedData
 from ..data.perturb import perturbed
 from ..evaluation.metrics import Metrics
@@ -95,8 +95,9 @@ def simulate(
     if transforms and recipe.baseline != "federated":
         raise RecipeError(f"baseline = {recipe.baseline!r}: transforms of updates need 'federated'")
     callbacks.on_phase("reading the data")
-    check_fit(recipe)
     settings, clients = with_builtin_columns(recipe.data, recipe.clients)
+    check_first_rows(settings, clients)
+    check_fit(recipe)
     data = build_data(settings, clients, recipe.seed, recipe.public)
     check_cohort(recipe, data)
     callbacks.on_phase(f"loading {recipe.model.base}")

@@ -1,6 +1,16 @@
 """The recipe: every setting of a run with type, default, bounds and help, validated before loading."""
 
-from .recipe import FEDERATED_ONLY, Baseline, Recipe, load_recipe, merged, parse_recipe, read_toml, to_toml
+from .recipe import (
+    FEDERATED_ONLY,
+    Baseline,
+    Recipe,
+    load_recipe,
+    merged,
+    parse_recipe,
+    read_toml,
+    recorded_recipe,
+    to_toml,
+)
 
 __all__ = [
     "FEDERATED_ONLY",
@@ -10,5 +20,6 @@ __all__ = [
     "merged",
     "parse_recipe",
     "read_toml",
+    "recorded_recipe",
     "to_toml",
 ]

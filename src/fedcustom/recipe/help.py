@@ -10,6 +10,7 @@ import tomli_w
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ..core.errors import RecipeError
 from ..core.settings import Settings
 from ..methods import registry
 
@@ -31,6 +32,44 @@ def settings_help(recipe: type[BaseModel]) -> Iterator[tuple[str, str, str, str]
                 yield f"{name}.{key}", _type_text(sub), _default_text(sub), sub.description or ""
         else:
             yield name, _type_text(field), _default_text(field), field.description or ""
+
+
+def section_help(recipe: type[BaseModel], wanted: str) -> list[tuple[str, str, str, str]]:
+    """The part of :func:`settings_help` for one section (``training``), one method (``lora``, or ``method``
+    for all) or one setting (``training.batch_size``, ``batch_size``), with the headings above it.
+
+    Raises:
+        RecipeError: there is no such section, method or setting.
+    """
+    found, names = list[tuple[str, str, str, str]](), list[str]()
+    heading: tuple[str, str, str, str] | None = None
+    section = method = ""
+    for entry in settings_help(recipe):
+        key = entry[0]
+        if key.startswith("["):
+            heading, section = entry, key[1:].partition("]")[0]
+            method = key.partition("'")[2].rstrip("'")
+            names += [name for name in (section, method) if name]
+        elif "." not in key:
+            heading, section, method = None, "", ""  # a setting of the recipe itself
+        whole = wanted in (section, method, f"{section}.{method}") and wanted != ""
+        names += [] if key.startswith("[") else [key]
+        if whole or (not key.startswith("[") and wanted in (key, key.rpartition(".")[2])):
+            if heading is not None and heading not in found:
+                found.append(heading)
+            if entry not in found:
+                found.append(entry)
+    if not found:
+        raise RecipeError(f"--help-all: no section, method or setting {wanted!r}{_near(wanted, names)}")
+    return found
+
+
+def _near(wanted: str, names: Sequence[str]) -> str:
+    sections = dict.fromkeys(name for name in names if "." not in name)
+    close = difflib.get_close_matches(
+        wanted, [*sections, *names, *(n.rpartition(".")[2] for n in names)], n=1
+    )
+    return f"; sections: {', '.join(sections)}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 def _type_text(field: FieldInfo) -> str:

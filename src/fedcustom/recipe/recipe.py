@@ -24,6 +24,7 @@ from ..training.settings import TrainingSettings
 from ..updates.settings import CompressionSettings
 from .help import explain, nearest
 from .label_skew import check_label_skew, settled, why_no_head_fit
+from .paths import beside, existing
 from .sections import PersonalisationSettings, RoundSettings
 
 Baseline = Literal["federated", "centralised", "local"]
@@ -277,7 +278,8 @@ def load_recipe(
     """Read and check a recipe.
 
     ``source`` is a TOML file, a dict of its content, or a recipe; ``overrides`` are ``"section.key=value"``
-    texts with values as in TOML (quotes around text may be left out), or a dict with such keys.
+    texts with values as in TOML (quotes around text may be left out), or a dict with such keys. Paths in a
+    file are relative to it, those in overrides to the current folder; both become absolute.
 
     Raises:
         RecipeError: the file cannot be read, is not TOML, or holds an unknown key or an impossible value. The
@@ -291,14 +293,32 @@ def load_recipe(
         values = dict(source)
     else:
         values, where = read_toml(Path(source)), str(source)
-        if not values:
+        if not _says_something(values):
             raise RecipeError(
                 f"{where}: is empty; a recipe to start from is written by: fedcustom recipe > {where}"
             )
+        values = beside(values, Path(source).parent, where)
+    is_file = isinstance(source, str | Path)
     pairs = overrides.items() if isinstance(overrides, Mapping) else (_split(text) for text in overrides)
     for key, value in pairs:
-        values = merged(values, _nested(key, value))
+        change = _nested(key, value)
+        values = merged(values, existing(change) if is_file else change)
     return parse_recipe(values, where)
+
+
+def _says_something(values: Mapping[str, Any]) -> bool:
+    """Whether there is a setting in a file's tables: not in one that is empty, or has headings alone."""
+    return any(_says_something(v) if isinstance(v, Mapping) else True for v in values.values())
+
+
+def recorded_recipe(path: Path) -> Recipe:
+    """The recipe in a run's directory. Its paths are absolute; one of an older run is relative to the current
+    folder, as it was when the run was made.
+
+    Raises:
+        RecipeError: see :func:`load_recipe`.
+    """
+    return parse_recipe(read_toml(path), str(path))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -33,6 +33,8 @@ def site_report(settings: SiteSettings, file: Path) -> Iterator[str]:
         named = getattr(data, part)
         if named is not None and not (file.parent / named).expanduser().is_file():
             raise DeploymentError(f"{file}: data.{part} = {named!r}: no such file")
+    if data.train is None:
+        yield "no training rows: data.train is not set, so this site can take part in no training"
     try:
         for task in tasks_of(data):
             yield from _task_report(data, policy, file.parent, task)

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from ...core.errors import DataError, PolicyError
+from ...data.cells import cell_text, in_order
 from ...data.examples import columns as columns_of
 from ...data.party_data import OwnData, OwnDataSettings, read_own
 from ...data.settings import DataSettings, PublicSettings, TaskKind
@@ -139,19 +140,17 @@ def told_labels(own: SiteDataSettings, data: OwnData) -> list[Label]:
         return []
     column, declared = data.settings.label, own.labels
     known = None if declared is None else {str(label) for label in declared}
-    found: dict[Label, None] = {}
-    for number, row in enumerate(data.train, start=1):
-        value = row[column]
-        if not isinstance(value, str | int | float):
-            raise DataError(f"the train file, row {number}: column {column!r} holds no label")
-        if known is not None and str(value) not in known:
-            raise DataError(f"the train file, row {number}: label {value!r} is not among data.labels")
-        found[value] = None
+    found: dict[str, None] = {}
+    for row in data.train:
+        label = cell_text(row, column, f"the train file, {row.place}")
+        if known is not None and label not in known:
+            raise DataError(f"the train file, {row.place}: label {label!r} is not among data.labels")
+        found[label] = None
     if declared is not None:
         check_labels(declared, most=MAX_LABELS, longest_words=None)
         return list(declared)
     check_labels(found, most=own.max_labels or 0, longest_words=MAX_LABEL_WORDS)
-    return sorted(found, key=lambda value: (isinstance(value, str), value))
+    return [*in_order(found)]
 
 
 def check_labels(labels: Iterable[Label], *, most: int, longest_words: int | None) -> None:
