@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -192,19 +192,21 @@ def run(
     out: str | Path | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
+    data_changed: Literal["refuse", "accept"] = "refuse",
 ) -> Run:
     """Run a recipe (a TOML file, a dict, or a :class:`~fedcustom.recipe.recipe.Recipe`) and open the result.
 
     ``overrides`` change single settings: ``{"rounds.count": 5}`` or ``["rounds.count=5"]``. ``out`` is the
     run's directory (default: a name in ``runs/`` made from recipe, method and seed). ``callbacks`` are
-    told of every event of the run (:class:`~fedcustom.federated.callbacks.Callback`).
+    told of every event of the run (:class:`~fedcustom.federated.callbacks.Callback`). A run in ``out`` whose
+    rows have changed since is refused, unless ``data_changed`` is ``"accept"``.
 
     Raises:
         FedcustomError: the recipe or what it names is not in order; the message says what to mend.
     """
     checked = load_recipe(recipe, overrides)
     directory = Path(out) if out is not None else default_directory(recipe, checked)
-    run_recipe(checked, directory, resume=resume, callbacks=callbacks)
+    run_recipe(checked, directory, resume=resume, callbacks=callbacks, data_changed=data_changed)
     return Run(directory)
 
 

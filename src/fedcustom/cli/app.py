@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.table import Table
@@ -83,6 +83,10 @@ def run(
     out: Annotated[Path | None, typer.Option(help="The run's directory (default: a name in runs/)")] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped")] = False,
+    data_changed: Annotated[
+        Literal["refuse", "accept"],
+        typer.Option(help="What to do where the rows are not those that the run in --out began with"),
+    ] = "refuse",
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe: customise a model with its clients' data."""
@@ -96,7 +100,7 @@ def run(
     directory = out or api.default_directory(recipe, checked)
     again = command_line("run", recipe, overrides=overrides, options={"--out": directory, "--resume": True})
     with display(again, quiet) as make:
-        api.run(checked, out=directory, resume=resume, callbacks=[make("")])
+        api.run(checked, out=directory, resume=resume, callbacks=[make("")], data_changed=data_changed)
     page = write_report([directory], directory / "report.html")
     if not quiet:
         out_console.print(comparison_table([directory]))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core import environment
 from ..core.files import read_json, write_folder, write_json, write_text
+from ..data.examples import FederatedData
 from ..evaluation.degenerate import in_words
 from ..methods import AsksClients, ScalesLogits, State
 from ..recipe import Recipe
 from ..recipe.paths import absolute
+from . import fingerprint
 from .callbacks import Callback, Callbacks
 from .loop import FedAvg
 from .resolve import resolved
@@ -28,6 +31,7 @@ def run_recipe(
     resume: bool = False,
     callbacks: Sequence[Callback] | Callbacks = (),
     gather: Gather = simulate,
+    data_changed: Literal["refuse", "accept"] = "refuse",
 ) -> dict[str, Any]:
     """Run a recipe into a directory and return its summary.
 
@@ -37,15 +41,21 @@ def run_recipe(
     Args:
         callbacks: Told of every event of the run.
         gather: Puts the run's parties together; by default all of them in this process.
+        data_changed: Whether a simulation goes on where its rows are not those that it began with.
 
     Raises:
-        RunError: the directory holds something else, or too few clients answered in a round.
+        RunError: the directory holds something else, the rows have changed, or too few clients answered in a
+            round.
         RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
     """
     recipe, place = absolute(resolved(recipe)), RunDirectory(directory)
     told = callbacks if isinstance(callbacks, Callbacks) else Callbacks(callbacks)
+    accept = data_changed == "accept"
+    simulated = getattr(gather, "func", gather) is simulate
     finished = place.finished(recipe, resume=resume)
     if finished is not None:
+        if simulated and (text := fingerprint.check_finished(directory, recipe, accept=accept)):
+            told.on_note(f"{directory}: {text}")
         told.on_note(f"{directory} holds this run already; nothing to do")
         told.raise_failure()
         return finished
@@ -53,8 +63,19 @@ def run_recipe(
         finished = place.finished(recipe, resume=resume)  # another may have been at it until now
         if finished is not None:
             return finished
+        found = list[fingerprint.Fingerprint]()
+
+        def check_unchanged(data: FederatedData) -> None:
+            found.append(fingerprint.of_data(recipe, data))
+            if text := fingerprint.check(directory, found[-1], accept=accept):
+                place.warn(text)
+                told.on_note(f"{directory}: {text}")
+
+        if simulated:
+            simulation: Any = gather
+            gather = partial(simulation, check_unchanged=check_unchanged)
         try:
-            summary = _run(recipe, place, told, gather)
+            summary = _run(recipe, place, told, gather, found)
         except BaseException as error:
             told.on_phase("")
             if told.failure is not None:
@@ -65,8 +86,16 @@ def run_recipe(
         return summary
 
 
-def _run(recipe: Recipe, directory: RunDirectory, callbacks: Callbacks, gather: Gather) -> dict[str, Any]:
-    """From the last checkpoint, or from the beginning, to the summary."""
+def _run(
+    recipe: Recipe,
+    directory: RunDirectory,
+    callbacks: Callbacks,
+    gather: Gather,
+    found: Sequence[fingerprint.Fingerprint],
+) -> dict[str, Any]:
+    """From the last checkpoint, or from the beginning, to the summary. ``found`` has the data's fingerprint
+    once they are read, where they are all in this process.
+    """
     started = time.perf_counter()
     environment.restart_peak_memory()
     parties = gather(recipe, directory.path, directory.checkpoints.clients, callbacks)
@@ -74,6 +103,8 @@ def _run(recipe: Recipe, directory: RunDirectory, callbacks: Callbacks, gather: 
     callbacks.raise_failure()
     del parties  # with the first state, which is held no longer than the loop needs it
     directory.describe(recipe, base)
+    for one in found:
+        fingerprint.record(directory.path, one)
     if base.measured:
         steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in base.measured.items())
         callbacks.on_note(f"model.dtype = auto: {base.precision} (a step: {steps})")

@@ -85,9 +85,11 @@ def simulate(
     private: Path,
     callbacks: Callback,
     transforms: Sequence[UpdateTransform] = (),
+    check_unchanged: Callable[[FederatedData], None] = lambda data: None,
 ) -> Federation:
     """All parties in this process, on one resident base model. ``transforms`` act on updates after the
-    simulated attack and before compression (:mod:`fedcustom.updates.transform`).
+    simulated attack and before compression (:mod:`fedcustom.updates.transform`). ``check_unchanged`` is shown
+    the data as they were read, before the model is loaded.
 
     Raises:
         RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
@@ -100,6 +102,7 @@ def simulate(
     check_fit(recipe)
     data = build_data(settings, clients, recipe.seed, recipe.public)
     check_cohort(recipe, data)
+    check_unchanged(data)
     callbacks.on_phase(f"loading {recipe.model.base}")
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)

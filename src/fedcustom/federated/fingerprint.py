@@ -1,0 +1,147 @@
+"""The fingerprint of a run's data, by which a run that goes on notices that its rows are others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import RunError
+from ..core.files import read_json, write_json
+from ..data.build import build_data, with_builtin_columns
+from ..data.examples import Example, FederatedData
+from ..data.sources import local_file
+from ..recipe import Recipe
+
+FILE = "data.json"
+"""The file of the fingerprint in a run's directory: counts and digests, no text."""
+
+Fingerprint = dict[str, Any]
+
+
+def of_data(recipe: Recipe, data: FederatedData) -> Fingerprint:
+    """Digests of the local files that were read, the labels, and how many examples each client's training,
+    development and test part has, with the digest of all of them.
+
+    A digest is BLAKE2b of 16 bytes. Of a text that can be guessed it tells whether the guess is right.
+    """
+    clients = {
+        name: [
+            *(len(client.train), len(client.development), len(client.test)),
+            _digest([*client.train, *client.development, *client.test]),
+        ]
+        for name, client in data.clients.items()
+    }
+    shared = {
+        part: [len(examples), _digest(examples)]
+        for part in ("development", "test", "public")
+        if (examples := getattr(data, part))
+    }
+    return {"files": _files(recipe), "labels": list(data.task.labels), "clients": clients, "shared": shared}
+
+
+def check(directory: Path, found: Fingerprint, *, accept: bool) -> str | None:
+    """Compare data with the fingerprint in a run's directory, if there is one.
+
+    Returns what is to be said: what differs, where that is accepted.
+
+    Raises:
+        RunError: rows differ, and that is not accepted.
+    """
+    file = directory / FILE
+    difference = _difference(read_json(file), found) if file.exists() else None
+    if difference is None:
+        return None
+    if not accept:
+        raise RunError(_refusal(directory, difference))
+    return f"goes on with other data than it began with: {difference}"
+
+
+def record(directory: Path, found: Fingerprint) -> None:
+    """Write a fingerprint into a run's directory."""
+    write_json(directory / FILE, found)
+
+
+def check_finished(directory: Path, recipe: Recipe, *, accept: bool) -> str | None:
+    """Compare a finished run's data with what its files hold now; they are read again only where a file has
+    another content. Returns what is to be said.
+
+    Raises:
+        RunError: rows differ, and that is not accepted.
+    """
+    file = directory / FILE
+    if not file.exists():
+        return None  # made before fingerprints, or across sites
+    recorded, files = read_json(file), _files(recipe)
+    if files == recorded["files"]:
+        return None
+    if gone := sorted(recorded["files"].keys() - files.keys()):
+        return f"{gone[0]}: is no longer there, so it was not checked whether the data are the same"
+    settings, clients = with_builtin_columns(recipe.data, recipe.clients)
+    data = build_data(settings, clients, recipe.seed, recipe.public)
+    difference = _difference(recorded, of_data(recipe, data))
+    if difference is None:
+        return None
+    if not accept:
+        raise RunError(_refusal(directory, difference))
+    return f"was made with other data: {difference}"
+
+
+def _refusal(directory: Path, difference: str) -> str:
+    return (
+        f"{directory}: the data are not those of this run: {difference}; name another --out, or accept them "
+        "with fedcustom run --data-changed=accept"
+    )
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """The first difference of two fingerprints in words; None where only files differ, but no row."""
+    if old["labels"] != new["labels"]:
+        changed = sorted(set(old["labels"]) ^ set(new["labels"]))
+        return f"the labels differ ({', '.join(map(repr, changed[:5]))})"
+    before, now = old["clients"], new["clients"]
+    if list(before) != list(now):
+        changed = sorted(before.keys() ^ now.keys())
+        return f"{len(before)} clients there, {len(now)} here" + (f" ({changed[0]!r})" if changed else "")
+    others = [name for name in before if before[name] != now[name]]
+    if others:
+        name = others[0]
+        rows = f"{sum(before[name][:3])} there, {sum(now[name][:3])} here"
+        return f"the rows of {len(others)} of {len(before)} clients differ (first {name!r}: {rows})"
+    for part in dict.fromkeys([*old["shared"], *new["shared"]]):
+        there, here = old["shared"].get(part, [0, ""]), new["shared"].get(part, [0, ""])
+        if there != here:
+            return f"the {part} rows differ ({there[0]} there, {here[0]} here)"
+    return None
+
+
+def _files(recipe: Recipe) -> dict[str, str]:
+    """The digest of each local file that a recipe names."""
+    splits = [recipe.data.train, recipe.data.development, recipe.data.test]
+    named = [(recipe.data, split) for split in splits if split is not None]
+    if recipe.public.source is not None:
+        named.append((recipe.data.model_copy(update={"source": recipe.public.source}), recipe.public.split))
+    paths = [path for settings, split in named if (path := local_file(settings, split)) is not None]
+    return {str(path): _file_digest(path) for path in paths}
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """The digest of examples in their order; lengths stand before texts, so that none runs into the next."""
+    digest = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        for part in _parts(example):
+            content = part.encode("utf-8", "surrogatepass")
+            digest.update(len(content).to_bytes(8, "little"))
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def _parts(example: Example) -> Iterable[str]:
+    yield from (example.text, str(example.label), example.target, str(len(example.references)))
+    yield from example.references
