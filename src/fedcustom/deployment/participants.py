@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from ..core.errors import DeploymentError
 from ..recipe.recipe import Recipe
 from .connection import SiteConnection, SiteFailure
-from .replies import Label, PartSizes
+from .replies import MAX_LABELS, Label, LabelList, PartSizes
 
 T = TypeVar("T")
 
@@ -92,7 +92,14 @@ def agree(
 
     needed = min(min_participants, len(clients))
     described = collect("describe", connection.describe(clients, shown, needed), len(clients), needed)
+    for name in _with_too_many_labels(described):
+        refused[name] = (
+            f"has {len(described.pop(name).labels)} labels, too many together with those of others"
+        )
+        connection.note(f"describe: {name}: {refused[name]}; a run has at most {MAX_LABELS}")
     labels = united_labels([label for reply in described.values() for label in reply.labels])
+    if len(described) < needed:
+        raise DeploymentError(f"{len(described)} of {len(clients)} sites take part, {needed} are needed")
     if recipe.data.task == "classification" and len(labels) < 2:
         raise DeploymentError("the sites' data have one label only; classification needs two or more")
     names = list(described)
@@ -102,11 +109,24 @@ def agree(
 
 
 def united_labels(labels: Sequence[Label]) -> list[str]:
-    """All sites' labels as texts, each once: in the order of numbers if all are numbers, else of texts."""
-    values: set[Any] = set(labels)
-    if all(isinstance(value, int | float) for value in values):
-        return [str(value) for value in sorted(values)]
-    return sorted({*map(str, values)})
+    """All sites' labels as texts, each once: in the order of numbers if all are numbers, else of texts.
+
+    Numbers that are equal and written differently (1 and 1.0) are two labels, for a site finds its own by
+    their texts.
+    """
+    values: dict[str, Any] = {str(label): label for label in labels}
+    if all(isinstance(value, int | float) for value in values.values()):
+        return sorted(values, key=lambda text: (values[text], text))
+    return sorted(values)
+
+
+def _with_too_many_labels(described: Mapping[str, LabelList]) -> list[str]:
+    """The sites without which the others' labels are no more than a run may have: those with most labels."""
+    left, without = dict(described), list[str]()
+    while len(united_labels([label for reply in left.values() for label in reply.labels])) > MAX_LABELS:
+        without.append(max(left, key=lambda name: len(left[name].labels)))
+        del left[without[-1]]
+    return without
 
 
 def shown_recipe(recipe: Recipe) -> dict[str, Any]:

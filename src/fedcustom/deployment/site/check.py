@@ -10,8 +10,9 @@ from pathlib import Path
 from ...core.errors import DeploymentError, PolicyError
 from ...data.party_data import read_own
 from ...data.settings import DataSettings, PublicSettings, TaskKind
+from ..replies import MAX_LABELS
 from .contents import CONTENTS, MEANING
-from .data import MAX_LABELS, SiteDataSettings, declared_settings, told_labels
+from .data import SiteDataSettings, declared_settings, told_labels
 from .ledger import COUNTS, Ledger
 from .limits import check_platform
 from .models import folder_digest, is_local
