@@ -633,3 +633,28 @@ def test_a_folder_is_loaded_only_where_the_sites_file_lists_it(
     assert folder_digest(other) == digest
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
     assert folder_digest(other) != digest
+
+
+def test_another_recipe_under_the_name_of_a_run_makes_other_requests(
+    make: Make, recipe: dict[str, Any]
+) -> None:
+    """The same words ask for something else then, so that rounds and evaluations count anew."""
+    server = make(max_rounds=1)
+    assert "values" in server.begin(recipe)
+    first = server.train()
+    assert "values" in first
+    assert server.train()["values"] == first["values"], "the same request again is the same round"
+    for changes in ({"seed": 7}, {"training": {**recipe["training"], "learning_rate": 0.5}}):
+        assert "values" in server.begin({**recipe, **changes})
+        assert "policy.max_rounds = 1" in server.train()["refused"]
+    assert "values" in server.begin(recipe)
+    assert server.train()["values"] == first["values"]
+
+
+def test_evaluations_by_another_recipe_count_too(make: Make, recipe: dict[str, Any]) -> None:
+    server = make(max_evaluations=1, rows=make_rows(120, 0))
+    assert "values" in server.begin(recipe)
+    assert "values" in server.evaluate()
+    assert "values" in server.evaluate()
+    assert "values" in server.begin({**recipe, "data": {**recipe["data"], "max_length": 8}})
+    assert "policy.max_evaluations = 1" in server.evaluate()["refused"]

@@ -12,6 +12,7 @@ from fedcustom.deployment.nvflare.messenger import SiteReply
 from fedcustom.deployment.transport import RemoteTransport
 from fedcustom.methods.tuning.messages import MESSAGES, TrainTask, TrainUpdate
 from fedcustom.transport.channel import Channel, Packed, task_length
+from fedcustom.updates.pipeline import update_transforms
 from fedcustom.updates.settings import CompressionSettings
 
 SOUND = {"weight": 8.0, "loss": 1.5, "examples": 8, "steps": 1}
@@ -43,3 +44,26 @@ def test_an_update_is_read_or_is_a_failure(change: dict[str, Any], reason: str) 
             1,
             [1] * 3,
         )
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"w": ["F32", [2**31 - 1]]}, {"w": ["F32", [2**30] * 8]}, {f"{i}": ["F32", [2**22]] for i in range(9)}],
+)
+def test_a_short_message_cannot_stand_for_a_huge_change(layout: dict[str, Any]) -> None:
+    """top_k keeps a thousandth: by its layout, a message would become a thousand times as long."""
+    state, settings = {"w": torch.zeros(3)}, CompressionSettings(kind="top_k", fraction=0.001)
+    task, nothing = TrainTask(state, round_number=1), cast(Any, SimpleNamespace(clients=[]))
+    codes = {
+        "gaps": torch.zeros(1, dtype=torch.uint8),
+        "numbers": torch.ones(1).half(),
+        "scales": torch.ones(1).bfloat16(),
+    }
+    method = cast(Any, SimpleNamespace(messages=MESSAGES, check=lambda task, update: None))
+    transforms = update_transforms(settings)
+    transport = RemoteTransport(method, Channel(settings, state), transforms, nothing, nothing, nothing, 1)
+    reply = transport._unpacked(
+        "a", task, task_length(task), SiteReply(dict(SOUND), Packed(codes, layout), 200)
+    )
+    assert reply.update is None
+    assert reply.reason.endswith("a compressed change of far more numbers than were sent")

@@ -40,7 +40,8 @@ from fedcustom.deployment.nvflare.controller import MAX_HEAD_LENGTH
 from fedcustom.deployment.nvflare.jobs import CONTROLLER, EXECUTOR
 from fedcustom.deployment.nvflare.kits import _check_names, provision
 from fedcustom.deployment.parties import RUN_FILE, check_deployable, run_id
-from fedcustom.deployment.site.data import MAX_LABELS, SiteDataSettings, check_labels, read_site, told_labels
+from fedcustom.deployment.replies import MAX_LABELS
+from fedcustom.deployment.site.data import SiteDataSettings, check_labels, read_site, told_labels
 from fedcustom.deployment.site.ledger import Ledger
 from fedcustom.deployment.site.memory import RoundMemory
 from fedcustom.deployment.site.policy import check_outgoing, check_recipe

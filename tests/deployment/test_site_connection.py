@@ -102,6 +102,33 @@ def test_labels_that_are_numbers_are_in_their_order() -> None:
     assert united_labels(["10", 9, "one"]) == ["10", "9", "one"]
 
 
+def test_labels_of_one_site_do_not_rewrite_those_of_others() -> None:
+    """A site finds its own labels by their texts: 1.0 or true of another must not take the place of 1."""
+    assert united_labels([1.0, True, 2.0, 1, 2, 10]) == ["1", "1.0", "True", "2", "2.0", "10"]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [["a", ""], ["x" * 101], list(range(10_001)), [*range(9_999)]],
+    ids=["empty", "long", "many", "most"],
+)
+def test_labels_that_sites_refuse_leave_out_who_told_them(labels: list[Any]) -> None:
+    """Else the other sites, which open no run with such labels, would all refuse it."""
+
+    def reply(site: str, head: Mapping[str, Any]) -> SiteReply:
+        if head["kind"] == "describe":
+            return SiteReply({"labels": ["a", "b"] if site != "bad" else labels, "rows": 9})
+        return SiteReply({"sizes": {"train": 7, "development": 1, "test": 1}})
+
+    messenger: Any = FakeMessenger(reply)
+    found = agree(SiteConnection(messenger, "0" * 16), load_recipe({}), ["bad", "north", "south"], 2)
+    assert found.labels == ["a", "b"]
+    assert set(found.sizes) == {"north", "south"}
+    assert any("bad" in note and "label" in note for note in messenger.notes)
+    with pytest.raises(DeploymentError, match="2 of 3 sites take part, 3 are needed"):
+        agree(SiteConnection(messenger, "0" * 16), load_recipe({}), ["bad", "north", "south"], 3)
+
+
 def test_a_part_is_named_or_refused() -> None:
     assert as_part("test") == "test"
     for other in ("name", "__class__", None, ["test"]):

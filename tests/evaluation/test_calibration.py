@@ -39,6 +39,7 @@ from fedcustom.evaluation.statistics import (
 from fedcustom.federated.build import make_method
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.models.load import load_base
+from fedcustom.recipe.recipe import load_recipe
 
 Array = np.ndarray[Any, Any]
 
@@ -229,15 +230,17 @@ def test_sites_find_the_temperature_together() -> None:
     }
     connection: Any = SimpleNamespace(evaluate=lambda *_: iter(parts.items()))
     participants: Any = SimpleNamespace(
-        labels=["a", "b", "c", "d"], sizes=dict.fromkeys(parts, PartSizes(1, 1, 1))
+        labels=["a", "b", "c", "d"], sizes=dict.fromkeys(parts, PartSizes(100, 100, 100))
     )
     memories: Any = SimpleNamespace(after=1)
     data: Any = SimpleNamespace(development=[])
     nothing: Any = None
-    evaluation = RemoteEvaluation(nothing, nothing, data, connection, participants, memories)
+    method: Any = SimpleNamespace(keeps_parts=lambda: False)
+    evaluation = RemoteEvaluation(load_recipe({}), method, nothing, data, connection, participants, memories)
     assert evaluation.scale(nothing) == pytest.approx(best_by_scipy(logits, labels), rel=5e-3)
     for name, site in parts.items():
         parts[name] = SiteStatistics(personalised=site.global_model)
+    method.keeps_parts = lambda: True
     assert evaluation.scale(nothing) == 1.0
 
 

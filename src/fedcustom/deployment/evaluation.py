@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..core.errors import DeploymentError
+from ..core.errors import DeploymentError, UpdateError
 from ..data.examples import Example, FederatedData
 from ..evaluation.calibration import best_scale, tempered_losses
 from ..evaluation.metrics import Metrics, client_mean, worst_client
-from ..evaluation.statistics import pooled_metrics, pooled_scale
+from ..evaluation.statistics import Statistics, pooled_metrics, pooled_scale
 from ..federated.evaluator import Result, with_references
 from ..methods import Method, State
 from ..models.inference import measure
 from ..models.load import Base
+from ..recipe.recipe import Recipe
 from .connection import SiteConnection, SiteFailure
 from .memories import RemoteMemories
 from .participants import Participants
 from .replies import Part, SiteStatistics
 
+TEXT_METRICS = frozenset({"bleu", "chrf", "rouge_l"})
+
 
 class RemoteEvaluation:
-    """Evaluation: quality on the server's own data where it has some, else at the sites."""
+    """Evaluation: quality on the server's own data where it has some, else at the sites. A site's statistics
+    are left out unless they are those that the ``recipe`` asks every site for.
+    """
 
     def __init__(
         self,
+        recipe: Recipe,
         method: Method,
         base: Base,
         data: FederatedData,
@@ -31,7 +37,7 @@ class RemoteEvaluation:
         participants: Participants,
         memories: RemoteMemories,
     ) -> None:
-        self.method, self.base, self.data = method, base, data
+        self.recipe, self.method, self.base, self.data = recipe, method, base, data
         self.connection, self.participants, self.memories = connection, participants, memories
 
     def development(self, state: State) -> Metrics:
@@ -99,9 +105,49 @@ class RemoteEvaluation:
         for name, reply in self.connection.evaluate(names, state, part, self.memories.after, labels):
             if isinstance(reply, SiteFailure):
                 self.connection.note(f"site {name} is left out of the evaluation: {reply.reason}")
-            elif reply != SiteStatistics():
-                by_site[name] = reply
+                continue
+            try:
+                self._check(reply, part, self.participants.sizes[name].of(part))
+            except UpdateError as error:
+                self.connection.note(f"site {name} is left out of the evaluation: {error}")
+                continue
+            by_site[name] = reply
         return by_site
+
+    def _check(self, reply: SiteStatistics, part: Part, announced: int) -> None:
+        """Refuse statistics of other models, metrics or more examples than those of the other sites: the
+        figures of all sites are computed from what they have in common.
+
+        Raises:
+            UpdateError: says what is missing or was not asked for.
+        """
+        personal, epochs = self.method.keeps_parts(), self.recipe.personalisation.finetune_epochs
+        whole = self.recipe.method.is_whole or not personal
+        own = personal or bool(epochs and part == "test")
+        writes = part == "test" and self.recipe.data.task == "generation"
+        for name, found, wanted, texts in (
+            ("the global model", reply.global_model, whole, writes),
+            ("the site's own model", reply.personalised, own, False),
+        ):
+            if (found is not None) != wanted:
+                raise UpdateError(f"statistics of {name} {'are missing' if wanted else 'were not asked for'}")
+            if found is not None:
+                _check_figures(found, announced, TEXT_METRICS if texts else frozenset())
+
+
+def _check_figures(found: Statistics, announced: int, texts: frozenset[str]) -> None:
+    """Refuse statistics of more examples than a site ``announced``, or of other metrics than the loss and
+    those of ``texts``.
+
+    Raises:
+        UpdateError: says which.
+    """
+    if found["examples"] > announced:
+        raise UpdateError(
+            f"statistics of {found['examples']} examples: the site announced {announced} when the run began"
+        )
+    if "sums" in found and found["sums"].keys() != {"loss"} | texts:
+        raise UpdateError(f"statistics of other metrics than {', '.join(sorted({'loss'} | texts))}")
 
 
 def _personalised(by_site: Mapping[str, SiteStatistics]) -> dict[str, Metrics]:

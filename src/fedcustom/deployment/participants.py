@@ -10,7 +10,7 @@ from ..core.errors import DeploymentError
 from ..data.cells import in_order
 from ..recipe.recipe import Recipe
 from .connection import SiteConnection, SiteFailure
-from .replies import Label, PartSizes
+from .replies import MAX_LABELS, Label, LabelList, PartSizes
 
 T = TypeVar("T")
 
@@ -93,7 +93,14 @@ def agree(
 
     needed = min(min_participants, len(clients))
     described = collect("describe", connection.describe(clients, shown, needed), len(clients), needed)
+    for name in _with_too_many_labels(described):
+        refused[name] = (
+            f"has {len(described.pop(name).labels)} labels, too many together with those of others"
+        )
+        connection.note(f"describe: {name}: {refused[name]}; a run has at most {MAX_LABELS}")
     labels = united_labels([label for reply in described.values() for label in reply.labels])
+    if len(described) < needed:
+        raise DeploymentError(f"{len(described)} of {len(clients)} sites take part, {needed} are needed")
     if recipe.data.task == "classification" and len(labels) < 2:
         raise DeploymentError("the sites' data have one label only; classification needs two or more")
     names = list(described)
@@ -105,6 +112,15 @@ def agree(
 def united_labels(labels: Sequence[Label]) -> list[str]:
     """All sites' labels as texts, each once: in the order of numbers if all are numbers, else of texts."""
     return list(in_order(str(label) for label in labels))
+
+
+def _with_too_many_labels(described: Mapping[str, LabelList]) -> list[str]:
+    """The sites without which the others' labels are no more than a run may have: those with most labels."""
+    left, without = dict(described), list[str]()
+    while len(united_labels([label for reply in left.values() for label in reply.labels])) > MAX_LABELS:
+        without.append(max(left, key=lambda name: len(left[name].labels)))
+        del left[without[-1]]
+    return without
 
 
 def shown_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def gather(
     memories = RemoteMemories(directory / RUN_FILE, identifier)
     transport = RemoteTransport(method, channel, transforms, connection, participants, memories, min_clients)
     check_visible(transport, transforms, recipe.aggregation)
-    evaluation = RemoteEvaluation(method, base, data, connection, participants, memories)
+    evaluation = RemoteEvaluation(recipe, method, base, data, connection, participants, memories)
     return Federation(base, data, method, origin, evaluation, transport, memories)
 
 

@@ -13,6 +13,9 @@ Part = Literal["train", "development", "test"]
 
 Label = str | int | float
 
+MAX_LABELS, MAX_LABEL_CHARACTERS = 10_000, 100
+"""Of a run: labels, and the length of one; sites open no run with more."""
+
 
 @dataclass(frozen=True)
 class LabelList:
@@ -27,10 +30,19 @@ class LabelList:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> LabelList:
-        """Read a message; a list that holds anything but texts and numbers counts as empty."""
+        """Read a message; a list that holds anything but texts and numbers counts as empty.
+
+        Raises:
+            UpdateError: there are more labels than a run may have, or one is empty or too long. Other sites
+                would not open a run with them.
+        """
         labels = values.get("labels")
         if not isinstance(labels, list) or not all(isinstance(label, Label) for label in labels):
             labels = []
+        if len(labels) > MAX_LABELS:
+            raise UpdateError(f"has {len(labels)} labels; at most {MAX_LABELS} are allowed")
+        if any(not 0 < len(str(label)) <= MAX_LABEL_CHARACTERS for label in labels):
+            raise UpdateError(f"has a label that is empty or longer than {MAX_LABEL_CHARACTERS} characters")
         return cls(labels, _count(values.get("rows")))
 
 

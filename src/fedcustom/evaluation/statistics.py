@@ -17,6 +17,12 @@ from .metrics import Metrics
 
 Statistics = dict[str, Any]
 
+LARGEST_SCORE = 100.0
+"""Of one example's text, in any metric but the loss (:func:`~.metrics.text_metrics`)."""
+
+MOST_TOKENS = 2**20
+"""Of one example's target, over which its loss is summed."""
+
 
 def classification_statistics(scores: np.ndarray[Any, Any], labels: Sequence[int]) -> Statistics:
     """Of logits ``(examples, labels)``: how often each label was taken for each (``confusion``, true label by
@@ -90,8 +96,8 @@ def check_statistics(part: Mapping[str, Any], labels: int) -> Statistics:
         loss = part.get("loss")
         if not _is_confusion(confusion, labels) or sum(sum(row) for row in confusion) != count:
             raise UpdateError("statistics: the counts of labels are not sound")
-        if not is_number(loss):
-            raise UpdateError("statistics: the loss is not a finite number")
+        if not is_number(loss) or loss < 0:
+            raise UpdateError("statistics: the loss is not a finite number from 0")
         bins: Any = part.get("bins")
         tempered: Any = part.get("tempered")
         if not (_is_row(tempered, len(SCALES)) and min(tempered) >= 0):
@@ -111,7 +117,12 @@ def check_statistics(part: Mapping[str, Any], labels: int) -> Statistics:
         }
     sums = part.get("sums")
     if not isinstance(sums, dict) or not all(_is_sum(value) for value in sums.values()):
-        raise UpdateError("statistics: the sums are not finite numbers with their counts")
+        raise UpdateError("statistics: the sums are not finite numbers from 0 with their counts")
+    for name, (total, number) in sums.items():
+        if name != "loss" and (number != count or total > LARGEST_SCORE * count * (1 + 1e-9)):
+            raise UpdateError(f"statistics: {name} is no sum of the examples' scores")
+    if "loss" in sums and sums["loss"][1] > MOST_TOKENS * count:
+        raise UpdateError("statistics: the loss is of more tokens than the examples can have")
     return {"examples": count, "sums": {str(name): value for name, value in sums.items()}}
 
 
@@ -129,6 +140,7 @@ def _is_sum(value: Any) -> bool:
         isinstance(value, list)
         and len(value) == 2
         and is_number(value[0])
+        and value[0] >= 0
         and type(value[1]) is int
         and 0 < value[1] < 2**50
     )

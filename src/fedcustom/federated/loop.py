@@ -23,6 +23,7 @@ from .run_directory import Checkpoint, Row, RunDirectory
 from .schedule import Assignment, Plan, last_uses, plan_rounds
 from .selection import better_state
 from .simulation import Federation
+from .state_check import check_aggregate
 
 
 class FedAvg:
@@ -111,6 +112,7 @@ class FedAvg:
         first, answers = peeked(self._accepted(record, replies))
         try:
             following = state if first is None else self.federation.method.aggregate(state, answers)
+            check_aggregate(following)
         except (AggregationError, UpdateError) as error:
             following = self._refused(record, state, error)
         needed = min(self.recipe.rounds.min_clients, asked)
@@ -256,7 +258,9 @@ class FedAvg:
         record.answered = [name for name in record.answered if name not in tasks]
         record.exchanges += 1
         replies = self.federation.transport.exchange(tasks, number)
-        return method.aggregate(state, self._accepted(record, replies))
+        following = method.aggregate(state, self._accepted(record, replies))
+        check_aggregate(following)
+        return following
 
     def _accepted(self, record: RoundRecord, replies: Iterator[Reply]) -> Iterator[Answer]:
         """The sound answers, one by one; the others are noted with a warning that names the client."""

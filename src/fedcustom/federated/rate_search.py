@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import RunError
+from ..aggregation.norm_limit import ChangeSize
+from ..core.errors import AggregationError, DeploymentError, RunError, UpdateError
 from ..core.files import read_json
 from ..evaluation.metrics import is_better
 from ..methods import Answer, State, peeked
@@ -17,8 +18,10 @@ from ..methods.tuning.method import RATE_FACTOR
 from ..recipe.recipe import Recipe
 from ..training.settings import TRIAL_ROUNDS
 from ..transport.protocol import Reply
+from .norm_gate import NormGate
 from .schedule import Assignment
 from .simulation import Federation
+from .state_check import check_aggregate
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,12 @@ def search_rate(
             tell(f"trying learning rate {rate:g}")
             start_again()
             trial = replace(state, values={**state.values, RATE_FACTOR: rate / usual})
+            gate = NormGate(recipe.aggregation)
             try:
                 for number in numbers:
-                    trial = _round(trial, number, plan[number - 1], parties, spent, needed)
+                    trial = _round(trial, number, plan[number - 1], parties, spent, needed, gate)
                 score = parties.evaluation.development(trial)[metric]
-            except RunError:
+            except (RunError, AggregationError, UpdateError, DeploymentError):
                 score = math.nan
             sound = math.isfinite(score)
             trials.append(Trial(rate, len(numbers), score if sound else None))
@@ -133,11 +137,14 @@ def _round(
     parties: Federation,
     spent: list[int],
     needed: int,
+    gate: NormGate,
 ) -> State:
-    """One round of a trial; bytes up and down are added to ``spent``.
+    """One round of a trial, as the loop makes one: far too large changes do not pass the ``gate``. Bytes up
+    and down are added to ``spent``.
 
     Raises:
-        RunError: fewer clients answered than are ``needed``, or merging failed.
+        RunError: fewer clients answered than are ``needed``.
+        AggregationError, UpdateError: the aggregate cannot be trained from.
     """
     present = {name: a.amount for name, a in cohort.items() if not a.absent}
     tasks = parties.method.configure(state, number, present)
@@ -146,7 +153,8 @@ def _round(
 
     def sound(replies: Iterator[Reply]) -> Iterator[Answer]:
         nonlocal answered
-        for reply in replies:
+        merged: dict[str, ChangeSize] = {}
+        for reply in gate.passed(replies, merged):
             spent[0] += reply.bytes_up
             spent[1] += reply.bytes_down
             if reply.update is not None:
@@ -156,6 +164,7 @@ def _round(
     first, answers = peeked(sound(parties.transport.exchange(tasks, number)))
     if first is not None:
         state = parties.method.aggregate(state, answers)
+        check_aggregate(state)
     if answered < max(1, min(needed, len(cohort))):
         raise RunError(f"round {number}: {answered} clients answered")
     return state

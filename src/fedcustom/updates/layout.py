@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,11 @@ from ..core.tensors import DTYPE_NAMES, Tensors
 
 Layout = list[int] | dict[str, list[Any]] | None
 """What :func:`describe` tells."""
+
+MOST_NUMBERS, MOST_TIMES = 2**24, 16
+"""How many numbers a described layout may have beyond :data:`MOST_TIMES` as many as the receiver knows: of a
+compressed change, a message of a few bytes could stand for as many as it likes.
+"""
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -33,7 +39,7 @@ def laid_out(layout: object, known: Mapping[str, Tensor]) -> Tensors:
     """Tensors with the names, shapes and dtypes that :func:`describe` told of; they take no memory.
 
     Raises:
-        WireError: it is not such a description.
+        WireError: it is not such a description, or one of far more numbers than ``known`` has.
     """
     if layout is None:
         return dict(known)
@@ -45,6 +51,7 @@ def laid_out(layout: object, known: Mapping[str, Tensor]) -> Tensors:
     if not isinstance(layout, dict):
         raise WireError("a compressed change does not say what it holds")
     result: Tensors = {}
+    left = MOST_NUMBERS + MOST_TIMES * sum(tensor.numel() for tensor in known.values())
     for name, form in layout.items():
         dtype = DTYPES.get(str(form[0])) if isinstance(form, list) and len(form) == 2 else None
         shape = form[1] if dtype is not None else None
@@ -52,6 +59,9 @@ def laid_out(layout: object, known: Mapping[str, Tensor]) -> Tensors:
             raise WireError(f"{name}: neither dtype nor shape")
         if not all(type(size) is int and 0 <= size < 2**31 for size in shape):
             raise WireError(f"{name}: no shape: {shape}")
+        left -= math.prod(shape)
+        if left < 0:
+            raise WireError(f"{name}: a compressed change of far more numbers than were sent")
         result[name] = torch.empty(1, dtype=dtype).expand(shape)
     return result
 

@@ -277,6 +277,7 @@ def test_bad_selection_answers(recipe: Any) -> None:
     refused("reward 7", lambda t, v: t.update({"0": [6, 7, -1.0]}))
     refused(r"reward 1\.5", lambda t, v: t.update({"0": [6, 1.5, -1.0]}))
     refused("above 0", lambda t, v: t.update({"0": [6, 1, 0.5]}))
+    refused("below -1e", lambda t, v: t.update({"0": [6, 1, -1e30]}))
     refused("different numbers", lambda t, v: t.update({"0": [5, 1, -1.0]}))
     refused("different numbers", lambda t, v: v.update(examples=5))
 
@@ -522,6 +523,9 @@ def test_bad_distributions(recipe: Any) -> None:
             ({}, {"sigma": 0.0}, "sigma"),
             ({}, {"sigma": float("nan")}, "sigma"),
             ({}, {"loss": None}, "loss"),
+            ({}, {"loss": -1e29}, "loss"),
+            ({}, {"sigma": 1e5}, "at most"),
+            ({"mean": torch.full((6,), 1e5)}, {}, "the mean moved"),
             ({}, {"examples": 3}, "one positive integer"),
         ]
         if covariance == "full":

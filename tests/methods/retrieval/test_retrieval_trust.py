@@ -219,3 +219,32 @@ def test_sentence_transformers(recipe: dict[str, Any], tmp_path: Path, train: st
     theirs = SentenceTransformer(str(run.directory / "model"), device="cpu").encode(texts)
     ours = library.Library(run.directory).method._embed_questions(texts)
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
+def test_one_client_that_does_not_answer_a_search_cannot_stop_the_run(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """What it has counts as not found: the ranks of all other documents are those of a run without it."""
+    from fedcustom.methods.retrieval.client import RetrievalClient
+
+    plain = RetrievalClient.execute
+
+    def work(self: Any, task: Task, client: Any) -> Update:
+        if isinstance(task, RetrieveTask) and client.name == "site-1":
+            raise UpdateError("no answer")
+        return plain(self, task, client)
+
+    def found(run: Any) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (run.directory / "predictions.jsonl").read_text().splitlines()]
+
+    whole = found(fedcustom.run(recipe, out=tmp_path / "whole"))
+    monkeypatch.setattr(RetrievalClient, "execute", work)
+    run = fedcustom.run(recipe, out=tmp_path / "run")
+    content = json.loads((run.directory / "retrieval.json").read_text())
+    assert content["silent"] == ["site-1"]
+    for before, now in zip(whole, found(run), strict=True):
+        if before["rank"] is not None and now["rank"] is not None:
+            assert now["rank"] <= before["rank"], "there are fewer documents before it"
+    lost = [now["rank"] is None for now in found(run)]
+    assert 0 < sum(lost) < len(lost)
+    assert run.summary["metrics"]["recall_at_10"] <= 1 - sum(lost) / len(lost)

@@ -11,7 +11,8 @@ from ...core.errors import DeploymentError, PolicyError
 from ...data.party_data import read_own
 from ...data.settings import DataSettings, PublicSettings, TaskKind
 from ...methods.contents import CONTENTS, MEANING
-from .data import MAX_LABELS, SiteDataSettings, declared_settings, told_labels
+from ..replies import MAX_LABELS
+from .data import SiteDataSettings, declared_settings, told_labels
 from .ledger import COUNTS, Ledger
 from .limits import check_platform
 from .models import folder_digest, is_local

@@ -14,10 +14,9 @@ from ...data.examples import columns as columns_of
 from ...data.party_data import OwnData, OwnDataSettings, read_own
 from ...data.settings import DataSettings, PublicSettings, TaskKind
 from ...data.templates import checked, fields
+from ..replies import MAX_LABEL_CHARACTERS, MAX_LABELS, Label
 
-Label = str | int | float
-
-MAX_LABELS, MAX_LABEL_CHARACTERS, MAX_LABEL_WORDS = 10_000, 100, 12
+MAX_LABEL_WORDS = 12
 
 NEEDED: dict[TaskKind, tuple[str, ...]] = {
     "classification": ("text", "label"),

@@ -30,6 +30,7 @@ MAX_ROUND, MAX_KEPT = 10**6, 10**4
 class Request:
     """A request of a run. ``round`` is None outside rounds; ``keep`` are the rounds that the run may go back
     to; ``part`` and ``after`` are of an evaluation; ``body`` is the file of its tensors on this machine.
+    ``opening`` is the digest of recipe, clients and labels with which the run was opened here.
     """
 
     kind: Kind
@@ -42,11 +43,15 @@ class Request:
     after: int = 0
     layout: Any = None
     body: Path | None = None
+    opening: str = ""
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, the first 32 digits, of what the request asks: equal requests have equal answers."""
+        """SHA-256, the first 32 digits, of what the request asks, and of the opening of its run: by another
+        recipe, the answer to the same words is another one.
+        """
         head = [self.kind, self.run, self.values, self.task, self.round, self.part, self.after, self.layout]
+        head += [self.opening]
         hashed = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
         if self.body is not None and self.body.exists():
             with self.body.open("rb") as file:

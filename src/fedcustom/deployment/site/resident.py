@@ -24,9 +24,9 @@ from ...recipe.recipe import Recipe, load_recipe
 from ...transport import gate, wire
 from ...transport.channel import Packed
 from ..nvflare.bridge import Bridge, BridgeError, BridgeListener
-from ..replies import LabelList
+from ..replies import MAX_LABELS, LabelList
 from .audit import AuditLog, digest, printable
-from .data import MAX_LABELS, read_site, told_labels
+from .data import read_site, told_labels
 from .ledger import Ledger
 from .limits import CANCEL_FILE, TaskStopped, limit_memory, stoppable
 from .participant import Participant, refuse_retrieval_without_server
@@ -158,6 +158,8 @@ class Resident:
     def _reply(self, request: Request) -> dict[str, Any]:
         """Execute one request within the site's limits; what it did is counted whatever comes of it."""
         self.run_id, sent = request.run, 0
+        if request.kind in ("work", "evaluate") and self._opening.exists():
+            request = replace(request, opening=digest("", self._opening))
         if self.ledger.attempts(request.digest) >= MAX_ATTEMPTS:
             raise PolicyError(f"the request has ended this site's process {MAX_ATTEMPTS} times")
         self.ledger.begin(request.run, request.digest)
@@ -241,7 +243,7 @@ class Resident:
             raise WireError(f"the run's clients are {', '.join(names[:5])}; this site is {self.name}")
         participant = self._build(self.recipe, self.data, names, labels)
         state = {"recipe": self.recipe.model_dump(mode="json"), "names": names, "labels": labels}
-        write_json(self._run_folder / "run.json", state)
+        write_json(self._opening, state)
         self._remove_old_runs()
         sizes = participant.sizes()
         for part, count in (("development", sizes.development), ("test", sizes.test)):
@@ -253,10 +255,9 @@ class Resident:
         """The participant of a run; after a restart it is built again from what is on disk."""
         if self.participant is not None and run_id == self.open_run_id:
             return self.participant
-        file = self.folder / "runs" / run_id / "run.json"
-        if not file.exists():
+        if not self._opening.exists():
             raise WireError("the run is not open here")
-        saved = read_json(file)
+        saved = read_json(self._opening)
         recipe = self._checked_recipe(saved["recipe"])
         data = read_site(self.settings.data, self.base, recipe.data, recipe.public)
         return self._build(recipe, data, saved["names"], saved["labels"])
@@ -287,6 +288,11 @@ class Resident:
     @property
     def _run_folder(self) -> Path:
         return self.folder / "runs" / self.run_id
+
+    @property
+    def _opening(self) -> Path:
+        """What this run was opened with: recipe, names of clients, and labels."""
+        return self._run_folder / "run.json"
 
     def _remove_old_runs(self) -> None:
         """Delete the memory of old runs; what they sent stays in the ledger."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.errors import DataError, ModelError, RecipeError, RunError, UpdateError
+from ...core.errors import AggregationError, DataError, ModelError, RecipeError, RunError, UpdateError
 from ...core.files import read_tensors, write_tensors
 from ...core.seeds import name_seed
 from ...data.examples import Example
@@ -36,6 +36,12 @@ from .templates import CONTENT_FREE, INPUT, PLAIN, Candidate, label_sets
 SEARCH_FILE = "soft_prompt.safetensors"
 WORST = 1e6
 """The loss of a soft prompt under which the model gives no finite number."""
+
+MOST_GROWTH = 100.0
+"""Of a step size, in one client's search."""
+
+MOST_STEPS = 3.0
+"""By which the mean moves in one generation, in steps of the length that is expected of one."""
 
 
 class BlackBox(PromptMethod):
@@ -112,12 +118,30 @@ class BlackBox(PromptMethod):
         sigma, loss, examples = said.sigma, said.loss, said.examples
         if not _is_finite(sigma) or not 0 < float(sigma) < WORST:
             raise UpdateError(f"sigma {sigma!r} is not a positive number")
-        if not _is_finite(loss):
-            raise UpdateError(f"loss {loss!r} is not a finite number")
+        if not _is_finite(loss) or loss < 0:
+            raise UpdateError(f"loss {loss!r} is not a finite number from 0")
         if type(examples) is not int or examples < 1 or update.weight != examples:
             raise UpdateError(
                 f"examples {examples!r}, weight {update.weight!r}: must be one positive integer"
             )
+        self._check_distance(typed(task, SearchTask), said)
+
+    def _check_distance(self, task: SearchTask, update: SearchUpdate) -> None:
+        """Refuse a distribution that no search from the task's one can have come to: it would carry the
+        server's so far away that no client finds back.
+
+        Raises:
+            UpdateError: says how far it is, and how far is allowed.
+        """
+        if update.sigma > MOST_GROWTH * task.sigma:
+            most = MOST_GROWTH * task.sigma
+            raise UpdateError(f"sigma {update.sigma:.3g}: at most {most:.3g} is allowed")
+        moved = update.tensors["mean"].double() - task.tensors["mean"].double()
+        # C has trace d, so that a step is about sigma sqrt(d) long.
+        steps = MOST_STEPS * self.settings.local_generations
+        most = steps * max(task.sigma, update.sigma) * math.sqrt(len(moved))
+        if not (distance := float(torch.linalg.vector_norm(moved))) <= most:
+            raise UpdateError(f"the mean moved by {distance:.3g}; at most {most:.3g} is allowed")
 
     def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
         """One distribution of the clients' ones."""
@@ -130,6 +154,8 @@ class BlackBox(PromptMethod):
             weights = weights / weights.sum()
         found = [_distribution(update.tensors, update.sigma) for update in received]
         merged = merge_distributions(found, weights)
+        if not (math.isfinite(merged.sigma) and merged.sigma > 0 and np.isfinite(merged.covariance).all()):
+            raise AggregationError("the clients' distributions have no variance together")
         report = {"sigma": round(merged.sigma, 6), "norm": round(float(np.linalg.norm(merged.mean)), 6)}
         values = {"round": state.values["round"] + 1, "sigma": merged.sigma, "method": report}
         return State(_tensors(merged), {}, {**state.values, **values})

@@ -31,6 +31,9 @@ MAX_FIELD = 10_000
 MAX_CHARACTERS = 10_000
 """Of a text of a candidate that was bred."""
 
+LARGEST_LOSS = 1e6
+"""Of one example, in nats: what a client's sum may hold, so that sums of all rounds can still travel."""
+
 
 class Selection(PromptMethod):
     """The verbs of prompt selection.
@@ -119,6 +122,10 @@ class Selection(PromptMethod):
                 raise UpdateError(f"candidate {name}: reward {reward!r} of {count} examples")
             if score > 0:
                 raise UpdateError(f"candidate {name}: log-likelihood {score!r} is above 0")
+            if score < -LARGEST_LOSS * count:
+                raise UpdateError(
+                    f"candidate {name}: log-likelihood {score!r} is below {-LARGEST_LOSS:g} an example"
+                )
         if len(counts) > 1 or answered.examples not in counts:
             raise UpdateError("candidates were scored on different numbers of examples")
 

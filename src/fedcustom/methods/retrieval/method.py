@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...core.errors import ModelError, RunError
+from ...core.errors import ModelError
 from ...core.tensors import Tensors
 from ...data.examples import Example
 from ...models.embedding import embed
@@ -222,21 +222,19 @@ class Retrieval(SequentialClients):
         """Each question's rank of its own document, and the share of clients asked, (questions, 2).
 
         With ``texts`` all clients' documents are searched; without, an estimate: those of the examples alone.
+        Documents of clients that do not answer count as not found, and ``retrieval.json`` names the clients.
         """
         questions = [example.text for example in examples]
         if not texts:
             return Predictions(self._estimate(state, examples))
         wanted = [digest(example.target) for example in examples]
         searched = self.search(state, questions, noise=self._repeatable())
-        if searched.silent:
-            raise RunError(
-                f"client {searched.silent[0]} did not answer the search: its documents would be missing from "
-                "the figures"
-            )
         scores = np.zeros((len(examples), 2))
         scores[:, 0] = searched.ranks(wanted)
         scores[:, 1] = searched.asked.double().mean(dim=1).numpy()
         self.report = {"searches": search_figures(self._variants(questions, searched), wanted)}
+        if searched.silent:  # what they have counts as not found
+            self.report["silent"] = list(searched.silent)
         if count := self.settings.measured_answers:
             assert isinstance(self.generator, Generator)
             losses = answer_losses(self.generator, self.searcher, examples[:count], searched)
