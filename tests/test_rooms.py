@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,16 @@ def test_nothing_is_pickled_or_evaluated() -> None:
                 and node.value.id == "torch"
             ):
                 assert node.attr not in {"load", "save"}, path
+
+
+def test_methods_are_named_in_their_own_package_and_the_recipe_alone() -> None:
+    """Elsewhere a method answers for itself; retrieval is also the name of what is learnt."""
+    names = "lora|prefix|soft_prompt|adapter|ia3|bitfit|ln_tuning|full|distillation|prompt_engineering|probe"
+    named = re.compile(rf"FIT_HEAD|LABEL_COUNTS|[\"'](?:{names})[\"']")
+    found = [
+        f"{file.relative_to(PACKAGE)}: {match.group()}"
+        for file in PACKAGE.rglob("*.py")
+        if file.relative_to(PACKAGE).parts[0] not in ("methods", "recipe")
+        for match in named.finditer(file.read_text(encoding="utf-8"))
+    ]
+    assert not found
