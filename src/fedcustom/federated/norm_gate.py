@@ -38,8 +38,9 @@ class NormGate:
     def passed(self, replies: Iterable[Reply], merged: dict[str, ChangeSize]) -> Iterator[Reply]:
         """The replies, one by one; the sizes of the changes that pass are noted in ``merged``."""
         for reply in replies:
-            if isinstance(reply.update, TrainUpdate) and reply.update.tensors:
-                size = change_size(reply.update.tensors, reply.update.steps)
+            update = reply.update
+            if isinstance(update, TrainUpdate) and "updates" in reply.task.contents and update.tensors:
+                size = change_size(update.tensors, update.steps)
                 state = change_size(reply.task.tensors).norm
                 reason = too_large(size, self.sizes, state, max_norm=self.max_norm, max_ratio=self.max_ratio)
                 if reason is None:
@@ -48,4 +49,4 @@ class NormGate:
                 else:
                     reply = replace(reply, update=None, reason=reason, detail=f"{reason}\n")
             yield reply
-            del reply  # before the next one comes
+            del reply, update  # before the next one comes

@@ -86,7 +86,7 @@ class RoundRecord:
             },
         }
         if self.sizes:
-            row[NORMS] = {client: float(f"{size.norm:.6g}") for client, size in self.sizes.items()}
+            row[NORMS] = {client: size.norm for client, size in self.sizes.items()}
             row[STEPS] = {client: size.steps for client, size in self.sizes.items()}
         if self.refused:
             row["refused"] = self.refused
