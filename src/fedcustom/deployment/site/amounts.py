@@ -19,7 +19,15 @@ AMOUNTS = ("steps", "epochs", "examples")
 
 BATCHES = "batches"
 
-MAX_BRED_CHARACTERS, MAX_BRED_LABELS = 10_000, 10_000
+MAX_TEMPLATE, MAX_LABEL_TEXT, MAX_PLACEHOLDERS = 10_000, 1_000, 10
+"""Characters of a prompt's template and of a label's text in it, and how often a template may have a
+placeholder: a prompt is written out as many times as long.
+"""
+
+MAX_LISTED, MAX_DESCRIBED = 100_000, 10_000_000
+"""Characters of all labels in one prompt, and of the descriptions of all labels."""
+
+MAX_CANDIDATES, MAX_TEXTS = 10_000, 100_000
 
 
 def check_amounts(recipe: Recipe, request: Request, tensors: Tensors) -> None:
@@ -49,6 +57,33 @@ def check_amounts(recipe: Recipe, request: Request, tensors: Tensors) -> None:
         _check_candidates(recipe, values)
     if searches and task in QUERIES and isinstance(recipe.method, RetrievalSettings):
         _check_search(recipe.method, task, values, tensors)
+
+
+def check_templates(recipe: Recipe) -> None:
+    """Refuse a recipe whose prompts would fill the memory when they are written out.
+
+    Raises:
+        PolicyError: names the setting.
+    """
+    method: Any = recipe.method
+    if method.name != "prompt_engineering":
+        return
+    for template in (*method.instructions, method.preamble):
+        _check_template("method.instructions", template)
+    written = [[texts] if isinstance(texts, str) else texts for texts in method.verbalisers.values()]
+    _check_texts("method.verbalisers", [text for row in written for text in row])
+    _check_texts("method.synonyms", [text for row in method.synonyms.values() for text in row])
+
+
+def check_evaluated(recipe: Recipe, values: Mapping[str, Any]) -> None:
+    """Refuse to evaluate a state whose prompts would fill the memory when they are written out.
+
+    Raises:
+        PolicyError: names what is too long, or too many.
+    """
+    if recipe.method.name != "prompt_engineering":
+        return
+    _check_bred(values.get("bred", {}), MAX_CANDIDATES)
 
 
 def queries_of(request: Request, tensors: Tensors) -> int:
@@ -142,25 +177,42 @@ def _check_candidates(recipe: Recipe, values: Mapping[str, Any]) -> None:
     numbers, bred = values.get("candidates"), values.get("bred")
     method: Any = recipe.method
     whole_field = method.bandit == "successive_halving"
-    most = MAX_BRED_LABELS if whole_field else method.candidates_per_round
+    most = MAX_CANDIDATES if whole_field else method.candidates_per_round
     if not isinstance(numbers, list) or len(numbers) > most or not all(type(n) is int for n in numbers):
         raise PolicyError(f"candidates: the recipe scores at most {most} in a round")
     if len(set(numbers)) < len(numbers):
         raise PolicyError("candidates: one is named twice")
+    _check_bred(bred, most)
+
+
+def _check_bred(bred: Any, most: int) -> None:
     if not isinstance(bred, dict) or len(bred) > most:
-        raise PolicyError("bred: must be an object of candidates")
+        raise PolicyError(f"bred: must be an object of at most {most} candidates")
     for row in bred.values():
         template = row.get("template") if isinstance(row, dict) else None
         labels = row.get("labels") if isinstance(row, dict) else None
-        texts = [template, *labels] if isinstance(labels, list) else [None]
-        if not all(isinstance(text, str) for text in texts):
+        if not isinstance(template, str) or not isinstance(labels, list):
             raise PolicyError("bred: a candidate has a template and labels, all of them texts")
-        if len(template or "") > MAX_BRED_CHARACTERS or (template or "").count("{labels}") > 10:
-            raise PolicyError(
-                f"bred: a template has more than {MAX_BRED_CHARACTERS} characters or ten {{labels}}"
-            )
-        if any(len(text) > MAX_BRED_CHARACTERS for text in texts if text is not None):
-            raise PolicyError(f"bred: a label has more than {MAX_BRED_CHARACTERS} characters")
+        _check_template("bred", template)
+        _check_texts("bred", labels)
+        listed = template.count("{labels}") * sum(len(label) + 2 for label in labels)
+        described = len(labels) * len(template) + template.count("{label}") * sum(map(len, labels))
+        if listed > MAX_LISTED or described > MAX_DESCRIBED:
+            raise PolicyError("bred: a candidate is too long with all labels written out")
+
+
+def _check_template(key: str, template: str) -> None:
+    if len(template) > MAX_TEMPLATE:
+        raise PolicyError(f"{key}: a template has more than {MAX_TEMPLATE} characters")
+    if template.count("{label") > MAX_PLACEHOLDERS:  # both {label} and {labels}
+        raise PolicyError(f"{key}: a template names labels more than {MAX_PLACEHOLDERS} times")
+
+
+def _check_texts(key: str, texts: list[Any]) -> None:
+    if len(texts) > MAX_TEXTS or not all(isinstance(text, str) for text in texts):
+        raise PolicyError(f"{key}: must be at most {MAX_TEXTS} texts")
+    if any(len(text) > MAX_LABEL_TEXT for text in texts):
+        raise PolicyError(f"{key}: a text has more than {MAX_LABEL_TEXT} characters")
 
 
 def _check_search(method: RetrievalSettings, task: str, values: Mapping[str, Any], tensors: Tensors) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...core.errors import PolicyError
 from ...recipe.recipe import Recipe
+from .amounts import check_templates
 from .contents import MEANING, Content, recipe_contents
 from .ledger import Count, Ledger
 from .models import check_model
@@ -46,6 +47,7 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
         raise PolicyError(f"{setting}: a site opens no files that a recipe names")
     if recipe.model.trust_remote_code:
         raise PolicyError("model.trust_remote_code = true: a site runs no code that a recipe brings")
+    check_templates(recipe)
     for content, setting in recipe_contents(recipe).items():
         check_content(policy, [content], f"{setting} in the recipe")
     trains = "training" not in recipe.method.not_for and not recipe.method.only_fits

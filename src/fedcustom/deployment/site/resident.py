@@ -26,7 +26,7 @@ from ...transport import gate, wire
 from ...transport.channel import Packed
 from ..nvflare.bridge import Bridge, BridgeError, BridgeListener
 from ..replies import MAX_LABELS, LabelList
-from .amounts import queries_of
+from .amounts import check_evaluated, queries_of
 from .audit import AuditLog, digest, printable
 from .data import read_site, told_labels
 from .ledger import Ledger
@@ -219,6 +219,7 @@ class Resident:
         check_content(self.settings.policy, ["counts"], "an evaluation")
         check_evaluation(self.settings.policy, self.ledger, participant.settled, request)
         refuse_retrieval_without_server(participant.recipe)
+        check_evaluated(participant.recipe, request.values)
         self.ledger.note_evaluation(request.run, request.part, request.digest)
         self.ledger.add(request.run)
         found = participant.evaluate(request.part, tensors, request.values, request.after)
