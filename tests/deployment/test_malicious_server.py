@@ -21,6 +21,7 @@ from fedcustom.deployment.site.settings import PolicySettings
 from fedcustom.federated.resolve import resolved
 from fedcustom.methods import Work
 from fedcustom.methods.contents import CONTENTS
+from fedcustom.methods.prompt_engineering.limits import check_bred
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport.messages import values_of
 from helpers.malicious import Server
@@ -658,3 +659,69 @@ def test_evaluations_by_another_recipe_count_too(make: Make, recipe: dict[str, A
     assert "values" in server.evaluate()
     assert "values" in server.begin({**recipe, "data": {**recipe["data"], "max_length": 8}})
     assert "policy.max_evaluations = 1" in server.evaluate()["refused"]
+
+
+def test_a_site_does_not_open_the_servers_public_texts(
+    make: Make, recipe: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Of a prefix that the server distils: the path is the server's, whatever lies there at a site."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a secret\n")
+    opened: list[str] = []
+    plain = Path.read_text
+
+    def read_text(self: Path, *args: Any, **kwargs: Any) -> str:
+        opened.append(str(self))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    method = {"length": 4, "name": "prefix", "merging": "stacked", "compression": "distil"}
+    for number, path in enumerate((str(secret), "/dev/zero", str(tmp_path / "none.txt"))):
+        said = make().begin({**recipe, "method": {**method, "public_text": path}}, run=number)
+        assert "values" in said
+        assert path not in opened
+
+
+BRED = {"template": "It is {label}", "labels": ["a", "b", "c"], "origin": "x"}
+
+
+@pytest.mark.parametrize(
+    "bred",
+    [
+        {**BRED, "template": "x" * 10_001},
+        {**BRED, "template": "{label}" * 11},
+        {**BRED, "template": "{labels}" * 11},
+        {**BRED, "template": "{labels}" * 10, "labels": ["x" * 999] * 11},
+        {**BRED, "template": "x" * 9_999 + "{label}", "labels": ["y"] * 1_001},
+        {**BRED, "labels": ["x" * 1_001]},
+        {**BRED, "labels": [3]},
+        {**BRED, "labels": "abc"},
+        {**BRED, "template": None},
+        "x",
+    ],
+)
+def test_a_state_to_evaluate_cannot_fill_the_memory_by_its_prompts(bred: Any) -> None:
+    """What a task to score prompts may not hold, an evaluation may not either."""
+    check_bred({"9": BRED})
+    with pytest.raises(PolicyError, match="bred: "):
+        check_bred({"9": bred})
+    with pytest.raises(PolicyError, match="bred: "):
+        check_bred([BRED])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"instructions": ["{input}" + "{labels}" * 11]},
+        {"instructions": ["{input}", "{input}" + "x" * 10_001]},
+        {"strategy": "in_context", "preamble": "{labels}" * 11},
+        {"verbalisers": {"a": ["b", "x" * 1_001]}},
+        {"synonyms": {"a": ["x" * 1_001]}},
+    ],
+)
+def test_a_recipe_cannot_fill_the_memory_by_its_prompts(method: dict[str, Any]) -> None:
+    policy = PolicySettings(logits=True)
+    sound = {"instructions": ["{input} is one of {labels}"], "verbalisers": {"a": "b"}}
+    check_recipe(policy, load_recipe({"method": {"name": "prompt_engineering", **sound}}))
+    with pytest.raises(PolicyError, match="method"):
+        check_recipe(policy, load_recipe({"method": {"name": "prompt_engineering", **method}}))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedcustom.deployment.nvflare.messenger import SiteReply
+from fedcustom.deployment.replies import PartSizes
 from fedcustom.deployment.transport import RemoteTransport
 from fedcustom.methods.tuning.messages import MESSAGES, TrainTask, TrainUpdate
 from fedcustom.transport.channel import Channel, Packed, task_length
@@ -25,15 +26,18 @@ SOUND = {"weight": 8.0, "loss": 1.5, "examples": 8, "steps": 1}
         ({"steps": True}, "answer to 'train': steps: input should be a valid integer"),
         ({"loss": float("nan")}, "answer to 'train': loss: input should be a finite number"),
         ({"layers": [0]}, "answer to 'train': unknown key 'layers'"),
+        ({"weight": 9.0}, "weight 9: the site announced 8 training examples"),
+        ({"weight": 1.0}, "weight 1: the site announced 8 training examples"),
     ],
 )
 def test_an_update_is_read_or_is_a_failure(change: dict[str, Any], reason: str) -> None:
     state = {"w": torch.zeros(3)}
     task = TrainTask(state, round_number=1)
     sent = SiteReply({**SOUND, **change}, Packed({"w": torch.ones(3)}), 200)
-    settings, nothing = CompressionSettings(), cast(Any, SimpleNamespace(clients=[]))
+    settings, nothing = CompressionSettings(), cast(Any, None)
+    participants = cast(Any, SimpleNamespace(clients=[], sizes={"a": PartSizes(train=8)}))
     method = cast(Any, SimpleNamespace(messages=MESSAGES, check=lambda task, update: None))
-    transport = RemoteTransport(method, Channel(settings, state), (), nothing, nothing, nothing, 1)
+    transport = RemoteTransport(method, Channel(settings, state), (), nothing, participants, nothing, 1)
     reply = transport._unpacked("a", task, task_length(task), sent)
     assert reply.reason.startswith(reason)
     assert (reply.update is None) == bool(reason)

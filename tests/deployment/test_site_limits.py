@@ -85,6 +85,23 @@ def test_limits_by_wall_time_open_again_the_next_day(tmp_path: Path) -> None:
         ask(3)
 
 
+SOUND_LEDGER: dict[str, Any] = {"totals": {}, "hours": {}, "days": {}, "runs": {}, "unfinished": {}}
+
+
+@pytest.mark.parametrize("part", [
+    *({"totals": []}, {"totals": {"bytes": "x"}}, {"totals": {"rounds": -5}}, {"hours": {"a": 3}}),
+    *({"days": None}, {"unfinished": {"a": True}}, {"runs": {"a": []}}, {"runs": {"a": {"rounds": 3}}}),
+    *({"runs": {"a": {"evaluations": {"test": "x"}}}}, {"runs": {"a": {"tasks": -1}}}, {"more": {}}),
+])  # fmt: skip
+def test_a_ledger_of_another_form_is_damaged(tmp_path: Path, part: dict[str, Any]) -> None:
+    path = tmp_path / "ledger.json"
+    path.write_text(json.dumps(SOUND_LEDGER))
+    assert Ledger(path).total("rounds") == 0
+    path.write_text(json.dumps(SOUND_LEDGER | part))
+    with pytest.raises(DeploymentError, match=rf"ledger\.json: is no ledger \({next(iter(part))}"):
+        Ledger(path)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"totals": {}}', '"\\ud800"'])
 def test_a_damaged_ledger_is_no_new_one(tmp_path: Path, text: str) -> None:
     (tmp_path / "ledger.json").write_text(text)

@@ -47,24 +47,25 @@ def too_large(
 ) -> str | None:
     """Why a change is refused; None if it is not.
 
-    It is where its norm is above ``max_norm``; above ``max_ratio`` times the norm of the state that it
-    changes, if that has one; or above ``max_ratio`` times the median of ``others`` both as it is and divided
-    by its steps: clients with much data make longer changes than others, those with little longer ones a
-    step. Fewer than three others, or others that did not move, are not compared with.
+    It is where its norm is above ``max_norm``; or above ``max_ratio`` times the median of ``others`` both as
+    it is and divided by its steps: clients with much data make longer changes than others, those with little
+    longer ones a step. Fewer than three others, or others that did not move, are not compared with; then it
+    is refused above ``max_ratio`` times the norm of the state that it changes, if that has one. (A state that
+    began as zeros, or that the server follows in small steps, may be far smaller than every sound change.)
     """
     shown = f"its change has norm {size.norm:.3g}"
     if not size.norm <= max_norm:
         return f"{shown}; at most {max_norm:.3g} is allowed (aggregation.max_norm)"
-    if 0 < max_ratio * state_norm < size.norm:
-        return (
-            f"{shown}, more than {max_ratio:g} times that of the state ({state_norm:.3g}; "
-            "aggregation.max_norm_ratio)"
-        )
-    if len(others) < FEWEST_TO_COMPARE:
+    median = statistics.median([other.norm for other in others] or [0.0])
+    if len(others) < FEWEST_TO_COMPARE or not median > 0:
+        if 0 < max_ratio * state_norm < size.norm:
+            return (
+                f"{shown}, more than {max_ratio:g} times that of the state ({state_norm:.3g}; "
+                "aggregation.max_norm_ratio)"
+            )
         return None
-    median = statistics.median(other.norm for other in others)
     a_step = statistics.median(other.norm / other.steps for other in others)
-    if median > 0 and size.norm > max_ratio * median and size.norm / size.steps > max_ratio * a_step:
+    if size.norm > max_ratio * median and size.norm / size.steps > max_ratio * a_step:
         return (
             f"{shown}, more than {max_ratio:g} times the median of other clients' ({median:.3g}; "
             "aggregation.max_norm_ratio)"

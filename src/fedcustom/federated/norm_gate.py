@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from ..transport.protocol import Reply
 from .run_directory import Row
 
 WINDOW = 64
-"""The newest changes with which one is compared."""
+"""Clients with whose newest changes one is compared."""
 
 NORMS, STEPS = "norms", "steps"
 """Keys of a round's row: the norms of the changes that were merged, and their steps, by client."""
@@ -24,16 +23,18 @@ class NormGate:
     the reason why its client is left out.
 
     Changes are compared with those merged before, in this round and in earlier ones, which ``rows`` tell of
-    when a run is resumed.
+    when a run is resumed. Of each client the newest one counts, however often it answered: of two clients,
+    one that hardly moves would else come to be the measure of both.
     """
 
     def __init__(self, settings: AggregationSettings, rows: Iterable[Row] = ()) -> None:
         self.max_norm = MAX_NORM if settings.max_norm is None else settings.max_norm
         self.max_ratio = MAX_RATIO if settings.max_norm_ratio is None else settings.max_norm_ratio
-        self.sizes: deque[ChangeSize] = deque(maxlen=WINDOW)
+        self.sizes: dict[str, ChangeSize] = {}  # the newest last
         for row in rows:
             steps = row.get(STEPS, {})
-            self.sizes += [ChangeSize(norm, steps[client]) for client, norm in row.get(NORMS, {}).items()]
+            for client, norm in row.get(NORMS, {}).items():
+                self._note(client, ChangeSize(norm, steps[client]))
 
     def passed(self, replies: Iterable[Reply], merged: dict[str, ChangeSize]) -> Iterator[Reply]:
         """The replies, one by one; the sizes of the changes that pass are noted in ``merged``."""
@@ -42,11 +43,18 @@ class NormGate:
             if isinstance(update, TrainUpdate) and "updates" in reply.task.contents and update.tensors:
                 size = change_size(update.tensors, update.steps)
                 state = change_size(reply.task.tensors).norm
-                reason = too_large(size, self.sizes, state, max_norm=self.max_norm, max_ratio=self.max_ratio)
+                others = list(self.sizes.values())
+                reason = too_large(size, others, state, max_norm=self.max_norm, max_ratio=self.max_ratio)
                 if reason is None:
-                    self.sizes.append(size)
+                    self._note(reply.client, size)
                     merged[reply.client] = size
                 else:
                     reply = replace(reply, update=None, reason=reason, detail=f"{reason}\n")
             yield reply
             del reply, update  # before the next one comes
+
+    def _note(self, client: str, size: ChangeSize) -> None:
+        self.sizes.pop(client, None)
+        self.sizes[client] = size
+        if len(self.sizes) > WINDOW:
+            del self.sizes[next(iter(self.sizes))]

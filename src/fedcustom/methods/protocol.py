@@ -264,6 +264,13 @@ class ChecksTasks(Protocol):
             PolicyError: names what the task asks for, and what the recipe says.
         """
 
+    def check_state(self, state: State) -> None:
+        """Refuse to evaluate a state that would take more memory than the recipe's own.
+
+        Raises:
+            PolicyError: names what is too long, or too many.
+        """
+
 
 @runtime_checkable
 class ScalesLogits(Protocol):

@@ -88,6 +88,13 @@ class MethodSettingsBase(Settings):
         """
         return usual
 
+    def check_limits(self) -> None:
+        """Refuse settings with which a client would fill its memory; called at a site.
+
+        Raises:
+            PolicyError: names the setting.
+        """
+
     def needed_contents(self, training: TrainingSettings, task: str) -> dict[Content, str]:
         """The kinds of content that a recipe with this method cannot do without, each with the setting that
         asks for it: all, unless a method says less. ``task`` is ``data.task``.

@@ -180,6 +180,11 @@ def test_runs(small: dict[str, Any], tmp_path: Path, method: dict[str, Any]) -> 
         assert run.summary["bytes"]["up_per_client_round"] < run.summary["bytes"]["down_per_client_round"]
 
 
+def begin(method: Any) -> None:
+    """As the server does: it alone asks clients for something."""
+    method.configure(method.initialise(), 1, {"a": Work(epochs=1)})
+
+
 def test_bad_settings(tmp_path: Path, tiny: dict[str, str]) -> None:
     with pytest.raises(RecipeError, match="public_text: is needed with merging"):
         load_recipe({"method": {"name": "prefix", "merging": "stacked", "compression": "distil"}})
@@ -189,7 +194,7 @@ def test_bad_settings(tmp_path: Path, tiny: dict[str, str]) -> None:
         make(tiny["bert"], "prefix", layers_sent=9)
     distil = {"merging": "stacked", "compression": "distil"}
     with pytest.raises(DataError, match=r"missing\.txt: cannot be read"):
-        make(tiny["bert"], "prefix", public_text=str(tmp_path / "missing.txt"), **distil).initialise()
+        begin(make(tiny["bert"], "prefix", public_text=str(tmp_path / "missing.txt"), **distil))
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(DataError, match="holds no text"):
-        make(tiny["bert"], "prefix", public_text=str(tmp_path / "empty.txt"), **distil).initialise()
+        begin(make(tiny["bert"], "prefix", public_text=str(tmp_path / "empty.txt"), **distil))

@@ -72,6 +72,8 @@ def test_losses_and_gradients_that_nobody_has_are_refused(tiny: dict[str, str]) 
             "gradient has dtype": {"gradient": torch.zeros(LABELS, WIDTH + 1).double()},
             "not finite": {"gradient": torch.full((LABELS, WIDTH + 1), torch.inf)},
             "wrong tensor names": {"losses": torch.ones(len(TEMPERATURES))},
+            "larger than": {"gradient": torch.full((LABELS, WIDTH + 1), 3e38)},
+            "than [0-9]+ examples": {"gradient": torch.eye(LABELS, WIDTH + 1).flip(1) * 1e3},
         },
     }
     state = method.aggregate(state, iter(asked(method, state, clients)[1]))

@@ -17,6 +17,7 @@ from nvflare.apis.signal import Signal
 from ...core.allocator import release_freed_memory
 from ...core.bounded_json import read_json
 from ...core.errors import WireError
+from ...core.text import printable
 from .bridge import Bridge, BridgeError, connect
 from .housekeeping import Housekeeping
 from .payload import attach_payload, receive_payload
@@ -94,7 +95,7 @@ class ServerController(Controller):  # type: ignore[misc]
             try:
                 if result is None or result.get_return_code() != "OK":
                     code = "no answer" if result is None else result.get_return_code()
-                    self._send_reply(reply | {"lost": str(code)})
+                    self._send_reply(reply | {"lost": printable(str(code)[:200], lines=False)})
                     return
                 path = Path(message["to"])
                 error = receive_payload(result, path, cell, max_bytes, abort_signal)

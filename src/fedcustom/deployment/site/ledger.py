@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...core.errors import DeploymentError, RunError
 from ...core.files import read_json, write_json
@@ -17,6 +19,32 @@ COUNTS: tuple[Count, ...] = get_args(Count)
 HOUR_FORMAT, DAY_FORMAT = "%Y-%m-%dT%H", "%Y-%m-%d"
 
 DAY = timedelta(hours=24)
+
+Number = Annotated[int, Field(ge=0)]
+
+
+class _Run(BaseModel):
+    """What the file says of a run."""
+
+    model_config = ConfigDict(strict=True)
+
+    rounds: list[str] = Field(default_factory=list)
+    evaluations: dict[str, list[str]] = Field(default_factory=dict)
+    tasks: Number = 0
+    bytes: Number = 0
+    queries: Number = 0
+
+
+class _Content(BaseModel):
+    """The form of the file."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    totals: dict[str, Number]
+    hours: dict[str, dict[str, Number]]
+    days: dict[str, dict[str, Number]]
+    runs: dict[str, _Run]
+    unfinished: dict[str, Number]
 
 
 class Ledger:
@@ -40,8 +68,11 @@ class Ledger:
                 read = read_json(path)
             except RunError as error:
                 raise DeploymentError(str(error)) from None
-            if not isinstance(read, dict) or read.keys() != self.content.keys():
-                raise DeploymentError(f"{path}: is no ledger; restore it from a copy")
+            try:
+                _Content.model_validate(read)
+            except ValidationError as error:
+                where = ".".join(map(str, error.errors()[0]["loc"])) or "its content"
+                raise DeploymentError(f"{path}: is no ledger ({where}); restore it from a copy") from None
             self.content = read
         else:
             self._take_old(path.parent / "runs")

@@ -15,7 +15,7 @@ from ...data.examples import ClientData, Example, FederatedData, LearningTask
 from ...data.party_data import OwnData
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
-from ...methods import Client, RoundTask, State, Task, Work
+from ...methods import ChecksTasks, Client, RoundTask, State, Task, Work
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
 from ...recipe.recipe import Recipe
@@ -109,6 +109,15 @@ class Participant:
             in_round = isinstance(asked, RoundTask)
             used = count if in_round or "logits" not in contents else len(self.data.development)
             check_least_examples(policy, used, "examples to answer from")
+
+    def check_state(self, tensors: Tensors, values: Mapping[str, Any]) -> None:
+        """Refuse to evaluate a state that would take more memory than the recipe's own.
+
+        Raises:
+            PolicyError: names what is too long, or too many.
+        """
+        if isinstance(self.method, ChecksTasks):
+            self.method.check_state(State(tensors, {}, dict(values)))
 
     def task(self, kind: object, values: object) -> Task:
         """The task of a message, whose tensors are still packed.

@@ -215,6 +215,7 @@ class Resident:
         check_content(self.settings.policy, ["counts"], "an evaluation")
         check_evaluation(self.settings.policy, self.ledger, participant.settled, request)
         refuse_retrieval_without_server(participant.recipe)
+        participant.check_state(tensors, request.values)
         self.ledger.note_evaluation(request.run, request.part, request.digest)
         self.ledger.add(request.run)
         found = participant.evaluate(request.part, tensors, request.values, request.after)

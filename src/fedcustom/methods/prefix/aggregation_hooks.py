@@ -33,11 +33,18 @@ class PrefixAggregation(AggregationHooks):
             self.own_rule = "prefix layers_sent"
             self.update = PrefixUpdate
 
-    def initialise(self, tensors: Tensors) -> Tensors:
-        """The server alone reads its public texts, when a run begins."""
-        if self.make_distil is not None:
-            self.distil = self.make_distil()
+    def down(self, tensors: Tensors, client: str, round_number: int) -> Tensors:
+        """The state. The server alone reads its public texts, before its first round: clients, who initialise
+        the method too, open no file that a recipe names.
+        """
+        self.distiller()
         return tensors
+
+    def distiller(self) -> Distil | None:
+        """What brings a stacked prefix back to length on public texts, which are read once."""
+        if self.make_distil is not None and self.distil is None:
+            self.distil = self.make_distil()
+        return self.distil
 
     def pack(self, update: TrainUpdate) -> TrainUpdate:
         """With ``layers_sent``, the layers that changed most, and which ones they are."""
@@ -112,6 +119,6 @@ class PrefixRoundAggregator(RoundAggregator):
             length = self.before.shape[3]
             return {NAME: cluster_slots(stacked.prefix, stacked.bias, length, start=self.before).prefix}, {}
         prefix = barycentre(self.prefixes, self.before)
-        if self.hooks.distil is not None:
-            prefix = self.hooks.distil(stack_prefixes(self.prefixes), prefix)
+        if (distil := self.hooks.distiller()) is not None:
+            prefix = distil(stack_prefixes(self.prefixes), prefix)
         return {NAME: prefix}, {}

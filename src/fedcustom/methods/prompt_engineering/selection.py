@@ -19,17 +19,12 @@ from ..tuning.technique import Context
 from . import bandit
 from .bandit import Tally
 from .edits import PARAPHRASES, offspring
+from .limits import MAX_CANDIDATES, check_bred
 from .messages import SELECTION, BredCandidate, ScoreTask, ScoreUpdate, TallyRow
 from .prompt_method import PromptMethod
 from .scorer import Scorer, log_softmax
 from .settings import PromptEngineeringSettings
 from .templates import CONTENT_FREE, INPUT, LABELS, PLAIN, Candidate, label_sets, read_templates
-
-MAX_FIELD = 10_000
-"""Candidates of a round where all that are left are scored."""
-
-MAX_CHARACTERS = 10_000
-"""Of a text of a candidate that was bred."""
 
 LARGEST_LOSS = 1e6
 """Of one example, in nats: what a client's sum may hold, so that sums of all rounds can still travel."""
@@ -84,18 +79,16 @@ class Selection(PromptMethod):
     def check_task(self, task: Task) -> None:
         """Refuse more prompts than the recipe scores, and prompts so long that they would fill the memory."""
         asked, settings = typed(task, ScoreTask), self.settings
-        most = MAX_FIELD if settings.bandit == "successive_halving" else settings.candidates_per_round
-        if len(asked.candidates) > most or len(asked.bred) > most:
+        most = MAX_CANDIDATES if settings.bandit == "successive_halving" else settings.candidates_per_round
+        if len(asked.candidates) > most:
             raise PolicyError(f"candidates: the recipe scores at most {most} in a round")
         if len(set(asked.candidates)) < len(asked.candidates):
             raise PolicyError("candidates: one is named twice")
-        for candidate in asked.bred.values():
-            template, texts = candidate["template"], [candidate["template"], *candidate["labels"]]
-            if any(len(text) > MAX_CHARACTERS for text in texts) or template.count("{labels}") > 10:
-                raise PolicyError(
-                    f"bred: a candidate has a text of more than {MAX_CHARACTERS} characters, or {{labels}} "
-                    "more than ten times"
-                )
+        check_bred(asked.bred, most)
+
+    def check_state(self, state: State) -> None:
+        """Refuse prompts so long or so many that they would fill the memory."""
+        check_bred(state.values.get("bred", {}))
 
     def check(self, task: Task, update: Update) -> None:
         """Refuse candidates that were not asked for, and counts and sums that no examples can have."""

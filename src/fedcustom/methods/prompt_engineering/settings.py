@@ -10,6 +10,7 @@ from ...training.settings import TrainingSettings
 from ..contents import Content
 from ..registry import register
 from ..settings import MethodSettingsBase
+from .limits import check_template, check_texts
 from .templates import INPUT, LABEL, placeholders_in
 
 OWN_KEYS: dict[str, tuple[str, ...]] = {
@@ -171,6 +172,14 @@ class PromptEngineeringSettings(MethodSettingsBase):
     def answer_contents(self, kind: str, usual: tuple[Content, ...], task: str) -> tuple[Content, ...]:
         """Answers to public queries are texts where texts are generated."""
         return ("texts", *usual) if kind == "answer" and task == "generation" else usual
+
+    def check_limits(self) -> None:
+        """Refuse prompts that would fill the memory when they are written out."""
+        for template in (*self.instructions, self.preamble):
+            check_template("method.instructions", template)
+        written = [[texts] if isinstance(texts, str) else texts for texts in self.verbalisers.values()]
+        check_texts("method.verbalisers", [text for row in written for text in row])
+        check_texts("method.synonyms", [text for row in self.synonyms.values() for text in row])
 
     def needed_contents(self, training: TrainingSettings, task: str) -> dict[Content, str]:
         """Scores; by strategy, the distribution of a search or answers to public queries."""

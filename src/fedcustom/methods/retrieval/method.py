@@ -119,6 +119,9 @@ class Retrieval(SequentialClients):
         """Refuse a search that asks for more than the recipe's."""
         check_search(self.settings, task)
 
+    def check_state(self, state: State) -> None:
+        """An encoder's tensors have their forms: there is nothing to refuse."""
+
     def check(self, task: Task, update: Update) -> None:
         """Refuse what is not a sound answer."""
         if isinstance(task, TrainTask) and self.tuning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -112,6 +113,11 @@ def check_answer(task: Task, update: Update, classes: int, width: int) -> None:
         loss = typed(update, HeadGradientUpdate).objective
         if not isinstance(loss, int | float) or not 0 <= loss < 1e300:
             raise UpdateError(f"objective {loss!r} is not a sum of losses")
+        # Of an example, a label's probability less the truth, at most 1, times its vector (see _check_sums).
+        gradient = update.tensors["gradient"].abs()
+        largest = number * math.sqrt(LARGEST_SQUARE * width)
+        if (gradient[:, -1] > 1.001 * number + 1e-3).any() or (gradient > 1.001 * largest + 1e-3).any():
+            raise UpdateError(f"a gradient larger than {number:g} examples can have")
     else:
         _check_sums(update, classes, width)
 
