@@ -46,6 +46,7 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
         raise PolicyError(f"{setting}: a site opens no files that a recipe names")
     if recipe.model.trust_remote_code:
         raise PolicyError("model.trust_remote_code = true: a site runs no code that a recipe brings")
+    recipe.method.check_limits()
     for content, setting in recipe.method.needed_contents(recipe.training, recipe.data.task).items():
         check_content(policy, [content], f"{setting} in the recipe")
     trains = "training" not in recipe.method.not_for and not recipe.method.only_fits
