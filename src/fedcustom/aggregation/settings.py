@@ -60,8 +60,8 @@ class AggregationSettings(Settings):
     max_norm_ratio: float | None = Field(
         None,
         gt=1,
-        description="A client's change is left out if its norm is so many times that of the state, or of the "
-        "median of other clients' changes; unset: 100",
+        description="A client's change is left out if its norm is so many times the median of clients' "
+        "newest changes (with fewer than three of them: that of the state); unset: 100",
     )
     root_examples: int = Field(
         100, ge=1, description="Development examples on which the server trains for itself (fltrust)"
