@@ -453,7 +453,7 @@ def test_only_members_are_put_into_a_job(tmp_path: Path) -> None:
         return "job"
 
     channel.session = SimpleNamespace(  # type: ignore[assignment]
-        connected=lambda: ["east", "north", "south"],
+        registrations=lambda: {site: f"token of {site}" for site in ("east", "north", "south")},
         submit=submit,
         close=lambda: None,
         abort=lambda job: None,

