@@ -78,7 +78,7 @@ class Task:
     tensors: Tensors = field(default_factory=dict)
 
     @property
-    def queries(self) -> int:
+    def queries_asked(self) -> int:
         """How many queries of documents the task holds."""
         return 0
 

@@ -196,7 +196,7 @@ class Resident:
         asked = replace(asked, tensors=tensors)
         participant.check_task(asked, request.round)
         begins = request.round is not None and not asked.continues
-        queries, policy = asked.queries, self.settings.policy
+        queries, policy = asked.queries_asked, self.settings.policy
         check_work(policy, self.ledger, participant.settled, request, begins=begins, queries=queries)
         if begins:
             self.ledger.note_round(request.run, request.digest)

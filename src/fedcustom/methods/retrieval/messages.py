@@ -98,7 +98,7 @@ class RetrieveTask(Task):
     texts: Texts | None = None
 
     @property
-    def queries(self) -> int:
+    def queries_asked(self) -> int:
         """As many as there are vectors or texts."""
         vectors = self.tensors.get("queries")
         return max(1, 0 if vectors is None or not vectors.dim() else len(vectors), len(self.texts or ()))
@@ -127,7 +127,7 @@ class FetchTask(Task):
     documents: Documents
 
     @property
-    def queries(self) -> int:
+    def queries_asked(self) -> int:
         """One."""
         return 1
 
@@ -156,7 +156,7 @@ class AnswerTask(Task):
     documents: Documents
 
     @property
-    def queries(self) -> int:
+    def queries_asked(self) -> int:
         """One."""
         return 1
 
