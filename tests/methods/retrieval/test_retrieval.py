@@ -454,5 +454,5 @@ def test_what_does_not_fit(
 def test_a_file_that_is_not_utf8(recipe: dict[str, Any], tmp_path: Path) -> None:
     file = Path(recipe["data"]["source"]) / "train.jsonl"
     file.write_bytes(b'{"question": "a", "answer": "caf\xe9", "site": "s"}\n')
-    with pytest.raises(DataError, match=r"train.jsonl: not UTF-8 text \(byte 32\)"):
+    with pytest.raises(DataError, match=r"train.jsonl: not UTF-8 text \(line 1, byte 33 of the file\)"):
         fedcustom.run(recipe, out=tmp_path / "run")
