@@ -111,7 +111,7 @@ def test_training_equals_a_plain_loop(tiny: dict[str, str], model: str, kind: st
         update = ours.execute(ours.configure(state, 1, {"here": Work(steps=steps)})["here"], client)
         assert typed(update, TrainUpdate).loss == pytest.approx(sum(expected[:steps]) / steps, abs=1e-5)
         assert update.steps == steps
-        ours.check(TrainTask(state.tensors, round_number=1), update)
+        ours.check(TrainTask(state.tensors, round_number=1, work=Work(steps=steps)), update)
         changed = {name for name, tensor in update.tensors.items() if tensor.any()}
         unused = {name for name in state.tensors if "position" in name or "embed" in name or "pooler" in name}
         assert changed >= state.tensors.keys() - unused or steps == 1
