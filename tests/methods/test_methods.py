@@ -275,7 +275,7 @@ def test_unsound_updates_are_refused(tiny: dict[str, str], change: Any, message:
         (1.0, 1.0, 0, "steps"),
         (1.0, 1.0, 2.5, "steps"),
         (1.0, 1.0, None, "steps"),
-        (4.0, 1.0, 5, "steps 5: must be an integer from 1 to 4"),
+        (4.0, 1.0, 5, "steps 5: must be an integer from 1 to 3"),
     ],
 )
 def test_unsound_numbers_are_refused(
