@@ -53,7 +53,7 @@ def test_two_changes_are_not_compared_and_others_that_rest_are_no_measure() -> N
 
 def test_a_change_like_the_others_passes_however_small_the_state_is() -> None:
     """A state that began as zeros, after one small step of the server."""
-    assert too_large(ChangeSize(2.0, 20), HONEST, state_norm=1e-9) is None
-    assert too_large(ChangeSize(2.0, 20), HONEST[:2], state_norm=1e-9) is not None
-    assert too_large(ChangeSize(2.0, 20), [ChangeSize(0.0)] * 5, state_norm=1e-9) is not None
-    assert too_large(ChangeSize(1e4, 10), HONEST, state_norm=1e9) is not None
+    assert too_large(ChangeSize(2.0, 20), HONEST, {"w": torch.tensor([1e-9])}) is None
+    assert too_large(ChangeSize(2.0, 20), HONEST[:2], {"w": torch.tensor([1e-9])}) is not None
+    assert too_large(ChangeSize(2.0, 20), [ChangeSize(0.0)] * 5, {"w": torch.tensor([1e-9])}) is not None
+    assert too_large(ChangeSize(1e4, 10), HONEST, {"w": torch.tensor([1e9])}) is not None

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from fedcustom.core.errors import DeploymentError, UpdateError, WireError
+from fedcustom.core.errors import DeploymentError, UpdateError
 from fedcustom.deployment.connection import SiteConnection
 from fedcustom.deployment.nvflare.messenger import Request, SiteReply
 from fedcustom.deployment.participants import agree, united_labels
-from fedcustom.deployment.replies import LabelList, PartSizes, SiteStatistics, as_part
+from fedcustom.deployment.replies import LabelList, PartSizes, SiteStatistics
 from fedcustom.evaluation.statistics import mean_statistics
 from fedcustom.recipe.recipe import load_recipe
 
@@ -127,10 +127,3 @@ def test_labels_that_sites_refuse_leave_out_who_told_them(labels: list[Any]) -> 
     assert any("bad" in note and "label" in note for note in messenger.notes)
     with pytest.raises(DeploymentError, match="2 of 3 sites take part, 3 are needed"):
         agree(SiteConnection(messenger, "0" * 16), load_recipe({}), ["bad", "north", "south"], 3)
-
-
-def test_a_part_is_named_or_refused() -> None:
-    assert as_part("test") == "test"
-    for other in ("name", "__class__", None, ["test"]):
-        with pytest.raises(WireError):
-            as_part(other)

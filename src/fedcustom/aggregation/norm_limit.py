@@ -40,7 +40,7 @@ def change_size(tensors: Mapping[str, Tensor], steps: int = 1) -> ChangeSize:
 def too_large(
     size: ChangeSize,
     others: Sequence[ChangeSize],
-    state_norm: float = 0.0,
+    state: Mapping[str, Tensor] | None = None,
     *,
     max_norm: float = MAX_NORM,
     max_ratio: float = MAX_RATIO,
@@ -50,14 +50,16 @@ def too_large(
     It is where its norm is above ``max_norm``; or above ``max_ratio`` times the median of ``others`` both as
     it is and divided by its steps: clients with much data make longer changes than others, those with little
     longer ones a step. Fewer than three others, or others that did not move, are not compared with; then it
-    is refused above ``max_ratio`` times the norm of the state that it changes, if that has one. (A state that
-    began as zeros, or that the server follows in small steps, may be far smaller than every sound change.)
+    is refused above ``max_ratio`` times the norm of the ``state`` that it changes, if that has one. (A state
+    that began as zeros, or that the server follows in small steps, may be far smaller than every sound
+    change.)
     """
     shown = f"its change has norm {size.norm:.3g}"
     if not size.norm <= max_norm:
         return f"{shown}; at most {max_norm:.3g} is allowed (aggregation.max_norm)"
     median = statistics.median([other.norm for other in others] or [0.0])
     if len(others) < FEWEST_TO_COMPARE or not median > 0:
+        state_norm = change_size(state or {}).norm
         if 0 < max_ratio * state_norm < size.norm:
             return (
                 f"{shown}, more than {max_ratio:g} times that of the state ({state_norm:.3g}; "

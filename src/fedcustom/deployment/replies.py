@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
-from ..core.errors import UpdateError, WireError
+from ..core.errors import UpdateError
 from ..evaluation.statistics import Statistics, check_statistics
 
 Part = Literal["train", "development", "test"]
@@ -101,18 +101,6 @@ class SiteStatistics:
         except (TypeError, AttributeError, OverflowError) as error:
             raise UpdateError(str(error)) from None
         return cls(checked.get("whole"), checked.get("own"))
-
-
-def as_part(value: Any) -> Part:
-    """A part of the data that a message names.
-
-    Raises:
-        WireError: there is no such part.
-    """
-    for part in get_args(Part):
-        if value == part:
-            return cast(Part, part)
-    raise WireError("a message names no part of the data")
 
 
 def _count(value: Any) -> int:

@@ -42,9 +42,10 @@ class NormGate:
             update = reply.update
             if isinstance(update, TrainUpdate) and "updates" in reply.task.contents and update.tensors:
                 size = change_size(update.tensors, update.steps)
-                state = change_size(reply.task.tensors).norm
                 others = list(self.sizes.values())
-                reason = too_large(size, others, state, max_norm=self.max_norm, max_ratio=self.max_ratio)
+                reason = too_large(
+                    size, others, reply.task.tensors, max_norm=self.max_norm, max_ratio=self.max_ratio
+                )
                 if reason is None:
                     self._note(reply.client, size)
                     merged[reply.client] = size

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ..core import environment
 from ..core.files import read_json, write_folder, write_json, write_text
-from ..data.examples import FederatedData
 from ..evaluation.degenerate import in_words
 from ..methods import AsksClients, ScalesLogits, State
 from ..recipe import Recipe
@@ -51,10 +49,9 @@ def run_recipe(
     recipe, place = absolute(resolved(recipe)), RunDirectory(directory)
     told = callbacks if isinstance(callbacks, Callbacks) else Callbacks(callbacks)
     accept = data_changed == "accept"
-    simulated = getattr(gather, "func", gather) is simulate
     finished = place.finished(recipe, resume=resume)
     if finished is not None:
-        if simulated and (text := fingerprint.check_finished(directory, recipe, accept=accept)):
+        if text := fingerprint.check_finished(directory, recipe, accept=accept):
             told.on_note(f"{directory}: {text}")
         told.on_note(f"{directory} holds this run already; nothing to do")
         told.raise_failure()
@@ -63,19 +60,8 @@ def run_recipe(
         finished = place.finished(recipe, resume=resume)  # another may have been at it until now
         if finished is not None:
             return finished
-        found = list[fingerprint.Fingerprint]()
-
-        def check_unchanged(data: FederatedData) -> None:
-            found.append(fingerprint.of_data(recipe, data))
-            if text := fingerprint.check(directory, found[-1], accept=accept):
-                place.warn(text)
-                told.on_note(f"{directory}: {text}")
-
-        if simulated:
-            simulation: Any = gather
-            gather = partial(simulation, check_unchanged=check_unchanged)
         try:
-            summary = _run(recipe, place, told, gather, found)
+            summary = _run(recipe, place, told, gather, accept=accept)
         except BaseException as error:
             told.on_phase("")
             if told.failure is not None:
@@ -87,24 +73,22 @@ def run_recipe(
 
 
 def _run(
-    recipe: Recipe,
-    directory: RunDirectory,
-    callbacks: Callbacks,
-    gather: Gather,
-    found: Sequence[fingerprint.Fingerprint],
+    recipe: Recipe, directory: RunDirectory, callbacks: Callbacks, gather: Gather, *, accept: bool
 ) -> dict[str, Any]:
-    """From the last checkpoint, or from the beginning, to the summary. ``found`` has the data's fingerprint
-    once they are read, where they are all in this process.
-    """
+    """From the last checkpoint, or from the beginning, to the summary. ``accept``: with other rows too."""
     started = time.perf_counter()
     environment.restart_peak_memory()
     parties = gather(recipe, directory.path, directory.checkpoints.clients, callbacks)
+    rows = parties.fingerprint
+    difference = fingerprint.check(directory.path, rows, accept=accept) if rows else None
     loop, base = FedAvg(recipe, parties, directory, callbacks), parties.base
     callbacks.raise_failure()
     del parties  # with the first state, which is held no longer than the loop needs it
     directory.describe(recipe, base)
-    for one in found:
-        fingerprint.record(directory.path, one)
+    if rows:
+        fingerprint.record(directory.path, rows)
+    if difference is not None:
+        loop.warn(f"{directory.path}: {difference}")
     if base.measured:
         steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in base.measured.items())
         callbacks.on_note(f"model.dtype = auto: {base.precision} (a step: {steps})")

@@ -26,6 +26,7 @@ from ..updates.transform import UpdateTransform
 from .build import check_cohort, check_fit, make_method, pooled
 from .callbacks import Callback
 from .evaluator import Evaluator, Probes, Result
+from .fingerprint import Fingerprint, of_data
 
 
 class Evaluation(Protocol):
@@ -62,7 +63,7 @@ class Memories(Protocol):
 @dataclass(frozen=True)
 class Federation:
     """A run's parties. ``data`` has what the server knows of the clients' data: in a simulation everything,
-    across sites their names alone.
+    across sites their names alone. ``fingerprint`` is that of the rows as they were read; None across sites.
     """
 
     base: Base
@@ -72,6 +73,7 @@ class Federation:
     evaluation: Evaluation
     transport: Transport
     memories: Memories
+    fingerprint: Fingerprint | None = None
 
 
 Gather = Callable[[Recipe, Path, Path, Callback], Federation]
@@ -85,11 +87,9 @@ def simulate(
     private: Path,
     callbacks: Callback,
     transforms: Sequence[UpdateTransform] = (),
-    check_unchanged: Callable[[FederatedData], None] = lambda data: None,
 ) -> Federation:
     """All parties in this process, on one resident base model. ``transforms`` act on updates after the
-    simulated attack and before compression (:mod:`fedcustom.updates.transform`). ``check_unchanged`` is shown
-    the data as they were read, before the model is loaded.
+    simulated attack and before compression (:mod:`fedcustom.updates.transform`).
 
     Raises:
         RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
@@ -102,7 +102,7 @@ def simulate(
     check_fit(recipe)
     data = build_data(settings, clients, recipe.seed, recipe.public)
     check_cohort(recipe, data)
-    check_unchanged(data)
+    rows = of_data(recipe, data)
     callbacks.on_phase(f"loading {recipe.model.base}")
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
@@ -127,7 +127,7 @@ def simulate(
     channel = Channel(recipe.compression, origin.tensors)
     transport = InProcessTransport(method, store, channel, applied, callbacks.on_note)
     check_visible(transport, applied, recipe.aggregation)
-    return Federation(base, data, method, origin, evaluator, transport, store)
+    return Federation(base, data, method, origin, evaluator, transport, store, rows)
 
 
 def _damaged(recipe: Recipe, data: FederatedData, hostile: frozenset[str]) -> FederatedData:

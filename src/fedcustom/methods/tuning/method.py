@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...aggregation.combine import Change, combine
 from ...aggregation.settings import AggregationSettings
-from ...core.errors import AggregationError, DataError, RecipeError, UpdateError
+from ...core.errors import DataError, RecipeError, UpdateError
 from ...core.seeds import name_seed
 from ...core.tensors import Tensors, count, is_finite, named, part, without, zeros_like
 from ...data.examples import ClientData, Example
@@ -197,8 +197,6 @@ class WeightTuning:
         relevant = {n: t for n, t in state.server.items() if n.partition("/")[2] in change}
         tensors, kept = self.correction.step(current, change, relevant, len(answered))
         own, report = gathered.merged({**state.tensors, **tensors})
-        if not is_finite({**tensors, **own}) or not is_finite(kept):
-            raise AggregationError("the aggregate holds numbers that are not finite")
         values = {key: value for key, value in state.values.items() if key != "method"}
         if report:
             values["method"] = report
