@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import ssl
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -24,6 +23,7 @@ from fedcustom.methods import Update
 from fedcustom.recipe.recipe import load_recipe, to_toml
 from fedcustom.updates.transform import ClientContext, UpdateTransform
 from helpers.deployed import Bed, Watcher, bed, command, hostile, kill, metrics
+from helpers.keys import knock
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
 
@@ -349,25 +349,6 @@ def can_connect(port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def knock(port: int, authority: Path, certificate: Path | None = None, key: Path | None = None) -> str:
-    """Whether the server lets a client with this certificate in, or what it says instead."""
-    context = ssl.create_default_context(cafile=str(authority))
-    if certificate is not None:
-        context.load_cert_chain(str(certificate), str(key))
-    try:
-        with (
-            socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
-            context.wrap_socket(plain, server_hostname="localhost") as secure,
-        ):
-            secure.settimeout(2.0)
-            try:
-                return "let in" if secure.recv(1) else "closed"
-            except TimeoutError:
-                return "let in"  # the server waits for what a site has to say
-    except (ssl.SSLError, OSError) as error:
-        return str(error).replace("_", " ")
 
 
 def expired(folder: Path, to: Path) -> tuple[Path, Path]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fedcustom.core.errors import DeploymentError, PolicyError
-from fedcustom.deployment.site.audit import printable
+from fedcustom.core.text import printable
 from fedcustom.deployment.site.ledger import Ledger
 from fedcustom.deployment.site.limits import TaskStopped, limit_memory, stoppable
 from fedcustom.deployment.site.models import is_local
@@ -159,8 +159,8 @@ def test_a_platform_without_such_a_limit_is_said(monkeypatch: pytest.MonkeyPatch
 
 
 def test_foreign_text_is_shown_escaped() -> None:
-    assert printable("a\x1b[2Jb\n\ud800\u202e\x9b ä") == "a\\x1b[2Jb\\n\\ud800\\u202e\\x9b ä"
-    assert printable("x" * 2000) == "x" * 1000 + " ..."
+    assert printable("a\x1b[2Jb\n\ud800\u202e\x9b ä", lines=False) == "a\\x1b[2Jb\\n\\ud800\\u202e\\x9b ä"
+    assert printable("x" * 2000, longest=1000) == "x" * 1000 + " ..."
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,11 @@ def wait_for_port(port: int, seconds: float = 120.0) -> None:
             time.sleep(0.2)
 
 
-def knock(port: int, authority: Path, certificate: Path, key: Path) -> str:
-    """Whether a server lets a certificate in, or what it says instead."""
+def knock(port: int, authority: Path, certificate: Path | None = None, key: Path | None = None) -> str:
+    """Whether a server lets a client with this certificate in, or what it says instead."""
     context = ssl.create_default_context(cafile=str(authority))
-    context.load_cert_chain(str(certificate), str(key))
+    if certificate is not None:
+        context.load_cert_chain(str(certificate), str(key))
     try:
         with (
             socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
@@ -50,4 +51,4 @@ def knock(port: int, authority: Path, certificate: Path, key: Path) -> str:
             except TimeoutError:
                 return "let in"  # the server waits for what a site has to say
     except OSError as error:
-        return str(error)
+        return str(error).replace("_", " ")

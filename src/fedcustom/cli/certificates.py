@@ -183,7 +183,7 @@ def install(
 
 
 def _say(text: str) -> None:
-    out_console.print(text, highlight=False, markup=False, soft_wrap=True)
+    out_console.print(text, soft_wrap=True)
 
 
 __all__ = ["deploy", "site"]  # with these commands

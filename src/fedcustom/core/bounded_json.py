@@ -157,4 +157,4 @@ def _check_text(text: str, limit: int) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error, short and printable."""
     lines = str(error).splitlines()
-    return printable(lines[0], lines=False)[:200] if lines else type(error).__name__
+    return printable(lines[0], lines=False, longest=200) if lines else type(error).__name__

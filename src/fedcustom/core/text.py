@@ -14,12 +14,14 @@ UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 """What no text of another party may hold: control characters but line breaks and tabs, lone surrogates."""
 
 
-def printable(text: str, *, lines: bool = True) -> str:
+def printable(text: str, *, lines: bool = True, longest: int | None = None) -> str:
     """The text with everything escaped that a terminal obeys instead of showing, as in ``\\x1b``.
 
-    Tabs stay; line breaks stay where ``lines`` is set, else they are escaped too.
+    Tabs stay; line breaks stay where ``lines`` is set, else they are escaped too. Of a text with more than
+    ``longest`` characters, these are shown and " ..." follows.
     """
-    escaped = UNPRINTABLE.sub(_escaped, text)
+    cut = text if longest is None or len(text) <= longest else f"{text[:longest]} ..."
+    escaped = UNPRINTABLE.sub(_escaped, cut)
     return escaped if lines else escaped.replace("\n", "\\n")
 
 

@@ -48,7 +48,7 @@ class RoundRecord:
         if reply.bytes_up:
             self.bytes_up[reply.client] = self.bytes_up.get(reply.client, 0) + reply.bytes_up
         if reply.update is None:
-            self.left_out[reply.client] = printable(reply.reason, lines=False)[:MOST_CHARACTERS]
+            self.left_out[reply.client] = printable(reply.reason, lines=False, longest=MOST_CHARACTERS)
             return
         self.answered.append(reply.client)
         if isinstance(reply.update, LossUpdate):

@@ -64,15 +64,14 @@ class Task:
     ``exact_answer`` says that the answer's tensors must arrive as they are, since they are no change of the
     state but figures to compute with: they are neither falsified nor compressed. ``exact_tensors`` says the
     same of the task's own tensors, where these are no state. ``contents`` are the kinds of content that the
-    answer may hold, anything unless a class says less. ``trains`` says that the task trains for as long as
-    its ``work`` says, ``continues`` that it is a further exchange of a round that has begun.
+    answer may hold, anything unless a class says less. ``continues`` says that the task is a
+    further exchange of a round that has begun.
     """
 
     kind: ClassVar[str]
     exact_answer: ClassVar[bool] = False
     exact_tensors: ClassVar[bool] = False
     contents: ClassVar[tuple[Content, ...]] = CONTENTS
-    trains: ClassVar[bool] = False
     continues: ClassVar[bool] = False
 
     tensors: Tensors = field(default_factory=dict)
@@ -93,6 +92,17 @@ class RoundTask(Task):
     """A task of a round."""
 
     round_number: RoundNumber = field(metadata={KEY: "round"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingTask(RoundTask):
+    """A task to train on the own examples, for as long as ``work`` says.
+
+    ``learning_rate_factor`` is what the recipe's learning rates are multiplied by.
+    """
+
+    learning_rate_factor: float = 1.0
+    work: Work = field(default=Work(), metadata={INLINE: True})
 
 
 @dataclass(frozen=True)

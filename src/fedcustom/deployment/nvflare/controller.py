@@ -95,7 +95,7 @@ class ServerController(Controller):  # type: ignore[misc]
             try:
                 if result is None or result.get_return_code() != "OK":
                     code = "no answer" if result is None else result.get_return_code()
-                    self._send_reply(reply | {"lost": printable(str(code)[:200], lines=False)})
+                    self._send_reply(reply | {"lost": printable(str(code), lines=False, longest=200)})
                     return
                 path = Path(message["to"])
                 error = receive_payload(result, path, cell, max_bytes, abort_signal)

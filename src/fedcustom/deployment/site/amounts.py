@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from ...core.errors import PolicyError
-from ...methods import ChecksTasks, Method, RoundTask, Task, Work
+from ...methods import ChecksTasks, Method, RoundTask, Task, TrainingTask, Work
 from ...recipe.recipe import Recipe
 from ...training.local import schedule_factor
 from .settings import PolicySettings
@@ -26,10 +26,9 @@ def check_amounts(recipe: Recipe, method: Method, asked: Task, round_number: int
         _check_round(recipe, asked, round_number)
     elif round_number is not None:
         raise PolicyError(f"the recipe's method has no task {asked.kind!r} in a round")
-    work = getattr(asked, "work", Work())
-    if asked.trains:
-        _check_training(recipe, asked, work)
-    elif work.examples is not None:
+    if isinstance(asked, TrainingTask):
+        _check_training(recipe, asked)
+    elif (work := getattr(asked, "work", Work())).examples is not None:
         raise PolicyError(f"examples = {work.examples}: the recipe says how many a task takes")
     if isinstance(method, ChecksTasks):
         method.check_task(asked)
@@ -85,8 +84,8 @@ def _check_round(recipe: Recipe, asked: RoundTask, number: int | None) -> None:
         raise PolicyError(f"round {number}: the task names another round")
 
 
-def _check_training(recipe: Recipe, asked: Task, work: Work) -> None:
-    training, number = recipe.training, getattr(asked, "round_number", 0)
+def _check_training(recipe: Recipe, asked: TrainingTask) -> None:
+    training, number, work = recipe.training, asked.round_number, asked.work
     wanted = {"epochs": float(training.local_epochs)}
     if training.local_steps:
         wanted = {"steps": float(training.local_steps)}
@@ -104,9 +103,9 @@ def _check_training(recipe: Recipe, asked: Task, work: Work) -> None:
     factor, rates = schedule_factor(training, number, recipe.rounds.count), [1.0]
     if training.search_rates and isinstance(training.learning_rate, float):
         rates += [rate / training.learning_rate for rate in training.search_rates]
-    asked_factor = getattr(asked, "learning_rate_factor", 1.0)
-    if not any(_equal(asked_factor, factor * rate) for rate in rates):
-        raise PolicyError(f"learning_rate_factor = {asked_factor:g}: the recipe's schedule says {factor:g}")
+    given_factor = asked.learning_rate_factor
+    if not any(_equal(given_factor, factor * rate) for rate in rates):
+        raise PolicyError(f"learning_rate_factor = {given_factor:g}: the recipe's schedule says {factor:g}")
 
 
 def _equal(asked: float, wanted: float) -> bool:

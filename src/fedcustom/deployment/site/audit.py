@@ -35,17 +35,6 @@ class AuditLog:
             os.fsync(file.fileno())
 
 
-def printable(text: str, longest: int | None = LONGEST_TEXT) -> str:
-    """A text of somebody else with everything but printable characters escaped (control characters, line
-    breaks, surrogates, marks that turn the direction of writing), and cut.
-    """
-    shown = "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text[:longest]
-    )
-    return shown if longest is None or len(text) <= longest else f"{shown[:longest]} ..."
-
-
 def digest(text: str, body: Path | None) -> str:
     """SHA-256 of a message: its JSON and then its file of tensors."""
     hashed = hashlib.sha256(text.encode(errors="surrogatepass"))

@@ -15,7 +15,7 @@ from ...data.examples import ClientData, Example, FederatedData, LearningTask
 from ...data.party_data import OwnData
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
-from ...methods import ChecksTasks, Client, RoundTask, State, Task, Work
+from ...methods import ChecksTasks, Client, RoundTask, State, Task, TrainingTask
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
 from ...recipe.recipe import Recipe
@@ -98,8 +98,8 @@ class Participant:
                 f"policy.max_top = {policy.max_top}: the task asks for {asked.documents_asked} documents"
             )
         count = len(self.data.train)
-        if asked.trains:
-            check_least_training(policy, recipe, getattr(asked, "work", Work()), count)
+        if isinstance(asked, TrainingTask):
+            check_least_training(policy, recipe, asked.work, count)
         elif asked.exact_answer:
             check_least_examples(policy, len(self.data_for_sums.train), "examples of frequent labels")
         elif method.examples_scored is not None:

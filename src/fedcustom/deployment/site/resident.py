@@ -17,6 +17,7 @@ import torch
 from ...core.errors import FedcustomError, PolicyError, UpdateError, WireError
 from ...core.files import read_json, write_json, write_tensors
 from ...core.tensors import Tensors
+from ...core.text import printable
 from ...data.party_data import OwnData
 from ...federated.resolve import resolved
 from ...methods import Task
@@ -25,7 +26,7 @@ from ...transport import gate, wire
 from ...transport.channel import Packed
 from ..nvflare.bridge import Bridge, BridgeError, BridgeListener
 from ..replies import MAX_LABELS, LabelList
-from .audit import AuditLog, digest, printable
+from .audit import LONGEST_TEXT, AuditLog, digest
 from .data import read_site, told_labels
 from .ledger import Ledger
 from .limits import CANCEL_FILE, TaskStopped, limit_memory, stoppable
@@ -131,11 +132,11 @@ class Resident:
 
     def handle(self, message: dict[str, Any]) -> dict[str, Any]:
         """The reply to one request; a refusal or a failure is a reply too, whatever the message holds."""
-        self.outgoing, self.run_id, kind = {}, "", printable(str(message.get("kind")), 40)
+        self.outgoing, self.run_id, kind = {}, "", _told(str(message.get("kind")), 40)
         try:
             return self._reply(read_request(message))
         except PolicyError as error:
-            reason = printable(str(error))
+            reason = _told(str(error))
             self.audit.write("refused", run=self.run_id, kind=kind, reason=reason)
             return {"refused": reason}
         except (UpdateError, WireError) as error:
@@ -149,9 +150,9 @@ class Resident:
         """Tell that something failed; the details stay in ``errors.log``."""
         lines = "".join(traceback.format_exception(error)).splitlines()
         with (self.folder / "errors.log").open("a", encoding="utf-8") as file:
-            file.write("\n".join(printable(line) for line in lines) + "\n\n")
+            file.write("\n".join(_told(line) for line in lines) + "\n\n")
         told = self.settings.policy.texts or isinstance(error, WireError)  # which speaks of the message alone
-        reason = printable(reason) if told else type(error).__name__
+        reason = _told(reason) if told else type(error).__name__
         self.audit.write("failed", run=self.run_id, kind=kind, told=reason)
         return {"error": reason}
 
@@ -332,6 +333,11 @@ class Resident:
         if packed.layout is not None:
             reply["layout"] = packed.layout
         return reply | ({"body": str(body)} if body else {}), facts
+
+
+def _told(text: str, longest: int = LONGEST_TEXT) -> str:
+    """A text as it may stand in a log or an answer: one line of printable characters, cut."""
+    return printable(text, lines=False, longest=longest)
 
 
 def _tensors(body: Path | None) -> Tensors:

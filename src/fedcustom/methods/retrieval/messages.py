@@ -115,13 +115,8 @@ class RetrieveUpdate(Update):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FetchTask(Task):
-    """Send a passage of each of the ``documents``: the nearest to the query in ``tensors``, if there is
-    one.
-    """
-
-    kind: ClassVar[str] = "fetch"
-    contents: ClassVar[tuple[Content, ...]] = ("texts",)
+class DocumentsTask(Task):
+    """A task about ``documents`` that a search with this ``encoder`` found; the base class of two."""
 
     encoder: Digest
     documents: Documents
@@ -135,6 +130,16 @@ class FetchTask(Task):
     def documents_asked(self) -> int:
         """Those that are named."""
         return len(self.documents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchTask(DocumentsTask):
+    """Send a passage of each of the ``documents``: the nearest to the query in ``tensors``, if there is
+    one.
+    """
+
+    kind: ClassVar[str] = "fetch"
+    contents: ClassVar[tuple[Content, ...]] = ("texts",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,25 +150,13 @@ class FetchUpdate(Update):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerTask(Task):
+class AnswerTask(DocumentsTask):
     """Answer a question from passages of the ``documents``."""
 
     kind: ClassVar[str] = "answer"
     contents: ClassVar[tuple[Content, ...]] = ("texts",)
 
-    encoder: Digest
     question: str
-    documents: Documents
-
-    @property
-    def queries_asked(self) -> int:
-        """One."""
-        return 1
-
-    @property
-    def documents_asked(self) -> int:
-        """Those that are named."""
-        return len(self.documents)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,18 +8,27 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from ..contents import Content
-from ..protocol import INLINE, LossUpdate, Positive, RoundTask, Update, Whole, Work, message_kinds
+from ..protocol import (
+    INLINE,
+    LossUpdate,
+    Positive,
+    RoundTask,
+    TrainingTask,
+    Update,
+    Whole,
+    Work,
+    message_kinds,
+)
 
 LabelCounts = Annotated[tuple[Whole, ...], Field(max_length=1_000_000, fail_fast=True)]
 """How many examples there are of each label, in the labels' order."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTask(RoundTask):
+class TrainTask(TrainingTask):
     """Train from the state in ``tensors``, for as long as ``work`` says.
 
     Attributes:
-        learning_rate_factor: What the recipe's learning rates are multiplied by.
         label_counts: The examples of each label of all clients to whose vectors the head was fitted; None
             before.
         head_unfitted: The head, which would be frozen, could not be fitted before.
@@ -27,10 +36,7 @@ class TrainTask(RoundTask):
 
     kind: ClassVar[str] = "train"
     contents: ClassVar[tuple[Content, ...]] = ("updates", "counts")
-    trains: ClassVar[bool] = True
 
-    learning_rate_factor: float = 1.0
-    work: Work = field(default=Work(), metadata={INLINE: True})
     label_counts: LabelCounts | None = None
     head_unfitted: bool = False
 
