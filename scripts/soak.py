@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -56,6 +57,9 @@ KINDS = {
     "site job": ("client.worker_process", "{federation}/sites/"),
 }
 """Words in the command line of each kind of process."""
+
+LOG = re.compile(r".*\.log|log.*\.txt.*")
+"""Names of files that grow by lines."""
 
 TIMEOUT = 900.0
 """Seconds that a round may take. Every round needs every site, for the result to be that of the run in
@@ -305,7 +309,7 @@ class Soak:
         folder.
         """
         kits = sorted((self.federation / "sites").iterdir())
-        logs = [*self.federation.glob("**/*.log"), *self.federation.glob("**/log*.txt*")]
+        logs = [path for path in files_in(self.federation) if LOG.fullmatch(path.name)]
         return {
             "server MB": size(self.federation / "server") / 1e6,
             "largest site MB": max(size(kit) for kit in kits) / 1e6,
@@ -314,7 +318,7 @@ class Soak:
             "temporary MB": size(self.temporary) / 1e6,
             "temporary entries": float(len(list(self.temporary.iterdir()))),
             "files half-written": float(
-                sum(1 for path in self.folder.glob("**/.*") if TEMPORARY.fullmatch(path.name))
+                sum(1 for path in files_in(self.folder) if TEMPORARY.fullmatch(path.name))
             ),
         }
 
@@ -435,10 +439,16 @@ def facts_of(pid: int) -> dict[str, float] | None:
     return {"MB": memory / 1024, "threads": threads, "descriptors": descriptors}
 
 
+def files_in(folder: Path) -> Iterator[Path]:
+    """All files in a folder and those below. Unlike ``Path.glob`` it does not fail where one disappears."""
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent) / name for name in names)
+
+
 def size(path: Path) -> int:
     """Bytes of a file, or of all files in a folder; what disappears meanwhile does not count."""
     total = 0
-    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+    for file in files_in(path) if path.is_dir() else [path]:
         with contextlib.suppress(OSError):
             if file.is_file() and not file.is_symlink():
                 total += file.stat().st_size
