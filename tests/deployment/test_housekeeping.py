@@ -18,8 +18,14 @@ from typing import Any
 import pytest
 
 from fedcustom.deployment.nvflare import bridge
-from fedcustom.deployment.nvflare.bridge import BridgeListener, connect, remove_stale_folders
-from fedcustom.deployment.nvflare.executor import STALE_AFTER, remove_stale
+from fedcustom.deployment.nvflare.bridge import (
+    ADDRESS_VARIABLE,
+    LIMIT_VARIABLE,
+    BridgeListener,
+    connect,
+    remove_stale_folders,
+)
+from fedcustom.deployment.nvflare.executor import MAX_BYTES, STALE_AFTER, SiteExecutor, remove_stale
 from fedcustom.deployment.nvflare.housekeeping import Housekeeping, limit_job_folders, limit_log
 from fedcustom.deployment.nvflare.streams import SharedTimers, share_stream_timers
 from fedcustom.deployment.nvflare.supervision import SupervisedProcess, keep_alive
@@ -267,3 +273,22 @@ def test_a_live_listeners_folder_is_left_alone(
         "fedcustom-fresh",
         "fedcustom-file",
     }
+
+
+@pytest.mark.parametrize("limit", [None, 1000])
+def test_a_request_beyond_the_sites_limit_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    monkeypatch.setenv(ADDRESS_VARIABLE, str(tmp_path / "bridge.json"))
+    if limit is not None:
+        monkeypatch.setenv(LIMIT_VARIABLE, str(limit))
+    executor = SiteExecutor()
+    engine = SimpleNamespace(get_cell=lambda: SimpleNamespace())  # a request for the file would fail
+    most = MAX_BYTES if limit is None else limit
+    request: Any = {"head": b'{"kind": "train"}', "size": most + 1, "owner": "server", "file": "x"}
+    reply = executor.execute(
+        "task", request, SimpleNamespace(get_engine=lambda: engine), SimpleNamespace(triggered=False)
+    )
+    head = json.loads(reply["head"])
+    assert head["error"] == f"a message of {most + 1} bytes; at most {most} are allowed"
+    assert not list(tmp_path.rglob("*.in"))

@@ -130,13 +130,30 @@ def pad(rows: Sequence[np.ndarray[Any, np.dtype[np.int32]]], padding: int) -> Ba
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
 
 
-def by_length(examples: Sequence[TokenizedExample], batch_size: int) -> Iterator[list[int]]:
-    """Positions in batches of similar length, longest first, so that little padding is computed on."""
+def by_length(
+    examples: Sequence[TokenizedExample], batch_size: int, *, equal: bool = False
+) -> Iterator[list[int]]:
+    """Positions in batches of similar length, longest first, so that little padding is computed on; with
+    ``equal`` in batches of one length, which need none.
+    """
+    if equal:
+        for positions in of_one_length(examples):
+            for start in range(0, len(positions), batch_size):
+                yield positions[start : start + batch_size]
+        return
     order = sorted(
         range(len(examples)), key=lambda i: (-len(examples[i].source) - len(examples[i].target), i)
     )
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def of_one_length(examples: Sequence[TokenizedExample]) -> list[list[int]]:
+    """Positions of examples whose sources are equally long, and whose targets are; longest first."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for position, example in enumerate(examples):
+        groups.setdefault((len(example.source), len(example.target)), []).append(position)
+    return [groups[lengths] for lengths in sorted(groups, reverse=True)]
 
 
 def example_order(count: int, start: int, stop: int, seed: Sequence[int]) -> list[int]:

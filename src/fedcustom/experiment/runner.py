@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -87,11 +88,18 @@ def drop_weights(directory: Path) -> None:
 
 
 def _here(job: Job, callback: Callback | None) -> str | None:
-    """The job in this process; the reason where it failed."""
+    """The job in this process; the reason where it failed. What a fault of the program raises does not hold
+    up the other jobs either; its traceback is written beside the job's directory.
+    """
+    trace = job.directory.with_name(f"{job.directory.name}.error.txt")
     try:
         run_recipe(job.recipe, job.directory, resume=True, callbacks=[callback] if callback else [])
     except FedcustomError as error:
         return str(error)
+    except Exception as error:
+        write_text(trace, traceback.format_exc())
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} (traceback: {trace})"
+    trace.unlink(missing_ok=True)
     return None
 
 

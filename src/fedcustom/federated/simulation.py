@@ -13,6 +13,7 @@ from ..data.examples import FederatedData
 from ..data.perturb import perturbed
 from ..evaluation.metrics import Metrics
 from ..methods import Method, State
+from ..methods.protocol import HasRemarks
 from ..models.load import Base, load_base
 from ..recipe.recipe import Recipe
 from ..simulation.poison import backdoor_probes, poisoned, with_noise
@@ -123,6 +124,8 @@ def simulate(
         finetune_epochs=recipe.personalisation.finetune_epochs if recipe.baseline == "federated" else 0,
         probes=probes,
     )
+    for remark in method.remarks() if isinstance(method, HasRemarks) else []:
+        callbacks.on_note(remark)
     origin = method.initialise()
     channel = Channel(recipe.compression, origin.tensors)
     transport = InProcessTransport(method, store, channel, applied, callbacks.on_note)

@@ -283,6 +283,14 @@ class ChecksTasks(Protocol):
 
 
 @runtime_checkable
+class HasRemarks(Protocol):
+    """A method that knows what users should be told of how it works on this model."""
+
+    def remarks(self) -> list[str]:
+        """One sentence each."""
+
+
+@runtime_checkable
 class ScalesLogits(Protocol):
     """A method whose classifier's logits can be multiplied by a number that becomes part of the model."""
 

@@ -203,4 +203,4 @@ def build_method(settings: MethodSettingsBase, context: Context) -> Method:
         return made
     from .tuning.method import WeightTuning
 
-    return WeightTuning(implementation(settings), context)
+    return WeightTuning(implementation(settings), context, name=settings.name)

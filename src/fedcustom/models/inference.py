@@ -61,7 +61,7 @@ def predict(
     model.eval()
     classes = base.task.kind == "classification"
     scores = np.zeros((len(examples), len(base.task.labels) if classes else 2))
-    for positions in by_length(examples, settings.batch_size):
+    for positions in by_length(examples, settings.batch_size, equal=base.padding == "none"):
         batch = collate(
             [examples[i] for i in positions],
             base.tokenizer.pad_token_id,

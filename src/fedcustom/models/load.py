@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from .facts import ModelFacts
 from .first_token import first_token_only
 from .kernels import attend_in_float32_on_processors, fuse_activations
 from .output import OutputLayer, output_layer
+from .padding import Padding, padding_of
 from .pooled_classifier import PooledClassifier, PooledClassifierConfig, with_pooling
 from .pooling import Pooling, find_pooling
 from .settings import ModelSettings
@@ -41,7 +42,7 @@ class Base:
     ``precision`` is that of forward and backward passes; trained numbers are always kept in float32.
     ``measured`` are the seconds of a step in each precision by which it was chosen, where it was. With
     ``compile`` whoever trains the model compiles it first. ``output`` is a causal language model's output
-    layer, where that is a plain matrix.
+    layer, where that is a plain matrix. ``padding`` is how texts of unlike lengths share a batch.
     """
 
     model: Any
@@ -56,6 +57,7 @@ class Base:
     measured: Mapping[Precision, float] = field(default_factory=dict)
     compile: bool = False
     output: OutputLayer | None = None
+    padding: Padding = "right"
 
     @property
     def sequence_to_sequence(self) -> bool:
@@ -285,7 +287,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         first_token_only(model)
     plain = architecture == "decoder" and task.kind == "generation" and not settings.compile
     measured = measure_precision(model, device) if settings.dtype == "auto" else {}
-    return Base(
+    base = Base(
         model=model,
         tokenizer=tokenizer,
         architecture=architecture,
@@ -299,6 +301,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         compile=settings.compile,
         output=output_layer(model) if plain else None,
     )
+    return replace(base, padding=padding_of(base, classifies=classifies))
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:

@@ -23,6 +23,9 @@ from typing import Any
 ADDRESS_VARIABLE = "FEDCUSTOM_BRIDGE"
 """Environment variable with the path of the file that says where the resident process listens."""
 
+LIMIT_VARIABLE = "FEDCUSTOM_MAX_REQUEST_BYTES"
+"""Environment variable with the size of the largest request that a site receives, in bytes."""
+
 PREFIX, SOCKET, LOCK = "fedcustom-", "door", "lock"
 """Names of a socket's folder in the temporary folder (its beginning), of the socket in it, and of its lock
 file.

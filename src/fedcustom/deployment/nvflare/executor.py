@@ -18,7 +18,7 @@ from nvflare.apis.signal import Signal
 
 from ...core.bounded_json import read_json, write_json
 from ...core.errors import WireError
-from .bridge import ADDRESS_VARIABLE, Bridge, BridgeError, connect
+from .bridge import ADDRESS_VARIABLE, LIMIT_VARIABLE, Bridge, BridgeError, connect
 from .housekeeping import Housekeeping
 from .payload import attach_payload, receive_payload
 from .streams import share_stream_timers
@@ -26,7 +26,8 @@ from .streams import share_stream_timers
 RESTART_TIMEOUT = 60.0
 """Seconds that a resident process may take to restart."""
 
-MAX_BYTES = 64 * 2**30
+MAX_BYTES = 8 * 10**9
+"""Largest request, in bytes, where the site's policy (``max_request_gigabytes``) is not handed on."""
 
 STALE_AFTER = 600.0
 """Seconds after which the resident process has no use any more for tensors that a job now dead handed to
@@ -40,6 +41,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self._spool = Path(os.environ.get(ADDRESS_VARIABLE, ".")).parent / "spool" / "passing"
+        self._max_bytes = int(os.environ.get(LIMIT_VARIABLE, MAX_BYTES))
         self._sent: list[Path] = []
         self._housekeeping: Housekeeping | None = None
 
@@ -67,7 +69,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
             message = read_json(shareable["head"])
         except WireError as error:
             return self._pack_reply({"error": str(error)}, None, cell)
-        if reason := receive_payload(shareable, body, cell, MAX_BYTES, abort_signal):
+        if reason := receive_payload(shareable, body, cell, self._max_bytes, abort_signal):
             return self._pack_reply({"error": reason}, None, cell)
         reply: dict[str, Any] | None = None
         try:

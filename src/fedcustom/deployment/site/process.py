@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...core.errors import DeploymentError
 from ...core.files import held, holder
-from ..nvflare.bridge import ADDRESS_VARIABLE
+from ..nvflare.bridge import ADDRESS_VARIABLE, LIMIT_VARIABLE
 from ..nvflare.kits import require_nvflare, site_command, site_name
 from ..nvflare.supervision import SupervisedProcess, keep_alive
 from .ledger import Ledger
@@ -44,7 +44,11 @@ def start_site(kit: Path, file: Path, note: Callable[[str], None], stopped: Call
     resident = SupervisedProcess(
         [sys.executable, "-m", "fedcustom.deployment.site", str(kit), str(file)], own / "resident.log"
     )
-    environment = {ADDRESS_VARIABLE: str(own / "bridge.json"), "MALLOC_ARENA_MAX": "2"}
+    environment = {
+        ADDRESS_VARIABLE: str(own / "bridge.json"),
+        LIMIT_VARIABLE: str(int(settings.policy.max_request_gigabytes * 1e9)),
+        "MALLOC_ARENA_MAX": "2",
+    }
     engine = SupervisedProcess(site_command(kit), own / "engine.log", environment)
     with held(own / "site.pid") as acquired:
         if not acquired:

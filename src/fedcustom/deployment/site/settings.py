@@ -78,6 +78,9 @@ class PolicySettings(Settings):
         None, gt=0, description="Most that may leave, all messages of all runs together"
     )
     max_megabytes_per_day: float | None = Field(None, gt=0, description="The same in 24 hours")
+    max_request_gigabytes: float = Field(
+        8.0, gt=0, le=64, description="Largest request that is received, and held on this site's disk"
+    )
     max_task_seconds: float = Field(3600.0, gt=0, description="A task that takes longer is stopped")
     max_memory_gigabytes: float | None = Field(
         None,

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.errors import ModelError
 from ...models.load import Base
+from ...models.padding import FAILURES, first_line
 
 
 def text_prefix(base: Base, text: str, length: int) -> Tensor:
@@ -27,21 +29,52 @@ def text_prefix(base: Base, text: str, length: int) -> Tensor:
     return torch.stack([torch.stack(pair) for pair in pairs]).float()
 
 
+def cache_shape(base: Base) -> tuple[int, int, int]:
+    """Layers, key-value heads and head size of what the model keeps of a text in its self-attention.
+
+    Raises:
+        ModelError: they are not the same in all layers, or some layers keep something else.
+    """
+    ids = torch.tensor([[base.tokenizer.pad_token_id]], device=base.device)
+    with torch.no_grad():
+        pairs = _cache(base, ids)
+    shapes = {tuple(each.shape) for pair in pairs for each in pair}
+    if len(shapes) != 1:
+        raise ModelError(
+            f"method prefix does not fit {base.name}: not all layers of its {base.model.config.model_type} "
+            "code have keys and values of one shape; use method soft_prompt or lora"
+        )
+    (shape,) = shapes
+    return len(pairs), shape[1], shape[3]
+
+
 def _cache(base: Base, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Each layer's keys and values, (1, heads, tokens, size), of self-attention."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     body: Any = getattr(base.model, base.model.base_model_prefix, base.model)
     body.eval()
-    cache = DynamicCache()
-    if base.architecture == "encoder-decoder":
-        body(
-            input_ids=ids,
-            decoder_input_ids=ids,
-            past_key_values=EncoderDecoderCache(cache, DynamicCache()),
-            use_cache=True,
-        )
-    else:
-        body(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    cache, kind = DynamicCache(), base.model.config.model_type
+    try:
+        if base.architecture == "encoder-decoder":
+            body(
+                input_ids=ids,
+                decoder_input_ids=ids,
+                past_key_values=EncoderDecoderCache(cache, DynamicCache()),
+                use_cache=True,
+            )
+        else:
+            body(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    except FAILURES as error:
+        raise ModelError(
+            f"method prefix does not fit {base.name}: its {kind} code does not take keys and values from "
+            f"outside ({first_line(error)[:120]}); use method soft_prompt or lora"
+        ) from error
     layers: list[Any] = cache.layers
-    return [(layer.keys, layer.values) for layer in layers]
+    pairs: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    if not pairs or not all(isinstance(each, Tensor) and each.dim() == 4 for pair in pairs for each in pair):
+        raise ModelError(
+            f"method prefix does not fit {base.name}: not all layers of its {base.model.config.model_type} "
+            "code keep keys and values; use method soft_prompt or lora"
+        )
+    return pairs

@@ -18,7 +18,7 @@ from ..tuning.reparametrisation import Network, reparametrise
 from ..tuning.technique import TrainableModel
 from .aggregation_hooks import NAME, PrefixAggregation
 from .distil import Distiller
-from .init import text_prefix
+from .init import cache_shape, text_prefix
 from .settings import PrefixSettings
 
 PEFT_NAME = "prompt_encoder.embedding.weight"
@@ -52,10 +52,19 @@ class Prefix:
             init_weights="zero" if settings.init == "zero" else None,
             modules_to_save=list(base.head) or None,
         )
+        layers, heads, size = cache_shape(base)
+        config.num_layers, config.num_attention_heads, config.token_dim = layers, heads, heads * size
         initial = text_prefix(base, settings.init_text, settings.length) if settings.init == "text" else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = attach_peft(base, config, "prefix")
+        assumed = config.num_attention_heads, config.token_dim
+        if assumed != (heads, heads * size):
+            raise ModelError(
+                f"method prefix does not fit {base.name}: its layers have {heads} key-value heads of "
+                f"{heads * size} values in all, where PEFT assumes {assumed[0]} of {assumed[1]}; use method "
+                "soft_prompt or lora"
+            )
         layout = Layout(config)
         encoder = model.prompt_encoder["default"]
         if initial is not None:
@@ -78,7 +87,6 @@ class Prefix:
             trainable.matrices = {NAME: 2 * layout.layers}
             trainable.read_hook = lambda tensors: {**tensors, NAME: layout.from_peft(tensors[NAME])}
             trainable.write_hook = lambda tensors: {**tensors, NAME: layout.to_peft(tensors[NAME])}
-        layers = layout.layers
         if settings.layers_sent is not None and settings.layers_sent > layers:
             raise RecipeError(f"method.layers_sent = {settings.layers_sent}: {base.name} has {layers} layers")
         distil = None
@@ -120,7 +128,9 @@ def require_key_value_input(base: Base) -> None:
     body = getattr(base.model, base.model.base_model_prefix, base.model)
     takes = "past_key_values" in inspect.signature(body.forward).parameters
     if not takes or (base.architecture == "encoder-decoder" and not base.sequence_to_sequence):
+        # A classifier on an encoder-decoder takes no embedded input either.
+        instead = "lora" if base.architecture == "encoder-decoder" else "soft_prompt or lora"
         raise ModelError(
             f"method prefix does not fit {base.name}: for this task its {base.model.config.model_type} code "
-            "takes no keys and values from outside; use method soft_prompt or lora"
+            f"takes no keys and values from outside; use method {instead}"
         )

@@ -288,7 +288,7 @@ class Retrieval(SequentialClients):
         technique: Technique = Full(FullSettings())
         if settings.train == "lora":
             technique = Lora(LoraSettings(rank=settings.rank))
-        return WeightTuning(technique, context, self.contrastive)
+        return WeightTuning(technique, context, self.contrastive, name="retrieval")
 
     def _trained(self, tuning: WeightTuning, task: TrainTask, client: Client) -> Update:
         """The client's training, with what others lent as further negatives, and what it lends itself."""

@@ -64,7 +64,8 @@ class SoftPrompt:
             del parameters[PEFT_NAME]
             trainable = tuned_with(base, model, parameters)
             reparametrise(trainable, model, NAME, Network(settings.encoder, settings.encoder_width, seed))
-        if base.architecture == "decoder" and base.task.kind == "classification":
+        # Without padding the last position is that of the last token.
+        if base.architecture == "decoder" and base.task.kind == "classification" and base.padding != "none":
             trainable.model = DecoderClassifier(model, base)
         return trainable
 
@@ -78,7 +79,7 @@ class DecoderClassifier(nn.Module):
 
     def __init__(self, wrapped: Any, base: Base) -> None:
         super().__init__()
-        self.wrapped = wrapped
+        self.wrapped, self.config = wrapped, base.model.config
         self.body = base.model.base_model
         self.head = getattr(base.model, base.head[0])
 

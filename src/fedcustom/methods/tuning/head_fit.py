@@ -182,7 +182,7 @@ class HeadFit:
         try:
             # Compiled code would not see the hook, or would keep it.
             with torch.compiler.set_stance("force_eager"), torch.no_grad():
-                for positions in by_length(tokens, self.batch_size):
+                for positions in by_length(tokens, self.batch_size, equal=self.base.padding == "none"):
                     batch = self.objective.collate([tokens[i] for i in positions])
                     with self.base.autocast():
                         classification_logits(model, batch)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...core.environment import free_memory
 from ...core.errors import RecipeError
 from ...core.tensors import Tensors, count, part
-from ...data.tokens import Batch, TokenizedExample
+from ...data.tokens import Batch, TokenizedExample, of_one_length
 from ...models.forward import LABEL_OFFSET
 from ...models.frozen_layers import LowerLayers, lower_layers
 from ...models.load import Base
@@ -24,6 +24,7 @@ from ...training.settings import TrainingSettings
 from ..protocol import Client, Update
 from ..protocol import Work as Amount
 from .aggregation_hooks import AggregationHooks
+from .batching.agreement import disagreement
 from .batching.client_modules import ClientModules, stand_ins
 from .batching.trainer import PassBudget, Work, train_together
 from .drift_corrections import Correction
@@ -72,7 +73,7 @@ class Job:
 
 
 class LocalTraining:
-    """Trains what a technique attached to the base model."""
+    """Trains what a technique attached to the base model; ``rows``, of unlike lengths, are for trials."""
 
     def __init__(
         self,
@@ -81,9 +82,13 @@ class LocalTraining:
         training: TrainingSettings,
         base: Base,
         loss: Callable[[Batch], Tensor],
+        rows: Sequence[TokenizedExample],
     ) -> None:
         self.trainable, self.objective, self.training = trainable, objective, training
+        self.rows = rows
+        self.unshared: str | None = None
         self.device, self.compiled, self.loss = base.device, base.compile, loss
+        self.padding, self.coarse = base.padding, base.precision != "float32"
         if training.optimizer == "muon" and not trainable.matrices:
             raise RecipeError("training.optimizer = 'muon': this method trains no matrices; use 'adamw'")
 
@@ -152,6 +157,8 @@ class LocalTraining:
         """A batch, and its weight in the loss; one that is larger than the recipe says, in parts."""
         size = self.training.batch_size if self.objective.separable else len(rows)
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        if self.padding == "none":
+            parts = [[some[i] for i in alike] for some in parts for alike in of_one_length(some)]
         units = [max(1, sum(map(self.objective.units, part))) for part in parts]
         for some, share in zip(parts, units, strict=True):
             yield self._collated(some, offset), share / sum(units)
@@ -199,7 +206,16 @@ class LocalTraining:
 
     @cached_property
     def _stand_ins(self) -> ClientModules | None:
-        return stand_ins(self.trainable.model, self.trainable.parameters)
+        """What lets several clients share a batch; None where they cannot, of which ``unshared`` may say
+        why.
+        """
+        found = stand_ins(self.trainable.model, self.trainable.parameters)
+        if found is None or not self.objective.separable:
+            return found
+        self.unshared = disagreement(
+            found, self.trainable, self.objective, self.rows, coarse=self.coarse, equal=self.padding == "none"
+        )
+        return None if self.unshared else found
 
     def _in_turn(
         self, jobs: Sequence[Job], close: Callable[[Job, LocalResult], Update]
@@ -251,6 +267,7 @@ class LocalTraining:
                 fixed=fixed,
                 room=self._room,
                 lanes=self._lanes(),
+                equal=self.padding == "none",
             )
         for position, (job, result) in enumerate(zip(jobs, results, strict=True)):
             try:

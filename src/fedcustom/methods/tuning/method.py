@@ -42,6 +42,7 @@ from .messages import MESSAGES, FitHeadTask, HeadSumsUpdate, HeadTask, TrainTask
 from .objective import Objective, Supervised
 from .ownership import Ownership
 from .technique import Context, Technique, prepare_precision
+from .trial import trial_pass, trial_rows
 from .update_checks import check_figures, check_forms, check_state
 
 RATE_FACTOR = "rate_factor"
@@ -60,13 +61,21 @@ class WeightTuning:
     :class:`~fedcustom.methods.tuning.head_fit.HeadFit` says instead.
     """
 
-    def __init__(self, technique: Technique, context: Context, objective: Objective | None = None) -> None:
+    def __init__(
+        self,
+        technique: Technique,
+        context: Context,
+        objective: Objective | None = None,
+        *,
+        name: str = "training",
+    ) -> None:
         self.context = context
-        self.base = context.base
         self.objective = objective or Supervised(context.base, context.data)
         original = list(context.base.model.parameters())
         self.trainable = technique.attach(context.base, context.seed)
         prepare_precision(context.base, original)
+        padding = trial_pass(name, self.trainable, self.objective, context.base, context.evaluation)
+        self.base = replace(context.base, padding=padding)
         federated = context.keeps == "nothing"
         # A baseline is ordinary training: nothing is merged by rules.
         self.aggregation = context.aggregation if federated else AggregationSettings()
@@ -90,8 +99,27 @@ class WeightTuning:
         if self.base.compile:
             self.trainable.model.compile(dynamic=True)
         self.local = LocalTraining(
-            self.trainable, self.objective, context.training, self.base, lambda batch: self._loss(batch)
+            self.trainable,
+            self.objective,
+            context.training,
+            self.base,
+            lambda batch: self._loss(batch),
+            trial_rows(self.objective, self.base),
         )
+
+    def remarks(self) -> list[str]:
+        """What users should know of how this model trains with this method."""
+        found, name = [], self.base.name
+        if self.base.padding == "none":
+            found.append(f"{name}: padding changes its results, so that batches hold texts of one length")
+        self.widest_cohort()
+        if self.local.unshared:
+            found.append(
+                f"{name}: clients are trained one after another, since in one batch its "
+                f"{self.base.model.config.model_type} code does not give what it gives for one client alone "
+                f"({self.local.unshared})"
+            )
+        return found
 
     @property
     def messages(self) -> Messages:

@@ -38,6 +38,11 @@ def attach_peft(base: Base, config: Any, method: str) -> Any:
     """
     import peft
 
+    if isinstance(config, peft.PromptLearningConfig) and config.token_dim is None:
+        # PEFT knows these by the names that most configurations have for them, and this one may not.
+        config.token_dim = base.model.get_input_embeddings().weight.shape[1]
+        config.num_layers = config.num_layers or 1
+        config.num_attention_heads = config.num_attention_heads or 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

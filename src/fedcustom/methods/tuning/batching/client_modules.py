@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,37 +105,77 @@ class ClientInnerProduct(ClientModule):
 
 
 class ClientNorm(ClientModule):
-    """A normalisation layer with a scale or a bias of each client's own."""
+    """A normalisation layer with a gain or bias of each client's own: ``y_k = n(x_k) (offset + w_k) + b_k``.
 
-    def __init__(self, module: nn.Module) -> None:
+    ``offset`` is what the layer's code adds to its weight: 1 in Gemma's layers, 0 in most others.
+    """
+
+    def __init__(self, module: nn.Module, offset: float) -> None:
         super().__init__(module)
+        self.offset = offset
         # In a list, so that it is no part of the model.
-        self.unscaled = [without_scale(module)]
+        self.normalised = [self._plain()]
 
-    def forward(self, states: Tensor) -> Tensor:
+    def forward(self, states: Tensor, *more: Any, **named: Any) -> Tensor:
         """(rows, ..., width), normalised."""
-        module: Any = self.module
-        if isinstance(module, nn.LayerNorm):
-            result = nn.functional.layer_norm(states, module.normalized_shape, eps=module.eps)
-        else:
-            result = self.unscaled[0](states)
-        for name, act in (("weight", torch.mul), ("bias", torch.add)):
+        if self.normalised[0].weight.dtype != self.module.weight.dtype:
+            self.normalised = [self._plain()]
+        result: Tensor = self.normalised[0](states, *more, **named)
+        for name in ("weight", "bias"):
+            value = getattr(self.module, name, None)
             if name in self.own:
-                result = act(result, self.vector(name, result))
-            elif (fixed := getattr(module, name, None)) is not None:
-                result = act(result, fixed.to(result.dtype))
+                value = self.vector(name, result)
+            elif value is not None:
+                value = value.to(result.dtype)
+            if value is not None:
+                result = result + value if name == "bias" else result * (value + self.offset)
         return result
 
+    def _plain(self) -> nn.Module:
+        """The layer with a gain of one and without a bias."""
+        return with_values(self.module, weight=1.0 - self.offset, bias=0.0)
 
-def without_scale(module: nn.Module) -> nn.Module:
-    """The same layer with a scale of one."""
+
+def with_values(module: nn.Module, **values: float) -> nn.Module:
+    """The same layer with these constants in place of its parameters."""
     result = copy.copy(module)
     result._parameters = {
-        name: nn.Parameter(torch.ones_like(p), requires_grad=False) if name == "weight" else p
+        name: nn.Parameter(torch.full_like(p, values[name]), requires_grad=False)
         for name, p in module._parameters.items()
         if p is not None
-    }
+    } | {name: None for name, p in module._parameters.items() if p is None}
     return result
+
+
+def gain_offset(module: nn.Module) -> float | None:
+    """What a normalisation layer adds to its weight before it multiplies by it: 0 or 1. None where the layer
+    is no ``n(x) (offset + weight) + bias``, with a weight and a bias of its last dimension.
+    """
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    weight = parameters.get("weight")
+    if weight is None or weight.dim() != 1 or not parameters.keys() <= {"weight", "bias"}:
+        return None
+    if any(True for _ in module.children()) or any(p.shape != weight.shape for p in parameters.values()):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 3, len(weight), generator=generator).to(weight)
+    try:
+        with torch.no_grad():
+            none, one, half = (with_values(module, weight=w, bias=0.0)(states) for w in (0.0, 1.0, 0.5))
+            shifted = with_values(module, weight=1.0, bias=0.25)(states) - one
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        return None
+    if none.shape != states.shape or not _near(half, (none + one) / 2):
+        return None
+    if "bias" in parameters and not _near(shifted, torch.full_like(one, 0.25)):
+        return None
+    if _near(none, torch.zeros_like(none)):
+        return 0.0
+    return 1.0 if _near(one, 2 * none) else None
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one.float(), other.float(), rtol=0.02, atol=0.02)
 
 
 class ClientEmbedding(ClientModule):
@@ -277,8 +318,6 @@ def _kind(module: nn.Module, names: set[str]) -> Kind | None:
         return ClientMatrix
     if isinstance(module, Conv1D):
         return ClientMatrix if names == {"bias"} else None
-    if "norm" in type(module).__name__.lower() and (
-        isinstance(module, nn.LayerNorm) or getattr(module, "bias", None) is None
-    ):
-        return ClientNorm
+    if "norm" in type(module).__name__.lower() and (offset := gain_offset(module)) is not None:
+        return partial(ClientNorm, offset=offset)
     return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ....core.environment import free_memory
 from ....core.errors import UpdateError
 from ....core.tensors import Tensors
-from ....data.tokens import TokenizedExample
+from ....data.tokens import TokenizedExample, of_one_length
 from ....training.local import LocalResult, make_optimizer
 from ....training.settings import TrainingSettings
 from .parallel_passes import ParallelPasses
@@ -62,6 +62,7 @@ def train_together(
     fixed: Mapping[str, Tensor] | None = None,
     room: PassBudget | None = None,
     lanes: int = 1,
+    equal: bool = False,
 ) -> list[LocalResult | UpdateError]:
     """Train the clients' tensors, ``stacks`` of (clients, ...), in place; each as if it were alone.
 
@@ -71,7 +72,8 @@ def train_together(
 
     A client's loss is the sum of its rows' losses over the sum of what ``units_of`` counts in them (examples
     or target tokens). ``fixed`` are tensors of each client's own, stacked likewise, that are not trained;
-    ``room`` may be kept for the next cohort. ``losses_of`` is called by up to ``lanes`` threads at a time.
+    ``room`` may be kept for the next cohort. ``losses_of`` is called by up to ``lanes`` threads at a time,
+    with ``equal`` for examples of one length.
     """
     order = sorted(range(len(work)), key=lambda i: -len(work[i].batches))
     chosen = None if order == sorted(order) else torch.tensor(order)  # None: no copies are needed
@@ -84,6 +86,7 @@ def train_together(
     trainer.matrices = matrices or {}
     trainer.fixed = in_order(fixed or {})
     trainer.room = room or PassBudget()
+    trainer.equal = equal
     with ParallelPasses(lanes) as trainer.lanes:
         trainer.train()
     if chosen is not None:
@@ -158,6 +161,7 @@ class _Trainer:
         self.matrices: Mapping[str, int] = {}
         self.fixed: Tensors = {}
         self.room = PassBudget()
+        self.equal = False
         self.anchors = {n: t.clone() for n, t in stacks.items()} if settings.proximal else {}
         self.shifts = {
             name: torch.stack([item.shift[name] for item in work]).to(stack.device)
@@ -201,7 +205,12 @@ class _Trainer:
             self.limit = self._fitting(parameters, rows)
         at_once = max(1, min(self.lanes.count, sum(lengths) // LEAST_TOKENS))
         limit = min(self.limit // at_once, math.ceil(sum(lengths) / at_once))
-        parts = [[rows[i] for i in sorted(group)] for group in passes(lengths, limit)]
+        groups = of_one_length([row.example for row in rows]) if self.equal else [list(range(len(rows)))]
+        parts = [
+            [rows[group[i]] for i in sorted(chosen)]
+            for group in groups
+            for chosen in passes([lengths[i] for i in group], limit)
+        ]
         for found in self.lanes.each(lambda part: self._pass(parameters, part), parts):
             for done in found:
                 done.add_to(gradients, self.work)

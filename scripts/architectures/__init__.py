@@ -1,0 +1,1 @@
+"""The architecture matrix: which method trains which kind of model, and how."""

@@ -1,0 +1,113 @@
+"""The architecture matrix: every method that trains weights on some ninety kinds of tiny models.
+
+    python -m scripts.architectures --jobs 2 --write docs/architectures.md
+    python -m scripts.architectures --only gpt2,xlnet
+
+Each cell is trained twice through ``fedcustom.run``, with the clients in one batch and one after the other,
+and the two are compared. Ends with code 1 if any cell gave unlike numbers, or failed with another error than
+a refusal of one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from .matrix import METHODS, Outcome, outcome, tasks_of
+from .models import ALL
+
+Cells = dict[tuple[str, str], dict[str, Outcome]]
+"""From an architecture and a task to each method's outcome."""
+
+MARKS = {"together": "together", "alone": "alone", "refused": "-", "wrong": "WRONG", "failed": "FAILED"}
+
+BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help="names of architectures, by commas; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each")
+    parser.add_argument("--write", type=Path, help="page whose table to replace")
+    chosen = parser.parse_args()
+    names = chosen.only.split(",") if chosen.only else list(ALL)
+    if unknown := [name for name in names if name not in ALL]:
+        parser.error(f"--only: unknown: {', '.join(unknown)}; allowed are {', '.join(ALL)}")
+    cells: Cells = {}
+    with ProcessPoolExecutor(chosen.jobs, initializer=_one_thread) as pool:
+        waiting = {pool.submit(row, name, task): (name, task) for name in names for task in tasks_of(name)}
+        for done in as_completed(waiting):
+            name, task = waiting[done]
+            cells[name, task] = done.result()
+            for method, found in cells[name, task].items():
+                print(f"{name} {task} {method}: {found.how} {found.reason}".rstrip(), flush=True)
+    ordered = {key: cells[key] for name in names for key in cells if key[0] == name}
+    if chosen.write:
+        text = chosen.write.read_text(encoding="utf-8")
+        before, _, rest = text.partition(BEGIN)
+        chosen.write.write_text(
+            f"{before}{BEGIN}\n\n{table(ordered)}\n{END}{rest.partition(END)[2]}", "utf-8"
+        )
+    faults = [
+        f"{name} {task} {method}: {found.how} {found.reason}"
+        for (name, task), found_by in ordered.items()
+        for method, found in found_by.items()
+        if found.how in ("wrong", "failed")
+    ]
+    print(f"{sum(map(len, cells.values()))} cells, {len(faults)} faults", *faults, sep="\n", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def row(name: str, task: str) -> dict[str, Outcome]:
+    """All methods on one architecture."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {}
+        for method in METHODS:
+            found[method] = outcome(name, method, task, Path(folder))
+            for run in Path(folder).glob(f"{name}-{task}-*"):
+                shutil.rmtree(run)
+        return found
+
+
+def table(cells: Cells) -> str:
+    """The table in Markdown, and the reasons of refusals, each once, with what it refuses."""
+    lines = ["| architecture | task | " + " | ".join(METHODS) + " |", "|" + "---|" * (len(METHODS) + 2)]
+    reasons: dict[str, list[str]] = {}
+    for (name, task), found_by in cells.items():
+        shown = []
+        for method, found in found_by.items():
+            mark = MARKS[found.how] + ("" if found.padding else "*")
+            if found.reason:
+                text = general(found.reason, name)
+                numbers = list(reasons)
+                number = numbers.index(text) + 1 if text in reasons else len(reasons) + 1
+                reasons.setdefault(text, []).append(f"{name}/{task}/{method}")
+                mark += f" ({number})"
+            shown.append(mark)
+        lines.append(f"| {name} | {task} | " + " | ".join(shown) + " |")
+    listed = [f"{number}. {text}" for number, text in enumerate(reasons, start=1)]
+    return "\n".join([*lines, "", *listed, ""])
+
+
+def general(reason: str, name: str) -> str:
+    """A reason without the model's name and figures, so that alike ones are listed once."""
+    text = re.sub(rf"\b{re.escape(name)}\b", "MODEL", reason)
+    text = re.sub(r"its \S+ code", "its code", text)
+    return re.sub(r"\(a (loss|gradient)[^)]*\)", r"(a \1 that differs)", text)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""A trial pass: whether a method fits a model is seen before any client trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...core.errors import ModelError
+from ...data.examples import Example
+from ...data.tokens import TokenizedExample
+from ...evaluation.settings import EvaluationSettings
+from ...models.inference import generate
+from ...models.load import Base
+from ...models.padding import FAILURES, TOLERANCE, TRIAL_TEXTS, Padding, find_padding, first_line
+from .objective import Objective
+from .technique import TrainableModel
+
+COARSE_TOLERANCE = 0.1
+"""The same in bfloat16."""
+
+
+def trial_rows(objective: Objective, base: Base) -> list[TokenizedExample]:
+    """Three rows of unlike lengths, of no client's text."""
+    short, long = TRIAL_TEXTS
+    middle = long[: len(long) // 2]
+    other = min(1, len(base.task.labels) - 1)
+    return objective.tokens(
+        [Example(short, 0, long), Example(long, other, short), Example(middle, 0, middle)]
+    )
+
+
+def trial_pass(
+    name: str, trainable: TrainableModel, objective: Objective, base: Base, evaluation: EvaluationSettings
+) -> Padding:
+    """A training step's passes over three short rows, and two tokens of a generated text; how rows must share
+    a batch (:mod:`fedcustom.models.padding`).
+
+    Raises:
+        ModelError: the model's code fails with the method attached, or what it makes of a text depends on
+            the other texts of its batch.
+    """
+    model, rows = trainable.model, trial_rows(objective, base)
+    kind = base.model.config.model_type
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            loss = objective.loss(model, objective.collate(rows))
+            torch.autograd.grad(loss, list(trainable.parameters.values()), allow_unused=True)
+            if base.task.kind == "generation":
+                generate(model, base, [rows[0].source], replace_length(evaluation, 2))
+    except FAILURES as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(
+            f"method {name} does not fit {base.name}: in a trial pass its {kind} code fails "
+            f"({first_line(error)[:200]}); use method {'full' if name == 'lora' else 'lora'}"
+        ) from error
+    if not objective.separable or base.padding == "none":
+        return base.padding
+
+    def losses(chosen: Sequence[int]) -> torch.Tensor:
+        return objective.row_losses(model, objective.collate([rows[i] for i in chosen])).float()
+
+    tolerance = TOLERANCE if base.precision == "float32" else COARSE_TOLERANCE
+    return find_padding(losses, f"{base.name} with method {name}", tolerance=tolerance)
+
+
+def replace_length(evaluation: EvaluationSettings, tokens: int) -> EvaluationSettings:
+    """The same settings for shorter texts."""
+    return evaluation.model_copy(update={"max_new_tokens": tokens})

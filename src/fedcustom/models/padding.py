@@ -1,0 +1,119 @@
+"""Padding: whether a text's result depends on the texts that share its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..core.errors import ModelError
+from ..data.tokens import Batch, TokenizedExample, collate
+from .forward import classification_logits, target_losses
+
+if TYPE_CHECKING:
+    from .load import Base
+
+Padding = Literal["right", "none"]
+"""How rows of unlike lengths share a batch: with padding on the right, or not at all, since a model lets
+padding change what it makes of a text. Then only rows of one length do.
+"""
+
+TOLERANCE = 1e-3
+"""Difference of a text's scores, relative to the difference between two texts, that rounding explains."""
+
+TRIAL_TEXTS = ("one", "one two three four five six seven eight nine ten eleven twelve thirteen fourteen")
+"""A short text and a longer one, for trial passes."""
+
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
+"""Errors by which the code of a model says that it cannot take what it is given."""
+
+
+def padding_of(base: Base, *, classifies: bool) -> Padding:
+    """How rows must share a batch of a model as it was loaded; ``classifies`` where it has a head for that.
+
+    Raises:
+        ModelError: a text's result depends on the other texts of its batch, or the model fails.
+    """
+    task, padding = base.task, base.tokenizer.pad_token_id
+    ids = [base.tokenizer(text)["input_ids"] for text in TRIAL_TEXTS]
+    rows = [TokenizedExample.of(one, other[:4], 0) for one, other in zip(ids, reversed(ids), strict=True)]
+    if not classifies and task.kind != "generation":
+        task = replace(task, kind="classification")  # of whose batches the inputs alone are used
+    elif not min(len(row.source) and len(row.target) for row in rows):
+        return "right"  # a tokenizer without tokens for these texts
+
+    def scores(chosen: Sequence[int]) -> Tensor:
+        some = [rows[i] for i in chosen]
+        batch = collate(some, padding, task, sequence_to_sequence=base.sequence_to_sequence)
+        batch = {name: tensor.to(base.device) for name, tensor in batch.items()}
+        if classifies:
+            return classification_logits(base.model, batch)
+        if task.kind == "generation":
+            losses, _ = target_losses(
+                base.model, batch, sequence_to_sequence=base.sequence_to_sequence, output=base.output
+            )
+            return losses
+        return _mean_states(base.model, batch)
+
+    return find_padding(scores, base.name, allowed=classifies or task.kind == "generation")
+
+
+def _mean_states(model: Any, batch: Batch) -> Tensor:
+    """The mean of the last layer's states over the tokens that are no padding, (rows, width)."""
+    body = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    if hasattr(body, "lm_head"):
+        body = body.base_model
+    mask = batch["attention_mask"]
+    states: Tensor = body(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+    return (states * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
+
+def find_padding(
+    scores: Callable[[Sequence[int]], Tensor],
+    name: str,
+    *,
+    allowed: bool = True,
+    tolerance: float = TOLERANCE,
+) -> Padding:
+    """How rows must share a batch: ``scores`` gives those of some of two rows of unlike lengths, (rows, ...).
+
+    Where padding changes a score, as in models that mix positions without a mask (FNet, ConvBERT) or read
+    the last position (XLNet), rows of one length must give the same together as alone. ``allowed`` is
+    whether the caller can do without padding, ``tolerance`` what rounding explains.
+
+    Raises:
+        ModelError: a row's scores depend on the other rows of its batch in any case, or the model fails.
+    """
+    try:
+        with torch.inference_mode():
+            alone = [scores([row])[0] for row in (0, 1)]
+            together, twice = scores([0, 1]), scores([0, 0])
+    except FAILURES as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(f"model.base: a trial pass through {name} fails: {first_line(error)}") from error
+    if not all(bool(torch.isfinite(each).all()) for each in (*alone, together, twice)):
+        return "right"  # weights that are no numbers are reported where they matter
+    size = max(float(each.abs().max()) for each in alone)
+    scale = max(_gap(alone[0], alone[1]), 1e-2 * size, 1e-6)
+    if all(_gap(together[row], alone[row]) <= tolerance * scale for row in (0, 1)):
+        return "right"
+    if allowed and all(_gap(each, alone[0]) <= tolerance * scale for each in twice):
+        return "none"
+    raise ModelError(
+        f"model.base: what {name} makes of a text depends on the other texts of its batch "
+        f"(scores differ by {max(_gap(together[row], alone[row]) for row in (0, 1)) / scale:.0%} of what two "
+        "texts differ by), so it cannot be used here; choose another base model"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _gap(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())

@@ -1,0 +1,215 @@
+"""Architectures beside those of the tiny models: trained together or alone, padded or not, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scripts.architectures.__main__ import general
+from scripts.architectures.matrix import METHODS, outcome, tasks_of
+from scripts.architectures.models import ALL, ENCODERS, kind_of, write_model
+
+from fedcustom.core.errors import ModelError
+from fedcustom.data.examples import Example, LearningTask
+from fedcustom.data.tokens import TokenizedExample, by_length
+from fedcustom.evaluation.settings import EvaluationSettings
+from fedcustom.methods import State
+from fedcustom.methods.tuning.batching.client_modules import ClientNorm, gain_offset
+from fedcustom.models.inference import predict
+from fedcustom.models.load import load_base
+from fedcustom.models.padding import find_padding
+from fedcustom.models.settings import ModelSettings
+from helpers.methods import generation_examples, make
+
+TEXTS = ["the cat", "the old cat sees a small dog near the hill and then the house", "a dog likes soup"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The folder of an architecture's tiny model, written when it is first asked for."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def path(name: str) -> str:
+        if not (folder / name).exists():
+            write_model(name, folder / name)
+        return str(folder / name)
+
+    return path
+
+
+CELLS = {
+    ("bert", "lora", "classification"): "together",
+    ("xlnet", "adapter", "classification"): "alone",
+    ("longformer", "bitfit", "classification"): "alone",
+    ("fnet", "ln_tuning", "classification"): "together",
+    ("distilbert", "soft_prompt", "classification"): "together",
+    ("gemma", "bitfit", "generation"): "together",
+    ("gemma2", "prefix", "generation"): "together",
+    ("falcon", "prefix", "generation"): "together",
+    ("mixtral", "lora", "generation"): "together",
+    ("opt", "soft_prompt", "classification"): "together",
+    ("mamba", "prefix", "generation"): "refused",
+    ("bart-uneven", "prefix", "generation"): "together",
+    ("t5-gated", "prefix", "generation"): "together",
+    ("t5", "soft_prompt", "classification"): "refused",
+    ("nemotron", "ln_tuning", "classification"): "together",
+}
+"""A dozen and a few cells of the matrix, of every method and kind of model (``make test-matrix`` has all)."""
+
+
+@pytest.mark.parametrize(("name", "method", "task"), list(CELLS), ids=["-".join(cell) for cell in CELLS])
+def test_a_cell_of_the_matrix(tmp_path: Path, name: str, method: str, task: str) -> None:
+    found = outcome(name, method, task, tmp_path)
+    assert found.how == CELLS[name, method, task], found.reason
+    assert bool(found.reason) == (found.how != "together")
+    assert found.padding == (name not in ("xlnet", "fnet"))
+
+
+def test_the_matrix_has_every_method_and_about_ninety_architectures() -> None:
+    from fedcustom.methods import registry
+
+    assert set(METHODS) == {name for name, each in registry.methods().items() if each.is_technique}
+    assert len(ALL) >= 55
+    assert {kind_of(name) for name in ALL} == {"encoder", "decoder", "encoder-decoder"}
+    assert tasks_of(next(iter(ENCODERS))) == ("classification",)
+
+
+def test_reasons_are_listed_once() -> None:
+    said = "x: in one batch its x code does not give what it gives (a gradient of a.b that differs by 17%)"
+    assert general(said, "x") == (
+        "MODEL: in one batch its code does not give what it gives (a gradient that differs)"
+    )
+
+
+@pytest.mark.parametrize("name", ["xlnet", "fnet", "convbert", "mobilebert", "gpt2", "electra"])
+def test_a_classifier_gives_a_text_the_same_whatever_is_beside_it(
+    models: Callable[[str], str], name: str
+) -> None:
+    """What plain transformers gives for each text alone, without padding."""
+    from transformers import AutoTokenizer
+
+    method = make(models(name), "bitfit")
+    assert method.base.padding == ("none" if name in ("xlnet", "fnet", "convbert", "mobilebert") else "right")
+    found = method.predict(
+        State(method.trainable.read()), [Example(text, 0) for text in TEXTS], texts=False
+    ).scores
+    tokenizer = AutoTokenizer.from_pretrained(models(name))
+    model = method.trainable.model.eval()
+    for text, row in zip(TEXTS, found, strict=True):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        np.testing.assert_allclose(row, alone.double().numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_whose_rows_depend_on_one_another_is_refused() -> None:
+    rows = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+
+    def mixing(chosen: Any) -> torch.Tensor:
+        return rows[list(chosen)] - rows[list(chosen)].mean(dim=0)
+
+    with pytest.raises(ModelError, match="depends on the other texts of its batch"):
+        find_padding(mixing, "a model")
+    assert find_padding(lambda chosen: rows[list(chosen)], "a model") == "right"
+
+    def padded(chosen: Any) -> torch.Tensor:
+        return rows[list(chosen)] + (len(set(chosen)) - 1)
+
+    assert find_padding(padded, "a model") == "none"
+    with pytest.raises(ModelError, match="cannot be used here"):
+        find_padding(padded, "a model", allowed=False)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma", "mixtral", "bart", "t5-gated", "rwkv", "mamba"])
+def test_losses_are_those_of_plain_transformers(models: Callable[[str], str], name: str) -> None:
+    """Text by text, without padding: the summed cross-entropy of the target's tokens."""
+    import transformers
+
+    path, examples = models(name), generation_examples(4)
+    task = LearningTask("generation", ())
+    base = load_base(ModelSettings(base=path), task, seed=0)
+    method = make(path, "full", "generation")
+    found = predict(base.model, base, method.tokens(examples), EvaluationSettings()).scores
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    encodes = kind_of(name) == "encoder-decoder"
+    loader: Any = transformers.AutoModelForSeq2SeqLM if encodes else transformers.AutoModelForCausalLM
+    model = loader.from_pretrained(path).eval()
+    for example, (loss, count) in zip(examples, found, strict=True):
+        source = tokenizer(example.text)["input_ids"]
+        target = [*tokenizer(example.target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        if encodes:
+            inputs, labels = torch.tensor([source]), torch.tensor([target])
+        else:
+            inputs = torch.tensor([source + target])
+            labels = torch.tensor([[-100] * len(source) + target])
+        with torch.no_grad():
+            mean = model(input_ids=inputs, labels=labels).loss
+        assert count == len(target)
+        assert loss == pytest.approx(float(mean) * len(target), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "qwen2"])
+def test_soft_prompts_of_a_decoders_classifier(models: Callable[[str], str], name: str) -> None:
+    """The head on the state of the last token, of the prompt's vectors and the text's, one text at a time."""
+    from transformers import AutoTokenizer
+
+    method = make(models(name), "soft_prompt", length=3)
+    tensors = method.initialise().tensors
+    found = method.predict(State(tensors), [Example(text, 0) for text in TEXTS], texts=False).scores
+    tokenizer = AutoTokenizer.from_pretrained(models(name))
+    model = method.base.model
+    head = next(tensor for key, tensor in tensors.items() if key.endswith("score.weight"))
+    for text, row in zip(TEXTS, found, strict=True):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            embedded = torch.cat([tensors["soft_prompt"][None], model.get_input_embeddings()(ids)], dim=1)
+            states = model.base_model(inputs_embeds=embedded).last_hidden_state
+        np.testing.assert_allclose(row, (states[0, -1] @ head.T).double().numpy(), rtol=1e-4, atol=1e-6)
+
+
+class Shifted(torch.nn.Module):
+    """Gemma's normalisation: it multiplies by one and its weight."""
+
+    def __init__(self, width: int, offset: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(width))
+        self.offset = offset
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., width)."""
+        return (
+            states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6) * (self.offset + self.weight)
+        )
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms_of_each_clients_own(offset: float) -> None:
+    norm = Shifted(6, offset)
+    assert gain_offset(norm) == offset
+    assert gain_offset(torch.nn.LayerNorm(6)) == 0.0
+    assert gain_offset(torch.nn.LayerNorm(6, bias=False)) == 0.0
+    assert gain_offset(Shifted(6, 0.5)) is None
+    assert gain_offset(torch.nn.Linear(6, 6)) is None
+    shared, states = ClientNorm(norm, offset), torch.randn(3, 4, 6)
+    own = torch.randn(2, 6)
+    shared.given.own, shared.given.owners, shared.given.counts = (
+        {"weight": own}, torch.tensor([0, 1, 1]), [1, 2],
+    )  # fmt: skip
+    found = shared(states)
+    for row, client in enumerate([0, 1, 1]):
+        with torch.no_grad():
+            norm.weight.copy_(own[client])
+        torch.testing.assert_close(found[row], norm(states[row]).detach())
+
+
+def test_batches_of_one_length() -> None:
+    rows = [
+        TokenizedExample.of([1] * a, [1] * b) for a, b in [(3, 1), (2, 2), (3, 1), (1, 3), (3, 1), (2, 1)]
+    ]
+    found = list(by_length(rows, 2, equal=True))
+    assert sorted(i for some in found for i in some) == list(range(6))
+    assert found == [[0, 2], [4], [1], [5], [3]]
