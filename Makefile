@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run check test bench sbom hashes clean
+.PHONY: run check test test-matrix bench sbom hashes clean
 
 run: .venv/ready
 	$(BIN)/fedcustom compare recipes/docstrings.toml --methods full,lora,prefix --baselines centralised --jobs 2 --out runs/docstrings
@@ -23,6 +23,10 @@ test: .venv/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --dist loadgroup
+
+# Every method on some hundred kinds of tiny models (docs/model_types.md); not part of make test.
+test-matrix: .venv/ready-dev
+	$(BIN)/python -m scripts.architectures --jobs 2
 
 # CASES="a e", REPEAT=3, THREADS=1 and TREC=folder choose what is measured; the peers are installed into build/peers.
 bench: .venv/ready

@@ -1,6 +1,6 @@
 """The architecture matrix: every method that trains weights on some ninety kinds of tiny models.
 
-    python -m scripts.architectures --jobs 2 --write docs/architectures.md
+    python -m scripts.architectures --jobs 2 --write docs/model_types.md
     python -m scripts.architectures --only gpt2,xlnet
 
 Each cell is trained twice through ``fedcustom.run``, with the clients in one batch and one after the other,

@@ -27,6 +27,9 @@ TOLERANCE = 1e-3
 TRIAL_TEXTS = ("one", "one two three four five six seven eight nine ten eleven twelve thirteen fourteen")
 """A short text and a longer one, for trial passes."""
 
+TRIAL_TOKENS = 16
+"""Most tokens of a text in a trial pass."""
+
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
 """Errors by which the code of a model says that it cannot take what it is given."""
 
@@ -38,7 +41,9 @@ def padding_of(base: Base, *, classifies: bool) -> Padding:
         ModelError: a text's result depends on the other texts of its batch, or the model fails.
     """
     task, padding = base.task, base.tokenizer.pad_token_id
-    ids = [base.tokenizer(text)["input_ids"] for text in TRIAL_TEXTS]
+    ids = [
+        base.tokenizer(text, truncation=True, max_length=TRIAL_TOKENS)["input_ids"] for text in TRIAL_TEXTS
+    ]
     rows = [TokenizedExample.of(one, other[:4], 0) for one, other in zip(ids, reversed(ids), strict=True)]
     if not classifies and task.kind != "generation":
         task = replace(task, kind="classification")  # of whose batches the inputs alone are used

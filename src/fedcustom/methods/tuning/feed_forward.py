@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...models.load import Base
+from ...models.padding import FAILURES
 
 WIDTHS = (
     ("encoder_ffn_dim", "decoder_ffn_dim"),
@@ -71,7 +72,10 @@ def _width(config: Any, key: str) -> int | None:
 
 def _grown(base: Base, widths: Mapping[str, int]) -> FeedForward | None:
     before = _shapes(base.model, {})
-    after = _shapes(base.model, {key: width + 1 for key, width in widths.items()})
+    try:
+        after = _shapes(base.model, {key: width + 1 for key, width in widths.items()})
+    except FAILURES:  # a width that must be divisible
+        return None
     if before.keys() != after.keys():
         return None
     inputs, outputs, biases = [], [], []
