@@ -49,7 +49,7 @@ from fedcustom.recipe.recipe import load_recipe, to_toml
 
 KINDS = {
     "run": ("fedcustom deploy run", "{federation}"),
-    "server engine": ("server.server_train", "{federation}/server"),
+    "server engine": ("server_train", "{federation}/server"),
     "server job": ("server.runner_process", "{federation}/server"),
     "site supervisor": ("fedcustom site start", "{federation}/sites/"),
     "site resident": ("fedcustom.deployment.site ", "{federation}/sites/"),

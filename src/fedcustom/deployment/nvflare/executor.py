@@ -23,8 +23,10 @@ from .housekeeping import Housekeeping
 from .payload import attach_payload, receive_payload
 from .streams import share_stream_timers
 
-RESTART_TIMEOUT = 60.0
-"""Seconds that a resident process may take to restart."""
+RESTART_TIMEOUT = 300.0
+"""Seconds that a resident process may take to restart; on a busy machine it loads its base model for a
+minute or more. The round has a deadline of its own.
+"""
 
 MAX_BYTES = 8 * 10**9
 """Largest request, in bytes, where the site's policy (``max_request_gigabytes``) is not handed on."""
