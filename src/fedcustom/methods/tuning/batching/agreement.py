@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ....core.tensors import Tensors
 from ....data.tokens import TokenizedExample
+from ....models.padding import FAILURES, first_line
 from ..objective import Objective
 from ..technique import TrainableModel
 from .client_modules import ClientModules
@@ -56,10 +57,10 @@ def disagreement(
             with modules.in_place():
                 shared = objective.row_losses(model, objective.collate([*first, *second]))
             found = torch.autograd.grad(shared.sum(), list(stacks.values()), allow_unused=True)
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        except torch.OutOfMemoryError:
+            return None  # training makes smaller batches then
+        except FAILURES as error:
+            return first_line(error)[:120]
     finally:
         _put(parameters, kept)
     return _difference(alone, shared.detach(), dict(zip(stacks, found, strict=True)), COARSE if coarse else 1)
