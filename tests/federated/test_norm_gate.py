@@ -41,6 +41,27 @@ def test_one_of_three_neither_drives_out_the_others_nor_is_let_in() -> None:
     assert passed(gate, a=200.0, b=1.0, c=1.1) == ["b", "c"]
 
 
+def test_a_converged_model_leaves_out_no_client_with_a_hard_example() -> None:
+    """The measure is that of the rounds in which all clients learnt."""
+    rows = [{"norms": {f"{i}": 1.0 + i / 10 for i in range(8)}, "steps": {f"{i}": 1 for i in range(8)}}]
+    rows += [{"norms": {f"{i}": 1e-3 for i in range(8)}, "steps": {f"{i}": 1 for i in range(8)}}] * 3
+    resumed = NormGate(AggregationSettings(), rows)
+    live = NormGate(AggregationSettings())
+    for row in rows:
+        assert passed(live, **row["norms"]) == list(row["norms"])
+    for gate in (live, resumed):
+        assert passed(gate, **{"0": 1e-3, "1": 1.9, "2": 134.9}) == ["0", "1", "2"]
+        assert passed(gate, **{"3": 135.1, "4": 1e-3}) == ["4"], "a hundred times the first round's median"
+
+
+def test_changes_of_a_round_under_way_set_no_lasting_measure() -> None:
+    """Two large changes that come first are the measure of that moment alone."""
+    gate = NormGate(AggregationSettings())
+    first = {"a": 900.0, "b": 900.0, **{f"{i}": 1.0 for i in range(6)}}
+    assert passed(gate, **first) == list(first)
+    assert passed(gate, **{"0": 1.0, "a": 150.0}) == ["0"]
+
+
 def test_a_resumed_run_has_the_same_measure() -> None:
     rows = [
         {"norms": {"a": 1.0, "b": 2.0}, "steps": {"a": 1, "b": 1}},

@@ -28,6 +28,28 @@ class ChangeSize:
     steps: int = 1
 
 
+@dataclass(frozen=True)
+class Median:
+    """Medians of changes' norms, as they are and divided by their steps."""
+
+    norm: float = 0.0
+    a_step: float = 0.0
+
+    @classmethod
+    def of(cls, sizes: Sequence[ChangeSize]) -> Median:
+        """Those of some changes; zero of none."""
+        if not sizes:
+            return cls()
+        return cls(
+            statistics.median(size.norm for size in sizes),
+            statistics.median(size.norm / size.steps for size in sizes),
+        )
+
+    def largest(self, other: Median) -> Median:
+        """The larger of each."""
+        return Median(max(self.norm, other.norm), max(self.a_step, other.a_step))
+
+
 def change_size(tensors: Mapping[str, Tensor], steps: int = 1) -> ChangeSize:
     """The size of a change; its norm is taken in float64, so that no finite change overflows."""
     squares = 0.0
@@ -44,6 +66,7 @@ def too_large(
     *,
     max_norm: float = MAX_NORM,
     max_ratio: float = MAX_RATIO,
+    least: Median = Median(),
 ) -> str | None:
     """Why a change is refused; None if it is not.
 
@@ -52,13 +75,13 @@ def too_large(
     longer ones a step. Fewer than three others, or others that did not move, are not compared with; then it
     is refused above ``max_ratio`` times the norm of the ``state`` that it changes, if that has one. (A state
     that began as zeros, or that the server follows in small steps, may be far smaller than every sound
-    change.)
+    change.) ``least`` is what the medians are taken to be at least.
     """
     shown = f"its change has norm {size.norm:.3g}"
     if not size.norm <= max_norm:
         return f"{shown}; at most {max_norm:.3g} is allowed (aggregation.max_norm)"
-    median = statistics.median([other.norm for other in others] or [0.0])
-    if len(others) < FEWEST_TO_COMPARE or not median > 0:
+    medians = Median.of(others)
+    if len(others) < FEWEST_TO_COMPARE or not medians.norm > 0:
         state_norm = change_size(state or {}).norm
         if 0 < max_ratio * state_norm < size.norm:
             return (
@@ -66,10 +89,10 @@ def too_large(
                 "aggregation.max_norm_ratio)"
             )
         return None
-    a_step = statistics.median(other.norm / other.steps for other in others)
-    if size.norm > max_ratio * median and size.norm / size.steps > max_ratio * a_step:
+    medians = medians.largest(least)
+    if size.norm > max_ratio * medians.norm and size.norm / size.steps > max_ratio * medians.a_step:
         return (
-            f"{shown}, more than {max_ratio:g} times the median of other clients' ({median:.3g}; "
+            f"{shown}, more than {max_ratio:g} times the median of other clients' ({medians.norm:.3g}; "
             "aggregation.max_norm_ratio)"
         )
     return None

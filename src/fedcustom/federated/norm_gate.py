@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from ..aggregation.norm_limit import MAX_NORM, MAX_RATIO, ChangeSize, change_size, too_large
+from ..aggregation.norm_limit import (
+    FEWEST_TO_COMPARE,
+    MAX_NORM,
+    MAX_RATIO,
+    ChangeSize,
+    Median,
+    change_size,
+    too_large,
+)
 from ..aggregation.settings import AggregationSettings
 from ..methods.tuning.messages import TrainUpdate
 from ..transport.protocol import Reply
@@ -24,27 +32,37 @@ class NormGate:
 
     Changes are compared with those merged before, in this round and in earlier ones, which ``rows`` tell of
     when a run is resumed. Of each client the newest one counts, however often it answered: of two clients,
-    one that hardly moves would else come to be the measure of both.
+    one that hardly moves would else come to be the measure of both. The measure never falls below what it was
+    at the end of an earlier round: once a model has converged, the change of a client with one hard example
+    is hundreds of times the median.
     """
 
     def __init__(self, settings: AggregationSettings, rows: Iterable[Row] = ()) -> None:
         self.max_norm = MAX_NORM if settings.max_norm is None else settings.max_norm
         self.max_ratio = MAX_RATIO if settings.max_norm_ratio is None else settings.max_norm_ratio
         self.sizes: dict[str, ChangeSize] = {}  # the newest last
+        self.least = Median()
         for row in rows:
             steps = row.get(STEPS, {})
             for client, norm in row.get(NORMS, {}).items():
                 self._note(client, ChangeSize(norm, steps[client]))
+            self._end_round()
 
     def passed(self, replies: Iterable[Reply], merged: dict[str, ChangeSize]) -> Iterator[Reply]:
         """The replies, one by one; the sizes of the changes that pass are noted in ``merged``."""
+        self._end_round()
         for reply in replies:
             update = reply.update
             if isinstance(update, TrainUpdate) and "updates" in reply.task.contents and update.tensors:
                 size = change_size(update.tensors, update.steps)
                 others = list(self.sizes.values())
                 reason = too_large(
-                    size, others, reply.task.tensors, max_norm=self.max_norm, max_ratio=self.max_ratio
+                    size,
+                    others,
+                    reply.task.tensors,
+                    max_norm=self.max_norm,
+                    max_ratio=self.max_ratio,
+                    least=self.least,
                 )
                 if reason is None:
                     self._note(reply.client, size)
@@ -53,6 +71,11 @@ class NormGate:
                     reply = replace(reply, update=None, reason=reason, detail=f"{reason}\n")
             yield reply
             del reply, update  # before the next one comes
+
+    def _end_round(self) -> None:
+        """Take the last round's measure as the least one from now on, if it is larger than before."""
+        if len(self.sizes) >= FEWEST_TO_COMPARE:
+            self.least = self.least.largest(Median.of(list(self.sizes.values())))
 
     def _note(self, client: str, size: ChangeSize) -> None:
         self.sizes.pop(client, None)
