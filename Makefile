@@ -24,7 +24,7 @@ test: .venv/ready-dev
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --dist loadgroup
 
-# Every method on some hundred kinds of tiny models (docs/model_types.md); not part of make test.
+# Every method on some seventy kinds of tiny models (docs/model_types.md); not part of make test.
 test-matrix: .venv/ready-dev
 	$(BIN)/python -m scripts.architectures --jobs 2
 

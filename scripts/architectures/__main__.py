@@ -1,4 +1,4 @@
-"""The architecture matrix: every method that trains weights on some ninety kinds of tiny models.
+"""The architecture matrix: every method that trains weights on some seventy kinds of tiny models.
 
     python -m scripts.architectures --jobs 2 --write docs/model_types.md
     python -m scripts.architectures --only gpt2,xlnet

@@ -62,7 +62,6 @@ T5 = {
 ENCODERS = {
     "albert": COMMON | {"embedding_size": 16},
     "bert": COMMON,
-    "camembert": COMMON | {"max_position_embeddings": 130},
     "big_bird": COMMON | {"block_size": 8, "num_random_blocks": 2},
     "convbert": COMMON | {"embedding_size": 32},
     "deberta": COMMON | {"type_vocab_size": 0},
@@ -77,7 +76,6 @@ ENCODERS = {
         **SPECIAL,
     },
     "electra": COMMON | {"embedding_size": 16},
-    "ernie": COMMON,
     "esm": COMMON | {"position_embedding_type": "rotary", "mask_token_id": 3},
     "flaubert": {
         "vocab_size": 400,
@@ -90,9 +88,7 @@ ENCODERS = {
     },
     "fnet": COMMON,
     "ibert": COMMON,
-    "layoutlm": COMMON,
     "longformer": COMMON | {"attention_window": 8},
-    "megatron-bert": COMMON,
     "mobilebert": COMMON | {"embedding_size": 32, "intra_bottleneck_size": 16, "true_hidden_size": 16},
     "modernbert": COMMON
     | {"global_attn_every_n_layers": 2, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2},
@@ -100,7 +96,6 @@ ENCODERS = {
     "nystromformer": COMMON | {"segment_means_seq_len": 64, "num_landmarks": 64},
     "rembert": COMMON | {"input_embedding_size": 16, "output_embedding_size": 24},
     "roberta": COMMON | {"max_position_embeddings": 130},
-    "roberta-prelayernorm": COMMON | {"max_position_embeddings": 130},
     "roformer": COMMON | {"embedding_size": 32},
     "squeezebert": COMMON | {"embedding_size": 32},
     "xlm": {
@@ -112,17 +107,12 @@ ENCODERS = {
         **SPECIAL,
         "pad_index": 0,
     },
-    "xlm-roberta": COMMON | {"max_position_embeddings": 130},
     "xlnet": {"vocab_size": 400, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, **SPECIAL},
     "nomic_bert": COMMON,
-    "data2vec-text": COMMON | {"max_position_embeddings": 130},
 }
 DECODERS = {
-    "biogpt": COMMON,
     "bloom": {"vocab_size": 400, "hidden_size": 32, "n_layer": 2, "n_head": 4, **SPECIAL},
-    "codegen": GPT | {"rotary_dim": 4},
     "cohere": ROPE,
-    "ctrl": GPT | {"dff": 48},
     "deepseek_v3": MOE
     | {
         "n_routed_experts": 4,
@@ -158,7 +148,6 @@ DECODERS = {
     "gpt_neox": COMMON,
     "gpt_oss": MOE,
     "gptj": GPT | {"rotary_dim": 4},
-    "granite": ROPE,
     "granitemoe": MOE,
     "jetmoe": MOE | {"kv_channels": 8, "num_key_value_heads": 2},
     "llama": ROPE,
@@ -171,10 +160,7 @@ DECODERS = {
     "nemotron": ROPE,
     "olmo2": ROPE,
     "olmoe": MOE,
-    "openai-gpt": GPT,
     "opt": COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "persimmon": COMMON,
-    "phi": COMMON | {"num_key_value_heads": 4},
     "phi3": ROPE,
     "phimoe": MOE,
     "qwen2": ROPE,
@@ -183,18 +169,6 @@ DECODERS = {
     "qwen3_moe": MOE,
     "recurrent_gemma": ROPE | {"lru_width": 32, "attention_window_size": 16, "num_hidden_layers": 3},
     "rwkv": COMMON | {"attention_hidden_size": 32},
-    "smollm3": ROPE,
-    "stablelm": ROPE,
-    "starcoder2": ROPE,
-    "xglm": {
-        "vocab_size": 400,
-        "d_model": 32,
-        "num_layers": 2,
-        "attention_heads": 4,
-        "ffn_dim": 48,
-        "max_position_embeddings": 128,
-        **SPECIAL,
-    },
     "qwen3_next": MOE
     | {
         "linear_num_value_heads": 4,
@@ -211,26 +185,16 @@ DECODERS = {
         "expert_layer_offset": 1,
         "use_mamba_kernels": False,
     },
-    "exaone4": ROPE,
     "lfm2": ROPE,
-    "bitnet": ROPE,
-    "helium": ROPE,
 }
 ENCODER_DECODERS = {
     "bart": SEQ,
     "bigbird_pegasus": SEQ | {"block_size": 8, "num_random_blocks": 2},
     "blenderbot": SEQ,
-    "blenderbot-small": SEQ,
     "led": SEQ
     | {"attention_window": 8, "max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 128},
     "longt5": T5 | {"local_radius": 7, "encoder_attention_type": "local"},
     "m2m_100": SEQ,
-    "marian": SEQ | {"decoder_start_token_id": 0},
-    "mbart": SEQ,
-    "mt5": T5,
-    "mvp": SEQ,
-    "pegasus": SEQ | {"decoder_start_token_id": 0},
-    "plbart": SEQ,
     "prophetnet": {
         "vocab_size": 400,
         "hidden_size": 32,
@@ -245,14 +209,11 @@ ENCODER_DECODERS = {
     },
     "switch_transformers": T5 | {"num_experts": 4, "expert_capacity": 64},
     "t5": T5,
-    "umt5": T5,
     "t5-gated": T5
     | {"model_type": "t5", "feed_forward_proj": "gated-gelu", "d_kv": 6, "tie_word_embeddings": False},
     "pegasus_x": SEQ | {"block_size": 8, "num_global_tokens": 2, "decoder_start_token_id": 0},
     "nllb-moe": SEQ
     | {"num_experts": 4, "expert_capacity": 64, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
-    "fsmt": {k: v for k, v in SEQ.items() if k != "vocab_size"}
-    | {"langs": ["en", "de"], "src_vocab_size": 400, "tgt_vocab_size": 400},
     "bart-uneven": SEQ | {"model_type": "bart", "encoder_layers": 3, "decoder_layers": 1},
 }
 ALL = {**ENCODERS, **DECODERS, **ENCODER_DECODERS}

@@ -69,7 +69,7 @@ def test_a_cell_of_the_matrix(tmp_path: Path, name: str, method: str, task: str)
     assert found.padding == (name not in ("xlnet", "fnet"))
 
 
-def test_the_matrix_has_every_method_and_about_ninety_architectures() -> None:
+def test_the_matrix_has_every_method_and_some_seventy_architectures() -> None:
     from fedcustom.methods import registry
 
     assert {*METHODS, "probe"} == {n for n, each in registry.methods().items() if each.is_technique}
