@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import pandas as pd
 from .core.errors import DataError, RunError
 from .core.files import read_json, write_folder
 from .data.cells import Row
-from .data.examples import Example, LearningTask, rendered
+from .data.examples import Example, LearningTask, input_of
 from .data.templates import fields
 from .evaluation.calibration import softmax
 from .federated.build import make_method
@@ -132,7 +133,7 @@ class Run:
         method, state = self._method
         kind = self.recipe.data.task
         template = self.recipe.data.text if kind == "classification" else self.recipe.data.prompt
-        examples = [Example(_asked(template, item, number), label=0) for number, item in enumerate(inputs)]
+        examples = [replace(_asked(template, item, number), label=0) for number, item in enumerate(inputs)]
         said = method.predict(state, examples, texts=True)
         if kind == "generation":
             return [{"text": text} for text in said.texts or []]
@@ -226,13 +227,13 @@ def default_directory(source: Source, recipe: Recipe) -> Path:
     return Path("runs") / f"{'-'.join(parts)}-seed-{recipe.seed}"
 
 
-def _asked(template: str, item: str | Mapping[str, Any], number: int) -> str:
+def _asked(template: str, item: str | Mapping[str, Any], number: int) -> Example:
     """The text of one new input: of a row or, where the template names one column only, of a text."""
     if not isinstance(item, str):
-        return rendered(template, item, item.place if isinstance(item, Row) else f"input {number + 1}")
+        return input_of(template, item, item.place if isinstance(item, Row) else f"input {number + 1}")
     if len(set(fields(template))) != 1:
         raise DataError(f"input {number + 1}: the recipe's template {template!r} needs columns, not one text")
-    return rendered(template, {fields(template)[0]: item}, f"input {number + 1}")
+    return input_of(template, {fields(template)[0]: item}, f"input {number + 1}")
 
 
 __all__ = ["Run", "default_directory", "load", "run"]

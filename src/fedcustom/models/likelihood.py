@@ -59,17 +59,6 @@ def prompt_ids(base: Base, prompts: Sequence[str]) -> list[Ids]:
     return [row or [first] for row in ids]
 
 
-def shortened(base: Base, texts: Sequence[str], max_length: int) -> list[str]:
-    """The texts, cut off after ``max_length`` tokens."""
-    if not texts:
-        return []
-    encoded = base.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
-    return [
-        text[: spans[max_length - 1][1]] if len(spans) > max_length else text
-        for text, spans in zip(texts, encoded["offset_mapping"], strict=True)
-    ]
-
-
 def _decoder(base: Base, ids: Tensor, mask: Tensor, targets: list[Ids], prefix: Tensor | None) -> Tensor:
     model, lengths = base.model, mask.sum(dim=1)
     inputs: dict[str, Any] = {"input_ids": ids}
