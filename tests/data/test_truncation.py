@@ -294,6 +294,11 @@ def test_empty_prompts() -> None:
     tokenizer = word_tokenizer()
     data = DataSettings(task="generation")
     parts = {"train": [("a", [Example("b", target="c"), Example(" \n", target="c")])]}
+    with pytest.raises(DataError, match="client 'a', train example 2 is empty: the tokenizer makes no token"):
+        count_cuts(tokenizer, parts, DataSettings(), Reading())
+    task = LearningTask("classification", ("x",))
+    with pytest.raises(DataError, match="text 2 of 2 is empty"):
+        tokenize(parts["train"][0][1], tokenizer, task, DataSettings(), sequence_to_sequence=False)
     tokenizer.eos_token = "j"
     with pytest.raises(DataError, match="client 'a', train example 2 is an empty prompt"):
         count_cuts(tokenizer, parts, data, Reading())

@@ -234,13 +234,14 @@ def predict(
     order, with probabilities of four decimals. A blank line of a text file has null for an answer.
     """
     from .. import api
-    from .predictions import answers, is_empty, reason
+    from .predictions import answers, is_empty, note_cuts, reason
 
     if (text is None) == (input_file is None):
         raise DataError("give either one text or --input FILE")
     finished = api.load(directory)
     if text is not None:
         answer = finished.predict([text])[0]
+        note_cuts(finished, [text], _note)
         if "label" in answer:
             out_console.print(f"{answer['label']}  {answer['probability']:.3f}")
         else:

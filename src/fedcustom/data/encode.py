@@ -24,6 +24,7 @@ CHUNK, CHUNK_CHARACTERS = 8192, 2**22
 NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
+NO_TOKEN = "is empty: the tokenizer makes no token of it"
 EMPTY_PROMPT = "is an empty prompt: the tokenizer makes no token of it, and there is nothing to continue"
 
 TARGET = "(target)"

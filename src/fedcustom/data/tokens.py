@@ -14,6 +14,7 @@ from torch import Tensor
 from .encode import (
     EMPTY_PROMPT,
     NO_RULES,
+    NO_TOKEN,
     TextError,
     TokenRules,
     encode_examples,
@@ -63,17 +64,17 @@ def tokenize(
     is cut: the model must not learn to stop in mid-sentence.
 
     Raises:
-        DataError, ModelError: see :func:`~.encode.encode`; or a prompt has no token.
+        DataError, ModelError: see :func:`~.encode.encode`; or a text has no token.
     """
     sources = encode_examples(tokenizer, examples, input_cut(data), rules)
     if task.kind == "classification":
-        nothing = np.empty(0, dtype=np.int32)
-        return packed(
-            [
-                TokenizedExample(np.asarray(source.ids, dtype=np.int32), nothing, example.label)
-                for source, example in zip(sources, examples, strict=True)
-            ]
-        )
+        nothing, classified = np.empty(0, dtype=np.int32), list[TokenizedExample]()
+        for source, example in zip(sources, examples, strict=True):
+            if not source.ids:
+                raise TextError(len(classified), len(examples), NO_TOKEN)
+            row = np.asarray(source.ids, dtype=np.int32)
+            classified.append(TokenizedExample(row, nothing, example.label))
+        return packed(classified)
     targets = encode_targets(
         tokenizer, [example.target for example in examples], data.max_target_length, rules
     )

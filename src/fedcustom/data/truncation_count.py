@@ -12,6 +12,7 @@ from ..core.errors import DataError
 from .encode import (
     EMPTY_PROMPT,
     NO_RULES,
+    NO_TOKEN,
     Encoded,
     TextError,
     TokenRules,
@@ -144,6 +145,8 @@ def _inputs(
     for place, (ids, lost) in zip(places, encoded, strict=True):
         if data.task == "generation" and not (prompt_of(ids, tokenizer) if continues else ids):
             raise TextError(place, len(examples), EMPTY_PROMPT)
+        if not ids:
+            raise TextError(place, len(examples), NO_TOKEN)
         yield lost
 
 

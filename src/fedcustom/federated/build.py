@@ -73,15 +73,15 @@ def check_fit(recipe: Recipe) -> None:
     if length >= limit:
         raise ModelError(f"method.length = {length}: {recipe.model.base} has a context of {limit} positions")
     prompt, written, setting = length + data.max_length, 0, ""
+    architecture = architecture_of(configuration)
     if data.task == "generation":
         written = data.max_target_length
-        if has_learned_positions(configuration) and recipe.evaluation.max_new_tokens > written:
+        learned = has_learned_positions(configuration) and architecture != "encoder"  # which cannot generate
+        if learned and recipe.evaluation.max_new_tokens > written:
             written = recipe.evaluation.max_new_tokens
             setting = f", evaluation.max_new_tokens = {written}"
-    if architecture_of(configuration) == "encoder-decoder":  # each half has positions of its own
-        wanted = max(prompt, length + written)
-    else:
-        wanted = prompt + written
+    apart = architecture == "encoder-decoder"  # each half has positions of its own
+    wanted = max(prompt, length + written) if apart else prompt + written
     if wanted > limit:
         raise ModelError(
             f"data.max_length = {data.max_length}{setting}: with method.length and targets {wanted} "
