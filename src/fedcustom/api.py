@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,9 @@ import pandas as pd
 from .core.errors import DataError, RunError
 from .core.files import read_json, write_folder
 from .data.cells import Row
-from .data.examples import Example, LearningTask, rendered
+from .data.examples import Example, LearningTask, input_of
 from .data.templates import fields
+from .data.truncation import CutCount
 from .evaluation.calibration import softmax
 from .federated.build import make_method
 from .federated.callbacks import Callback
@@ -22,10 +24,11 @@ from .federated.history_frames import client_frame, round_frame
 from .federated.resolve import resolved
 from .federated.run import run_recipe
 from .federated.run_directory import History
+from .federated.truncation import count_parts
 from .methods import Method, State
 from .methods.tuning.model_card import bundle
 from .methods.tuning.peft_support import leave_out_virtual_tokens
-from .models.load import load_base
+from .models.load import Base, load_base
 from .recipe.recipe import Recipe, load_recipe, read_toml, recorded_recipe
 
 Source = str | Path | Mapping[str, Any] | Recipe
@@ -130,9 +133,7 @@ class Run:
         if not inputs:
             return []
         method, state = self._method
-        kind = self.recipe.data.task
-        template = self.recipe.data.text if kind == "classification" else self.recipe.data.prompt
-        examples = [Example(_asked(template, item, number), label=0) for number, item in enumerate(inputs)]
+        kind, examples = self.recipe.data.task, self._examples(inputs)
         said = method.predict(state, examples, texts=True)
         if kind == "generation":
             return [{"text": text} for text in said.texts or []]
@@ -146,6 +147,21 @@ class Run:
             }
             for row in shares
         ]
+
+    def count_cuts(self, inputs: Sequence[str | Mapping[str, Any]]) -> CutCount:
+        """How many of new inputs are longer than ``data.max_length`` and are cut in :meth:`predict`, and how
+        many tokens of each column.
+
+        Raises:
+            DataError: see :meth:`predict`.
+        """
+        examples, base = self._examples(inputs), self._base
+        return count_parts(self.recipe, self.recipe.data, base, {"public": [("", examples)]})["public"]
+
+    def _examples(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[Example]:
+        data = self.recipe.data
+        template = data.text if data.task == "classification" else data.prompt
+        return [replace(_asked(template, item, number), label=0) for number, item in enumerate(inputs)]
 
     def export(self, to: str | Path) -> Path:
         """Copy the model to a folder, from which ``peft`` or ``transformers`` load it without this package.
@@ -176,12 +192,15 @@ class Run:
         return LearningTask(self.recipe.data.task, tuple(self.summary["labels"]))
 
     @cached_property
+    def _base(self) -> Base:
+        recipe = self.recipe
+        return load_base(recipe.model, self._task, recipe.seed, head=recipe.method.with_head)
+
+    @cached_property
     def _method(self) -> tuple[Method, State]:
         """The method, with the state that it finished with."""
         self._require_model()
-        recipe = self.recipe
-        base = load_base(recipe.model, self._task, recipe.seed, head=recipe.method.with_head)
-        method = make_method(recipe, base)
+        method = make_method(self.recipe, self._base)
         return method, method.open(self.directory / "model")
 
 
@@ -226,13 +245,13 @@ def default_directory(source: Source, recipe: Recipe) -> Path:
     return Path("runs") / f"{'-'.join(parts)}-seed-{recipe.seed}"
 
 
-def _asked(template: str, item: str | Mapping[str, Any], number: int) -> str:
+def _asked(template: str, item: str | Mapping[str, Any], number: int) -> Example:
     """The text of one new input: of a row or, where the template names one column only, of a text."""
     if not isinstance(item, str):
-        return rendered(template, item, item.place if isinstance(item, Row) else f"input {number + 1}")
+        return input_of(template, item, item.place if isinstance(item, Row) else f"input {number + 1}")
     if len(set(fields(template))) != 1:
         raise DataError(f"input {number + 1}: the recipe's template {template!r} needs columns, not one text")
-    return rendered(template, {fields(template)[0]: item}, f"input {number + 1}")
+    return input_of(template, {fields(template)[0]: item}, f"input {number + 1}")
 
 
 __all__ = ["Run", "default_directory", "load", "run"]

@@ -300,8 +300,9 @@ def test_lengths_are_cut() -> None:
         examples, tokenizer, LearningTask("generation"), settings_, sequence_to_sequence=False
     )
     assert len(tokens.source) == 5
-    assert len(tokens.target) == 4
-    assert tokens.target[-1] == tokenizer.eos_token_id
+    # A prompt keeps its end; a target that is cut must not teach the model to end in mid-sentence.
+    assert tokens.source.tolist() == tokenizer(examples[0].text)["input_ids"][-5:]
+    assert tokens.target.tolist() == tokenizer(examples[0].target)["input_ids"][:4]
 
 
 @given(st.integers(1, 30), st.integers(0, 80), st.integers(0, 80))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -12,6 +13,7 @@ import typer
 from rich.table import Table
 
 from ..core.errors import DataError, FedcustomError
+from ..core.library_errors import in_one_line, while_loading
 from .certificates import deploy, site
 from .console import (
     Overrides,
@@ -36,6 +38,9 @@ app.command()(experiment)
 app.add_typer(deploy, name="deploy")
 app.add_typer(site, name="site")
 
+DEBUG = "--debug"
+"""The option that shows tracebacks; :func:`main` takes it from anywhere on the command line."""
+
 COMPARED = "prefix,lora,soft_prompt,full"
 RunDirectory = Annotated[Path, typer.Argument(help="A run's directory")]
 
@@ -45,19 +50,31 @@ def main() -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _stop)
     write_any_text()
+    debug = DEBUG in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]
     try:
-        app(standalone_mode=True)
+        app(args=arguments, standalone_mode=True)
     except FedcustomError as error:
-        err_console.print(f"error: {error}", style="bold red", soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error), error, debug)
     except BrokenPipeError:  # the reader of our output has gone, as in: fedcustom ... | head
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         sys.exit(0)
     except OSError as error:
         what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        err_console.print(f"error: {what}", style="bold red", soft_wrap=True)
-        sys.exit(2)
+        _fail(what, error, debug)
+    except Exception as error:
+        if not while_loading(error):
+            raise
+        _fail(f"{in_one_line(error)} ({DEBUG} shows where it comes from)", error, debug)
     sys.exit(0)
+
+
+def _fail(text: str, error: BaseException, debug: bool) -> NoReturn:
+    """Say in one line what is wrong, with ``debug`` after the traceback, and exit with code 2."""
+    if debug:
+        err_console.print("".join(traceback.format_exception(error)), soft_wrap=True)
+    err_console.print(f"error: {text}", style="bold red", soft_wrap=True)
+    sys.exit(2)
 
 
 def _version(wanted: bool) -> None:
@@ -72,6 +89,9 @@ def _version(wanted: bool) -> None:
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="With an error, show the traceback too (anywhere on the command line)")
     ] = False,
 ) -> None:
     """Customise a large pretrained model with data that stays with its owners."""
@@ -214,13 +234,14 @@ def predict(
     order, with probabilities of four decimals. A blank line of a text file has null for an answer.
     """
     from .. import api
-    from .predictions import answers, is_empty, reason
+    from .predictions import answers, is_empty, note_cuts, reason
 
     if (text is None) == (input_file is None):
         raise DataError("give either one text or --input FILE")
     finished = api.load(directory)
     if text is not None:
         answer = finished.predict([text])[0]
+        note_cuts(finished, [text], _note)
         if "label" in answer:
             out_console.print(f"{answer['label']}  {answer['probability']:.3f}")
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..core.errors import DataError
 from ..data.cells import Row
 from ..data.files import not_utf8, read_file
 from ..data.templates import fields
+from ..data.truncation import in_words
 
 DECIMALS = 4
 """Decimals of a printed probability."""
@@ -36,6 +37,7 @@ def answers(run: Run, path: Path, note: Callable[[str], None]) -> list[dict[str,
         found = iter(run.predict(asked))
     except DataError as error:
         raise DataError(f"{path}, {error}") from None
+    note_cuts(run, asked, note)
     given = [_no_answer(run) if item is None else _readable(next(found)) for item in inputs]
     blank = [number for number, item in enumerate(inputs, start=1) if item is None]
     if blank:
@@ -46,6 +48,13 @@ def answers(run: Run, path: Path, note: Callable[[str], None]) -> list[dict[str,
             f"{len(empty)} of {len(given)} answers are empty (the first is number {empty[0]}): {reason(run)}"
         )
     return given
+
+
+def note_cuts(run: Run, inputs: Sequence[str | Mapping[str, Any]], note: Callable[[str], None]) -> None:
+    """Say how many of the inputs are cut, if any."""
+    found = run.count_cuts(inputs)
+    for sentence in in_words({"given": found}):
+        note(sentence)
 
 
 def is_empty(answer: Mapping[str, Any]) -> bool:

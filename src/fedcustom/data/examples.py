@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..core.errors import DataError
 from .cells import cell_text, cell_texts, in_order, place_of
 from .settings import DataSettings, TaskKind
-from .templates import fields, fill
+from .templates import Field, fields, fill, places
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One labelled input: ``label`` for classification, ``target`` and ``references`` for generation."""
+    """One labelled input: ``label`` for classification, ``target`` and ``references`` for generation.
+
+    ``fields`` says which characters of the text come from which column; empty where that is not known.
+    """
 
     text: str
     label: int = -1
     target: str = ""
     references: tuple[str, ...] = ()
+    fields: tuple[Field, ...] = field(default=(), compare=False)
+
+    def with_text(self, text: str) -> Example:
+        """The same with an altered text of about the same form: its columns grow or shrink alike."""
+        share = len(text) / max(1, len(self.text))
+        moved = (Field(f.name, round(share * f.start), round(share * f.end)) for f in self.fields)
+        return replace(self, text=text, fields=tuple(moved))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +108,10 @@ def make_examples(
         if settings.task != "classification":
             examples.append(_generation_example(row, settings, scoring, here))
             continue
-        text, label = rendered(settings.text, row, here), cell_text(row, settings.label, here)
+        example, label = input_of(settings.text, row, here), cell_text(row, settings.label, here)
         if label not in numbers:
             raise DataError(f"{here}: label {label!r} is not among the training labels")
-        examples.append(Example(text, label=numbers[label]))
+        examples.append(replace(example, label=numbers[label]))
     return examples
 
 
@@ -114,8 +124,18 @@ def rendered(template: str, row: Mapping[str, Any], where: str) -> str:
     return fill(template, {name: cell_text(row, name, where) for name in fields(template)})
 
 
+def input_of(template: str, row: Mapping[str, Any], where: str) -> Example:
+    """The text that a template makes of a row, as an example without label or target.
+
+    Raises:
+        DataError: see :func:`rendered`.
+    """
+    values = {name: cell_text(row, name, where) for name in fields(template)}
+    return Example(fill(template, values), fields=places(template, values))
+
+
 def _generation_example(row: Mapping[str, Any], settings: DataSettings, scoring: bool, where: str) -> Example:
-    prompt = rendered(settings.prompt, row, where)
+    example = input_of(settings.prompt, row, where)
     if scoring and settings.references is not None:
         references = cell_texts(row, settings.references, where)
         # The loss is taken on the row's own target or, where it has none, on the first reference, in the form
@@ -127,6 +147,6 @@ def _generation_example(row: Mapping[str, Any], settings: DataSettings, scoring:
             target = fill(settings.target, {names[0]: references[0]})
         else:
             target = references[0]
-        return Example(prompt, target=target, references=references)
+        return replace(example, target=target, references=references)
     target = rendered(settings.target, row, where)
-    return Example(prompt, target=target, references=(target.strip(),))
+    return replace(example, target=target, references=(target.strip(),))

@@ -44,6 +44,10 @@ class OwnDataSettings(Settings):
         None, description="Column with accepted texts; unset: the recipe's data.references"
     )
 
+    truncate: str | None = Field(
+        None, description="What is cut of an input that is too long; unset: the recipe's data.truncate"
+    )
+
     _templates = field_validator("text", "prompt", "target")(checked)
 
 
@@ -106,7 +110,7 @@ def read_own(
     """
     renamed = {
         key: value
-        for key in ("text", "label", "prompt", "target", "references")
+        for key in ("text", "label", "prompt", "target", "references", "truncate")
         if (value := getattr(own, key)) is not None
     }
     settings = data.model_copy(update=renamed)

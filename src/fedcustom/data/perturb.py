@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -49,7 +48,7 @@ def perturbed(examples: Sequence[Example], kind: str, rate: float, seed: Sequenc
     change = PERTURBATIONS[kind]
     number = list(PERTURBATIONS).index(kind)
     return [
-        replace(example, text=change(example.text, rate, np.random.default_rng([*seed, number, place])))
+        example.with_text(change(example.text, rate, np.random.default_rng([*seed, number, place])))
         for place, example in enumerate(examples)
     ]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..core.errors import DataError
 from .cells import Row, place_of
-from .examples import Example, rendered
+from .examples import Example, input_of
 from .settings import DataSettings, PublicSettings
 from .sources import read_rows, require_columns
 from .templates import fields
@@ -37,7 +37,7 @@ def public_examples(
         DataError: a value that the template names is empty or no plain value; names line and column.
     """
     template = public_template(settings, data)
-    return [Example(rendered(template, row, f"{where}, {place_of(row, n)}")) for n, row in enumerate(rows)]
+    return [input_of(template, row, f"{where}, {place_of(row, n)}") for n, row in enumerate(rows)]
 
 
 def public_template(settings: PublicSettings, data: DataSettings) -> str:

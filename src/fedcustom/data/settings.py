@@ -8,7 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from ..core import plugins
 from ..core.settings import Settings
-from .templates import checked
+from .templates import checked, fields
+from .truncation import Truncation
 
 TaskKind = Literal["classification", "generation", "retrieval"]
 BuiltInPartition = Literal["natural", "iid", "dirichlet", "quantity", "pathological"]
@@ -55,7 +56,14 @@ class DataSettings(Settings):
         None, description="Generation: column with a list of accepted texts, for scoring; unset: the target"
     )
     max_length: int = Field(
-        128, ge=4, le=1_000_000, description="Longest input in tokens; the rest is cut off"
+        128, ge=4, le=1_000_000, description="Longest input in tokens; truncate says what is cut off"
+    )
+    truncate: str = Field(
+        "auto",
+        description="What is cut of an input that is too long. auto: the template's longest column; the name "
+        "of a column: that one first; longest-first: the longest columns alike (pairs of texts); keep-start, "
+        "keep-end: the text as a whole. A column loses its end, in a prompt its beginning; "
+        "'context:keep-start' says otherwise",
     )
     max_target_length: int = Field(
         128, ge=1, le=1_000_000, description="Generation: longest target in tokens"
@@ -68,6 +76,23 @@ class DataSettings(Settings):
     )
 
     _templates = field_validator("text", "prompt", "target")(checked)
+
+    @model_validator(mode="after")
+    def _truncates_what_there_is(self) -> Self:
+        Truncation.parse(self.truncate, self._columns)
+        return self
+
+    @property
+    def truncation(self) -> Truncation:
+        """``truncate``, parsed. Where a site's own template lacks the column that it names: ``auto``."""
+        try:
+            return Truncation.parse(self.truncate, self._columns)
+        except ValueError:
+            return Truncation()
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return fields(self.text if self.task == "classification" else self.prompt)
 
 
 class PublicSettings(Settings):

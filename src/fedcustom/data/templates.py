@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from ..core.errors import DataError
 
@@ -18,6 +19,14 @@ FORMATTED = re.compile(r"(?P<name>[^\W\d]\w*)(?P<how>![rsa])?(?P<spec>:(.?[<>=^]
 
 INDEXED = re.compile(r"(?P<name>[^\W\d]\w*)(?=.*\[\d+\]|(\[[^\]]*\]){2})(\[[^\]]*\]|\.\w+)+")
 """A name with indices into a list or an object of lists."""
+
+
+class Field(NamedTuple):
+    """A column's text in a filled template: characters ``start`` to ``end``."""
+
+    name: str
+    start: int
+    end: int
 
 
 def fields(template: str) -> tuple[str, ...]:
@@ -38,6 +47,22 @@ def fields(template: str) -> tuple[str, ...]:
 def fill(template: str, values: Mapping[str, str]) -> str:
     """A template with each column's text in its place; doubled braces become single ones."""
     return "".join(literal if name is None else values[name] for literal, name in _parsed(template))
+
+
+def places(template: str, values: Mapping[str, str]) -> tuple[Field, ...]:
+    """Where each column's text stands in what :func:`fill` returns, in their order."""
+    return _places(template, tuple(len(values[name]) for name in fields(template)))
+
+
+@functools.lru_cache(4096)  # many examples of a data set are equally long and share the result
+def _places(template: str, lengths: tuple[int, ...]) -> tuple[Field, ...]:
+    found, at, rest = list[Field](), 0, iter(lengths)
+    for literal, name in _parsed(template):
+        length = len(literal) if name is None else next(rest)
+        if name is not None:
+            found.append(Field(name, at, at + length))
+        at += length
+    return tuple(found)
 
 
 @functools.lru_cache(64)

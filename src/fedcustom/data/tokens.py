@@ -11,14 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .encode import (
+    EMPTY_PROMPT,
+    NO_RULES,
+    NO_TOKEN,
+    TextError,
+    TokenRules,
+    encode_examples,
+    encode_targets,
+    input_cut,
+    prompt_of,
+)  # fmt: skip
 from .examples import Example, LearningTask
 from .settings import DataSettings
 
 IGNORED = -100
 """The label of positions that do not count in a loss."""
-
-CHUNK = 8192
-"""Examples that are tokenised at a time."""
 
 IN_MEMORY = 64 * 2**20
 """Bytes of token ids beyond which they are kept in a file."""
@@ -47,27 +55,35 @@ def tokenize(
     data: DataSettings,
     *,
     sequence_to_sequence: bool,
+    rules: TokenRules = NO_RULES,
 ) -> list[TokenizedExample]:
     """Token ids of all examples, cut to the recipe's lengths; many of them lie in a file (:func:`packed`).
 
     A decoder's prompt keeps its beginning-of-sequence token, if the tokenizer adds one, but loses a closing
-    end-of-sequence token, since its target follows. Every target ends with the end-of-sequence token.
+    end-of-sequence token, since its target follows. A target ends with the end-of-sequence token, unless it
+    is cut: the model must not learn to stop in mid-sentence.
+
+    Raises:
+        DataError, ModelError: see :func:`~.encode.encode`; or a text has no token.
     """
-    end, nothing = tokenizer.eos_token_id, np.empty(0, dtype=np.int32)
+    sources = encode_examples(tokenizer, examples, input_cut(data), rules)
+    if task.kind == "classification":
+        nothing, classified = np.empty(0, dtype=np.int32), list[TokenizedExample]()
+        for source, example in zip(sources, examples, strict=True):
+            if not source.ids:
+                raise TextError(len(classified), len(examples), NO_TOKEN)
+            row = np.asarray(source.ids, dtype=np.int32)
+            classified.append(TokenizedExample(row, nothing, example.label))
+        return packed(classified)
+    targets = encode_targets(
+        tokenizer, [example.target for example in examples], data.max_target_length, rules
+    )
     result: list[TokenizedExample] = []
-    for start in range(0, len(examples), CHUNK):  # a tokenizer's own lists are ten times as large
-        some = examples[start : start + CHUNK]
-        texts = [example.text for example in some]
-        sources = tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"]
-        if task.kind == "classification":
-            for source, example in zip(sources, some, strict=True):
-                result.append(TokenizedExample(np.asarray(source, dtype=np.int32), nothing, example.label))
-            continue
-        if not sequence_to_sequence:
-            sources = [source[:-1] if source and source[-1] == end else source for source in sources]
-        targets = tokenizer([example.target for example in some], add_special_tokens=False)["input_ids"]
-        for source, target in zip(sources, targets, strict=True):
-            result.append(TokenizedExample.of(source, [*target[: data.max_target_length - 1], end]))
+    for source, target in zip(sources, targets, strict=True):
+        ids = source.ids if sequence_to_sequence else prompt_of(source.ids, tokenizer)
+        if not ids:
+            raise TextError(len(result), len(examples), EMPTY_PROMPT)
+        result.append(TokenizedExample.of(ids, target.ids))
     return packed(result)
 
 

@@ -12,6 +12,7 @@ from ..data.examples import ClientData, FederatedData, LearningTask
 from ..data.party_data import OwnData, read_own
 from ..federated.build import check_fit, make_method
 from ..federated.simulation import Federation
+from ..federated.truncation import count_truncation
 from ..models.load import load_base
 from ..models.memory_mapping import park, parked
 from ..recipe.recipe import Recipe
@@ -73,6 +74,7 @@ def gather(
     participants = agree(connection, recipe, settings.sites, settings.start_with or min_clients)
     data = _server_view(recipe, settings, own, participants.labels)
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
+    truncation = count_truncation(recipe, recipe.data, base, data)
     transforms = update_transforms(recipe.compression)
     method = make_method(recipe, base, data, transforms)
     origin, parking = method.initialise(), folder / "server" / "fedcustom"
@@ -84,7 +86,7 @@ def gather(
     transport = RemoteTransport(method, channel, transforms, connection, participants, memories, min_clients)
     check_visible(transport, transforms, recipe.aggregation)
     evaluation = RemoteEvaluation(recipe, method, base, data, connection, participants, memories)
-    return Federation(base, data, method, origin, evaluation, transport, memories)
+    return Federation(base, data, method, origin, evaluation, transport, memories, truncation=truncation)
 
 
 def _server_view(

@@ -12,7 +12,8 @@ from ..data.build import with_builtin_columns
 from ..data.examples import ClientData, Example, FederatedData
 from ..methods import Context, Method, build_method
 from ..methods.tuning.technique import Keeps
-from ..models.load import Base, context_length, load_configuration
+from ..models.load import Base, context_length, has_learned_positions, load_configuration
+from ..models.size_class import architecture_of
 from ..recipe.recipe import Baseline, Recipe
 from ..updates.transform import UpdateTransform
 from .schedule import EVERYONE
@@ -64,19 +65,27 @@ def check_fit(recipe: Recipe) -> None:
     Raises:
         ModelError: the model cannot be found, or prefix and input together are longer than its context.
     """
-    limit = context_length(load_configuration(recipe.model))
+    configuration = load_configuration(recipe.model)
+    limit, data = context_length(configuration), recipe.data
     length = recipe.method.context_tokens
     if limit is None:
         return
     if length >= limit:
         raise ModelError(f"method.length = {length}: {recipe.model.base} has a context of {limit} positions")
-    wanted = length + recipe.data.max_length
-    if recipe.data.task == "generation":
-        wanted += recipe.data.max_target_length
+    prompt, written, setting = length + data.max_length, 0, ""
+    architecture = architecture_of(configuration)
+    if data.task == "generation":
+        written = data.max_target_length
+        learned = has_learned_positions(configuration) and architecture != "encoder"  # which cannot generate
+        if learned and recipe.evaluation.max_new_tokens > written:
+            written = recipe.evaluation.max_new_tokens
+            setting = f", evaluation.max_new_tokens = {written}"
+    apart = architecture == "encoder-decoder"  # each half has positions of its own
+    wanted = max(prompt, length + written) if apart else prompt + written
     if wanted > limit:
         raise ModelError(
-            f"data.max_length = {recipe.data.max_length}: with method.length and targets {wanted} positions "
-            f"are needed; {recipe.model.base} has {limit}"
+            f"data.max_length = {data.max_length}{setting}: with method.length and targets {wanted} "
+            f"positions are needed; {recipe.model.base} has {limit}"
         )
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from ..core import environment
 from ..core.files import read_json, write_folder, write_json, write_text
-from ..evaluation.degenerate import in_words
+from ..data.truncation import in_words
+from ..evaluation import degenerate
 from ..methods import AsksClients, ScalesLogits, State
 from ..recipe import Recipe
 from ..recipe.paths import absolute
@@ -89,13 +90,15 @@ def _run(
         fingerprint.record(directory.path, rows)
     if difference is not None:
         loop.warn(f"{directory.path}: {difference}")
+    for sentence in in_words(loop.federation.truncation):
+        loop.warn(sentence)
     if base.measured:
         steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in base.measured.items())
         callbacks.on_note(f"model.dtype = auto: {base.precision} (a step: {steps})")
     loop.run()
     summary = _finish(loop, time.perf_counter() - started)
     callbacks.on_run_end(summary)
-    if text := in_words(summary.get("degenerate", {})):
+    if text := degenerate.in_words(summary.get("degenerate", {})):
         loop.warn(text)
     return summary
 
@@ -130,6 +133,7 @@ def _finish(loop: FedAvg, elapsed: float) -> dict[str, Any]:
         finishing=time.perf_counter() - begun,
         temperature=None if scale is None else 1 / scale,
         search=read_json(file) if (file := path / "search.json").exists() else None,
+        truncation=federation.truncation,
         a_query=method.bytes_a_query() if isinstance(method, AsksClients) else None,
     )
     write_json(path / "summary.json", summary)

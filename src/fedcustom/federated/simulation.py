@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from ..core.errors import RecipeError
 from ..data.build import build_data, check_first_rows, with_builtin_columns
 from ..data.examples import FederatedData
 from ..data.perturb import perturbed
+from ..data.truncation import CutCount
 from ..evaluation.metrics import Metrics
 from ..methods import Method, State
 from ..methods.protocol import HasRemarks
@@ -28,6 +29,7 @@ from .build import check_cohort, check_fit, make_method, pooled
 from .callbacks import Callback
 from .evaluator import Evaluator, Probes, Result
 from .fingerprint import Fingerprint, of_data
+from .truncation import count_truncation
 
 
 class Evaluation(Protocol):
@@ -65,6 +67,7 @@ class Memories(Protocol):
 class Federation:
     """A run's parties. ``data`` has what the server knows of the clients' data: in a simulation everything,
     across sites their names alone. ``fingerprint`` is that of the rows as they were read; None across sites.
+    ``truncation`` counts what is cut of the data that the server knows.
     """
 
     base: Base
@@ -75,6 +78,7 @@ class Federation:
     transport: Transport
     memories: Memories
     fingerprint: Fingerprint | None = None
+    truncation: dict[str, CutCount] = field(default_factory=dict)
 
 
 Gather = Callable[[Recipe, Path, Path, Callback], Federation]
@@ -106,6 +110,7 @@ def simulate(
     rows = of_data(recipe, data)
     callbacks.on_phase(f"loading {recipe.model.base}")
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
+    truncation = count_truncation(recipe, settings, base, data)
     hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
     attack = simulated_attack(hostile, recipe.attack, recipe.seed)
     applied = update_transforms(recipe.compression, attack, transforms)
@@ -130,7 +135,7 @@ def simulate(
     channel = Channel(recipe.compression, origin.tensors)
     transport = InProcessTransport(method, store, channel, applied, callbacks.on_note)
     check_visible(transport, applied, recipe.aggregation)
-    return Federation(base, data, method, origin, evaluator, transport, store, rows)
+    return Federation(base, data, method, origin, evaluator, transport, store, rows, truncation)
 
 
 def _damaged(recipe: Recipe, data: FederatedData, hostile: frozenset[str]) -> FederatedData:

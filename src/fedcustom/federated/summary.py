@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..core import environment
 from ..data.examples import FederatedData
+from ..data.truncation import CutCount
 from ..evaluation.metrics import Metrics, client_mean, worst_client
 from ..recipe.recipe import Recipe
 from .evaluator import Result
@@ -28,6 +30,7 @@ def summarise(
     elapsed: float,
     finishing: float,
     temperature: float | None,
+    truncation: Mapping[str, CutCount],
     search: Mapping[str, Any] | None = None,
     a_query: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
@@ -36,7 +39,8 @@ def summarise(
     ``rows`` are the lines of the history, ``best`` the round whose state was evaluated, ``sizes`` the numbers
     that are trained (the method's and the head's), ``elapsed`` and ``finishing`` the seconds of this process
     up to the final evaluation and of that, ``temperature`` what the logits were divided by after the last
-    round, ``a_query`` the bytes down and up of one query, where a method searches its clients.
+    round, ``truncation`` what is cut of the data, ``a_query`` the bytes down and up of one query, where a
+    method searches its clients.
     """
     seconds = {part: sum(row["seconds"][part] for row in rows) for part in PHASES}
     earlier = sum(seconds.values())
@@ -54,6 +58,7 @@ def summarise(
         "best_round": best,
         "labels": list(data.task.labels),
         "client_count": len(data.clients),
+        "truncation": {part: asdict(count) for part, count in truncation.items()},
         "metrics": result.metrics,
         "untuned": dict(untuned),
         **({"copy": result.copy} if result.copy else {}),

@@ -21,7 +21,7 @@ class MethodSettingsBase(Settings):
     ``sends_weights`` is whether clients send weights of a model, ``sends_whole_model`` whether they send all
     of them, ``sends_predictions`` whether what travels is what models say of public texts: a report compares
     traffic by them. ``only_fits`` is whether the method's one round fits the head, and nothing is trained by
-    steps.
+    steps. ``fills_prompts`` is whether inputs are put into prompts of the method.
 
     The properties are what other packages ask of a method's settings: nothing outside this package looks at
     their fields. Those of type ``str | None`` name the setting that makes it so, as in
@@ -36,6 +36,7 @@ class MethodSettingsBase(Settings):
     sends_whole_model: ClassVar[bool] = False
     sends_predictions: ClassVar[bool] = False
     only_fits: ClassVar[bool] = False
+    fills_prompts: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ("classification", "generation")
     not_for: ClassVar[tuple[str, ...]] = ()
 
@@ -76,6 +77,11 @@ class MethodSettingsBase(Settings):
         ``method.shared_negatives``.
         """
         return None
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether the model reads targets as they are (of retrieval: whether the encoder is trained)."""
+        return True
 
     @property
     def examples_scored(self) -> int | None:

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..data.encode import Cut, encode
+from ..data.templates import Field
 from ..data.tokens import Batch
+from ..data.truncation import KEEP_START, Truncation
 from .inference import to_device
 from .load import Base
 
 STEP, ROWS = 16, 16
 """Of what lengths passes over texts are, in tokens, and of how many texts on the CPU."""
+
+WHOLE = Truncation(KEEP_START)
+"""Texts lose their end."""
 
 
 def pooled(model: Any, batch: Batch) -> Tensor:
@@ -37,9 +43,16 @@ def pooled(model: Any, batch: Batch) -> Tensor:
 
 @torch.inference_mode()
 def embed(
-    base: Base, texts: Sequence[str], *, max_length: int, batch_size: int = 64
+    base: Base,
+    texts: Sequence[str],
+    *,
+    max_length: int,
+    batch_size: int = 64,
+    how: Truncation = WHOLE,
+    fields: Sequence[tuple[Field, ...]] | None = None,
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Unit vectors of (texts, width); what is longer than ``max_length`` tokens is cut off.
+    """Unit vectors of (texts, width); texts of more than ``max_length`` tokens lose what ``how`` says, by
+    default their end. ``fields`` says which part of each text comes from which column.
 
     On the CPU a text's vector does not depend on what it is embedded with, bit for bit: passes have one shape
     for each length in steps of :data:`STEP` tokens, because matrix products of other shapes round otherwise.
@@ -50,7 +63,8 @@ def embed(
     result = np.zeros((len(texts), base.model.config.hidden_size), dtype=np.float32)
     if not texts:
         return result
-    ids = base.tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    cut = Cut(max_length, how)
+    ids = [each.ids for each in encode(base.tokenizer, texts, cut, fields, base.token_rules)]
     groups: dict[int, list[int]] = {}
     for position, each in enumerate(ids):
         groups.setdefault(min(max_length, -(-max(1, len(each)) // STEP) * STEP), []).append(position)

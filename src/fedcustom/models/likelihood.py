@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import ModelError
 from .load import Base
 
 Ids = list[int]
@@ -30,11 +31,17 @@ def continuation_scores(
     Each prompt is computed once, and its keys and values serve all continuations. An encoder-decoder reads
     the prompt and writes the continuation, which then ends with the end-of-sequence token. ``prefix``
     (virtual tokens, embedding width) is put in front of the embedded prompts.
+
+    Raises:
+        ModelError: the tokenizer makes no token of a continuation.
     """
     base.model.eval()
     sources = prompt_ids(base, prompts)
     reads = base.architecture == "encoder-decoder"
     targets = base.tokenizer(list(continuations), add_special_tokens=False)["input_ids"]
+    for text, target in zip(continuations, targets, strict=True):
+        if not target:
+            raise ModelError(f"model.base: the tokenizer of {base.name} makes no token of the label {text!r}")
     if reads:
         targets = [[*target, base.tokenizer.eos_token_id] for target in targets]
     score = _encoder_decoder if reads else _decoder
@@ -57,17 +64,6 @@ def prompt_ids(base: Base, prompts: Sequence[str]) -> list[Ids]:
         ids = [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in ids]
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return [row or [first] for row in ids]
-
-
-def shortened(base: Base, texts: Sequence[str], max_length: int) -> list[str]:
-    """The texts, cut off after ``max_length`` tokens."""
-    if not texts:
-        return []
-    encoded = base.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
-    return [
-        text[: spans[max_length - 1][1]] if len(spans) > max_length else text
-        for text, spans in zip(texts, encoded["offset_mapping"], strict=True)
-    ]
 
 
 def _decoder(base: Base, ids: Tensor, mask: Tensor, targets: list[Ids], prefix: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from ..core.errors import ModelError, nearest
+from ..core.library_errors import from_library, in_one_line
+from ..data.encode import TokenRules
 from ..data.examples import LearningTask
 from .facts import ModelFacts
 from .first_token import first_token_only
@@ -27,6 +29,7 @@ from .pooled_classifier import PooledClassifier, PooledClassifierConfig, with_po
 from .pooling import Pooling, find_pooling
 from .settings import ModelSettings
 from .size_class import Architecture, architecture_of, kind_of
+from .tokenizer_check import check_tokenizer, token_rules
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -63,6 +66,11 @@ class Base:
     def sequence_to_sequence(self) -> bool:
         """Whether prompts go to an encoder and targets to a decoder of their own."""
         return self.architecture == "encoder-decoder" and self.task.kind == "generation"
+
+    @cached_property
+    def token_rules(self) -> TokenRules:
+        """What the model asks of the tokens of each text."""
+        return token_rules(self.tokenizer, self.model.config, self.name, classifies=bool(self.head))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward passes run."""
@@ -210,17 +218,40 @@ def _configuration(base: str, revision: str | None) -> Any:
 
 def context_length(configuration: Any) -> int | None:
     """How many positions the model can take; None where its positions are not bounded (relative ones)."""
-    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+    if configuration.model_type in RELATIVE_POSITIONS:
+        return None  # their configurations may say n_positions, which nothing depends on
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_encoder_position_embeddings"):
         value = getattr(configuration, name, None)
         if isinstance(value, int) and value > 0:
-            # RoBERTa's positions start after the padding index.
-            offset = (
-                configuration.pad_token_id + 1
-                if configuration.model_type in ("roberta", "xlm-roberta")
-                else 0
-            )
-            return value - offset
+            return value - _first_position(configuration)
     return None
+
+
+RELATIVE_POSITIONS = {"t5", "mt5", "umt5", "longt5", "switch_transformers", "xlnet", "bloom"}
+"""Types of models whose inputs may be of any length."""
+
+AFTER_PADDING = {
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm"),
+    *("mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+"""Types of models whose positions are counted from behind the padding token's number."""
+
+
+def _first_position(configuration: Any) -> int:
+    """The number of the first token's position among those that the configuration counts."""
+    if configuration.model_type not in AFTER_PADDING:
+        return 0  # that of OPT and BART is 2, in an embedding that has as many more
+    if getattr(configuration, "position_embedding_type", "absolute") != "absolute":
+        return 0
+    padding = 1 if configuration.model_type == "mpnet" else configuration.pad_token_id
+    return 0 if padding is None else int(padding) + 1
+
+
+def has_learned_positions(configuration: Any) -> bool:
+    """Whether a model fails on more positions than :func:`context_length`: rotary ones go on for ever."""
+    text = configuration.get_text_config()
+    rotary = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct", "alibi")
+    return context_length(configuration) is not None and not any(getattr(text, n, None) for n in rotary)
 
 
 def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: bool = True) -> Base:
@@ -266,10 +297,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
             loader = transformers.AutoModelForCausalLM
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        if tokenizer.pad_token_id is None:
-            raise ModelError(
-                f"model.base: the tokenizer of {settings.base} has neither a padding nor an end token"
-            )
+        check_tokenizer(tokenizer, configuration, architecture, task, head=head, name=settings.base)
         if configuration.pad_token_id is None:
             configuration.pad_token_id = tokenizer.pad_token_id
         with torch.random.fork_rng(devices=[]):
@@ -366,9 +394,10 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model.base: cannot load {name}: {reason}") from error
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | KeyError | ImportError) and not from_library(error):
+            raise
+        raise ModelError(f"model.base: cannot load {name}: {in_one_line(error)}") from error
 
 
 @contextlib.contextmanager

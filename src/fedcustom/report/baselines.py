@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..data.truncation import in_words as cut_in_words
 from ..evaluation.degenerate import KINDS, in_words
 from . import formatting as words
 from .groups import Group, best_first, mean_and_interval, mean_metric, trivial_metric
@@ -61,6 +62,12 @@ def degenerate(groups: Sequence[Group]) -> list[str]:
         if said := in_words(shares):
             found.append(f"{group.label}: {said}")
     return found
+
+
+def truncated(groups: Sequence[Group]) -> list[str]:
+    """Sentences on the inputs and targets that were cut, each once: runs on the same data cut the same."""
+    counts = [run.summary.truncation for group in groups for run in group.runs]
+    return list(dict.fromkeys(sentence for each in counts for sentence in cut_in_words(each)))
 
 
 UNTUNED = "the untuned model"

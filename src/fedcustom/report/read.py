@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from ..core.errors import RunError
+from ..data.truncation import CutCount
 
 Baseline = Literal["centralised", "federated", "local"]
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class Summary:
     worst_client: Scores = field(default_factory=dict)
     clients: dict[str, Scores] = field(default_factory=dict)
     client_count: int | None = None
+    truncation: dict[str, CutCount] = field(default_factory=dict)
     trainable_parameters: int = 0
     head_parameters: int = 0
     bytes: ByteCounts = field(default_factory=ByteCounts)

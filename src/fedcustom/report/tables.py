@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import formatting as words
-from .baselines import degenerate, unbeaten
+from .baselines import degenerate, truncated, unbeaten
 from .groups import Group, group_runs, mean_and_interval, measured_on_clients, metric_names, trivial_metric
 from .read import Run, read_runs
 
@@ -90,7 +90,7 @@ def _with_interval(row: pd.Series, metric: str) -> str:
 def comparison_table(directories: Sequence[Path]) -> Table:
     """The comparison for a terminal, at most about 110 columns wide: means over seeds, and costs; last the
     untuned model and copies of the prompts. Below it stand the methods that do not beat a trivial baseline,
-    and those whose outputs are degenerate.
+    and those whose outputs are degenerate, and how many inputs and targets were cut.
 
     Raises:
         RunError: a folder holds no finished run, or a file in it is malformed.
@@ -110,7 +110,7 @@ def comparison_table(directories: Sequence[Path]) -> Table:
     below = ["; ".join(caption)]
     if "calibration_error" in metrics[:4]:
         below.append("ECE: expected calibration error, lower is better")
-    below += [*unbeaten(groups, metrics[0]), *degenerate(groups)]
+    below += [*unbeaten(groups, metrics[0]), *degenerate(groups), *truncated(groups)]
     table = Table(
         title=Text(f"{models} on {data}, test split, mean over seeds"),
         caption=Text("\n".join(below)),

@@ -13,6 +13,7 @@ import numpy as np
 from ..core.errors import RecipeError, nearest
 from ..core.seeds import name_seed
 from ..data.examples import ClientData, Example
+from ..data.templates import Field
 from .settings import AttackSettings, NoiseSettings
 
 Clients = Mapping[str, ClientData]
@@ -99,7 +100,9 @@ def backdoor_probes(
 
 def with_trigger(example: Example, trigger: str, target: int) -> Example:
     """The example with the trigger in front of its text, where no length limit cuts it off."""
-    return replace(example, text=f"{trigger} {example.text}", label=target)
+    shift = len(trigger) + 1
+    moved = (Field(f.name, f.start + shift, f.end + shift) for f in example.fields)
+    return replace(example, text=f"{trigger} {example.text}", label=target, fields=tuple(moved))
 
 
 def target_label(settings: AttackSettings, labels: Sequence[str]) -> int:

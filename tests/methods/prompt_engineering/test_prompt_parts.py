@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 
 from fedcustom.core.errors import RecipeError
-from fedcustom.data.examples import LearningTask
+from fedcustom.data.encode import Cut, shorten
+from fedcustom.data.examples import Example, LearningTask
 from fedcustom.methods.prompt_engineering import bandit
 from fedcustom.methods.prompt_engineering.answers import (
     medoid,
@@ -47,7 +48,7 @@ from fedcustom.methods.prompt_engineering.templates import (
     label_sets,
     read_templates,
 )
-from fedcustom.models.likelihood import continuation_scores, prompt_ids, shortened
+from fedcustom.models.likelihood import continuation_scores, prompt_ids
 from fedcustom.models.load import Base, load_base
 from fedcustom.models.settings import ModelSettings
 from helpers.likelihoods import label_log_probability
@@ -102,11 +103,12 @@ def test_models_that_take_no_positions(tiny: dict[str, str], monkeypatch: pytest
 
 def test_texts_are_cut_after_so_many_tokens(tiny: dict[str, str]) -> None:
     base = loaded(tiny, "llama")
-    (short,) = shortened(base, ["the old cat sees a house"], 3)
+    ((short, lost),) = shorten(base.tokenizer, [Example("the old cat sees a house")], Cut(3))
     assert "the old cat sees a house".startswith(short)
     assert len(base.tokenizer(short, add_special_tokens=False)["input_ids"]) == 3
-    assert shortened(base, ["the cat"], 50) == ["the cat"]
-    assert shortened(base, [], 5) == []
+    assert sum(lost.values()) == len(base.tokenizer("the old cat sees a house")["input_ids"]) - 3
+    assert list(shorten(base.tokenizer, [Example("the cat")], Cut(50))) == [("the cat", {})]
+    assert list(shorten(base.tokenizer, [], Cut(5))) == []
     assert prompt_ids(base, [""]) == [[base.tokenizer.bos_token_id]]
 
 

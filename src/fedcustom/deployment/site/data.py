@@ -14,6 +14,7 @@ from ...data.examples import columns as columns_of
 from ...data.party_data import OwnData, OwnDataSettings, read_own
 from ...data.settings import DataSettings, PublicSettings, TaskKind
 from ...data.templates import checked, fields
+from ...data.truncation import Truncation
 from ..replies import MAX_LABEL_CHARACTERS, MAX_LABELS, Label
 
 MAX_LABEL_WORDS = 12
@@ -84,6 +85,11 @@ def check_declared(own: SiteDataSettings) -> None:
                 f"data.{key} names the column {column!r}, which data.columns does not declare; allowed: "
                 f"{', '.join(own.columns) or 'none'}"
             )
+    if own.truncate is not None:
+        try:
+            Truncation.parse(own.truncate, fields(own.text or "") + fields(own.prompt or ""))
+        except ValueError as error:
+            raise PolicyError(str(error)) from None
     texts = [str(label) for label in own.labels or ()]
     if len(set(texts)) < len(texts):
         raise PolicyError("data.labels names a label twice")
@@ -110,7 +116,7 @@ def declared_settings(own: SiteDataSettings, data: DataSettings) -> DataSettings
             'data.labels is not set in this site\'s site.toml; add to [data]: labels = ["...", "..."], or '
             "max_labels = 20 (fedcustom site check lists the labels)"
         )
-    keys = ("text", "label", "prompt", "target")
+    keys = ("text", "label", "prompt", "target", "truncate")
     declared = {key: value for key in keys if (value := getattr(own, key)) is not None}
     return data.model_copy(update={**declared, "references": own.references})
 

@@ -15,6 +15,7 @@ from ...data.examples import ClientData, Example, FederatedData, LearningTask
 from ...data.party_data import OwnData
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
+from ...federated.truncation import count_truncation
 from ...methods import ChecksTasks, Client, RoundTask, State, Task, TrainingTask
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
@@ -70,7 +71,11 @@ class Participant:
         on_load()
         everyone = {other: ClientData(other, []) for other in names} | {name: self.data}
         federation = FederatedData(task, everyone, [], [], test_is_pooled=True, public=own.public)
-        self.method = make_method(recipe, self.base, federation)
+        # The site's own templates say which columns may be cut.
+        own_inputs = {key: getattr(own.settings, key) for key in ("text", "prompt", "truncate")}
+        data = recipe.data.model_copy(update=own_inputs)
+        self.truncation = count_truncation(recipe, data, self.base, federation)
+        self.method = make_method(recipe.model_copy(update={"data": data}), self.base, federation)
         self.channel = Channel(recipe.compression, self.method.initialise().tensors)
         self.transforms = update_transforms(recipe.compression)
         self.memory = RoundMemory(folder / "memory")

@@ -19,6 +19,7 @@ from ...core.files import read_json, write_json, write_tensors
 from ...core.tensors import Tensors
 from ...core.text import printable
 from ...data.party_data import OwnData
+from ...data.truncation import in_words
 from ...federated.resolve import resolved
 from ...methods import Task
 from ...recipe.recipe import Recipe, load_recipe
@@ -281,6 +282,8 @@ class Resident:
         folder, policy = self._run_folder, self.settings.policy
         participant = Participant(recipe, self.name, names, labels, data, folder, policy, self._log_load)
         self.participant, self.open_run_id = participant, self.run_id
+        for text in in_words(participant.truncation):
+            self.audit.write("truncated", run=self.run_id, text=text)
         return participant
 
     def _log_load(self) -> None:

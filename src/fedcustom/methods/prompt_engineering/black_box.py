@@ -18,8 +18,9 @@ from torch import Tensor
 from ...core.errors import AggregationError, DataError, ModelError, RecipeError, RunError, UpdateError
 from ...core.files import read_tensors, write_tensors
 from ...core.seeds import name_seed
+from ...data.encode import encode_examples, input_cut
 from ...data.examples import Example
-from ...data.tokens import example_order
+from ...data.tokens import TokenizedExample, example_order, pad
 from ...models.embedding import pooled
 from ...models.inference import Predictions, to_device
 from ...models.load import HUB_NAMES, context_length
@@ -281,19 +282,21 @@ class BlackBox(PromptMethod):
     @torch.inference_mode()
     def _embed(self, examples: list[Example], prefix: Tensor) -> Matrix:
         """Vectors of texts behind a soft prompt, over whose own places the mean is not taken."""
-        model, tokenizer, size = self.base.model, self.base.tokenizer, self.context.evaluation.batch_size
+        model, padding, size = (
+            self.base.model,
+            self.base.tokenizer.pad_token_id,
+            self.context.evaluation.batch_size,
+        )
+        cut, rules = input_cut(self.context.data), self.base.token_rules
+        tokens = [
+            TokenizedExample.of(each.ids, [])
+            for each in encode_examples(self.base.tokenizer, examples, cut, rules)
+        ]
         order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].text), i))
         result = np.zeros((len(examples), model.config.hidden_size))
         for start in range(0, len(order), size):
             places = order[start : start + size]
-            batch = tokenizer(
-                [examples[i].text for i in places],
-                truncation=True,
-                max_length=self.context.data.max_length,
-                padding=True,
-                return_tensors="pt",
-            )
-            batch = to_device(dict(batch), self.base.device)
+            batch = to_device(pad([tokens[i].source for i in places], padding), self.base.device)
             with self.base.autocast():
                 vectors = pooled(_Prefixed(model, prefix), batch)
             result[places] = vectors.double().cpu().numpy()

@@ -9,11 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from ...core.errors import RecipeError
+from ...data.encode import input_cut, shorten
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample, tokenize
 from ...models.embedding import embed
 from ...models.inference import Predictions, predict
-from ...models.likelihood import continuation_scores, prompt_ids, shortened
+from ...models.likelihood import continuation_scores, prompt_ids
 from ...models.load import context_length
 from ..tuning.technique import Context
 from .settings import PromptEngineeringSettings
@@ -128,8 +129,8 @@ class Scorer:
         return predict(model or self.base.model, self.base, tokens, self.context.evaluation, texts=texts)
 
     def inputs(self, examples: list[Example]) -> list[str]:
-        """The examples' texts, cut to ``data.max_length`` tokens."""
-        return shortened(self.base, [e.text for e in examples], self.context.data.max_length)
+        """The examples' texts, cut to ``data.max_length`` tokens by ``data.truncate``."""
+        return [text for text, _ in shorten(self.base.tokenizer, examples, input_cut(self.context.data))]
 
     def embedded(self, examples: list[Example]) -> Matrix:
         """Vectors of the examples' texts, computed once a list."""
@@ -141,8 +142,15 @@ class Scorer:
     def vectors(self, examples: list[Example]) -> Matrix:
         """Vectors of the examples' texts, (examples, width)."""
         data, size = self.context.data, self.context.evaluation.batch_size
-        texts = [example.text for example in examples]
-        return embed(self.base, texts, max_length=data.max_length, batch_size=size).astype(np.float64)
+        vectors = embed(
+            self.base,
+            [example.text for example in examples],
+            max_length=data.max_length,
+            batch_size=size,
+            how=data.truncation,
+            fields=[example.fields for example in examples],
+        )
+        return vectors.astype(np.float64)
 
     def described(self, candidate: Candidate) -> Matrix:
         """Vectors of the labels' descriptions, (labels, width), computed once a candidate."""
@@ -182,6 +190,7 @@ class Scorer:
             self.base.task,
             data,
             sequence_to_sequence=self.base.sequence_to_sequence,
+            rules=self.base.token_rules,
         )
 
 

@@ -51,6 +51,7 @@ class PromptEngineeringSettings(MethodSettingsBase):
 
     with_head: ClassVar[bool] = False
     sends_weights: ClassVar[bool] = False
+    fills_prompts: ClassVar[bool] = True
     not_for: ClassVar[tuple[str, ...]] = (
         "training",
         "aggregation",

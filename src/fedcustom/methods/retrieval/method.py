@@ -15,6 +15,7 @@ import numpy as np
 from ...core.errors import ModelError
 from ...core.tensors import Tensors
 from ...data.examples import Example
+from ...data.templates import Field
 from ...models.embedding import embed
 from ...models.inference import Predictions
 from ...models.load import context_length
@@ -88,6 +89,7 @@ class Retrieval(SequentialClients):
             Negatives(settings, context.seed, context.rounds, self._embed_passages) if shares else None
         )
         self.report: dict[str, Any] = {}
+        self._fields: dict[str, tuple[Field, ...]] = {}  # of the questions that are predicted
 
     @property
     def messages(self) -> Messages:
@@ -228,6 +230,7 @@ class Retrieval(SequentialClients):
         Documents of clients that do not answer count as not found, and ``retrieval.json`` names the clients.
         """
         questions = [example.text for example in examples]
+        self._fields = {example.text: example.fields for example in examples}
         if not texts:
             return Predictions(self._estimate(state, examples))
         wanted = [digest(example.target) for example in examples]
@@ -329,7 +332,16 @@ class Retrieval(SequentialClients):
 
     def _embed_questions(self, questions: Sequence[str]) -> Vectors:
         size = self.context.evaluation.batch_size
-        return embed(self.encoder, questions, max_length=self.context.data.max_length, batch_size=size)
+        data = self.context.data
+        fields = [self._fields.get(question, ()) for question in questions]
+        return embed(
+            self.encoder,
+            questions,
+            max_length=data.max_length,
+            batch_size=size,
+            how=data.truncation,
+            fields=fields,
+        )
 
     def _embed_passages(self, passages: Sequence[str]) -> Vectors:
         """As training sees them."""

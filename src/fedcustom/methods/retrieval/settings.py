@@ -169,6 +169,11 @@ class RetrievalSettings(MethodSettingsBase):
         return self
 
     @property
+    def reads_targets(self) -> bool:
+        """Where the encoder is trained; searches read documents in chunks, of which nothing is cut."""
+        return self.train != "none"
+
+    @property
     def named_models(self) -> tuple[str, ...]:
         """The model that writes answers."""
         return () if self.generator is None else (self.generator,)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...data.encode import encode_examples, encode_passages, input_cut
 from ...data.examples import Example
 from ...data.settings import DataSettings
 from ...data.tokens import Batch, TokenizedExample, collate, pad, tokenize
@@ -53,7 +54,12 @@ class Supervised:
         """The examples' tokens."""
         base = self.base
         return tokenize(
-            examples, base.tokenizer, base.task, self.data, sequence_to_sequence=base.sequence_to_sequence
+            examples,
+            base.tokenizer,
+            base.task,
+            self.data,
+            sequence_to_sequence=base.sequence_to_sequence,
+            rules=base.token_rules,
         )
 
     def collate(self, examples: Sequence[TokenizedExample]) -> Batch:
@@ -112,17 +118,12 @@ class Contrastive:
         """Question and passage, each cut to the recipe's length."""
         if not examples:
             return []
-
-        def ids(texts: list[str], length: int) -> list[list[int]]:
-            found: list[list[int]] = self.base.tokenizer(texts, truncation=True, max_length=length)[
-                "input_ids"
-            ]
-            return found
-
-        questions = ids([e.text for e in examples], self.data.max_length)
-        passages = ids([e.target for e in examples], self.data.max_target_length)
+        tokenizer, rules = self.base.tokenizer, self.base.token_rules
+        questions = encode_examples(tokenizer, examples, input_cut(self.data), rules)
+        limit = self.data.max_target_length
+        passages = encode_passages(tokenizer, [e.target for e in examples], limit, rules)
         return [
-            TokenizedExample.of(question, passage)
+            TokenizedExample.of(question.ids, passage.ids)
             for question, passage in zip(questions, passages, strict=True)
         ]
 

@@ -1,0 +1,40 @@
+"""What a run cuts of its inputs and targets, counted before the first round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..data.examples import FederatedData
+from ..data.settings import DataSettings
+from ..data.truncation import CutCount
+from ..data.truncation_count import Owned, Reading, count_cuts, parts_of
+from ..models.load import Base
+from ..recipe.recipe import Recipe
+
+
+def count_truncation(
+    recipe: Recipe, data: DataSettings, base: Base, federation: FederatedData
+) -> dict[str, CutCount]:
+    """Count what is cut of each part of the data, by the tokenizer of ``model.base``.
+
+    Args:
+        data: the recipe's data settings, with a party's own templates where it has such.
+
+    Raises:
+        DataError, ModelError: a text cannot be taken by the model; see
+            :func:`~fedcustom.data.truncation_count.count_cuts`.
+    """
+    return count_parts(recipe, data, base, parts_of(federation))
+
+
+def count_parts(
+    recipe: Recipe, data: DataSettings, base: Base, parts: Mapping[str, Owned]
+) -> dict[str, CutCount]:
+    """The same of lists of examples; of the part ``public`` only inputs are looked at."""
+    method = recipe.method
+    reading = Reading(
+        sequence_to_sequence=base.sequence_to_sequence,
+        in_prompts=method.fills_prompts and base.architecture != "encoder",
+        targets=method.reads_targets,
+    )
+    return count_cuts(base.tokenizer, parts, data, reading, base.token_rules)
