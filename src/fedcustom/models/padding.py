@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ModelError
+from ..core.library_errors import in_one_line
 from ..data.tokens import Batch, TokenizedExample, collate
 from .forward import classification_logits, target_losses
 
@@ -99,7 +100,7 @@ def find_padding(
     except FAILURES as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ModelError(f"model.base: a trial pass through {name} fails: {first_line(error)}") from error
+        raise ModelError(f"model.base: a trial pass through {name} fails: {in_one_line(error)}") from error
     if not all(bool(torch.isfinite(each).all()) for each in (*alone, together, twice)):
         return "right"  # weights that are no numbers are reported where they matter
     size = max(float(each.abs().max()) for each in alone)
@@ -113,11 +114,6 @@ def find_padding(
         f"(scores differ by {max(_gap(together[row], alone[row]) for row in (0, 1)) / scale:.0%} of what two "
         "texts differ by), so it cannot be used here; choose another base model"
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text; its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _gap(one: Tensor, other: Tensor) -> float:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ...core.errors import ModelError
+from ...core.library_errors import in_one_line
 from ...models.load import Base
-from ...models.padding import FAILURES, first_line
+from ...models.padding import FAILURES
 
 
 def text_prefix(base: Base, text: str, length: int) -> Tensor:
@@ -68,7 +69,7 @@ def _cache(base: Base, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     except FAILURES as error:
         raise ModelError(
             f"method prefix does not fit {base.name}: its {kind} code does not take keys and values from "
-            f"outside ({first_line(error)[:120]}); use method soft_prompt or lora"
+            f"outside ({in_one_line(error)[:120]}); use method soft_prompt or lora"
         ) from error
     layers: list[Any] = cache.layers
     pairs: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from ...core.errors import ModelError
+from ...core.library_errors import in_one_line
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample
 from ...evaluation.settings import EvaluationSettings
 from ...models.inference import generate
 from ...models.load import Base
-from ...models.padding import FAILURES, TOLERANCE, TRIAL_TEXTS, Padding, find_padding, first_line
+from ...models.padding import FAILURES, TOLERANCE, TRIAL_TEXTS, Padding, find_padding
 from .objective import Objective
 from .technique import TrainableModel
 
@@ -54,7 +55,7 @@ def trial_pass(
             raise
         raise ModelError(
             f"method {name} does not fit {base.name}: in a trial pass its {kind} code fails "
-            f"({first_line(error)[:200]}); use method {'full' if name == 'lora' else 'lora'}"
+            f"({in_one_line(error)[:200]}); use method {'full' if name == 'lora' else 'lora'}"
         ) from error
     if not objective.separable or base.padding == "none":
         return base.padding

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ....core.library_errors import in_one_line
 from ....core.tensors import Tensors
 from ....data.tokens import TokenizedExample
-from ....models.padding import FAILURES, first_line
+from ....models.padding import FAILURES
 from ..objective import Objective
 from ..technique import TrainableModel
 from .client_modules import ClientModules
@@ -60,7 +61,7 @@ def disagreement(
         except torch.OutOfMemoryError:
             return None  # training makes smaller batches then
         except FAILURES as error:
-            return first_line(error)[:120]
+            return in_one_line(error)[:120]
     finally:
         _put(parameters, kept)
     return _difference(alone, shared.detach(), dict(zip(stacks, found, strict=True)), COARSE if coarse else 1)
