@@ -103,7 +103,8 @@ def _run(
     if difference is not None:
         loop.warn(f"{directory.path}: {difference}")
     if report := base.loading.in_words():
-        callbacks.on_note(f"loading {base.name}: {report}")
+        tell = callbacks.on_note if base.loading.concerns_body else callbacks.on_information
+        tell(f"loading {base.name}: {report}")
     if base.measured:
         steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in base.measured.items())
         callbacks.on_note(f"model.dtype = auto: {base.precision} (a step: {steps})")
@@ -160,7 +161,7 @@ def _export(loop: FedAvg, state: State, target: Path, *, check: bool) -> None:
         if not isinstance(method, ComparesExport):
             return
         if not wanted(check):
-            callbacks.on_note("the exported model is not compared with the trained one: switched off")
+            callbacks.on_information("the exported model is not compared with the trained one: switched off")
             return
         callbacks.on_phase("comparing the written model with the trained one")
         expected = method.reference(state, some(data.test or data.development))

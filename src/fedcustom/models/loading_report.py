@@ -27,6 +27,11 @@ class LoadingReport:
     mismatched: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
 
+    @property
+    def concerns_body(self) -> bool:
+        """Whether more than a head is newly initialised, or a head of the checkpoint was replaced."""
+        return bool(self.mismatched) or any(name.split(".")[0] not in self.head for name in self.initialised)
+
     def in_words(self) -> str:
         """One line for the user; empty where checkpoint and model have the same weights."""
         head = [name for name in self.initialised if name.split(".")[0] in self.head]

@@ -36,6 +36,9 @@ class Notes(Callback):
     def on_note(self, text: str) -> None:
         self.texts.append(text)
 
+    def on_information(self, text: str) -> None:
+        self.texts.append(text)
+
 
 def switch(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv(export_check.SWITCH, value)
