@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
-from .core.errors import DataError, RunError
-from .core.files import read_json, write_folder
+from .core.errors import DataError, ExportError, RunError
+from .core.files import read_json
+from .core.folders import fill_folder, usable_folder
 from .data.cells import Row
 from .data.examples import Example, LearningTask, input_of
 from .data.templates import fields
@@ -26,6 +29,16 @@ from .federated.run import run_recipe
 from .federated.run_directory import History
 from .federated.truncation import count_parts
 from .methods import Method, State
+from .methods.tuning.export_check import (
+    ROWS,
+    UNCHECKED,
+    ComparesExport,
+    Reference,
+    ReferenceRow,
+    check_export,
+    some,
+    wanted,
+)
 from .methods.tuning.model_card import bundle
 from .methods.tuning.peft_support import leave_out_virtual_tokens
 from .models.load import Base, load_base
@@ -163,25 +176,74 @@ class Run:
         template = data.text if data.task == "classification" else data.prompt
         return [replace(_asked(template, item, number), label=0) for number, item in enumerate(inputs)]
 
-    def export(self, to: str | Path) -> Path:
+    def export(
+        self, to: str | Path, *, check: bool = True, note: Callable[[str], None] = lambda text: None
+    ) -> Path:
         """Copy the model to a folder, from which ``peft`` or ``transformers`` load it without this package.
         An adapter of a base model that is a part of this package takes that along, as ``base/`` (14 MB at
-        most).
+        most). The copy is loaded in a fresh process, and its outputs are compared with this run's model,
+        unless ``check`` is False; ``note`` is told where that is left out.
+
+        Args:
+            to: A folder that does not exist, or is empty: a mount point, a link to a folder and ``.`` too.
 
         Raises:
-            RunError: the run has no single model, or the folder exists and is not empty.
+            RunError: the run has no single model, the folder is not empty or lies in the model's own, or the
+                copy gives other outputs.
         """
         self._require_model()
-        target = Path(to)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise RunError(f"{target}: exists already; name a new folder")
+        target, source = Path(to), self.directory / "model"
+        if usable_folder(target).is_relative_to(source.resolve()):
+            raise RunError(f"{target}: lies in the run's own model folder; name a folder elsewhere")
+        expected = self._reference() if wanted(check) else None
+        if not wanted(check):
+            note("the exported model is not compared with the trained one: switched off")
 
         def fill(folder: Path) -> None:
-            shutil.copytree(self.directory / "model", folder, dirs_exist_ok=True)
+            shutil.copytree(source, folder, dirs_exist_ok=True)
             bundle(folder, self.recipe.model.base)
+            if expected is not None and (text := check_export(folder, expected)):
+                note(text)
 
-        write_folder(target, fill)
+        fill_folder(target, fill, last=("README.md", "adapter_config.json", "config.json"))
         return target
+
+    def _reference(self) -> Reference | None:
+        """What an export is compared with: this run's model on rows of the test split; None where the run
+        has no weights of its own, and for retrieval, whose encoder was compared when the run wrote it.
+
+        Raises:
+            ExportError: the model does not give the run's own predictions any more.
+        """
+        files = ("adapter_config.json", "config.json")
+        has_weights = any((self.directory / "model" / name).exists() for name in files)
+        if not has_weights or self.recipe.data.task == "retrieval":
+            return None
+        method, state = self._method
+        if not isinstance(method, ComparesExport):
+            return None
+        file, rows = self.directory / "predictions.jsonl", list[dict[str, Any]]()
+        if file.exists():
+            with file.open(encoding="utf-8") as lines:
+                rows = [json.loads(line) for line in islice(lines, ROWS)]
+        key = "text" if self.recipe.data.task == "classification" else "source"
+        expected = method.reference(state, some([Example(str(row[key]), label=0) for row in rows]))
+        if expected is not None and key == "text":
+            for row, found in zip(rows, expected.rows, strict=False):
+                self._check_prediction(row, found)
+        return expected
+
+    def _check_prediction(self, row: Mapping[str, Any], found: ReferenceRow) -> None:
+        """Refuse to export where a base model that was changed since gives other predictions."""
+        labels = self._task.labels
+        share = float(softmax(found.output.double().numpy())[labels.index(row["prediction"])])
+        allowed = 0.05 if self.recipe.model.dtype != "float32" else 0.002
+        if abs(share - row["probability"]) > allowed:
+            raise ExportError(
+                f"{self.directory}: the model gives {row['prediction']!r} the probability {share:.3f} on the "
+                f"first test rows, and gave {row['probability']:.3f} when the run ended; has "
+                f"{self.recipe.model.base} changed since?{UNCHECKED}"
+            )
 
     def _require_model(self) -> None:
         if not (self.directory / "model").is_dir():
@@ -212,20 +274,29 @@ def run(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     data_changed: Literal["refuse", "accept"] = "refuse",
+    check_export: bool = True,
 ) -> Run:
     """Run a recipe (a TOML file, a dict, or a :class:`~fedcustom.recipe.recipe.Recipe`) and open the result.
 
     ``overrides`` change single settings: ``{"rounds.count": 5}`` or ``["rounds.count=5"]``. ``out`` is the
     run's directory (default: a name in ``runs/`` made from recipe, method and seed). ``callbacks`` are
     told of every event of the run (:class:`~fedcustom.federated.callbacks.Callback`). A run in ``out`` whose
-    rows have changed since is refused, unless ``data_changed`` is ``"accept"``.
+    rows have changed since is refused, unless ``data_changed`` is ``"accept"``. The model that the run writes
+    is compared with the trained one in a fresh process, unless ``check_export`` is False.
 
     Raises:
         FedcustomError: the recipe or what it names is not in order; the message says what to mend.
     """
     checked = load_recipe(recipe, overrides)
     directory = Path(out) if out is not None else default_directory(recipe, checked)
-    run_recipe(checked, directory, resume=resume, callbacks=callbacks, data_changed=data_changed)
+    run_recipe(
+        checked,
+        directory,
+        resume=resume,
+        callbacks=callbacks,
+        data_changed=data_changed,
+        check_export=check_export,
+    )
     return Run(directory)
 
 

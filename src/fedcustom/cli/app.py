@@ -43,6 +43,13 @@ DEBUG = "--debug"
 
 COMPARED = "prefix,lora,soft_prompt,full"
 RunDirectory = Annotated[Path, typer.Argument(help="A run's directory")]
+NoCheck = Annotated[
+    bool,
+    typer.Option(
+        "--no-check",
+        help="Do not load the written model in a fresh process to compare its outputs with the trained one's",
+    ),
+]
 
 
 def main() -> NoReturn:
@@ -107,6 +114,7 @@ def run(
         Literal["refuse", "accept"],
         typer.Option(help="What to do where the rows are not those that the run in --out began with"),
     ] = "refuse",
+    no_check: NoCheck = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe: customise a model with its clients' data."""
@@ -120,7 +128,14 @@ def run(
     directory = out or api.default_directory(recipe, checked)
     again = command_line("run", recipe, overrides=overrides, options={"--out": directory, "--resume": True})
     with display(again, quiet) as make:
-        api.run(checked, out=directory, resume=resume, callbacks=[make("")], data_changed=data_changed)
+        api.run(
+            checked,
+            out=directory,
+            resume=resume,
+            callbacks=[make("")],
+            data_changed=data_changed,
+            check_export=not no_check,
+        )
     page = write_report([directory], directory / "report.html")
     if not quiet:
         out_console.print(comparison_table([directory]))
@@ -302,12 +317,13 @@ def _note(text: str) -> None:
 @app.command()
 def export(
     directory: RunDirectory,
-    to: Annotated[Path, typer.Option(help="A new folder for the model")],
+    to: Annotated[Path, typer.Option(help="A new or an empty folder for the model")],
+    no_check: NoCheck = False,
 ) -> None:
     """Copy the customised model to a folder, to be loaded by peft or transformers without this package."""
     from .. import api
 
-    folder = api.load(directory).export(to)
+    folder = api.load(directory).export(to, check=not no_check, note=_note)
     out_console.print(f"model: {folder} (its README.md shows how to load it)", soft_wrap=True)
 
 

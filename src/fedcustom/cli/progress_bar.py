@@ -134,6 +134,11 @@ class ProgressDisplay(Callback):
         plain = printable(text, lines=False)
         self.console.print(plain, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
+    def on_information(self, text: str) -> None:
+        """Show a fact that is no warning."""
+        if not self.quiet:
+            self.console.print(printable(text, lines=False), highlight=False, markup=False, soft_wrap=True)
+
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         """Show the result."""
         self.close()

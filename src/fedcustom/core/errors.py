@@ -40,6 +40,10 @@ class RunError(FedcustomError):
     """A run cannot start, go on or be read."""
 
 
+class ExportError(RunError):
+    """An exported model does not load, or does not give the outputs of the trained one."""
+
+
 class DeploymentError(FedcustomError):
     """A federation of sites cannot be made, reached or joined."""
 

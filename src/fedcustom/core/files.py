@@ -41,10 +41,10 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors atomically, in safetensors form."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors atomically, in safetensors form, with ``metadata`` in the file's header."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _write(path, lambda temporary: safetensors.torch.save_file(contiguous, temporary))
+    _write(path, lambda temporary: safetensors.torch.save_file(contiguous, temporary, metadata))
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -75,6 +75,17 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Fill a fresh folder and put it in the place of ``path``, whole or not at all. In a folder that only its
     owner can open it is such a folder too.
     """
+    with filled_beside(path, fill) as fresh:
+        shutil.rmtree(path, ignore_errors=True)
+        fresh.rename(path)
+    _flush(path.parent)
+
+
+@contextlib.contextmanager
+def filled_beside(path: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
+    """A fresh folder beside ``path``, filled and brought to the disk; removed afterwards unless it was
+    renamed.
+    """
     with _preparing(path) as fresh:
         fresh.chmod(0o700 | (path.parent.stat().st_mode & 0o055))
         with _system_errors():
@@ -82,9 +93,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         for file in fresh.rglob("*"):
             if file.is_file():
                 _flush(file)
-        shutil.rmtree(path, ignore_errors=True)
-        fresh.rename(path)
-    _flush(path.parent)
+        yield fresh
 
 
 @contextlib.contextmanager
@@ -181,8 +190,14 @@ def _lock(descriptor: int) -> bool | None:
     return True
 
 
-def _remove_abandoned(parent: Path) -> None:
+def remove_abandoned(parent: Path) -> None:
     """Remove what killed writers left in a folder: what has the name of a temporary folder, and no lock."""
+    _next_sweep.pop(parent, None)
+    _remove_abandoned(parent)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """The same, where it has not been looked for just before."""
     began = time.monotonic()
     if began < _next_sweep.get(parent, 0.0):
         return

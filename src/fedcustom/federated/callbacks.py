@@ -74,6 +74,9 @@ class Callback:
     def on_note(self, text: str) -> None:
         """A warning or remark for the user."""
 
+    def on_information(self, text: str) -> None:
+        """A fact for the user that is no warning."""
+
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         """The run is finished; ``summary`` is the content of ``summary.json``."""
 
@@ -150,6 +153,10 @@ class Callbacks(Callback):
     def on_note(self, text: str) -> None:
         """Tell all."""
         self._call("on_note", text)
+
+    def on_information(self, text: str) -> None:
+        """Tell all."""
+        self._call("on_information", text)
 
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         """Tell all."""

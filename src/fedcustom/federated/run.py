@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core import environment
+from ..core.errors import ExportError
 from ..core.files import read_json, write_folder, write_json, write_text
 from ..data.truncation import in_words
 from ..evaluation import degenerate
 from ..methods import AsksClients, ScalesLogits, State
+from ..methods.tuning.export_check import ComparesExport, check_export, some, wanted
 from ..recipe import Recipe
 from ..recipe.paths import absolute
 from . import fingerprint
@@ -31,6 +33,7 @@ def run_recipe(
     callbacks: Sequence[Callback] | Callbacks = (),
     gather: Gather = simulate,
     data_changed: Literal["refuse", "accept"] = "refuse",
+    check_export: bool = True,
 ) -> dict[str, Any]:
     """Run a recipe into a directory and return its summary.
 
@@ -41,10 +44,12 @@ def run_recipe(
         callbacks: Told of every event of the run.
         gather: Puts the run's parties together; by default all of them in this process.
         data_changed: Whether a simulation goes on where its rows are not those that it began with.
+        check_export: Load the model that the run writes in a fresh process, without this package, and compare
+            its outputs with the trained model's.
 
     Raises:
-        RunError: the directory holds something else, the rows have changed, or too few clients answered in a
-            round.
+        RunError: the directory holds something else, the rows have changed, too few clients answered in a
+            round, or the written model gives other outputs than the trained one.
         RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
     """
     recipe, place = absolute(resolved(recipe)), RunDirectory(directory)
@@ -62,7 +67,7 @@ def run_recipe(
         if finished is not None:
             return finished
         try:
-            summary = _run(recipe, place, told, gather, accept=accept)
+            summary = _run(recipe, place, told, gather, accept=accept, check=check_export)
         except BaseException as error:
             told.on_phase("")
             if told.failure is not None:
@@ -74,9 +79,17 @@ def run_recipe(
 
 
 def _run(
-    recipe: Recipe, directory: RunDirectory, callbacks: Callbacks, gather: Gather, *, accept: bool
+    recipe: Recipe,
+    directory: RunDirectory,
+    callbacks: Callbacks,
+    gather: Gather,
+    *,
+    accept: bool,
+    check: bool,
 ) -> dict[str, Any]:
-    """From the last checkpoint, or from the beginning, to the summary. ``accept``: with other rows too."""
+    """From the last checkpoint, or from the beginning, to the summary. ``accept``: with other rows too;
+    ``check``: compare the model that is written with the trained one.
+    """
     started = time.perf_counter()
     environment.restart_peak_memory()
     parties = gather(recipe, directory.path, directory.checkpoints.clients, callbacks)
@@ -90,20 +103,23 @@ def _run(
         fingerprint.record(directory.path, rows)
     if difference is not None:
         loop.warn(f"{directory.path}: {difference}")
+    if report := base.loading.in_words():
+        tell = callbacks.on_note if base.loading.concerns_body else callbacks.on_information
+        tell(f"loading {base.name}: {report}")
     for sentence in in_words(loop.federation.truncation):
         loop.warn(sentence)
     if base.measured:
         steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in base.measured.items())
         callbacks.on_note(f"model.dtype = auto: {base.precision} (a step: {steps})")
     loop.run()
-    summary = _finish(loop, time.perf_counter() - started)
+    summary = _finish(loop, time.perf_counter() - started, check=check)
     callbacks.on_run_end(summary)
     if text := degenerate.in_words(summary.get("degenerate", {})):
         loop.warn(text)
     return summary
 
 
-def _finish(loop: FedAvg, elapsed: float) -> dict[str, Any]:
+def _finish(loop: FedAvg, elapsed: float, *, check: bool) -> dict[str, Any]:
     """Calibrate, evaluate and export the state of the best round, and write the summary."""
     begun = time.perf_counter()
     recipe, directory, federation, callbacks = loop.recipe, loop.directory, loop.federation, loop.callbacks
@@ -120,7 +136,7 @@ def _finish(loop: FedAvg, elapsed: float) -> dict[str, Any]:
     for name, text in method.notes(state).items():
         write_text(path / name, text)
     if has_one_model(recipe):
-        write_folder(path / "model", lambda folder: method.export(state, folder))
+        _export(loop, state, path / "model", check=check)
     summary = summarise(
         recipe,
         federation.data,
@@ -138,6 +154,28 @@ def _finish(loop: FedAvg, elapsed: float) -> dict[str, Any]:
     )
     write_json(path / "summary.json", summary)
     return summary
+
+
+def _export(loop: FedAvg, state: State, target: Path, *, check: bool) -> None:
+    """Write the model of a state, and compare it with the one in memory before it takes its place."""
+    method, data, callbacks = loop.federation.method, loop.federation.data, loop.callbacks
+
+    def fill(folder: Path) -> None:
+        method.export(state, folder)
+        if not isinstance(method, ComparesExport):
+            return
+        if not wanted(check):
+            callbacks.on_information("the exported model is not compared with the trained one: switched off")
+            return
+        callbacks.on_phase("comparing the written model with the trained one")
+        expected = method.reference(state, some(data.test or data.development))
+        if expected is not None and (text := check_export(folder, expected)):
+            loop.warn(text)
+
+    try:
+        write_folder(target, fill)
+    except ExportError as error:
+        raise ExportError(f"{target.parent}: {error}; the rounds are kept: go on with --resume") from None
 
 
 def _calibrated(recipe: Recipe, state: State, federation: Federation) -> tuple[State, float | None]:

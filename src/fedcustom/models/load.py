@@ -23,6 +23,7 @@ from ..data.examples import LearningTask
 from .facts import ModelFacts
 from .first_token import first_token_only
 from .kernels import attend_in_float32_on_processors, fuse_activations
+from .loading_report import LoadingReport, load_reported
 from .output import OutputLayer, output_layer
 from .padding import Padding, padding_of
 from .pooled_classifier import PooledClassifier, PooledClassifierConfig, with_pooling
@@ -45,7 +46,8 @@ class Base:
     ``precision`` is that of forward and backward passes; trained numbers are always kept in float32.
     ``measured`` are the seconds of a step in each precision by which it was chosen, where it was. With
     ``compile`` whoever trains the model compiles it first. ``output`` is a causal language model's output
-    layer, where that is a plain matrix. ``padding`` is how texts of unlike lengths share a batch.
+    layer, where that is a plain matrix. ``padding`` is how texts of unlike lengths share a batch. ``loading``
+    says which weights the checkpoint at ``revision`` lacked.
     """
 
     model: Any
@@ -61,6 +63,8 @@ class Base:
     compile: bool = False
     output: OutputLayer | None = None
     padding: Padding = "right"
+    loading: LoadingReport = field(default_factory=LoadingReport)
+    revision: str | None = None
 
     @property
     def sequence_to_sequence(self) -> bool:
@@ -302,7 +306,10 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
             configuration.pad_token_id = tokenizer.pad_token_id
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = loader.from_pretrained(path, config=configuration, dtype=torch.float32, **common)
+            model, loading = load_reported(
+                loader, path, settings.base, head_modules if classifies else None,
+                config=configuration, dtype=torch.float32, **common,
+            )  # fmt: skip
     tokenizer.padding_side = "right"
     if hasattr(model, "generation_config"):
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -328,6 +335,8 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         measured=measured,
         compile=settings.compile,
         output=output_layer(model) if plain else None,
+        loading=loading,
+        revision=settings.revision,
     )
     return replace(base, padding=padding_of(base, classifies=classifies))
 

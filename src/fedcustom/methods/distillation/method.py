@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +14,7 @@ from ...models.inference import Predictions
 from ...training.local import schedule_factor
 from ..protocol import Answer, Client, State, Task, Update, Work, typed
 from ..sequential_clients import SequentialClients
+from ..tuning.export_check import Reference
 from ..tuning.technique import Context
 from .labels import LabelExchange
 from .messages import MESSAGES, DistilTask, DistilUpdate
@@ -127,6 +128,10 @@ class Distillation(SequentialClients):
     def export(self, state: State, folder: Path) -> None:
         """Write the server's model: a whole one, or a PEFT adapter with ``server_method = "lora"``."""
         self.models.server.export(State(state.tensors), folder)
+
+    def reference(self, state: State, examples: Sequence[Example]) -> Reference:
+        """The outputs of the server's model, for the check of its export."""
+        return self.models.server.reference(State(state.tensors), examples)
 
     def open(self, folder: Path) -> State:
         """The state of a model that :meth:`export` wrote."""

@@ -9,7 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...models.load import Base
-from ..tuning.peft_support import head_names, loading_page
+from ..tuning.loading_page import loading_page
+from ..tuning.peft_support import head_names
 from ..tuning.technique import TrainableModel
 from .settings import FullSettings
 

@@ -13,11 +13,11 @@ from ...aggregation.lora_factors import LoraFactors, frozen_bases, layer_layout,
 from ...core.errors import ModelError
 from ...core.tensors import Tensors
 from ...models.load import Base
+from ..tuning.loading_page import loading_page
 from ..tuning.peft_support import (
     attach_peft,
     clean_name,
     ending_in,
-    loading_page,
     peft_tuned,
     task_type,
     upper,

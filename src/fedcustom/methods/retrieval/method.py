@@ -25,10 +25,11 @@ from ..lora.method import Lora
 from ..lora.settings import LoraSettings
 from ..protocol import Answer, Asked, Client, Messages, State, Task, Update, Work, typed
 from ..sequential_clients import SequentialClients
+from ..tuning.export_check import Reference
+from ..tuning.loading_page import loading_page
 from ..tuning.messages import TrainTask
 from ..tuning.method import WeightTuning
 from ..tuning.objective import Contrastive
-from ..tuning.peft_support import loading_page
 from ..tuning.technique import Context, Technique
 from ..tuning.update_checks import check_state
 from .checks import check_answer, check_search
@@ -257,6 +258,10 @@ class Retrieval(SequentialClients):
             (folder / "README.md").write_text(loading_page(self.base, adapter=False), encoding="utf-8")
         write_modules(folder, self.base.model.config.hidden_size)
         self.searcher.save_router(folder)
+
+    def reference(self, state: State, examples: Sequence[Example]) -> Reference | None:
+        """The outputs of the tuned encoder, for the check of its export; None where it is the base model."""
+        return self.tuning.reference(state, examples) if self.tuning else None
 
     def open(self, folder: Path) -> State:
         """The encoder that :meth:`export` wrote, and the router."""

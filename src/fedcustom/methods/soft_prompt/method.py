@@ -43,6 +43,11 @@ class SoftPrompt:
         config = PromptTuningConfig(
             task_type=task_type(base),
             num_virtual_tokens=settings.length,
+            # PEFT takes the width of the hidden states, which is another in ALBERT, ELECTRA or OPT. Layers
+            # and heads are not used here; PEFT asks for them where configurations name them otherwise.
+            token_dim=base.model.get_input_embeddings().weight.shape[1],
+            num_layers=getattr(base.model.config, "num_hidden_layers", 1),
+            num_attention_heads=getattr(base.model.config, "num_attention_heads", 1),
             prompt_tuning_init={"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB", "text": "TEXT"}[
                 settings.init
             ],

@@ -36,6 +36,7 @@ from ..protocol import (
 )
 from .aggregation_hooks import BASE_CHANGE, AggregationHooks, ClientDelta
 from .drift_corrections import CONTROL, Correction, make_correction
+from .export_check import Reference, reference, some
 from .head_fit import LABEL_COUNTS, HeadFit, output_names
 from .local_training import Job, LocalTraining, batch_ranges
 from .messages import MESSAGES, FitHeadTask, HeadSumsUpdate, HeadTask, TrainTask, TrainUpdate
@@ -244,6 +245,12 @@ class WeightTuning:
         self.trainable.write(self.ownership.complete(state.tensors))
         self.trainable.save(folder)
         self.base.tokenizer.save_pretrained(folder)
+
+    def reference(self, state: State, examples: Sequence[Example]) -> Reference:
+        """The outputs of this state's model, for the check of its export."""
+        chosen = some(examples)
+        self.trainable.write(self.ownership.complete(state.tensors))
+        return reference(self.trainable.model, self.base, chosen, self.tokens(chosen))
 
     def open(self, folder: Path) -> State:
         """The state of a model that :meth:`export` wrote."""

@@ -34,7 +34,8 @@ def offline(card: str, base: Base) -> str:
     named = HUB_NAMES.get(base.name, base.path)
     if place is None or f'"{named}"' not in card:
         return card
-    card = card.replace(f'"{named}"', _found(*place) + PRECISION)
+    precision = "" if "dtype=" in card else PRECISION
+    card = card.replace(f'"{named}"', _found(*place) + precision)
     card = card.replace("```python\n", f"```python\n{COMMENTS[place[0]]}{IMPORT}", 1)
     return card.replace(base.path, base.name)  # in its heading
 
@@ -60,6 +61,12 @@ def bundle(folder: Path, name: str) -> None:
     adapter = folder / "adapter_config.json"
     if adapter.exists():
         write_json(adapter, read_json(adapter) | {"base_model_name_or_path": BASE_FOLDER})
+
+
+def with_base_folder(code: str, name: str) -> str:
+    """Code of a card that finds a built-in base model without the package that holds it: by its folder."""
+    place = _place(name)
+    return code.replace(_found(*place), repr(str(builtin_models()[name]))) if place else code
 
 
 def _place(name: str) -> tuple[str, str] | None:

@@ -13,12 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from ...core.errors import ModelError, RunError
 from ...models.frozen_layers import in_upper_layers
 from ...models.load import HUB_NAMES, Base
-from ...models.pooled_classifier import FILE, PooledClassifier, copy_code
+from ...models.pooled_classifier import PooledClassifier, copy_code
+from .initialised_weights import add_initialised_weights
+from .loading_page import loading_page
 from .model_card import offline
 from .technique import TrainableModel
-
-CARD = "# A customised {name}\n\nLoad it, in this folder, with the ecosystem's own tools:\n\n"
-"""How a page begins that shows how to load a model."""
 
 
 def task_type(base: Base) -> str:
@@ -38,11 +37,6 @@ def attach_peft(base: Base, config: Any, method: str) -> Any:
     """
     import peft
 
-    if isinstance(config, peft.PromptLearningConfig) and config.token_dim is None:
-        # PEFT knows these by the names that most configurations have for them, and this one may not.
-        config.token_dim = base.model.get_input_embeddings().weight.shape[1]
-        config.num_layers = config.num_layers or 1
-        config.num_attention_heads = config.num_attention_heads or 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -51,6 +45,7 @@ def attach_peft(base: Base, config: Any, method: str) -> Any:
         raise ModelError(f"method {method} does not fit {base.name}: {str(error).splitlines()[0]}") from error
     # The configuration that is saved must name a model that others can load.
     config.base_model_name_or_path = HUB_NAMES.get(base.name, base.path)
+    config.revision = base.revision
     if getattr(config, "modules_to_save", None):
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     return model
@@ -138,78 +133,11 @@ def save_peft(base: Base, model: Any, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(str(folder), save_embedding_layers=False)
+    add_initialised_weights(base, model, folder)
     if isinstance(base.model, PooledClassifier):
         copy_code(folder)
     card = offline(loading_page(base, adapter=True), base)
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def loading_page(base: Base, *, adapter: bool) -> str:
-    """How to load what was saved, without this package."""
-    name = HUB_NAMES.get(base.name, base.path)
-    if isinstance(base.model, PooledClassifier):
-        return _pooled_page(base, name, adapter=adapter)
-    if base.task.kind == "classification":
-        loader = "AutoModelForSequenceClassification"
-        labels = list(base.task.labels)
-        extra = f",\n    num_labels={len(labels)}, id2label=dict(enumerate(labels))"
-        head = f"labels = {labels!r}\n"
-        use = "print(labels[model(**inputs).logits.argmax(-1).item()])"
-    elif base.task.kind == "retrieval":
-        loader, extra, head = "AutoModel", "", ""
-        use = (
-            "states, mask = model(**inputs).last_hidden_state, inputs['attention_mask'].unsqueeze(-1)\n"
-            "mean = (states * mask).sum(1) / mask.sum(1)\nprint(mean / mean.norm())"
-        )
-    else:
-        loader = "AutoModelForSeq2SeqLM" if base.sequence_to_sequence else "AutoModelForCausalLM"
-        extra = head = ""
-        use = (
-            "output = model.generate(**inputs, max_new_tokens=64)[0]\n"
-            "print(tokenizer.decode(output, skip_special_tokens=True))"
-        )
-    if adapter:
-        load = (
-            f'{head}base = {loader}.from_pretrained("{name}"{extra})\n'
-            'model = PeftModel.from_pretrained(base, ".").eval()\n'
-        )
-        imports = f"from peft import PeftModel\nfrom transformers import {loader}, AutoTokenizer\n"
-    else:
-        load = f'{head}model = {loader}.from_pretrained(".").eval()\n'
-        imports = f"from transformers import {loader}, AutoTokenizer\n"
-    return (
-        f"{CARD.format(name=name)}```python\n{imports}\n{load}"
-        f'tokenizer = AutoTokenizer.from_pretrained(".")\n'
-        f'inputs = tokenizer("a text", return_tensors="pt", return_token_type_ids=False)\n{use}\n```\n'
-    )
-
-
-def _pooled_page(base: Base, name: str, *, adapter: bool) -> str:
-    """How to load a classifier of pooled states, whose code stands beside the page."""
-    labels, config = list(base.task.labels), base.model.config
-    module = FILE.removesuffix(".py")
-    if adapter:
-        imports = "from peft import PeftModel\nfrom transformers import AutoTokenizer\n"
-        imports += f"from {module} import PooledClassifier  # the file beside this page\n"
-        pooling = f"pooling={config.pooling!r}, normalize={config.normalize}"
-        pooling += f", skip={config.skip}" if config.skip else ""
-        load = (
-            f'base = PooledClassifier.from_encoder("{name}", labels=labels, {pooling})\n'
-            'model = PeftModel.from_pretrained(base, ".").eval()\n'
-        )
-    else:
-        imports = "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
-        load = (
-            f"# trust_remote_code: transformers reads {FILE}, beside this page\n"
-            'model = AutoModelForSequenceClassification.from_pretrained(".", trust_remote_code=True).eval()\n'
-        )
-    trust = "" if adapter else ", trust_remote_code=True"
-    return (
-        f"{CARD.format(name=name)}```python\n{imports}\nlabels = {labels!r}\n{load}"
-        f'tokenizer = AutoTokenizer.from_pretrained("."{trust})\n'
-        'inputs = tokenizer("a text", return_tensors="pt", return_token_type_ids=False)\n'
-        "print(labels[model(**inputs).logits.argmax(-1).item()])\n```\n"
-    )
 
 
 def leave_out_virtual_tokens(model: Any, length: int) -> None:

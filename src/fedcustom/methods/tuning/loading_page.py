@@ -1,0 +1,110 @@
+"""Loading page: the README of an exported folder, with code that loads it without this package."""
+
+from __future__ import annotations
+
+import json
+
+from ...models.load import HUB_NAMES, Base
+from ...models.pooled_classifier import FILE, PooledClassifier
+
+CARD = "# A customised {name}\n\nLoad it, in this folder, with the ecosystem's own tools:\n\n"
+"""How a page begins that shows how to load a model."""
+
+FENCE = "```"
+
+INPUTS = 'inputs = tokenizer("a text", return_tensors="pt", return_token_type_ids=False)\n'
+"""The line after which the model, which is loaded before it, is used."""
+
+
+def loading_code(page: str) -> str:
+    """The part of a page's code that loads ``model`` and ``tokenizer``; empty where it has none."""
+    _, _, code = page.partition(f"{FENCE}python\n")
+    load, found, _ = code.partition(INPUTS)
+    return load if found else ""
+
+
+def loading_page(base: Base, *, adapter: bool) -> str:
+    """How to load what was saved, without this package."""
+    name = HUB_NAMES.get(base.name, base.path)
+    named, options = json.dumps(name, ensure_ascii=False), _options(base, adapter=adapter)
+    if isinstance(base.model, PooledClassifier):
+        return _pooled_page(base, name, named + options, adapter=adapter)
+    if base.task.kind == "classification":
+        loader = "AutoModelForSequenceClassification"
+        labels = list(base.task.labels)
+        extra = f",\n    num_labels={len(labels)}, id2label=dict(enumerate(labels))"
+        head = f"labels = {labels!r}\n"
+        use = "print(labels[model(**inputs).logits.argmax(-1).item()])"
+    elif base.task.kind == "retrieval":
+        loader, extra, head = "AutoModel", "", ""
+        use = (
+            "states, mask = model(**inputs).last_hidden_state, inputs['attention_mask'].unsqueeze(-1)\n"
+            "mean = (states * mask).sum(1) / mask.sum(1)\nprint(mean / mean.norm())"
+        )
+    else:
+        loader = "AutoModelForSeq2SeqLM" if base.sequence_to_sequence else "AutoModelForCausalLM"
+        extra = head = ""
+        use = (
+            "output = model.generate(**inputs, max_new_tokens=64)[0]\n"
+            "print(tokenizer.decode(output, skip_special_tokens=True))"
+        )
+    if adapter:
+        load = (
+            f"{head}base = {loader}.from_pretrained({named}{options}{extra})\n"
+            'model = PeftModel.from_pretrained(base, ".").eval()\n'
+        )
+        imports = f"from peft import PeftModel\nfrom transformers import {loader}, AutoTokenizer\n"
+    else:
+        load = f'{head}model = {loader}.from_pretrained("."{options}).eval()\n'
+        imports = f"from transformers import {loader}, AutoTokenizer\n"
+    return (
+        f"{CARD.format(name=name)}{FENCE}python\n{imports}\n{load}"
+        f'tokenizer = AutoTokenizer.from_pretrained(".")\n'
+        f"{INPUTS}{use}\n{FENCE}\n"
+    )
+
+
+def _pooled_page(base: Base, name: str, source: str, *, adapter: bool) -> str:
+    """How to load a classifier of pooled states, whose code stands beside the page. ``source`` is the base
+    model with options, as arguments.
+    """
+    labels, config = list(base.task.labels), base.model.config
+    module = FILE.removesuffix(".py")
+    if adapter:
+        imports = "from peft import PeftModel\nfrom transformers import AutoTokenizer\n"
+        imports += f"from {module} import PooledClassifier  # the file beside this page\n"
+        pooling = f"pooling={config.pooling!r}, normalize={config.normalize}"
+        pooling += f", skip={config.skip}" if config.skip else ""
+        load = (
+            f"base = PooledClassifier.from_encoder({source}, labels=labels, {pooling})\n"
+            'model = PeftModel.from_pretrained(base, ".").eval()\n'
+        )
+    else:
+        imports = "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        load = (
+            f"# trust_remote_code: transformers reads {FILE}, beside this page\n"
+            'model = AutoModelForSequenceClassification.from_pretrained(".", trust_remote_code=True).eval()\n'
+        )
+    trust = "" if adapter else ", trust_remote_code=True"
+    return (
+        f"{CARD.format(name=name)}{FENCE}python\n{imports}\nlabels = {labels!r}\n{load}"
+        f'tokenizer = AutoTokenizer.from_pretrained("."{trust})\n'
+        f"{INPUTS}print(labels[model(**inputs).logits.argmax(-1).item()])\n{FENCE}\n"
+    )
+
+
+def _options(base: Base, *, adapter: bool) -> str:
+    """The further arguments of ``from_pretrained`` without which other numbers, or none, would be loaded."""
+    options: dict[str, str] = {}
+    if type(base.model).__module__.startswith("transformers_modules"):
+        options["trust_remote_code"] = "True"
+    if adapter:
+        options["dtype"] = '"float32"'  # in which adapters are trained, whatever the checkpoint is stored in
+        if base.revision is not None:
+            options["revision"] = json.dumps(base.revision)
+        if base.loading.mismatched:
+            options["ignore_mismatched_sizes"] = "True"
+        if base.architecture == "decoder" and base.task.kind == "classification":
+            # It reads the last token that is no padding; many decoders' configurations name none.
+            options["pad_token_id"] = str(base.model.config.pad_token_id)
+    return "".join(f", {key}={value}" for key, value in options.items())
