@@ -35,6 +35,7 @@ def main() -> int:
     )
     parser.add_argument("--only", help="names of architectures, by commas; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each")
+    parser.add_argument("--check-exports", action="store_true", help="some 10 s more a cell")
     parser.add_argument("--write", type=Path, help="page whose table to replace")
     chosen = parser.parse_args()
     names = chosen.only.split(",") if chosen.only else list(ALL)
@@ -42,7 +43,11 @@ def main() -> int:
         parser.error(f"--only: unknown: {', '.join(unknown)}; allowed are {', '.join(ALL)}")
     cells: Cells = {}
     with ProcessPoolExecutor(chosen.jobs, initializer=_one_thread) as pool:
-        waiting = {pool.submit(row, name, task): (name, task) for name in names for task in tasks_of(name)}
+        waiting = {
+            pool.submit(row, name, task, chosen.check_exports): (name, task)
+            for name in names
+            for task in tasks_of(name)
+        }
         for done in as_completed(waiting):
             name, task = waiting[done]
             cells[name, task] = done.result()
@@ -65,12 +70,12 @@ def main() -> int:
     return 1 if faults else 0
 
 
-def row(name: str, task: str) -> dict[str, Outcome]:
+def row(name: str, task: str, check: bool) -> dict[str, Outcome]:
     """All methods on one architecture."""
     with tempfile.TemporaryDirectory() as folder:
         found = {}
         for method in METHODS:
-            found[method] = outcome(name, method, task, Path(folder))
+            found[method] = outcome(name, method, task, Path(folder), check=check)
             for run in Path(folder).glob(f"{name}-{task}-*"):
                 shutil.rmtree(run)
         return found

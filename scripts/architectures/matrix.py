@@ -67,9 +67,9 @@ def tasks_of(name: str) -> tuple[str, ...]:
     return TASKS[:1] if kind_of(name) == "encoder" else TASKS
 
 
-def outcome(name: str, method: str, task: str, folder: Path) -> Outcome:
+def outcome(name: str, method: str, task: str, folder: Path, *, check: bool = False) -> Outcome:
     """Run the cell in ``folder``, in both ways, and compare. A model or data set that is there already is
-    used.
+    used. With ``check``, exports are loaded in a process of their own and compared (some 10 s each).
     """
     model = folder / "models" / name
     if not model.exists():
@@ -80,7 +80,12 @@ def outcome(name: str, method: str, task: str, folder: Path) -> Outcome:
         out, remarks = folder / f"{name}-{task}-{method}-{way}", Remarks()
         training = {**recipe["training"], **({"cohort_width": width} if width else {})}
         try:
-            fedcustom.run({**recipe, "training": training}, out=out, callbacks=[remarks])
+            fedcustom.run(
+                {**recipe, "training": training},
+                out=out,
+                callbacks=[remarks],
+                check_export=check and not results,
+            )
         except FedcustomError as error:
             text = str(error).replace(str(model), name)
             return Outcome("refused" if "\n" not in text and not results else "failed", text)

@@ -41,11 +41,12 @@ class Lora:
         from peft import LoraConfig
 
         settings = self.settings
-        chosen: Any = settings.target_modules
-        if chosen == ["all-linear"] or (chosen is None and not usual_targets(base)):
+        # PEFT's own choice is named, since it refuses to make it for some mixtures of experts.
+        chosen: Any = settings.target_modules or usual_targets(base) or "all-linear"
+        if chosen == ["all-linear"]:
             chosen = "all-linear"
         if settings.first_layer:
-            ends = [""] if chosen == "all-linear" else [f".{name}" for name in chosen or usual_targets(base)]
+            ends = [""] if isinstance(chosen, str) else [f".{name}" for name in chosen]
             chosen = sorted(upper(base, ending_in(base.model, ends), settings.first_layer))
         # A private adapter is further rows of A and columns of B, at the scale of the shared ones.
         rank = settings.rank + settings.private_rank
@@ -101,11 +102,12 @@ class Lora:
         return trainable
 
 
-def usual_targets(base: Base) -> list[str]:
-    """PEFT's choice of matrices for this type of model; empty where it has none."""
+def usual_targets(base: Base) -> list[str] | str:
+    """PEFT's choice of matrices for this type of model, names or a pattern; empty where it has none."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICES
 
-    return list(CHOICES.get(base.model.config.model_type, []))
+    chosen: list[str] | str = CHOICES.get(base.model.config.model_type, [])
+    return chosen if isinstance(chosen, str) else list(chosen)
 
 
 def lora_layers(model: Any) -> dict[str, Any]:
