@@ -106,7 +106,7 @@ def usual_targets(base: Base) -> list[str] | str:
     """PEFT's choice of matrices for this type of model, names or a pattern; empty where it has none."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICES
 
-    chosen: list[str] | str = CHOICES.get(base.model.config.model_type, [])
+    chosen = CHOICES.get(base.model.config.model_type, [])
     return chosen if isinstance(chosen, str) else list(chosen)
 
 
