@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoModel, AutoTokenizer
 
-from fedcustom.models.load import locate
+from fedcustom.models.configuration import locate
 
 
 def main() -> None:

@@ -377,10 +377,12 @@ def test_a_recipe_is_refused_before_its_model_is_looked_for(
     """Which a recipe that leaves out its remedies for label skew would have the site do."""
     read: list[str] = []
     monkeypatch.setattr(
-        "fedcustom.models.load._configuration", lambda base, revision: read.append(base) or BertConfig()
+        "fedcustom.models.configuration._configuration",
+        lambda base, revision: read.append(base) or BertConfig(),
     )
     monkeypatch.setattr(
-        "fedcustom.models.load.find_pooling", lambda model, path: read.append(path) or Pooling("mean", True)
+        "fedcustom.models.configuration.find_pooling",
+        lambda model, path: read.append(path) or Pooling("mean", True),
     )
     made, _ = resident(base_models=["allowed"])
     read.clear()  # of the server's completing a recipe

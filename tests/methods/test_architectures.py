@@ -213,3 +213,23 @@ def test_batches_of_one_length() -> None:
     found = list(by_length(rows, 2, equal=True))
     assert sorted(i for some in found for i in some) == list(range(6))
     assert found == [[0, 2], [4], [1], [5], [3]]
+
+
+def test_a_tokenizer_that_knows_no_word_of_a_trial(tmp_path: Path) -> None:
+    """Whose unknown word is its end and its padding: trial passes take ordinary tokens of it."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    folder = write_model("gpt2", tmp_path / "model")
+    words = {"<end>": 0, **{f"w{i}": i for i in range(1, 300)}}
+    made = Tokenizer(kinds.WordLevel(words, unk_token="<end>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<end>", pad_token="<end>", unk_token="<end>"
+    ).save_pretrained(folder)
+    for task in ("classification", "generation"):
+        method = make(str(folder), "lora", task)
+        assert method.base.padding == "right"
+        assert all(0 not in row.source.tolist() for row in method.local.rows)
+        assert len({len(row.source) for row in method.local.rows}) == 3

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedcustom.models.load import builtin_models
+from fedcustom.models.configuration import builtin_models
 
 NAMES = ("builtin:lm", "builtin:lm-small")
 

@@ -18,8 +18,9 @@ from fedcustom.core.errors import ModelError, RecipeError
 from fedcustom.data.examples import Example, LearningTask
 from fedcustom.data.tokens import TokenizedExample, collate
 from fedcustom.federated.resolve import resolved
+from fedcustom.models.configuration import pooling_of
 from fedcustom.models.forward import classification_logits
-from fedcustom.models.load import Base, load_base, pooling_of
+from fedcustom.models.load import Base, load_base
 from fedcustom.models.pooled_classifier import FILE, PooledClassifier
 from fedcustom.models.settings import ModelSettings
 from fedcustom.recipe.recipe import load_recipe, to_toml

@@ -16,7 +16,8 @@ from fedcustom.data.examples import Example, LearningTask
 from fedcustom.data.settings import DataSettings
 from fedcustom.federated.build import check_fit
 from fedcustom.methods.tuning.objective import Supervised
-from fedcustom.models.load import AFTER_PADDING, Base, context_length, load_base, load_configuration
+from fedcustom.models.configuration import AFTER_PADDING, context_length, load_configuration
+from fedcustom.models.load import Base, load_base
 from fedcustom.models.settings import ModelSettings
 from fedcustom.recipe.recipe import load_recipe
 from helpers.rows import make_rows, write_jsonl
@@ -122,9 +123,9 @@ def test_a_start_token(tmp_path: Path) -> None:
     folder = saved(tmp_path, with_ends(), bart())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"decoder_start_token_id": None}))
-    with pytest.raises(ModelError, match="has no decoder_start_token_id"):
-        load(folder, GENERATION)
-    load(folder, CLASSIFICATION)
+    for task in (GENERATION, CLASSIFICATION):
+        with pytest.raises(ModelError, match="has no decoder_start_token_id"):
+            load(folder, task)
 
 
 def test_a_tokenizer_file_that_is_none(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import fedcustom
 from fedcustom.cli.progress_bar import ProgressDisplay
 from fedcustom.core.errors import RecipeError
 from fedcustom.federated.resolve import resolved
-from fedcustom.models.load import LINEAR_HEADS
+from fedcustom.models.configuration import LINEAR_HEADS
 from fedcustom.recipe.label_skew import in_words
 from fedcustom.recipe.recipe import Recipe, load_recipe, to_toml
 from helpers.runs import rows_of, tensors_of

@@ -15,7 +15,7 @@ from fedcustom.methods import registry
 from fedcustom.methods.full.settings import FullSettings
 from fedcustom.methods.lora.settings import LoraSettings
 from fedcustom.methods.settings import TuningSettings
-from fedcustom.models.load import read_facts
+from fedcustom.models.configuration import read_facts
 from fedcustom.models.settings import ModelSettings
 from fedcustom.models.size_class import ModelKind, kind_of, rough_parameters
 from fedcustom.recipe.help import settings_help

@@ -19,7 +19,13 @@ LIBRARIES = frozenset(
 )
 """Packages that read models, tokenizers and data."""
 
-LOADING = ("fedcustom.models.load", "fedcustom.models.tokenizer_check", "fedcustom.data.", "fedcustom.api")
+LOADING = (
+    "fedcustom.models.load",
+    "fedcustom.models.configuration",
+    "fedcustom.models.tokenizer_check",
+    "fedcustom.data.",
+    "fedcustom.api",
+)
 """Modules of this package in which they are called to."""
 
 KINDS = (ValueError, LookupError, ImportError, OSError, RuntimeError)

@@ -11,7 +11,7 @@ from typing import Any
 from ..aggregation.settings import AggregationSettings
 from ..core.errors import RecipeError, nearest
 from ..methods.probe.settings import PROBE, ProbeSettings
-from ..models.load import has_linear_head
+from ..models.configuration import has_linear_head
 from ..recipe.label_skew import why_no_head_fit
 from ..recipe.recipe import Baseline, Recipe, load_recipe
 from .grid import Cell, experiment_cells

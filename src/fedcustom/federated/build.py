@@ -12,7 +12,8 @@ from ..data.build import with_builtin_columns
 from ..data.examples import ClientData, Example, FederatedData
 from ..methods import Context, Method, build_method
 from ..methods.tuning.technique import Keeps
-from ..models.load import Base, context_length, has_learned_positions, load_configuration
+from ..models.configuration import context_length, has_learned_positions, load_configuration
+from ..models.load import Base
 from ..models.size_class import architecture_of
 from ..recipe.recipe import Baseline, Recipe
 from ..updates.transform import UpdateTransform

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..models.load import read_facts
+from ..models.configuration import read_facts
 from ..recipe import Recipe
 from ..recipe.defaults import complete
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # torch
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model's configuration says, without its weights (:func:`fedcustom.models.load.read_facts`).
+    """What a model's configuration says, without its weights (:func:`~.configuration.read_facts`).
 
     ``linear_head`` says whether a classifier on it is known to end in a linear layer with a bias. ``pooling``
     and ``normalize`` are a classifier's pooling; None: its architecture's own head.

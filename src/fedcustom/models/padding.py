@@ -42,14 +42,10 @@ def padding_of(base: Base, *, classifies: bool) -> Padding:
         ModelError: a text's result depends on the other texts of its batch, or the model fails.
     """
     task, padding = base.task, base.tokenizer.pad_token_id
-    ids = [
-        base.tokenizer(text, truncation=True, max_length=TRIAL_TOKENS)["input_ids"] for text in TRIAL_TEXTS
-    ]
+    ids = trial_ids(base)
     rows = [TokenizedExample.of(one, other[:4], 0) for one, other in zip(ids, reversed(ids), strict=True)]
     if not classifies and task.kind != "generation":
         task = replace(task, kind="classification")  # of whose batches the inputs alone are used
-    elif not min(len(row.source) and len(row.target) for row in rows):
-        return "right"  # a tokenizer without tokens for these texts
 
     def scores(chosen: Sequence[int]) -> Tensor:
         some = [rows[i] for i in chosen]
@@ -65,6 +61,20 @@ def padding_of(base: Base, *, classifies: bool) -> Padding:
         return _mean_states(base.model, batch)
 
     return find_padding(scores, base.name, allowed=classifies or task.kind == "generation")
+
+
+def trial_ids(base: Base) -> tuple[list[int], list[int]]:
+    """Token ids of a short and of a longer text: ordinary tokens, where the tokenizer has none for the words
+    of :data:`TRIAL_TEXTS`.
+    """
+    short, long = (
+        base.tokenizer(text, truncation=True, max_length=TRIAL_TOKENS)["input_ids"] for text in TRIAL_TEXTS
+    )
+    special = set(base.tokenizer.all_special_ids)
+    if special.issuperset(short) or special.issuperset(long) or len(short) == len(long):
+        ordinary = [token for token in range(len(base.tokenizer)) if token not in special][:TRIAL_TOKENS]
+        short, long = ordinary[:1] or short, ordinary or long
+    return short, long
 
 
 def _mean_states(model: Any, batch: Batch) -> Tensor:

@@ -61,11 +61,12 @@ def check_tokenizer(
             f"{where} has no end token (eos_token), by which a generated text ends; set it in the model's "
             "tokenizer_config.json"
         )
-    shifts = writes and configuration.model_type in SHIFT_TARGETS
+    # A classifier on an encoder-decoder gives its decoder the text, behind the start token.
+    shifts = (writes or head) and configuration.model_type in SHIFT_TARGETS
     if shifts and getattr(configuration, "decoder_start_token_id", None) is None:
         raise ModelError(
             f"model.base: the configuration of {name} has no decoder_start_token_id, with which a "
-            "generated text begins; set it in the model's config.json"
+            "decoder's text begins; set it in the model's config.json"
         )
     try:
         ids: list[int] = tokenizer(WORD)["input_ids"]

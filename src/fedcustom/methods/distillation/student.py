@@ -14,7 +14,8 @@ from ...aggregation.settings import AggregationSettings
 from ...core.errors import ModelError
 from ...core.tensors import Tensors, part, without
 from ...data.tokens import Batch
-from ...models.load import Base, context_length, load_base, load_configuration
+from ...models.configuration import context_length, load_configuration
+from ...models.load import Base, load_base
 from ...models.settings import ModelSettings
 from ...training.local import train_locally
 from ...training.settings import TrainingSettings

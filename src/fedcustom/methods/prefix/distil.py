@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...aggregation.prefix_stacking import Stacked
 from ...core.errors import DataError, ModelError
-from ...models.load import Base, context_length
+from ...models.configuration import context_length
+from ...models.load import Base
 from .settings import PrefixSettings
 
 BATCH = 16

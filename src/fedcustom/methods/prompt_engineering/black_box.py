@@ -21,9 +21,9 @@ from ...core.seeds import name_seed
 from ...data.encode import encode_examples, input_cut
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample, example_order, pad
+from ...models.configuration import HUB_NAMES, context_length
 from ...models.embedding import pooled
 from ...models.inference import Predictions, to_device
-from ...models.load import HUB_NAMES, context_length
 from ..protocol import Answer, Client, State, Task, Update, Values, Work, typed
 from ..tuning.model_card import offline
 from ..tuning.technique import Context

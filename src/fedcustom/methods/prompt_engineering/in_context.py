@@ -12,10 +12,11 @@ import torch
 
 from ...core.errors import DataError, ModelError, RecipeError, UpdateError
 from ...data.examples import Example, LearningTask
+from ...models.configuration import context_length
 from ...models.embedding import embed
 from ...models.inference import Predictions, generate
 from ...models.likelihood import prompt_ids
-from ...models.load import context_length, load_base
+from ...models.load import load_base
 from ..protocol import Answer, Client, State, Task, Update, Values, Work, typed
 from ..tuning.technique import Context
 from .answers import medoid, nearest, pooled_log_probabilities, similarity_weights

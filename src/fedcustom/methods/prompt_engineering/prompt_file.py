@@ -8,7 +8,8 @@ from typing import Any
 
 from ...core.errors import RunError
 from ...core.files import read_json, write_json
-from ...models.load import HUB_NAMES, Base
+from ...models.configuration import HUB_NAMES
+from ...models.load import Base
 from ..tuning.model_card import offline
 
 FILE = "prompt.json"

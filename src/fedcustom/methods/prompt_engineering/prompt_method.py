@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import RecipeError
-from ...models.load import HUB_NAMES, Base
+from ...models.configuration import HUB_NAMES
+from ...models.load import Base
 from ..protocol import Client, State, Values
 from ..sequential_clients import SequentialClients
 from ..tuning.technique import Context

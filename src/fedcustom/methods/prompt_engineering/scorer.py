@@ -12,10 +12,10 @@ from ...core.errors import RecipeError
 from ...data.encode import input_cut, shorten
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample, tokenize
+from ...models.configuration import context_length
 from ...models.embedding import embed
 from ...models.inference import Predictions, predict
 from ...models.likelihood import continuation_scores, prompt_ids
-from ...models.load import context_length
 from ..tuning.technique import Context
 from .settings import PromptEngineeringSettings
 from .templates import CONTENT_FREE, Candidate, check_template, continuation

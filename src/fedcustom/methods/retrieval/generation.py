@@ -11,8 +11,9 @@ from ...core.errors import ModelError
 from ...data.examples import LearningTask
 from ...data.tokens import TokenizedExample
 from ...evaluation.settings import EvaluationSettings
+from ...models.configuration import context_length
 from ...models.inference import generate, predict
-from ...models.load import Base, context_length, load_base
+from ...models.load import Base, load_base
 from ...models.settings import ModelSettings
 
 

@@ -16,9 +16,9 @@ from ...core.errors import ModelError
 from ...core.tensors import Tensors
 from ...data.examples import Example
 from ...data.templates import Field
+from ...models.configuration import context_length
 from ...models.embedding import embed
 from ...models.inference import Predictions
-from ...models.load import context_length
 from ..full.method import Full
 from ..full.settings import FullSettings
 from ..lora.method import Lora

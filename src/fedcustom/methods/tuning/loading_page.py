@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from ...models.load import HUB_NAMES, Base
+from ...models.configuration import HUB_NAMES
+from ...models.load import Base
 from ...models.pooled_classifier import FILE, PooledClassifier
 
 CARD = "# A customised {name}\n\nLoad it, in this folder, with the ecosystem's own tools:\n\n"

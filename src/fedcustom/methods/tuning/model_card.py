@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 from ...core.files import read_json, write_json, write_text
-from ...models.load import HUB_NAMES, Base, builtin_models
+from ...models.configuration import HUB_NAMES, builtin_models
+from ...models.load import Base
 
 BASE_FOLDER = "base"
 """Where an exported folder has the base model, beside what was trained."""

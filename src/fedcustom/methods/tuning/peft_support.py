@@ -11,8 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...core.errors import ModelError, RunError
+from ...models.configuration import HUB_NAMES
 from ...models.frozen_layers import in_upper_layers
-from ...models.load import HUB_NAMES, Base
+from ...models.load import Base
 from ...models.pooled_classifier import PooledClassifier, copy_code
 from .initialised_weights import add_initialised_weights
 from .loading_page import loading_page

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from ...core.errors import ModelError
+from ...core.errors import FedcustomError, ModelError
 from ...core.library_errors import in_one_line
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample
 from ...evaluation.settings import EvaluationSettings
 from ...models.inference import generate
 from ...models.load import Base
-from ...models.padding import FAILURES, TOLERANCE, TRIAL_TEXTS, Padding, find_padding
+from ...models.padding import FAILURES, TOLERANCE, TRIAL_TEXTS, Padding, find_padding, trial_ids
 from .objective import Objective
 from .technique import TrainableModel
 
@@ -26,9 +26,21 @@ def trial_rows(objective: Objective, base: Base) -> list[TokenizedExample]:
     short, long = TRIAL_TEXTS
     middle = long[: len(long) // 2]
     other = min(1, len(base.task.labels) - 1)
-    return objective.tokens(
-        [Example(short, 0, long), Example(long, other, short), Example(middle, 0, middle)]
-    )
+    special = set(base.tokenizer.all_special_ids)
+    try:
+        rows = objective.tokens(
+            [Example(short, 0, long), Example(long, other, short), Example(middle, 0, middle)]
+        )
+        if not any(special.issuperset(row.source.tolist()) for row in rows):
+            return rows
+    except FedcustomError:
+        pass  # a tokenizer that has no tokens for these words may have some for the clients'
+    few, many = trial_ids(base)
+    return [
+        TokenizedExample.of(few, many[:4], 0),
+        TokenizedExample.of(many, few, other),
+        TokenizedExample.of(many[:5], many[:2], 0),
+    ]
 
 
 def trial_pass(
