@@ -53,13 +53,9 @@ def main() -> int:
             cells[name, task] = done.result()
             for method, found in cells[name, task].items():
                 print(f"{name} {task} {method}: {found.how} {found.reason}".rstrip(), flush=True)
-    ordered = {key: cells[key] for name in names for key in cells if key[0] == name}
-    if chosen.write:
-        text = chosen.write.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN)
-        chosen.write.write_text(
-            f"{before}{BEGIN}\n\n{table(ordered)}\n{END}{rest.partition(END)[2]}", "utf-8"
-        )
+            ordered = {key: cells[key] for one in names for key in sorted(cells) if key[0] == one}
+            if chosen.write:
+                write_table(chosen.write, ordered)
     faults = [
         f"{name} {task} {method}: {found.how} {found.reason}"
         for (name, task), found_by in ordered.items()
@@ -68,6 +64,13 @@ def main() -> int:
     ]
     print(f"{sum(map(len, cells.values()))} cells, {len(faults)} faults", *faults, sep="\n", file=sys.stderr)
     return 1 if faults else 0
+
+
+def write_table(page: Path, cells: Cells) -> None:
+    """Replace the table of a page; the other text stays."""
+    text = page.read_text(encoding="utf-8")
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    page.write_text(f"{before}{BEGIN}\n\n{table(cells)}\n{END}{after}", encoding="utf-8")
 
 
 def row(name: str, task: str, check: bool) -> dict[str, Outcome]:

@@ -18,6 +18,7 @@ from fedcustom.data.examples import Example, LearningTask
 from fedcustom.data.tokens import TokenizedExample, by_length
 from fedcustom.evaluation.settings import EvaluationSettings
 from fedcustom.methods import State
+from fedcustom.methods.registry import check_padding
 from fedcustom.methods.tuning.batching.client_modules import ClientNorm, gain_offset
 from fedcustom.models.inference import predict
 from fedcustom.models.load import load_base
@@ -233,3 +234,13 @@ def test_a_tokenizer_that_knows_no_word_of_a_trial(tmp_path: Path) -> None:
         assert method.base.padding == "right"
         assert all(0 not in row.source.tolist() for row in method.local.rows)
         assert len({len(row.source) for row in method.local.rows}) == 3
+
+
+def test_methods_that_pad_refuse_a_model_that_padding_changes(models: Callable[[str], str]) -> None:
+    task = LearningTask("classification", ("a", "b"))
+    bases = {name: load_base(ModelSettings(base=models(name)), task, seed=0) for name in ("fnet", "bert")}
+    check_padding("distillation", bases["bert"])
+    with pytest.raises(ModelError, match="method distillation pads its batches, and padding changes"):
+        check_padding("distillation", bases["fnet"])
+    with pytest.raises(ModelError, match="depends on the other texts of its batch"):
+        load_base(ModelSettings(base=models("fnet")), LearningTask("retrieval", ()), seed=0, head=False)

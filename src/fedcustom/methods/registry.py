@@ -16,10 +16,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from ..core import plugins
-from ..core.errors import PluginError
+from ..core.errors import ModelError, PluginError
 from .settings import MethodSettingsBase, TuningSettings
 
 if TYPE_CHECKING:
+    from ..models.load import Base
     from .protocol import Method
     from .tuning.technique import Context
 
@@ -189,6 +190,19 @@ def settings_union() -> Any:
     return Union[tuple(each.settings for each in methods().values())]  # noqa: UP007
 
 
+def check_padding(name: str, base: Base) -> None:
+    """Refuse a model whose results padding changes, for methods that pad their batches.
+
+    Raises:
+        ModelError: names the model and the methods that can be used.
+    """
+    if base.padding == "none":
+        raise ModelError(
+            f"method {name} pads its batches, and padding changes what {base.name} makes of a text; use a "
+            "method that trains its weights, such as lora, or another base model"
+        )
+
+
 def build_method(settings: MethodSettingsBase, context: Context) -> Method:
     """The method that a recipe names.
 
@@ -199,6 +213,7 @@ def build_method(settings: MethodSettingsBase, context: Context) -> Method:
     registration = methods()[settings.name]
     implementation = registration.load()
     if not registration.is_technique:
+        check_padding(settings.name, context.base)
         made: Method = implementation(settings, context)
         return made
     from .tuning.method import WeightTuning

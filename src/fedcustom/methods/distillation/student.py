@@ -24,6 +24,7 @@ from ..full.settings import FullSettings
 from ..lora.method import Lora
 from ..lora.settings import LoraSettings
 from ..protocol import Client, typed
+from ..registry import check_padding
 from ..tuning.messages import TrainTask, TrainUpdate
 from ..tuning.method import WeightTuning
 from ..tuning.technique import Context, Technique
@@ -129,7 +130,9 @@ class Models:
 
     def _load(self, base: str) -> Base:
         with _named_as_clients():
-            return load_base(self._model(base), self.context.base.task, self.context.seed)
+            loaded = load_base(self._model(base), self.context.base.task, self.context.seed)
+            check_padding("distillation", loaded)
+            return loaded
 
     def _model(self, base: str) -> ModelSettings:
         model = self.context.model
