@@ -57,7 +57,7 @@ def trial_pass(
     kind = base.model.config.model_type
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
             loss = objective.loss(model, objective.collate(rows))
             torch.autograd.grad(loss, list(trainable.parameters.values()), allow_unused=True)
             if base.task.kind == "generation":

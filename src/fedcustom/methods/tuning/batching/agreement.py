@@ -22,6 +22,7 @@ COARSE = 10.0
 """By how much more numbers differ in bfloat16."""
 
 
+@torch.enable_grad()
 def disagreement(
     modules: ClientModules,
     trainable: TrainableModel,
