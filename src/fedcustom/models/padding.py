@@ -31,7 +31,10 @@ TRIAL_TEXTS = ("one", "one two three four five six seven eight nine ten eleven t
 TRIAL_TOKENS = 16
 """Most tokens of a text in a trial pass."""
 
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
+FAILURES = (
+    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError),
+    NotImplementedError,
+)
 """Errors by which the code of a model says that it cannot take what it is given."""
 
 
@@ -43,7 +46,7 @@ def padding_of(base: Base, *, classifies: bool) -> Padding:
     """
     task, padding = base.task, base.tokenizer.pad_token_id
     ids = trial_ids(base)
-    rows = [TokenizedExample.of(one, other[:4], 0) for one, other in zip(ids, reversed(ids), strict=True)]
+    rows = [TokenizedExample.of(one, other, 0) for one, other in zip(ids, reversed(ids), strict=True)]
     if not classifies and task.kind != "generation":
         task = replace(task, kind="classification")  # of whose batches the inputs alone are used
 
@@ -54,10 +57,10 @@ def padding_of(base: Base, *, classifies: bool) -> Padding:
         if classifies:
             return classification_logits(base.model, batch)
         if task.kind == "generation":
-            losses, _ = target_losses(
+            losses, counts = target_losses(
                 base.model, batch, sequence_to_sequence=base.sequence_to_sequence, output=base.output
             )
-            return losses
+            return losses / counts.clamp(min=1)
         return _mean_states(base.model, batch)
 
     return find_padding(scores, base.name, allowed=classifies or task.kind == "generation")
@@ -92,13 +95,12 @@ def find_padding(
     name: str,
     *,
     allowed: bool = True,
-    tolerance: float = TOLERANCE,
 ) -> Padding:
     """How rows must share a batch: ``scores`` gives those of some of two rows of unlike lengths, (rows, ...).
 
     Where padding changes a score, as in models that mix positions without a mask (FNet, ConvBERT) or read
     the last position (XLNet), rows of one length must give the same together as alone. ``allowed`` is
-    whether the caller can do without padding, ``tolerance`` what rounding explains.
+    whether the caller can do without padding.
 
     Raises:
         ModelError: a row's scores depend on the other rows of its batch in any case, or the model fails.
@@ -115,9 +117,9 @@ def find_padding(
         return "right"  # weights that are no numbers are reported where they matter
     size = max(float(each.abs().max()) for each in alone)
     scale = max(_gap(alone[0], alone[1]), 1e-2 * size, 1e-6)
-    if all(_gap(together[row], alone[row]) <= tolerance * scale for row in (0, 1)):
+    if all(_gap(together[row], alone[row]) <= TOLERANCE * scale for row in (0, 1)):
         return "right"
-    if allowed and all(_gap(each, alone[0]) <= tolerance * scale for each in twice):
+    if allowed and all(_gap(each, alone[0]) <= TOLERANCE * scale for each in twice):
         return "none"
     raise ModelError(
         f"model.base: what {name} makes of a text depends on the other texts of its batch "

@@ -13,12 +13,9 @@ from ...data.tokens import TokenizedExample
 from ...evaluation.settings import EvaluationSettings
 from ...models.inference import generate
 from ...models.load import Base
-from ...models.padding import FAILURES, TOLERANCE, TRIAL_TEXTS, Padding, find_padding, trial_ids
+from ...models.padding import FAILURES, TRIAL_TEXTS, Padding, find_padding, trial_ids
 from .objective import Objective
 from .technique import TrainableModel
-
-COARSE_TOLERANCE = 0.1
-"""The same in bfloat16."""
 
 
 def trial_rows(objective: Objective, base: Base) -> list[TokenizedExample]:
@@ -69,14 +66,16 @@ def trial_pass(
             f"method {name} does not fit {base.name}: in a trial pass its {kind} code fails "
             f"({in_one_line(error)[:200]}); use method {'full' if name == 'lora' else 'lora'}"
         ) from error
-    if not objective.separable or base.padding == "none":
+    # In bfloat16 rounding differs with the shape of a batch; loading has looked at the model in float32.
+    if not objective.separable or base.padding == "none" or base.precision != "float32":
         return base.padding
 
     def losses(chosen: Sequence[int]) -> torch.Tensor:
-        return objective.row_losses(model, objective.collate([rows[i] for i in chosen])).float()
+        some = [rows[i] for i in chosen]
+        units = torch.tensor([max(1, objective.units(row)) for row in some], device=base.device)
+        return objective.row_losses(model, objective.collate(some)).float() / units
 
-    tolerance = TOLERANCE if base.precision == "float32" else COARSE_TOLERANCE
-    return find_padding(losses, f"{base.name} with method {name}", tolerance=tolerance)
+    return find_padding(losses, f"{base.name} with method {name}")
 
 
 def replace_length(evaluation: EvaluationSettings, tokens: int) -> EvaluationSettings:
