@@ -41,6 +41,10 @@ def main() -> int:
     names = chosen.only.split(",") if chosen.only else list(ALL)
     if unknown := [name for name in names if name not in ALL]:
         parser.error(f"--only: unknown: {', '.join(unknown)}; allowed are {', '.join(ALL)}")
+    if chosen.jobs < 1:
+        parser.error(f"--jobs {chosen.jobs}: 1 or more")
+    if chosen.write and not chosen.write.is_file():
+        parser.error(f"--write {chosen.write}: no such page")
     cells: Cells = {}
     with ProcessPoolExecutor(chosen.jobs, initializer=_one_thread) as pool:
         waiting = {

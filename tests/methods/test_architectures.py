@@ -116,15 +116,15 @@ def test_a_model_whose_rows_depend_on_one_another_is_refused() -> None:
         return rows[list(chosen)] * len(chosen)
 
     with pytest.raises(ModelError, match="depends on the other texts of its batch"):
-        find_padding(mixing, "a model")
-    assert find_padding(lambda chosen: rows[list(chosen)], "a model") == "right"
+        find_padding(torch.nn.Identity(), mixing, "a model")
+    assert find_padding(torch.nn.Identity(), lambda chosen: rows[list(chosen)], "a model") == "right"
 
     def padded(chosen: Any) -> torch.Tensor:
         return rows[list(chosen)] + (len(set(chosen)) - 1)
 
-    assert find_padding(padded, "a model") == "none"
+    assert find_padding(torch.nn.Identity(), padded, "a model") == "none"
     with pytest.raises(ModelError, match="cannot be used here"):
-        find_padding(padded, "a model", allowed=False)
+        find_padding(torch.nn.Identity(), padded, "a model", allowed=False)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma", "mixtral", "bart", "t5-gated", "mamba"])
@@ -246,3 +246,21 @@ def test_methods_that_pad_refuse_a_model_that_padding_changes(models: Callable[[
         check_padding("distillation", bases["fnet"])
     with pytest.raises(ModelError, match="depends on the other texts of its batch"):
         load_base(ModelSettings(base=models("fnet")), LearningTask("retrieval", ()), seed=0, head=False)
+
+
+def test_a_trial_leaves_the_model_as_it_was(models: Callable[[str], str]) -> None:
+    """BigBird gives up sparse attention for good at the first short text; a trial's text is short."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = models("big_bird")
+    method = make(path, "bitfit")
+    kinds = {m.attention_type for m in method.base.model.modules() if hasattr(m, "attention_type")}
+    assert kinds == {"block_sparse"}
+    torch.manual_seed(0)
+    plain = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3).eval()
+    plain.load_state_dict(method.base.model.state_dict())
+    ids = torch.tensor([(AutoTokenizer.from_pretrained(path)(TEXTS[1])["input_ids"] * 9)[:112]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        found, expected = (model(**batch).logits for model in (method.base.model, plain))
+    torch.testing.assert_close(found, expected)

@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from ..data.encode import Cut, encode
 from ..data.templates import Field
-from ..data.tokens import Batch
 from ..data.truncation import KEEP_START, Truncation
+from .forward import pooled
 from .inference import to_device
 from .load import Base
 
@@ -22,23 +20,6 @@ STEP, ROWS = 16, 16
 
 WHOLE = Truncation(KEEP_START)
 """Texts lose their end."""
-
-
-def pooled(model: Any, batch: Batch) -> Tensor:
-    """Unit vectors (texts, width) in float32: the mean of the last layer's states over the tokens that are no
-    padding (Reimers and Gurevych 2019), divided by its length.
-
-    ``model`` is an encoder's body, or a language model of any kind (an encoder-decoder's encoder is asked).
-    """
-    body = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    if hasattr(body, "lm_head"):
-        body = body.base_model
-    states = body(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-    ).last_hidden_state.float()
-    mask = batch["attention_mask"].unsqueeze(-1).float()
-    mean = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-    return functional.normalize(mean, dim=1)
 
 
 @torch.inference_mode()

@@ -79,3 +79,20 @@ def generation_loss(
     """Mean loss over the batch's target tokens."""
     losses, counts = target_losses(model, batch, sequence_to_sequence=sequence_to_sequence, output=output)
     return losses.sum() / counts.sum().clamp(min=1)
+
+
+def pooled(model: Any, batch: Batch) -> Tensor:
+    """Unit vectors (texts, width) in float32: the mean of the last layer's states over the tokens that are no
+    padding (Reimers and Gurevych 2019), divided by its length.
+
+    ``model`` is an encoder's body, or a language model of any kind (an encoder-decoder's encoder is asked).
+    """
+    body = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    if hasattr(body, "lm_head"):
+        body = body.base_model
+    states = body(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).last_hidden_state.float()
+    mask = batch["attention_mask"].unsqueeze(-1).float()
+    mean = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return functional.normalize(mean, dim=1)

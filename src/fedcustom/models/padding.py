@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import ModelError
 from ..core.library_errors import in_one_line
-from ..data.tokens import Batch, TokenizedExample, collate
-from .forward import classification_logits, target_losses
+from ..data.tokens import TokenizedExample, collate
+from .forward import classification_logits, pooled, target_losses
 
 if TYPE_CHECKING:
     from .load import Base
@@ -31,11 +32,34 @@ TRIAL_TEXTS = ("one", "one two three four five six seven eight nine ten eleven t
 TRIAL_TOKENS = 16
 """Most tokens of a text in a trial pass."""
 
-FAILURES = (
-    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError),
-    NotImplementedError,
-)
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 """Errors by which the code of a model says that it cannot take what it is given."""
+
+
+@contextmanager
+def trial(model: nn.Module, refusal: Callable[[str], str]) -> Iterator[None]:
+    """A pass that is tried: where the code of ``model`` fails, ``refusal`` makes the message of a ModelError
+    of the reason. The model is left as it was: BigBird, for one, gives up sparse attention for good when it
+    meets a short text.
+
+    Raises:
+        ModelError: the code fails, but for want of memory, which says nothing about the model.
+    """
+    kept = [(m, dict(m._modules), _plain_values(m)) for m in model.modules()]
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        raise ModelError(refusal(in_one_line(error))) from error
+    finally:
+        for module, children, values in kept:
+            module._modules.update(children)
+            module.__dict__.update(values)
+
+
+def _plain_values(module: nn.Module) -> dict[str, Any]:
+    return {name: v for name, v in vars(module).items() if isinstance(v, str | int | float | None)}
 
 
 def padding_of(base: Base, *, classifies: bool) -> Padding:
@@ -61,9 +85,9 @@ def padding_of(base: Base, *, classifies: bool) -> Padding:
                 base.model, batch, sequence_to_sequence=base.sequence_to_sequence, output=base.output
             )
             return losses / counts.clamp(min=1)
-        return _mean_states(base.model, batch)
+        return pooled(base.model, batch)
 
-    return find_padding(scores, base.name, allowed=classifies or task.kind == "generation")
+    return find_padding(base.model, scores, base.name, allowed=classifies or task.kind == "generation")
 
 
 def trial_ids(base: Base) -> tuple[list[int], list[int]]:
@@ -80,23 +104,11 @@ def trial_ids(base: Base) -> tuple[list[int], list[int]]:
     return short, long
 
 
-def _mean_states(model: Any, batch: Batch) -> Tensor:
-    """The mean of the last layer's states over the tokens that are no padding, (rows, width)."""
-    body = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    if hasattr(body, "lm_head"):
-        body = body.base_model
-    mask = batch["attention_mask"]
-    states: Tensor = body(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-    return (states * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-
-
 def find_padding(
-    scores: Callable[[Sequence[int]], Tensor],
-    name: str,
-    *,
-    allowed: bool = True,
+    model: nn.Module, scores: Callable[[Sequence[int]], Tensor], name: str, *, allowed: bool = True
 ) -> Padding:
-    """How rows must share a batch: ``scores`` gives those of some of two rows of unlike lengths, (rows, ...).
+    """How rows of ``model`` must share a batch: ``scores`` gives those of some of two rows of unlike lengths,
+    as (rows, ...).
 
     Where padding changes a score, as in models that mix positions without a mask (FNet, ConvBERT) or read
     the last position (XLNet), rows of one length must give the same together as alone. ``allowed`` is
@@ -105,14 +117,12 @@ def find_padding(
     Raises:
         ModelError: a row's scores depend on the other rows of its batch in any case, or the model fails.
     """
-    try:
-        with torch.inference_mode():
-            alone = [scores([row])[0] for row in (0, 1)]
-            together, twice = scores([0, 1]), scores([0, 0])
-    except FAILURES as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ModelError(f"model.base: a trial pass through {name} fails: {in_one_line(error)}") from error
+    with (
+        trial(model, lambda reason: f"model.base: a trial pass through {name} fails: {reason}"),
+        torch.inference_mode(),
+    ):
+        alone = [scores([row])[0] for row in (0, 1)]
+        together, twice = scores([0, 1]), scores([0, 0])
     if not all(bool(torch.isfinite(each).all()) for each in (*alone, together, twice)):
         return "right"  # weights that are no numbers are reported where they matter
     size = max(float(each.abs().max()) for each in alone)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ...core.errors import ModelError
-from ...core.library_errors import in_one_line
 from ...models.load import Base
-from ...models.padding import FAILURES
+from ...models.padding import trial
 
 
 def text_prefix(base: Base, text: str, length: int) -> Tensor:
@@ -56,7 +55,14 @@ def _cache(base: Base, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     body: Any = getattr(base.model, base.model.base_model_prefix, base.model)
     body.eval()
     cache, kind = DynamicCache(), base.model.config.model_type
-    try:
+
+    def refusal(reason: str) -> str:
+        return (
+            f"method prefix does not fit {base.name}: its {kind} code does not take keys and values from "
+            f"outside ({reason[:120]}); use method soft_prompt or lora"
+        )
+
+    with trial(body, refusal):
         if base.architecture == "encoder-decoder":
             body(
                 input_ids=ids,
@@ -66,11 +72,6 @@ def _cache(base: Base, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
             )
         else:
             body(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
-    except FAILURES as error:
-        raise ModelError(
-            f"method prefix does not fit {base.name}: its {kind} code does not take keys and values from "
-            f"outside ({in_one_line(error)[:120]}); use method soft_prompt or lora"
-        ) from error
     layers: list[Any] = cache.layers
     pairs: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     if not pairs or not all(isinstance(each, Tensor) and each.dim() == 4 for pair in pairs for each in pair):

@@ -22,7 +22,7 @@ from ...data.encode import encode_examples, input_cut
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample, example_order, pad
 from ...models.configuration import HUB_NAMES, context_length
-from ...models.embedding import pooled
+from ...models.forward import pooled
 from ...models.inference import Predictions, to_device
 from ..protocol import Answer, Client, State, Task, Update, Values, Work, typed
 from ..tuning.model_card import offline

@@ -13,8 +13,13 @@ from ...data.encode import encode_examples, encode_passages, input_cut
 from ...data.examples import Example
 from ...data.settings import DataSettings
 from ...data.tokens import Batch, TokenizedExample, collate, pad, tokenize
-from ...models.embedding import pooled
-from ...models.forward import classification_loss, classification_losses, generation_loss, target_losses
+from ...models.forward import (
+    classification_loss,
+    classification_losses,
+    generation_loss,
+    pooled,
+    target_losses,
+)
 from ...models.inference import to_device
 from ...models.load import Base
 

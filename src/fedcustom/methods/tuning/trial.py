@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from ...core.errors import FedcustomError, ModelError
-from ...core.library_errors import in_one_line
+from ...core.errors import FedcustomError
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample
 from ...evaluation.settings import EvaluationSettings
 from ...models.inference import generate
 from ...models.load import Base
-from ...models.padding import FAILURES, TRIAL_TEXTS, Padding, find_padding, trial_ids
+from ...models.padding import TRIAL_TEXTS, Padding, find_padding, trial, trial_ids
 from .objective import Objective
 from .technique import TrainableModel
 
@@ -53,19 +52,19 @@ def trial_pass(
     model, rows = trainable.model, trial_rows(objective, base)
     kind = base.model.config.model_type
     model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            loss = objective.loss(model, objective.collate(rows))
-            torch.autograd.grad(loss, list(trainable.parameters.values()), allow_unused=True)
-            if base.task.kind == "generation":
-                generate(model, base, [rows[0].source], replace_length(evaluation, 2))
-    except FAILURES as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise ModelError(
+
+    def refusal(reason: str) -> str:
+        return (
             f"method {name} does not fit {base.name}: in a trial pass its {kind} code fails "
-            f"({in_one_line(error)[:200]}); use method {'full' if name == 'lora' else 'lora'}"
-        ) from error
+            f"({reason[:200]}); use method {'full' if name == 'lora' else 'lora'}"
+        )
+
+    with trial(model, refusal), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        loss = objective.loss(model, objective.collate(rows))
+        torch.autograd.grad(loss, list(trainable.parameters.values()), allow_unused=True)
+        if base.task.kind == "generation":
+            short = evaluation.model_copy(update={"max_new_tokens": 2})
+            generate(model, base, [rows[0].source], short)
     # In bfloat16 rounding differs with the shape of a batch; loading has looked at the model in float32.
     if not objective.separable or base.padding == "none" or base.precision != "float32":
         return base.padding
@@ -75,9 +74,4 @@ def trial_pass(
         units = torch.tensor([max(1, objective.units(row)) for row in some], device=base.device)
         return objective.row_losses(model, objective.collate(some)).float() / units
 
-    return find_padding(losses, f"{base.name} with method {name}")
-
-
-def replace_length(evaluation: EvaluationSettings, tokens: int) -> EvaluationSettings:
-    """The same settings for shorter texts."""
-    return evaluation.model_copy(update={"max_new_tokens": tokens})
+    return find_padding(model, losses, f"{base.name} with method {name}")
