@@ -12,14 +12,18 @@ from fedcustom.data.examples import Example
 
 
 def plain(path: str | Path, kind: str, model: str) -> Any:
-    """The model as a user of transformers loads it, with the head that every method begins with."""
+    """The model as a user of transformers loads it, code beside it included, with the head that every method
+    begins with.
+    """
     import transformers as t
+
+    trusted: dict[str, Any] = {"trust_remote_code": True}
 
     torch.manual_seed(0)
     if kind == "classification":
-        return t.AutoModelForSequenceClassification.from_pretrained(path, num_labels=3).eval()
+        return t.AutoModelForSequenceClassification.from_pretrained(path, num_labels=3, **trusted).eval()
     loader = t.AutoModelForSeq2SeqLM if model == "bart" else t.AutoModelForCausalLM
-    return loader.from_pretrained(path).eval()
+    return loader.from_pretrained(path, **trusted).eval()
 
 
 def plain_batch(path: str, kind: str, model: str, examples: list[Example]) -> dict[str, Tensor]:

@@ -4,19 +4,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ...core.errors import ModelError, RunError
+from ...core.errors import ModelError
 from ...models.load import Base
 from ..tuning.feed_forward import find_feed_forward
 from ..tuning.technique import TrainableModel
 from ..tuning.whole_model import partly_trained
-from .layers import Widened, WidenedInput, WidenedOutput
+from ..tuning.widening import Widening
 from .settings import AdapterSettings
 
 
@@ -52,54 +49,21 @@ class Adapter:
                 f"method adapter does not fit {base.name}: its {model.config.model_type} code has no "
                 "feed-forward networks of plain matrices whose width is a setting; use method lora"
             )
-        layers: dict[str, Widened] = {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for name in found.inputs:
-                layers[name] = WidenedInput(model.get_submodule(name), width)
-            for name in found.outputs:
-                layers[name] = WidenedOutput(model.get_submodule(name), width)
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
-        chosen = {f"{name}.adapter.{kind}" for name in layers for kind in ("weight", "bias")}
-        trainable = partly_trained(base, seed, chosen)
-        save_whole, sizes = trainable.save, found.wider(width)
+        widening = Widening(model, found, width, seed)
+        trainable = partly_trained(base, seed, widening.names())
+        save_whole = trainable.save
 
         def save(folder: Path) -> None:
-            with _merged(model, layers, sizes):
+            with widening.merged():
                 save_whole(folder)
 
         def load(folder: Path) -> None:
             saved = type(model).from_pretrained(folder, dtype=torch.float32)
-            for key, size in sizes.items():
-                if getattr(saved.config, key) != size:
-                    raise RunError(
-                        f"{folder}: has {key} = {getattr(saved.config, key)}; with method.width = {width} "
-                        f"it must be {size}"
-                    )
+            widening.take(saved, folder, "width")
             weights = saved.state_dict()
             with torch.no_grad():
-                for name, layer in layers.items():
-                    layer.split(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
                 for name in trainable.head:
                     trainable.parameters[name].copy_(weights[name])
 
         trainable.save, trainable.load = save, load
         return trainable
-
-
-@contextlib.contextmanager
-def _merged(model: Any, layers: Mapping[str, Widened], sizes: Mapping[str, int]) -> Iterator[None]:
-    """For the time of the context, the model is a plain one with wider feed-forward networks."""
-    before = {key: getattr(model.config, key) for key in sizes}
-    try:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer.merged())
-        for key, size in sizes.items():
-            setattr(model.config, key, size)
-        yield
-    finally:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
-        for key, size in before.items():
-            setattr(model.config, key, size)

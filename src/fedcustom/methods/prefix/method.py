@@ -19,6 +19,7 @@ from ..tuning.technique import TrainableModel
 from .aggregation_hooks import NAME, PrefixAggregation
 from .distil import Distiller
 from .init import cache_shape, text_prefix
+from .memory import attach_memory
 from .settings import PrefixSettings
 
 PEFT_NAME = "prompt_encoder.embedding.weight"
@@ -45,6 +46,8 @@ class Prefix:
         from peft import PrefixTuningConfig
 
         settings = self.settings
+        if settings.kind == "memory":
+            return attach_memory(base, settings, seed)
         require_key_value_input(base)
         config = PrefixTuningConfig(
             task_type=task_type(base),
@@ -54,7 +57,11 @@ class Prefix:
         )
         layers, heads, size = cache_shape(base)
         config.num_layers, config.num_attention_heads, config.token_dim = layers, heads, heads * size
-        initial = text_prefix(base, settings.init_text, settings.length) if settings.init == "text" else None
+        initial = (
+            text_prefix(base, settings.init_text, settings.length)
+            if settings.init in ("auto", "text")
+            else None
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = attach_peft(base, config, "prefix")

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ...models.size_class import Rates
+from ...models.size_class import ModelKind, Rates
 from ..registry import register
 from ..settings import TuningSettings
 
@@ -15,18 +15,56 @@ TEXT = (
     "and then give the answer that a person who knows this field well would give."
 )
 
+MEMORY_ONLY = ("slots", "feed_forward_slots", "keys", "linear")
+KV_ONLY = (
+    "init", "init_text", "reparametrise", "merging", "compression", "public_text", "distil_steps",
+    "distil_learning_rate", "layers_sent",
+)  # fmt: skip
+"""Settings that one kind alone reads."""
+
 
 @register(".method:Prefix", symbol="circle", colours=("#0060a8", "#5aa9ec"), order=10)
 class PrefixSettings(TuningSettings):
-    """Learnt keys and values in front of those of the input, in every layer."""
+    """Learnt keys and values in every layer: beside attention and the feed-forward network, or in front of
+    the input's own.
+    """
 
     rates: ClassVar[Rates] = Rates(encoder=0.01, decoder=0.3, large=0.01)
+    memory_rates: ClassVar[Rates] = Rates(encoder=0.0075, decoder=0.03, large=0.002)
 
     name: Literal["prefix"] = "prefix"
-    length: int = Field(16, ge=1, le=100_000, description="Number of key-value pairs in each layer and head")
-    init: Literal["random", "zero", "text"] = Field(
-        "text",
-        description="random: normal; zero: nearly no effect at first; text: keys and values of init_text",
+    kind: Literal["memory", "kv"] = Field(
+        "kv",
+        description="memory: slots outside of attention's softmax, and beside the feed-forward networks "
+        "(docs/prefix.md); kv: key-value pairs in front of the input's (Li and Liang 2021)",
+    )
+    length: int = Field(
+        16,
+        ge=1,
+        le=100_000,
+        description="Number of key-value pairs in each layer and head; memory: slots that are not set have "
+        "as many numbers in all",
+    )
+    slots: int | None = Field(
+        None, ge=0, le=100_000, description="Slots beside each attention block (memory); unset: by length"
+    )
+    feed_forward_slots: int | None = Field(
+        None,
+        ge=0,
+        le=100_000,
+        description="Slots beside each feed-forward network (memory); unset: likewise",
+    )
+    keys: Literal["trained", "frozen"] = Field(
+        "trained",
+        description="frozen: keys stay as the seed draws them, and only values are trained and sent (memory)",
+    )
+    linear: bool = Field(
+        False, description="Also add a matrix times each head's normalised query (memory; Katharopoulos 2020)"
+    )
+    init: Literal["auto", "random", "zero", "text"] = Field(
+        "auto",
+        description="kv: random: normal; zero: nearly no effect at first; text: keys and values of "
+        "init_text. auto: text; memory: random keys, and values of zero",
     )
     init_text: str = Field(TEXT, min_length=1, description="Text for init = text, repeated to length")
     reparametrise: bool = Field(
@@ -56,6 +94,12 @@ class PrefixSettings(TuningSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        defaults = type(self).model_fields
+        for key in MEMORY_ONLY if self.kind == "kv" else KV_ONLY:
+            if getattr(self, key) != defaults[key].default:
+                raise ValueError(f"{key} = {getattr(self, key)!r}: has no effect with kind = {self.kind!r}")
+        if self.slots == 0 and self.feed_forward_slots == 0 and not self.linear:
+            raise ValueError("slots = 0 and feed_forward_slots = 0: leave nothing to train")
         distils = self.merging == "stacked" and self.compression == "distil"
         if distils != (self.public_text is not None):
             raise ValueError(
@@ -73,8 +117,12 @@ class PrefixSettings(TuningSettings):
 
     @property
     def context_tokens(self) -> int:
-        """Its length: an input starts after it."""
-        return self.length
+        """Its length, with key-value pairs: an input starts after them."""
+        return self.length if self.kind == "kv" else 0
+
+    def default_learning_rate(self, kind: ModelKind) -> float:
+        """The learning rate for a kind of model where the recipe sets none."""
+        return (self.rates if self.kind == "kv" else self.memory_rates).of(kind)
 
     @property
     def redraws_tensors(self) -> bool:

@@ -24,26 +24,38 @@ def loading_code(page: str) -> str:
     return load if found else ""
 
 
-def loading_page(base: Base, *, adapter: bool) -> str:
-    """How to load what was saved, without this package."""
+def auto_class(base: Base) -> str:
+    """The name of the class of ``transformers`` that loads a model for the task."""
+    if base.task.kind == "classification":
+        return "AutoModelForSequenceClassification"
+    if base.task.kind == "retrieval":
+        return "AutoModel"
+    return "AutoModelForSeq2SeqLM" if base.sequence_to_sequence else "AutoModelForCausalLM"
+
+
+def loading_page(base: Base, *, adapter: bool, code: str = "") -> str:
+    """How to load what was saved, without this package. ``code`` is the file with code of its own, beside the
+    page, without which the model cannot be loaded.
+    """
     name = HUB_NAMES.get(base.name, base.path)
     named, options = json.dumps(name, ensure_ascii=False), _options(base, adapter=adapter)
     if isinstance(base.model, PooledClassifier):
-        return _pooled_page(base, name, named + options, adapter=adapter)
+        return _pooled_page(base, name, named + options, adapter=adapter, code=code)
+    loader = auto_class(base)
+    if code and "trust_remote_code" not in options:
+        options += ", trust_remote_code=True"
     if base.task.kind == "classification":
-        loader = "AutoModelForSequenceClassification"
         labels = list(base.task.labels)
         extra = f",\n    num_labels={len(labels)}, id2label=dict(enumerate(labels))"
         head = f"labels = {labels!r}\n"
         use = "print(labels[model(**inputs).logits.argmax(-1).item()])"
     elif base.task.kind == "retrieval":
-        loader, extra, head = "AutoModel", "", ""
+        extra, head = "", ""
         use = (
             "states, mask = model(**inputs).last_hidden_state, inputs['attention_mask'].unsqueeze(-1)\n"
             "mean = (states * mask).sum(1) / mask.sum(1)\nprint(mean / mean.norm())"
         )
     else:
-        loader = "AutoModelForSeq2SeqLM" if base.sequence_to_sequence else "AutoModelForCausalLM"
         extra = head = ""
         use = (
             "output = model.generate(**inputs, max_new_tokens=64)[0]\n"
@@ -56,16 +68,21 @@ def loading_page(base: Base, *, adapter: bool) -> str:
         )
         imports = f"from peft import PeftModel\nfrom transformers import {loader}, AutoTokenizer\n"
     else:
-        load = f'{head}model = {loader}.from_pretrained("."{options}).eval()\n'
+        note = _trusts(code) if code else ""
+        load = f'{head}{note}model = {loader}.from_pretrained("."{options}).eval()\n'
         imports = f"from transformers import {loader}, AutoTokenizer\n"
     return (
         f"{CARD.format(name=name)}{FENCE}python\n{imports}\n{load}"
-        f'tokenizer = AutoTokenizer.from_pretrained(".")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("."{", trust_remote_code=True" if code else ""})\n'
         f"{INPUTS}{use}\n{FENCE}\n"
     )
 
 
-def _pooled_page(base: Base, name: str, source: str, *, adapter: bool) -> str:
+def _trusts(*files: str) -> str:
+    return f"# trust_remote_code: transformers reads {' and '.join(files)}, beside this page\n"
+
+
+def _pooled_page(base: Base, name: str, source: str, *, adapter: bool, code: str) -> str:
     """How to load a classifier of pooled states, whose code stands beside the page. ``source`` is the base
     model with options, as arguments.
     """
@@ -82,8 +99,7 @@ def _pooled_page(base: Base, name: str, source: str, *, adapter: bool) -> str:
         )
     else:
         imports = "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
-        load = (
-            f"# trust_remote_code: transformers reads {FILE}, beside this page\n"
+        load = _trusts(FILE, *([code] if code else [])) + (
             'model = AutoModelForSequenceClassification.from_pretrained(".", trust_remote_code=True).eval()\n'
         )
     trust = "" if adapter else ", trust_remote_code=True"

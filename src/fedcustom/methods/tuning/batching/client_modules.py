@@ -209,6 +209,19 @@ class ClientScale(ClientModule):
         return result * self.vector(name, result)
 
 
+class ClientSlots(ClientModule):
+    """Attention slots of each client's own."""
+
+    def forward(self, query: Tensor) -> Tensor:
+        """Queries (rows, tokens, heads, size) to what is added to the heads' outputs."""
+        slots: Any = self.module
+        frozen = {n: p for n, p in slots.named_parameters(recurse=False) if n not in self.own}
+        own = {name: tensor[self.given.owners] for name, tensor in self.own.items()}
+        own |= {name: p.expand(len(query), *p.shape) for name, p in frozen.items()}
+        result: Tensor = slots.read(query, own, "rh")
+        return result
+
+
 def stand_ins(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> ClientModules | None:
     """Modules that can take the place of those that hold the parameters; None where one of them is of a kind
     that cannot be shared (``parameters`` by the names under which they travel).
@@ -309,7 +322,10 @@ def _kind(module: nn.Module, names: set[str]) -> Kind | None:
     from peft.tuners.ia3 import Linear as Ia3Linear
 
     from ...lora.method import InnerProduct
+    from ...prefix.attention_slots import AttentionSlots
 
+    if isinstance(module, AttentionSlots):
+        return ClientSlots
     if isinstance(module, Ia3Linear):
         return ClientScale
     if isinstance(module, InnerProduct):

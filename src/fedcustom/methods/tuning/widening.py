@@ -1,12 +1,21 @@
-"""Matrices with extra hidden units beside their frozen ones, in ``nn.Linear`` and in GPT-2's ``Conv1D``."""
+"""Widened feed-forward networks: extra hidden units beside the frozen ones, in ``nn.Linear`` and in GPT-2's
+``Conv1D``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from ...core.errors import RunError
+from .feed_forward import FeedForward
 
 Matrix = nn.Linear | Conv1D
 
@@ -87,6 +96,62 @@ class WidenedOutput(Widened):
     def split(self, weight: Tensor, bias: Tensor | None) -> None:
         """U is the last columns."""
         self.adapter.weight.copy_(_turned(self.base, weight)[:, -self.adapter.in_features :])
+
+
+class Widening:
+    """``width`` extra hidden units in every feed-forward network of ``model``, put there in place."""
+
+    def __init__(self, model: Any, found: FeedForward, width: int, seed: int) -> None:
+        self.model, self.width, self.sizes = model, width, found.wider(width)
+        self.layers: dict[str, Widened] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name in found.inputs:
+                self.layers[name] = WidenedInput(model.get_submodule(name), width)
+            for name in found.outputs:
+                self.layers[name] = WidenedOutput(model.get_submodule(name), width)
+        self._put(self.layers)
+
+    def names(self, *, inputs: bool = True) -> set[str]:
+        """The names of the extra units' parameters; without ``inputs``, of those out of the units alone."""
+        chosen = (n for n, layer in self.layers.items() if inputs or isinstance(layer, WidenedOutput))
+        return {f"{name}.adapter.{kind}" for name in chosen for kind in ("weight", "bias")}
+
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        """For the time of the context, the model is a plain one with wider feed-forward networks."""
+        config = self.model.config
+        before = {key: getattr(config, key) for key in self.sizes}
+        try:
+            self._put({name: layer.merged() for name, layer in self.layers.items()})
+            for key, size in self.sizes.items():
+                setattr(config, key, size)
+            yield
+        finally:
+            self._put(self.layers)
+            for key, size in before.items():
+                setattr(config, key, size)
+
+    @torch.no_grad()
+    def take(self, saved: Any, folder: Path, setting: str) -> None:
+        """Take the extra units of a plain model, ``saved``, that was loaded from ``folder``.
+
+        Raises:
+            RunError: it is not as wide as the recipe's ``setting`` says.
+        """
+        for key, size in self.sizes.items():
+            if getattr(saved.config, key) != size:
+                raise RunError(
+                    f"{folder}: has {key} = {getattr(saved.config, key)}; with method.{setting} = "
+                    f"{self.width} it must be {size}"
+                )
+        weights = saved.state_dict()
+        for name, layer in self.layers.items():
+            layer.split(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def _put(self, modules: Mapping[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            self.model.set_submodule(name, module)
 
 
 def _turned(matrix: Matrix, weight: Tensor) -> Tensor:

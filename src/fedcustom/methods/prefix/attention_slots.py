@@ -1,0 +1,98 @@
+"""Attention slots: learnt key-value pairs beside attention, outside of its softmax.
+
+This file stands alone (``torch`` and ``transformers``): a copy of it is saved beside customised models.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+SETTING = "prefix_memory"
+"""What the attribute of a configuration is called that :func:`add_slots` reads."""
+
+
+class AttentionSlots(nn.Module):
+    """What the slots of one attention block add to the output of each head h, with its query q_h::
+
+        sum_j act(q_h . k_hj / sqrt(d)) v_hj  +  M_h^T q_h / rms(q_h)
+
+    ``keys`` are (heads, slots, d), ``values`` (heads, slots, e), where e is the size of a head's output. M of
+    (heads, d, e) is there if ``linear``. Keys are drawn from N(0, 1), values and M are zero at first: nothing
+    is added. Queries are those of the block's matrix, before any rotation and normalisation of heads.
+    """
+
+    def __init__(
+        self, heads: int, slots: int, size: int, value_size: int, activation: str, *, linear: bool = False
+    ) -> None:
+        super().__init__()
+        self.activation = ACT2FN[activation]
+        self.keys = nn.Parameter(torch.randn(heads, slots, size))
+        self.values = nn.Parameter(torch.zeros(heads, slots, value_size))
+        if linear:
+            self.linear = nn.Parameter(torch.zeros(heads, size, value_size))
+
+    def forward(self, query: Tensor) -> Tensor:
+        """Queries (rows, tokens, heads, d) to what is added, (rows, tokens, heads, e)."""
+        return self.read(query, dict(self.named_parameters(recurse=False)), "h")
+
+    def read(self, query: Tensor, own: Mapping[str, Tensor], axes: str) -> Tensor:
+        """The same with these tensors, whose dimensions but for the last two are ``axes``: h, heads, or rh,
+        rows and heads.
+        """
+        keys = (own["keys"] / math.sqrt(query.shape[-1])).to(query.dtype)
+        values = own["values"].to(query.dtype)
+        scores = torch.einsum(f"rthd,{axes}sd->rths", query, keys)
+        result = torch.einsum(f"rths,{axes}se->rthe", self.activation(scores), values)
+        if "linear" in own:
+            unit = query * torch.rsqrt(query.float().square().mean(-1, keepdim=True) + 1e-6).to(query.dtype)
+            result = result + torch.einsum(f"rthd,{axes}de->rthe", unit, own["linear"].to(query.dtype))
+        return result
+
+
+def add_slots(model: nn.Module, memory: Mapping[str, Any]) -> dict[str, AttentionSlots]:
+    """Put slots beside the attention blocks of a model, in place; by the names of their modules.
+
+    ``memory`` has ``slots``, ``activation``, ``linear`` and ``places``: of each block the module ``query``,
+    whose output holds the queries, and the module ``output``, whose input is the heads' outputs; ``heads``
+    of ``size`` and ``value_size``; head h's query begins at ``first + h * step`` of the query's output.
+    """
+    added = {}
+    for place in memory["places"]:
+        query, output = (model.get_submodule(place[key]) for key in ("query", "output"))
+        slots = AttentionSlots(
+            place["heads"], memory["slots"], place["size"], place["value_size"], memory["activation"],
+            linear=memory["linear"],
+        )  # fmt: skip
+        query.add_module("slots", slots)
+        passing: dict[int, Tensor] = {}  # by thread, from the queries to the output of one block
+        query.register_forward_hook(partial(_read, passing, place))
+        output.register_forward_pre_hook(partial(_add, passing))
+        added[f"{place['query']}.slots"] = slots
+    return added
+
+
+def _read(passing: dict[int, Tensor], place: Mapping[str, Any], module: Any, _: Any, output: Tensor) -> None:
+    heads, size, first, step = (place[key] for key in ("heads", "size", "first", "step"))
+    if step == size:
+        query = output[..., first : first + heads * size].reshape(*output.shape[:-1], heads, size)
+    else:
+        query = output.reshape(*output.shape[:-1], heads, step)[..., first : first + size]
+    passing[threading.get_ident()] = module.slots(query).flatten(-2)
+
+
+def _add(passing: dict[int, Tensor], _: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    states, *more = inputs
+    added = passing.pop(threading.get_ident())
+    if added.shape[1] > states.shape[1] == 1:  # a last layer that goes on with the first token alone
+        added = added[:, :1]
+    if added.shape != states.shape:
+        raise ValueError(f"attention gives {tuple(states.shape)}, its queries {tuple(added.shape)}")
+    return (states + added.to(states.dtype), *more)

@@ -1,0 +1,124 @@
+"""Prefix memory: learnt slots of keys and values beside attention and beside the feed-forward networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core.errors import ModelError
+from ...models.load import Base
+from ..tuning.feed_forward import FeedForward, find_feed_forward
+from ..tuning.technique import TrainableModel
+from ..tuning.whole_model import partly_trained
+from ..tuning.widening import Widening
+from .attention_places import Place, attention_places
+from .attention_slots import add_slots
+from .memory_export import export_with_code, require_library_code
+from .settings import PrefixSettings
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many slots there are beside each attention block, and beside each feed-forward network."""
+
+    attention: int
+    feed_forward: int
+
+
+def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableModel:
+    """Put slots beside the attention blocks and feed-forward networks of ``base.model``, in place.
+
+    What travels: ``keys`` of (heads, slots, d) and ``values`` of (heads, slots, e) of each attention block,
+    the rows and columns of the feed-forward slots (as in :class:`~..adapter.method.Adapter`), and the head.
+    With ``keys = "frozen"`` keys and rows are those of the seed and do not travel.
+
+    Raises:
+        ModelError: the model has no attention blocks, or no feed-forward networks, that slots fit beside.
+    """
+    model = base.model
+    places = attention_places(base)
+    found = find_feed_forward(base)
+    sizes = slots_for(settings, places, found, base)
+    chosen: set[str] = set()
+    memory: dict[str, Any] | None = None
+    trained = settings.keys == "trained"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if sizes.attention or settings.linear:
+            require_library_code(base)
+            memory = {
+                "slots": sizes.attention,
+                "activation": activation_of(model.config),
+                "linear": settings.linear,
+                "places": [place.entry() for place in places],
+            }
+            for name, slots in add_slots(model, memory).items():
+                slots.to(base.device)
+                parts = {key for key, _ in slots.named_parameters() if trained or key != "keys"}
+                chosen |= {f"{name}.{part}" for part in parts}
+    widening = None
+    if sizes.feed_forward and found is not None:
+        widening = Widening(model, found, sizes.feed_forward, seed)
+        chosen |= widening.names(inputs=trained)
+    trainable = partly_trained(base, seed, chosen)
+    export_with_code(trainable, base, memory, widening)
+    return trainable
+
+
+def slots_for(
+    settings: PrefixSettings, places: Sequence[Place], found: FeedForward | None, base: Base
+) -> Sizes:
+    """The recipe's numbers of slots. Unset, half of the numbers that key-value pairs of ``length`` would have
+    go beside attention, and the rest beside the feed-forward networks. There is at least one slot.
+
+    Raises:
+        ModelError: slots beside feed-forward networks were asked for, and there are none that take them.
+    """
+    if settings.feed_forward_slots and found is None:
+        raise ModelError(
+            f"method.feed_forward_slots = {settings.feed_forward_slots} does not fit {base.name}: its "
+            f"{base.model.config.model_type} code has no feed-forward networks of plain matrices whose width "
+            "is a setting; allowed: 0"
+        )
+    budget = settings.length * sum(place.cached for place in places)
+    beside_attention = sum(place.slot_size for place in places)
+    if settings.linear:
+        budget -= sum(place.heads * place.size * place.value_size for place in places)
+    beside_others = 0 if found is None else _unit_size(base.model, found)
+    attention, feed_forward = settings.slots, settings.feed_forward_slots
+    if found is None:
+        feed_forward = 0
+    if attention is None:
+        left = budget - (feed_forward or 0) * beside_others
+        attention = max((left // 2 if feed_forward is None else left) // beside_attention, 1)
+        if feed_forward is None and budget - attention * beside_attention < beside_others:
+            attention, feed_forward = max(left // beside_attention, 1), 0
+    if feed_forward is None:
+        feed_forward = max((budget - attention * beside_attention) // beside_others, 1)
+    return Sizes(attention, feed_forward)
+
+
+def _unit_size(model: nn.Module, found: FeedForward) -> int:
+    """How many numbers one hidden unit more in every network has."""
+    total = 0
+    for name in (*found.inputs, *found.outputs):
+        module: Any = model.get_submodule(name)
+        own = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+        entering = name in found.inputs
+        total += own[1] + (module.bias is not None) if entering else own[0]
+    return total
+
+
+def activation_of(config: Any) -> str:
+    """The activation of the model's feed-forward networks, by its name in ``transformers``; else GELU."""
+    from transformers.activations import ACT2FN
+
+    for key in ("hidden_act", "hidden_activation", "activation_function", "activation", "dense_act_fn"):
+        name = getattr(config, key, None)
+        if isinstance(name, str) and name in ACT2FN:
+            return name
+    return "gelu"

@@ -1,0 +1,149 @@
+"""Prefix memories: against the parallel adapters that they are equal to, computed with transformers alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from fedcustom.data.examples import LearningTask
+from fedcustom.methods import State
+from fedcustom.models.load import load_base
+from fedcustom.models.settings import ModelSettings
+from helpers.methods import LABELS, MODELS, examples_for, make
+from helpers.plain import logits, plain, plain_batch
+
+ON_MODELS = pytest.mark.parametrize("model", list(MODELS))
+
+
+def memory(tiny: dict[str, str], model: str, **settings: Any) -> Any:
+    return make(tiny[model], "prefix", MODELS[model], kind="memory", length=4, **settings)
+
+
+def filled(method: Any) -> dict[str, Tensor]:
+    """Other values for all tensors but the head's."""
+    generator = torch.Generator().manual_seed(5)
+    start = method.initialise().tensors
+    return {
+        n: t if n in method.trainable.head else t + 3 * torch.randn(t.shape, generator=generator)
+        for n, t in start.items()
+    }
+
+
+@ON_MODELS
+def test_the_start_is_the_base_model_to_the_last_bit(tiny: dict[str, str], model: str) -> None:
+    kind = MODELS[model]
+    batch = plain_batch(tiny[model], kind, model, examples_for(kind)[:4])
+    task = LearningTask(kind, LABELS if kind == "classification" else ())  # type: ignore[arg-type]
+    base = load_base(ModelSettings(base=tiny[model]), task, seed=0)
+    expected = logits(base.model.eval(), batch)
+    assert torch.equal(logits(memory(tiny, model).trainable.model.eval(), batch), expected)
+    torch.testing.assert_close(expected, logits(plain(tiny[model], kind, model), batch))
+
+
+def parallel_adapters(base: Any, model: str, tensors: dict[str, Tensor]) -> None:
+    """Put the attention slots into a plain model as parallel adapters on each block's input x::
+
+        U act(D x + c)   D_h = K_h W_q,h / sqrt(d)   c_h = K_h b_q,h / sqrt(d)   U_h = W_o,h V_h^T
+
+    added to the output matrix's output, and feed-forward slots as a wider network's extra units.
+    """
+    act = ACT2FN[{"bert": "gelu", "llama": "silu", "gpt2": "gelu_new", "bart": "gelu"}[model]]
+    places = sorted(n.removesuffix(".slots.keys") for n in tensors if n.endswith(".slots.keys"))
+    assert places
+    for name in places:
+        keys, values = tensors[f"{name}.slots.keys"], tensors[f"{name}.slots.values"]
+        heads, slots, size = keys.shape
+        query = base.get_submodule(name)
+        around, last = name.rpartition(".")[0], {"bert": "output.dense", "llama": "o_proj"}
+        at = around.removesuffix(".self") if model == "bert" else around
+        output = base.get_submodule(f"{at}.{last.get(model, 'c_proj' if model == 'gpt2' else 'out_proj')}")
+        turned = model == "gpt2"
+        weight = (query.weight.T if turned else query.weight)[: heads * size].view(heads, size, -1)
+        out = (output.weight.T if turned else output.weight).view(-1, heads, size)
+        down = (keys @ weight / math.sqrt(size)).flatten(0, 1)
+        bias = torch.zeros(heads * slots)
+        if query.bias is not None:
+            own = query.bias[: heads * size].view(heads, size)
+            bias = torch.einsum("hsd,hd->hs", keys, own).flatten() / math.sqrt(size)
+        up = torch.einsum("ohe,hse->ohs", out, values).flatten(1)
+        kept: list[Tensor] = []
+        query.register_forward_pre_hook(lambda _, inputs, kept=kept: kept.append(inputs[0]))
+        output.register_forward_hook(
+            lambda _, inputs, given, kept=kept, down=down, bias=bias, up=up: (
+                given + act(kept.pop() @ down.T + bias) @ up.T
+            )
+        )
+
+
+@ON_MODELS
+def test_attention_slots_are_parallel_adapters(tiny: dict[str, str], model: str) -> None:
+    kind = MODELS[model]
+    method = memory(tiny, model, feed_forward_slots=0)
+    tensors = filled(method)
+    method.trainable.write(tensors)
+    batch = plain_batch(tiny[model], kind, model, examples_for(kind)[:4])
+    base = plain(tiny[model], kind, model)
+    untouched = logits(base, batch)
+    parallel_adapters(base, model, tensors)
+    expected = logits(base, batch)
+    assert (expected - untouched).abs().max() > 1e-3
+    torch.testing.assert_close(logits(method.trainable.model.eval(), batch), expected, rtol=1e-5, atol=1e-5)
+
+
+@ON_MODELS
+def test_the_budget_is_that_of_key_value_pairs(tiny: dict[str, str], model: str) -> None:
+    """At most as many numbers as pairs of that length beside every attention block, and nearly as many."""
+    method = memory(tiny, model)
+    count = sum(t.numel() for n, t in method.initialise().tensors.items() if n not in method.trainable.head)
+    heads = {"bert": 2 * 4, "llama": 2 * 2, "gpt2": 2 * 4, "bart": 6 * 4}[model]
+    assert 0.5 * (budget := heads * 2 * 4 * 8) < count <= budget
+
+
+@ON_MODELS
+def test_a_folder_loads_with_transformers_alone(tiny: dict[str, str], model: str, tmp_path: Path) -> None:
+    import transformers as t
+
+    kind = MODELS[model]
+    method = memory(tiny, model)
+    state = State(filled(method))
+    method.export(state, tmp_path / "model")
+    batch = plain_batch(tiny[model], kind, model, examples_for(kind)[:4])
+    ours = logits(method.trainable.model.eval(), batch)
+    loader = t.AutoModelForSequenceClassification if kind == "classification" else t.AutoModelForCausalLM
+    loader = t.AutoModelForSeq2SeqLM if model == "bart" else loader
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        loader.from_pretrained(tmp_path / "model", trust_remote_code=False)
+    theirs = loader.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
+    torch.testing.assert_close(logits(theirs, batch), ours, rtol=1e-5, atol=1e-5)
+    again = memory(tiny, model)
+    again.trainable.write(again.ownership.complete(again.open(tmp_path / "model").tensors))
+    torch.testing.assert_close(logits(again.trainable.model.eval(), batch), ours, rtol=1e-5, atol=1e-5)
+
+
+@ON_MODELS
+def test_feed_forward_slots_alone_are_a_plain_model(tiny: dict[str, str], model: str, tmp_path: Path) -> None:
+    kind = MODELS[model]
+    method = memory(tiny, model, slots=0, feed_forward_slots=3)
+    method.export(State(filled(method)), tmp_path / "model")
+    assert not list((tmp_path / "model").glob("*.py"))
+    batch = plain_batch(tiny[model], kind, model, examples_for(kind)[:4])
+    ours = logits(method.trainable.model.eval(), batch)
+    theirs = plain(tmp_path / "model", kind, model)
+    torch.testing.assert_close(logits(theirs, batch), ours, rtol=1e-5, atol=1e-5)
+    assert [p for p in theirs.state_dict() if "slots" in p] == []
+
+
+@ON_MODELS
+def test_frozen_keys_do_not_travel(tiny: dict[str, str], model: str) -> None:
+    method = memory(tiny, model, keys="frozen", linear=True)
+    names = set(method.initialise().tensors) - method.trainable.head
+    assert {n.rpartition(".slots.")[2] for n in names if ".slots." in n} == {"values", "linear"}
+    assert not any("adapter.bias" in n for n in names)
+    whole = memory(tiny, model, linear=True).initialise().tensors
+    assert len(names) < len(whole)
