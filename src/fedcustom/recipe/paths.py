@@ -77,7 +77,8 @@ def absolute(recipe: Recipe) -> Recipe:
     """
     changed: dict[str, Any] = {}
     for section in {*NAMED, *FILES}:
-        before = {section: dict(getattr(recipe, section))}
+        # iter: dict alone takes a setting called keys for the method of mappings.
+        before = {section: dict(iter(getattr(recipe, section)))}
         after = existing(before)
         if after != before:
             changed[section] = getattr(recipe, section).model_copy(update=after[section])
