@@ -14,7 +14,7 @@ def job(folder: Path, data: Path, *, rounds: int = 4, clients: int = 1000, per_r
         "data": {"source": str(data), "test": "test", "development": "test", "max_length": 48,
                  "test_limit": 8},
         "clients": {"partition": "iid", "count": clients, "test_fraction": 0.0, "minimum_examples": 1},
-        "method": {"name": "prefix", "length": 16},
+        "method": {"name": "prefix", "kind": "kv", "length": 16},
         "training": {"batch_size": 8, "local_epochs": 1, "learning_rate": 0.01},
         "rounds": {"count": rounds, "clients_per_round": per_round},
         "evaluation": {"every": rounds, "untuned": False, "select": "last", "batch_size": 128},

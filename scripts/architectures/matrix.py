@@ -18,7 +18,7 @@ from .models import WORDS, kind_of, write_model
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"rank": 2},
-    "prefix": {"length": 3},
+    "prefix": {"length": 3, "kind": "kv"},
     "soft_prompt": {"length": 3},
     "adapter": {"width": 4},
     "ia3": {},

@@ -20,6 +20,7 @@ PROMPTS = ["{label}", "a text about {label}", "the {label} is here"]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "prefix": {"method": {"name": "prefix", "length": 4}},
+    "key-value prefix": {"method": {"name": "prefix", "kind": "kv", "length": 4}},
     "soft_prompt": {"method": {"name": "soft_prompt", "length": 4}},
     "lora": {"method": {"name": "lora", "rank": 2}, "aggregation": {"server_optimizer": "fedadam"}},
     "lora stacked": {"method": {"name": "lora", "rank": 2, "variant": "flora"}},

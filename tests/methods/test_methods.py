@@ -132,10 +132,10 @@ def test_only_the_declared_tensors_change(tiny: dict[str, str], method: str) -> 
 
 def test_sizes(tiny: dict[str, str]) -> None:
     head = 32 * 3 + 3
-    prefix = make(tiny["bert"], "prefix", length=5)
+    prefix = make(tiny["bert"], "prefix", kind="kv", length=5)
     assert prefix.sizes(prefix.initialise()) == (2 * 2 * 32 * 5, head)
     assert prefix.initialise().tensors["prefix"].shape == (2, 2, 4, 5, 8)
-    grouped = make(tiny["llama"], "prefix", "generation", length=5)
+    grouped = make(tiny["llama"], "prefix", "generation", kind="kv", length=5)
     assert grouped.initialise().tensors["prefix"].shape == (2, 2, 2, 5, 8)  # two key-value heads, not four
     lora = make(tiny["bert"], "lora", rank=3)
     assert lora.sizes(lora.initialise()) == (2 * 2 * (3 * 32 + 32 * 3), head)
@@ -176,7 +176,7 @@ def test_a_short_text_is_repeated(tiny: dict[str, str]) -> None:
 
 
 def test_reparametrisation_stays_at_the_client(tiny: dict[str, str]) -> None:
-    plain = make(tiny["bert"], "prefix", length=4)
+    plain = make(tiny["bert"], "prefix", kind="kv", length=4)
     through = make(tiny["bert"], "prefix", length=4, reparametrise=True, reparametrise_width=16)
     state = through.initialise()
     assert equal(state.tensors, plain.initialise().tensors)  # the network starts as nothing
@@ -240,7 +240,7 @@ def test_models_that_take_no_prefix_are_refused(tmp_path: Path, tiny: dict[str, 
     transformers.DistilBertModel(config).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(tiny["bert"]).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"method prefix does not fit .* use method soft_prompt or lora"):
-        make(str(tmp_path), "prefix")
+        make(str(tmp_path), "prefix", kind="kv")
     assert make(str(tmp_path), "lora").sizes(make(str(tmp_path), "lora").initialise())[1] > 0
 
 
@@ -256,7 +256,7 @@ def test_models_that_take_no_prefix_are_refused(tmp_path: Path, tiny: dict[str, 
     ],
 )
 def test_unsound_updates_are_refused(tiny: dict[str, str], change: Any, message: str) -> None:
-    ours = make(tiny["bert"], "prefix")
+    ours = make(tiny["bert"], "prefix", kind="kv")
     task = TrainTask(ours.initialise().tensors, round_number=1)
     tensors = ours.initialise().tensors
     ours.check(task, TrainUpdate(tensors, 3.0, loss=1.0, steps=2, examples=3))

@@ -431,7 +431,8 @@ def test_fine_tuning_after_the_last_round(small: dict[str, Any], tmp_path: Path)
              "compression.error_feedback": True},
             "sends other tensors in each round",
         ),
-        ({"method.name": "prefix", "method.compression": "cluster"}, "has no effect here"),
+        ({"method.name": "prefix", "method.compression": "cluster"}, "has no effect with kind"),
+        ({"method.name": "prefix", "method.kind": "kv", "method.compression": "cluster"}, "has no effect here"),
         ({"rounds.count": "3"}, "must be a valid integer"),
     ],
 )  # fmt: skip
@@ -496,7 +497,7 @@ def test_drop_outs_of_a_buffered_run_are_replaced() -> None:
 
 @pytest.mark.parametrize("merging", ["mean", "matched"])
 def test_a_change_that_came_very_late_moves_little(tiny: dict[str, str], merging: str) -> None:
-    method = make(tiny["bert"], "prefix", length=4, merging=merging)
+    method = make(tiny["bert"], "prefix", kind="kv", length=4, merging=merging)
     old = method.initialise()
     client = Client("a", ClientData("a", classification_examples(8)))
     task = method.configure(old, 1, {"a": Work(epochs=2)})["a"]

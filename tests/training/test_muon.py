@@ -209,7 +209,7 @@ def rows_of(rows: Sequence[TokenizedExample]) -> list[int]:
 
 def test_which_tensors_are_matrices(tiny: dict[str, str]) -> None:
     layers = 2
-    assert make(tiny["bert"], "prefix", length=4).trainable.matrices == {"prefix": 2 * layers}
+    assert make(tiny["bert"], "prefix", kind="kv", length=4).trainable.matrices == {"prefix": 2 * layers}
     assert make(tiny["bert"], "soft_prompt", length=4).trainable.matrices == {"soft_prompt": 1}
     for name in ("lora", "adapter"):
         tuned = make(tiny["bert"], name).trainable
@@ -237,7 +237,7 @@ def test_momentum_is_for_plain_gradient_steps(optimizer: str) -> None:
 def test_a_clients_first_step_moves_all_keys_and_values_alike(tiny: dict[str, str]) -> None:
     """Each layer's keys, and its values, by the rate: AdamW moves numbers alike, Muon directions."""
     training = {"optimizer": "muon", "learning_rate": RATE, "batch_size": 8}
-    method = make(tiny["bert"], "prefix", length=4, training=training)
+    method = make(tiny["bert"], "prefix", kind="kv", length=4, training=training)
     state, client = method.initialise(), Client("a", ClientData("a", examples_for("classification")[:8]))
     update = method.execute(method.configure(state, 1, {"a": Amount(steps=1)})["a"], client)
     for layer in update.tensors["prefix"]:

@@ -176,7 +176,9 @@ def test_every_option_of_training(tiny: dict[str, str], optimizer: str) -> None:
     results = []
     for together in (False, True):
         # Of few examples' gradients Muon makes steps in directions that are rounding; one row has none.
-        method = make(tiny["bert"], "prefix", length=1 if optimizer == "muon" else 4, training=training)
+        method = make(
+            tiny["bert"], "prefix", kind="kv", length=1 if optimizer == "muon" else 4, training=training
+        )
         if optimizer != "sgd":
             # Keys of one constant have no true gradient, and AdamW makes a whole step of float32's rounding.
             method.base.model.double()

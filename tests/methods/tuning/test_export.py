@@ -68,11 +68,16 @@ def elsewhere(code: str, folder: Path, base: str, texts: list[str]) -> list[Any]
     return rows
 
 
+def settings(method: str) -> dict[str, Any]:
+    """A method whose folder is an adapter of PEFT's, or a plain model."""
+    return {"name": method} | ({"kind": "kv"} if method == "prefix" else {})
+
+
 @pytest.mark.parametrize("method", ["prefix", "lora", "soft_prompt", "full"])
 def test_classifier_outputs_are_the_same_elsewhere(
     small: dict[str, Any], tmp_path: Path, method: str
 ) -> None:
-    run = fedcustom.run({**small, "method": {"name": method}}, out=tmp_path / "run")
+    run = fedcustom.run({**small, "method": settings(method)}, out=tmp_path / "run")
     folder = run.export(tmp_path / "exported")
     texts = ["the old cat near a house", "bread and milk"]
     base = "" if method == "full" else small["model"]["base"]
@@ -87,7 +92,7 @@ def test_generated_texts_are_the_same_elsewhere(
     generation: dict[str, Any], tmp_path: Path, method: str
 ) -> None:
     run = fedcustom.run(
-        {**generation, "method": {"name": method}}, {"training.local_epochs": 4}, out=tmp_path / "run"
+        {**generation, "method": settings(method)}, {"training.local_epochs": 4}, out=tmp_path / "run"
     )
     folder = run.export(tmp_path / "exported")
     sources = ["kind animal thing cat", "kind food thing bread"]
@@ -100,7 +105,7 @@ def test_models_open_in_this_process(small: dict[str, Any], tmp_path: Path) -> N
     from peft import PeftModel
     from transformers import BertForSequenceClassification
 
-    adapter = fedcustom.run(small, out=tmp_path / "adapter")
+    adapter = fedcustom.run({**small, "method": settings("prefix")}, out=tmp_path / "adapter")
     assert isinstance(adapter.model(), PeftModel)
     full = fedcustom.run({**small, "method": {"name": "full"}}, out=tmp_path / "full")
     model = full.model()
@@ -147,7 +152,7 @@ BUILTIN = {"base": "builtin:lm-small"}
 def test_a_generator_on_a_builtin_base_needs_no_hub(
     generation: dict[str, Any], tmp_path: Path, method: str
 ) -> None:
-    recipe = {**generation, "model": BUILTIN, "method": {"name": method}}
+    recipe = {**generation, "model": BUILTIN, "method": settings(method)}
     run = fedcustom.run(recipe, {"rounds.count": 1, "evaluation.untuned": False}, out=tmp_path / "run")
     inputs = run.tokenizer()("a text", return_tensors="pt", return_token_type_ids=False)
     output = run.model().generate(**inputs, max_new_tokens=64)[0]

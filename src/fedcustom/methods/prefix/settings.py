@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,9 @@ KV_ONLY = (
 )  # fmt: skip
 """Settings that one kind alone reads."""
 
+SAYS_KV = frozenset({"init", "reparametrise", "public_text", "layers_sent"})
+"""Settings that imply key-value pairs where a recipe does not say which kind."""
+
 
 @register(".method:Prefix", symbol="circle", colours=("#0060a8", "#5aa9ec"), order=10)
 class PrefixSettings(TuningSettings):
@@ -34,9 +37,10 @@ class PrefixSettings(TuningSettings):
 
     name: Literal["prefix"] = "prefix"
     kind: Literal["memory", "kv"] = Field(
-        "kv",
+        "memory",
         description="memory: slots outside of attention's softmax, and beside the feed-forward networks "
-        "(docs/prefix.md); kv: key-value pairs in front of the input's (Li and Liang 2021)",
+        "(docs/prefix.md); kv: key-value pairs in front of the input's (Li and Liang 2021); unset: kv where "
+        "init, reparametrise, public_text or layers_sent is set",
     )
     length: int = Field(
         16,
@@ -91,6 +95,14 @@ class PrefixSettings(TuningSettings):
         ge=1,
         description="Layers of the prefix that a client sends, those that changed most; unset: all of them",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_by_settings(cls, values: Any) -> Any:
+        """Recipes written before there were memories mean key-value pairs by these settings."""
+        if isinstance(values, dict) and "kind" not in values and not SAYS_KV.isdisjoint(values):
+            return {**values, "kind": "kv"}
+        return values
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
