@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -158,6 +158,10 @@ def stop(folder: Folder = Path("federation")) -> None:
 def start(
     kit: Annotated[Path, typer.Argument(help="This site's start-up kit, a folder")],
     data: Annotated[Path, typer.Option("--data", help="This site's file: data, policy, threads (site.toml)")],
+    data_changed: Annotated[
+        Literal["refuse", "accept"],
+        typer.Option(help="What to do where this site's rows are not those that it began a run with"),
+    ] = "refuse",
 ) -> None:
     """Take part in a federation until stopped (Ctrl-C); what dies meanwhile is started again."""
     from ..deployment.site.process import start_site
@@ -165,7 +169,7 @@ def start(
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    start_site(kit, data, _note, stopped.is_set)
+    start_site(kit, data, _note, stopped.is_set, data_changed=data_changed)
 
 
 @site.command()
