@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 
+from fedcustom.core.errors import DeploymentError
+from fedcustom.core.files import write_json
+from fedcustom.deployment.local import PREPARED, _prepared, check_prepared, prepare
 from fedcustom.deployment.site.data import SiteDataSettings
 from fedcustom.deployment.site.process import changes_told
 from fedcustom.deployment.site.resident import Resident
 from fedcustom.deployment.site.rows import CHANGED, FILE, GONE, DataChanged, Rows, difference
 from fedcustom.deployment.site.settings import PolicySettings, SiteSettings
+from fedcustom.federated.fingerprint import files_of
 from fedcustom.federated.resolve import resolved
 from fedcustom.methods import Work
 from fedcustom.recipe.recipe import load_recipe
@@ -406,6 +410,28 @@ def test_the_console_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
     assert next(told) == [f"run {RUN}: x"]
     log.write_text(f"{line}\n{line}\n")
     assert next(told) == [f"run {RUN}: x"]
+
+
+def test_a_try_out_notices_that_its_sites_hold_other_rows(small: dict[str, Any], tmp_path: Path) -> None:
+    """Sites of a try-out have copies, which are made once."""
+    shutil.copytree(small["data"]["source"], tmp_path / "rows")
+    recipe = load_recipe({**small, "data": {**small["data"], "source": str(tmp_path / "rows")}})
+    prepare(resolved(recipe), tmp_path / "f", 8123)
+    write_json(tmp_path / "f" / PREPARED, {**_prepared(recipe, 8123), "files": files_of(recipe)})
+    check_prepared(recipe, tmp_path / "f", 8123)
+    with pytest.raises(DeploymentError, match="other data, clients, seed or port"):
+        check_prepared(recipe, tmp_path / "f", 8124)
+    train = tmp_path / "rows" / "train.jsonl"
+    before = train.read_text()
+    write_jsonl(train, make_rows(159, 0))
+    with pytest.raises(
+        DeploymentError, match=rf"other rows: {train} has changed since; .*name another --out"
+    ):
+        check_prepared(recipe, tmp_path / "f", 8123)
+    train.write_text(before)
+    check_prepared(recipe, tmp_path / "f", 8123)
+    train.unlink()  # the sites have their copies
+    check_prepared(recipe, tmp_path / "f", 8123)
 
 
 def test_the_option_reaches_the_resident_process(

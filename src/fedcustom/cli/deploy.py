@@ -83,6 +83,10 @@ def run(
     out: Out = None,
     overrides: Overrides = None,
     resume: Resume = False,
+    data_changed: Annotated[
+        Literal["refuse", "accept"],
+        typer.Option(help="What to do where the server's own rows are not those that the run began with"),
+    ] = "refuse",
     quiet: Quiet = False,
 ) -> None:
     """Start the server on this machine and run a recipe with the sites that are there."""
@@ -97,7 +101,9 @@ def run(
     options = {"--federation": folder, "--out": directory, "--resume": True}
     again = command_line("deploy", "run", recipe, overrides=overrides, options=options)
     with display(again, quiet) as make:
-        run_deployed(checked, folder, directory, resume=resume, callbacks=[make("")])
+        run_deployed(
+            checked, folder, directory, resume=resume, callbacks=[make("")], data_changed=data_changed
+        )
     _show(directory, quiet)
 
 

@@ -33,12 +33,24 @@ def of_data(recipe: Recipe, data: FederatedData) -> Fingerprint:
         ]
         for name, client in data.clients.items()
     }
-    shared = {
+    labels = list(data.task.labels)
+    return {"files": files_of(recipe), "labels": labels, "clients": clients, "shared": _shared(data)}
+
+
+def of_server(data: FederatedData) -> Fingerprint | None:
+    """The same of a deployed run's server, which has development, test and public examples at most; None
+    where it has none. Each site compares its own rows.
+    """
+    shared = _shared(data)
+    return {"files": {}, "labels": [], "clients": {}, "shared": shared} if shared else None
+
+
+def _shared(data: FederatedData) -> dict[str, list[Any]]:
+    return {
         part: [len(examples), _digest(examples)]
         for part in ("development", "test", "public")
         if (examples := getattr(data, part))
     }
-    return {"files": files_of(recipe), "labels": list(data.task.labels), "clients": clients, "shared": shared}
 
 
 def check(directory: Path, found: Fingerprint, *, accept: bool) -> str | None:
@@ -72,8 +84,10 @@ def check_finished(directory: Path, recipe: Recipe, *, accept: bool) -> str | No
     """
     file = directory / FILE
     if not file.exists():
-        return None  # made before fingerprints, or across sites
+        return None  # made before fingerprints, or by a server without data of its own
     recorded, files = read_json(file), files_of(recipe)
+    if not recorded["clients"]:
+        return None  # across sites, which have the rows
     if files == recorded["files"]:
         return None
     if gone := sorted(recorded["files"].keys() - files.keys()):
@@ -91,7 +105,7 @@ def check_finished(directory: Path, recipe: Recipe, *, accept: bool) -> str | No
 def _refusal(directory: Path, difference: str) -> str:
     return (
         f"{directory}: the data are not those of this run: {difference}; name another --out, or accept them "
-        "with fedcustom run --data-changed=accept"
+        "with --data-changed=accept"
     )
 
 

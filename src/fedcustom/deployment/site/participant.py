@@ -16,7 +16,7 @@ from ...data.settings import ClientSettings
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
 from ...federated.truncation import count_truncation
-from ...methods import ChecksTasks, Client, RoundTask, State, Task, TrainingTask
+from ...methods import ChecksTasks, Client, CountsCuts, RoundTask, State, Task, TrainingTask
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
 from ...recipe.recipe import Recipe
@@ -172,6 +172,10 @@ class Participant:
         sent = on_client(self.transforms, update, ClientContext(self.name, task, client.memory))
         self.memory.save(round_number, client.memory)
         return Packed.of(sent), values_of(sent)
+
+    def take_cuts(self) -> list[str]:
+        """What the method has cut or left out since the last call, beside what :attr:`truncation` counts."""
+        return self.method.take_cuts() if isinstance(self.method, CountsCuts) else []
 
     def evaluate(self, part: Part, tensors: Tensors, values: Mapping[str, Any], after: int) -> SiteStatistics:
         """Statistics of a state on one part of this site's data: of the global model and, where clients keep

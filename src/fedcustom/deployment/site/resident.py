@@ -219,6 +219,7 @@ class Resident:
             facts = {"labels": withheld.labels, "examples": withheld.examples}
             self.audit.write("withheld", run=self.run_id, kind=request.task, **facts)
         update, values = participant.execute(asked, packed, request.round)
+        self._log_cuts(participant.take_cuts())
         return values, update
 
     def _evaluate(self, participant: Participant, request: Request, tensors: Tensors) -> Result:
@@ -231,6 +232,7 @@ class Resident:
         self.ledger.note_evaluation(request.run, request.part, request.digest)
         self.ledger.add(request.run)
         found = participant.evaluate(request.part, tensors, request.values, request.after)
+        self._log_cuts(participant.take_cuts())
         return found.to_values(), Packed({})
 
     # --- opening ---
@@ -346,9 +348,12 @@ class Resident:
         participant = Participant(recipe, names, labels, data, own, folder, policy, self._log_load)
         self.row_records.record(folder, rows)
         self.participant, self.open_run_id = participant, self.run_id
-        for text in in_words(participant.truncation):
-            self.audit.write("truncated", run=self.run_id, text=text)
+        self._log_cuts(in_words(participant.truncation))
         return participant
+
+    def _log_cuts(self, texts: list[str]) -> None:
+        for text in texts:
+            self.audit.write("truncated", run=self.run_id, text=text)
 
     def _log_load(self) -> None:
         self.load_count += 1
