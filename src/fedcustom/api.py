@@ -28,7 +28,7 @@ from .federated.resolve import resolved
 from .federated.run import run_recipe
 from .federated.run_directory import History
 from .federated.truncation import count_parts
-from .methods import Method, State
+from .methods import CountsCuts, Method, State
 from .methods.tuning.export_check import (
     ROWS,
     UNCHECKED,
@@ -170,6 +170,13 @@ class Run:
         """
         examples, base = self._examples(inputs), self._base
         return count_parts(self.recipe, self.recipe.data, base, {"public": [("", examples)]})["public"]
+
+    def take_cuts(self) -> list[str]:
+        """What else :meth:`predict` has cut or left out since the last call, such as demonstrations for which
+        a prompt had no room: a sentence on each.
+        """
+        method, _ = self._method
+        return method.take_cuts() if isinstance(method, CountsCuts) else []
 
     def _examples(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[Example]:
         data = self.recipe.data

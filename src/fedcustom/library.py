@@ -11,6 +11,7 @@ from .core.errors import RecipeError, RunError
 from .core.files import read_json, write_json, write_text
 from .data.build import build_data, with_builtin_columns
 from .data.examples import ClientData, FederatedData, LearningTask
+from .data.truncation import KEEP_END
 from .federated.build import check_fit, make_method
 from .federated.resolve import resolved
 from .methods.retrieval.method import Retrieval
@@ -82,6 +83,8 @@ def index(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.toml", to_toml(checked))
     found = method.prepare(method.initialise())
+    for text in method.take_cuts():
+        note(text)
     method.searcher.save_router(folder)
     write_json(folder / INDEX, {"clients": sorted(found)})
     return found
@@ -133,12 +136,14 @@ class Library:
         """
         if not question.strip():
             raise RunError("the question is empty")
-        length = len(self.method.base.tokenizer(question)["input_ids"])
-        if length > self.recipe.data.max_length:
+        if lost := self.method.cut_of(question):
+            length, how = self.recipe.data.max_length, self.recipe.data.truncation
+            kept = "before the last" if KEEP_END in (how.which, how.side) else "after the first"
             self.note(
-                f"the question has {length} tokens; those after the first {self.recipe.data.max_length} "
-                "(data.max_length) are not looked at"
+                f"the question has {length + lost} tokens; those {kept} {length} (data.max_length) are not "
+                "looked at"
             )
+        self.method.take_cuts()  # of what went before
         searcher = self.method.searcher
         up, down = searcher.bytes_up, searcher.bytes_down
         searched = self.method.search(self.state, [question])
@@ -146,6 +151,8 @@ class Library:
         shown = searcher.passages(hits, searched.vectors[0])
         hits = self.method.reranked(question, hits, shown)
         answer, places = self.method.answer(question, hits, shown)
+        for text in self.method.take_cuts():
+            self.note(text)
         return Reply(
             [Passage(hit.client, hit.document, hit.score, shown.get(hit.document)) for hit in hits],
             answer,

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 
 import fedcustom
+from fedcustom.core.errors import DeploymentError
 from fedcustom.deployment.run import serving
 from fedcustom.deployment.settings import load_federation
 from fedcustom.federated.run_directory import Checkpoints
@@ -176,6 +177,40 @@ def test_the_run_killed_and_resumed(federation: Bed, tmp_path: Path, record_prop
     fedcustom.run(recipe, out=tmp_path / "expected")
     assert difference(out, tmp_path / "expected") == 0
     report(record_property, "nothing", watcher.times[watcher.done + 1] - killed)
+
+
+def test_a_site_whose_rows_changed_takes_no_part_until_it_accepts(federation: Bed, tmp_path: Path) -> None:
+    """The server learns that they changed, and no more; the site's console says what."""
+    name, out = federation.names[0], tmp_path / "run"
+    rows = federation.kit(name) / "data" / "train.jsonl"
+    before, log = rows.read_text(), federation.own(name) / "site.log"
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        federation.run(out, Watcher({2: stop}))
+    try:
+        rows.write_text("".join(before.splitlines(keepends=True)[1:]))
+        told = "the site's data changed since the run began"
+        with pytest.raises(
+            DeploymentError, match=f"2 of 3 sites take part, 3 are needed; {name}: refused: {told}$"
+        ):
+            federation.run(out)
+        said = " ".join(log.read_text().split())
+        assert "train: 1 removed (" in said
+        assert "--data-changed=accept" in said
+        federation.kill_site(name)
+        federation.start(name, options=["--data-changed=accept"])
+        summary = federation.run(out)
+    finally:
+        rows.write_text(before)
+        federation.kill_site(name)
+        federation.start(name)
+    assert summary["rounds"] == ROUNDS
+    assert summary["clients"][name]["examples"] == len(before.splitlines()) - 1
+    events = [event for event in federation.audit(name) if event["event"] == "data changed"]
+    assert [event["accepted"] for event in events] == [False, True]
 
 
 def test_a_site_dies_for_good_and_another_day_comes_back(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import tomli_w
 
 import fedcustom
 from fedcustom.core.errors import RunError
+from fedcustom.federated.fingerprint import of_server
+from fedcustom.federated.run import run_recipe
+from fedcustom.federated.simulation import Federation, simulate
+from fedcustom.recipe.recipe import load_recipe
 from helpers.rows import make_rows, write_jsonl
 
 
@@ -126,6 +131,29 @@ def test_a_run_that_could_not_begin_leaves_nothing(
         with pytest.raises(RunError, match="out of luck"):
             fedcustom.run(recipe, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_server_with_other_rows_of_its_own(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Across sites the server has test rows at most; clients and labels are the sites' concern."""
+
+    def gather(*given: Any) -> Federation:
+        parties = simulate(*given)
+        return replace(parties, fingerprint=of_server(parties.data))
+
+    checked, out = load_recipe(recipe), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(checked, out, gather=gather, callbacks=[Stop()])
+    recorded = json.loads((out / "data.json").read_text())
+    assert recorded["clients"] == recorded["files"] == {}
+    assert recorded["labels"] == []
+    assert recorded["shared"]["test"][0] == len((tmp_path / "rows" / "test.jsonl").read_text().splitlines())
+    test = tmp_path / "rows" / "test.jsonl"
+    write_jsonl(test, make_rows(39, 2))
+    with pytest.raises(RunError, match=r"the test rows differ .*--data-changed=accept"):
+        run_recipe(checked, out, gather=gather, resume=True)
+    run_recipe(checked, out, gather=gather, resume=True, data_changed="accept")
+    write_jsonl(test, make_rows(38, 2))  # of a finished run nothing is read again
+    run_recipe(checked, out, gather=gather)
 
 
 def test_the_same_rows_go_on(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,10 +105,10 @@ class Bed:
     def own(self, name: str) -> Path:
         return self.kit(name) / "fedcustom"
 
-    def start(self, *names: str) -> None:
+    def start(self, *names: str, options: Sequence[str] = ()) -> None:
         for name in names or self.names:
             command = [sys.executable, "-m", "fedcustom", "site", "start", str(self.kit(name)), "--data"]
-            command.append(str(self.kit(name) / "data" / "site.toml"))
+            command += [str(self.kit(name) / "data" / "site.toml"), *options]
             self.sites[name] = SupervisedProcess(command, self.own(name) / "site.log")
             self.sites[name].start()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -83,6 +83,10 @@ def run(
     out: Out = None,
     overrides: Overrides = None,
     resume: Resume = False,
+    data_changed: Annotated[
+        Literal["refuse", "accept"],
+        typer.Option(help="What to do where the server's own rows are not those that the run began with"),
+    ] = "refuse",
     quiet: Quiet = False,
 ) -> None:
     """Start the server on this machine and run a recipe with the sites that are there."""
@@ -97,7 +101,9 @@ def run(
     options = {"--federation": folder, "--out": directory, "--resume": True}
     again = command_line("deploy", "run", recipe, overrides=overrides, options=options)
     with display(again, quiet) as make:
-        run_deployed(checked, folder, directory, resume=resume, callbacks=[make("")])
+        run_deployed(
+            checked, folder, directory, resume=resume, callbacks=[make("")], data_changed=data_changed
+        )
     _show(directory, quiet)
 
 
@@ -158,6 +164,10 @@ def stop(folder: Folder = Path("federation")) -> None:
 def start(
     kit: Annotated[Path, typer.Argument(help="This site's start-up kit, a folder")],
     data: Annotated[Path, typer.Option("--data", help="This site's file: data, policy, threads (site.toml)")],
+    data_changed: Annotated[
+        Literal["refuse", "accept"],
+        typer.Option(help="What to do where this site's rows are not those that it began a run with"),
+    ] = "refuse",
 ) -> None:
     """Take part in a federation until stopped (Ctrl-C); what dies meanwhile is started again."""
     from ..deployment.site.process import start_site
@@ -165,7 +175,7 @@ def start(
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    start_site(kit, data, _note, stopped.is_set)
+    start_site(kit, data, _note, stopped.is_set, data_changed=data_changed)
 
 
 @site.command()

@@ -51,9 +51,11 @@ def answers(run: Run, path: Path, note: Callable[[str], None]) -> list[dict[str,
 
 
 def note_cuts(run: Run, inputs: Sequence[str | Mapping[str, Any]], note: Callable[[str], None]) -> None:
-    """Say how many of the inputs are cut, if any."""
+    """Say how many of the inputs that were predicted are cut, if any, and what else the method cut."""
     found = run.count_cuts(inputs)
     for sentence in in_words({"given": found}):
+        note(sentence)
+    for sentence in run.take_cuts():
         note(sentence)
 
 

@@ -151,6 +151,27 @@ class CutCount:
     target_tokens: int = 0
 
 
+@dataclass(slots=True)
+class CutTally:
+    """A running count of texts that are cut as they are read: how many texts, how many of them were cut, and
+    how many tokens that was.
+    """
+
+    texts: int = 0
+    cut: int = 0
+    tokens: int = 0
+
+    def add(self, lost: int) -> None:
+        """Count one text that lost so many tokens."""
+        self.texts += 1
+        self.cut += lost > 0
+        self.tokens += lost
+
+    def in_words(self, what: str) -> list[str]:
+        """``3 of 40 texts (57 tokens)``, if any was cut."""
+        return [f"{self.cut} of {self.texts} {what} ({self.tokens} tokens)"] if self.cut else []
+
+
 def in_words(counts: Mapping[str, CutCount]) -> list[str]:
     """A sentence on the inputs that are cut, and one on the targets; none where nothing is."""
     inputs = [

@@ -18,6 +18,7 @@ from ..data.examples import Example, FederatedData
 from ..data.party_data import OwnDataSettings
 from ..federated.build import check_cohort
 from ..federated.callbacks import Callback
+from ..federated.fingerprint import files_of
 from ..federated.resolve import resolved
 from ..recipe.recipe import Recipe
 from .nvflare.kits import provision, require_nvflare
@@ -26,6 +27,9 @@ from .run import run_deployed
 from .settings import FederationSettings, save_federation
 from .site.models import is_local
 from .site.policy import models_of
+
+PREPARED = "prepared.json"
+"""What the sites in a folder were made from."""
 
 MAX_SITES = 32
 """Sites that one machine may run: each takes three processes and a base model."""
@@ -46,20 +50,43 @@ def run_locally(
     ``folder``, and the site knows of no other.
 
     Raises:
-        DeploymentError: too many clients for one machine, or see :func:`run_deployed`.
+        DeploymentError: too many clients for one machine, the folder holds other rows, or see
+            :func:`run_deployed`.
     """
     require_nvflare()
-    settings = resolved(recipe).model_dump(mode="json", include={"data", "clients", "public", "seed"})
-    prepared = folder / "prepared.json"
     if not (folder / "federation.toml").exists():
+        files = files_of(recipe)
         prepare(resolved(recipe), folder, port)
-        write_json(prepared, {"port": port, **settings})
-    elif not prepared.exists() or read_json(prepared) != {"port": port, **settings}:
+        write_json(folder / PREPARED, {**_prepared(recipe, port), "files": files})
+    check_prepared(recipe, folder, port)
+    with local_sites(folder):
+        return run_deployed(recipe, folder, directory, resume=resume, callbacks=callbacks)
+
+
+def check_prepared(recipe: Recipe, folder: Path, port: int) -> None:
+    """Refuse a folder whose sites hold other rows than the recipe names now.
+
+    Raises:
+        DeploymentError: data, clients, seed or port are others, or a file of the data has another content.
+    """
+    found = read_json(folder / PREPARED) if (folder / PREPARED).exists() else {}
+    files = found.pop("files", {})
+    if found != _prepared(recipe, port):
         raise DeploymentError(
             f"{folder}: holds the sites of other data, clients, seed or port; remove it or name another --out"
         )
-    with local_sites(folder):
-        return run_deployed(recipe, folder, directory, resume=resume, callbacks=callbacks)
+    for path, digest in files_of(recipe).items():
+        if files.get(path, digest) != digest:
+            raise DeploymentError(
+                f"{folder}: holds the sites of other rows: {path} has changed since; remove it or name "
+                "another --out"
+            )
+
+
+def _prepared(recipe: Recipe, port: int) -> dict[str, Any]:
+    """What a local federation's sites were made from, but for the content of files."""
+    settings = resolved(recipe).model_dump(mode="json", include={"data", "clients", "public", "seed"})
+    return {"port": port, **settings}
 
 
 def prepare(recipe: Recipe, folder: Path, port: int, threads: int = 1) -> FederationSettings:

@@ -11,6 +11,7 @@ from ..core.errors import RecipeError
 from ..data.examples import ClientData, FederatedData, LearningTask
 from ..data.party_data import OwnData, read_own
 from ..federated.build import check_fit, make_method
+from ..federated.fingerprint import of_server
 from ..federated.simulation import Federation
 from ..federated.truncation import count_truncation
 from ..models.load import load_base
@@ -86,7 +87,8 @@ def gather(
     transport = RemoteTransport(method, channel, transforms, connection, participants, memories, min_clients)
     check_visible(transport, transforms, recipe.aggregation)
     evaluation = RemoteEvaluation(recipe, method, base, data, connection, participants, memories)
-    return Federation(base, data, method, origin, evaluation, transport, memories, truncation=truncation)
+    rows = of_server(data)
+    return Federation(base, data, method, origin, evaluation, transport, memories, rows, truncation)
 
 
 def _server_view(

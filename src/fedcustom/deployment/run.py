@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core.errors import DeploymentError
 from ..core.files import held, holder
@@ -31,12 +31,19 @@ LOCK_FILE = "run.pid"
 
 
 def run_deployed(
-    recipe: Recipe, folder: Path, directory: Path, *, resume: bool = False, callbacks: Sequence[Callback] = ()
+    recipe: Recipe,
+    folder: Path,
+    directory: Path,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    data_changed: Literal["refuse", "accept"] = "refuse",
 ) -> dict[str, Any]:
     """Run a recipe with a federation's sites, into a run directory, and return its summary.
 
     The folder is the federation's; its server runs on this machine as long as the run does, and is started
-    again if it dies. A run that is stopped goes on with ``resume``.
+    again if it dies. A run that is stopped goes on with ``resume``, with other rows of the server's own where
+    ``data_changed`` is ``"accept"``; each site decides on its own rows.
 
     Raises:
         DeploymentError: the folder holds no federation, another run uses it, or too few sites take part.
@@ -52,7 +59,14 @@ def run_deployed(
             callback.on_phase("waiting for the sites")
             return gather(recipe, settings, folder, messenger, directory)
 
-        return run_recipe(complete, directory, resume=resume, callbacks=told, gather=parties)
+        return run_recipe(
+            complete,
+            directory,
+            resume=resume,
+            callbacks=told,
+            gather=parties,
+            data_changed=data_changed,
+        )
 
 
 @contextlib.contextmanager

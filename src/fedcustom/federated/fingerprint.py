@@ -33,12 +33,24 @@ def of_data(recipe: Recipe, data: FederatedData) -> Fingerprint:
         ]
         for name, client in data.clients.items()
     }
-    shared = {
+    labels = list(data.task.labels)
+    return {"files": files_of(recipe), "labels": labels, "clients": clients, "shared": _shared(data)}
+
+
+def of_server(data: FederatedData) -> Fingerprint | None:
+    """The same of a deployed run's server, which has development, test and public examples at most; None
+    where it has none. Each site compares its own rows.
+    """
+    shared = _shared(data)
+    return {"files": {}, "labels": [], "clients": {}, "shared": shared} if shared else None
+
+
+def _shared(data: FederatedData) -> dict[str, list[Any]]:
+    return {
         part: [len(examples), _digest(examples)]
         for part in ("development", "test", "public")
         if (examples := getattr(data, part))
     }
-    return {"files": _files(recipe), "labels": list(data.task.labels), "clients": clients, "shared": shared}
 
 
 def check(directory: Path, found: Fingerprint, *, accept: bool) -> str | None:
@@ -72,8 +84,10 @@ def check_finished(directory: Path, recipe: Recipe, *, accept: bool) -> str | No
     """
     file = directory / FILE
     if not file.exists():
-        return None  # made before fingerprints, or across sites
-    recorded, files = read_json(file), _files(recipe)
+        return None  # made before fingerprints, or by a server without data of its own
+    recorded, files = read_json(file), files_of(recipe)
+    if not recorded["clients"]:
+        return None  # across sites, which have the rows
     if files == recorded["files"]:
         return None
     if gone := sorted(recorded["files"].keys() - files.keys()):
@@ -91,7 +105,7 @@ def check_finished(directory: Path, recipe: Recipe, *, accept: bool) -> str | No
 def _refusal(directory: Path, difference: str) -> str:
     return (
         f"{directory}: the data are not those of this run: {difference}; name another --out, or accept them "
-        "with fedcustom run --data-changed=accept"
+        "with --data-changed=accept"
     )
 
 
@@ -116,8 +130,8 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _files(recipe: Recipe) -> dict[str, str]:
-    """The digest of each local file that a recipe names."""
+def files_of(recipe: Recipe) -> dict[str, str]:
+    """The digest of each local file of data that a recipe names, by its path."""
     splits = [recipe.data.train, recipe.data.development, recipe.data.test]
     named = [(recipe.data, split) for split in splits if split is not None]
     if recipe.public.source is not None:
@@ -131,17 +145,28 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def row_digest(example: Example, label: str) -> str:
+    """The digest of one example with the text of its label: BLAKE2b of 8 bytes, as hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    _add(digest, _parts(example, label))
+    return digest.hexdigest()
+
+
 def _digest(examples: Sequence[Example]) -> str:
     """The digest of examples in their order; lengths stand before texts, so that none runs into the next."""
     digest = hashlib.blake2b(digest_size=16)
     for example in examples:
-        for part in _parts(example):
-            content = part.encode("utf-8", "surrogatepass")
-            digest.update(len(content).to_bytes(8, "little"))
-            digest.update(content)
+        _add(digest, _parts(example, str(example.label)))
     return digest.hexdigest()
 
 
-def _parts(example: Example) -> Iterable[str]:
-    yield from (example.text, str(example.label), example.target, str(len(example.references)))
+def _add(digest: hashlib.blake2b, parts: Iterable[str]) -> None:
+    for part in parts:
+        content = part.encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+
+
+def _parts(example: Example, label: str) -> Iterable[str]:
+    yield from (example.text, label, example.target, str(len(example.references)))
     yield from example.references

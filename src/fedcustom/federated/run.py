@@ -12,7 +12,7 @@ from ..core.errors import ExportError
 from ..core.files import read_json, write_folder, write_json, write_text
 from ..data.truncation import in_words
 from ..evaluation import degenerate
-from ..methods import AsksClients, ScalesLogits, State
+from ..methods import AsksClients, CountsCuts, ScalesLogits, State
 from ..methods.tuning.export_check import ComparesExport, check_export, some, wanted
 from ..recipe import Recipe
 from ..recipe.paths import absolute
@@ -43,7 +43,8 @@ def run_recipe(
     Args:
         callbacks: Told of every event of the run.
         gather: Puts the run's parties together; by default all of them in this process.
-        data_changed: Whether a simulation goes on where its rows are not those that it began with.
+        data_changed: Whether the run goes on where its rows are not those that it began with; across sites,
+            the server's own rows.
         check_export: Load the model that the run writes in a fresh process, without this package, and compare
             its outputs with the trained model's.
 
@@ -133,6 +134,8 @@ def _finish(loop: FedAvg, elapsed: float, *, check: bool) -> dict[str, Any]:
     if result.predictions is not None:
         write_text(path / "predictions.jsonl", "".join(result.prediction_lines(federation.data)))
     callbacks.on_phase("writing the model")
+    for text in method.take_cuts() if isinstance(method, CountsCuts) else []:
+        loop.warn(text)
     for name, text in method.notes(state).items():
         write_text(path / name, text)
     if has_one_model(recipe):

@@ -66,8 +66,9 @@ class Memories(Protocol):
 @dataclass(frozen=True)
 class Federation:
     """A run's parties. ``data`` has what the server knows of the clients' data: in a simulation everything,
-    across sites their names alone. ``fingerprint`` is that of the rows as they were read; None across sites.
-    ``truncation`` counts what is cut of the data that the server knows.
+    across sites their names alone. ``fingerprint`` is that of the rows as they were read; across sites, of
+    the server's own, and None where it has none. ``truncation`` counts what is cut of the data that the
+    server knows.
     """
 
     base: Base

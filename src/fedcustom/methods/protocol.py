@@ -264,6 +264,16 @@ class AsksClients(Protocol):
 
 
 @runtime_checkable
+class CountsCuts(Protocol):
+    """A method that cuts or leaves out texts beside the inputs and targets that are counted before the first
+    round (:mod:`fedcustom.data.truncation_count`).
+    """
+
+    def take_cuts(self) -> list[str]:
+        """A sentence on each kind of texts that were cut or left out since the last call."""
+
+
+@runtime_checkable
 class ChecksTasks(Protocol):
     """A method that knows how much a task may ask of a client by the recipe, beside the work of training."""
 

@@ -10,7 +10,7 @@ import torch
 
 from ..data.encode import Cut, encode
 from ..data.templates import Field
-from ..data.truncation import KEEP_START, Truncation
+from ..data.truncation import KEEP_START, CutTally, Truncation
 from .forward import pooled
 from .inference import to_device
 from .load import Base
@@ -31,9 +31,11 @@ def embed(
     batch_size: int = 64,
     how: Truncation = WHOLE,
     fields: Sequence[tuple[Field, ...]] | None = None,
+    tally: CutTally | None = None,
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Unit vectors of (texts, width); texts of more than ``max_length`` tokens lose what ``how`` says, by
-    default their end. ``fields`` says which part of each text comes from which column.
+    default their end. ``fields`` says which part of each text comes from which column, ``tally`` counts what
+    is cut.
 
     On the CPU a text's vector does not depend on what it is embedded with, bit for bit: passes have one shape
     for each length in steps of :data:`STEP` tokens, because matrix products of other shapes round otherwise.
@@ -45,7 +47,11 @@ def embed(
     if not texts:
         return result
     cut = Cut(max_length, how)
-    ids = [each.ids for each in encode(base.tokenizer, texts, cut, fields, base.token_rules)]
+    ids: list[list[int]] = []
+    for encoded in encode(base.tokenizer, texts, cut, fields, base.token_rules):
+        ids.append(encoded.ids)
+        if tally is not None:
+            tally.add(sum(encoded.lost.values()))
     groups: dict[int, list[int]] = {}
     for position, each in enumerate(ids):
         groups.setdefault(min(max_length, -(-max(1, len(each)) // STEP) * STEP), []).append(position)

@@ -10,13 +10,13 @@ from typing import Any
 
 from ...core.errors import PolicyError
 from ...core.tensors import Tensors
-from ...data.build import with_builtin_columns
 from ...data.examples import ClientData, Example, FederatedData, LearningTask
 from ...data.party_data import OwnData
+from ...data.settings import ClientSettings
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
 from ...federated.truncation import count_truncation
-from ...methods import ChecksTasks, Client, RoundTask, State, Task, TrainingTask
+from ...methods import ChecksTasks, Client, CountsCuts, RoundTask, State, Task, TrainingTask
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
 from ...recipe.recipe import Recipe
@@ -32,6 +32,34 @@ from .settings import PolicySettings
 
 
 @dataclass(frozen=True)
+class Division:
+    """What decides which of a site's rows are held out: the site's number in the run, the recipe's seed and
+    its settings of clients.
+    """
+
+    number: int
+    seed: int
+    clients: ClientSettings
+
+    def examples(self, name: str, labels: list[str], own: OwnData) -> ClientData:
+        """A site's examples as the client of that name, by part.
+
+        Raises:
+            DataError: there is nothing to train on, an empty value, or a label that is not among ``labels``.
+        """
+        return own.client(name, self.number, labels, self.clients, self.seed)
+
+    def to_values(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        return {"number": self.number, "seed": self.seed, "clients": self.clients.model_dump(mode="json")}
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Division:
+        """The inverse of :meth:`to_values`."""
+        return cls(values["number"], values["seed"], ClientSettings.model_validate(values["clients"]))
+
+
+@dataclass(frozen=True)
 class Withheld:
     """What a site's policy keeps out of the sums for fitting a head: how many labels, and how many examples
     of them.
@@ -44,38 +72,36 @@ class Withheld:
 class Participant:
     """Client of one run at a site: executes its tasks. The base model is loaded once, by the constructor.
 
-    ``names`` are all clients of the run in their order, ``labels`` those that all sites agreed on,
-    ``policy`` says how few examples an answer may be computed from, ``on_load`` is called when the base model
-    is loaded.
+    ``names`` are all clients of the run in their order, ``labels`` those that all sites agreed on, ``data``
+    this site's examples (:class:`Division`), ``own`` the rows that they come from, ``policy`` says how few
+    examples an answer may be computed from, ``on_load`` is called when the base model is loaded.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        name: str,
         names: list[str],
         labels: list[str],
+        data: ClientData,
         own: OwnData,
         folder: Path,
         policy: PolicySettings,
         on_load: Callable[[], None] = lambda: None,
     ) -> None:
         check_fit(recipe)
-        _, clients = with_builtin_columns(recipe.data, recipe.clients)
-        self.recipe, self.name, self.policy = recipe, name, policy
+        self.recipe, self.name, self.policy, self.data = recipe, data.name, policy, data
         self.settled = recipe.settled(len(names))
-        self.data = own.client(name, names.index(name), labels, clients, recipe.seed)
         self.data_for_sums, self.withheld = without_rare_labels(self.data, policy.least_label_examples)
         task = LearningTask(recipe.data.task, tuple(labels))
         self.base = load_base(recipe.model, task, recipe.seed, head=recipe.method.with_head)
         on_load()
-        everyone = {other: ClientData(other, []) for other in names} | {name: self.data}
+        everyone = {other: ClientData(other, []) for other in names} | {data.name: data}
         federation = FederatedData(task, everyone, [], [], test_is_pooled=True, public=own.public)
         # The site's own templates say which columns may be cut.
         own_inputs = {key: getattr(own.settings, key) for key in ("text", "prompt", "truncate")}
-        data = recipe.data.model_copy(update=own_inputs)
-        self.truncation = count_truncation(recipe, data, self.base, federation)
-        self.method = make_method(recipe.model_copy(update={"data": data}), self.base, federation)
+        settings = recipe.data.model_copy(update=own_inputs)
+        self.truncation = count_truncation(recipe, settings, self.base, federation)
+        self.method = make_method(recipe.model_copy(update={"data": settings}), self.base, federation)
         self.channel = Channel(recipe.compression, self.method.initialise().tensors)
         self.transforms = update_transforms(recipe.compression)
         self.memory = RoundMemory(folder / "memory")
@@ -146,6 +172,10 @@ class Participant:
         sent = on_client(self.transforms, update, ClientContext(self.name, task, client.memory))
         self.memory.save(round_number, client.memory)
         return Packed.of(sent), values_of(sent)
+
+    def take_cuts(self) -> list[str]:
+        """What the method has cut or left out since the last call, beside what :attr:`truncation` counts."""
+        return self.method.take_cuts() if isinstance(self.method, CountsCuts) else []
 
     def evaluate(self, part: Part, tensors: Tensors, values: Mapping[str, Any], after: int) -> SiteStatistics:
         """Statistics of a state on one part of this site's data: of the global model and, where clients keep

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ...core.errors import DeploymentError
@@ -14,11 +15,22 @@ from ..nvflare.kits import require_nvflare, site_command, site_name
 from ..nvflare.supervision import SupervisedProcess, keep_alive
 from .ledger import Ledger
 from .limits import CANCEL_FILE, check_platform
+from .rows import ACCEPT, DataChanged
 from .settings import load_site
 
 
-def start_site(kit: Path, file: Path, note: Callable[[str], None], stopped: Callable[[], bool]) -> None:
+def start_site(
+    kit: Path,
+    file: Path,
+    note: Callable[[str], None],
+    stopped: Callable[[], bool],
+    *,
+    data_changed: DataChanged = "refuse",
+) -> None:
     """Take part in the federation that the kit is for, until ``stopped()``.
+
+    A run that this site has begun with other rows is refused, unless ``data_changed`` is ``"accept"``; it is
+    noted either way.
 
     Only outgoing connections are made, to the server's one port. Everything that this site writes is in
     ``<kit>/fedcustom``: its memory, ``audit.jsonl`` (what left), ``errors.log``, and the processes' logs.
@@ -42,7 +54,11 @@ def start_site(kit: Path, file: Path, note: Callable[[str], None], stopped: Call
     check_platform(settings.policy.max_memory_gigabytes)
     Ledger(own / "ledger.json")  # a damaged one is an error here, not in the logs of a process
     resident = SupervisedProcess(
-        [sys.executable, "-m", "fedcustom.deployment.site", str(kit), str(file)], own / "resident.log"
+        [
+            *(sys.executable, "-m", "fedcustom.deployment.site", str(kit), str(file)),
+            *([ACCEPT] if data_changed == "accept" else []),
+        ],
+        own / "resident.log",
     )
     environment = {
         ADDRESS_VARIABLE: str(own / "bridge.json"),
@@ -54,8 +70,30 @@ def start_site(kit: Path, file: Path, note: Callable[[str], None], stopped: Call
         if not acquired:
             raise DeploymentError(f"{kit}: process {holder(own / 'site.pid')} runs this site already")
         note(f"site {name}: logs and audit log are in {own}")
-        if not keep_alive([resident, engine], note, stopped):
+        changes = changes_told(own / "audit.jsonl")
+
+        def told() -> bool:
+            for text in next(changes):
+                note(f"site {name}: {text}")
+            return stopped()
+
+        if not keep_alive([resident, engine], note, told):
             raise DeploymentError(f"site {name}: a process does not start; see the logs in {own}")
+
+
+def changes_told(audit: Path) -> Iterator[list[str]]:
+    """What a site's audit log says of rows that have changed, from now on: at each step, what is new."""
+    place = audit.stat().st_size if audit.exists() else 0
+    while True:
+        found = list[str]()
+        if audit.exists() and audit.stat().st_size > place:
+            with audit.open("rb") as file:
+                file.seek(place)
+                whole = file.read().rpartition(b"\n")[0]  # a last line may be half written
+            place += len(whole) + 1 if whole else 0
+            events = [json.loads(line) for line in whole.splitlines()]
+            found = [f"run {e['run']}: {e['text']}" for e in events if e["event"] == "data changed"]
+        yield found
 
 
 def check_certificate(kit: Path, note: Callable[[str], None]) -> None:

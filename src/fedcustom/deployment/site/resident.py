@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...core.errors import FedcustomError, PolicyError, UpdateError, WireError
+from ...core.errors import DataError, FedcustomError, PolicyError, UpdateError, WireError
 from ...core.files import read_json, write_json, write_tensors
 from ...core.tensors import Tensors
 from ...core.text import printable
@@ -31,7 +31,7 @@ from .audit import LONGEST_TEXT, AuditLog, digest
 from .data import read_site, told_labels
 from .ledger import Ledger
 from .limits import CANCEL_FILE, TaskStopped, limit_memory, stoppable
-from .participant import Participant, refuse_retrieval_without_server
+from .participant import Division, Participant, refuse_retrieval_without_server
 from .policy import (
     MAX_ATTEMPTS,
     check_content,
@@ -43,6 +43,7 @@ from .policy import (
     check_work,
 )
 from .request import Request, read_request
+from .rows import DataChanged, RowRecords, rows_of
 from .settings import SiteSettings
 
 Result = tuple[dict[str, Any], Packed]
@@ -60,19 +61,28 @@ class Resident:
     this site's own ``errors.log``.
 
     ``base`` is the folder that paths of the data are relative to, ``folder`` the one for this site's files.
-    ``own_process``: a task that cannot be stopped otherwise ends this process.
+    ``own_process``: a task that cannot be stopped otherwise ends this process. ``data_changed``: whether a
+    run goes on whose rows here are not those that it began with.
 
     Raises:
         DeploymentError: the ledger is damaged.
     """
 
     def __init__(
-        self, name: str, settings: SiteSettings, base: Path, folder: Path, *, own_process: bool = False
+        self,
+        name: str,
+        settings: SiteSettings,
+        base: Path,
+        folder: Path,
+        *,
+        own_process: bool = False,
+        data_changed: DataChanged = "refuse",
     ) -> None:
         self.name, self.settings, self.base, self.folder = name, settings, base, folder
         self.own_process = own_process
         self.audit = AuditLog(folder / "audit.jsonl")
         self.ledger = Ledger(folder / "ledger.json")
+        self.row_records = RowRecords(self.audit, data_changed)
         self.spool = folder / "spool"
         (self.spool / "passing").mkdir(parents=True, exist_ok=True)
         for stale in [self.spool / "answer.safetensors", *self.spool.glob("passing/*.out")]:
@@ -209,6 +219,7 @@ class Resident:
             facts = {"labels": withheld.labels, "examples": withheld.examples}
             self.audit.write("withheld", run=self.run_id, kind=request.task, **facts)
         update, values = participant.execute(asked, packed, request.round)
+        self._log_cuts(participant.take_cuts())
         return values, update
 
     def _evaluate(self, participant: Participant, request: Request, tensors: Tensors) -> Result:
@@ -221,6 +232,7 @@ class Resident:
         self.ledger.note_evaluation(request.run, request.part, request.digest)
         self.ledger.add(request.run)
         found = participant.evaluate(request.part, tensors, request.values, request.after)
+        self._log_cuts(participant.take_cuts())
         return found.to_values(), Packed({})
 
     # --- opening ---
@@ -232,7 +244,7 @@ class Resident:
         if self.ledger.is_new(request.run):
             check_opening_limits(self.settings.policy, self.ledger)
             self.ledger.note_run(request.run)
-        data = read_site(self.settings.data, self.base, recipe.data, recipe.public)
+        data = self._rows_for(recipe)
         labels = told_labels(self.settings.data, data)
         self.described, self.recipe, self.data = request.run, recipe, data
         return LabelList(labels, len(data.train)).to_values(), Packed({})
@@ -244,9 +256,10 @@ class Resident:
         names, labels = check_opening(request.values.get("names"), request.values.get("labels"), MAX_LABELS)
         if self.name not in names:
             raise WireError(f"the run's clients are {', '.join(names[:5])}; this site is {self.name}")
-        participant = self._build(self.recipe, self.data, names, labels)
+        division = self._division(self.recipe, names)
+        participant = self._build(self.recipe, self.data, names, labels, division, opens=True)
         state = {"recipe": self.recipe.model_dump(mode="json"), "names": names, "labels": labels}
-        write_json(self._opening, state)
+        write_json(self._opening, {**state, "division": division.to_values()})
         self._remove_old_runs()
         sizes = participant.sizes()
         for part, count in (("development", sizes.development), ("test", sizes.test)):
@@ -263,7 +276,42 @@ class Resident:
         saved = read_json(self._opening)
         recipe = self._checked_recipe(saved["recipe"])
         data = read_site(self.settings.data, self.base, recipe.data, recipe.public)
-        return self._build(recipe, data, saved["names"], saved["labels"])
+        names, labels = saved["names"], saved["labels"]
+        division = self._division(recipe, names)
+        return self._build(recipe, data, names, labels, division, opens=False)
+
+    def _rows_for(self, recipe: Recipe) -> OwnData:
+        """This site's rows for a recipe. Where the run was opened here before, they are compared with those
+        that it began with, before anything is told of them.
+        """
+        data = read_site(self.settings.data, self.base, recipe.data, recipe.public)
+        self.row_records.check_kept(self._run_folder, used=self._used)
+        if self._opening.exists():
+            saved = read_json(self._opening)
+            try:
+                labels = saved["labels"]
+                own = self._division(recipe, saved["names"]).examples(self.name, labels, data)
+            except DataError as error:  # a label, say, that the run does not have
+                self.row_records.check_unreadable(self._run_folder, error)
+            else:
+                self.row_records.check(self._run_folder, rows_of(own, data.public, labels), opens=True)
+        return data
+
+    def _division(self, recipe: Recipe, names: list[str]) -> Division:
+        """How this site's rows are divided: as when the run began here, even where other members have left
+        since, so that no row that was held out is trained on.
+        """
+        saved = read_json(self._opening) if self._opening.exists() else {}
+        if "division" in saved:
+            return Division.from_values(saved["division"])
+        number = saved.get("names", names).index(self.name)
+        return Division(number, recipe.seed, recipe.clients)
+
+    @property
+    def _used(self) -> bool:
+        """Whether this site has worked in the run, by its ledger."""
+        known = self.ledger.run(self.run_id)
+        return any(known[key] for key in ("rounds", "evaluations", "tasks", "queries"))
 
     def _checked_recipe(self, content: Any) -> Recipe:
         """A recipe that the policy allows. It is checked before it is completed, which may look up its model,
@@ -277,14 +325,35 @@ class Resident:
         check_recipe(self.settings.policy, recipe)
         return recipe
 
-    def _build(self, recipe: Recipe, data: OwnData, names: list[str], labels: list[str]) -> Participant:
+    def _build(
+        self,
+        recipe: Recipe,
+        own: OwnData,
+        names: list[str],
+        labels: list[str],
+        division: Division,
+        *,
+        opens: bool,
+    ) -> Participant:
         self.participant, self.open_run_id = None, ""  # only one base model at a time
         folder, policy = self._run_folder, self.settings.policy
-        participant = Participant(recipe, self.name, names, labels, data, folder, policy, self._log_load)
+        try:
+            data = division.examples(self.name, labels, own)
+        except DataError as error:
+            self.row_records.check_unreadable(folder, error)
+            raise
+        rows = rows_of(data, own.public, labels)
+        self.row_records.check_kept(folder, used=self._used)
+        self.row_records.check(folder, rows, opens=opens)
+        participant = Participant(recipe, names, labels, data, own, folder, policy, self._log_load)
+        self.row_records.record(folder, rows)
         self.participant, self.open_run_id = participant, self.run_id
-        for text in in_words(participant.truncation):
-            self.audit.write("truncated", run=self.run_id, text=text)
+        self._log_cuts(in_words(participant.truncation))
         return participant
+
+    def _log_cuts(self, texts: list[str]) -> None:
+        for text in texts:
+            self.audit.write("truncated", run=self.run_id, text=text)
 
     def _log_load(self) -> None:
         self.load_count += 1
@@ -347,10 +416,12 @@ def _tensors(body: Path | None) -> Tensors:
     return {} if body is None else gate.read_tensor_file(body, wire.MAX_BYTES)
 
 
-def serve(name: str, settings: SiteSettings, base: Path, folder: Path) -> None:
+def serve(
+    name: str, settings: SiteSettings, base: Path, folder: Path, data_changed: DataChanged = "refuse"
+) -> None:
     """Serve a site for ever, in a process of its own; see :class:`Resident`."""
     limit_memory(settings.policy.max_memory_gigabytes)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    resident = Resident(name, settings, base, folder, own_process=True)
+    resident = Resident(name, settings, base, folder, own_process=True, data_changed=data_changed)
     resident.serve(BridgeListener(folder / "bridge.json"))

@@ -5,13 +5,16 @@ with their nearest private examples in context.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ...core.errors import DataError, ModelError, RecipeError, UpdateError
+from ...data.encode import input_cut
 from ...data.examples import Example, LearningTask
+from ...data.truncation import CutTally
 from ...models.configuration import context_length
 from ...models.embedding import embed
 from ...models.inference import Predictions, generate
@@ -64,16 +67,17 @@ class InContext(PromptMethod):
         model = context.model.model_copy(update={"base": settings.retriever, "revision": None})
         self.retriever = load_base(model, LearningTask("classification"), context.seed, head=False)
         self._vectors: dict[int, tuple[list[Example], Matrix]] = {}
+        self._embedded, self._shown, self._left_out = CutTally(), 0, 0
 
     # --- server ---
 
     def initialise(self) -> State:
-        """The queries, without answers.
+        """The queries as they are shown, cut by ``data.truncate``, without answers.
 
         Raises:
             RecipeError: there is no public set.
         """
-        queries = [example.text for example in self.context.public]
+        queries = self.scorer.inputs(self.context.public)
         if not queries:
             raise RecipeError(
                 "method.strategy = 'in_context': the queries are public texts; set public.source or "
@@ -154,8 +158,10 @@ class InContext(PromptMethod):
             raise DataError(f"client {client.name!r} has no examples to put into the context")
         own, queries = client.data.train, self.context.public
         chosen, near = self._nearest(self._embed(queries), self._embed(own), self.settings.demonstrations)
-        shown = [[(own[i].text, self._answer_of(own[i])) for i in row] for row in chosen]
-        state = State(task.tensors, {}, {"answers": asked.answers, "queries": [q.text for q in queries]})
+        texts = self.scorer.inputs(own)
+        shown = [[(texts[i], self._answer_of(own[i])) for i in row] for row in chosen]
+        known = {"answers": asked.answers, "queries": self.scorer.inputs(queries)}
+        state = State(task.tensors, {}, known)
         shared = self._shared(state, queries, exclude_self=True)
         prompts = self._prompts([[*a, *b] for a, b in zip(shared, shown, strict=True)], queries)
         tensors = {"similarities": torch.from_numpy(near).half()}
@@ -216,7 +222,8 @@ class InContext(PromptMethod):
     def restore(self, content: dict[str, Any]) -> State:
         """The answered queries of the file."""
         rows = content["demonstrations"]
-        values = {"round": content["provenance"]["rounds"], "queries": content["queries"], "answers": []}
+        queries = self.scorer.inputs([Example(text) for text in content["queries"]])
+        values = {"round": content["provenance"]["rounds"], "queries": queries, "answers": []}
         if rows and "log_probabilities" in rows[0]:
             return State({"answers": torch.tensor([row["log_probabilities"] for row in rows])}, {}, values)
         return State({}, {}, {**values, "answers": [row["answer"] for row in rows]})
@@ -248,9 +255,8 @@ class InContext(PromptMethod):
         count = self.settings.shared_demonstrations if count is None else count
         if not answers or not count:
             return [[] for _ in examples]
-        chosen, _ = self._nearest(
-            self._embed(examples), self._embed_texts(texts), count, exclude_self=exclude_self
-        )
+        known = self._embed_inputs([Example(text) for text in texts])
+        chosen, _ = self._nearest(self._embed(examples), known, count, exclude_self=exclude_self)
         return [[(texts[i], answers[i]) for i in row] for row in chosen]
 
     def _nearest(
@@ -276,8 +282,10 @@ class InContext(PromptMethod):
         prompts = [self._joined(row, own) for row, own in zip(blocks, asked, strict=True)]
         for place, ids in enumerate(prompt_ids(self.base, prompts)):
             row = blocks[place]
+            self._shown += len(row)
             while row and len(ids) > room:
                 row = row[1:]
+                self._left_out += 1
                 prompts[place] = self._joined(row, asked[place])
                 (ids,) = prompt_ids(self.base, [prompts[place]])
         return prompts
@@ -290,8 +298,7 @@ class InContext(PromptMethod):
         return max(len(ids) for ids in self.base.tokenizer(texts, add_special_tokens=False)["input_ids"])
 
     def _demonstrated(self, text: str, answer: str) -> str:
-        (short,) = self.scorer.inputs([Example(text)])
-        prompt = self.candidate.fill(short)
+        prompt = self.candidate.fill(text)
         return prompt + (answer if answer[:1].isspace() else continuation(prompt, answer))
 
     def _joined(self, demonstrations: Sequence[str], asked: str) -> str:
@@ -308,7 +315,7 @@ class InContext(PromptMethod):
             if state.values["answers"]:
                 texts = [*texts, state.values["answers"][query]]
                 mass = np.append(mass, mass.mean())
-            vectors = self._embed_texts([text or " " for text in texts])
+            vectors = self._embed_inputs([Example(text or " ") for text in texts])
             chosen.append(texts[medoid(vectors, mass)])
         return chosen
 
@@ -316,14 +323,45 @@ class InContext(PromptMethod):
         """Vectors of a list's texts, computed once a list."""
         key = id(examples)
         if key not in self._vectors:
-            self._vectors[key] = (examples, self._embed_texts([example.text for example in examples]))
+            self._vectors[key] = (examples, self._embed_inputs(examples))
         return self._vectors[key][1]
 
-    def _embed_texts(self, texts: Sequence[str]) -> Matrix:
+    @property
+    def _retriever_length(self) -> int:
         limit = context_length(self.retriever.model.config) or 512
-        limit = min(limit, self.context.data.max_length)
-        size = self.context.evaluation.batch_size
-        return embed(self.retriever, texts, max_length=limit, batch_size=size).astype(np.float64)
+        return min(limit, self.context.data.max_length)
+
+    def _embed_inputs(self, examples: Sequence[Example]) -> Matrix:
+        """Vectors of texts, cut by ``data.truncate`` to what the retriever reads."""
+        cut = input_cut(self.context.data)
+        vectors = embed(
+            self.retriever,
+            [example.text for example in examples],
+            max_length=self._retriever_length,
+            batch_size=self.context.evaluation.batch_size,
+            how=replace(cut.how, side=cut.how.side or cut.side),
+            fields=[example.fields for example in examples],
+            tally=self._embedded,
+        )
+        return vectors.astype(np.float64)
+
+    def take_cuts(self) -> list[str]:
+        """How many texts were cut for the retriever, and how many demonstrations a prompt had no room for,
+        since the last call.
+        """
+        embedded, shown, left_out = self._embedded, self._shown, self._left_out
+        self._embedded, self._shown, self._left_out = CutTally(), 0, 0
+        found = [
+            f"method.retriever reads {self._retriever_length} tokens of a text; cut were {text}"
+            for text in embedded.in_words("texts")
+        ]
+        if left_out:
+            limit = context_length(self.base.model.config)
+            found.append(
+                f"{left_out} of {shown} demonstrations were left out, the farthest of their prompts: "
+                f"{self.base.name} has {limit} positions"
+            )
+        return found
 
 
 def _surest(odds: Matrix, count: int) -> list[int]:

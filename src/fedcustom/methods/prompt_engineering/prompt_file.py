@@ -75,7 +75,7 @@ tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModel.from_pretrained
 
 
 def embed(texts):
-    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt", return_token_type_ids=False)
+    batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         states = model(**batch).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(-1)

@@ -156,7 +156,7 @@ class Scorer:
         """Vectors of the labels' descriptions, (labels, width), computed once a candidate."""
         key = (candidate.template, candidate.labels)
         if key not in self._described:
-            limit = context_length(self.base.model.config) or self.context.data.max_length
+            limit = context_length(self.base.model.config) or 2**20  # it was checked that they fit
             vectors = embed(self.base, candidate.describe(), max_length=limit)
             self._described[key] = vectors.astype(np.float64)
         return self._described[key]

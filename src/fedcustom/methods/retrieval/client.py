@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ...core.errors import DataError, UpdateError
+from ...data.examples import Example
 from ..protocol import Client, Task, Update
 from .generation import Generator
 from .messages import (
@@ -48,9 +49,16 @@ class RetrievalClient:
     """
 
     def __init__(
-        self, settings: RetrievalSettings, tokenizer: Any, embed: Embed, generator: Generator | None
+        self,
+        settings: RetrievalSettings,
+        tokenizer: Any,
+        embed: Embed,
+        embed_questions: Callable[[Sequence[Example]], Vectors],
+        generator: Generator | None,
     ) -> None:
-        self.settings, self.tokenizer, self.embed, self.generator = settings, tokenizer, embed, generator
+        """``embed`` makes vectors of chunks, ``embed_questions`` of questions, which may be cut."""
+        self.settings, self.tokenizer, self.generator = settings, tokenizer, generator
+        self.embed, self.embed_questions = embed, embed_questions
 
     def store(self, client: Client, encoder: str) -> DocumentStore:
         """The client's documents on its own disk.
@@ -102,17 +110,17 @@ class RetrievalClient:
         return IndexUpdate(documents=updated.documents, chunks=updated.chunks)
 
     def _route(self, client: Client) -> Update:
-        questions = [example.text for example in client.data.train]
+        questions = client.data.train
         if not questions:
             raise DataError(f"client {client.name!r} has no questions to learn routing from")
-        sums = Sums.of(torch.from_numpy(self.embed(questions)))
+        sums = Sums.of(torch.from_numpy(self.embed_questions(questions)))
         return RouteUpdate({"total": sums.total, "scatter": sums.scatter}, questions=sums.count)
 
     def _calibrate(self, task: CalibrateTask, client: Client) -> Update:
-        questions = [example.text for example in client.data.development]
+        questions = client.data.development
         masses = torch.zeros(0, dtype=torch.float64)
         if questions:
-            vectors = torch.from_numpy(self.embed(questions)).double()
+            vectors = torch.from_numpy(self.embed_questions(questions)).double()
             logits = vectors @ task.tensors["weight"].T + task.tensors["bias"]
             masses = mass_before(logits, torch.full((len(questions),), task.own))
         return CalibrateUpdate({"masses": masses})
@@ -138,7 +146,7 @@ class RetrievalClient:
         if self.generator is None:
             raise DataError(f"client {client.name!r} has no generator to write answers with")
         passages = list(self._passages(task, client).values())
-        (text,) = self.generator.write([task.question], [passages])
+        (text,) = self.generator.write([Example(task.question)], [passages])
         return AnswerUpdate(answer=text)
 
     def _passages(self, task: FetchTask | AnswerTask, client: Client) -> dict[str, str]:

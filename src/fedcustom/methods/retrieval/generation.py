@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import ModelError
-from ...data.examples import LearningTask
+from ...data.encode import AUTOMATIC, Cut, shorten
+from ...data.examples import Example, LearningTask
 from ...data.tokens import TokenizedExample
+from ...data.truncation import CutTally, Truncation
 from ...evaluation.settings import EvaluationSettings
 from ...models.configuration import context_length
 from ...models.inference import generate, predict
@@ -18,16 +20,27 @@ from ...models.settings import ModelSettings
 
 
 class Generator:
-    """A language model that is given passages and a question."""
+    """A language model that is given passages and a question.
 
-    def __init__(self, model: ModelSettings, evaluation: EvaluationSettings, answer_tokens: int) -> None:
+    What does not fit its context is cut, and counted until :meth:`take_cuts`: a passage and a reference
+    answer lose their end, a question loses what ``how`` says (``data.truncate``).
+    """
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        evaluation: EvaluationSettings,
+        answer_tokens: int,
+        how: Truncation = AUTOMATIC,
+    ) -> None:
         """Load the model.
 
         Raises:
             ModelError: it cannot be loaded, or its context is too short.
         """
         self.base: Base = load_base(model, LearningTask("generation"), 0)
-        self.answer_tokens = answer_tokens
+        self.answer_tokens, self.how = answer_tokens, how
+        self._questions, self._passages, self._answers = CutTally(), CutTally(), CutTally()
         self.evaluation = evaluation.model_copy(update={"max_new_tokens": answer_tokens})
         limit = context_length(self.base.model.config)
         self.room = (limit or 4096) - answer_tokens
@@ -37,7 +50,7 @@ class Generator:
                 "which leaves no room for a question"
             )
 
-    def write(self, questions: Sequence[str], passages: Sequence[Sequence[str]]) -> list[str]:
+    def write(self, questions: Sequence[Example], passages: Sequence[Sequence[str]]) -> list[str]:
         """An answer to each question, from its passages."""
         sources = [
             np.asarray(self.prompt(question, given), dtype=np.int32)
@@ -46,36 +59,69 @@ class Generator:
         return generate(self.base.model, self.base, sources, self.evaluation)
 
     def loss(
-        self, questions: Sequence[str], passages: Sequence[Sequence[str]], answers: Sequence[str]
+        self, questions: Sequence[Example], passages: Sequence[Sequence[str]], answers: Sequence[str]
     ) -> float:
         """Loss per token (nats) of the beginnings of reference answers after question and passages."""
         examples = []
         for question, given, answer in zip(questions, passages, answers, strict=True):
-            target = self._ids(" " + answer)[: self.answer_tokens]
+            target = self._beginning(" " + answer, self.answer_tokens, self._answers)
             examples.append(TokenizedExample.of(self.prompt(question, given), target))
         scores = self._scores(examples)
         return float(scores[:, 0].sum() / scores[:, 1].sum())
 
-    def likelihood(self, question: str, passages: Sequence[str]) -> list[float]:
+    def likelihood(self, question: Example, passages: Sequence[str]) -> list[float]:
         """Mean log-probability of the question's tokens after each passage (UPR, Sachan et al. 2022)."""
-        target = self._ids(" " + question)[: self.room // 2]
+        target = self._asked(" ", question, "", self.room // 2)
         examples = []
         for passage in passages:
             ending = self._ids("\nQuestion:")
-            source = self._ids(passage)[: self.room - len(target) - len(ending)] + ending
+            room = self.room - len(target) - len(ending)
+            source = self._beginning(passage, room, self._passages) + ending
             examples.append(TokenizedExample.of(source, target))
         scores = self._scores(examples)
         return [float(-total / count) for total, count in scores]
 
-    def prompt(self, question: str, passages: Sequence[str]) -> list[int]:
+    def prompt(self, question: Example, passages: Sequence[str]) -> list[int]:
         """Tokens of numbered passages and the question; passages are cut such that all fits the context."""
-        ending = self._ids(f"Question: {question}\nAnswer:")[-self.room :]
+        ending = self._asked("Question: ", question, "\nAnswer:", self.room)
         room = self.room - len(ending)
         each = room // max(1, len(passages))
         ids: list[int] = []
         for number, passage in enumerate(passages, start=1):
-            ids += self._ids(f"[{number}] {passage}"[: 20 * each])[: max(0, each - 2)] + self._ids("\n")
+            ids += self._beginning(f"[{number}] {passage}", max(0, each - 2), self._passages)
+            ids += self._ids("\n")
         return ids[:room] + ending
+
+    def take_cuts(self) -> list[str]:
+        """What was cut to fit the context since the last call, in a sentence; nothing where all did fit."""
+        tallies = {
+            "questions": self._questions,
+            "passages": self._passages,
+            "reference answers": self._answers,
+        }
+        self._questions, self._passages, self._answers = CutTally(), CutTally(), CutTally()
+        found = [text for what, tally in tallies.items() for text in tally.in_words(what)]
+        room = f"{self.room} tokens and {self.answer_tokens} of an answer"
+        return [f"{self.base.name} reads {room}; cut were {', '.join(found)}"] if found else []
+
+    def _asked(self, before: str, question: Example, after: str, room: int) -> list[int]:
+        """Tokens of a question between two texts, of which it alone is cut."""
+        ids = self._ids(before + question.text + after)
+        if len(ids) <= room:
+            self._questions.add(0)
+            return ids
+        limit, lost = room - len(self._ids(before + after)), 0
+        while len(ids) > room and limit > 0:
+            ((text, cut),) = shorten(self.base.tokenizer, [question], Cut(limit, self.how))
+            ids, lost, limit = self._ids(before + text + after), sum(cut.values()), limit - 1
+        self._questions.add(lost)
+        return ids[-room:]
+
+    def _beginning(self, text: str, room: int, tally: CutTally) -> list[int]:
+        """The first tokens of a text, as many as there is room for; the others are counted."""
+        ids = self._ids(text)
+        tally.add(max(0, len(ids) - room))
+        return ids[:room]
 
     def _scores(self, examples: Sequence[TokenizedExample]) -> np.ndarray[Any, np.dtype[np.float64]]:
         return predict(self.base.model, self.base, examples, self.evaluation).scores
@@ -86,10 +132,14 @@ class Generator:
 
 
 def generator_of(
-    name: str | None, model: ModelSettings, evaluation: EvaluationSettings, answer_tokens: int
+    name: str | None,
+    model: ModelSettings,
+    evaluation: EvaluationSettings,
+    answer_tokens: int,
+    how: Truncation = AUTOMATIC,
 ) -> Generator | None:
     """The generator that a recipe names, loaded as the encoder was; None where it names none."""
     if name is None:
         return None
     settings = model.model_copy(update={"base": name, "revision": None})
-    return Generator(settings, evaluation, answer_tokens)
+    return Generator(settings, evaluation, answer_tokens, how)

@@ -36,12 +36,11 @@ def answer_losses(
         order = [hit.document for hit in hits if hit.document in shown]
         given.append([shown[name] for name in order][:size])
         others.append([shown[name] for name in order if name != own][:size])
-    questions = [example.text for example in examples]
     answers = [example.target for example in examples]
     nothing: list[list[str]] = [[] for _ in examples]
     return {
         "questions": float(len(examples)),
-        "without passages": generator.loss(questions, nothing, answers),
-        "with passages": generator.loss(questions, given, answers),
-        "with passages of other documents": generator.loss(questions, others, answers),
+        "without passages": generator.loss(examples, nothing, answers),
+        "with passages": generator.loss(examples, given, answers),
+        "with passages of other documents": generator.loss(examples, others, answers),
     }

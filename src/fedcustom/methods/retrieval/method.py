@@ -14,8 +14,9 @@ import numpy as np
 
 from ...core.errors import ModelError
 from ...core.tensors import Tensors
+from ...data.encode import encode_examples, input_cut
 from ...data.examples import Example
-from ...data.templates import Field
+from ...data.truncation import CutTally
 from ...models.configuration import context_length
 from ...models.embedding import embed
 from ...models.inference import Predictions
@@ -82,15 +83,20 @@ class Retrieval(SequentialClients):
         model = self.tuning.trainable.model if self.tuning else self.base.model
         self.encoder = replace(self.base, model=model)
         evaluation = context.evaluation
-        self.generator = generator_of(settings.generator, context.model, evaluation, settings.answer_tokens)
-        self.retrieval_client = RetrievalClient(settings, self.base.tokenizer, self._embed, self.generator)
+        self.generator = generator_of(
+            settings.generator, context.model, evaluation, settings.answer_tokens, context.data.truncation
+        )
+        self.retrieval_client = RetrievalClient(
+            settings, self.base.tokenizer, self._embed, self._embed_examples, self.generator
+        )
         self.searcher = Searcher(settings, self._embed_questions)
         shares = settings.shared_negatives and context.keeps == "nothing"
         self.negatives = (
             Negatives(settings, context.seed, context.rounds, self._embed_passages) if shares else None
         )
         self.report: dict[str, Any] = {}
-        self._fields: dict[str, tuple[Field, ...]] = {}  # of the questions that are predicted
+        self._known: dict[str, Example] = {}  # the questions that are predicted, with their columns
+        self._chunks = CutTally()
 
     @property
     def messages(self) -> Messages:
@@ -190,7 +196,7 @@ class Retrieval(SequentialClients):
         if not self.settings.rerank or self.generator is None:
             return list(hits)
         known = [hit for hit in hits if hit.document in shown]
-        scores = self.generator.likelihood(question, [shown[hit.document] for hit in known])
+        scores = self.generator.likelihood(self._question(question), [shown[hit.document] for hit in known])
         order = sorted(range(len(known)), key=lambda i: (-scores[i], i))
         best = [replace(known[i], score=scores[i]) for i in order]
         return [*best, *(hit for hit in hits if hit.document not in shown)]
@@ -201,7 +207,9 @@ class Retrieval(SequentialClients):
         """
         places = [i for i, hit in enumerate(hits) if hit.document in shown][: self.settings.passages_given]
         if places and self.generator is not None:
-            (text,) = self.generator.write([question], [[shown[hits[i].document] for i in places]])
+            (text,) = self.generator.write(
+                [self._question(question)], [[shown[hits[i].document] for i in places]]
+            )
             return text, places
         for hit in hits:
             if self.settings.policy_of(hit.client) == "answer":
@@ -220,6 +228,20 @@ class Retrieval(SequentialClients):
         down, up = (figures.get(f"bytes_{way}_per_query", math.nan) for way in ("down", "up"))
         return down, up
 
+    def cut_of(self, question: str) -> int:
+        """How many tokens of a question are cut before it is embedded."""
+        cut, rules = input_cut(self.context.data), self.base.token_rules
+        (encoded,) = encode_examples(self.base.tokenizer, [self._question(question)], cut, rules)
+        return sum(encoded.lost.values())
+
+    def take_cuts(self) -> list[str]:
+        """What of passages, questions and answers the generator had no room for, and what of chunks the
+        encoder had none for, since the last call.
+        """
+        chunks, self._chunks = self._chunks, CutTally()
+        found = self.generator.take_cuts() if self.generator is not None else []
+        return [f"the encoder cut {text}" for text in chunks.in_words("chunks of documents")] + found
+
     # --- evaluation and export ---
 
     def predict(
@@ -231,7 +253,7 @@ class Retrieval(SequentialClients):
         Documents of clients that do not answer count as not found, and ``retrieval.json`` names the clients.
         """
         questions = [example.text for example in examples]
-        self._fields = {example.text: example.fields for example in examples}
+        self._known = {example.text: example for example in examples}
         if not texts:
             return Predictions(self._estimate(state, examples))
         wanted = [digest(example.target) for example in examples]
@@ -333,19 +355,26 @@ class Retrieval(SequentialClients):
 
     def _embed(self, texts: Sequence[str]) -> Vectors:
         longest = max(self.settings.chunk_length + 2, self.context.data.max_length)
-        return embed(self.encoder, texts, max_length=longest, batch_size=self.context.evaluation.batch_size)
+        size = self.context.evaluation.batch_size
+        return embed(self.encoder, texts, max_length=longest, batch_size=size, tally=self._chunks)
+
+    def _question(self, text: str) -> Example:
+        """A question, with its columns where they are known: one that is typed has none."""
+        return self._known.get(text, Example(text))
 
     def _embed_questions(self, questions: Sequence[str]) -> Vectors:
-        size = self.context.evaluation.batch_size
-        data = self.context.data
-        fields = [self._fields.get(question, ()) for question in questions]
+        return self._embed_examples([self._question(question) for question in questions])
+
+    def _embed_examples(self, questions: Sequence[Example]) -> Vectors:
+        """Cut by ``data.truncate``, as training cuts them."""
+        data, size = self.context.data, self.context.evaluation.batch_size
         return embed(
             self.encoder,
-            questions,
+            [question.text for question in questions],
             max_length=data.max_length,
             batch_size=size,
             how=data.truncation,
-            fields=fields,
+            fields=[question.fields for question in questions],
         )
 
     def _embed_passages(self, passages: Sequence[str]) -> Vectors:
@@ -355,7 +384,7 @@ class Retrieval(SequentialClients):
 
     def _estimate(self, state: State, examples: list[Example]) -> np.ndarray[Any, np.dtype[np.float64]]:
         self._use(state)
-        questions = self._embed_questions([example.text for example in examples])
+        questions = self._embed_examples(examples)
         texts = list(dict.fromkeys(example.target for example in examples))
         vectors = self._embed_passages(texts)
         place = {text: number for number, text in enumerate(texts)}
