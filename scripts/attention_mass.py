@@ -1,10 +1,9 @@
-"""How much of its attention a model gives to key-value pairs in front of a text, and what that does to the text's
-vector, before anything is trained; beside a prefix memory, which starts as the base model.
+"""How much of its attention a model gives to key-value pairs in front of a text, and what that does to the
+text's vector, before anything is trained.
 
     python scripts/attention_mass.py ../shared/data/trec/train.jsonl --limit 200
 
-Computed with transformers on MiniLM's weights: attention to the pairs is read off the model's own attention weights.
-Texts in a JSONL file, under ``text``.
+The shares are read off the model's own attention weights. Texts are in a JSONL file, under ``text``.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from fedcustom.models.settings import ModelSettings
 
 def main() -> None:
     """Print a table: pairs, share of attention on them by layer, and how far the mean vector moves."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Attention to key-value pairs before any training.")
     parser.add_argument("texts", type=Path)
     parser.add_argument("--base", default="builtin:minilm")
     parser.add_argument("--limit", type=int, default=200)
@@ -34,7 +33,7 @@ def main() -> None:
     texts = [json.loads(line)["text"] for line in lines]
     base = load_base(ModelSettings(base=arguments.base), LearningTask("classification"), seed=0, head=False)
     base.model.set_attn_implementation("eager")
-    print("pairs  start   share of attention on them, by layer                      cosine to the base's vector")
+    print("pairs  start   share of attention on them by layer, and cosine to the base's vector")
     for length in (1, 4, 16):
         for start in ("zero", "text"):
             pairs = text_prefix(base, TEXT, length)

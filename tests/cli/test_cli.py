@@ -280,7 +280,10 @@ def test_a_command_as_it_is_pasted() -> None:
         (["run", "{recipe}", "--set", "training.learning_rat=1"], "did you mean 'learning_rate'?"),
         (["run", "{recipe}", "--set", "data.label=lable"], "did you mean 'label'?"),
         (["run", "{recipe}", "--set", "data.source=./none"], "./none: no such file or folder"),
-        (["run", "{recipe}", "--set", "method.length=64", "--set", "method.kind=kv"], "has a context of 64 positions"),
+        (
+            ["run", "{recipe}", "--set", "method.length=64", "--set", "method.kind=kv"],
+            "has a context of 64 positions",
+        ),
         (["run", "{recipe}", "--out", "/dev/null/x"], "error: Not a directory"),
         (["compare", "{recipe}", "--methods", "prefix,prompt"], "--methods: unknown method 'prompt'"),
         (["compare", "{recipe}", "--baselines", "central"], "did you mean 'centralised'?"),

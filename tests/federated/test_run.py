@@ -361,11 +361,18 @@ def test_other_folders_are_not_touched(small: dict[str, Any], tmp_path: Path) ->
         fedcustom.run(small, out=tmp_path / "mine" / "letter.txt")
 
 
+KV = {"method.kind": "kv"}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"method.length": 64, "method.kind": "kv"}, ModelError, r"method.length = 64: .* has a context of 64 positions"),
-        ({"method.length": 60, "method.kind": "kv"}, ModelError, r"data.max_length = 24: .*84 positions are needed; .* has 64"),
+        ({**KV, "method.length": 64}, ModelError, r"method.length = 64: .* has a context of 64 positions"),
+        (
+            {**KV, "method.length": 60},
+            ModelError,
+            r"data.max_length = 24: .*84 positions are needed; .* has 64",
+        ),
         ({"model.base": "builtin:minilmm"}, ModelError, r"no built-in model.*did you mean 'builtin:minilm'"),
         ({"model.base": "./nowhere"}, ModelError, "no folder ./nowhere"),
         ({"model.base": "nobody/nothing"}, ModelError, "cannot load nobody/nothing"),

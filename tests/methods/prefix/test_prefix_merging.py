@@ -173,7 +173,8 @@ def test_runs(small: dict[str, Any], tmp_path: Path, method: dict[str, Any]) -> 
         public = tmp_path / "public.txt"
         public.write_text("the cat\n\na house near the river\n")
         method = {**method, "public_text": str(public)}
-    run = fedcustom.run({**small, "method": {"name": "prefix", "kind": "kv", "length": 4, **method}}, out=tmp_path / "run")
+    method = {"name": "prefix", "kind": "kv", "length": 4, **method}
+    run = fedcustom.run({**small, "method": method}, out=tmp_path / "run")
     again = fedcustom.load(tmp_path / "run").predict(["a cat"])
     assert again == run.predict(["a cat"])
     if "layers_sent" in method:
@@ -185,11 +186,14 @@ def begin(method: Any) -> None:
     method.configure(method.initialise(), 1, {"a": Work(epochs=1)})
 
 
+KV = {"name": "prefix", "kind": "kv"}
+
+
 def test_bad_settings(tmp_path: Path, tiny: dict[str, str]) -> None:
     with pytest.raises(RecipeError, match="public_text: is needed with merging"):
-        load_recipe({"method": {"name": "prefix", "kind": "kv", "merging": "stacked", "compression": "distil"}})
+        load_recipe({"method": {**KV, "merging": "stacked", "compression": "distil"}})
     with pytest.raises(RecipeError, match=r"layers_sent = 2: needs merging = 'mean'"):
-        load_recipe({"method": {"name": "prefix", "kind": "kv", "merging": "matched", "layers_sent": 2}})
+        load_recipe({"method": {**KV, "merging": "matched", "layers_sent": 2}})
     with pytest.raises(RecipeError, match=r"layers_sent = 9: .* has 2 layers"):
         make(tiny["bert"], "prefix", layers_sent=9)
     distil = {"merging": "stacked", "compression": "distil"}
