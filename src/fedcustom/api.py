@@ -28,7 +28,7 @@ from .federated.resolve import resolved
 from .federated.run import run_recipe
 from .federated.run_directory import History
 from .federated.truncation import count_parts
-from .methods import CountsCuts, Method, State
+from .methods import CountsCuts, Method, State, WeightTuning
 from .methods.tuning.export_check import (
     ROWS,
     UNCHECKED,
@@ -111,13 +111,17 @@ class Run:
 
     def model(self) -> Any:
         """The customised model: a ``PeftModel``, a ``transformers`` model where a method exports it whole, or
-        the base model where a method leaves its weights as they are.
+        the base model where a method leaves its weights as they are. No code of the run's folder is read.
 
         Raises:
             RunError: the run has one model for each client (a local baseline).
         """
         self._require_model()
         folder = str(self.directory / "model")
+        if self.recipe.method.exports_code:
+            method, _ = self._method
+            assert isinstance(method, WeightTuning)
+            return method.trainable.model.eval()
         if (self.directory / "model" / "adapter_config.json").exists():
             from peft import PeftModel
 

@@ -36,6 +36,10 @@ from fedcustom.transport.protocol import Reply
 from helpers.runs import rows_of, tensors_of, without_seconds
 
 
+NUMBERS = 2 * (2 * (32 + 32) + (32 + 1 + 32))
+"""Of a memory in two layers: two slots beside attention of width 32, and one beside the feed-forward network."""
+
+
 @pytest.mark.parametrize("method", ["prefix", "lora", "soft_prompt", "full"])
 def test_the_rounds_are_federated_averaging(small: dict[str, Any], tmp_path: Path, method: str) -> None:
     """Two rounds of the run against the same two rounds put together by hand."""
@@ -64,7 +68,8 @@ def test_the_rounds_are_federated_averaging(small: dict[str, Any], tmp_path: Pat
         }
     final = Checkpoints(run.directory / "checkpoints").load(2).state.tensors
     for key, tensor in state.items():
-        torch.testing.assert_close(final[key], tensor, rtol=1e-5, atol=1e-6)
+        # AdamW makes steps of gradients that are nearly zero, as those of keys whose values are, and of rounding.
+        torch.testing.assert_close(final[key], tensor, rtol=1e-5, atol=1e-5 if method == "prefix" else 1e-6)
 
 
 def test_the_summary_says_what_happened(small: dict[str, Any], tmp_path: Path) -> None:
@@ -72,7 +77,7 @@ def test_the_summary_says_what_happened(small: dict[str, Any], tmp_path: Path) -
     summary = run.summary
     said = [summary[key] for key in ("method", "baseline", "rounds", "seed")]
     assert said == ["prefix", "federated", 3, 0]
-    assert summary["trainable_parameters"] == 2 * 2 * 32 * 4
+    assert summary["trainable_parameters"] == NUMBERS
     assert summary["head_parameters"] == 3 * 33
     assert set(summary["metrics"]) == {"accuracy", "macro_f1", "loss", "calibration_error"}
     predictions = [json.loads(line) for line in (run.directory / "predictions.jsonl").open()]
@@ -114,7 +119,7 @@ def test_the_summary_says_what_happened(small: dict[str, Any], tmp_path: Path) -
 def test_bytes_are_lengths_of_what_is_serialised(small: dict[str, Any], tmp_path: Path) -> None:
     run = fedcustom.run(small, out=tmp_path / "run")
     state = Checkpoints(run.directory / "checkpoints").load(run.summary["best_round"]).state.tensors
-    numbers = 2 * 2 * 32 * 4 + 3 * 33
+    numbers = NUMBERS + 3 * 33
     payload = wire.encode(state, {"weight": 32.0, "loss": 1.0986122886681098, "examples": 32, "steps": 4})
     assert 4 * numbers < len(payload) < 4 * numbers + 600  # the container's overhead
     for part in ("up_per_client_round", "down_per_client_round"):

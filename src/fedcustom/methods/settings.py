@@ -50,6 +50,11 @@ class MethodSettingsBase(Settings):
         return True
 
     @property
+    def exports_code(self) -> bool:
+        """Whether an exported folder needs code of its own, beside it, to be loaded."""
+        return False
+
+    @property
     def is_whole(self) -> bool:
         """Whether the server's model is of use without what clients keep, so that it is selected by its own
         quality.

@@ -32,8 +32,8 @@ class PrefixSettings(TuningSettings):
     the input's own.
     """
 
-    rates: ClassVar[Rates] = Rates(encoder=0.01, decoder=0.3, large=0.01)
-    memory_rates: ClassVar[Rates] = Rates(encoder=0.0075, decoder=0.03, large=0.002)
+    rates: ClassVar[Rates] = Rates(encoder=0.015, decoder=0.03, large=0.002)
+    kv_rates: ClassVar[Rates] = Rates(encoder=0.01, decoder=0.3, large=0.01)
 
     name: Literal["prefix"] = "prefix"
     kind: Literal["memory", "kv"] = Field(
@@ -86,7 +86,9 @@ class PrefixSettings(TuningSettings):
         "public_text",
     )
     public_text: str | None = Field(
-        None, description="Text file of the server's, one unlabelled text a line, of which 128 tokens are read (distil)"
+        None,
+        description="Text file of the server's, one unlabelled text a line, of which 128 tokens are read "
+        "(compression = distil)",
     )
     distil_steps: int = Field(50, ge=1, le=100_000, description="Steps of the distillation in each round")
     distil_learning_rate: float = Field(0.01, gt=0, description="Learning rate of the distillation")
@@ -128,13 +130,18 @@ class PrefixSettings(TuningSettings):
         return self
 
     @property
+    def exports_code(self) -> bool:
+        """Where there are slots beside attention."""
+        return self.kind == "memory" and (self.slots != 0 or self.linear)
+
+    @property
     def context_tokens(self) -> int:
         """Its length, with key-value pairs: an input starts after them."""
         return self.length if self.kind == "kv" else 0
 
     def default_learning_rate(self, kind: ModelKind) -> float:
         """The learning rate for a kind of model where the recipe sets none."""
-        return (self.rates if self.kind == "kv" else self.memory_rates).of(kind)
+        return (self.rates if self.kind == "memory" else self.kv_rates).of(kind)
 
     @property
     def redraws_tensors(self) -> bool:
