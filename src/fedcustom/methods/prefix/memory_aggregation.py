@@ -21,6 +21,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -98,9 +99,6 @@ class Block:
             rows = tuple(part[:, :-1] for part in rows)
         return found | {name: part.contiguous() for name, part in zip(self.readers, rows, strict=True)}
 
-    def probes(self, count: int, slots: Slots) -> Tensor:
-        """The sample inputs of the block's slots, always the same."""
-        return probes(count, slots.readers.shape[-1], biased=bool(self.biases))
 
 
 class MemoryAggregation(AggregationHooks):
@@ -163,7 +161,9 @@ class MemoryRoundAggregator(RoundAggregator):
         if not mine <= delta.sent.keys() or not delta.weight:
             return delta.change
         # A late change is added to the newest state, not to that which its client was sent.
-        after = {n: self.before[n] + delta.discount * delta.change.get(n, 0) for n in mine}
+        after = {n: self.before[n] for n in mine}
+        for name in mine & delta.change.keys():
+            after[name] = torch.add(after[name], delta.change[name], alpha=delta.discount)
         if hooks.measured:
             outputs = hooks.outputs(after)
             self.ideal = self.ideal or [torch.zeros_like(output) for output in outputs]
@@ -192,11 +192,17 @@ class MemoryRoundAggregator(RoundAggregator):
         return own, {"aggregation_error": error} if math.isfinite(error) else {}
 
 
+@lru_cache(maxsize=8)
+def _probes(count: int, size: int, biased: bool) -> Tensor:
+    """Sample inputs, the same in every round."""
+    return probes(count, size, biased=biased)
+
+
 def _outputs(alike: Sequence[tuple[Block, Slots]], tensors: Mapping[str, Tensor]) -> Tensor:
     """The outputs of blocks of one form, one after another: (groups, rows, out), float32."""
     readers, writers = zip(*(slots for _, slots in alike), strict=True)
     joined, (block, _) = Slots(torch.cat(readers).float(), torch.cat(writers).float()), alike[0]
-    inputs = block.probes(ERROR_PROBES, joined).to(joined.readers)
+    inputs = _probes(ERROR_PROBES, joined.readers.shape[-1], bool(block.biases)).to(joined.readers)
     assert block.reading is not None
     added = block.reading.outputs(joined, inputs)
     if block.linear:
@@ -211,7 +217,8 @@ def _matched(block: Block, clients: Sequence[tuple[Slots, float]], before: Slots
 
 def _stacked(block: Block, clients: Sequence[tuple[Slots, float]], before: Slots) -> Slots:
     assert block.reading is not None
-    inputs = block.probes(max(FIT_PROBES, 8 * before.readers.shape[1]), before)
+    _, slots, _, size = before.readers.shape
+    inputs = _probes(max(FIT_PROBES, 8 * slots), size, bool(block.biases))
     return compress_slots(stack_slots(clients), before, block.reading, inputs)
 
 
