@@ -100,7 +100,6 @@ class Block:
         return found | {name: part.contiguous() for name, part in zip(self.readers, rows, strict=True)}
 
 
-
 class MemoryAggregation(AggregationHooks):
     """The recipe's rule for all slots; the head follows the rule of the recipe's aggregation.
 
