@@ -87,7 +87,9 @@ class PrefixSettings(TuningSettings):
         "public_text",
     )
     public_text: str | None = Field(
-        None, description="Text file of the server's, one unlabelled text a line, of which 128 tokens are read (distil)"
+        None,
+        description="Text file of the server's, one unlabelled text a line, of which 128 tokens are read "
+        "(distil)",
     )
     distil_steps: int = Field(50, ge=1, le=100_000, description="Steps of the distillation in each round")
     distil_learning_rate: float = Field(0.01, gt=0, description="Learning rate of the distillation")
