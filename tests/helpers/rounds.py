@@ -66,8 +66,8 @@ def rounds(
 
 
 def distance(one: Update, other: Update) -> float:
-    """How far two updates are from each other, relative to their size."""
+    """How far two updates are from each other, relative to their size unless they are zero."""
     assert one.tensors.keys() == other.tensors.keys()
     gaps = torch.cat([(one.tensors[n] - other.tensors[n]).double().flatten() for n in one.tensors])
     size = torch.cat([one.tensors[n].double().flatten() for n in one.tensors])
-    return float(gaps.norm() / size.norm())
+    return float(gaps.norm() / (size.norm() if size.any() else 1))

@@ -163,7 +163,7 @@ def mean_of_selected(updates: Iterable[tuple[Tensor, Sequence[int], float]], ref
     return result
 
 
-# --- shared with prefix_stacking.py ---
+# --- shared with prefix_stacking.py and prefix_memory.py ---
 
 
 def check_prefix(prefix: Tensor, name: str, shape: Sequence[int] | None = None) -> Tensor:

@@ -99,10 +99,10 @@ def cluster_slots(
     for layer in range(len(points)):
         for head in range(points.shape[2]):
             x, m = features[layer, head], mass[layer, head]
-            centres = [x[_greedy_start(x, m, length)]]
+            centres = [x[greedy_start(x, m, length)]]
             if starts is not None:
                 centres.append(starts[layer, head])
-            _, nearest = min((_lloyd(x, m, c, iterations) for c in centres), key=lambda result: result[0])
+            _, nearest = min((lloyd(x, m, c, iterations) for c in centres), key=lambda result: result[0])
             share = torch.zeros(length, slots, dtype=m.dtype, device=m.device)
             share[nearest, torch.arange(slots, device=m.device)] = m
             source, copies = _copies(share.sum(1))
@@ -112,7 +112,10 @@ def cluster_slots(
     return Stacked(merged.to(stacked.dtype), merged_bias.to(bias.dtype))
 
 
-def _greedy_start(points: Tensor, mass: Tensor, count: int) -> Tensor:
+# --- weighted k-means, shared with prefix_memory.py ---
+
+
+def greedy_start(points: Tensor, mass: Tensor, count: int) -> Tensor:
     """Rows chosen one by one: of the candidates of most mass x squared distance to the chosen ones, the one
     that lowers the inertia most. The first is one of the rows nearest to the mean.
     """
@@ -130,7 +133,7 @@ def _greedy_start(points: Tensor, mass: Tensor, count: int) -> Tensor:
     return torch.stack(chosen)
 
 
-def _lloyd(points: Tensor, mass: Tensor, centres: Tensor, iterations: int) -> tuple[float, Tensor]:
+def lloyd(points: Tensor, mass: Tensor, centres: Tensor, iterations: int) -> tuple[float, Tensor]:
     """The inertia, and the nearest centre of each point, after Lloyd's algorithm; centres may end unused."""
     rows = torch.arange(len(points), device=points.device)
     nearest = torch.full_like(rows, -1)

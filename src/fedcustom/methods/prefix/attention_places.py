@@ -112,7 +112,24 @@ def _trial(base: Base) -> list[_Call | _Attention]:
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             records.append(_Call(module, inputs[0].detach(), output.detach()))
 
-    body: Any = getattr(base.model, base.model.base_model_prefix, base.model)
+    body = _body(base)
+    hooks = [m.register_forward_hook(note) for m in body.modules() if isinstance(m, nn.Linear | Conv1D)]
+    try:
+        with _recorded(records):
+            pass_one_token(base)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return records
+
+
+def pass_one_token(base: Base) -> None:
+    """A trial pass of the base model over one token, for what hooks see of it.
+
+    Raises:
+        ModelError: the model's code fails.
+    """
+    body = _body(base)
     ids = torch.tensor([trial_ids(base)[1][:1]], device=base.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if base.architecture == "encoder-decoder":
@@ -121,14 +138,12 @@ def _trial(base: Base) -> list[_Call | _Attention]:
     def refusal(reason: str) -> str:
         return f"model.base: a trial pass through {base.name} fails: {reason}"
 
-    hooks = [m.register_forward_hook(note) for m in body.modules() if isinstance(m, nn.Linear | Conv1D)]
-    try:
-        with trial(body, refusal), torch.no_grad(), _recorded(records):
-            body.eval()(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return records
+    with trial(body, refusal), torch.no_grad():
+        body.eval()(**inputs)
+
+
+def _body(base: Base) -> Any:
+    return getattr(base.model, base.model.base_model_prefix, base.model)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from ..tuning.whole_model import partly_trained
 from ..tuning.widening import Widening
 from .attention_places import Place, attention_places
 from .attention_slots import add_slots
+from .memory_aggregation import memory_hooks
 from .memory_export import export_with_code, require_library_code
 from .settings import PrefixSettings
 
@@ -66,6 +67,8 @@ def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableM
         chosen |= widening.names(inputs=trained)
     trainable = partly_trained(base, seed, chosen)
     export_with_code(trainable, base, memory, widening)
+    wider, activation = found if widening else None, activation_of(model.config)
+    trainable.hooks = memory_hooks(base, settings.merging, trainable, memory, wider, activation)
     return trainable
 
 

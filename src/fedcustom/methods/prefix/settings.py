@@ -17,7 +17,7 @@ TEXT = (
 
 MEMORY_ONLY = ("slots", "feed_forward_slots", "keys", "linear")
 KV_ONLY = (
-    "init", "init_text", "reparametrise", "merging", "compression", "public_text", "distil_steps",
+    "init", "init_text", "reparametrise", "compression", "public_text", "distil_steps",
     "distil_learning_rate", "layers_sent",
 )  # fmt: skip
 """Settings that one kind alone reads."""
@@ -75,14 +75,15 @@ class PrefixSettings(TuningSettings):
         False, description="Train through a small network at the client, as in the paper; it is never sent"
     )
     reparametrise_width: int = Field(128, ge=1, le=65536, description="Hidden width of that network")
-    merging: Literal["mean", "matched", "stacked"] = Field(
+    merging: Literal["mean", "matched", "stacked", "alternate"] = Field(
         "mean",
-        description="mean of keys and values; matched: of slots put into one order; stacked: all clients' "
-        "slots, brought back to length (docs/prefix_rules.md)",
+        description="mean: of keys and of values (exact with frozen keys); matched: of slots put into one "
+        "order; stacked: all clients' slots, brought back to their number; alternate: keys are trained in "
+        "odd rounds and values in even ones (memory). docs/prefix_rules.md",
     )
     compression: Literal["barycentre", "cluster", "distil"] = Field(
         "barycentre",
-        description="How stacked slots are brought back to length; distil goes on from the barycentre on "
+        description="kv: how stacked slots are brought back to length; distil goes on from the barycentre on "
         "public_text",
     )
     public_text: str | None = Field(
@@ -114,6 +115,7 @@ class PrefixSettings(TuningSettings):
                 raise ValueError(f"{key} = {getattr(self, key)!r}: has no effect with kind = {self.kind!r}")
         if self.slots == 0 and self.feed_forward_slots == 0 and not self.linear:
             raise ValueError("slots = 0 and feed_forward_slots = 0: leave nothing to train")
+        self._check_merging()
         distils = self.merging == "stacked" and self.compression == "distil"
         if distils != (self.public_text is not None):
             raise ValueError(
@@ -128,6 +130,21 @@ class PrefixSettings(TuningSettings):
         if self.layers_sent is not None and self.merging != "mean":
             raise ValueError(f"layers_sent = {self.layers_sent}: needs merging = 'mean'")
         return self
+
+    def _check_merging(self) -> None:
+        """What the rules that merge slots are for."""
+        said = f"merging = {self.merging!r}"
+        if self.kind == "kv":
+            if self.merging == "alternate":
+                raise ValueError(f"{said}: needs kind = 'memory'; kv allows mean, matched, stacked")
+        elif self.merging != "mean":
+            if self.keys == "frozen":
+                raise ValueError(f"{said}: with keys = 'frozen' the mean is exact; leave merging at 'mean'")
+            if self.slots == 0 and self.feed_forward_slots == 0:
+                raise ValueError(
+                    f"{said}: without slots there is nothing but the linear memory, whose mean is exact; "
+                    "leave merging at 'mean'"
+                )
 
     @property
     def exports_code(self) -> bool:
@@ -144,6 +161,27 @@ class PrefixSettings(TuningSettings):
         return (self.rates if self.kind == "memory" else self.kv_rates).of(kind)
 
     @property
+    def replaces_rule(self) -> str | None:
+        """Stacking of memory slots: those that go down next are clusters, in which none of the slots before
+        can be told. Matching keeps the order of slots, and key-value pairs that of the prefix before.
+        """
+        return self._merging_if("stacked")
+
+    @property
+    def needs_same_state(self) -> str | None:
+        """Stacking of memory slots, and alternation, whose answers to another round change other tensors."""
+        return self._merging_if("stacked", "alternate")
+
+    @property
+    def trains_every_round(self) -> str | None:
+        """Alternation."""
+        return self._merging_if("alternate")
+
+    @property
     def redraws_tensors(self) -> bool:
-        """Whether clients send other layers in each round."""
-        return self.layers_sent is not None
+        """Whether clients send other layers in each round, or the slots of a new stack."""
+        return self.layers_sent is not None or self.replaces_rule is not None
+
+    def _merging_if(self, *variants: str) -> str | None:
+        named = self.kind == "memory" and self.merging in variants
+        return f"method.merging = {self.merging!r}" if named else None
