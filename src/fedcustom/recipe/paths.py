@@ -77,7 +77,7 @@ def absolute(recipe: Recipe) -> Recipe:
     """
     changed: dict[str, Any] = {}
     for section in {*NAMED, *FILES}:
-        before = {section: dict(getattr(recipe, section))}
+        before = {section: dict(iter(getattr(recipe, section)))}  # not dict(...): a setting may be named keys
         after = existing(before)
         if after != before:
             changed[section] = getattr(recipe, section).model_copy(update=after[section])
