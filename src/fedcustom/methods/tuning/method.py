@@ -241,21 +241,21 @@ class WeightTuning:
             return None
         return replace(state, tensors={n: t * factor if n in names else t for n, t in state.tensors.items()})
 
-    def put(self, state: State) -> Any:
+    def with_state(self, state: State) -> Any:
         """Put a state into the model, and return that."""
         self.trainable.write(self.ownership.complete(state.tensors))
         return self.trainable.model
 
     def export(self, state: State, folder: Path) -> None:
         """Write the adapter or model of this state, with its tokenizer."""
-        self.put(state)
+        self.with_state(state)
         self.trainable.save(folder)
         self.base.tokenizer.save_pretrained(folder)
 
     def reference(self, state: State, examples: Sequence[Example]) -> Reference:
         """The outputs of this state's model, for the check of its export."""
         chosen = some(examples)
-        return reference(self.put(state), self.base, chosen, self.tokens(chosen))
+        return reference(self.with_state(state), self.base, chosen, self.tokens(chosen))
 
     def open(self, folder: Path) -> State:
         """The state of a model that :meth:`export` wrote."""
