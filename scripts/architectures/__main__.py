@@ -34,6 +34,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", help="names of architectures, by commas; default: all")
+    parser.add_argument("--methods", help="columns, by commas; default: all; not with --write")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each")
     parser.add_argument("--check-exports", action="store_true", help="some 10 s more a cell")
     parser.add_argument("--write", type=Path, help="page whose table to replace")
@@ -41,6 +42,11 @@ def main() -> int:
     names = chosen.only.split(",") if chosen.only else list(ALL)
     if unknown := [name for name in names if name not in ALL]:
         parser.error(f"--only: unknown: {', '.join(unknown)}; allowed are {', '.join(ALL)}")
+    methods = chosen.methods.split(",") if chosen.methods else list(METHODS)
+    if unknown := [name for name in methods if name not in METHODS]:
+        parser.error(f"--methods: unknown: {', '.join(unknown)}; allowed are {', '.join(METHODS)}")
+    if chosen.write and chosen.methods:
+        parser.error("--write: the table has all columns; leave out --methods")
     if chosen.jobs < 1:
         parser.error(f"--jobs {chosen.jobs}: 1 or more")
     if chosen.write and not chosen.write.is_file():
@@ -48,7 +54,7 @@ def main() -> int:
     cells: Cells = {}
     with ProcessPoolExecutor(chosen.jobs, initializer=_one_thread) as pool:
         waiting = {
-            pool.submit(row, name, task, chosen.check_exports): (name, task)
+            pool.submit(row, name, task, methods, chosen.check_exports): (name, task)
             for name in names
             for task in tasks_of(name)
         }
@@ -77,11 +83,11 @@ def write_table(page: Path, cells: Cells) -> None:
     page.write_text(f"{before}{BEGIN}\n\n{table(cells)}\n{END}{after}", encoding="utf-8")
 
 
-def row(name: str, task: str, check: bool) -> dict[str, Outcome]:
-    """All methods on one architecture."""
+def row(name: str, task: str, methods: list[str], check: bool) -> dict[str, Outcome]:
+    """The methods on one architecture."""
     with tempfile.TemporaryDirectory() as folder:
         found = {}
-        for method in METHODS:
+        for method in methods:
             found[method] = outcome(name, method, task, Path(folder), check=check)
             for run in Path(folder).glob(f"{name}-{task}-*"):
                 shutil.rmtree(run)

@@ -19,13 +19,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"rank": 2},
     "prefix": {"length": 3, "kind": "kv"},
+    "prefix memory": {"length": 3, "kind": "memory"},
     "soft_prompt": {"length": 3},
     "adapter": {"width": 4},
     "ia3": {},
     "bitfit": {"norms": True},
     "ln_tuning": {},
 }
-"""The methods that train weights, with settings that suit tiny models."""
+"""The methods that train weights, by their names' first word, with settings that suit tiny models."""
 
 TASKS = ("classification", "generation")
 
@@ -77,7 +78,7 @@ def outcome(name: str, method: str, task: str, folder: Path, *, check: bool = Fa
     recipe = recipe_for(model, method, task, data_in(folder))
     results: list[tuple[Path, Remarks]] = []
     for way, width in (("alone", 1), ("together", None)):
-        out, remarks = folder / f"{name}-{task}-{method}-{way}", Remarks()
+        out, remarks = folder / f"{name}-{task}-{method.replace(' ', '-')}-{way}", Remarks()
         training = {**recipe["training"], **({"cohort_width": width} if width else {})}
         try:
             fedcustom.run(
@@ -113,7 +114,7 @@ def recipe_for(model: Path, method: str, task: str, data: Path) -> dict[str, Any
             **columns,
         },
         "clients": {"partition": "iid", "count": 3},
-        "method": {"name": method, **METHODS[method]},
+        "method": {"name": method.partition(" ")[0], **METHODS[method]},
         "training": {
             "batch_size": 3, "optimizer": "sgd", "learning_rate": 0.1, "clip_norm": 1.0,
             **({} if generates else {"fit_head": False, "label_skew": "none"}),

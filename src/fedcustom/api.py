@@ -29,6 +29,7 @@ from .federated.run import run_recipe
 from .federated.run_directory import History
 from .federated.truncation import count_parts
 from .methods import CountsCuts, Method, State, WeightTuning
+from .methods.prefix.memory_export import FILE as CODE
 from .methods.tuning.export_check import (
     ROWS,
     UNCHECKED,
@@ -36,6 +37,7 @@ from .methods.tuning.export_check import (
     Reference,
     ReferenceRow,
     check_export,
+    reference,
     some,
     wanted,
 )
@@ -107,6 +109,8 @@ class Run:
         from transformers import AutoTokenizer
 
         self._require_model()
+        if (self.directory / "model" / CODE).exists():  # whose loading would run the folder's code
+            return self._base.tokenizer
         return AutoTokenizer.from_pretrained(self.directory / "model")
 
     def model(self) -> Any:
@@ -117,11 +121,11 @@ class Run:
             RunError: the run has one model for each client (a local baseline).
         """
         self._require_model()
-        folder = str(self.directory / "model")
-        if self.recipe.method.exports_code:
-            method, _ = self._method
+        if (self.directory / "model" / CODE).exists():  # built here: the folder's own code is not run
+            method, state = self._method
             assert isinstance(method, WeightTuning)
-            return method.trainable.model.eval()
+            return method.with_state(state).eval()
+        folder = str(self.directory / "model")
         if (self.directory / "model" / "adapter_config.json").exists():
             from peft import PeftModel
 
@@ -188,7 +192,14 @@ class Run:
         return [replace(_asked(template, item, number), label=0) for number, item in enumerate(inputs)]
 
     def export(
-        self, to: str | Path, *, check: bool = True, note: Callable[[str], None] = lambda text: None
+        self,
+        to: str | Path,
+        *,
+        form: Literal["model", "feed-forward"] = "model",
+        text: str | Path | None = None,
+        slots: int | None = None,
+        check: bool = True,
+        note: Callable[[str], None] = lambda text: None,
     ) -> Path:
         """Copy the model to a folder, from which ``peft`` or ``transformers`` load it without this package.
         An adapter of a base model that is a part of this package takes that along, as ``base/`` (14 MB at
@@ -197,15 +208,21 @@ class Run:
 
         Args:
             to: A folder that does not exist, or is empty: a mount point, a link to a folder and ``.`` too.
+            form: ``feed-forward``: a plain model with wider feed-forward networks, without code of its own.
+                That of a prefix memory is distilled on public texts; ``note`` is told what that costs.
+            text: A file of unlabelled texts, one a line, for that.
+            slots: Units in each network of it; unset: such that it has as many numbers.
 
         Raises:
-            RunError: the run has no single model, the folder is not empty or lies in the model's own, or the
-                copy gives other outputs.
+            RunError: the run has no single model, the folder is not empty or lies in the model's own, the
+                copy gives other outputs, or the run's method has no such form.
         """
         self._require_model()
         target, source = Path(to), self.directory / "model"
         if usable_folder(target).is_relative_to(source.resolve()):
             raise RunError(f"{target}: lies in the run's own model folder; name a folder elsewhere")
+        if self._folds(form, text, slots):
+            return self._export_folded(target, Path(str(text)), slots, wanted(check), note)
         expected = self._reference() if wanted(check) else None
         if not wanted(check):
             note("the exported model is not compared with the trained one: switched off")
@@ -217,6 +234,54 @@ class Run:
                 note(text)
 
         fill_folder(target, fill, last=("README.md", "adapter_config.json", "config.json"))
+        return target
+
+    def _folds(self, form: str, text: str | Path | None, slots: int | None) -> bool:
+        """Whether an export needs a model that is distilled from the run's own.
+
+        Raises:
+            RunError: what was asked for does not fit the run's method, or texts are missing.
+        """
+        if form == "feed-forward" and not self.recipe.method.has_hidden_units:
+            raise RunError(
+                f"{self.directory}: --as feed-forward: what this method trains cannot be put into feed-forward "
+                "networks; allowed: prefix memories and adapters"
+            )
+        folds = form == "feed-forward" and (self.directory / "model" / CODE).exists()
+        for option, value in (("--text", text), ("--slots", slots)):
+            if value is not None and not folds:
+                raise RunError(
+                    f"{self.directory}: {option}: has an effect with --as feed-forward and slots alone"
+                )
+        if folds and text is None:
+            raise RunError(
+                f"{self.directory}: --as feed-forward: attention slots are distilled on public texts; name a "
+                "file of them, one a line, with --text"
+            )
+        return folds
+
+    def _export_folded(
+        self, target: Path, text: Path, slots: int | None, check: bool, note: Callable[[str], None]
+    ) -> Path:
+        """The run's prefix memory as a plain model with wider feed-forward networks."""
+        from .methods.prefix.fold import fold, read_texts, write_folded
+
+        texts = read_texts(text)
+        method, state = self._method
+        assert isinstance(method, WeightTuning)
+        method.with_state(state)
+        recipe = self.recipe
+        base = load_base(recipe.model, self._task, recipe.seed, head=recipe.method.with_head)
+        folded = fold(base, method.trainable, texts, slots, recipe.seed)
+        expected = reference(folded.trainable.model, base, chosen := some([]), method.tokens(chosen))
+
+        def fill(folder: Path) -> None:
+            write_folded(folded, base, folder)
+            if check and (said := check_export(folder, expected)):
+                note(said)
+
+        fill_folder(target, fill, last=("README.md", "config.json"))
+        note(folded.cost)
         return target
 
     def _reference(self) -> Reference | None:

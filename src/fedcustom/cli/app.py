@@ -318,12 +318,29 @@ def _note(text: str) -> None:
 def export(
     directory: RunDirectory,
     to: Annotated[Path, typer.Option(help="A new or an empty folder for the model")],
+    form: Annotated[
+        Literal["model", "feed-forward"],
+        typer.Option(
+            "--as",
+            help="feed-forward: a plain model with wider feed-forward networks, without code of its own "
+            "(prefix with kind = 'memory', distilled on --text; adapter)",
+        ),
+    ] = "model",
+    text: Annotated[
+        Path | None, typer.Option(help="Public texts for --as feed-forward, one unlabelled text a line")
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Extra units in each network for --as feed-forward (default: as many numbers)"
+        ),
+    ] = None,
     no_check: NoCheck = False,
 ) -> None:
     """Copy the customised model to a folder, to be loaded by peft or transformers without this package."""
     from .. import api
 
-    folder = api.load(directory).export(to, check=not no_check, note=_note)
+    folder = api.load(directory).export(to, form=form, text=text, slots=slots, check=not no_check, note=_note)
     out_console.print(f"model: {folder} (its README.md shows how to load it)", soft_wrap=True)
 
 

@@ -50,8 +50,8 @@ class MethodSettingsBase(Settings):
         return True
 
     @property
-    def exports_code(self) -> bool:
-        """Whether an exported folder needs code of its own, beside it, to be loaded."""
+    def has_hidden_units(self) -> bool:
+        """Whether what is trained is, or can be fitted by, hidden units in wider feed-forward networks."""
         return False
 
     @property

@@ -40,6 +40,11 @@ class PooledClassifierConfig(PreTrainedConfig):
         skip: int = 0,
         **other: Any,
     ) -> None:
+        if other.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(
+                f"a model of type {other['model_type']!r} is no {self.model_type!r}: load it with "
+                "AutoModelForSequenceClassification and trust_remote_code=True"
+            )
         self.encoder, self.pooling, self.normalize, self.skip = encoder or {}, pooling, normalize, skip
         super().__init__(**other)
 
@@ -186,18 +191,21 @@ class PooledClassifier(PreTrainedModel):
         own = ("pooling", "normalize", "skip", "id2label", "label2id")
         for key in (*own, "architectures", "auto_map", "_name_or_path"):
             encoder.pop(key, None)
-        whole = PooledClassifierConfig(
+        kind, code = type(self), Path(inspect.getfile(type(self)))
+        whole = self.config_class(
             encoder, config.pooling, config.normalize, config.skip,
             id2label=config.id2label, label2id=config.label2id,
-            architectures=["PooledClassifier"], dtype=config.dtype,
+            architectures=[kind.__name__], dtype=config.dtype,
         )  # fmt: skip
-        module = FILE.removesuffix(".py")
+        module = FILE.removesuffix(".py") if kind is PooledClassifier else code.stem
         whole.auto_map = {
-            "AutoConfig": f"{module}.PooledClassifierConfig",
-            "AutoModelForSequenceClassification": f"{module}.PooledClassifier",
+            "AutoConfig": f"{module}.{self.config_class.__name__}",
+            "AutoModelForSequenceClassification": f"{module}.{kind.__name__}",
         }
         whole.save_pretrained(save_directory)
         copy_code(Path(save_directory))
+        if kind is not PooledClassifier and code.parent.resolve() != Path(save_directory).resolve():
+            shutil.copyfile(code, Path(save_directory) / code.name)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights that no checkpoint has: those of the linear layer."""

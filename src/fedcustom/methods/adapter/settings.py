@@ -19,3 +19,8 @@ class AdapterSettings(TuningSettings):
 
     name: Literal["adapter"] = "adapter"
     width: int = Field(48, ge=1, le=65536, description="Hidden units of the adapter beside each network")
+
+    @property
+    def has_hidden_units(self) -> bool:
+        """An adapter is nothing else."""
+        return True

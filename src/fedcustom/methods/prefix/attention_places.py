@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -63,13 +64,15 @@ class _Attention:
     output: Tensor
 
 
-def attention_places(base: Base) -> list[Place]:
-    """The attention blocks of the base model, each once, in the order of a pass.
+def attention_places(base: Base) -> tuple[list[Place], list[str]]:
+    """The attention blocks of the base model, each once, in the order of a pass, and the names of those that
+    slots cannot stand beside.
 
     A trial pass over one token shows them: at position 0 no rotation changes a query, so the matrix whose
     output holds the queries of the block (in ``transformers``' attention interface) is seen by its numbers,
     and so is the one that takes the heads' outputs. Where heads are normalised, and in code that does not use
-    the interface, the matrices are found by their names.
+    the interface, the matrices are found by their names. A second pass over two rows shows whether both
+    matrices see (rows, tokens, width), as slots need it, and take turns.
 
     Raises:
         ModelError: there is no block of which both matrices can be told.
@@ -77,31 +80,41 @@ def attention_places(base: Base) -> list[Place]:
     names = {module: name for name, module in base.model.named_modules()}
     records = _trial(base)
     found: dict[str, Place] = {}
+    missed: dict[str, None] = {}
+    seen: set[nn.Module] = set()
     for at, record in enumerate(records):
-        if isinstance(record, _Attention):
+        if isinstance(record, _Attention) and record.module in names:
+            seen.update(record.module.modules())
             place = _seen(record, records[:at], records[at + 1 :], names) or _named(
                 record.module, names, record
             )
             if place is None:
-                raise _unknown(base, names[record.module])
-            found.setdefault(place.query, place)
-    if not found:
-        for module in list(names):
-            place = _named(module, names, None, getattr(base.model.config, "num_attention_heads", None))
-            if place is not None:
+                missed[names[record.module]] = None
+            else:
                 found.setdefault(place.query, place)
+    heads = getattr(base.model.config, "num_attention_heads", None)
+    for module in names.keys() - seen:
+        if any(_is_matrix(child) for name, child in module.named_children() if name in QUERIES):
+            place = _named(module, names, None, heads)
+            if place is None:
+                missed[names[module]] = None
+            elif place.query not in found:
+                found[place.query] = place
+    order = {name: number for number, name in enumerate(names.values())}
+    calls = _calls(base, found.values())
+    for query in list(found):
+        if not _take_turns(calls[query]):
+            del found[query]
+            missed[query.rpartition(".")[0]] = None
     if not found:
-        raise _unknown(base, None)
-    return list(found.values())
-
-
-def _unknown(base: Base, name: str | None) -> ModelError:
-    where = f" ({name})" if name else ""
-    return ModelError(
-        f"method.kind = 'memory' does not fit {base.name}: the matrices of its "
-        f"{base.model.config.model_type} code that give queries and take the heads' outputs cannot be told"
-        f"{where}; use method.kind = 'kv', or method lora"
-    )
+        where = f" ({min(missed)})" if missed else ""
+        raise ModelError(
+            f"method.kind = 'memory' does not fit {base.name}: the matrices of its "
+            f"{base.model.config.model_type} code that give queries and take the heads' outputs{where} "
+            "cannot be told, or do not see texts row by row; use method lora, or feed-forward slots alone "
+            "(method.slots = 0 and method.feed_forward_slots), where the model takes them"
+        )
+    return sorted(found.values(), key=lambda place: order[place.query]), sorted(missed, key=order.__getitem__)
 
 
 def _trial(base: Base) -> list[_Call | _Attention]:
@@ -112,8 +125,7 @@ def _trial(base: Base) -> list[_Call | _Attention]:
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             records.append(_Call(module, inputs[0].detach(), output.detach()))
 
-    body = _body(base)
-    hooks = [m.register_forward_hook(note) for m in body.modules() if isinstance(m, nn.Linear | Conv1D)]
+    hooks = [m.register_forward_hook(note) for m in base.model.modules() if _is_matrix(m)]
     try:
         with _recorded(records):
             pass_one_token(base)
@@ -129,11 +141,20 @@ def pass_one_token(base: Base) -> None:
     Raises:
         ModelError: the model's code fails.
     """
-    body = _body(base)
-    ids = torch.tensor([trial_ids(base)[1][:1]], device=base.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    _pass(base, [trial_ids(base)[1][:1]])
+
+
+def _pass(base: Base, rows: list[list[int]]) -> None:
+    """A trial pass through the body of the base model. The decoder of two stacks reads a token less than the
+    encoder, where that has more than one.
+    """
+    body: Any = getattr(base.model, base.model.base_model_prefix, base.model)
+    ids = torch.tensor(rows, device=base.device)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if base.architecture == "encoder-decoder":
-        inputs["decoder_input_ids"] = ids
+        inputs["decoder_input_ids"] = ids[:, : max(1, ids.shape[1] - 1)]
+    if "use_cache" in inspect.signature(body.forward).parameters:
+        inputs["use_cache"] = False
 
     def refusal(reason: str) -> str:
         return f"model.base: a trial pass through {base.name} fails: {reason}"
@@ -142,8 +163,50 @@ def pass_one_token(base: Base) -> None:
         body.eval()(**inputs)
 
 
-def _body(base: Base) -> Any:
-    return getattr(base.model, base.model.base_model_prefix, base.model)
+ROWS = 2
+"""Rows of the second trial pass; its texts have more tokens."""
+
+
+def _calls(base: Base, places: Iterable[Place]) -> dict[str, list[tuple[str, torch.Size]]]:
+    """The calls of each block's two matrices in a pass over two rows, and the shapes of queries and outputs;
+    by the names of the queries' matrices.
+    """
+    calls: dict[str, list[tuple[str, torch.Size]]] = {place.query: [] for place in places}
+    hooks = []
+    for place in places:
+        own = calls[place.query]
+
+        def queries(_: Any, __: Any, output: Tensor, own: Any = own) -> None:
+            own.append(("query", output.shape))
+
+        def outputs(_: Any, inputs: tuple[Tensor, ...], own: Any = own) -> None:
+            own.append(("output", inputs[0].shape))
+
+        hooks.append(base.model.get_submodule(place.query).register_forward_hook(queries))
+        hooks.append(base.model.get_submodule(place.output).register_forward_pre_hook(outputs))
+    ids = trial_ids(base)[1]
+    try:
+        _pass(base, [(ids * 4)[: max(4, len(ids))]] * ROWS)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _take_turns(calls: Sequence[tuple[str, torch.Size]]) -> bool:
+    """Whether each query is followed by the output of the same rows and tokens."""
+    turns = list(zip(calls[::2], calls[1::2], strict=False))
+    return (
+        bool(turns)
+        and all(
+            (one, other) == ("query", "output")
+            and len(given) == len(taken) == 3
+            and given[:2] == taken[:2]
+            and given[0] == ROWS
+            for (one, given), (other, taken) in turns
+        )
+        and len(calls) % 2 == 0
+    )
 
 
 @contextmanager

@@ -57,12 +57,22 @@ class AttentionSlots(nn.Module):
         return result
 
 
+class Passing(threading.local):
+    """What a block's queries give to its output; each thread has its own."""
+
+    added: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Passing, ()  # a copy of the model has its own
+
+
 def add_slots(model: nn.Module, memory: Mapping[str, Any]) -> dict[str, AttentionSlots]:
     """Put slots beside the attention blocks of a model, in place; by the names of their modules.
 
     ``memory`` has ``slots``, ``activation``, ``linear`` and ``places``: of each block the module ``query``,
     whose output holds the queries, and the module ``output``, whose input is the heads' outputs; ``heads``
     of ``size`` and ``value_size``; head h's query begins at ``first + h * step`` of the query's output.
+    Both modules see (rows, tokens, width).
     """
     added = {}
     for place in memory["places"]:
@@ -72,27 +82,60 @@ def add_slots(model: nn.Module, memory: Mapping[str, Any]) -> dict[str, Attentio
             linear=memory["linear"],
         )  # fmt: skip
         query.add_module("slots", slots)
-        passing: dict[int, Tensor] = {}  # by thread, from the queries to the output of one block
+        passing = Passing()
         query.register_forward_hook(partial(_read, passing, place))
         output.register_forward_pre_hook(partial(_add, passing))
+        # A pass may end in between, by an error or where a checkpointed layer has been recomputed far enough.
+        block = model.get_submodule(_around(place["query"], place["output"]))
+        block.register_forward_hook(partial(_forget, passing), always_call=True)
         added[f"{place['query']}.slots"] = slots
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    for module in list(model.modules()):
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(partial(_let_gradients_in, layers))
     return added
 
 
-def _read(passing: dict[int, Tensor], place: Mapping[str, Any], module: Any, _: Any, output: Tensor) -> None:
+def _around(one: str, other: str) -> str:
+    """The name of the innermost module that holds both."""
+    shared = []
+    for part, same in zip(one.split(".")[:-1], other.split(".")[:-1], strict=False):
+        if part != same:
+            break
+        shared.append(part)
+    return ".".join(shared)
+
+
+def _read(passing: Passing, place: Mapping[str, Any], module: Any, _: Any, output: Tensor) -> None:
     heads, size, first, step = (place[key] for key in ("heads", "size", "first", "step"))
     if step == size:
         query = output[..., first : first + heads * size].reshape(*output.shape[:-1], heads, size)
     else:
         query = output.reshape(*output.shape[:-1], heads, step)[..., first : first + size]
-    passing[threading.get_ident()] = module.slots(query).flatten(-2)
+    passing.added = module.slots(query).flatten(-2)
 
 
-def _add(passing: dict[int, Tensor], _: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _add(passing: Passing, _: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     states, *more = inputs
-    added = passing.pop(threading.get_ident())
+    added, passing.added = passing.added, None
+    if added is None:
+        raise ValueError("the output of attention is computed without its queries")
     if added.shape[1] > states.shape[1] == 1:  # a last layer that goes on with the first token alone
         added = added[:, :1]
     if added.shape != states.shape:
         raise ValueError(f"attention gives {tuple(states.shape)}, its queries {tuple(added.shape)}")
     return (states + added.to(states.dtype), *more)
+
+
+def _forget(passing: Passing, *_: Any) -> None:
+    passing.added = None
+
+
+def _let_gradients_in(layers: list[nn.Module], module: nn.Module, _: Any, output: Tensor) -> None:
+    """A checkpointed layer (reentrant) has gradients only if its input has; those of frozen embeddings have
+    none.
+    """
+    if not module.training or not torch.is_grad_enabled() or not output.is_floating_point():
+        return
+    if any(layer.gradient_checkpointing for layer in layers):
+        output.requires_grad_(True)

@@ -41,8 +41,11 @@ def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableM
         ModelError: the model has no attention blocks, or no feed-forward networks, that slots fit beside.
     """
     model = base.model
-    places = attention_places(base)
     found = find_feed_forward(base)
+    places: list[Place] = []
+    missed: list[str] = []
+    if settings.slots != 0 or settings.feed_forward_slots is None or settings.linear:
+        places, missed = attention_places(base)
     sizes = slots_for(settings, places, found, base)
     chosen: set[str] = set()
     memory: dict[str, Any] | None = None
@@ -51,6 +54,11 @@ def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableM
         torch.manual_seed(seed)
         if sizes.attention or settings.linear:
             require_library_code(base)
+            if found is not None and (both := {place.query for place in places} & {*found.inputs}):
+                raise ModelError(
+                    f"method.kind = 'memory' does not fit {base.name}: {min(both)} gives queries and hidden "
+                    "units alike; use method lora"
+                )
             memory = {
                 "slots": sizes.attention,
                 "activation": activation_of(model.config),
@@ -66,6 +74,12 @@ def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableM
         widening = Widening(model, found, sizes.feed_forward, seed)
         chosen |= widening.names(inputs=trained)
     trainable = partly_trained(base, seed, chosen)
+    if missed and memory is not None:
+        one = f"{missed[0]}{', ...' if missed[1:] else ''}"
+        trainable.remarks.append(
+            f"{base.name}: slots stand beside {len(places)} of its {len(places) + len(missed)} attention "
+            f"blocks; the matrices of the others ({one}) cannot be reached"
+        )
     export_with_code(trainable, base, memory, widening)
     wider, activation = found if widening else None, activation_of(model.config)
     trainable.hooks = memory_hooks(base, settings.merging, trainable, memory, wider, activation)
@@ -79,7 +93,8 @@ def slots_for(
     go beside attention, and the rest beside the feed-forward networks. There is at least one slot.
 
     Raises:
-        ModelError: slots beside feed-forward networks were asked for, and there are none that take them.
+        ModelError: slots beside feed-forward networks were asked for, and there are none that take them; or
+            no slots are left.
     """
     if settings.feed_forward_slots and found is None:
         raise ModelError(
@@ -87,11 +102,17 @@ def slots_for(
             f"{base.model.config.model_type} code has no feed-forward networks of plain matrices whose width "
             "is a setting; allowed: 0"
         )
+    if settings.slots == 0 and found is None and not settings.linear:
+        raise ModelError(
+            f"method.slots = 0 does not fit {base.name}: its {base.model.config.model_type} code has no "
+            "feed-forward networks of plain matrices whose width is a setting, so that no slots are left; "
+            "allowed: 1 or more"
+        )
     budget = settings.length * sum(place.cached for place in places)
     beside_attention = sum(place.slot_size for place in places)
     if settings.linear:
         budget -= sum(place.heads * place.size * place.value_size for place in places)
-    beside_others = 0 if found is None else _unit_size(base.model, found)
+    beside_others = 0 if found is None else unit_size(base.model, found)
     attention, feed_forward = settings.slots, settings.feed_forward_slots
     if found is None:
         feed_forward = 0
@@ -105,7 +126,7 @@ def slots_for(
     return Sizes(attention, feed_forward)
 
 
-def _unit_size(model: nn.Module, found: FeedForward) -> int:
+def unit_size(model: nn.Module, found: FeedForward) -> int:
     """How many numbers one hidden unit more in every network has."""
     total = 0
     for name in (*found.inputs, *found.outputs):

@@ -36,13 +36,20 @@ class PrefixMemoryConfig({config}):
     '''The configuration of a model with attention slots.'''
 
     model_type = "{type}"
+{init}"""
+
+POOLED_INIT = """
+    def __init__(self, *arguments, **values):  # else transformers makes one that passes the parent's by
+        super().__init__(*arguments, **values)
 """
 
 MODEL = """
 
 class PrefixMemory{kind}({kind}):
     '''{kind} with attention slots.'''
-{extra}
+
+    config_class = PrefixMemoryConfig
+
     def __init__(self, config, *arguments, **options):
         super().__init__(config, *arguments, **options)
         add_slots(self, getattr(self.config, SETTING))
@@ -111,8 +118,6 @@ def _loaded(kind: Any, folder: Path, *, slots: bool) -> Any:
             super().__init__(config, *arguments, **options)
             add_slots(self, getattr(self.config, SETTING))
 
-    if issubclass(kind, PooledClassifier):
-        return WithSlots.from_pretrained(folder, dtype=torch.float32)
     values = read_json(folder / "config.json")
     values["model_type"] = values["model_type"].removeprefix(MODEL_TYPE)
     config = kind.config_class.from_dict(values)
@@ -124,16 +129,17 @@ def _add_code(base: Base, folder: Path) -> None:
     kind, module = type(base.model), FILE.removesuffix(".py")
     values = read_json(folder / "config.json")
     code = Path(attention_slots.__file__).read_text(encoding="utf-8")
-    if isinstance(base.model, PooledClassifier):
-        imports = f"{ANCHOR}\nfrom .{POOLED_FILE.removesuffix('.py')} import {kind.__name__}\n"
-        code += MODEL.format(kind=kind.__name__, extra="")
+    pooled, config = isinstance(base.model, PooledClassifier), kind.config_class.__name__
+    values["model_type"] = MODEL_TYPE + values["model_type"]
+    values["auto_map"] = {"AutoConfig": f"{module}.PrefixMemoryConfig"}
+    names = f"{config}, {kind.__name__}"
+    if pooled:
+        imports = f"{ANCHOR}\nfrom .{POOLED_FILE.removesuffix('.py')} import {names}\n"
     else:
-        config = kind.config_class.__name__
-        values["model_type"] = MODEL_TYPE + values["model_type"]
-        values["auto_map"] = {"AutoConfig": f"{module}.PrefixMemoryConfig"}
-        imports = f"from transformers import {config}, {kind.__name__}\n{ANCHOR}"
-        code += CONFIG.format(config=config, type=values["model_type"])
-        code += MODEL.format(kind=kind.__name__, extra="\n    config_class = PrefixMemoryConfig\n")
+        imports = f"from transformers import {names}\n{ANCHOR}"
+    init = POOLED_INIT if pooled else ""
+    code += CONFIG.format(config=config, type=values["model_type"], init=init)
+    code += MODEL.format(kind=kind.__name__)
     values["auto_map"][auto_class(base)] = f"{module}.PrefixMemory{kind.__name__}"
     values["architectures"] = [f"PrefixMemory{kind.__name__}"]
     write_json(folder / "config.json", values)

@@ -147,9 +147,9 @@ class PrefixSettings(TuningSettings):
                 )
 
     @property
-    def exports_code(self) -> bool:
-        """Where there are slots beside attention."""
-        return self.kind == "memory" and (self.slots != 0 or self.linear)
+    def has_hidden_units(self) -> bool:
+        """With slots, and not with key-value pairs."""
+        return self.kind == "memory"
 
     @property
     def context_tokens(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ class WeightTuning:
 
     def remarks(self) -> list[str]:
         """What users should know of how this model trains with this method."""
-        found, name = [], self.base.name
+        found, name = list(self.trainable.remarks), self.base.name
         if self.base.padding == "none":
             found.append(f"{name}: padding changes its results, so that batches hold texts of one length")
         self.widest_cohort()
@@ -240,17 +241,21 @@ class WeightTuning:
             return None
         return replace(state, tensors={n: t * factor if n in names else t for n, t in state.tensors.items()})
 
+    def with_state(self, state: State) -> Any:
+        """Put a state into the model, and return that."""
+        self.trainable.write(self.ownership.complete(state.tensors))
+        return self.trainable.model
+
     def export(self, state: State, folder: Path) -> None:
         """Write the adapter or model of this state, with its tokenizer."""
-        self.trainable.write(self.ownership.complete(state.tensors))
+        self.with_state(state)
         self.trainable.save(folder)
         self.base.tokenizer.save_pretrained(folder)
 
     def reference(self, state: State, examples: Sequence[Example]) -> Reference:
         """The outputs of this state's model, for the check of its export."""
         chosen = some(examples)
-        self.trainable.write(self.ownership.complete(state.tensors))
-        return reference(self.trainable.model, self.base, chosen, self.tokens(chosen))
+        return reference(self.with_state(state), self.base, chosen, self.tokens(chosen))
 
     def open(self, folder: Path) -> State:
         """The state of a model that :meth:`export` wrote."""

@@ -63,7 +63,8 @@ class TrainableModel:
     ``corrects`` is whether a gradient has the form in which tensors travel, as corrections of drift need it.
     ``scale`` is what a client's state has its ``scaled`` matrices' outputs multiplied by, where that is not
     the same for all (LoRA of different ranks); :meth:`inwards` sets it in the model. ``matrices`` names the
-    parameters that an optimiser of matrices takes as such, and how many lie side by side in each.
+    parameters that an optimiser of matrices takes as such, and how many lie side by side in each. ``remarks``
+    are what users should know of how the method fits the model.
     """
 
     model: Any
@@ -79,6 +80,7 @@ class TrainableModel:
     scale: Callable[[Tensors], float] = lambda tensors: 1.0
     scaled: frozenset[str] = frozenset()
     matrices: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def read(self) -> Tensors:
         """A copy of the tensors that travel."""
