@@ -244,8 +244,8 @@ class Run:
         """
         if form == "feed-forward" and not self.recipe.method.has_hidden_units:
             raise RunError(
-                f"{self.directory}: --as feed-forward: what this method trains does not fit into feed-forward "
-                "networks; allowed: prefix memories and adapters"
+                f"{self.directory}: --as feed-forward: what this method trains does not fit into "
+                "feed-forward networks; allowed: prefix memories and adapters"
             )
         folds = form == "feed-forward" and (self.directory / "model" / CODE).exists()
         for option, value in (("--text", text), ("--slots", slots)):
