@@ -75,7 +75,7 @@ def plain_changes(method: WeightTuning, start: Tensors, shifts: dict[str, Tensor
         method.trainable.write(start)
         method.trainable.model.eval()
         for batch in batches_of(method, size, ranges, seed):
-            loss = method._loss(batch)
+            loss = method.objective.loss(method.trainable.model, batch)
             gradients = torch.autograd.grad(loss, list(method.trainable.parameters.values()))
             with torch.no_grad():
                 for (key, parameter), gradient in zip(
@@ -128,7 +128,7 @@ def test_feddyn_follows_the_paper(tiny: dict[str, str]) -> None:
             by_hand.trainable.write(x)
             by_hand.trainable.model.eval()
             (batch,) = batches_of(by_hand, size, [(size * (number - 1), size * number)], seed)
-            loss = by_hand._loss(batch)
+            loss = by_hand.objective.loss(by_hand.trainable.model, batch)
             gradients = torch.autograd.grad(loss, list(by_hand.trainable.parameters.values()))
             changes[name] = {
                 k: -0.1 * (g - own[name][k])

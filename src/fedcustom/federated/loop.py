@@ -11,7 +11,7 @@ from ..core import environment
 from ..core.errors import AggregationError, RunError, UpdateError
 from ..core.files import write_json
 from ..methods import UNFINISHED, Answer, State, Task, client_labels, peeked
-from ..methods.tuning.method import RATE_FACTOR
+from ..methods.tuning.parts import RATE_FACTOR
 from ..recipe import Recipe
 from ..transport.protocol import Reply
 from .callbacks import Callback, Callbacks, HistoryWriter

@@ -14,7 +14,7 @@ from ..core.errors import AggregationError, DeploymentError, RunError, UpdateErr
 from ..core.files import read_json
 from ..evaluation.metrics import is_better
 from ..methods import Answer, State, peeked
-from ..methods.tuning.method import RATE_FACTOR
+from ..methods.tuning.parts import RATE_FACTOR
 from ..recipe.recipe import Recipe
 from ..training.settings import TRIAL_ROUNDS
 from ..transport.protocol import Reply

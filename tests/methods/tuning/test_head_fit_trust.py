@@ -102,7 +102,7 @@ def test_a_client_that_was_started_anew(tiny: dict[str, str]) -> None:
     first = state
     for name, left in (("a", 2), ("b", 1)):
         state = method.aggregate(state, iter(asked(method, state, clients)[1]))  # of scales, or gradients
-        method.head_fit.vectors.pop(name)
+        method.client.head.vectors.pop(name)
         task = method.configure(state, 1, {name: Work()})[name]
         with pytest.raises(UpdateError, match="vectors of this round are gone: this client was started anew"):
             method.execute(task, clients.pop(name))
