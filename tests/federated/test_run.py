@@ -305,7 +305,7 @@ def test_a_failing_clients_round_does_not_count(
         )
         for n in names
     ]
-    expected = method.aggregate(state, answers).tensors
+    expected = method.aggregate(state, answers).state.tensors
     found = Checkpoints(run.directory / "checkpoints").load(1).state.tensors
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-6)

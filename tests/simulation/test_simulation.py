@@ -49,7 +49,7 @@ def play(method: WeightTuning, rounds: int, clients: dict[str, Client]) -> list[
             update = method.execute(task, client)
             method.check(task, update)
             answers.append(Answer(name, task, update))
-        state = method.aggregate(state, answers)
+        state = method.aggregate(state, answers).state
         states.append(state.tensors)
     return states
 
@@ -502,7 +502,7 @@ def test_a_change_that_came_very_late_moves_little(tiny: dict[str, str], merging
     task = method.configure(old, 1, {"a": Work(epochs=2)})["a"]
     update = method.execute(task, client)
     newest = State({name: tensor + 1.0 for name, tensor in old.tensors.items()})
-    merged = method.aggregate(newest, [Answer("a", task, update, discount=1e-3)]).tensors
+    merged = method.aggregate(newest, [Answer("a", task, update, discount=1e-3)]).state.tensors
     for name, tensor in newest.tensors.items():
         wanted = tensor + 1e-3 * update.tensors[name]
         torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-6)

@@ -163,7 +163,7 @@ def _round(
 
     first, answers = peeked(sound(parties.transport.exchange(tasks, number)))
     if first is not None:
-        state = parties.method.aggregate(state, answers)
+        state = parties.method.aggregate(state, answers).state
         check_aggregate(state)
     if answered < max(1, min(needed, len(cohort))):
         raise RunError(f"round {number}: {answered} clients answered")

@@ -258,6 +258,7 @@ class Checkpoints:
         tensors = read_tensors(folder / "state.safetensors")
 
         untuned = content["values"].pop(UNTUNED, {})
+        content["values"].pop("method", None)  # a report of the round, which earlier versions kept there
         state = State(part(tensors, "global/"), part(tensors, "server/"), content["values"])
         return Checkpoint(content["round"], state, content["memories"], content["files"], untuned)
 

@@ -20,6 +20,7 @@ from fedcustom.core.errors import RecipeError, UpdateError
 from fedcustom.data.examples import ClientData, Example
 from fedcustom.methods import (
     UNFINISHED,
+    Aggregate,
     Answer,
     Client,
     State,
@@ -43,11 +44,19 @@ def fitted(
     method: WeightTuning, clients: dict[str, Client], state: State | None = None, number: int = 1
 ) -> State:
     """The state after a whole round, with all its exchanges."""
+    return aggregate_of(method, clients, state, number).state
+
+
+def aggregate_of(
+    method: WeightTuning, clients: dict[str, Client], state: State | None = None, number: int = 1
+) -> Aggregate:
+    """The state after a whole round, and what is reported of it."""
     state = state or method.initialise()
-    state = method.aggregate(state, iter(asked(method, state, clients, number)[1]))
-    while UNFINISHED in state.values:
-        state = method.aggregate(state, iter(asked(method, state, clients, number)[1]))
-    return state
+    merged = method.aggregate(state, iter(asked(method, state, clients, number)[1]))
+    while UNFINISHED in merged.state.values:
+        state = merged.state
+        merged = method.aggregate(state, iter(asked(method, state, clients, number)[1]))
+    return merged
 
 
 def examples_of(clients: dict[str, Client]) -> list[Example]:
@@ -98,7 +107,7 @@ def test_logits_are_those_of_gaussians(tiny: dict[str, str], technique: str) -> 
     """From clients with other labels each; what changes is the last layer alone."""
     method = make(tiny["bert"], technique, training=SUMS)
     clients, state = skewed(), method.initialise()
-    merged = fitted(method, clients)
+    merged, report = (whole := aggregate_of(method, clients)).state, whole.report
     examples, asked_of = examples_of(clients), classification_examples(9)
     vectors = inputs_of(method, state, [*examples, *asked_of])
     expected = by_density(vectors[: len(examples)], labels_of(examples), vectors[len(examples) :], LABELS)
@@ -106,7 +115,7 @@ def test_logits_are_those_of_gaussians(tiny: dict[str, str], technique: str) -> 
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * abs(expected).max())
     changed = {name for name in state.tensors if not torch.equal(state.tensors[name], merged.tensors[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
-    assert merged.values["method"] == {"head": "fitted to 24 examples of 3 clients"}
+    assert report == {"head": "fitted to 24 examples of 3 clients"}
 
 
 @pytest.mark.parametrize("technique", ["bitfit", "lora"])
@@ -204,7 +213,8 @@ def test_single_examples_are_withheld(tiny: dict[str, str]) -> None:
     assert not any(tensor.any() for tensor in after.tensors.values())
     kinds = [tasks["d"].kind]
     while True:
-        state = method.aggregate(state, iter(answers))
+        merged = method.aggregate(state, iter(answers))
+        state = merged.state
         if UNFINISHED not in state.values:
             break
         tasks, answers = asked(method, state, more)
@@ -212,9 +222,7 @@ def test_single_examples_are_withheld(tiny: dict[str, str]) -> None:
         kinds.append(tasks["a"].kind)
     assert kinds == ["fit head", "scale head", *["head gradient"] * (len(kinds) - 2)]
     assert client_labels(state)["d"] == [0, 1, 0]
-    assert "(1 of them, the only ones of their label at a client, not in the sums)" in str(
-        state.values["method"]
-    )
+    assert "(1 of them, the only ones of their label at a client, not in the sums)" in str(merged.report)
     heads = [Update({n: tensors[n] for n in method.trainable.head}) for tensors in (expected, state.tensors)]
     assert distance(*heads) < 0.05
     # Two of a label are summed, the third is not.
@@ -227,9 +235,10 @@ def test_single_examples_are_withheld(tiny: dict[str, str]) -> None:
 def test_singles_alone_fit_nothing(tiny: dict[str, str]) -> None:
     method = make(tiny["bert"], "bitfit", training=ROUND)
     before = method.initialise()
-    after = fitted(method, {"d": alone_with(0)}, before)
-    assert all(torch.equal(after.tensors[n], t) for n, t in before.tensors.items())
-    assert after.values == {"method": {"head": "not fitted: no client has two examples of a label"}}
+    merged = aggregate_of(method, {"d": alone_with(0)}, before)
+    assert all(torch.equal(merged.state.tensors[n], t) for n, t in before.tensors.items())
+    assert merged.state.values == {}
+    assert merged.report == {"head": "not fitted: no client has two examples of a label"}
 
 
 def test_a_head_that_could_not_be_fitted_trains(tiny: dict[str, str]) -> None:
@@ -242,7 +251,7 @@ def test_a_head_that_could_not_be_fitted_trains(tiny: dict[str, str]) -> None:
         update = method.execute(task, client)
         method.check(task, update)
         assert any("classifier" in name for name in update.tensors) == unfitted
-        after = method.aggregate(state, iter([Answer("d", task, update)]))
+        after = method.aggregate(state, iter([Answer("d", task, update)])).state
         changed = {n for n, tensor in state.tensors.items() if not torch.equal(tensor, after.tensors[n])}
         assert any("classifier" in name for name in changed) == unfitted
 
@@ -291,7 +300,8 @@ def test_a_fit_to_few_clients_is_none(tiny: dict[str, str]) -> None:
         method = make(tiny["bert"], "prefix", training=training, clients=4)
         clients = {name: client for name, client in skewed().items() if name in ("b", "c")[-answering:]}
         before = method.initialise()
-        after = fitted(method, clients, before)
+        merged = aggregate_of(method, clients, before)
+        after = merged.state
         assert ("label_counts" in after.values) == is_fitted
         assert all(torch.equal(after.tensors[n], before.tensors[n]) for n in before.tensors) == (
             not is_fitted
@@ -302,7 +312,7 @@ def test_a_fit_to_few_clients_is_none(tiny: dict[str, str]) -> None:
         }
         assert client_labels(after) == told
         if not is_fitted:
-            assert after.values["method"] == {"head": "not fitted: 1 of 4 clients answered"}
+            assert merged.report == {"head": "not fitted: 1 of 4 clients answered"}
 
 
 @pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam"])
@@ -314,19 +324,16 @@ def test_a_former_head_is_forgotten(tiny: dict[str, str], optimizer: str) -> Non
     parts.context = method.ownership.context = replace(parts.context, keeps="optimizer")
     client, state = skewed()["c"], method.initialise()
     for number in (1, 2):
-        state = fitted(method, {"c": client}, state, number)
-        if number == 1:
-            state = replace(state, values={"method": "of round 1"})
+        merged = aggregate_of(method, {"c": client}, state, number)
+        state = merged.state
         head = {n: t for n, t in state.server.items() if "classifier" in n}
         assert head
         assert all(bool(t.any()) == (number == 1) for t in head.values())
         assert any("classifier" in name for name in client.memory.tensors) == (number == 1)
     assert any(t.any() for t in state.server.values())
     assert any("moments/" in name for name in client.memory.tensors)
-    assert state.values == {
-        "label_counts": [2, 3, 4],
-        "method": {"head": "fitted to 9 examples of 1 clients"},
-    }
+    assert state.values == {"label_counts": [2, 3, 4]}
+    assert merged.report == {"head": "fitted to 9 examples of 1 clients"}
     task = method.configure(state, 3, {"c": Work(epochs=1)})["c"]
     method.check(task, method.execute(task, client))
     assert not method.client.head.vectors  # of what the model was

@@ -24,7 +24,7 @@ from ...data.tokens import TokenizedExample, example_order, pad
 from ...models.configuration import HUB_NAMES, context_length
 from ...models.forward import pooled
 from ...models.inference import Predictions, to_device
-from ..protocol import Answer, Client, State, Task, Update, Values, Work, typed
+from ..protocol import Aggregate, Answer, Client, State, Task, Update, Values, Work, typed
 from ..tuning.technique import Context
 from .black_box_checks import WORST, check_search_update
 from .black_box_page import soft_prompt_page
@@ -95,7 +95,7 @@ class BlackBox(PromptMethod):
         """Refuse what no search from the task's distribution can have come to."""
         check_search_update(task, update, self.settings.local_generations)
 
-    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """One distribution of the clients' ones."""
         received = [typed(answer.update, SearchUpdate) for answer in answers]
         losses = [float(update.loss) for update in received]
@@ -109,8 +109,8 @@ class BlackBox(PromptMethod):
         if not (math.isfinite(merged.sigma) and merged.sigma > 0 and np.isfinite(merged.covariance).all()):
             raise AggregationError("the clients' distributions have no variance together")
         report = {"sigma": round(merged.sigma, 6), "norm": round(float(np.linalg.norm(merged.mean)), 6)}
-        values = {"round": state.values["round"] + 1, "sigma": merged.sigma, "method": report}
-        return State(_tensors(merged), {}, {**state.values, **values})
+        values = {"round": state.values["round"] + 1, "sigma": merged.sigma}
+        return Aggregate(State(_tensors(merged), {}, {**state.values, **values}), report)
 
     # --- client ---
 

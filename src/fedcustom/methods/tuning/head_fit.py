@@ -11,7 +11,7 @@ from torch import Tensor
 from ...aggregation.logistic import LogisticFit
 from ...core.tensors import Tensors, is_finite, part
 from ...training.settings import TrainingSettings
-from ..protocol import UNFINISHED, Answer, State, Task, Update, Values
+from ..protocol import UNFINISHED, Aggregate, Answer, State, Task, Update, Values
 from .head_layer import HeadLayer
 from .head_messages import (
     FIT_HEAD,
@@ -36,10 +36,11 @@ CLIENT_LABELS = "client_labels/"
 
 @dataclass
 class _Fit:
-    """A fit under way at the server: the head so far, and what is asked next."""
+    """A fit under way at the server: the clients that are asked, their sums, and what to report of them."""
 
     clients: int
     sums: Sums
+    said: str
     logistic: LogisticFit | None = None
 
 
@@ -106,7 +107,7 @@ class HeadFit:
         else:
             check_forms(update.tensors, {})
 
-    def aggregate(self, kind: str, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, kind: str, state: State, answers: Iterable[Answer]) -> Aggregate:
         """The state after one exchange of a round that fits the head; :data:`UNFINISHED` in its values says
         what is asked next, if anything is. The first one holds the discriminant, the last one the logistic
         regression.
@@ -126,24 +127,28 @@ class HeadFit:
             loss += update.objective if isinstance(update, HeadGradientUpdate) else 0.0
         if tensor is None or 2 * answered < fitting.clients or not examples:
             return self._finished(
-                state, f"{answered} of {fitting.clients} clients went on; kept the discriminant"
+                state, fitting, f"{answered} of {fitting.clients} clients went on; kept the discriminant"
             )
         if kind == SCALE_HEAD:
             scale = TEMPERATURES[int(tensor.argmin())]
             head = {name: scale * state.tensors[name] for name in self.names}
             fitting.logistic = logistic_fit(self.layer, fitting.sums, self.training)
-            return State({**state.tensors, **head}, state.server, {**state.values, UNFINISHED: HEAD_GRADIENT})
+            values = {**state.values, UNFINISHED: HEAD_GRADIENT}
+            following = State({**state.tensors, **head}, state.server, values)
+            return Aggregate(following, {"head": fitting.said})
         fit = fitting.logistic
         assert fit is not None
         fit.tell(loss, tensor, examples)
         if not fit.done:
-            return state
+            return Aggregate(state, {"head": fitting.said})
         head = head_of(self.layer, fit.best)
         if not is_finite(head):
-            return self._finished(state, "the logistic regression is not finite; kept the discriminant")
-        return self._finished(State({**state.tensors, **head}, state.server, state.values), "")
+            return self._finished(
+                state, fitting, "the logistic regression is not finite; kept the discriminant"
+            )
+        return self._finished(replace(state, tensors={**state.tensors, **head}), fitting)
 
-    def _begin(self, state: State, answers: Iterable[Answer]) -> State:
+    def _begin(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """The state with the discriminant as its head, whose former momentum at the server is gone, and the
         number of examples of each label, of all and of each client that answered. Where fewer than half of
         those asked did, the head is as it was, and their labels alone are noted.
@@ -153,35 +158,33 @@ class HeadFit:
         for answer in answers:
             told[CLIENT_LABELS + answer.client] = answer.update.tensors["counts"].long()
             sums.add(answer.update.tensors)
-        values = {key: value for key, value in state.values.items() if key != "method"}
         if 2 * len(told) < self.clients:
             kept = f"not fitted: {len(told)} of {self.clients} clients answered"
-            return State(state.tensors, {**state.server, **told}, values | {"method": {"head": kept}})
+            return Aggregate(replace(state, server={**state.server, **told}), {"head": kept})
         if not sums.sent.any():
             kept = "not fitted: no client has two examples of a label"
-            return State(state.tensors, {**state.server, **told}, values | {"method": {"head": kept}})
+            return Aggregate(replace(state, server={**state.server, **told}), {"head": kept})
         fitted = discriminant_head(self.layer, sums)
         server = {
             name: torch.zeros_like(tensor) if name.partition("/")[2] in self.names else tensor
             for name, tensor in state.server.items()
         }
-        values[LABEL_COUNTS] = torch.stack(list(told.values())).sum(dim=0).tolist()
+        together = torch.stack(list(told.values())).sum(dim=0).tolist()
+        values = {**state.values, LABEL_COUNTS: together}
         number, withheld = int(sums.counts.sum()), int((sums.counts - sums.sent).sum())
         said = f"fitted to {number} examples of {len(told)} clients"
         if withheld:
             said += f" ({withheld} of them, the only ones of their label at a client, not in the sums)"
-        values["method"] = {"head": said}
         if self.training.fit_head_steps:
-            self.fitting = _Fit(sum(int(counts.sum()) >= LEAST for counts in told.values()), sums)
+            self.fitting = _Fit(sum(int(counts.sum()) >= LEAST for counts in told.values()), sums, said)
             values[UNFINISHED] = SCALE_HEAD
-        return State({**state.tensors, **fitted}, {**server, **told}, values)
+        return Aggregate(State({**state.tensors, **fitted}, {**server, **told}, values), {"head": said})
 
-    def _finished(self, state: State, note: str) -> State:
+    def _finished(self, state: State, fitting: _Fit, note: str = "") -> Aggregate:
         self.fitting = None
         values = {key: value for key, value in state.values.items() if key != UNFINISHED}
-        if note:
-            values["method"] = {"head": f"{values['method']['head']}; {note}"}
-        return State(state.tensors, state.server, values)
+        said = f"{fitting.said}; {note}" if note else fitting.said
+        return Aggregate(replace(state, values=values), {"head": said})
 
 
 def as_if_fitted(state: State, labels: list[int]) -> State:

@@ -12,7 +12,19 @@ from ...core.tensors import count, without
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample
 from ...models.inference import Predictions, predict
-from ..protocol import Answer, Client, Memory, MessagePair, Messages, State, Task, Update, Work, typed
+from ..protocol import (
+    Aggregate,
+    Answer,
+    Client,
+    Memory,
+    MessagePair,
+    Messages,
+    State,
+    Task,
+    Update,
+    Work,
+    typed,
+)
 from .aggregation_hooks import BASE_CHANGE, AggregationHooks
 from .client import TuningClient
 from .drift_corrections import make_correction
@@ -139,8 +151,8 @@ class WeightTuning:
         """Refuse what is not a sound answer (:meth:`.server.TuningServer.check`)."""
         self.server.check(task, update)
 
-    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
-        """The next global state (:meth:`.server.TuningServer.aggregate`)."""
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
+        """The next global state, and a report of the round (:meth:`.server.TuningServer.aggregate`)."""
         return self.server.aggregate(state, answers)
 
     # --- client ---

@@ -13,6 +13,7 @@ from ...data.examples import ClientData
 from ...training.local import schedule_factor
 from ..protocol import (
     UNFINISHED,
+    Aggregate,
     AggregateContext,
     Answer,
     Client,
@@ -105,14 +106,14 @@ class TuningServer:
         check_forms(change, wanted)
         check_figures(asked, trained, parts.context.training.batch_size)
 
-    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """One change for the cohort by the recipe's rule or the method's own, then the server optimiser, or
         the head that the clients' sums give; where clients keep everything, nothing is merged.
         """
         if self.parts.context.keeps == "everything":
             for _ in answers:
                 pass
-            return state
+            return Aggregate(state)
         if UNFINISHED in state.values:  # of whose clients none may have gone on
             return self.head_fit.aggregate(str(state.values[UNFINISHED]), state, answers)
         if self.parts.head_rounds:
@@ -121,7 +122,7 @@ class TuningServer:
                 return self.head_fit.aggregate(task.kind, state, answers)
         return self._merged(state, answers)
 
-    def _merged(self, state: State, answers: Iterable[Answer]) -> State:
+    def _merged(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """The state after a round that trains."""
         parts = self.parts
         settings, gathered = parts.aggregation, parts.hooks.round(state)
@@ -150,10 +151,8 @@ class TuningServer:
         relevant = {n: t for n, t in state.server.items() if n.partition("/")[2] in change}
         tensors, kept = parts.correction.step(current, change, relevant, len(answered))
         own, report = gathered.merged({**state.tensors, **tensors})
-        values = {key: value for key, value in state.values.items() if key != "method"}
-        if report:
-            values["method"] = report
-        return State({**state.tensors, **tensors, **own}, {**state.server, **kept}, values)
+        following = State({**state.tensors, **tensors, **own}, {**state.server, **kept}, dict(state.values))
+        return Aggregate(following, report)
 
     def _arrival(self, answer: Answer) -> ClientDelta:
         parts = self.parts
