@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from fedcustom.core.errors import AggregationError
 from fedcustom.core.files import read_json
 from fedcustom.federated.run import run_recipe
-from fedcustom.federated.simulation import simulate
 from fedcustom.federated.state_check import check_aggregate
 from fedcustom.methods import State
 from fedcustom.recipe.recipe import load_recipe
@@ -43,6 +41,7 @@ class Overflow(UpdateTransform):
     """Every aggregate of a high rate overflows, as a poisoned one may."""
 
     name = "overflow"
+    may_be_skipped = True
 
     def on_aggregate(self, delta: Any, context: Any) -> Any:
         return {name: torch.full_like(tensor, torch.inf) for name, tensor in delta.items()}
@@ -62,7 +61,7 @@ def test_a_search_of_rates_goes_on_after_a_trial_that_fails(small: dict[str, Any
         {**small, "rounds": {"count": 2}},
         {"training.search_rates": [0.001, 0.01], "training.learning_rate": 0.01},
     )
-    summary = run_recipe(recipe, tmp_path, gather=partial(simulate, transforms=[Once()]))
+    summary = run_recipe(recipe, tmp_path, transforms=[Once()])
     assert summary["search"]["trials"][0]["score"] is None
     assert summary["search"]["learning_rate"] == 0.01
     assert len(rows_of(tmp_path)) == 3
@@ -77,7 +76,7 @@ def test_a_refused_round_reports_nothing(small: dict[str, Any], tmp_path: Path) 
 
     changes = {"method": {"name": "lora", "rank": 2}, "rounds": {"count": 3, "checkpoint_every": 1}}
     recipe = load_recipe({**small, **changes}, {"training.fit_head": False})
-    run_recipe(recipe, tmp_path, gather=partial(simulate, transforms=[InRoundTwo()]))
+    run_recipe(recipe, tmp_path, transforms=[InRoundTwo()])
     first, second, third = rows_of(tmp_path)[1:]
     assert "refused" in second
     assert [row.get("method", {}).keys() for row in (first, second, third)] == [

@@ -302,6 +302,16 @@ class HasRemarks(Protocol):
 
 
 @runtime_checkable
+class TransformsUpdates(Protocol):
+    """A method whose clients send changes of tensors, on which a run's transforms act."""
+
+    def untransformed(self, *, aggregate: bool) -> list[str]:
+        """What no transform acts on, each with the setting that asks for it: of what clients send or, with
+        ``aggregate``, also of what is made of that.
+        """
+
+
+@runtime_checkable
 class ScalesLogits(Protocol):
     """A method whose classifier's logits can be multiplied by a number that becomes part of the model."""
 

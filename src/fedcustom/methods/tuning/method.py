@@ -130,6 +130,20 @@ class WeightTuning:
             )
         return found
 
+    def untransformed(self, *, aggregate: bool) -> list[str]:
+        """The sums of rounds that fit the head; with ``aggregate``, tensors with a rule of their own."""
+        found = []
+        if rounds := sorted(self.server.parts.head_rounds):
+            found.append(
+                f"training.fit_head_rounds = {rounds}: clients send sums in place of changes in these rounds "
+                "(training.fit_head = false)"
+            )
+        if aggregate and self.hooks.own_rule:
+            found.append(
+                f"{self.hooks.own_rule}: has a rule of its own, whose result on_aggregate does not see"
+            )
+        return found
+
     @property
     def messages(self) -> Messages:
         """Training, with what the method's hooks answer, and fitting the head."""
