@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -22,12 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
 from fedcustom.core import environment
 from fedcustom.deployment.local import local_sites, prepare
 from fedcustom.deployment.run import run_deployed
 from fedcustom.federated.callbacks import Callback
 from fedcustom.federated.resolve import resolved
 from fedcustom.recipe.recipe import load_recipe
+from helpers.byte_level import byte_level_tokenizer
 
 WORDS = (
     "the",
@@ -58,24 +62,13 @@ def write_data(folder: Path, rows: int) -> None:
 
 def write_model(folder: Path, width: int, layers: int, vocabulary: int) -> None:
     """A random GPT-2 with a byte-level tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<pad>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(WORDS, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>").save_pretrained(
-        folder
-    )
+    byte_level_tokenizer(WORDS).save_pretrained(folder)
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=width // 64, n_positions=64,
-        pad_token_id=0, bos_token_id=0, eos_token_id=0,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
 

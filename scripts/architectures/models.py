@@ -7,6 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from helpers.byte_level import byte_level_tokenizer
+
 Kind = Literal["encoder", "decoder", "encoder-decoder"]
 
 WORDS = "the a old small near with sees likes and then kind thing cat dog soup rice cake hill house"
@@ -250,32 +252,6 @@ def write_model(name: str, folder: Path) -> Path:
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.15)
     model.save_pretrained(folder)
-    tokenizer(ends=kind_of(name) == "encoder-decoder").save_pretrained(folder)
+    texts = [f"{WORDS} {WORDS}"] * 4
+    byte_level_tokenizer(texts, ends=kind_of(name) == "encoder-decoder").save_pretrained(folder)
     return folder
-
-
-def tokenizer(*, ends: bool) -> Any:
-    """A byte-level tokenizer; it ends a text with the end token if ``ends``, as those of T5 and BART do."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<pad>", "<s>", "</s>", "<unk>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator([f"{WORDS} {WORDS}"] * 4, trainer)
-    if ends:
-        made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=64,
-    )

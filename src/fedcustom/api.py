@@ -45,6 +45,7 @@ from .methods.tuning.model_card import bundle
 from .methods.tuning.peft_support import leave_out_virtual_tokens
 from .models.load import Base, load_base
 from .recipe.recipe import Recipe, load_recipe, read_toml, recorded_recipe
+from .updates.transform import UpdateTransform
 
 Source = str | Path | Mapping[str, Any] | Recipe
 
@@ -351,6 +352,7 @@ def run(
     callbacks: Sequence[Callback] = (),
     data_changed: Literal["refuse", "accept"] = "refuse",
     check_export: bool = True,
+    transforms: Sequence[UpdateTransform] = (),
 ) -> Run:
     """Run a recipe (a TOML file, a dict, or a :class:`~fedcustom.recipe.recipe.Recipe`) and open the result.
 
@@ -358,7 +360,9 @@ def run(
     run's directory (default: a name in ``runs/`` made from recipe, method and seed). ``callbacks`` are
     told of every event of the run (:class:`~fedcustom.federated.callbacks.Callback`). A run in ``out`` whose
     rows have changed since is refused, unless ``data_changed`` is ``"accept"``. The model that the run writes
-    is compared with the trained one in a fresh process, unless ``check_export`` is False.
+    is compared with the trained one in a fresh process, unless ``check_export`` is False. ``transforms`` act
+    on clients' updates and on the aggregate (:mod:`fedcustom.updates.transform`); a run that is resumed needs
+    those that it began with.
 
     Raises:
         FedcustomError: the recipe or what it names is not in order; the message says what to mend.
@@ -372,6 +376,7 @@ def run(
         callbacks=callbacks,
         data_changed=data_changed,
         check_export=check_export,
+        transforms=transforms,
     )
     return Run(directory)
 

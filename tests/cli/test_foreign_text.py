@@ -19,7 +19,7 @@ from fedcustom.cli.console import PlainConsole
 from fedcustom.cli.progress_bar import ProgressDisplay
 from fedcustom.core.errors import UpdateError
 from fedcustom.core.text import printable
-from fedcustom.methods.tuning.method import WeightTuning
+from fedcustom.methods.tuning.client import TuningClient
 from helpers.runs import rows_of
 
 FOREIGN = [
@@ -73,15 +73,15 @@ def test_a_display_shows_any_text(text: str, terminal: bool) -> None:
 def test_a_run_outlives_a_client_whose_error_is_such_a_text(
     small: dict[str, Any], tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    close, failed = WeightTuning._close, list[str]()
+    close, failed = TuningClient.close, list[str]()
 
-    def failing(self: WeightTuning, job: Any, *rest: Any) -> Any:
+    def failing(self: TuningClient, job: Any, *rest: Any) -> Any:
         if not failed:
             failed.append(job.client.name)
             raise UpdateError(text)
         return close(self, job, *rest)
 
-    monkeypatch.setattr(WeightTuning, "_close", failing)
+    monkeypatch.setattr(TuningClient, "close", failing)
     console = PlainConsole(file=io.StringIO(), force_terminal=True, width=200)
     fedcustom.run(small, {"rounds.count": 1}, out=tmp_path, callbacks=[ProgressDisplay(console)])
     assert list(rows_of(tmp_path)[-1]["left_out"]) == failed

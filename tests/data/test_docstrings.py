@@ -12,16 +12,8 @@ import pytest
 
 from fedcustom.core.errors import DataError
 from fedcustom.data import docstrings
-from fedcustom.data.docstrings import (
-    FIELDS,
-    LABELS,
-    PACKAGES,
-    SOURCE_LENGTH,
-    TEXT_LENGTH,
-    docstring_rows,
-    plain_text,
-    type_label,
-)
+from fedcustom.data.docstring_types import LABELS, plain_text, type_label
+from fedcustom.data.docstrings import FIELDS, PACKAGES, SOURCE_LENGTH, TEXT_LENGTH, docstring_rows
 
 NUMPY_STYLE = '''
 """A module about points."""

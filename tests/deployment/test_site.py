@@ -416,7 +416,7 @@ def test_all_exchanges_of_a_fit_are_one_round(resident: Any, small: dict[str, An
         tensors = safetensors.torch.load_file(answer["body"])
         update = read_update(method.messages, task, answer["values"], tensors)
         method.check(task, update)
-        state = method.aggregate(state, iter([Answer("site-1", task, update)]))
+        state = method.aggregate(state, iter([Answer("site-1", task, update)])).state
     assert kinds[:3] == ["fit head", "scale head", "head gradient"]
     assert len(kinds) > 5
     assert "policy.max_rounds = 1" in str(work(made, tmp_path, 2))

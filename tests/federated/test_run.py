@@ -27,6 +27,7 @@ from fedcustom.federated.run import run_recipe
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.federated.schedule import plan_rounds
 from fedcustom.methods import WeightTuning, Work
+from fedcustom.methods.tuning.client import TuningClient
 from fedcustom.methods.tuning.messages import TrainTask
 from fedcustom.models.load import load_base
 from fedcustom.recipe.recipe import load_recipe
@@ -232,14 +233,14 @@ class Sabotage:
     """Makes chosen clients misbehave in chosen rounds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, faults: dict[tuple[int, str], Any]) -> None:
-        original = WeightTuning._close
+        original = TuningClient.close
 
-        def close(method: WeightTuning, job: Any, result: Any) -> Any:
-            update = original(method, job, result)
+        def close(own: TuningClient, job: Any, result: Any) -> Any:
+            update = original(own, job, result)
             fault = faults.get((job.number, job.client.name))
             return fault(update) if fault else update
 
-        monkeypatch.setattr(WeightTuning, "_close", close)
+        monkeypatch.setattr(TuningClient, "close", close)
 
 
 def raising(update: Any) -> Any:
@@ -308,7 +309,7 @@ def test_a_failing_clients_round_does_not_count(
         )
         for n in names
     ]
-    expected = method.aggregate(state, answers).tensors
+    expected = method.aggregate(state, answers).state.tensors
     found = Checkpoints(run.directory / "checkpoints").load(1).state.tensors
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-6)

@@ -9,6 +9,7 @@ from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.data.settings import DataSettings
 from fedcustom.evaluation.settings import EvaluationSettings
 from fedcustom.methods import Client, Context, WeightTuning, build_method, registry
+from fedcustom.methods.tuning.technique import Keeps
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
 from fedcustom.training.settings import TrainingSettings
@@ -78,6 +79,7 @@ def make(
     training: dict[str, Any] | None = None,
     aggregation: AggregationSettings | None = None,
     clients: int = 1,
+    keeps: Keeps = "nothing",
     **more: Any,
 ) -> WeightTuning:
     """A method with seed 0 on the model in the folder ``path``, for two rounds of ``clients``; ``more`` are
@@ -98,6 +100,7 @@ def make(
         rounds=2,
         seed=0,
         clients=clients,
+        keeps=keeps,
     )
     made = build_method(registry.settings_of(method)(**more), context)
     assert isinstance(made, WeightTuning)

@@ -29,7 +29,7 @@ def two_rounds(method: WeightTuning, kind: str) -> tuple[Any, set[str]]:
             method.check(task, update)
             came |= update.tensors.keys()
             answers.append(Answer(name, task, update))
-        state = method.aggregate(state, answers)
+        state = method.aggregate(state, answers).state
     return state, came
 
 
@@ -60,7 +60,7 @@ def rounds(
             updates[name] = answer
         state = method.aggregate(
             state, [Answer(name, tasks[name], update) for name, update in updates.items()]
-        )
+        ).state
         result.append(updates)
     return result
 

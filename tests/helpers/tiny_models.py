@@ -6,29 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from helpers.byte_level import byte_level_tokenizer
 from helpers.rows import make_rows
 
 
 def tiny_tokenizer() -> Any:
     """A byte-level BPE tokenizer of up to 400 tokens, trained on the rows' texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<pad>", "<s>", "</s>", "<unk>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     texts = [f"{row['text']} {row['source']} {row['target']}" for row in make_rows(400, 9)]
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        model_max_length=64,
-    )  # fmt: skip
+    return byte_level_tokenizer(texts)
 
 
 def tiny_model(kind: str) -> Any:

@@ -222,7 +222,7 @@ def test_texts_written_in_a_batch_equal_those_written_alone(
     client = Client("here", ClientData("here", examples))
     start = ours.initialise()
     task = ours.configure(start, 1, {"here": Work(epochs=4)})["here"]
-    state = ours.aggregate(start, [Answer("here", task, ours.execute(task, client))])
+    state = ours.aggregate(start, [Answer("here", task, ours.execute(task, client))]).state
     mixed = [
         Example("cat", target=" x"),
         *examples[:3],
@@ -296,7 +296,7 @@ def test_merging_is_the_mean_by_examples(tiny: dict[str, str]) -> None:
         client = Client(name, ClientData(name, classification_examples(size)))
         task = ours.configure(state, 1, {name: Work(epochs=1)})[name]
         answers.append(Answer(name, task, ours.execute(task, client)))
-    merged = ours.aggregate(state, answers)
+    merged = ours.aggregate(state, answers).state
     for key, tensor in merged.tensors.items():
         hand = state.tensors[key].double() + sum(
             sizes[answer.client] * answer.update.tensors[key].double() / 11 for answer in answers

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from fedcustom.models.load import Base, load_base
 from fedcustom.models.pooled_classifier import FILE, PooledClassifier
 from fedcustom.models.settings import ModelSettings
 from fedcustom.recipe.recipe import load_recipe, to_toml
+from helpers.interpreter import run_python
 from helpers.methods import LABELS, make
 from helpers.tiny_models import sentence_files, tiny_tokenizer
 
@@ -249,13 +248,9 @@ with torch.no_grad():
 """
 
 
-def elsewhere(folder: Path, home: Path, *, trust: bool) -> subprocess.CompletedProcess[str]:
-    """The saved model's logits, in an interpreter that has neither this package nor a hub."""
-    return subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, json.dumps([str(folder), TEXTS, trust])],
-        capture_output=True, text=True, stdin=subprocess.DEVNULL,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://localhost:9", "HF_HOME": str(home)},
-    )  # fmt: skip
+def elsewhere(folder: Path, *, trust: bool) -> subprocess.CompletedProcess[str]:
+    """The saved model's logits, in a process that has neither this package nor a hub."""
+    return run_python(ELSEWHERE, json.dumps([str(folder), TEXTS, trust]))
 
 
 @pytest.mark.parametrize("kind", ["bert", "mpnet", "modernbert, masked"])
@@ -265,7 +260,7 @@ def test_what_is_saved_loads_without_this_package(
     base = load(encoders[kind], pooling="mean", normalize=True)
     base.model.save_pretrained(tmp_path / "saved")
     base.tokenizer.save_pretrained(tmp_path / "saved")
-    done = elsewhere(tmp_path / "saved", tmp_path / "home", trust=True)
+    done = elsewhere(tmp_path / "saved", trust=True)
     assert done.returncode == 0, done.stderr
     rows, labels = json.loads(done.stdout.splitlines()[-1])
     torch.testing.assert_close(torch.tensor(rows), logits_of(base, TEXTS), atol=1e-6, rtol=1e-5)
@@ -279,7 +274,7 @@ def test_code_that_nobody_trusts_is_not_run(encoders: dict[str, Path], tmp_path:
     base.model.save_pretrained(tmp_path / "saved")
     base.tokenizer.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / FILE).write_text("raise SystemExit('was run')\n")
-    done = elsewhere(tmp_path / "saved", tmp_path / "home", trust=False)
+    done = elsewhere(tmp_path / "saved", trust=False)
     assert done.returncode == 1
     assert "trust_remote_code" in done.stderr
     assert "was run" not in done.stderr

@@ -49,7 +49,7 @@ def play(method: WeightTuning, rounds: int, clients: dict[str, Client]) -> list[
             update = method.execute(task, client)
             method.check(task, update)
             answers.append(Answer(name, task, update))
-        state = method.aggregate(state, answers)
+        state = method.aggregate(state, answers).state
         states.append(state.tensors)
     return states
 
@@ -75,7 +75,7 @@ def plain_changes(method: WeightTuning, start: Tensors, shifts: dict[str, Tensor
         method.trainable.write(start)
         method.trainable.model.eval()
         for batch in batches_of(method, size, ranges, seed):
-            loss = method._loss(batch)
+            loss = method.objective.loss(method.trainable.model, batch)
             gradients = torch.autograd.grad(loss, list(method.trainable.parameters.values()))
             with torch.no_grad():
                 for (key, parameter), gradient in zip(
@@ -128,7 +128,7 @@ def test_feddyn_follows_the_paper(tiny: dict[str, str]) -> None:
             by_hand.trainable.write(x)
             by_hand.trainable.model.eval()
             (batch,) = batches_of(by_hand, size, [(size * (number - 1), size * number)], seed)
-            loss = by_hand._loss(batch)
+            loss = by_hand.objective.loss(by_hand.trainable.model, batch)
             gradients = torch.autograd.grad(loss, list(by_hand.trainable.parameters.values()))
             changes[name] = {
                 k: -0.1 * (g - own[name][k])
@@ -503,7 +503,7 @@ def test_a_change_that_came_very_late_moves_little(tiny: dict[str, str], merging
     task = method.configure(old, 1, {"a": Work(epochs=2)})["a"]
     update = method.execute(task, client)
     newest = State({name: tensor + 1.0 for name, tensor in old.tensors.items()})
-    merged = method.aggregate(newest, [Answer("a", task, update, discount=1e-3)]).tensors
+    merged = method.aggregate(newest, [Answer("a", task, update, discount=1e-3)]).state.tensors
     for name, tensor in newest.tensors.items():
         wanted = tensor + 1e-3 * update.tensors[name]
         torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -266,11 +265,11 @@ def test_transforms_in_a_whole_run(small: dict[str, Any], tmp_path: Path, rule: 
     origin: list[Tensors] = []
 
     def gather(*arguments: Any) -> Federation:
-        parties = simulate(*arguments, transforms=[clip])
+        parties = simulate(*arguments)
         origin.append(dict(parties.origin.tensors))
         return parties
 
-    run_recipe(recipe, tmp_path / "run", gather=gather)
+    run_recipe(recipe, tmp_path / "run", gather=gather, transforms=[clip])
     rows = rows_of(tmp_path / "run")[1:]
     answered = [(name, row["round"]) for row in rows for name in row["answered"]]
     assert sorted((name, number) for name, number, _ in clip.seen) == sorted(answered)
@@ -302,8 +301,7 @@ def test_a_transform_that_changes_nothing_changes_nothing(small: dict[str, Any],
     }  # fmt: skip
     recipe = load_recipe(small, overrides)
     fedcustom.run(recipe, out=tmp_path / "plain")
-    with_one = partial(simulate, transforms=[Identity()])
-    run_recipe(recipe, tmp_path / "run", gather=with_one)
+    run_recipe(recipe, tmp_path / "run", transforms=[Identity()])
     ours, theirs = (tensors_after(tmp_path / name, 2) for name in ("run", "plain"))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     sums = [[row["bytes_up"] for row in rows_of(tmp_path / name)[1:]] for name in ("run", "plain")]
@@ -316,6 +314,8 @@ class Identity(UpdateTransform):
 
 def test_a_failing_transform_leaves_its_client_out(small: dict[str, Any], tmp_path: Path) -> None:
     class Refuse(UpdateTransform):
+        may_be_skipped = True
+
         def on_client(self, update: Update, context: ClientContext) -> Update:
             if context.round_number == 2:
                 raise ValueError("no budget is left")
@@ -323,13 +323,13 @@ def test_a_failing_transform_leaves_its_client_out(small: dict[str, Any], tmp_pa
 
     recipe = load_recipe(small, {"rounds.count": 2, "rounds.min_clients": 1})
     with pytest.raises(fedcustom.FedcustomError, match="no budget is left"):
-        run_recipe(recipe, tmp_path / "run", gather=partial(simulate, transforms=[Refuse()]))
+        run_recipe(recipe, tmp_path / "run", transforms=[Refuse()])
 
 
 def test_baselines_have_no_transforms(small: dict[str, Any], tmp_path: Path) -> None:
     recipe = load_recipe(small, {"baseline": "local"})
     with pytest.raises(RecipeError, match="baseline = 'local': transforms of updates need 'federated'"):
-        run_recipe(recipe, tmp_path / "run", gather=partial(simulate, transforms=[Identity()]))
+        run_recipe(recipe, tmp_path / "run", transforms=[Identity()])
 
 
 def tensors_after(run: Path, number: int) -> Tensors:

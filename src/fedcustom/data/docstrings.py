@@ -1,7 +1,8 @@
 """The built-in data set: docstrings of packages that are installed anyway, one package a natural client.
 
 Two tasks come from one parse. *Classification* is a parameter's description and the class of its type, one of
-:data:`LABELS`; *generation* is a function's signature and the first sentence of its docstring.
+:data:`~.docstring_types.LABELS`; *generation* is a function's signature and the first sentence of its
+docstring.
 
 Nothing is imported or run. Definitions are found in the source text (parsing whole files would take several
 times as long), their headers are read with :mod:`ast` and their docstrings with griffe. Tests, and files that
@@ -11,7 +12,6 @@ document no parameter, are left out. A cache keeps one file a package, named by 
 from __future__ import annotations
 
 import ast
-import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -30,6 +30,7 @@ from griffe import Docstring, DocstringParameter, DocstringSectionKind, Docstrin
 
 from ..core.cache import cache_folder, private
 from ..core.errors import DataError, nearest
+from .docstring_types import ROLE, plain_text, type_label
 
 Task = Literal["classification", "generation"]
 Row = dict[str, str]
@@ -38,7 +39,6 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Node = _Function | ast.ClassDef
 
 PACKAGES = ("numpy", "sklearn", "pandas", "torch", "transformers", "scipy", "matplotlib", "networkx")
-LABELS = ("bool", "int", "float", "str", "array", "sequence", "mapping", "callable", "other")
 FIELDS = {
     "classification": ("package", "function", "parameter", "text", "label"),
     "generation": ("package", "function", "source", "target"),
@@ -50,67 +50,6 @@ SOURCE_LENGTH = 300
 TARGET_WORDS = range(3, 61)
 TESTS = {"tests", "test", "testing", "conftest"}
 
-ROLE = (r":[a-z]+(?::[a-z]+)?:`~?([^`<]*?)(?:\s*<[^`]*>)?`", r"\1")
-REDUCTIONS = (
-    # What is taken out of an annotation, in this order, before it is split into the types of a union.
-    ROLE,
-    (r"\[?`+~?([^`]*)`*\]?", r"\1"),
-    (r"(?i),?\s*[(*]*\boptional\b(?!\[)[*)]*", ""),
-    (r"\*(\w+)\*", r"\1"),
-    (r"(?s),?\s*[(\[]?\b(?<!['\"])(defaults?\b|returned when|deprecated\b|with\b).*", ""),
-    (r"(^\s*|, | or |\| ?)\{([^{}]*)\}", r"\1\2"),
-    (r",?\s*\b(of )?\s*(shape|length|size|dtype)s?\s*[:=]?\s*[(\[][^()\[\]]*[)\]](\s*or\s*\([^()]*\))*", ""),
-    (r",?\s*\bdtype\s*=\s*[\w.]+", ""),
-    (r"^\s*\([^()]*\)\s+(?=[A-Za-z])(?!or\b)", ""),
-    (r"\b[A-Za-z_]\w*\.(?=[A-Za-z_])", ""),
-    (r"^\s*\[(\w+)\]", r"\1"),
-)
-QUALIFIERS = (
-    # Parts of an annotation that say something about a type and are none.
-    r"(none(type)?|null|nan|na|no_default|required|positive|non-?negative|keyword[- ]only|\.*)$",
-    r"(of|in|where|if|for|same|one of|at least|size|shape|length|must|between|compatible)\s",
-    r"[<>=]|\((?!.*\b(bool|int|float|str|scalar|array))",
-)
-CLASSES = (
-    # A type has the class of the first pattern found in its name; where none is found it is "other".
-    ("str", r"^['\"]"),
-    ("sequence", r"^[(\[]|^Size$|^BroadcastingList"),
-    ("bool", r"^(True|False)$"),
-    ("int", r"^[-+]?\d+$"),
-    ("float", r"^[-+]?(\d*\.\d+|\d+\.|inf)$"),
-    ("callable", r"(?i)\b(callables?|functions?|func|fn|ufunc)\b"),
-    ("mapping", r"\b(\w*Dict|\w+_dict|defaultdict|dicts?|[Dd]ictionar(y|ies)|\w*Mapping|mapping)\b"),
-    ("array", r"(?i)\b(\w*array(s|[-_ ]?likes?)?|\w*tensors?|\w*matrix|matrices|vectors?)\b"),
-    ("array", r"\b(DataFrames?|Series|\w*Index|Parameters?)\b"),
-    ("sequence", r"(?i)\b(\w*lists?|list[-_]?like|tuples?|sets?|frozenset|orderedset|\w*sequences?)\b"),
-    ("sequence", r"(?i)\b(iterables?|iterators?|collection|pair)\b"),
-    ("bool", r"(?i)\b(bool(ean)?s?|bool_)\b"),
-    ("int", r"(?i)\b(u?int(\d+|p)?|ints|integers?|symint)\b"),
-    ("float", r"(?i)\b(floats?\d*|double|real|scalars?|numbers?(?! generator)|numeric|complex\d*)\b"),
-    ("str", r"(?i)\b(str|strings?|path|path[-_ ]?like|filename|filepath)\b"),
-)
-UNIONS = (
-    # A union of the left class with right ones alone has the left class; every other union is "other".
-    ("int", {"bool"}),
-    ("float", {"bool", "int"}),
-    ("array", {"bool", "int", "float", "sequence"}),
-    ("sequence", {"bool", "int", "float", "str"}),
-)
-MARKUP = (
-    # What is taken out of prose, in this order.
-    (r"(?s)(>>> |```|\n\s*\.\. (code-block|plot|math|table|list-table|ipython)::).*", " "),
-    (r"(?s)\.\. (versionadded|versionchanged|deprecated)::.*?(\n\s*\n|$)", "\n"),
-    (r"\.\. [\w-]+::|</?(Tip|br)[^>]*>|\[\d+\]_|<!--.*?-->", " "),
-    ROLE,
-    (r"`([^`<]+?)\s*<[^`>]*>`_+", r"\1"),
-    (r"\[`~?([^`\]]+)`\]", r"\1"),
-    (r"\[([^\]]+)\]\((?:https?:|\.|#|/)[^)]*\)", r"\1"),
-    (r"(?<![\w*])\*{1,2}(\w[^*\n]*?)\*{1,2}(?![\w*])", r"\1"),
-    (r"`_+(?!\w)|`~?", ""),
-    (r"\\([*_|])", r"\1"),
-    (r"::(?=\s|$)", ":"),
-    (r"\s+", " "),
-)
 MARKS = ("Parameters", "Args:", "Arguments:", ":param ")
 STYLES: tuple[tuple[DocstringStyle, str], ...] = (
     ("numpy", r"(?m)^[ \t]*(Other )?Parameters[ \t]*\n[ \t]*---"),
@@ -132,10 +71,6 @@ MENDS = {
     ),
 }
 
-_QUALIFIER = re.compile("|".join(QUALIFIERS), re.IGNORECASE)
-_WRAPPER = re.compile(r"(?s)(?:Optional|Union|Literal|Annotated|Final)\[(.*)\]$")
-_SEPARATOR = re.compile(r"'[^']*'|\"[^\"]*\"|[(\[{]|[)\]}]|,|;|\||\bor\b|/")
-_HEAD_END = re.compile(r"(?!^)(\bof\b|\bin\b|\bfrom\b|\bto\b|->|[\[({<>=])")
 _DEFINITION = re.compile(r"(?m)^([ \t]*)(?:async +)?(?:def|class) +(\w+)")
 _HEADER_END = re.compile(r":[ \t]*(?:#[^\n]*)?\n")
 _DOCSTRING = re.compile(r"(?s)\s*[rRuU]?(\"\"\"|''').*?(?<!\\)\1")
@@ -149,7 +84,8 @@ def docstring_rows(task: Task, packages: Sequence[str] = PACKAGES, cache: Path |
 
     Args:
         task: ``classification`` gives the fields package, function (dotted name), parameter, text (the
-            description alone) and label (one of :data:`LABELS`); ``generation`` gives package, function,
+            description alone) and label (one of
+            :data:`~.docstring_types.LABELS`); ``generation`` gives package, function,
             source (the signature; a method's name after its class) and target (one sentence).
         packages: import names of top-level packages.
         cache: where parsed packages are kept, by default ``docstrings`` in the cache folder
@@ -173,57 +109,6 @@ def docstring_rows(task: Task, packages: Sequence[str] = PACKAGES, cache: Path |
             _write_cache(path, parsed)
         rows.extend(parsed[task])
     return rows
-
-
-@functools.cache
-def type_label(annotation: str) -> str | None:
-    """The class of a type as a docstring or signature writes it, or nothing where it names no type.
-
-    ``None`` counts for nothing in a union, and a choice of strings is a ``str``. Single types are looked up
-    in :data:`CLASSES`, unions in :data:`UNIONS`.
-    """
-    found = _classes(annotation)
-    if len(found) <= 1:
-        return next(iter(found), None)
-    return next((label for label, others in UNIONS if label in found and found <= others | {label}), "other")
-
-
-@functools.lru_cache(20_000)
-def plain_text(prose: str) -> str:
-    """``prose`` on one line, without the markup of reStructuredText and Markdown."""
-    for pattern, replacement in MARKUP:
-        prose = re.sub(pattern, replacement, prose)
-    return prose.strip()
-
-
-def _classes(annotation: str) -> set[str]:
-    for pattern, replacement in REDUCTIONS:
-        annotation = re.sub(pattern, replacement, annotation)
-    found: set[str] = set()
-    for part in _parts(annotation):
-        if wrapped := _WRAPPER.match(part):
-            found |= _classes(wrapped[1])
-            continue
-        # What a container holds does not matter: "list of str" and "list[str]" are lists.
-        name = part if part[:1] in tuple("([\"'") else _HEAD_END.split(part, maxsplit=1)[0].strip()
-        if not _QUALIFIER.match(name):
-            found.add(next((label for label, pattern in CLASSES if re.search(pattern, name)), "other"))
-    return found
-
-
-def _parts(annotation: str) -> Iterator[str]:
-    """The types of a union, split where no bracket is open."""
-    depth = start = 0
-    for match in _SEPARATOR.finditer(annotation):
-        token = match[0]
-        if token in "([{":
-            depth += 1
-        elif token in ")]}":
-            depth = max(0, depth - 1)
-        elif token[0] not in "\"'" and depth == 0:
-            yield annotation[start : match.start()].strip()
-            start = match.end()
-    yield annotation[start:].strip()
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,6 @@ class SiteConnection:
         ``labels`` is the number of labels, 0 for anything but classification.
         """
         values = without_label_counts(state.values)
-        values.pop("method", None)  # figures of the last round, which may not be finite
         head = self._head("evaluate") | {"part": part, "after": after, "values": values}
         requests = dict.fromkeys(names, Request(head, state.tensors))
         replies = self.messenger.request(requests, min(1, len(names)))

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.errors import DeploymentError
+from ..core.errors import DeploymentError, RecipeError
 from ..core.files import held, holder
 from ..federated.callbacks import Callback, Callbacks
 from ..federated.resolve import resolved
 from ..federated.run import run_recipe
 from ..federated.simulation import Federation
 from ..recipe.recipe import Recipe
+from ..updates.transform import UpdateTransform
 from .membership import Membership, check_certificates
 from .nvflare.bridge import ADDRESS_VARIABLE, BridgeListener
 from .nvflare.job_channel import JobChannel
@@ -55,7 +56,15 @@ def run_deployed(
     check_deployable(complete)
     with _locked(folder), serving(folder, settings, told.on_note) as messenger:
 
-        def parties(recipe: Recipe, directory: Path, private: Path, callback: Callback) -> Federation:
+        def parties(
+            recipe: Recipe,
+            directory: Path,
+            private: Path,
+            callback: Callback,
+            transforms: Sequence[UpdateTransform],
+        ) -> Federation:
+            if transforms:
+                raise RecipeError("transforms: sites apply what the recipe names, and no caller's own")
             callback.on_phase("waiting for the sites")
             return gather(recipe, settings, folder, messenger, directory)
 

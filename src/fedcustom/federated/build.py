@@ -11,12 +11,13 @@ from ..core.errors import ModelError, RecipeError
 from ..data.build import with_builtin_columns
 from ..data.examples import ClientData, Example, FederatedData
 from ..methods import Context, Method, build_method
+from ..methods.protocol import TransformsUpdates
 from ..methods.tuning.technique import Keeps
 from ..models.configuration import context_length, has_learned_positions, load_configuration
 from ..models.load import Base
 from ..models.size_class import architecture_of
 from ..recipe.recipe import Baseline, Recipe
-from ..updates.transform import UpdateTransform
+from ..updates.transform import UpdateTransform, acts
 from .schedule import EVERYONE
 
 KEEPS: dict[Baseline, Keeps] = {"federated": "nothing", "centralised": "optimizer", "local": "everything"}
@@ -88,6 +89,29 @@ def check_fit(recipe: Recipe) -> None:
             f"data.max_length = {data.max_length}{setting}: with method.length and targets {wanted} "
             f"positions are needed; {recipe.model.base} has {limit}"
         )
+
+
+def check_transforms(transforms: Sequence[UpdateTransform], recipe: Recipe, method: Method) -> None:
+    """Refuse a caller's transform that something of this run would pass by, unless it says that it may be
+    skipped (:mod:`fedcustom.updates.transform`).
+
+    Raises:
+        RecipeError: names the transform, and what passes by.
+    """
+    for transform in transforms:
+        combined = acts(transform, "on_aggregate")
+        if getattr(transform, "may_be_skipped", False) or not (combined or acts(transform, "on_client")):
+            continue
+        gaps = [
+            f"method.name = {recipe.method.name!r}: clients send other things than changes of trained tensors"
+        ]
+        if isinstance(method, TransformsUpdates):
+            gaps = method.untransformed(aggregate=combined)
+        if gaps:
+            raise RecipeError(
+                f"transform {transform.name!r}: would not act on all of this run: {gaps[0]}; change that, "
+                "or set may_be_skipped on a transform that need not"
+            )
 
 
 def check_cohort(recipe: Recipe, data: FederatedData) -> None:

@@ -134,7 +134,7 @@ def _steps(fit: HeadFit, number: int) -> int:
     steps = fit.training.fit_head_steps
     if not steps:
         return 0
-    head = _zeros(torch.zeros(fit.layer.out_features, fit.layer.in_features + 1))
+    head = _zeros(torch.zeros(fit.layer.classes, fit.layer.width + 1))
     scale = task_length(ScaleHeadTask({POINT: head}, round_number=number))
     scale += update_length(HeadLossesUpdate({"losses": torch.zeros(len(TEMPERATURES))}, 16.0))
     step = task_length(HeadGradientTask({POINT: head}, round_number=number))
@@ -144,7 +144,7 @@ def _steps(fit: HeadFit, number: int) -> int:
 
 def head_sums(fit: HeadFit, labels: Sequence[int]) -> Tensors:
     """Tensors of the forms that a client with these ``labels`` sends for the head to be fitted."""
-    classes, width = fit.layer.out_features, fit.layer.in_features
+    classes, width = fit.layer.classes, fit.layer.width
     counts = torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=classes)
     present = counts >= LEAST
     rows = min(int(counts[present].sum()), width)

@@ -10,8 +10,8 @@ from dataclasses import replace
 from ..core import environment
 from ..core.errors import AggregationError, RunError, UpdateError
 from ..core.files import write_json
-from ..methods import UNFINISHED, Answer, State, Task, client_labels, peeked
-from ..methods.tuning.method import RATE_FACTOR
+from ..methods import UNFINISHED, Aggregate, Answer, State, Task, client_labels, peeked
+from ..methods.tuning.parts import RATE_FACTOR
 from ..recipe import Recipe
 from ..transport.protocol import Reply
 from .callbacks import Callback, Callbacks, HistoryWriter
@@ -102,8 +102,8 @@ class FedAvg:
         absent = {name for name, assignment in record.cohort.items() if assignment.absent}
         return self.federation.transport.exchange(tasks, record.number, absent)
 
-    def aggregate(self, record: RoundRecord, replies: Iterator[Reply], asked: int) -> list[State]:
-        """The states that the round may end with: one, or two after a round that fits the head.
+    def aggregate(self, record: RoundRecord, replies: Iterator[Reply], asked: int) -> list[Aggregate]:
+        """What the round may end with: one state, or two after a round that fits the head.
 
         Raises:
             RunError: fewer than ``rounds.min_clients`` of the clients ``asked`` answered.
@@ -111,8 +111,9 @@ class FedAvg:
         number, state = record.number, self.states[record.number - 1]
         first, answers = peeked(self._accepted(record, replies))
         try:
-            following = state if first is None else self.federation.method.aggregate(state, answers)
-            check_aggregate(following)
+            aggregate = self.federation.method.aggregate
+            following = Aggregate(state) if first is None else aggregate(state, answers)
+            check_aggregate(following.state)
         except (AggregationError, UpdateError) as error:
             following = self._refused(record, state, error)
         needed = min(self.recipe.rounds.min_clients, asked)
@@ -122,38 +123,39 @@ class FedAvg:
                 f"rounds.min_clients = {needed}; the last reason: {list(record.left_out.values())[-1]}"
             )
         candidates = [following]
-        while UNFINISHED in following.values:
+        while UNFINISHED in following.state.values:
             try:
-                following = self._next_exchange(record, following)
+                following = self._next_exchange(record, following.state)
             except (AggregationError, UpdateError) as error:
-                following, candidates = self._refused(record, state, error), [state]
-            if following.tensors is not candidates[-1].tensors:
+                following = self._refused(record, state, error)
+                candidates = [following]
+            if following.state.tensors is not candidates[-1].state.tensors:
                 candidates = [candidates[-1], following]
             candidates[-1] = following
         record.elapsed += time.perf_counter()
         return candidates
 
-    def evaluate(self, record: RoundRecord, candidates: list[State]) -> tuple[State, Row]:
+    def evaluate(self, record: RoundRecord, candidates: list[Aggregate]) -> tuple[State, Row]:
         """The state that the round ends with, the best of the candidates on the development split, and the
         round's row.
         """
         number, recipe, rows = record.number, self.recipe, self.directory.history.rows
         row = record.row(recipe, learning_rate_in(self.directory.path, recipe), rows[-1] if rows else {})
-        state = candidates[-1]
+        chosen = candidates[-1]
         fits = number in self._fits()
         if fits or number % recipe.evaluation.every == 0 or number == recipe.rounds.count:
             self._phase(number, "evaluating")
             begun = time.perf_counter()
             before = self.states[number - 1]
-            if fits and number > 1 and before is not candidates[0]:
-                candidates.insert(0, before)
-            state, row["development"] = better_state(recipe, candidates, self.federation.evaluation)
+            if fits and number > 1 and before is not candidates[0].state:
+                candidates.insert(0, Aggregate(before))
+            chosen, row["development"] = better_state(recipe, candidates, self.federation.evaluation)
             row["seconds"]["evaluate"] = round(time.perf_counter() - begun, 4)
             self.callbacks.on_evaluate(number, dict(row["development"]))
-        if report := state.values.get("method"):
-            row["method"] = report
+        if chosen.report:
+            row["method"] = chosen.report
         row["peak_memory_bytes"] = environment.peak_memory()
-        return state, row
+        return chosen.state, row
 
     def end_round(self, number: int, row: Row) -> None:
         """Write the round's row, and draw the rounds to come again where clients told of their labels."""
@@ -248,7 +250,7 @@ class FedAvg:
         self.callbacks.on_phase("planning the rounds")
         self.plan = plan_rounds(self.recipe, self.federation.data, client_labels(state))
 
-    def _next_exchange(self, record: RoundRecord, state: State) -> State:
+    def _next_exchange(self, record: RoundRecord, state: State) -> Aggregate:
         """A further exchange of an unfinished round, with those who answered so far, or of them those who
         have more to say.
         """
@@ -259,7 +261,7 @@ class FedAvg:
         record.exchanges += 1
         replies = self.federation.transport.exchange(tasks, number)
         following = method.aggregate(state, self._accepted(record, replies))
-        check_aggregate(following)
+        check_aggregate(following.state)
         return following
 
     def _accepted(self, record: RoundRecord, replies: Iterator[Reply]) -> Iterator[Answer]:
@@ -284,13 +286,13 @@ class FedAvg:
             yield Answer(reply.client, reply.task, reply.update, discount)
             del reply  # before the next one comes
 
-    def _refused(self, record: RoundRecord, state: State, error: Exception) -> State:
+    def _refused(self, record: RoundRecord, state: State, error: Exception) -> Aggregate:
         """The state before a round whose aggregate cannot be trained from: the run goes on from there."""
         record.refused = str(error)
         self.warn(
             f"round {record.number}: refused, the state stays that of round {record.number - 1}: {error}"
         )
-        return state
+        return Aggregate(state)
 
     def warn(self, text: str, detail: str = "") -> None:
         """Tell the user, and keep it with its ``detail`` in ``warnings.log``."""

@@ -14,7 +14,7 @@ from ..core.errors import AggregationError, DeploymentError, RunError, UpdateErr
 from ..core.files import read_json
 from ..evaluation.metrics import is_better
 from ..methods import Answer, State, peeked
-from ..methods.tuning.method import RATE_FACTOR
+from ..methods.tuning.parts import RATE_FACTOR
 from ..recipe.recipe import Recipe
 from ..training.settings import TRIAL_ROUNDS
 from ..transport.protocol import Reply
@@ -163,7 +163,7 @@ def _round(
 
     first, answers = peeked(sound(parties.transport.exchange(tasks, number)))
     if first is not None:
-        state = parties.method.aggregate(state, answers)
+        state = parties.method.aggregate(state, answers).state
         check_aggregate(state)
     if answered < max(1, min(needed, len(cohort))):
         raise RunError(f"round {number}: {answered} clients answered")

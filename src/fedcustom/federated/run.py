@@ -16,6 +16,8 @@ from ..methods import AsksClients, CountsCuts, ScalesLogits, State
 from ..methods.tuning.export_check import ComparesExport, check_export, some, wanted
 from ..recipe import Recipe
 from ..recipe.paths import absolute
+from ..updates.identity import Identity, identity_of
+from ..updates.transform import UpdateTransform
 from . import fingerprint
 from .callbacks import Callback, Callbacks
 from .loop import FedAvg
@@ -34,6 +36,7 @@ def run_recipe(
     gather: Gather = simulate,
     data_changed: Literal["refuse", "accept"] = "refuse",
     check_export: bool = True,
+    transforms: Sequence[UpdateTransform] = (),
 ) -> dict[str, Any]:
     """Run a recipe into a directory and return its summary.
 
@@ -47,16 +50,21 @@ def run_recipe(
             the server's own rows.
         check_export: Load the model that the run writes in a fresh process, without this package, and compare
             its outputs with the trained model's.
+        transforms: What the caller has done to updates on their way, beside what the recipe names
+            (:mod:`fedcustom.updates.transform`). They are a part of the run's identity; callbacks are not, as
+            they change nothing of a run.
 
     Raises:
-        RunError: the directory holds something else, the rows have changed, too few clients answered in a
-            round, or the written model gives other outputs than the trained one.
+        RunError: the directory holds something else, or a run with other transforms; the rows have changed,
+            too few clients answered in a round, or the written model gives other outputs than the trained
+            one.
         RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
     """
     recipe, place = absolute(resolved(recipe)), RunDirectory(directory)
     told = callbacks if isinstance(callbacks, Callbacks) else Callbacks(callbacks)
     accept = data_changed == "accept"
-    finished = place.finished(recipe, resume=resume)
+    identities = [identity_of(transform) for transform in transforms]
+    finished = place.finished(recipe, identities, resume=resume)
     if finished is not None:
         if text := fingerprint.check_finished(directory, recipe, accept=accept):
             told.on_note(f"{directory}: {text}")
@@ -64,11 +72,13 @@ def run_recipe(
         told.raise_failure()
         return finished
     with place.locked():
-        finished = place.finished(recipe, resume=resume)  # another may have been at it until now
+        finished = place.finished(recipe, identities, resume=resume)  # another may have been at it until now
         if finished is not None:
             return finished
         try:
-            summary = _run(recipe, place, told, gather, accept=accept, check=check_export)
+            summary = _run(
+                recipe, place, told, gather, transforms, identities, accept=accept, check=check_export
+            )
         except BaseException as error:
             told.on_phase("")
             if told.failure is not None:
@@ -84,6 +94,8 @@ def _run(
     directory: RunDirectory,
     callbacks: Callbacks,
     gather: Gather,
+    transforms: Sequence[UpdateTransform],
+    identities: Sequence[Identity],
     *,
     accept: bool,
     check: bool,
@@ -93,13 +105,13 @@ def _run(
     """
     started = time.perf_counter()
     environment.restart_peak_memory()
-    parties = gather(recipe, directory.path, directory.checkpoints.clients, callbacks)
+    parties = gather(recipe, directory.path, directory.checkpoints.clients, callbacks, transforms)
     rows = parties.fingerprint
     difference = fingerprint.check(directory.path, rows, accept=accept) if rows else None
     loop, base = FedAvg(recipe, parties, directory, callbacks), parties.base
     callbacks.raise_failure()
     del parties  # with the first state, which is held no longer than the loop needs it
-    directory.describe(recipe, base)
+    directory.describe(recipe, base, identities)
     if rows:
         fingerprint.record(directory.path, rows)
     if difference is not None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,9 +31,13 @@ from ..methods.protocol import State
 from ..models.load import Base
 from ..recipe import Recipe, recorded_recipe, to_toml
 from ..recipe.paths import absolute
+from ..updates.identity import Identity, in_words
 
 Row = dict[str, Any]
 """One line of ``metrics.jsonl``: a round's figures."""
+
+TRANSFORMS = "transforms.json"
+"""The file of the caller's transforms of updates, where there are any."""
 
 LOCK = "run.pid"
 """The file that the process at work on a run holds."""
@@ -52,8 +56,11 @@ class RunDirectory:
         self.history = History(path / "metrics.jsonl")
         self.checkpoints = Checkpoints(path / "checkpoints")
 
-    def finished(self, recipe: Recipe, *, resume: bool) -> dict[str, Any] | None:
-        """The summary where the directory holds this recipe's finished run; None where there is work to do.
+    def finished(
+        self, recipe: Recipe, transforms: Sequence[Identity] = (), *, resume: bool
+    ) -> dict[str, Any] | None:
+        """The summary where the directory holds the finished run of this recipe with these transforms of the
+        caller's; None where there is work to do.
 
         Raises:
             RunError: it holds another run, an unfinished one without ``resume``, or other files.
@@ -67,12 +74,18 @@ class RunDirectory:
                 raise RunError(
                     f"{path}: holds another recipe's run ({_difference(old, recipe)}); name another --out"
                 )
+            begun = read_json(path / TRANSFORMS) if (path / TRANSFORMS).exists() else []
+            if begun != list(transforms):
+                raise RunError(
+                    f"{path}: holds a run with other transforms of updates ({in_words(begun)} there, "
+                    f"{in_words(transforms)} here); name another --out"
+                )
             if (path / "summary.json").exists():
                 summary: dict[str, Any] = read_json(path / "summary.json")
                 return summary
             if not resume:
                 raise RunError(f"{path}: holds an unfinished run; go on with --resume, or name another --out")
-        elif path.exists() and any(file.name != LOCK for file in path.iterdir()):
+        elif path.exists() and any(file.name not in (LOCK, TRANSFORMS) for file in path.iterdir()):
             raise RunError(f"{path}: is not empty and holds no run; name another --out")
         return None
 
@@ -94,10 +107,15 @@ class RunDirectory:
                     shutil.rmtree(self.path)
                 raise
 
-    def describe(self, recipe: Recipe, base: Base) -> None:
-        """Write the recipe, and the versions and machine it is run with, where they are not there yet."""
+    def describe(self, recipe: Recipe, base: Base, transforms: Sequence[Identity] = ()) -> None:
+        """Write the recipe with the caller's transforms, and the versions and machine it is run with, where
+        they are not there yet.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "recipe.toml").exists():
+            (self.path / TRANSFORMS).unlink(missing_ok=True)  # of a start that came no further
+            if transforms:
+                write_json(self.path / TRANSFORMS, list(transforms))
             write_text(self.path / "recipe.toml", to_toml(recipe))
         if not (self.path / "environment.json").exists():
             found = {**environment.describe(), "precision": base.precision, "device": str(base.device)}
@@ -258,6 +276,7 @@ class Checkpoints:
         tensors = read_tensors(folder / "state.safetensors")
 
         untuned = content["values"].pop(UNTUNED, {})
+        content["values"].pop("method", None)  # a report of the round, which earlier versions kept there
         state = State(part(tensors, "global/"), part(tensors, "server/"), content["values"])
         return Checkpoint(content["round"], state, content["memories"], content["files"], untuned)
 

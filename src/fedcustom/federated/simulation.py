@@ -25,7 +25,7 @@ from ..transport.protocol import Transport, check_visible
 from ..updates.attack import hostile_clients, simulated_attack
 from ..updates.pipeline import update_transforms
 from ..updates.transform import UpdateTransform
-from .build import check_cohort, check_fit, make_method, pooled
+from .build import check_cohort, check_fit, check_transforms, make_method, pooled
 from .callbacks import Callback
 from .evaluator import Evaluator, Probes, Result
 from .fingerprint import Fingerprint, of_data
@@ -82,9 +82,9 @@ class Federation:
     truncation: dict[str, CutCount] = field(default_factory=dict)
 
 
-Gather = Callable[[Recipe, Path, Path, Callback], Federation]
-"""From a recipe, the run's directory, its folder for clients' private tensors and something that is told how
-this goes, to its parties."""
+Gather = Callable[[Recipe, Path, Path, Callback, Sequence[UpdateTransform]], Federation]
+"""From a recipe, the run's directory, its folder for clients' private tensors, something that is told how
+this goes, and the caller's transforms of updates, to the run's parties."""
 
 
 def simulate(
@@ -98,7 +98,8 @@ def simulate(
     simulated attack and before compression (:mod:`fedcustom.updates.transform`).
 
     Raises:
-        RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together.
+        RecipeError, DataError, ModelError: what the recipe names does not exist or does not fit together, or
+            something would pass by a transform that may not be skipped.
     """
     if transforms and recipe.baseline != "federated":
         raise RecipeError(f"baseline = {recipe.baseline!r}: transforms of updates need 'federated'")
@@ -116,6 +117,7 @@ def simulate(
     attack = simulated_attack(hostile, recipe.attack, recipe.seed)
     applied = update_transforms(recipe.compression, attack, transforms)
     method = make_method(recipe, base, data, applied)
+    check_transforms(transforms, recipe, method)
     probes = _probes(recipe, data)
     data = _damaged(recipe, data, hostile)
     owners = pooled(data) if recipe.baseline == "centralised" else data.clients

@@ -10,9 +10,6 @@ from ..core.errors import AggregationError
 from ..core.tensors import is_finite
 from ..methods import State
 
-REPORT = "method"
-"""What a method reports of its last round, which is never sent."""
-
 
 def check_aggregate(state: State) -> None:
     """Refuse a state that holds numbers that are not finite, or that no party would accept in a message.
@@ -23,7 +20,7 @@ def check_aggregate(state: State) -> None:
     if not is_finite(state.tensors) or not is_finite(state.server):
         raise AggregationError("the aggregate holds numbers that are not finite")
     for key, value in state.values.items():
-        if key != REPORT and not _can_travel(value):
+        if not _can_travel(value):
             raise AggregationError(f"the aggregate's {key} holds a number that no message may hold")
 
 

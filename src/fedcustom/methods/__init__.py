@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .protocol import (
         UNFINISHED,
+        Aggregate,
         Answer,
         Asked,
         AsksClients,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UNFINISHED",
+    "Aggregate",
     "Answer",
     "Asked",
     "AsksClients",

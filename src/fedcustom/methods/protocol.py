@@ -212,13 +212,24 @@ class State:
     """What the server holds between rounds.
 
     ``tensors`` is the global state that clients start from, ``server`` what only the server needs (moments of
-    its optimiser), ``values`` numbers and texts; those under ``"method"`` are what the method reports of its
-    last round.
+    its optimiser), ``values`` numbers and texts. All of it is what the next round needs, and nothing else.
     """
 
     tensors: Tensors
     server: Tensors = field(default_factory=dict)
     values: Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """What a method makes of a round's answers: the next state, and what it reports of the round.
+
+    The ``report`` holds figures and short texts for the round's row of metrics (``method`` there). It is not
+    sent, and the next round does not see it.
+    """
+
+    state: State
+    report: Values = field(default_factory=dict)
 
 
 @dataclass
@@ -301,6 +312,16 @@ class HasRemarks(Protocol):
 
 
 @runtime_checkable
+class TransformsUpdates(Protocol):
+    """A method whose clients send changes of tensors, on which a run's transforms act."""
+
+    def untransformed(self, *, aggregate: bool) -> list[str]:
+        """What no transform acts on, each with the setting that asks for it: of what clients send or, with
+        ``aggregate``, also of what is made of that.
+        """
+
+
+@runtime_checkable
 class ScalesLogits(Protocol):
     """A method whose classifier's logits can be multiplied by a number that becomes part of the model."""
 
@@ -338,8 +359,8 @@ class Method(Protocol):
         it would have raised one.
         """
 
-    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
-        """The next global state. Consumes the answers one by one, as they come in."""
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
+        """The next global state and a report of the round. Consumes the answers one by one, as they come."""
 
     def export(self, state: State, folder: Path) -> None:
         """Write the customised model so that it loads with the ecosystem's own tools."""

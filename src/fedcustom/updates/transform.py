@@ -13,8 +13,24 @@ A round goes through the list three times::
     at the server    on_server      last to first    what came -> the delta, before it is checked
     at the server    on_aggregate   first to last    the rule's delta -> what the server optimiser follows
 
-The second pass is for :class:`ServerTransform` alone. Tasks whose answers are exact (``Task.exact_answer``)
-are asked with the same list; a transform of deltas has to leave those answers as they are.
+The second pass is for :class:`ServerTransform` alone.
+
+**Not everything passes by.** These see no transform:
+
+- the answers of rounds that fit the head (``Task.exact_answer``), and the head that comes of them: sums over
+  examples, which must arrive as they are;
+- in ``on_aggregate``, tensors that a method combines by a rule of its own (most LoRA variants, the prefix
+  rules);
+- what methods send and aggregate that train no tensors, or other things beside them (prompts, predictions,
+  passages): ``on_aggregate`` is not called at all, and ``on_client`` for some of their messages only;
+- a round that nobody answered: ``on_aggregate`` is not called.
+
+Clipping and noise that some of the answers pass by protect nobody. A caller's transform is therefore refused
+at the start where one of the first three applies, unless it says that it ``may_be_skipped``
+(:func:`~fedcustom.federated.build.check_transforms`).
+
+A caller's transforms are a part of the run's identity as its recipe is (:mod:`.identity`): a run is resumed
+with those that it began with, in their order.
 """
 
 from __future__ import annotations
@@ -79,13 +95,25 @@ class UpdateTransform(Protocol):
       would not do;
     - ``changes_bytes``: what it returns are codes of another form or length, so that it has to stand last,
       and to be a :class:`ServerTransform`;
-    - ``is_linear``: the sum of what it returns is what it returns for the sum.
+    - ``is_linear``: the sum of what it returns is what it returns for the sum;
+    - ``may_be_skipped``: the run is as its caller wants it also where something does not pass by (see the
+      module's docstring). Not so for clipping, noise, or anything else that protects.
+
+    Its settings are its public attributes as they are when the run begins, unless :meth:`identity` gives
+    others; the names of attributes that are no settings begin with an underscore.
     """
 
     name: str = "transform"
     needs_individual_updates: bool = False
     changes_bytes: bool = False
     is_linear: bool = False
+    may_be_skipped: bool = False
+
+    def identity(self) -> Mapping[str, object] | None:
+        """Its settings, by which a run that is resumed sees that it is the same: values that JSON can hold;
+        None: its public attributes.
+        """
+        return None
 
     def on_client(self, update: Update, context: ClientContext) -> Update:
         """A client's update in place of the one that its method made, or that the transform before this one
@@ -95,10 +123,16 @@ class UpdateTransform(Protocol):
 
     def on_aggregate(self, delta: Tensors, context: AggregateContext) -> Tensors:
         """The cohort's delta in place of the one that the aggregation rule gave, in the same names and
-        shapes; the server optimiser follows it. Called by methods that train tensors. Tensors that a method
-        combines by a rule of its own are not in ``delta``; what a drift correction sends is.
+        shapes; the server optimiser follows it. Called by methods that train tensors, once in each round that
+        trains and that somebody answered. Tensors that a method combines by a rule of its own are not in
+        ``delta``; what a drift correction sends is.
         """
         return delta
+
+
+def acts(transform: UpdateTransform, hook: str) -> bool:
+    """Whether a transform has a hook of its own, in place of the default that changes nothing."""
+    return getattr(type(transform), hook, None) is not getattr(UpdateTransform, hook)
 
 
 @runtime_checkable

@@ -269,12 +269,13 @@ def test_cached_labels_do_not_travel_again(distil: dict[str, Any]) -> None:
                 assert set(current.tolist()) == last
                 cache = clients[site].memory.tensors[CACHE][current]
                 assert float((cache - state.server[SOFT][current]).abs().max()) < 1 / 255 + 1e-6
-        state = method.aggregate(state, answers)
+        merged = method.aggregate(state, answers)
+        state = merged.state
         made |= dict.fromkeys(expected, number)
         last = {int(i) for i in drawn}
         assert {int(i): int(state.server[REFRESHED][i]) for i in made} == made
-        assert state.values["method"]["asked"] == len(expected)
-        assert state.values["method"]["cached"] == 15 - len(expected)
+        assert merged.report["asked"] == len(expected)
+        assert merged.report["cached"] == 15 - len(expected)
 
 
 def test_a_client_that_lost_its_cache_says_so(distil: dict[str, Any]) -> None:
@@ -288,7 +289,7 @@ def test_a_client_that_lost_its_cache_says_so(distil: dict[str, Any]) -> None:
                 method.execute(tasks["site-1"], clients["site-1"])
             break
         update = method.execute(tasks["site-1"], clients["site-1"])
-        state = method.aggregate(state, [Answer("site-1", tasks["site-1"], update)])
+        state = method.aggregate(state, [Answer("site-1", tasks["site-1"], update)]).state
 
 
 @pytest.mark.parametrize(
@@ -353,7 +354,7 @@ def test_a_late_answer_counts_less(distil: dict[str, Any]) -> None:
     said = [method.exchange._read(a.task, a.update.tensors)[1] for a in answers]
     weights = [len(clients[site].data.train) * d for site, d in zip(SITES, (1.0, 0.25), strict=False)]
     expected = (weights[0] * said[0] + weights[1] * said[1]) / sum(weights)
-    torch.testing.assert_close(method.aggregate(state, answers).server[SOFT], expected)
+    torch.testing.assert_close(method.aggregate(state, answers).state.server[SOFT], expected)
 
 
 def test_label_prior() -> None:
@@ -417,7 +418,7 @@ def test_an_answer_to_nothing_is_refused(distil: dict[str, Any]) -> None:
     for number in (1, 2):
         task = method.configure(state, number, {"site-0": Work(steps=1)})["site-0"]
         update = method.execute(task, clients["site-0"])
-        state = method.aggregate(state, [Answer("site-0", task, update)])
+        state = method.aggregate(state, [Answer("site-0", task, update)]).state
     assert update.tensors == {}  # all was cached
     with pytest.raises(UpdateError, match="nothing was asked for"):
         method.check(task, replace(update, tensors={"probabilities": torch.zeros(1)}))

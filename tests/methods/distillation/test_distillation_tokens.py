@@ -143,7 +143,7 @@ def test_the_best_teacher_of_each_text_is_taken(speaking: dict[str, Any]) -> Non
             lessons[text].append((lesson.loss, lesson.own_loss))
     expected = sum(min(losses)[0] < min(losses)[1] for losses in lessons.values())
     merged = method.aggregate(state, [Answer(n, tasks[n], update) for n, update in updates.items()])
-    assert merged.values["method"]["taught"] == expected > 0
+    assert merged.report["taught"] == expected > 0
     # A model that knows nothing is no teacher: the server against itself has nothing to learn.
     loss = exchange._teach(server, state.tensors, {}, [0], "server", 1.0)
     assert loss == (state.tensors, None)

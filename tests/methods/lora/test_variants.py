@@ -55,8 +55,9 @@ def one_round(
             answers.append(Answer(name, task, update))
             for matrix, weight in effective(method).items():  # the model is still the client's
                 ideal[matrix] = ideal.get(matrix, 0) + weight * size / sum(SIZES.values())
-        state = method.aggregate(state, answers)
-        errors.append(state.values.get("method", {}).get("aggregation_error"))
+        merged = method.aggregate(state, answers)
+        state = merged.state
+        errors.append(merged.report.get("aggregation_error"))
         method.trainable.write(method.ownership.complete(state.tensors))
         pairs.append((effective(method), ideal))
     return pairs, errors

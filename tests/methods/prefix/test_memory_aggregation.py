@@ -104,8 +104,8 @@ def test_the_reported_error_is_the_distance_from_the_mean_of_functions(
         answers = answers_of(method, state, model, number)
         ideal = sum(a.update.weight * added(method, after(state, a)) for a in answers) / sum(SIZES.values())
         assert isinstance(ideal, Tensor)
-        state = method.aggregate(state, answers)
-        error = state.values["method"]["aggregation_error"]
+        merged = method.aggregate(state, answers)
+        state, error = merged.state, merged.report["aggregation_error"]
         missed = added(method, state.tensors) - ideal
         assert error == pytest.approx(float(missed.norm() / ideal.norm()), rel=1e-3, abs=1e-6)
         exact = merging == "frozen" or (merging == "alternate" and number == 2)
@@ -127,7 +127,7 @@ def test_alternation_trains_readers_in_odd_rounds_and_writers_in_even_ones(
         answers = answers_of(method, state, model, number)
         came = set(answers[0].update.tensors)
         assert came == set(state.tensors) - resting
-        following = method.aggregate(state, answers)
+        following = method.aggregate(state, answers).state
         for name, tensor in state.tensors.items():
             assert torch.equal(following.tensors[name], tensor) == (name in resting), name
         state = following
@@ -164,7 +164,7 @@ def test_matching_does_not_see_the_order_of_a_clients_slots(tiny: dict[str, str]
     change = {n: own[n] - state.tensors[n] for n in answers[1].update.tensors}
     assert any(not torch.allclose(change[n], answers[1].update.tensors[n]) for n in slots_of(method))
     turned = [answers[0], replace(answers[1], update=replace(answers[1].update, tensors=change)), answers[2]]
-    merged, again = (method.aggregate(state, given).tensors for given in (answers, turned))
+    merged, again = (method.aggregate(state, given).state.tensors for given in (answers, turned))
     for name, tensor in merged.items():
         torch.testing.assert_close(again[name], tensor, rtol=1e-4, atol=1e-5)
         # Clients that trained little kept their order, so that this is their plain mean.
@@ -181,12 +181,14 @@ def test_stacking_identical_clients_gives_their_function(tiny: dict[str, str], m
     change = {n: own[n] - state.tensors[n] for n in one.update.tensors}
     other = Answer("b", one.task, replace(one.update, tensors=change))
     merged = method.aggregate(state, [one, other])
-    assert {n: t.shape for n, t in merged.tensors.items()} == {n: t.shape for n, t in state.tensors.items()}
-    assert merged.values["method"]["aggregation_error"] < 1e-5
-    torch.testing.assert_close(added(method, merged.tensors), added(method, own), rtol=1e-4, atol=1e-4)
+    assert {n: t.shape for n, t in merged.state.tensors.items()} == {
+        n: t.shape for n, t in state.tensors.items()
+    }
+    assert merged.report["aggregation_error"] < 1e-5
+    torch.testing.assert_close(added(method, merged.state.tensors), added(method, own), rtol=1e-4, atol=1e-4)
     # In the order of the state that the round began with.
     for name, tensor in after(state, one).items():
-        torch.testing.assert_close(merged.tensors[name], tensor, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(merged.state.tensors[name], tensor, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("merging", ["mean", "matched", "stacked"])
@@ -196,10 +198,10 @@ def test_a_late_change_is_added_to_the_newest_state(tiny: dict[str, str], mergin
     answer = replace(answers_of(method, state, "bert")[0], discount=0.5)
     newest = State({n: t + 0.01 for n, t in state.tensors.items()})
     merged = method.aggregate(newest, [answer])
-    for name, tensor in merged.tensors.items():
+    for name, tensor in merged.state.tensors.items():
         expected = newest.tensors[name] + 0.5 * answer.update.tensors[name]
         torch.testing.assert_close(tensor, expected, rtol=1e-3, atol=1e-4)
-    assert merged.values["method"]["aggregation_error"] < 1e-5
+    assert merged.report["aggregation_error"] < 1e-5
 
 
 def test_a_change_without_weight_does_not_count(tiny: dict[str, str]) -> None:
@@ -212,8 +214,8 @@ def test_a_change_without_weight_does_not_count(tiny: dict[str, str]) -> None:
     for update, weight in [(root, 0.0), *((a.update, a.update.weight) for a in answers)]:
         delta = ClientDelta("x", state.tensors, update.tensors, weight, update)
         assert gathered.take(delta) is update.tensors
-    _, report = gathered.merged(method.aggregate(state, answers).tensors)
-    expected = method.aggregate(state, answers).values["method"]["aggregation_error"]
+    _, report = gathered.merged(method.aggregate(state, answers).state.tensors)
+    expected = method.aggregate(state, answers).report["aggregation_error"]
     assert report["aggregation_error"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -232,10 +234,10 @@ def test_robust_rules_see_every_tensor(tiny: dict[str, str], merging: str, rule:
     if rule in ("median", "trimmed_mean"):
         expected = robust.coordinate_median(changes)  # of three, all but one are trimmed
         for name, change in expected.items():
-            torch.testing.assert_close(merged.tensors[name], state.tensors[name] + change)
-    most = max(float((merged.tensors[n] - state.tensors[n]).abs().max()) for n in hostile)
+            torch.testing.assert_close(merged.state.tensors[name], state.tensors[name] + change)
+    most = max(float((merged.state.tensors[n] - state.tensors[n]).abs().max()) for n in hostile)
     assert most < 10
-    assert "aggregation_error" in merged.values["method"]
+    assert "aggregation_error" in merged.report
 
 
 def test_the_norm_gate_leaves_out_a_memory_that_is_far_too_large(tiny: dict[str, str]) -> None:
@@ -304,7 +306,7 @@ def test_how_networks_read_is_told_by_their_numbers(
     for merging in ("mean", "matched", "alternate"):
         method = memory(tiny, "llama", merging=merging)
         state = filled(method)
-        assert "method" not in method.aggregate(state, answers_of(method, state, "llama")).values
+        assert not method.aggregate(state, answers_of(method, state, "llama")).report
     with pytest.raises(ModelError, match=r"merging = 'stacked' does not fit .* read their inputs; use"):
         memory(tiny, "llama", merging="stacked")
     assert memory(tiny, "llama", merging="stacked", feed_forward_slots=0).hooks.own_rule

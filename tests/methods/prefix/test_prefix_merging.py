@@ -56,8 +56,8 @@ def test_matched_prefixes(tiny: dict[str, str]) -> None:
         )
         for n, a in enumerate(answers)
     ]  # fmt: skip
-    merged = method.aggregate(state, answers).tensors
-    again = method.aggregate(state, shuffled).tensors
+    merged = method.aggregate(state, answers).state.tensors
+    again = method.aggregate(state, shuffled).state.tensors
     torch.testing.assert_close(merged["prefix"], again["prefix"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(merged["prefix"], matched_mean(prefixes, start))
     heads = sum(a.update.weight * a.update.tensors["classifier.weight"] for a in answers) / 16
@@ -71,7 +71,7 @@ def test_stacking_identical_clients_gives_their_prefix(tiny: dict[str, str], com
     method = make(tiny["bert"], "prefix", length=4, init="random", merging="stacked", compression=compression)
     state = method.initialise()
     one = answers_of(method, state)[0]
-    merged = method.aggregate(state, [one, Answer("b", one.task, one.update)]).tensors["prefix"]
+    merged = method.aggregate(state, [one, Answer("b", one.task, one.update)]).state.tensors["prefix"]
     expected = state.tensors["prefix"] + one.update.tensors["prefix"]
     # Up to the order of slots, which attention does not see.
     for layer in range(len(expected)):
@@ -93,7 +93,7 @@ def test_only_the_layers_that_changed_most_are_sent(tiny: dict[str, str]) -> Non
             total = sum(a.update.weight for a in sent)
             expected[layer] += sum(a.update.weight / total * a.update.tensors["prefix"][0] for a in sent)
     assert all(a.update.tensors["prefix"].shape == (1, *start.shape[1:]) for a in answers)
-    torch.testing.assert_close(method.aggregate(state, answers).tensors["prefix"], expected)
+    torch.testing.assert_close(method.aggregate(state, answers).state.tensors["prefix"], expected)
     good = answers[0]
     for layers in ([5], ["0"], [True], [0, 1], "0", None):
         bad = replace(typed(good.update, PrefixUpdate), layers=layers)

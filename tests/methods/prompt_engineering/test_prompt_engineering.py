@@ -487,7 +487,7 @@ def test_the_server_takes_the_weighted_mean(recipe: Any, weights: str) -> None:
         update = method.execute(task, Client(name, data.clients[name]))
         method.check(task, update)
         answers.append(fedcustom.methods.Answer(name, task, update))
-    merged = method.aggregate(state, answers)
+    merged = method.aggregate(state, answers).state
     if weights == "rank":
         places = np.argsort(np.argsort([typed(a.update, SearchUpdate).loss for a in answers]))
         raw = np.log(3.5) - np.log(places + 1)
@@ -555,7 +555,9 @@ def test_baselines(recipe: Any, tmp_path: Path, strategy: str, baseline: str) ->
     state, client = inner.initialise(), Client(name, data.clients[name])
     for number in (1, 2, 3):
         task = inner.configure(state, number, {name: Work()})[name]
-        state = inner.aggregate(state, [fedcustom.methods.Answer(name, task, inner.execute(task, client))])
+        state = inner.aggregate(
+            state, [fedcustom.methods.Answer(name, task, inner.execute(task, client))]
+        ).state
     checkpoint = Checkpoints(run.directory / "checkpoints").load(run.summary["best_round"])
     kept = json.loads(json.dumps(checkpoint.memories[name]["own"]))
     assert kept == json.loads(json.dumps(state.values))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from fedcustom.data.examples import Example, LearningTask
 from fedcustom.methods.tuning.model_card import offline
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
+from helpers.interpreter import run_python
 
 CLASSIFIER = """
 import json, sys
@@ -61,9 +59,9 @@ print(json.dumps(answers))
 
 
 def elsewhere(code: str, folder: Path, base: str, texts: list[str]) -> list[Any]:
-    """Run code in a fresh interpreter that has not heard of this package."""
-    argument = json.dumps([str(folder), base, texts])
-    done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=True)
+    """Run code in a process that has not heard of this package."""
+    done = run_python(code, json.dumps([str(folder), base, texts]))
+    assert done.returncode == 0, done.stderr
     rows: list[Any] = json.loads(done.stdout.splitlines()[-1])
     return rows
 
@@ -123,23 +121,17 @@ def test_the_saved_page_names_what_is_needed(small: dict[str, Any], tmp_path: Pa
     run = fedcustom.run(small, out=tmp_path / "run")
     page = (run.directory / "model" / "README.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=run.directory / "model", capture_output=True, text=True, check=True
-    )
+    done = run_python(code, cwd=run.directory / "model")
     assert done.stdout.strip() == run.predict(["a text"])[0]["label"]
 
 
 def run_card(folder: Path, *, without: str = "") -> str:
-    """What the code of a folder's card prints, in a fresh interpreter that can reach no hub; ``without`` is a
-    package that it cannot import either.
+    """What the code of a folder's card prints, in a process that can reach no hub; ``without`` is a package
+    that it cannot import either.
     """
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     hidden = f"import sys\nsys.modules[{without!r}] = None\n" if without else ""
-    nowhere = "http://localhost:9"
-    done = subprocess.run(
-        [sys.executable, "-c", hidden + code], cwd=folder, capture_output=True, text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": nowhere, "HF_HOME": str(folder / "none")},
-    )  # fmt: skip
+    done = run_python(hidden + code, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

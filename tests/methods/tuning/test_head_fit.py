@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
 from sklearn.covariance import oas
 from sklearn.linear_model import LogisticRegression
-from torch import nn
 
 from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.core.errors import RecipeError, UpdateError
 from fedcustom.data.examples import ClientData, Example
 from fedcustom.methods import (
     UNFINISHED,
+    Aggregate,
     Answer,
     Client,
     State,
@@ -30,8 +30,7 @@ from fedcustom.methods import (
     client_labels,
 )
 from fedcustom.methods.protocol import typed
-from fedcustom.methods.tuning.head_fit import HeadFit
-from fedcustom.methods.tuning.head_messages import LEAST, POINT, Sums
+from fedcustom.methods.tuning.head_messages import LEAST, POINT, Sums, sums_of
 from fedcustom.methods.tuning.messages import ScaleHeadTask, TrainTask
 from helpers.head_fit import LABELS, ROUND, WIDTH, asked
 from helpers.methods import classification_examples, make, skewed
@@ -45,11 +44,19 @@ def fitted(
     method: WeightTuning, clients: dict[str, Client], state: State | None = None, number: int = 1
 ) -> State:
     """The state after a whole round, with all its exchanges."""
+    return aggregate_of(method, clients, state, number).state
+
+
+def aggregate_of(
+    method: WeightTuning, clients: dict[str, Client], state: State | None = None, number: int = 1
+) -> Aggregate:
+    """The state after a whole round, and what is reported of it."""
     state = state or method.initialise()
-    state = method.aggregate(state, iter(asked(method, state, clients, number)[1]))
-    while UNFINISHED in state.values:
-        state = method.aggregate(state, iter(asked(method, state, clients, number)[1]))
-    return state
+    merged = method.aggregate(state, iter(asked(method, state, clients, number)[1]))
+    while UNFINISHED in merged.state.values:
+        state = merged.state
+        merged = method.aggregate(state, iter(asked(method, state, clients, number)[1]))
+    return merged
 
 
 def examples_of(clients: dict[str, Client]) -> list[Example]:
@@ -100,7 +107,7 @@ def test_logits_are_those_of_gaussians(tiny: dict[str, str], technique: str) -> 
     """From clients with other labels each; what changes is the last layer alone."""
     method = make(tiny["bert"], technique, training=SUMS)
     clients, state = skewed(), method.initialise()
-    merged = fitted(method, clients)
+    merged, report = (whole := aggregate_of(method, clients)).state, whole.report
     examples, asked_of = examples_of(clients), classification_examples(9)
     vectors = inputs_of(method, state, [*examples, *asked_of])
     expected = by_density(vectors[: len(examples)], labels_of(examples), vectors[len(examples) :], LABELS)
@@ -108,7 +115,7 @@ def test_logits_are_those_of_gaussians(tiny: dict[str, str], technique: str) -> 
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * abs(expected).max())
     changed = {name for name in state.tensors if not torch.equal(state.tensors[name], merged.tensors[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
-    assert merged.values["method"] == {"head": "fitted to 24 examples of 3 clients"}
+    assert report == {"head": "fitted to 24 examples of 3 clients"}
 
 
 @pytest.mark.parametrize("technique", ["bitfit", "lora"])
@@ -118,7 +125,7 @@ def test_the_head_is_scikit_learns_logistic_regression(tiny: dict[str, str], tec
     clients, state = skewed(), method.initialise()
     examples, asked_of = examples_of(clients), classification_examples(9)
     model = method.base.model
-    vectors = method.head_fit.inputs(method.tokens([*examples, *asked_of])).double().numpy()
+    vectors = method.client.head.inputs(method.tokens([*examples, *asked_of])).double().numpy()
     if technique == "bitfit":
         np.testing.assert_allclose(vectors, inputs_of(method, state, [*examples, *asked_of]), atol=1e-6)
     assert model is method.base.model
@@ -152,13 +159,6 @@ def test_skew_makes_no_difference(tiny: dict[str, str], technique: str) -> None:
         assert distance(*heads) < (2e-2 if technique == "soft_prompt" else within)
 
 
-def bare(width: int, labels: int) -> HeadFit:
-    """What computes sums, without a model."""
-    made = HeadFit.__new__(HeadFit)
-    made.layer = nn.Linear(width, labels)
-    return made
-
-
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=50), st.integers(0, 99))
 @settings(max_examples=50, deadline=None)
 def test_sums_add_up(rows: list[tuple[int, int]], seed: int) -> None:
@@ -168,10 +168,10 @@ def test_sums_add_up(rows: list[tuple[int, int]], seed: int) -> None:
     generator = np.random.default_rng(seed)
     vectors = generator.normal(size=(len(rows), 4)).astype(np.float32)
     labels, owners = np.array(rows).T
-    fit, sums, kept = bare(4, 5), Sums.zero(5, 4), np.zeros(len(rows), dtype=bool)
+    sums, kept = Sums.zero(5, 4), np.zeros(len(rows), dtype=bool)
     for owner in set(owners.tolist()):
         mine = owners == owner
-        sent = fit.sums(torch.from_numpy(vectors[mine]), torch.from_numpy(labels[mine]))
+        sent = sums_of(torch.from_numpy(vectors[mine]), torch.from_numpy(labels[mine]), 5)
         counts = np.bincount(labels[mine], minlength=5)
         assert sent["counts"].tolist() == counts.tolist()
         assert len(sent["totals"]) == (counts >= LEAST).sum()
@@ -213,7 +213,8 @@ def test_single_examples_are_withheld(tiny: dict[str, str]) -> None:
     assert not any(tensor.any() for tensor in after.tensors.values())
     kinds = [tasks["d"].kind]
     while True:
-        state = method.aggregate(state, iter(answers))
+        merged = method.aggregate(state, iter(answers))
+        state = merged.state
         if UNFINISHED not in state.values:
             break
         tasks, answers = asked(method, state, more)
@@ -221,9 +222,7 @@ def test_single_examples_are_withheld(tiny: dict[str, str]) -> None:
         kinds.append(tasks["a"].kind)
     assert kinds == ["fit head", "scale head", *["head gradient"] * (len(kinds) - 2)]
     assert client_labels(state)["d"] == [0, 1, 0]
-    assert "(1 of them, the only ones of their label at a client, not in the sums)" in str(
-        state.values["method"]
-    )
+    assert "(1 of them, the only ones of their label at a client, not in the sums)" in str(merged.report)
     heads = [Update({n: tensors[n] for n in method.trainable.head}) for tensors in (expected, state.tensors)]
     assert distance(*heads) < 0.05
     # Two of a label are summed, the third is not.
@@ -236,9 +235,10 @@ def test_single_examples_are_withheld(tiny: dict[str, str]) -> None:
 def test_singles_alone_fit_nothing(tiny: dict[str, str]) -> None:
     method = make(tiny["bert"], "bitfit", training=ROUND)
     before = method.initialise()
-    after = fitted(method, {"d": alone_with(0)}, before)
-    assert all(torch.equal(after.tensors[n], t) for n, t in before.tensors.items())
-    assert after.values == {"method": {"head": "not fitted: no client has two examples of a label"}}
+    merged = aggregate_of(method, {"d": alone_with(0)}, before)
+    assert all(torch.equal(merged.state.tensors[n], t) for n, t in before.tensors.items())
+    assert merged.state.values == {}
+    assert merged.report == {"head": "not fitted: no client has two examples of a label"}
 
 
 def test_a_head_that_could_not_be_fitted_trains(tiny: dict[str, str]) -> None:
@@ -251,20 +251,18 @@ def test_a_head_that_could_not_be_fitted_trains(tiny: dict[str, str]) -> None:
         update = method.execute(task, client)
         method.check(task, update)
         assert any("classifier" in name for name in update.tensors) == unfitted
-        after = method.aggregate(state, iter([Answer("d", task, update)]))
+        after = method.aggregate(state, iter([Answer("d", task, update)])).state
         changed = {n for n, tensor in state.tensors.items() if not torch.equal(tensor, after.tensors[n])}
         assert any("classifier" in name for name in changed) == unfitted
 
 
 def test_a_local_head_of_single_examples(tiny: dict[str, str]) -> None:
     """A client withholds nothing from itself."""
-    method = make(tiny["bert"], "bitfit", training=ROUND)
-    method.context = method.ownership.context = replace(method.context, keeps="everything")
-    method.ownership.initial = method.trainable.read()
+    method = make(tiny["bert"], "bitfit", training=ROUND, keeps="everything")
     client = alone_with(1)
     method.execute(method.configure(method.initialise(), 1, {"d": Work(epochs=1)})["d"], client)
     own = {name.removeprefix("state/"): t for name, t in client.memory.tensors.items()}
-    vectors = method.head_fit.inputs(method.tokens(client.data.train)).numpy()
+    vectors = method.client.head.inputs(method.tokens(client.data.train)).numpy()
     labels = [example.label for example in client.data.train]
     theirs = LogisticRegression(C=10, tol=1e-6, max_iter=1000).fit(vectors, labels)
     found = vectors @ own["classifier.weight"].numpy().T + own["classifier.bias"].numpy()
@@ -284,14 +282,15 @@ def test_once_fitted_the_adjustment_is_relative_to_the_labels_of_all(tiny: dict[
         own = (np.bincount(labels[name], minlength=LABELS) + LABELS * everybody) / (
             len(labels[name]) + LABELS
         )
-        offset = method._label_offset(task, clients[name])
+        offset = method.client.label_offset(task, clients[name])
         assert offset is not None
         assert offset.numpy() == pytest.approx(np.log(own / everybody), rel=1e-5)
         for wrong in ((1, 2), (1, 2, -3), (1, 2, True), (1, 2, 3.0), "123"):
             with pytest.raises(UpdateError, match=r"label_counts .* must be 3 whole numbers"):
                 method.execute(replace(typed(task, TrainTask), label_counts=wrong), clients[name])
-    method.context = replace(method.context, keeps="everything")
-    assert method._label_offset(task, clients[name]) is None
+    parts = method.client.parts
+    parts.context = replace(parts.context, keeps="everything")
+    assert method.client.label_offset(task, clients[name]) is None
 
 
 def test_a_fit_to_few_clients_is_none(tiny: dict[str, str]) -> None:
@@ -301,7 +300,8 @@ def test_a_fit_to_few_clients_is_none(tiny: dict[str, str]) -> None:
         method = make(tiny["bert"], "prefix", training=training, clients=4)
         clients = {name: client for name, client in skewed().items() if name in ("b", "c")[-answering:]}
         before = method.initialise()
-        after = fitted(method, clients, before)
+        merged = aggregate_of(method, clients, before)
+        after = merged.state
         assert ("label_counts" in after.values) == is_fitted
         assert all(torch.equal(after.tensors[n], before.tensors[n]) for n in before.tensors) == (
             not is_fitted
@@ -312,7 +312,7 @@ def test_a_fit_to_few_clients_is_none(tiny: dict[str, str]) -> None:
         }
         assert client_labels(after) == told
         if not is_fitted:
-            assert after.values["method"] == {"head": "not fitted: 1 of 4 clients answered"}
+            assert merged.report == {"head": "not fitted: 1 of 4 clients answered"}
 
 
 @pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam"])
@@ -320,25 +320,23 @@ def test_a_former_head_is_forgotten(tiny: dict[str, str], optimizer: str) -> Non
     """By the server's optimiser and, in a centralised run, by the client's."""
     settings = AggregationSettings(server_optimizer=optimizer)  # type: ignore[arg-type]
     method = make(tiny["bert"], "bitfit", training={"fit_head_rounds": [2]}, aggregation=settings)
-    method.context = method.ownership.context = replace(method.context, keeps="optimizer")
+    parts = method.server.parts
+    parts.context = method.ownership.context = replace(parts.context, keeps="optimizer")
     client, state = skewed()["c"], method.initialise()
     for number in (1, 2):
-        state = fitted(method, {"c": client}, state, number)
-        if number == 1:
-            state = replace(state, values={"method": "of round 1"})
+        merged = aggregate_of(method, {"c": client}, state, number)
+        state = merged.state
         head = {n: t for n, t in state.server.items() if "classifier" in n}
         assert head
         assert all(bool(t.any()) == (number == 1) for t in head.values())
         assert any("classifier" in name for name in client.memory.tensors) == (number == 1)
     assert any(t.any() for t in state.server.values())
     assert any("moments/" in name for name in client.memory.tensors)
-    assert state.values == {
-        "label_counts": [2, 3, 4],
-        "method": {"head": "fitted to 9 examples of 1 clients"},
-    }
+    assert state.values == {"label_counts": [2, 3, 4]}
+    assert merged.report == {"head": "fitted to 9 examples of 1 clients"}
     task = method.configure(state, 3, {"c": Work(epochs=1)})["c"]
     method.check(task, method.execute(task, client))
-    assert not method.head_fit.vectors  # of what the model was
+    assert not method.client.head.vectors  # of what the model was
 
 
 @pytest.mark.parametrize("steps", [0, 12])
@@ -346,16 +344,14 @@ def test_a_local_head(tiny: dict[str, str], steps: int) -> None:
     """Is what the server would make of that client's sums and gradients."""
     training = {**ROUND, "fit_head_steps": steps}
     method = make(tiny["bert"], "bitfit", training=training)
-    alone = make(tiny["bert"], "bitfit", training=training)
-    alone.context = alone.ownership.context = replace(alone.context, keeps="everything")
-    alone.ownership.initial = alone.trainable.read()
+    alone = make(tiny["bert"], "bitfit", training=training, keeps="everything")
     client = skewed()["c"]
     expected = fitted(method, {"c": skewed()["c"]}).tensors
     task = alone.configure(alone.initialise(), 1, {"c": Work(epochs=1)})["c"]
     update = alone.execute(task, client)
     alone.check(task, update)
     assert not update.tensors
-    assert not alone.head_fit.vectors
+    assert not alone.client.head.vectors
     own = {name.removeprefix("state/"): t for name, t in client.memory.tensors.items()}
     assert own.keys() == expected.keys()
     for name, tensor in own.items():  # gradients travel as float32
@@ -373,7 +369,7 @@ def test_a_compiled_model(tiny: dict[str, str]) -> None:
         found = asked(method, method.initialise(), skewed())[1]
         for one, other in zip(expected, found, strict=True):
             assert all(torch.equal(t, other.update.tensors[n]) for n, t in one.update.tensors.items())
-    assert not method.head_fit.layer._forward_pre_hooks
+    assert not method.head_fit.layer.module._forward_pre_hooks
 
 
 def test_a_head_without_a_bias(tiny: dict[str, str]) -> None:

@@ -17,7 +17,7 @@ from fedcustom.federated.callbacks import Callback
 from fedcustom.federated.evaluator import Evaluator
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.methods import State
-from fedcustom.methods.tuning.head_fit import HeadFit
+from fedcustom.methods.tuning.head_client import HeadClient
 from fedcustom.methods.tuning.head_messages import TEMPERATURES
 from fedcustom.recipe.recipe import load_recipe
 from helpers.head_fit import LABELS, WIDTH
@@ -95,14 +95,14 @@ def test_a_resumed_run_comes_to_the_same_bits(small: dict[str, Any], tmp_path: P
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[str, str], bool]) -> None:
     """Let clients that ``fails`` names, given the kind of task, have lost their vectors."""
-    work = HeadFit.execute
+    work = HeadClient.execute
 
-    def sometimes(self: HeadFit, task: Any, name: str, *rest: Any) -> Any:
+    def sometimes(self: HeadClient, task: Any, name: str, *rest: Any) -> Any:
         if fails(task.kind, name):
             self.vectors.pop(name, None)
         return work(self, task, name, *rest)
 
-    monkeypatch.setattr(HeadFit, "execute", sometimes)
+    monkeypatch.setattr(HeadClient, "execute", sometimes)
 
 
 def test_a_client_that_was_started_anew_is_left_out(

@@ -76,7 +76,7 @@ def test_losses_and_gradients_that_nobody_has_are_refused(tiny: dict[str, str]) 
             "than [0-9]+ examples": {"gradient": torch.eye(LABELS, WIDTH + 1).flip(1) * 1e3},
         },
     }
-    state = method.aggregate(state, iter(asked(method, state, clients)[1]))
+    state = method.aggregate(state, iter(asked(method, state, clients)[1])).state
     for kind, cases in wrong.items():
         tasks, answers = asked(method, state, clients)
         assert {task.kind for task in tasks.values()} == {kind}
@@ -91,38 +91,43 @@ def test_losses_and_gradients_that_nobody_has_are_refused(tiny: dict[str, str]) 
             for objective in (None, -1.0, float("nan"), float("inf"), "1"):
                 with pytest.raises(UpdateError, match="is not a sum of losses"):
                     method.check(tasks["b"], replace(step, objective=objective))
-        state = method.aggregate(state, iter(answers))
+        state = method.aggregate(state, iter(answers)).state
 
 
 def test_a_client_that_was_started_anew(tiny: dict[str, str]) -> None:
     """It says so, and the others go on; where they are fewer than half, the discriminant stays."""
     method = make(tiny["bert"], "bitfit", training=ROUND)
     clients, state = skewed(), method.initialise()
-    state = method.aggregate(state, iter(asked(method, state, clients)[1]))
+    state = method.aggregate(state, iter(asked(method, state, clients)[1])).state
     first = state
     for name, left in (("a", 2), ("b", 1)):
-        state = method.aggregate(state, iter(asked(method, state, clients)[1]))  # of scales, or gradients
-        method.head_fit.vectors.pop(name)
+        state = method.aggregate(
+            state, iter(asked(method, state, clients)[1])
+        ).state  # of scales, or gradients
+        method.client.head.vectors.pop(name)
         task = method.configure(state, 1, {name: Work()})[name]
         with pytest.raises(UpdateError, match="vectors of this round are gone: this client was started anew"):
             method.execute(task, clients.pop(name))
         assert len(clients) == left
-    state = method.aggregate(state, iter(asked(method, state, clients)[1]))
+    merged = method.aggregate(state, iter(asked(method, state, clients)[1]))
+    state = merged.state
     assert UNFINISHED not in state.values
-    assert "; 1 of 3 clients went on; kept the discriminant" in str(state.values["method"])
+    assert "; 1 of 3 clients went on; kept the discriminant" in str(merged.report)
     scale = state.tensors["classifier.weight"] / first.tensors["classifier.weight"]
     assert float(scale.max() - scale.min()) < 1e-5  # the discriminant, scaled
     # The rest's own head, where they are enough.
     clients = skewed()
-    state = method.aggregate(method.initialise(), iter(asked(method, method.initialise(), clients)[1]))
+    state = method.aggregate(method.initialise(), iter(asked(method, method.initialise(), clients)[1])).state
     clients.pop("c")
     while UNFINISHED in state.values:
-        state = method.aggregate(state, iter(asked(method, state, clients)[1]))
-    assert "kept" not in str(state.values["method"])
+        merged = method.aggregate(state, iter(asked(method, state, clients)[1]))
+        state = merged.state
+    assert "fitted to" in str(merged.report)
+    assert "kept" not in str(merged.report)
     # None at all.
-    state = method.aggregate(method.initialise(), iter(asked(method, method.initialise(), clients)[1]))
-    state = method.aggregate(state, iter([]))
-    assert "; 0 of 2 clients went on; kept the discriminant" in str(state.values["method"])
+    state = method.aggregate(method.initialise(), iter(asked(method, method.initialise(), clients)[1])).state
+    merged = method.aggregate(state, iter([]))
+    assert "; 0 of 2 clients went on; kept the discriminant" in str(merged.report)
 
 
 def test_only_what_the_recipe_asks_for_is_answered(tiny: dict[str, str]) -> None:

@@ -5,8 +5,6 @@ their own, give the trained outputs.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedcustom.core.errors import ModelError
+from helpers.interpreter import run_python
 from helpers.lacking import LACKING, lacking_checkpoint
 from helpers.methods import SETTINGS, examples_for, make
 from helpers.plain import logits, plain_batch
@@ -81,10 +80,7 @@ def exported(path: str, model: str, kind: str, names: list[str], folder: Path) -
 
 
 def outputs_elsewhere(folder: Path, path: str, kind: str) -> dict[str, torch.Tensor]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PLAIN, str(folder), path, kind],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_python(PLAIN, str(folder), path, kind)
     assert done.returncode == 0, done.stderr[-2000:]
     return load_file(folder / "outputs.safetensors")
 

@@ -15,7 +15,7 @@ from ...data.tokens import Batch, collate
 from ...models.forward import classification_logits
 from ...models.inference import predict, to_device
 from ...training.local import schedule_factor
-from ..protocol import Answer, Client, State, Values, typed
+from ..protocol import Aggregate, Answer, Client, State, Values, typed
 from ..tuning.technique import Context
 from . import packing
 from .ensemble import combine
@@ -80,7 +80,7 @@ class LabelExchange:
         """Refuse what is not one packed row for each text asked about."""
         self._read(task, tensors)
 
-    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """The ensemble's soft labels, and the server's model after learning from them."""
         settings, number = self.settings, int(state.values.get("round", 0)) + 1
         uniform = self.context.aggregation.weighting == "uniform"
@@ -131,7 +131,7 @@ class LabelExchange:
                 schedule_factor(self.context.training, number, self.context.rounds),
             )
             report["server_loss"] = loss
-        return State(tensors, server, {**state.values, "round": number, "method": report})
+        return Aggregate(State(tensors, server, {**state.values, "round": number}), report)
 
     def _note_held(self, server: Tensors, answer: Answer, until: int) -> None:
         """That the client now holds what it was sent, as the ensemble said it up to a round."""

@@ -12,7 +12,7 @@ from ...core.tensors import Tensors
 from ...data.examples import Example
 from ...models.inference import Predictions
 from ...training.local import schedule_factor
-from ..protocol import Answer, Client, State, Task, Update, Work, typed
+from ..protocol import Aggregate, Answer, Client, State, Task, Update, Work, typed
 from ..sequential_clients import SequentialClients
 from ..tuning.export_check import Reference
 from ..tuning.technique import Context
@@ -35,7 +35,7 @@ class Exchange(Protocol):
     def check(self, task: DistilTask, tensors: Tensors) -> None:
         """Refuse what is not a sound answer."""
 
-    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """What the server makes of the answers."""
 
     def learn(self, learner: StudentModel, task: DistilTask, client: Client) -> None:
@@ -117,12 +117,12 @@ class Distillation(SequentialClients):
             return
         self.exchange.check(asked, said.tensors)
 
-    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """The next state of the server; in a local run, where nothing is said, the old one."""
         if self.alone:
             for _ in answers:
                 pass
-            return state
+            return Aggregate(state)
         return self.exchange.aggregate(state, answers)
 
     def export(self, state: State, folder: Path) -> None:

@@ -11,7 +11,7 @@ from ...core.seeds import name_seed
 from ...core.tensors import Tensors, named, part, without
 from ...data.tokens import Batch
 from ...training.local import schedule_factor
-from ..protocol import Answer, Client, State, typed
+from ..protocol import Aggregate, Answer, Client, State, typed
 from ..tuning.technique import Context
 from . import packing
 from .language_models import Speaker
@@ -63,7 +63,7 @@ class TokenExchange:
         """Refuse what is not a packed row for each place of each text asked about."""
         self._read(self._speaker_of(task), tensors, asked_in(task, self.count))
 
-    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """The server's model after learning from the best client of each text."""
         number = int(state.values.get("round", 0)) + 1
         server = self.speaker(self.models.server)
@@ -88,7 +88,7 @@ class TokenExchange:
             schedule_factor(self.context.training, number, self.context.rounds),
         )
         report = {"asked": len(own), "taught": len(chosen), **({} if loss is None else {"server_loss": loss})}
-        return State(tensors, dict(state.server), {**state.values, "round": number, "method": report})
+        return Aggregate(State(tensors, dict(state.server), {**state.values, "round": number}), report)
 
     # --- client ---
 

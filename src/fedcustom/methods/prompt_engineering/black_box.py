@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.errors import AggregationError, DataError, ModelError, RecipeError, RunError, UpdateError
+from ...core.errors import AggregationError, DataError, ModelError, RecipeError, RunError
 from ...core.files import read_tensors, write_tensors
 from ...core.seeds import name_seed
 from ...data.encode import encode_examples, input_cut
@@ -24,9 +24,10 @@ from ...data.tokens import TokenizedExample, example_order, pad
 from ...models.configuration import HUB_NAMES, context_length
 from ...models.forward import pooled
 from ...models.inference import Predictions, to_device
-from ..protocol import Answer, Client, State, Task, Update, Values, Work, typed
-from ..tuning.model_card import offline
+from ..protocol import Aggregate, Answer, Client, State, Task, Update, Values, Work, typed
 from ..tuning.technique import Context
+from .black_box_checks import WORST, check_search_update
+from .black_box_page import soft_prompt_page
 from .evolution import Array, Distribution, merge_distributions, population_size, rank_weights, search
 from .messages import BLACK_BOX, SearchTask, SearchUpdate
 from .prompt_method import PromptMethod
@@ -35,14 +36,6 @@ from .settings import PromptEngineeringSettings
 from .templates import CONTENT_FREE, INPUT, PLAIN, Candidate, label_sets
 
 SEARCH_FILE = "soft_prompt.safetensors"
-WORST = 1e6
-"""The loss of a soft prompt under which the model gives no finite number."""
-
-MOST_GROWTH = 100.0
-"""Of a step size, in one client's search."""
-
-MOST_STEPS = 3.0
-"""By which the mean moves in one generation, in steps of the length that is expected of one."""
 
 
 class BlackBox(PromptMethod):
@@ -99,52 +92,10 @@ class BlackBox(PromptMethod):
         }
 
     def check(self, task: Task, update: Update) -> None:
-        """Refuse other shapes, numbers that are not finite, and what is no covariance."""
-        if update.tensors.keys() != task.tensors.keys():
-            raise UpdateError(f"wrong tensor names: {', '.join(sorted(update.tensors)) or 'none'}")
-        for name, sent in task.tensors.items():
-            tensor = update.tensors[name]
-            if tensor.shape != sent.shape or tensor.dtype != sent.dtype:
-                raise UpdateError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(sent.shape)}")
-            if not bool(torch.isfinite(tensor).all()) or float(tensor.abs().max()) > WORST:
-                raise UpdateError(f"{name} holds numbers that are not finite or above {WORST:g}")
-        covariance = update.tensors["covariance"].double()
-        if covariance.dim() == 2:
-            if not torch.allclose(covariance, covariance.T, atol=1e-5):
-                raise UpdateError("covariance is not symmetric")
-            covariance = torch.linalg.eigvalsh(covariance)
-        if float(covariance.min()) <= 0:
-            raise UpdateError("covariance is not positive definite")
-        said = typed(update, SearchUpdate)
-        sigma, loss, examples = said.sigma, said.loss, said.examples
-        if not _is_finite(sigma) or not 0 < float(sigma) < WORST:
-            raise UpdateError(f"sigma {sigma!r} is not a positive number")
-        if not _is_finite(loss) or loss < 0:
-            raise UpdateError(f"loss {loss!r} is not a finite number from 0")
-        if type(examples) is not int or examples < 1 or update.weight != examples:
-            raise UpdateError(
-                f"examples {examples!r}, weight {update.weight!r}: must be one positive integer"
-            )
-        self._check_distance(typed(task, SearchTask), said)
+        """Refuse what no search from the task's distribution can have come to."""
+        check_search_update(task, update, self.settings.local_generations)
 
-    def _check_distance(self, task: SearchTask, update: SearchUpdate) -> None:
-        """Refuse a distribution that no search from the task's one can have come to: it would carry the
-        server's so far away that no client finds back.
-
-        Raises:
-            UpdateError: says how far it is, and how far is allowed.
-        """
-        if update.sigma > MOST_GROWTH * task.sigma:
-            most = MOST_GROWTH * task.sigma
-            raise UpdateError(f"sigma {update.sigma:.3g}: at most {most:.3g} is allowed")
-        moved = update.tensors["mean"].double() - task.tensors["mean"].double()
-        # C has trace d, so that a step is about sigma sqrt(d) long.
-        steps = MOST_STEPS * self.settings.local_generations
-        most = steps * max(task.sigma, update.sigma) * math.sqrt(len(moved))
-        if not (distance := float(torch.linalg.vector_norm(moved))) <= most:
-            raise UpdateError(f"the mean moved by {distance:.3g}; at most {most:.3g} is allowed")
-
-    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """One distribution of the clients' ones."""
         received = [typed(answer.update, SearchUpdate) for answer in answers]
         losses = [float(update.loss) for update in received]
@@ -158,8 +109,8 @@ class BlackBox(PromptMethod):
         if not (math.isfinite(merged.sigma) and merged.sigma > 0 and np.isfinite(merged.covariance).all()):
             raise AggregationError("the clients' distributions have no variance together")
         report = {"sigma": round(merged.sigma, 6), "norm": round(float(np.linalg.norm(merged.mean)), 6)}
-        values = {"round": state.values["round"] + 1, "sigma": merged.sigma, "method": report}
-        return State(_tensors(merged), {}, {**state.values, **values})
+        values = {"round": state.values["round"] + 1, "sigma": merged.sigma}
+        return Aggregate(State(_tensors(merged), {}, {**state.values, **values}), report)
 
     # --- client ---
 
@@ -231,7 +182,9 @@ class BlackBox(PromptMethod):
                 warnings.simplefilter("ignore")
                 self._with(prefix).save_pretrained(str(folder), save_embedding_layers=False)
         super().export(state, folder)
-        (folder / "README.md").write_text(self._page(), encoding="utf-8")
+        (folder / "README.md").write_text(
+            soft_prompt_page(self.base, encoder=self.scorer.encoder), encoding="utf-8"
+        )
 
     def open(self, folder: Path) -> State:
         """The distribution that was found.
@@ -332,15 +285,6 @@ class BlackBox(PromptMethod):
                 f"positions are needed; {self.base.name} has {limit}"
             )
 
-    def _page(self) -> str:
-        name = HUB_NAMES.get(self.base.name, self.base.path)
-        head = (
-            f"# A soft prompt for {name}\n\nThe model's weights are unchanged; `prompt.json` says how labels "
-            "are written.\n"
-        )
-        page = _ENCODER_PAGE if self.scorer.encoder else _DECODER_PAGE
-        return offline(head + page.replace("MODEL", name), self.base)
-
 
 class _Prefixed:
     """An encoder's body behind virtual tokens, whose states are those of the real tokens."""
@@ -381,41 +325,3 @@ def _distribution(tensors: Mapping[str, Tensor], sigma: float) -> Distribution:
 def _mean(state: State) -> Array:
     mean: Array = state.tensors["mean"].double().numpy()
     return mean
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-_DECODER_PAGE = """Load the prompt, in this folder, with PEFT:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = AutoModelForCausalLM.from_pretrained("MODEL")
-model = PeftModel.from_pretrained(base, ".").eval()
-tokenizer = AutoTokenizer.from_pretrained(".")
-inputs = tokenizer("a text", return_tensors="pt", return_token_type_ids=False)
-output = model.generate(**inputs, max_new_tokens=64)[0]
-print(tokenizer.decode(output, skip_special_tokens=True))
-```
-"""
-
-_ENCODER_PAGE = """`soft_prompt.safetensors` holds the virtual tokens (`soft_prompt`), which go before
-the embedded input; the mean is taken over the states of the input's own tokens:
-
-```python
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
-
-model, tokenizer = AutoModel.from_pretrained("MODEL").eval(), AutoTokenizer.from_pretrained(".")
-prompt = load_file("soft_prompt.safetensors")["soft_prompt"].unsqueeze(0)
-ids = tokenizer("a text", return_tensors="pt")["input_ids"]
-with torch.no_grad():
-    inputs = torch.cat([prompt, model.get_input_embeddings()(ids)], dim=1)
-    vector = model(inputs_embeds=inputs).last_hidden_state[:, prompt.shape[1] :].mean(dim=1)
-print(torch.nn.functional.normalize(vector, dim=1))
-```
-"""

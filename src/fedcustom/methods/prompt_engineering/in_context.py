@@ -20,7 +20,7 @@ from ...models.embedding import embed
 from ...models.inference import Predictions, generate
 from ...models.likelihood import prompt_ids
 from ...models.load import load_base
-from ..protocol import Answer, Client, State, Task, Update, Values, Work, typed
+from ..protocol import Aggregate, Answer, Client, State, Task, Update, Values, Work, typed
 from ..tuning.technique import Context
 from .answers import medoid, nearest, pooled_log_probabilities, similarity_weights
 from .messages import IN_CONTEXT, AnswerQueriesTask, AnswerQueriesUpdate
@@ -117,7 +117,7 @@ class InContext(PromptMethod):
             if not isinstance(text, str) or len(text) > MAX_ANSWER:
                 raise UpdateError(f"answers: each must be a text of at most {MAX_ANSWER} characters")
 
-    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """The clients' answers, weighted by how near their examples are, as the new answers."""
         received = list(answers)
         similarities = np.stack([_array(answer.update.tensors["similarities"]) for answer in received])
@@ -133,7 +133,7 @@ class InContext(PromptMethod):
             if state.values["answers"]:
                 pairs = zip(values["answers"], state.values["answers"], strict=True)
                 report["changed"] = sum(new != old for new, old in pairs)
-            return State({}, {}, {**values, "method": report})
+            return Aggregate(State({}, {}, values), report)
         pooled = pooled_log_probabilities(
             [log_softmax(_array(answer.update.tensors["answers"])) for answer in received], weights
         )
@@ -142,7 +142,7 @@ class InContext(PromptMethod):
             before = _array(state.tensors["answers"]).argmax(axis=1)
             report["changed"] = int((before != pooled.argmax(axis=1)).sum())
         tensors = {"answers": torch.from_numpy(pooled).float()}
-        return State(tensors, {}, {**values, "method": report})
+        return Aggregate(State(tensors, {}, values), report)
 
     # --- client ---
 

@@ -9,7 +9,7 @@ from ...core.errors import RunError, UpdateError
 from ...core.tensors import named, part
 from ...data.examples import Example
 from ...models.inference import Predictions
-from ..protocol import Answer, Client, Memory, Method, State, Task, Update, Work, typed
+from ..protocol import Aggregate, Answer, Client, Memory, Method, State, Task, Update, Work, typed
 from ..sequential_clients import SequentialClients
 from .messages import ALONE, AloneTask, AloneUpdate, AnswerQueriesUpdate, ScoreUpdate, SearchUpdate
 
@@ -41,7 +41,7 @@ class Alone(SequentialClients):
         asked = self.method.configure(state, number, {client.name: Work()})[client.name]
         update = self.method.execute(asked, client)
         self.method.check(asked, update)
-        state = self.method.aggregate(state, [Answer(client.name, asked, update)])
+        state = self.method.aggregate(state, [Answer(client.name, asked, update)]).state
         client.memory.values[OWN] = state.values
         client.memory.tensors |= named(state.tensors, f"{OWN}/") | named(state.server, f"{OWN}-server/")
         examples = 1
@@ -54,11 +54,11 @@ class Alone(SequentialClients):
         if update.tensors:
             raise UpdateError("a local client sends no tensors")
 
-    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """Nothing is merged."""
         for _ in answers:
             pass
-        return state
+        return Aggregate(state)
 
     def predict(
         self, state: State, examples: list[Example], client: Client | None = None, *, texts: bool

@@ -14,7 +14,7 @@ from ...core.seeds import name_seed
 from ...data.examples import Example
 from ...data.tokens import example_order
 from ...models.inference import Predictions
-from ..protocol import Answer, Client, State, Task, Update, Values, Work, typed
+from ..protocol import Aggregate, Answer, Client, State, Task, Update, Values, Work, typed
 from ..tuning.technique import Context
 from . import bandit
 from .bandit import Tally
@@ -122,7 +122,7 @@ class Selection(PromptMethod):
         if len(counts) > 1 or answered.examples not in counts:
             raise UpdateError("candidates were scored on different numbers of examples")
 
-    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """Add the counts up; halve the field and breed where it is time."""
         tallies = self._tallies(state)
         scored: set[int] = set()
@@ -148,7 +148,7 @@ class Selection(PromptMethod):
             }
         )
         chosen = self.best(following)
-        following.values["method"] = {
+        report: Values = {
             "best": chosen,
             "template": self.candidate(following, chosen).template,
             "reward": round(tallies.get(chosen, Tally()).mean, 6),
@@ -157,7 +157,7 @@ class Selection(PromptMethod):
             "remaining": len(alive),
             "scored": len(scored),
         }
-        return following
+        return Aggregate(following, report)
 
     # --- client ---
 

@@ -24,7 +24,7 @@ from ..full.method import Full
 from ..full.settings import FullSettings
 from ..lora.method import Lora
 from ..lora.settings import LoraSettings
-from ..protocol import Answer, Asked, Client, Messages, State, Task, Update, Work, typed
+from ..protocol import Aggregate, Answer, Asked, Client, Messages, State, Task, Update, Work, typed
 from ..sequential_clients import SequentialClients
 from ..tuning.export_check import Reference
 from ..tuning.loading_page import loading_page
@@ -141,7 +141,7 @@ class Retrieval(SequentialClients):
         else:
             check_answer(task, update, self.base.model.config.hidden_size)
 
-    def aggregate(self, state: State, answers: Iterable[Answer]) -> State:
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """The next encoder, or the number of documents."""
         if self.tuning and self.negatives:
             lent: Tensors = {}
@@ -152,11 +152,12 @@ class Retrieval(SequentialClients):
                         lent[answer.client] = answer.update.tensors[LENT]
                     yield replace(answer, task=plain(answer.task), update=plain(answer.update))
 
-            return self.negatives.kept(self.tuning.aggregate(state, trained()), lent)
+            merged = self.tuning.aggregate(state, trained())
+            return replace(merged, state=self.negatives.kept(merged.state, lent))
         if self.tuning:
             return self.tuning.aggregate(state, answers)
         counts = {answer.client: typed(answer.update, CountUpdate).documents for answer in answers}
-        return State({}, {}, {**state.values, "method": {"documents": sum(counts.values())}})
+        return Aggregate(State({}, {}, dict(state.values)), {"documents": sum(counts.values())})
 
     # --- searches ---
 

@@ -1,0 +1,193 @@
+"""The server's side of methods that train tensors: the first state, a round's tasks, checks, aggregation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from ...aggregation.combine import Change, combine
+from ...aggregation.settings import AggregationSettings
+from ...core.errors import RecipeError, UpdateError
+from ...core.tensors import Tensors, is_finite, without
+from ...data.examples import ClientData
+from ...training.local import schedule_factor
+from ..protocol import (
+    UNFINISHED,
+    Aggregate,
+    AggregateContext,
+    Answer,
+    Client,
+    State,
+    Task,
+    Update,
+    Work,
+    peeked,
+    typed,
+)
+from .aggregation_hooks import AggregationHooks, ClientDelta
+from .drift_corrections import CONTROL
+from .head_fit import LABEL_COUNTS, HeadFit
+from .messages import FitHeadTask, HeadTask, TrainTask, TrainUpdate
+from .parts import RATE_FACTOR, TuningParts
+from .technique import TrainableModel
+from .update_checks import check_figures, check_forms
+
+ROOT = "(server)"
+"""The name under which the server trains for itself."""
+
+
+class TuningServer:
+    """What the server does of a method that trains tensors. ``train`` does a task on a client's data; the
+    server uses it for examples of its own, where the aggregation rule asks for such (FLTrust).
+    """
+
+    def __init__(
+        self, parts: TuningParts, head_fit: HeadFit, train: Callable[[Task, Client], Update]
+    ) -> None:
+        self.parts, self.head_fit, self.train = parts, head_fit, train
+
+    def initialise(self) -> State:
+        """The tensors as the technique initialises them."""
+        parts = self.parts
+        tensors = parts.hooks.initialise(parts.trainable.read())
+        return State(tensors, parts.correction.initialise(parts.ownership.travelling(tensors)))
+
+    def configure(self, state: State, round_number: int, work: Mapping[str, Work]) -> dict[str, Task]:
+        """Train from the global state, for as long as ``work`` says (``epochs``, ``steps`` or ``examples``);
+        or send what the head is fitted from.
+        """
+        parts, context = self.parts, self.parts.context
+        factor = schedule_factor(context.training, round_number, context.rounds)
+        factor *= float(state.values.get(RATE_FACTOR, 1.0))
+        if UNFINISHED in state.values:
+            return self.head_fit.tasks(state, work, round_number)
+        label_counts: tuple[int, ...] | None = None
+        head_unfitted = False
+        due = min(parts.head_rounds, default=round_number) < round_number
+        if LABEL_COUNTS in state.values:
+            if context.training.logit_adjustment:
+                label_counts = tuple(state.values[LABEL_COUNTS])
+        elif due and context.keeps != "everything":
+            head_unfitted = True
+        tasks: dict[str, Task] = {}
+        for name, amount in work.items():
+            tensors: Tensors = {}
+            if context.keeps != "everything":
+                tensors = parts.ownership.travelling(parts.hooks.down(state.tensors, name, round_number))
+                tensors |= {n: t for n, t in state.server.items() if n.startswith(CONTROL)}
+            if round_number in parts.head_rounds:
+                tasks[name] = FitHeadTask(
+                    tensors, round_number=round_number, learning_rate_factor=factor, work=amount
+                )
+            else:
+                tasks[name] = TrainTask(
+                    tensors,
+                    round_number=round_number,
+                    learning_rate_factor=factor,
+                    work=amount,
+                    label_counts=label_counts,
+                    head_unfitted=head_unfitted,
+                )
+        return tasks
+
+    def check(self, task: Task, update: Update) -> None:
+        """Refuse other names, shapes or dtypes than were asked for, numbers that are not finite, weights and
+        steps that are not positive.
+        """
+        parts = self.parts
+        if isinstance(task, HeadTask):
+            self.head_fit.check(task, update, sent=parts.context.keeps != "everything")
+            return
+        if not is_finite(update.tensors):
+            raise UpdateError("an update holds numbers that are not finite")
+        asked, trained = typed(task, TrainTask), typed(update, TrainUpdate)
+        wanted = parts.ownership.wanted(asked)
+        change = parts.hooks.unpack(trained, wanted)
+        check_forms(change, wanted)
+        check_figures(asked, trained, parts.context.training.batch_size)
+
+    def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
+        """One change for the cohort by the recipe's rule or the method's own, then the server optimiser, or
+        the head that the clients' sums give; where clients keep everything, nothing is merged.
+        """
+        if self.parts.context.keeps == "everything":
+            for _ in answers:
+                pass
+            return Aggregate(state)
+        if UNFINISHED in state.values:  # of whose clients none may have gone on
+            return self.head_fit.aggregate(str(state.values[UNFINISHED]), state, answers)
+        if self.parts.head_rounds:
+            task, answers = peeked(answers)
+            if isinstance(task, HeadTask):
+                return self.head_fit.aggregate(task.kind, state, answers)
+        return self._merged(state, answers)
+
+    def _merged(self, state: State, answers: Iterable[Answer]) -> Aggregate:
+        """The state after a round that trains."""
+        parts = self.parts
+        settings, gathered = parts.aggregation, parts.hooks.round(state)
+        answered: list[str] = []
+        newest = 0
+
+        def changes() -> Iterator[Change]:
+            nonlocal newest
+            for answer in stream:
+                arrival = self._arrival(answer)
+                answered.append(answer.client)
+                newest = max(newest, typed(answer.task, TrainTask).round_number)
+                rest = gathered.take(arrival)
+                yield Change(answer.client, rest, arrival.weight, arrival.update.steps, answer.discount)
+                del answer, arrival, rest  # before the next one is made
+
+        stream, root = iter(answers), None
+        if settings.rule == "fltrust":
+            first, stream = peeked(stream)
+            assert first is not None
+            root = gathered.take(self._root(state, typed(first, TrainTask)))
+        change = combine(changes(), settings, root=root, inner_products=gathered.inner_products)
+        for transform in parts.context.transforms:
+            change = transform.on_aggregate(change, AggregateContext(newest, tuple(answered)))
+        current = {name: state.tensors[name] for name in change if name in state.tensors}
+        relevant = {n: t for n, t in state.server.items() if n.partition("/")[2] in change}
+        tensors, kept = parts.correction.step(current, change, relevant, len(answered))
+        own, report = gathered.merged({**state.tensors, **tensors})
+        following = State({**state.tensors, **tensors, **own}, {**state.server, **kept}, dict(state.values))
+        return Aggregate(following, report)
+
+    def _arrival(self, answer: Answer) -> ClientDelta:
+        parts = self.parts
+        update = typed(answer.update, TrainUpdate)
+        change = parts.hooks.unpack(update, parts.ownership.wanted(typed(answer.task, TrainTask)))
+        weight = update.weight if parts.aggregation.weighting == "examples" else 1.0
+        sent = without(answer.task.tensors, CONTROL)
+        return ClientDelta(answer.client, sent, change, weight, update, answer.discount)
+
+    def _root(self, state: State, task: TrainTask) -> ClientDelta:
+        """What the server's own examples would change (FLTrust)."""
+        training = self.parts.context.training
+        amount = Work(epochs=training.local_epochs)
+        if training.local_steps is not None:
+            amount = Work(steps=training.local_steps)
+        (own,) = self.configure(state, task.round_number, {ROOT: amount}).values()
+        client = Client(ROOT, ClientData(ROOT, self.parts.context.root))
+        return replace(self._arrival(Answer(ROOT, own, self.train(own, client))), weight=0.0)
+
+
+def check_rule(aggregation: AggregationSettings, hooks: AggregationHooks, trainable: TrainableModel) -> None:
+    """Refuse an aggregation rule or a correction that does not go with the method's tensors.
+
+    Raises:
+        RecipeError: names the setting.
+    """
+    if aggregation.correction != "none" and not trainable.corrects:
+        raise RecipeError(
+            f"aggregation.correction = {aggregation.correction!r}: does not fit tensors that a network "
+            "gives anew in each round; train them without one"
+        )
+    for key in ("rule", "correction", "server_optimizer", "server_learning_rate"):
+        default = AggregationSettings.model_fields[key].default
+        if hooks.own_rule and getattr(aggregation, key) != default:
+            raise RecipeError(
+                f"aggregation.{key} = {getattr(aggregation, key)!r}: {hooks.own_rule} is a rule of its own; "
+                f"leave {key} at {default!r}"
+            )
