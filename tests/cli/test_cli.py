@@ -65,7 +65,7 @@ def test_run_report_predict_export(command: Any, recipe_file: Path, tmp_path: Pa
 
     exported = command("export", out, "--to", tmp_path / "model")
     assert exported.code == 0
-    assert (tmp_path / "model" / "adapter_config.json").exists()
+    assert (tmp_path / "model" / "modeling_prefix_memory.py").exists()
     assert command("export", out, "--to", tmp_path / "model").code == 2
 
     page = command("report", out, "--out", tmp_path / "page.html")

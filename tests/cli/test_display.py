@@ -182,7 +182,8 @@ class Heard(fedcustom.federated.callbacks.Callback):
 @pytest.mark.parametrize(
     ("method", "overrides"),
     [
-        ({"name": "prefix", "length": 4}, {"training.fit_head_rounds": [1, -1]}),
+        ({"name": "prefix", "kind": "kv", "length": 4}, {"training.fit_head_rounds": [1, -1]}),
+        ({"name": "prefix", "length": 4}, {}),
         ({"name": "lora"}, {"rounds.clients_per_round": 3}),
         ({"name": "lora", "variant": "hetlora", "client_ranks": [1, 2, 3, 4]}, {}),
         ({"name": "prefix", "length": 4, "layers_sent": 1}, {}),
