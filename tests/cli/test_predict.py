@@ -122,7 +122,7 @@ def test_twins_give_equal_runs(small: dict[str, Any], tmp_path: Path) -> None:
         found.append((kept, [(row.get("loss"), row.get("development")) for row in lines]))
         found[-1] += (
             (out / "predictions.jsonl").read_text(),
-            (out / "model/adapter_model.safetensors").read_bytes(),
+            (out / "model/model.safetensors").read_bytes(),
         )
     assert sorted(found[0][0]["labels"]) == ["007", "7", "NA"]
     assert found[0] == found[1] == found[2]

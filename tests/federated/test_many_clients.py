@@ -51,7 +51,12 @@ def many(small: dict[str, Any], authors: Path) -> dict[str, Any]:
     """A recipe that says neither how many clients take part in a round nor how many fit the head."""
     clients = {"partition": "natural", "column": "author"}
     data = {"source": str(authors), "max_length": 24}
-    return {**small, "data": data, "clients": clients, "rounds": {"count": ROUNDS}}
+    method = {
+        "name": "prefix",
+        "kind": "kv",
+        "length": 4,
+    }  # whose head takes all the steps that are announced
+    return {**small, "method": method, "data": data, "clients": clients, "rounds": {"count": ROUNDS}}
 
 
 class Interrupted(Exception):

@@ -182,7 +182,7 @@ def test_a_head_that_is_fitted_alone_never_trains(small: dict[str, Any], tmp_pat
     heads = []
     for rounds in (2, 3):
         run = fedcustom.run(small, {**overrides, "rounds.count": rounds}, out=tmp_path / str(rounds))
-        heads.append(head_of(load_file(run.directory / "model" / "adapter_model.safetensors")))
+        heads.append(head_of(load_file(run.directory / "model" / "model.safetensors")))
     assert heads[0]
     assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
 
