@@ -72,7 +72,9 @@ def test_what_is_saved_is_opened(sentence: str, tmp_path: Path, name: str) -> No
         base = plain(sentence, method.base.model.config.skip)
         theirs = PeftModel.from_pretrained(base, str(tmp_path / "model")).eval()
     else:
-        theirs = PooledClassifier.from_pretrained(tmp_path / "model").eval()
+        from transformers import AutoModelForSequenceClassification as Loader
+
+        theirs = Loader.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
     torch.testing.assert_close(logits(theirs, batch), ours, rtol=1e-4, atol=1e-5)
     again = make(sentence, technique, **METHODS[name])
     opened = again.open(tmp_path / "model")

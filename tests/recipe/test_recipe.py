@@ -244,3 +244,15 @@ def test_whole_epochs_are_the_same_recipe_however_they_are_written() -> None:
     one, point, part = (load_recipe({"training": {"local_epochs": n}}) for n in (1, 1.0, 0.25))
     assert repr(one.training.local_epochs) == repr(point.training.local_epochs) == "1"
     assert digest(one) == digest(point) == digest(load_recipe({})) != digest(part)
+
+
+@pytest.mark.parametrize("base", ["builtin:minilm", "builtin:lm"])
+def test_a_network_in_front_of_a_soft_prompt_has_a_lower_rate(base: str) -> None:
+    """At that of plain vectors its first change is thousands of times the state, which the norm gate refuses."""
+    task = "generation" if base == "builtin:lm" else "classification"
+    recipe = load_recipe({"model": {"base": base}, "data": {"task": task}})
+    rates = {}
+    for encoder in ("none", "mlp", "lstm"):
+        given = {"name": "soft_prompt", "encoder": encoder}
+        rates[encoder] = resolved(load_recipe(recipe, {"method": given})).training.learning_rate
+    assert rates["mlp"] == rates["lstm"] < rates["none"]

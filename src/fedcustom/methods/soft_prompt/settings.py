@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ...models.size_class import Rates
+from ...models.size_class import ModelKind, Rates
 from ..registry import register
 from ..settings import TuningSettings
 
@@ -16,6 +16,7 @@ class SoftPromptSettings(TuningSettings):
     """Learnt vectors in front of the embedded input."""
 
     rates: ClassVar[Rates] = Rates(encoder=0.03, decoder=0.3, large=0.3)
+    network_rates: ClassVar[Rates] = Rates(encoder=0.003, decoder=0.003, large=0.003)
 
     name: Literal["soft_prompt"] = "soft_prompt"
     length: int = Field(16, ge=1, le=100_000, description="Number of learnt vectors")
@@ -31,6 +32,12 @@ class SoftPromptSettings(TuningSettings):
         description="mlp, lstm: train through such a network at the client, as in p-tuning; it is never sent",
     )
     encoder_width: int = Field(128, ge=1, le=65536, description="Hidden width of that network")
+
+    def default_learning_rate(self, kind: ModelKind) -> float:
+        """The learning rate for a kind of model where the recipe sets none: a network's is lower than that of
+        vectors that are trained themselves.
+        """
+        return (self.rates if self.encoder == "none" else self.network_rates).of(kind)
 
     @property
     def context_tokens(self) -> int:
