@@ -432,7 +432,10 @@ def test_fine_tuning_after_the_last_round(small: dict[str, Any], tmp_path: Path)
             "sends other tensors in each round",
         ),
         ({"method.name": "prefix", "method.compression": "cluster"}, "has no effect with kind"),
-        ({"method.kind": "kv", "method.compression": "cluster"}, "has no effect here"),
+        (
+            {"method.name": "prefix", "method.kind": "kv", "method.compression": "cluster"},
+            "has no effect here",
+        ),
         ({"rounds.count": "3"}, "must be a valid integer"),
     ],
 )  # fmt: skip

@@ -54,9 +54,11 @@ def test_a_whole_run(small: dict[str, Any], tmp_path: Path, compressed: bool) ->
     for row in (rows[0], rows[2]):
         assert max(row["bytes_up"].values()) == pytest.approx(4 * numbers, abs=1200)  # five messages' forms
         assert row["method"]["head"].startswith("fitted to 144 examples of 4 clients")
-    down = 4 * (sum(t.numel() for t in state_of(run.directory, 3).tensors.values()) + 4 * head)
+    state = state_of(run.directory, 3).tensors
+    down = 4 * (sum(t.numel() for t in state.values()) + 4 * head)
     if not compressed:
-        assert max(rows[0]["bytes_down"].values()) == pytest.approx(down, abs=1200)
+        forms = 1000 + 150 * len(state)  # of the messages, and the names of the state's tensors
+        assert max(rows[0]["bytes_down"].values()) == pytest.approx(down, abs=forms)
 
 
 def test_compression_leaves_the_fit_as_it_is(small: dict[str, Any], tmp_path: Path) -> None:
