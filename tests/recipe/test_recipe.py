@@ -248,7 +248,7 @@ def test_whole_epochs_are_the_same_recipe_however_they_are_written() -> None:
 
 @pytest.mark.parametrize("base", ["builtin:minilm", "builtin:lm"])
 def test_a_network_in_front_of_a_soft_prompt_has_a_lower_rate(base: str) -> None:
-    """At that of plain vectors its first change is thousands of times the state, which the norm gate refuses."""
+    """At the rate of vectors its first change is hundreds of times the state: the norm gate refuses it."""
     task = "generation" if base == "builtin:lm" else "classification"
     recipe = load_recipe({"model": {"base": base}, "data": {"task": task}})
     rates = {}
