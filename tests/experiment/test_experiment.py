@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -142,6 +143,7 @@ def test_a_whole_experiment(small: dict[str, Any], tmp_path: Path, monkeypatch: 
 
     result = read_result(tmp_path / "results" / "federated--prefix--skewed--seed-3.json")
     assert result.learning_rate == entry["chosen"]
+    assert result.recipe["data"]["source"] == os.path.relpath(small["data"]["source"])  # of no one machine
     again = fedcustom.run(load_recipe(result.recipe), out=tmp_path / "again")
     assert again.summary["metrics"] == result.metrics
     assert again.summary["bytes"] == result.bytes

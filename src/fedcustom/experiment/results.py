@@ -11,6 +11,7 @@ from typing import Any
 from ..core.errors import RunError
 from ..core.files import read_json, write_json
 from ..federated.run_directory import History
+from ..recipe.paths import from_here
 from ..recipe.recipe import Recipe, recorded_recipe
 
 MACHINE = ("processor", "cores", "threads", "accelerator", "python", "precision", "git_commit")
@@ -140,8 +141,10 @@ _COPIED = (
 
 
 def set_values(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe sets besides the defaults."""
-    values = recipe.model_dump(exclude_defaults=True, exclude_none=True)
+    """What a recipe sets besides the defaults, with paths from the current folder: results are shared, and a
+    run's own recipe names places of one machine.
+    """
+    values = from_here(recipe.model_dump(exclude_defaults=True, exclude_none=True))
     return {**values, "method": {"name": recipe.method.name, **values.get("method", {})}}
 
 

@@ -71,6 +71,20 @@ def existing(values: Mapping[str, Any]) -> dict[str, Any]:
     return _changed(values, resolve)
 
 
+def from_here(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables with each absolute path made relative to the current folder, so that they do not depend on the
+    machine.
+    """
+
+    def resolve(key: str, name: str, is_file: bool) -> str:
+        return os.path.relpath(name) if os.path.isabs(name) else name
+
+    result = _changed(values, resolve)
+    if isinstance(tables := values.get("compare"), Mapping):
+        result["compare"] = {name: _changed(table, resolve) for name, table in tables.items()}
+    return result
+
+
 def absolute(recipe: Recipe) -> Recipe:
     """The recipe with each relative path that leads somewhere from the current folder made absolute, so that
     it means the same from everywhere.
