@@ -43,8 +43,8 @@ NUMBERS = 2 * (2 * (32 + 32) + (32 + 1 + 32))
 @pytest.mark.parametrize(
     ("method", "width"),
     [
-        # AdamW makes whole steps of gradients that are rounding, as those of keys whose values are nearly zero:
-        # to the last digits a memory's clients agree where each trains alone in the run too.
+        # AdamW makes whole steps of gradients that are rounding, as those of keys whose values are nearly
+        # zero: to the last digits a memory's clients agree where each trains alone in the run too.
         ({"name": "prefix"}, 1),
         ({"name": "prefix", "kind": "kv"}, None),
         ({"name": "lora"}, None),
