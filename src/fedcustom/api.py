@@ -265,9 +265,10 @@ class Run:
         self, target: Path, text: Path, slots: int | None, check: bool, note: Callable[[str], None]
     ) -> Path:
         """The run's prefix memory as a plain model with wider feed-forward networks."""
-        from .methods.prefix.fold import fold, read_texts, write_folded
+        from .methods.prefix.fold import STEPS, fold, read_texts, write_folded
 
         texts = read_texts(text)
+        note(f"distilling the slots on {len(texts)} texts in {STEPS} steps, which takes some minutes")
         method, state = self._method
         assert isinstance(method, WeightTuning)
         method.with_state(state)
