@@ -274,7 +274,7 @@ class Run:
         method.with_state(state)
         recipe = self.recipe
         base = load_base(recipe.model, self._task, recipe.seed, head=recipe.method.with_head)
-        folded = fold(base, method.trainable, texts, slots, recipe.seed)
+        folded = fold(base, method.trainable, texts, slots, recipe.seed, note)
         expected = reference(folded.trainable.model, base, chosen := some([]), method.tokens(chosen))
 
         def fill(folder: Path) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from helpers.rows import make_rows, write_jsonl
 
@@ -127,6 +132,31 @@ def test_a_broken_plug_in_is_one_line_and_the_others_stay(tmp_path: Path, recipe
     ]
     unknown = command(site, "recipe", str(recipe), "--set", "method.name=last_bia")
     assert "did you mean 'last_bias'" in unknown.stderr
+
+
+def test_the_experiments_plug_in_trains_pairs_and_feed_forward_slots(tmp_path: Path, recipe: Path) -> None:
+    plugin = Path(__file__).parents[2] / "experiments" / "plugins" / "kv_feed_forward"
+    project = tomllib.loads((plugin / "pyproject.toml").read_text())["project"]
+    points = "".join(f"{name} = {at}\n" for name, at in project["entry-points"]["fedcustom.methods"].items())
+    site, run = tmp_path / "site", tmp_path / "run"
+    install(site, "acme", f"[fedcustom.methods]\n{points}")
+    shutil.copytree(plugin / "kv_feed_forward", site / "kv_feed_forward")
+    changes = ("clients.partition=iid", "aggregation.rule=mean", "method.name=kv_feed_forward")
+    sizes = ("method.length=2", "method.feed_forward_slots=3")
+    sets = [part for change in (*changes, *sizes) for part in ("--set", change)]
+    done = command(site, "run", str(recipe), *sets, "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    config = AutoConfig.from_pretrained(tomllib.loads(recipe.read_text())["model"]["base"])
+    slots = load_file(run / "model" / "feed_forward_slots.safetensors")
+    size, width = config.hidden_size, 3
+    assert sum(tensor.numel() for tensor in slots.values()) == config.num_hidden_layers * (
+        width * size + width + size * width
+    )
+    assert all(tensor.any() for name, tensor in slots.items() if name.endswith("weight"))  # U begins at zero
+    text = json.loads((run / "predictions.jsonl").read_text().splitlines()[0])
+    said = command(site, "predict", str(run), text["text"])
+    assert said.returncode == 0, said.stderr
+    assert f"{text['probability']:.2f}" in said.stdout
 
 
 @pytest.mark.parametrize(

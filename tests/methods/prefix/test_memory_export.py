@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedcustom.core.errors import DataError, ModelError
 from fedcustom.methods import State, WeightTuning
+from fedcustom.methods.prefix import fold as folding
 from fedcustom.methods.prefix.fold import fold, read_texts, write_folded
 from fedcustom.models.load import Base, load_base
 from fedcustom.models.pooled_classifier import PooledClassifier
@@ -85,14 +86,20 @@ TEXTS = [row["text"] for row in make_rows(120, 5)]
 
 
 @pytest.mark.parametrize("model", ["sentence", "gpt2", "llama", "bart"])
-def test_folding_imitates_the_memory(folders: dict[str, str], model: str, tmp_path: Path) -> None:
+def test_folding_imitates_the_memory(
+    folders: dict[str, str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before, the error is that of a memory without attention slots; after, it is less; both are computed
     from the folder that is written.
     """
     method, state = memory(folders[model], model, scale=0.5)
     teacher = method.with_state(state).eval()
     base = untouched(folders[model], method)
-    folded = fold(base, method.trainable, TEXTS, None, seed=0)
+    said: list[str] = []
+    monkeypatch.setattr(folding, "EVERY", 0.0)
+    folded = fold(base, method.trainable, TEXTS, None, 0, said.append)
+    assert len(said) == folding.STEPS
+    assert said[-1].startswith("distilling: step 400 of 400, relative error 0.")
     own, more = (
         sum(p.numel() for n, p in of.parameters.items() if n not in method.trainable.head)
         for of in (method.trainable, folded.trainable)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ STEPS, BATCH, RATE = 400, 16, 3e-3
 
 TOKENS = 128
 """Most tokens of a text."""
+
+EVERY = 10.0
+"""Seconds after which the distillation says again how far it is."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,21 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def fold(base: Base, teacher: TrainableModel, texts: Sequence[str], slots: int | None, seed: int) -> Folded:
+def fold(
+    base: Base,
+    teacher: TrainableModel,
+    texts: Sequence[str],
+    slots: int | None,
+    seed: int,
+    note: Callable[[str], None] = lambda text: None,
+) -> Folded:
     """Distil a memory, ``teacher``, into feed-forward slots of ``base``, a second copy of its base model, in
     place; ``slots`` unset: as many as have the memory's numbers.
 
     All of the units are trained (Adam): they start as the memory's own, and the others as in
     :class:`~..adapter.method.Adapter`. What is fitted are the last hidden states, or the logits where the
-    model gives no others, in the mean square over tokens. Every tenth text is held out.
+    model gives no others, in the mean square over tokens. Every tenth text is held out. ``note`` is told
+    every ten seconds how far the distillation is.
 
     Raises:
         ModelError: the model has no feed-forward networks that can be widened, or ``slots`` are fewer than
@@ -104,7 +116,7 @@ def fold(base: Base, teacher: TrainableModel, texts: Sequence[str], slots: int |
             if own:
                 _beginning(parameter, memory[name]).copy_(memory[name])
         before = _error(teacher.model, student.model, held, base)
-    _distil(teacher.model, student.model, list(extra.values()), batches, base)
+    _distil(teacher.model, student.model, list(extra.values()), batches, base, note)
     after = _error(teacher.model, student.model, held, base)
     held_out = len(texts[::10])
     return Folded(student, width, own, len(texts) - held_out, held_out, effect, before, after)
@@ -178,14 +190,20 @@ def _error(teacher: Any, student: Any, batches: Sequence[Any], base: Base) -> fl
 
 
 def _distil(
-    teacher: Any, student: Any, parameters: list[nn.Parameter], batches: Sequence[Any], base: Base
+    teacher: Any,
+    student: Any,
+    parameters: list[nn.Parameter],
+    batches: Sequence[Any],
+    base: Base,
+    note: Callable[[str], None],
 ) -> None:
     teacher.eval()
     student.eval()
     optimizer = torch.optim.Adam(parameters, lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    said = time.monotonic()
     with torch.enable_grad():
-        for batch in _in_order(batches):
+        for step, batch in enumerate(_in_order(batches), 1):
             with torch.no_grad():
                 wanted = _outputs(teacher, batch, base)
             loss = (_outputs(student, batch, base) - wanted).square().mean() / wanted.square().mean()
@@ -194,6 +212,9 @@ def _distil(
                 parameter.grad = gradient
             optimizer.step()
             schedule.step()
+            if time.monotonic() - said >= EVERY:
+                said = time.monotonic()
+                note(f"distilling: step {step} of {STEPS}, relative error {math.sqrt(loss.item()):.3f}")
 
 
 def _in_order(batches: Sequence[Any]) -> Iterator[Any]:
