@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -36,11 +36,16 @@ _PASS = _Pass()
 @contextmanager
 def classifying() -> Iterator[None]:
     """Meanwhile, of passes in this thread only the classifier's logits are wanted."""
-    _PASS.classifies = True
+    before, _PASS.classifies = _PASS.classifies, True
     try:
         yield
     finally:
-        _PASS.classifies = False
+        _PASS.classifies = before
+
+
+def carry_classifying() -> Callable[[], AbstractContextManager[None]]:
+    """The context in which a pass of this thread can be repeated (:mod:`.checkpointing`)."""
+    return classifying if _PASS.classifies else nullcontext
 
 
 @torch.no_grad()

@@ -120,6 +120,11 @@ class TrainingSettings(Settings):
         ge=1,
         description="Clients trained in one batch, with the same result; unset: as memory allows; 1: none",
     )
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Keep the inputs of layers alone for the backward pass, and compute the rest again: a "
+        "fraction of the memory, about a third more time (Chen et al. 2016); unset: off",
+    )
     dropout: bool = Field(False, description="Use the base model's dropout while training")
 
     @field_validator("local_epochs")

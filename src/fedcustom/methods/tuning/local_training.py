@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +16,8 @@ from ...core.environment import free_memory
 from ...core.errors import RecipeError
 from ...core.tensors import Tensors, count, part
 from ...data.tokens import Batch, TokenizedExample, of_one_length
+from ...models.checkpointing import Carry, checkpointed_layers, checkpointing, kept_share
+from ...models.first_token import carry_classifying
 from ...models.forward import LABEL_OFFSET
 from ...models.frozen_layers import LowerLayers, lower_layers
 from ...models.load import Base
@@ -120,7 +122,7 @@ class LocalTraining:
             trainable.model.train(self.training.dropout)
             for module in trainable.active_dropout:
                 module.train()
-            with self._passing_by():
+            with self._passing_by(), self._checkpointing(carry_classifying):
                 return train_locally(
                     trained,
                     (self._pieces(batch, job.label_offset) for batch in job.batches),
@@ -200,9 +202,19 @@ class LocalTraining:
         """
         return torch.get_num_threads() if self.device.type == "cpu" and self._lower is None else 1
 
+    def _checkpointing(self, *carried: Carry) -> AbstractContextManager[None]:
+        """Meanwhile, passes keep what the recipe says: everything, or the inputs of layers."""
+        if not self.training.gradient_checkpointing:
+            return nullcontext()
+        dropout = self.training.dropout or bool(self.trainable.active_dropout)
+        return checkpointing(self.trainable.model, carried, dropout=dropout)
+
     @cached_property
     def _room(self) -> PassBudget:
-        return PassBudget(self.trainable.model.parameters())
+        model, share = self.trainable.model, 1.0
+        if self.training.gradient_checkpointing:
+            share = kept_share(len(checkpointed_layers(model)))
+        return PassBudget(model.parameters(), share)
 
     @cached_property
     def _stand_ins(self) -> ClientModules | None:
@@ -254,7 +266,8 @@ class LocalTraining:
         if len(set(scales)) > 1:  # the model has the last client's
             fixed[SCALE] = torch.tensor([scale / scales[-1] for scale in scales], device=self.device)
         self.trainable.model.eval()
-        with modules.in_place(), self._passing_by():
+        recomputing = self._checkpointing(carry_classifying, modules.carry)
+        with modules.in_place(), self._passing_by(), recomputing:
             results = train_together(
                 {name: stacks[name] for name in trained},
                 [Work(job.batches, job.shift) for job in jobs],

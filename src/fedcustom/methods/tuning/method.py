@@ -27,6 +27,7 @@ from ..protocol import (
     typed,
 )
 from .aggregation_hooks import BASE_CHANGE, AggregationHooks
+from .checkpoint_check import check_checkpointing
 from .client import TuningClient
 from .drift_corrections import make_correction
 from .export_check import Reference, reference, some
@@ -85,14 +86,16 @@ class WeightTuning:
             raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")
         if self.base.compile:
             self.trainable.model.compile(dynamic=True)
-        model, objective = self.trainable.model, self.objective
+        model, objective, rows = self.trainable.model, self.objective, trial_rows(self.objective, self.base)
+        if context.training.gradient_checkpointing:
+            check_checkpointing(self.trainable, objective, self.base, rows)
         self.local = LocalTraining(
             self.trainable,
             objective,
             context.training,
             self.base,
             lambda batch: objective.loss(model, batch),
-            trial_rows(objective, self.base),
+            rows,
         )
         self._tokens = TokenCache(objective)
         parts = TuningParts(

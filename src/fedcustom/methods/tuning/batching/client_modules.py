@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -283,6 +283,25 @@ class ClientModules:
                 parent._modules[name] = module
             for model, _ in self.prompted:
                 del model.__dict__["get_prompt"]
+
+    def carry(self) -> Callable[[], AbstractContextManager[None]]:
+        """The context in which a pass of this thread can be repeated, in any thread
+        (:mod:`fedcustom.models.checkpointing`).
+        """
+        held = [(stand_in.given, dict(vars(stand_in.given))) for stand_in, _ in self.found]
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            before = [dict(vars(given)) for given, _ in held]
+            for given, values in held:
+                vars(given).update(values)
+            try:
+                yield
+            finally:
+                for (given, _), values in zip(held, before, strict=True):
+                    vars(given).update(values)
+
+        return again
 
     def give(
         self,

@@ -13,6 +13,7 @@ from ....core.environment import free_memory
 from ....core.errors import UpdateError
 from ....core.tensors import Tensors
 from ....data.tokens import TokenizedExample, of_one_length
+from ....models.checkpointing import keeping_all
 from ....training.local import LocalResult, make_optimizer
 from ....training.settings import TrainingSettings
 from .parallel_passes import ParallelPasses
@@ -97,20 +98,22 @@ def train_together(
 
 class PassBudget:
     """How many tokens a pass may have: as many as half of the free memory can hold, by what one example was
-    found to need. ``resident`` tensors are the base model's, which need no further memory.
+    found to need. ``resident`` tensors are the base model's, which need no further memory; ``share`` is which
+    part of all activations a pass keeps at a time.
     """
 
-    def __init__(self, resident: Iterable[Tensor] = ()) -> None:
+    def __init__(self, resident: Iterable[Tensor] = (), share: float = 1.0) -> None:
+        self.share = share
         self.resident = {tensor.untyped_storage().data_ptr() for tensor in resident}
         self.bytes_per_token: float | None = None
 
     def tokens(self, length: int, forward: Callable[[], object], device: torch.device) -> int:
         """Tokens of one pass; ``forward`` makes that of one example of ``length`` tokens."""
         if self.bytes_per_token is None:
-            with saved_bytes() as saved:
+            with saved_bytes() as saved, keeping_all():
                 forward()
             kept = sum(size for storage, size in saved.items() if storage not in self.resident)
-            self.bytes_per_token = max(1, kept) / length
+            self.bytes_per_token = max(1, kept * self.share) / length
         fitting = int(0.5 * free_memory(device) / self.bytes_per_token)
         return max(1, fitting if device.type != "cpu" else min(MOST_TOKENS, fitting))
 
