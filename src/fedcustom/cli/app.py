@@ -26,6 +26,7 @@ from .console import (
     out_console,
     write_any_text,
 )
+from .estimate import estimate
 from .experiment import experiment
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(experiment)
+app.command()(estimate)
 app.add_typer(deploy, name="deploy")
 app.add_typer(site, name="site")
 

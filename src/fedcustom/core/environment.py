@@ -55,6 +55,13 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def held_memory(device: torch.device) -> int:
+    """Bytes that this process holds on a device now; 0 on a system that does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return _kernel_says("/proc/self/status", "VmRSS:") or 0
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken on a device; on a system that does not say, two gigabytes."""
     if device.type == "cuda":

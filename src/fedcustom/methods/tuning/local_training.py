@@ -211,6 +211,10 @@ class LocalTraining:
 
     @cached_property
     def _room(self) -> PassBudget:
+        return self.pass_budget()
+
+    def pass_budget(self) -> PassBudget:
+        """How many tokens a pass may have, yet to be measured."""
         model, share = self.trainable.model, 1.0
         if self.training.gradient_checkpointing:
             share = kept_share(len(checkpointed_layers(model)))

@@ -1,0 +1,61 @@
+"""The ``estimate`` command."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import Overrides, Quiet, RecipeFile, command_line, display, err_console, json_line, out_console
+
+if TYPE_CHECKING:
+    from ..federated.resources import Resources
+    from ..recipe.recipe import Recipe
+
+
+def estimate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one line of JSON")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Estimate what a recipe needs before it runs: parameters, bytes, memory, and time by two measured steps
+    of the clients of a round. Example: fedcustom estimate recipes/docstrings.toml
+    """
+    from ..recipe.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides or [])  # before what imports torch, which takes seconds
+
+    from ..federated.resources import measure_resources
+
+    with display(command_line("estimate", recipe, overrides=overrides), quiet) as make:
+        found = measure_resources(checked, make("estimate"))
+    if json:
+        print(json_line(found.to_dict()))
+    else:
+        for name, text in in_words(checked, found):
+            out_console.print(f"{name:<22}{text}", soft_wrap=True)
+    if found.exceeds:
+        err_console.print(f"warning: {found.exceeds}", style="yellow", soft_wrap=True)
+
+
+def in_words(recipe: Recipe, found: Resources) -> list[tuple[str, str]]:
+    """The lines that are shown: names and figures."""
+    from .progress_bar import asked, duration, size
+
+    head = f" and {found.head:,} of the head" if found.head else ""
+    lines = [
+        ("run", asked(recipe.settled(found.outline.clients), found.outline)),
+        ("model", f"{found.parameters:,} parameters, {size(found.model_bytes)}"),
+        ("trained", f"{found.trained:,} numbers{head}"),
+        ("memory of a client", f"about {size(found.client_bytes)} (model, gradients, moments, a batch)"),
+        ("memory of a server", f"about {size(found.server_bytes)} across sites"),
+        (
+            "memory here",
+            f"{size(found.process_bytes)} at most so far; {size(found.available_bytes)} available",
+        ),
+    ]
+    if found.round_seconds is None or found.run_seconds is None:
+        return [*lines, ("time", "no round trains")]
+    rounds = f"a round trains for {duration(found.round_seconds)}, all for {duration(found.run_seconds)}"
+    return [*lines, ("time here", f"{rounds}, by measured steps; evaluations come to that")]

@@ -1,0 +1,170 @@
+"""Resources that a run needs: parameters, bytes, memory, and seconds by measured steps."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core import environment
+from ..core.errors import RecipeError, RunError
+from ..core.tensors import count
+from ..methods import WeightTuning, Work, client_labels
+from ..methods.tuning.head_fit import as_if_fitted
+from ..methods.tuning.local_training import batch_ranges
+from ..recipe import Recipe
+from ..recipe.paths import absolute
+from .callbacks import Callback, Outline
+from .cost_estimate import outline
+from .resolve import resolved
+from .schedule import Plan, plan_rounds
+from .simulation import Federation, simulate
+
+STEPS = 2
+"""Steps of each client that are measured, after one that is not."""
+
+FLOAT = 4
+"""Bytes of a trained number, which is float32."""
+
+MOMENTS = 3 * FLOAT
+"""Bytes of its gradient and its two moments while its client trains."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run needs.
+
+    ``parameters`` are all of the model's with the method attached, which take ``model_bytes``; ``trained``
+    those that the method trains, and ``head`` those of the head. ``client_bytes`` is the memory of a process
+    in which one client trains, on the device that trains: what this process holds once the model is loaded,
+    gradients and moments, and the activations of a batch. ``server_bytes`` is that of a server across sites:
+    the same, with the state, a sum and one update in place of training. ``process_bytes`` is the most main
+    memory that this process held while the cohort of a round trained for the measured steps, and
+    ``available_bytes`` what the device had left before the model was loaded. ``round_seconds`` are those of
+    the training of a round's cohort in this process, ``run_seconds`` those of all rounds, without
+    evaluations; None where no round trains.
+    """
+
+    outline: Outline
+    parameters: int
+    model_bytes: int
+    trained: int
+    head: int
+    client_bytes: int
+    server_bytes: int
+    process_bytes: int
+    available_bytes: int
+    round_seconds: float | None
+    run_seconds: float | None
+
+    @property
+    def exceeds(self) -> str | None:
+        """What this machine has too little of, in a sentence."""
+        if self.client_bytes <= self.available_bytes:
+            return None
+        return (
+            f"a client needs about {self.client_bytes / 1e9:.1f} GB of memory; this machine has "
+            f"{self.available_bytes / 1e9:.1f} GB left"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, by name."""
+        return asdict(self)
+
+
+def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Resources:
+    """Load what a recipe names, and train the cohort of its first round that trains for a few steps; nothing
+    is kept.
+
+    Raises:
+        RecipeError: the method trains no tensors.
+        FedcustomError: as a run of the recipe would.
+    """
+    told = callbacks or Callback()
+    recipe = absolute(resolved(recipe))
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        environment.restart_peak_memory()
+        federation = simulate(recipe, place, place / "clients", told)
+        method = federation.method
+        if not isinstance(method, WeightTuning):
+            raise RecipeError(
+                f"method.name = {recipe.method.name!r}: trains no tensors, so that there are no steps to "
+                "measure; fedcustom run says before its first round what it sends"
+            )
+        state, device = federation.origin, federation.base.device
+        model_bytes = sum(p.numel() * p.element_size() for p in federation.base.model.parameters())
+        held = environment.held_memory(device)
+        available = environment.free_memory(device) + held
+        settled = recipe.settled(len(federation.data.clients))
+        plan = plan_rounds(settled, federation.data, client_labels(state))
+        cost = outline(settled, federation.data, method, state, plan)
+        told.on_phase("measuring steps")
+        seconds = _seconds(settled, federation, plan)
+        activations = _activations(settled, federation, method)
+        told.on_phase("")
+    trained, head = method.sizes(state)
+    one, whole = (None, None) if seconds is None else seconds
+    return Resources(
+        outline=cost,
+        parameters=count(federation.base.model.parameters()),
+        model_bytes=model_bytes,
+        trained=trained,
+        head=head,
+        client_bytes=held + MOMENTS * (trained + head) + activations,
+        server_bytes=held + 3 * FLOAT * (trained + head),
+        process_bytes=environment.peak_memory(),
+        available_bytes=available,
+        round_seconds=one,
+        run_seconds=whole,
+    )
+
+
+def _seconds(recipe: Recipe, federation: Federation, plan: Plan) -> tuple[float, float] | None:
+    """Seconds of the first round that trains and of all of them, by the examples that the measured steps saw;
+    None where there is no such round.
+    """
+    fits, method, data = (
+        recipe.training.rounds_of_head_fits(recipe.rounds.count),
+        federation.method,
+        federation.data,
+    )
+    numbers = [number for number in range(1, len(plan) + 1) if number not in fits]
+    if not numbers:
+        return None
+    first, size = numbers[0], recipe.training.batch_size
+    owned = [example.label for client in data.clients.values() for example in client.train]
+    state = federation.origin
+    if fits and recipe.data.task == "classification":
+        counts = [max(1, owned.count(label)) for label in range(len(data.task.labels))]
+        state = as_if_fitted(state, counts)
+
+    def examples(name: str, amount: Work) -> int:
+        rows = len(data.clients[name].train) if name in data.clients else len(owned)
+        return sum(end - start for start, end in batch_ranges(rows, 0, size, amount)) if rows else 0
+
+    def trained(steps: int) -> tuple[float, int]:
+        amounts = {name: Work(steps=steps) for name in plan[first - 1]}
+        tasks, seen, begun = method.configure(state, first, amounts), 0, time.perf_counter()
+        for reply in federation.transport.exchange(tasks, first):
+            if reply.update is None:
+                raise RunError(f"{reply.client}: {reply.reason}: {reply.detail}")
+            seen += examples(reply.client, amounts[reply.client])
+        return time.perf_counter() - begun, seen
+
+    trained(1)
+    seconds, seen = trained(STEPS)
+    each = [sum(examples(name, a.amount) for name, a in plan[n - 1].items() if not a.absent) for n in numbers]
+    return seconds / seen * each[0], seconds / seen * sum(each)
+
+
+def _activations(recipe: Recipe, federation: Federation, method: WeightTuning) -> int:
+    """Bytes that a client's batch keeps for its backward pass, of the longest rows among a hundred."""
+    some = [example for client in federation.data.clients.values() for example in client.train[:10]][:100]
+    rows = sorted(method.tokens(some), key=lambda row: -len(row.source) - len(row.target))
+    batch = method.objective.collate(rows[: recipe.training.batch_size])
+    budget, tokens = method.local.pass_budget(), batch["input_ids"].numel()
+    budget.tokens(tokens, lambda: method.local.loss(batch), federation.base.device)
+    return int((budget.bytes_per_token or 0) * tokens)
