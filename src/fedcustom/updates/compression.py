@@ -53,7 +53,7 @@ VARINT_BYTES = 5
 
 
 def compress(change: Mapping[str, Tensor], settings: CompressionSettings) -> Tensors:
-    """Pack a change; the result can travel (:mod:`.wire`), and is the same for the same change.
+    """Pack a change; the result can travel, and is the same for the same change.
 
     With x a block's numbers and s its scale, rounded to bfloat16:
 
