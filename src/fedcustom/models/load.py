@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import shutil
 import time
@@ -100,6 +101,9 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         raise ModelError("model.compile = true: needs a C++ compiler (g++); this machine has none")
     path = locate(settings.base)
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    attention = {} if settings.attention in (None, "auto") else {"attn_implementation": settings.attention}
+    if settings.attention == "flash_attention_2":
+        check_flash_attention(device, settings.dtype)
     with loading_errors(settings.base), _quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **common)
         if not head and architecture == "encoder":
@@ -126,7 +130,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
             torch.manual_seed(seed)
             model, loading = load_reported(
                 loader, path, settings.base, head_modules if classifies else None,
-                config=configuration, dtype=torch.float32, **common,
+                config=configuration, dtype=torch.float32, **attention, **common,
             )  # fmt: skip
     tokenizer.padding_side = "right"
     if hasattr(model, "generation_config"):
@@ -185,6 +189,21 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"model.device: {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def check_flash_attention(device: torch.device, dtype: str) -> None:
+    """Refuse FlashAttention where it cannot run.
+
+    Raises:
+        ModelError: says what it needs.
+    """
+    said = "model.attention = 'flash_attention_2': needs "
+    if device.type != "cuda":
+        raise ModelError(f"{said}a GPU; this run trains on {device.type}; allowed: auto, sdpa, eager")
+    if dtype != "bfloat16":
+        raise ModelError(f"{said}model.dtype = 'bfloat16'")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ModelError(f"{said}the package flash-attn: pip install flash-attn")
 
 
 def measure_precision(model: Any, device: torch.device) -> dict[Precision, float]:

@@ -32,6 +32,12 @@ class ModelSettings(Settings):
         None,
         description="Divide that vector by its length; unset: as a sentence-transformers model says, else no",
     )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] | None = Field(
+        None,
+        description="Implementation of attention. sdpa: PyTorch's own; eager: plain products; "
+        "flash_attention_2: the package flash-attn, on a GPU in bfloat16; unset, or auto: as transformers "
+        "chooses",
+    )
     compile: bool = Field(
         False,
         description="Train through torch.compile, client by client: minutes at the start, for long runs of "
