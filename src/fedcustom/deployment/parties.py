@@ -74,6 +74,11 @@ def gather(
     min_clients = min(recipe.rounds.min_clients, len(settings.sites))
     participants = agree(connection, recipe, settings.sites, settings.start_with or min_clients)
     data = _server_view(recipe, settings, own, participants.labels)
+    if recipe.evaluation.generate_limit is not None and not data.test:
+        raise RecipeError(
+            "evaluation.generate_limit: counts the server's own test rows, and it has none: name some in "
+            "federation.toml (data.test), or set evaluation.generate = false"
+        )
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     truncation = count_truncation(recipe, recipe.data, base, data)
     transforms = update_transforms(recipe.compression)
