@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcustom.core.errors import UpdateError
+from fedcustom.core.errors import RecipeError, UpdateError
+from fedcustom.data.examples import Example
 from fedcustom.deployment.connection import SiteFailure
 from fedcustom.deployment.evaluation import RemoteEvaluation
+from fedcustom.deployment.parties import check_generation
 from fedcustom.deployment.replies import Part, PartSizes, SiteStatistics
 from fedcustom.evaluation.statistics import classification_statistics, mean_statistics
 from fedcustom.recipe.recipe import load_recipe
@@ -111,3 +113,10 @@ def test_sites_write_no_texts_where_the_recipe_limits_them(evaluation: dict[str,
     assert result.metrics == {"loss": pytest.approx(2.0)}
     assert set(result.clients) == {"north", "south"}
     assert not result.copy
+
+
+def test_a_limit_of_texts_needs_test_rows_of_the_server() -> None:
+    recipe = load_recipe({"data": {"task": "generation"}, "evaluation": {"generate_limit": 2}})
+    check_generation(recipe, [Example("a", target="b")])
+    with pytest.raises(RecipeError, match=r"evaluation\.generate_limit: counts the server's own test rows"):
+        check_generation(recipe, [])
