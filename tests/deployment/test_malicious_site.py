@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcustom.core.errors import UpdateError
+from fedcustom.core.errors import RecipeError, UpdateError
+from fedcustom.data.examples import Example
 from fedcustom.deployment.connection import SiteFailure
 from fedcustom.deployment.evaluation import RemoteEvaluation
+from fedcustom.deployment.parties import check_generation
 from fedcustom.deployment.replies import Part, PartSizes, SiteStatistics
 from fedcustom.evaluation.statistics import classification_statistics, mean_statistics
 from fedcustom.recipe.recipe import load_recipe
@@ -24,7 +26,9 @@ TEXTS = mean_statistics({"loss": 2.0, "bleu": 10.0, "chrf": 5.0, "rouge_l": 4.0}
 class Sites:
     """Two sound sites, and what ``late`` tells of an evaluation."""
 
-    def __init__(self, task: str, sound: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    def __init__(
+        self, task: str, sound: Mapping[str, Any], told: Mapping[str, Any], **evaluation: Any
+    ) -> None:
         self.labels = ["a", "b"] if task == "classification" else []
         self.replies = {"north": sound, "south": sound, "late": told}
         self.notes: list[str] = []
@@ -38,8 +42,8 @@ class Sites:
             development=[], test=[], task=SimpleNamespace(kind=task, labels=self.labels)
         )
         self.evaluation = RemoteEvaluation(
-            load_recipe({"data": data, "method": {"name": "prefix"}}), method, nothing, server, connection,
-            connection, connection,
+            load_recipe({"data": data, "method": {"name": "prefix"}, "evaluation": evaluation}), method,
+            nothing, server, connection, connection, connection,
         )  # fmt: skip
 
     after = 1
@@ -99,3 +103,20 @@ def test_a_generator_is_measured_by_its_loss_while_it_trains() -> None:
     nothing: Any = None
     sites = Sites("generation", {"whole": LOSS}, {"whole": {"examples": 3, "sums": {}}})
     assert sites.evaluation.development(nothing) == {"loss": pytest.approx(2.0)}
+
+
+@pytest.mark.parametrize("evaluation", [{"generate": False}, {"generate_limit": 2}])
+def test_sites_write_no_texts_where_the_recipe_limits_them(evaluation: dict[str, Any]) -> None:
+    nothing: Any = None
+    sites = Sites("generation", {"whole": LOSS}, {"whole": TEXTS}, **evaluation)
+    result = sites.evaluation.final(nothing)
+    assert result.metrics == {"loss": pytest.approx(2.0)}
+    assert set(result.clients) == {"north", "south"}
+    assert not result.copy
+
+
+def test_a_limit_of_texts_needs_test_rows_of_the_server() -> None:
+    recipe = load_recipe({"data": {"task": "generation"}, "evaluation": {"generate_limit": 2}})
+    check_generation(recipe, [Example("a", target="b")])
+    with pytest.raises(RecipeError, match=r"evaluation\.generate_limit: counts the server's own test rows"):
+        check_generation(recipe, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -115,10 +116,10 @@ def test_copies_of_the_prompts(tmp_path: Path) -> None:
     lines = terminal(place)
     assert lines[-1] == said
     rows = {line.split("  ")[0]: line.split() for line in lines}
-    assert rows["copy"] == ["copy", "35.0", "21.7", "40.0", "–"]
-    assert rows["untuned"] == ["untuned", "18.0", "4.0", "20.0", "3.400"]
+    assert rows["copy"] == ["copy", "35.0", "21.7", "40.0", "–", "–"]
+    assert rows["untuned"] == ["untuned", "18.0", "4.0", "20.0", "3.400", f"{math.exp(3.4):.3f}"]
     text = page_text(place, tmp_path)
-    assert "Copythe prompt as the output 35.0 21.7 40.0 –" in text
+    assert "Copythe prompt as the output 35.0 21.7 40.0 – –" in text
     frame = comparison([place])
     assert frame.loc[0, "copy_bleu"] == 21.7
     better = write_texts(tmp_path / "better", 50.0)

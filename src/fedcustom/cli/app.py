@@ -398,7 +398,9 @@ def recipe(
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove what is there")] = False,
 ) -> None:
-    """Show or clear the cache folder: parsed docstrings of installed packages. No client's data are in it."""
+    """Show or clear the cache folder: parsed docstrings of installed packages, and converted models. No
+    client's data are in it.
+    """
     from ..core.cache import cache_folder, cache_size, clear_cache
 
     found = clear_cache() if clear else cache_size()

@@ -9,7 +9,7 @@ from ..data.examples import Example, FederatedData
 from ..evaluation.calibration import best_scale, tempered_losses
 from ..evaluation.metrics import Metrics, client_mean, worst_client
 from ..evaluation.statistics import Statistics, pooled_metrics, pooled_scale
-from ..federated.evaluator import Result, with_references
+from ..federated.evaluator import Result, final_predictions, with_references
 from ..methods import Method, State
 from ..models.inference import measure
 from ..models.load import Base
@@ -58,7 +58,7 @@ class RemoteEvaluation:
     def test(self, state: State) -> Metrics:
         """Quality of one global state on the test split."""
         if self.data.test:
-            texts = self.data.task.kind != "classification"
+            texts = self.data.task.kind != "classification" and self.recipe.evaluation.writes_all
             return self._on_server_data(state, self.data.test, texts=texts)
         return _pooled(self._at_sites(state, "test"), "test")
 
@@ -78,8 +78,9 @@ class RemoteEvaluation:
             tuned = self._at_sites(trained, "test")
         predictions = None
         if self.data.test:
-            texts = self.data.task.kind != "classification"
-            predictions = self.method.predict(state, self.data.test, texts=texts)
+            predictions = final_predictions(
+                self.method, state, self.data.test, self.data.task, self.recipe.evaluation
+            )
             metrics = measure(predictions, self.data.test, self.base)
         else:
             metrics = _pooled(by_site, "test")
@@ -92,7 +93,7 @@ class RemoteEvaluation:
             metrics, described, client_mean(by_client), worst_client(by_client), predictions,
             _personalised(tuned),
         )  # fmt: skip
-        return with_references(result, self.data.task, self.data.test)
+        return with_references(result, self.data.task, self.data.test, self.recipe.evaluation)
 
     def _on_server_data(self, state: State, examples: list[Example], *, texts: bool) -> Metrics:
         return measure(self.method.predict(state, examples, texts=texts), examples, self.base)
@@ -124,7 +125,8 @@ class RemoteEvaluation:
         personal, epochs = self.method.keeps_parts(), self.recipe.personalisation.finetune_epochs
         whole = self.recipe.method.is_whole or not personal
         own = personal or bool(epochs and part == "test")
-        writes = part == "test" and self.recipe.data.task == "generation"
+        generates = self.recipe.data.task == "generation" and self.recipe.evaluation.writes_all
+        writes = part == "test" and generates
         for name, found, wanted, texts in (
             ("the global model", reply.global_model, whole, writes),
             ("the site's own model", reply.personalised, own, False),

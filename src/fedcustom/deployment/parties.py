@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import RecipeError
-from ..data.examples import ClientData, FederatedData, LearningTask
+from ..data.examples import ClientData, Example, FederatedData, LearningTask
 from ..data.party_data import OwnData, read_own
 from ..federated.build import check_fit, make_method
 from ..federated.fingerprint import of_server
@@ -55,6 +55,19 @@ def check_deployable(recipe: Recipe) -> None:
             raise RecipeError(f"[{section}]: is for simulations; real sites fail by themselves. Leave it out")
 
 
+def check_generation(recipe: Recipe, test: Sequence[Example]) -> None:
+    """Refuse a limit on the texts of the server's own ``test`` rows where it has none.
+
+    Raises:
+        RecipeError: says what to set instead.
+    """
+    if recipe.evaluation.generate_limit is not None and not test:
+        raise RecipeError(
+            "evaluation.generate_limit: counts the server's own test rows, and it has none: name some in "
+            "federation.toml (data.test), or set evaluation.generate = false"
+        )
+
+
 def gather(
     recipe: Recipe, settings: FederationSettings, folder: Path, messenger: Messenger, directory: Path
 ) -> Federation:
@@ -74,6 +87,7 @@ def gather(
     min_clients = min(recipe.rounds.min_clients, len(settings.sites))
     participants = agree(connection, recipe, settings.sites, settings.start_with or min_clients)
     data = _server_view(recipe, settings, own, participants.labels)
+    check_generation(recipe, data.test)
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     truncation = count_truncation(recipe, recipe.data, base, data)
     transforms = update_transforms(recipe.compression)

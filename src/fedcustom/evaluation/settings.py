@@ -39,5 +39,20 @@ class EvaluationSettings(Settings):
     perturb_rate: float = Field(
         0.1, gt=0, le=1, description="Share of the words or characters that are perturbed"
     )
+    generate: bool = Field(
+        True,
+        description="Generation: write texts for test inputs and score them; false: the loss is all",
+    )
+    generate_limit: int | None = Field(
+        None,
+        ge=1,
+        description="Generation: write texts after the last round only, for so many test inputs at most; "
+        "everything else is evaluated by the loss; unset: for all of them, by the untuned model too",
+    )
     max_new_tokens: int = Field(64, ge=1, description="Generation: longest text that is written")
     beams: int = Field(1, ge=1, le=64, description="Generation: beams of the search; 1 is greedy")
+
+    @property
+    def writes_all(self) -> bool:
+        """Whether texts are written for all test inputs, wherever one global model is evaluated on them."""
+        return self.generate and self.generate_limit is None

@@ -11,6 +11,7 @@ from ..data.examples import Example, FederatedData, LearningTask
 from ..evaluation.calibration import best_scale, softmax, tempered_losses
 from ..evaluation.degenerate import degenerate_shares
 from ..evaluation.metrics import Metrics, client_mean, text_metrics, worst_client
+from ..evaluation.settings import EvaluationSettings
 from ..methods import Method, State
 from ..models.inference import Predictions, measure
 from ..models.load import Base
@@ -41,19 +42,28 @@ class Result:
     degenerate: dict[str, float] = field(default_factory=dict)
 
     def prediction_lines(self, data: FederatedData) -> Iterator[str]:
-        """The lines of ``predictions.jsonl``."""
+        """The lines of ``predictions.jsonl``; of a generator those with a text."""
         assert self.predictions is not None
+        if data.task.kind == "generation":
+            for example, text in self.predictions.with_texts(data.test):
+                row: dict[str, Any] = {
+                    "source": example.text,
+                    "references": list(example.references),
+                    "prediction": text,
+                }
+                yield json.dumps(row, ensure_ascii=False) + "\n"
+            return
         for number, example in enumerate(data.test):
             if data.task.kind == "classification":
                 logits = self.predictions.scores[number]
                 chosen = int(logits.argmax())
-                row: dict[str, Any] = {
+                row = {
                     "text": example.text,
                     "label": data.task.labels[example.label],
                     "prediction": data.task.labels[chosen],
                     "probability": round(float(softmax(logits)[chosen]), 6),
                 }
-            elif data.task.kind == "retrieval":
+            else:
                 rank = int(self.predictions.scores[number, 0])
                 row = {
                     "source": example.text,
@@ -61,29 +71,40 @@ class Result:
                     "prediction": f"found at rank {rank}" if rank else "not found",
                     "rank": rank or None,
                 }
-            else:
-                texts = self.predictions.texts or []
-                row = {
-                    "source": example.text,
-                    "references": list(example.references),
-                    "prediction": texts[number],
-                }
             yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def with_references(result: Result, task: LearningTask, examples: Sequence[Example]) -> Result:
+def with_references(
+    result: Result, task: LearningTask, examples: Sequence[Example], settings: EvaluationSettings
+) -> Result:
     """The result with what a generator's outputs are held against: the quality of copies of the prompts, and
-    how many outputs are degenerate. ``examples`` are the test split.
+    how many outputs are degenerate. ``examples`` are the test split. Where texts were written for a part of
+    it, both are of that part.
     """
-    if task.kind != "generation" or not examples:
+    if task.kind != "generation" or not examples or not settings.generate:
         return result
-    wanted = [example.references for example in examples]
-    texts = result.predictions.texts if result.predictions is not None else None
+    written = result.predictions.with_texts(examples) if result.predictions is not None else []
+    sources = [example for example, _ in written] or examples
+    wanted = [example.references for example in sources]
     return replace(
         result,
-        copy=text_metrics([example.text.strip() for example in examples], wanted),
-        degenerate=degenerate_shares(texts, wanted) if texts else {},
+        copy=text_metrics([example.text.strip() for example in sources], wanted),
+        degenerate=degenerate_shares([text for _, text in written], wanted) if written else {},
     )
+
+
+def final_predictions(
+    method: Method, state: State, examples: list[Example], task: LearningTask, settings: EvaluationSettings
+) -> Predictions:
+    """What a state says of the test split after the last round, with the texts that the recipe asks for:
+    those of ``generate_limit`` examples at even distances, where it limits them.
+    """
+    limit = settings.generate_limit
+    if limit is None or limit >= len(examples):
+        return method.predict(state, examples, texts=task.kind != "classification" and settings.generate)
+    places = tuple(number * len(examples) // limit for number in range(limit))
+    texts = method.predict(state, [examples[i] for i in places], texts=True).texts
+    return replace(method.predict(state, examples, texts=False), texts=texts, written=places)
 
 
 class Evaluator:
@@ -102,6 +123,7 @@ class Evaluator:
         base: Base,
         data: FederatedData,
         store: ClientStore,
+        settings: EvaluationSettings,
         *,
         own: bool,
         whole: bool = False,
@@ -110,6 +132,7 @@ class Evaluator:
     ) -> None:
         self.probes = probes or {}
         self.method, self.base, self.data, self.store, self.own = method, base, data, store, own
+        self.settings = settings
         self.whole, self.finetune_epochs = whole, finetune_epochs
 
     def development(self, state: State) -> Metrics:
@@ -142,7 +165,7 @@ class Evaluator:
             for kind, sets in self.probes.items()
         }
         result = replace(self._final(state, trained or state), probes=probes)
-        return with_references(result, self.data.task, self.data.test)
+        return with_references(result, self.data.task, self.data.test, self.settings)
 
     def _probe(self, state: State, examples: list[Example]) -> Metrics:
         """Quality on a further test set; where clients have their own models, the mean over them."""
@@ -160,7 +183,7 @@ class Evaluator:
                 if client.test
             }
             return self._result(whole, clients, None)
-        predictions = self.method.predict(state, self.data.test, texts=self._writes)
+        predictions = final_predictions(self.method, state, self.data.test, self.data.task, self.settings)
         result = self._result(
             self._measure(predictions, self.data.test), self._by_client(state, predictions), predictions
         )
@@ -184,7 +207,7 @@ class Evaluator:
 
     @property
     def _writes(self) -> bool:
-        return self.data.task.kind != "classification"
+        return self.data.task.kind != "classification" and self.settings.writes_all
 
     def _measure(self, predictions: Predictions, examples: list[Example]) -> Metrics:
         return measure(predictions, examples, self.base)

@@ -127,6 +127,7 @@ def simulate(
         base,
         data,
         store,
+        recipe.evaluation,
         own=not has_one_model(recipe),
         whole=recipe.method.is_whole,
         finetune_epochs=recipe.personalisation.finetune_epochs if recipe.baseline == "federated" else 0,

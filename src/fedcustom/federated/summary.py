@@ -62,6 +62,7 @@ def summarise(
         "metrics": result.metrics,
         "untuned": dict(untuned),
         **({"copy": result.copy} if result.copy else {}),
+        **_written(result, len(data.test)),
         **({"degenerate": result.degenerate} if result.degenerate else {}),
         "temperature": temperature,
         "client_mean": result.client_mean,
@@ -82,6 +83,13 @@ def summarise(
         },
         "peak_memory_bytes": max(environment.peak_memory(), *(row["peak_memory_bytes"] for row in trained)),
     }
+
+
+def _written(result: Result, examples: int) -> dict[str, Any]:
+    """For how many of the test examples a text was written, where it was not for all."""
+    if result.predictions is None or result.predictions.written is None:
+        return {}
+    return {"generated": {"texts": len(result.predictions.written), "of": examples}}
 
 
 def _bytes(rows: Sequence[Row], fits: Collection[int], search: Mapping[str, Any]) -> dict[str, int]:

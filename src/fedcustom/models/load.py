@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from .loading_report import LoadingReport, load_reported
 from .output import OutputLayer, output_layer
 from .padding import Padding, padding_of
 from .pooled_classifier import PooledClassifier, with_pooling
+from .quiet import quiet
 from .settings import ModelSettings
 from .size_class import Architecture, architecture_of
 from .tokenizer_check import check_tokenizer, token_rules
@@ -104,7 +104,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
     attention = {} if settings.attention in (None, "auto") else {"attn_implementation": settings.attention}
     if settings.attention == "flash_attention_2":
         check_flash_attention(device, settings.dtype)
-    with loading_errors(settings.base), _quiet():
+    with loading_errors(settings.base), quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **common)
         if not head and architecture == "encoder":
             loader: Any = transformers.AutoModel
@@ -231,18 +231,3 @@ def measure_precision(model: Any, device: torch.device) -> dict[Precision, float
 def faster(seconds: Mapping[Precision, float]) -> Precision:
     """bfloat16 where it wins clearly; float32 is the safer choice."""
     return "bfloat16" if seconds["bfloat16"] < 0.8 * seconds["float32"] else "float32"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the load report about the fresh head, which is what we asked for."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

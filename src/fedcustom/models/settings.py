@@ -14,7 +14,8 @@ class ModelSettings(Settings):
 
     base: str = Field(
         "builtin:minilm",
-        description="builtin:minilm (encoder), builtin:lm or builtin:lm-small (decoders), a folder, a hub id",
+        description="builtin:minilm (encoder); builtin:lm, builtin:lm-small or builtin:smollm2 (decoders); a "
+        "folder, a hub id",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model")
     dtype: Literal["float32", "bfloat16", "auto"] = Field(

@@ -124,11 +124,25 @@ class Recipe(Settings):
             raise ValueError(
                 f"evaluation.metric = {metric!r}: allowed for {self.data.task}: {', '.join(allowed)}"
             )
+        self._check_generation()
         for name in self.compare:
             known = [*registry.names(), "centralised", "local"]
             if name not in known:
                 raise ValueError(f"compare.{name}: unknown method or baseline{nearest(name, known)}")
         return self
+
+    def _check_generation(self) -> None:
+        """Which texts are written in evaluation, and whether any can be."""
+        settings, generates = self.evaluation, self.data.task == "generation"
+        if not settings.generate and not generates:
+            raise ValueError(f"evaluation.generate = false: is for generation, not {self.data.task}")
+        if settings.generate_limit is None:
+            return
+        where = f"evaluation.generate_limit = {settings.generate_limit}"
+        if not generates:
+            raise ValueError(f"{where}: is for generation, not {self.data.task}")
+        if not settings.generate:
+            raise ValueError(f"{where}: does not go with evaluation.generate = false")
 
     def _check_training(self) -> None:
         """What only a classifier's training has, and its data."""

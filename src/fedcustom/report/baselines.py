@@ -64,6 +64,19 @@ def degenerate(groups: Sequence[Group]) -> list[str]:
     return found
 
 
+def partly_generated(groups: Sequence[Group]) -> list[str]:
+    """Sentences on runs that wrote texts for a part of the test inputs, each once."""
+    counts = [run.summary.generated for group in groups for run in group.runs]
+    return list(
+        dict.fromkeys(
+            f"BLEU, chrF and ROUGE-L are of {count.texts} of {count.of} test inputs "
+            "(evaluation.generate_limit)"
+            for count in counts
+            if count is not None
+        )
+    )
+
+
 def truncated(groups: Sequence[Group]) -> list[str]:
     """Sentences on the inputs and targets that were cut, each once: runs on the same data cut the same."""
     counts = [run.summary.truncation for group in groups for run in group.runs]

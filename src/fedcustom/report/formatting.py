@@ -46,9 +46,13 @@ def capitalised(text: str) -> str:
 
 
 def score(value: float, metric: str) -> str:
-    """A metric's value: one decimal for metrics from 0 to 100, else three."""
+    """A metric's value: one decimal for metrics from 0 to 100, else three; a perplexity of 100,000 or more
+    with two digits.
+    """
     if math.isnan(value):
         return MISSING
+    if metric == "perplexity" and value >= 1e5:
+        return f"{value:.1e}"
     return f"{value:.{decimals(metric)}f}"
 
 

@@ -14,7 +14,10 @@ from .methods import is_probe, title
 from .read import Baseline, Run
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
-METRIC_ORDER = ("accuracy", "calibration_error", "macro_f1", "rouge_l", "bleu", "chrf", "mrr", "loss")
+METRIC_ORDER = (
+    *("accuracy", "calibration_error", "macro_f1", "rouge_l", "bleu", "chrf", "mrr"),
+    *("loss", "perplexity"),
+)
 PERCENT_METRICS = frozenset({"rouge_l", "bleu", "chrf"})
 NOT_COMPARED = frozenset({"seed", "output", "device", "threads", "workers"})
 """Last parts of settings that leave the question that a run answers as it is."""

@@ -6,7 +6,7 @@ import math
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -28,6 +28,9 @@ Number = Annotated[float, BeforeValidator(_number)]
 
 Scores = dict[str, Number]
 
+LARGEST_LOSS = 700.0
+"""In nats a token; a float holds its exponential."""
+
 
 @dataclass(frozen=True, slots=True)
 class ByteCounts:
@@ -44,8 +47,18 @@ class ByteCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class Generated:
+    """For how many ``texts`` of the test inputs a text was written."""
+
+    texts: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
-    """``summary.json``: the result of a finished run. Keys that a report does not show are ignored."""
+    """``summary.json``: the result of a finished run. Keys that a report does not show are ignored. To the
+    test scores of a generator the perplexity is added.
+    """
 
     method: str
     baseline: Baseline
@@ -60,6 +73,7 @@ class Summary:
     untuned: Scores = field(default_factory=dict)
     copy: Scores = field(default_factory=dict)
     degenerate: Scores = field(default_factory=dict)
+    generated: Generated | None = None
     temperature: float | None = None
     client_mean: Scores = field(default_factory=dict)
     worst_client: Scores = field(default_factory=dict)
@@ -190,12 +204,28 @@ def read_predictions(run: Run) -> Iterator[Prediction]:
     return _lines(_PREDICTION, run.directory / "predictions.jsonl")
 
 
+def _with_perplexity(summary: Summary) -> Summary:
+    """The summary of a generator with the perplexity beside the loss: its exponential, infinite where no
+    float is as large.
+    """
+    if summary.task != "generation":
+        return summary
+
+    def added(scores: Scores) -> Scores:
+        if "loss" not in scores:
+            return scores
+        loss = scores["loss"]
+        return {**scores, "perplexity": math.inf if loss > LARGEST_LOSS else math.exp(loss)}
+
+    return replace(summary, metrics=added(summary.metrics), untuned=added(summary.untuned))
+
+
 def _read_run(directory: Path, name: str) -> Run | UnfinishedRun:
     history = list(_lines(_ROUND, directory / "metrics.jsonl"))
     result = directory / "summary.json"
     if not result.exists():
         return UnfinishedRun(directory, name, max((line.round for line in history), default=None))
-    summary = _parse(_SUMMARY, _content(result), str(result))
+    summary = _with_perplexity(_parse(_SUMMARY, _content(result), str(result)))
     if not summary.metrics:
         raise RunError(f"{result}: metrics: none was measured")
     recipe = _content(directory / "recipe.toml").decode(errors="replace")

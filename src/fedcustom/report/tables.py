@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import formatting as words
-from .baselines import degenerate, truncated, unbeaten
+from .baselines import degenerate, partly_generated, truncated, unbeaten
 from .groups import Group, group_runs, mean_and_interval, measured_on_clients, metric_names, trivial_metric
 from .read import Run, read_runs
 
@@ -110,7 +110,12 @@ def comparison_table(directories: Sequence[Path]) -> Table:
     below = ["; ".join(caption)]
     if "calibration_error" in metrics[:4]:
         below.append("ECE: expected calibration error, lower is better")
-    below += [*unbeaten(groups, metrics[0]), *degenerate(groups), *truncated(groups)]
+    below += [
+        *unbeaten(groups, metrics[0]),
+        *degenerate(groups),
+        *partly_generated(groups),
+        *truncated(groups),
+    ]
     table = Table(
         title=Text(f"{models} on {data}, test split, mean over seeds"),
         caption=Text("\n".join(below)),
@@ -123,13 +128,14 @@ def comparison_table(directories: Sequence[Path]) -> Table:
     worst = next((metric for metric in metrics if measured_on_clients(groups, metric)), metrics[0])
     worst_heading = "worst" if worst == metrics[0] else f"worst {words.metric_name(worst)}"
     costs = ("seeds", "params", "sent", *(["a query"] if searched else []), "time", "memory")
-    for heading in (*map(words.metric_name, metrics[:4]), worst_heading, *costs):
+    shown = metrics[: 5 if "perplexity" in metrics[4:5] else 4]
+    for heading in (*map(words.metric_name, shown), worst_heading, *costs):
         table.add_column(heading, justify="right", no_wrap=True)
     for group, (_, row) in zip(groups, frame.iterrows(), strict=True):
         sent = row["bytes_up_total"] + row["bytes_down_total"]
         cells = [
             _with_interval(row, metrics[0]),
-            *(words.score(row[metric], metric) for metric in metrics[1:4]),
+            *(words.score(row[metric], metric) for metric in shown[1:]),
             words.score(row[f"worst_client_{worst}"], worst),
             str(row["seeds"]),
             words.count(row["trainable_parameters"]),
@@ -147,8 +153,8 @@ def comparison_table(directories: Sequence[Path]) -> Table:
             *map(Text, cells),
         )
     for kind in ("untuned", "copy"):
-        values = [trivial_metric(groups, kind, metric) for metric in metrics[:4]]
+        values = [trivial_metric(groups, kind, metric) for metric in shown]
         if not all(map(math.isnan, values)):
-            shown = [words.score(value, metric) for value, metric in zip(values, metrics, strict=False)]
-            table.add_row(kind, *shown, *[""] * (len(table.columns) - 1 - len(shown)))
+            scores = [words.score(value, metric) for value, metric in zip(values, shown, strict=True)]
+            table.add_row(kind, *scores, *[""] * (len(table.columns) - 1 - len(scores)))
     return table

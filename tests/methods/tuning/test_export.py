@@ -13,9 +13,11 @@ import fedcustom
 from fedcustom.core.errors import RunError
 from fedcustom.data.examples import Example, LearningTask
 from fedcustom.methods.tuning.model_card import offline
+from fedcustom.models import smollm2
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
 from helpers.interpreter import run_python
+from helpers.smollm2 import needs_smollm2
 
 CLASSIFIER = """
 import json, sys
@@ -206,3 +208,49 @@ def test_export_does_not_overwrite(small: dict[str, Any], tmp_path: Path) -> Non
     (tmp_path / "there" / "file").write_text("x")
     with pytest.raises(RunError, match="exists already"):
         run.export(tmp_path / "there")
+
+
+@pytest.mark.slow
+@needs_smollm2
+@pytest.mark.parametrize("method", ["lora", "prompt_engineering"])
+def test_an_export_on_smollm2_names_the_hub_and_says_what_to_do_offline(
+    generation: dict[str, Any], small: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    recipe = {**(generation if method == "lora" else small), "model": {"base": smollm2.NAME}}
+    recipe["method"] = {"name": method}
+    if method != "lora":
+        recipe.pop("training")
+    cheap = {"rounds.count": 1, "evaluation.untuned": False, "evaluation.max_new_tokens": 4}
+    run = fedcustom.run(recipe, cheap, out=tmp_path / "run", check_export=True)
+    folder = run.export(tmp_path / "exported", check=True)  # compares outputs with those in training
+    assert not (folder / "base").exists()
+    for path in folder.rglob("*.*"):
+        if path.suffix in (".md", ".json"):
+            assert str(smollm2.converted_folder()) not in path.read_text()
+    if method == "lora":
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+    page = (folder / "README.md").read_text()
+    assert all(part in page for part in ("Apache-2.0", smollm2.INSTALL, smollm2.INSTALL_READER))
+    use, convert = (part.split("```")[0] for part in page.split("```python\n")[1:])
+    assert '"HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32"' in use
+    done = run_python(f"import sys\nsys.modules['fedcustom'] = None\n{convert}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    done = run_python(use.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "base"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    if method == "lora":
+        inputs = run.tokenizer()("a text", return_tensors="pt", return_token_type_ids=False)
+        output = run.model().generate(**inputs, max_new_tokens=64)[0]
+        assert done.stdout.strip() == run.tokenizer().decode(output, skip_special_tokens=True).strip()
+    else:
+        assert done.stdout.strip() == run.predict(["a text"])[0]["label"]
+
+
+@pytest.mark.slow
+@needs_smollm2
+def test_a_whole_smollm2_says_where_it_comes_from(tmp_path: Path) -> None:
+    base = load_base(ModelSettings(base=smollm2.NAME), LearningTask("generation"), 0)
+    page = offline('# A customised model\n\n```python\nmodel = load(".")\n```\n', base)
+    assert "Apache-2.0" in page
+    assert smollm2.INSTALL not in page

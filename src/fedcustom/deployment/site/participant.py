@@ -195,7 +195,8 @@ class Participant:
         global_model: Statistics | None = None
         personalised: Statistics | None = None
         if recipe.method.is_whole or not personal:
-            texts = part == "test" and recipe.data.task == "generation"
+            generates = recipe.data.task == "generation" and recipe.evaluation.writes_all
+            texts = part == "test" and generates
             global_model = self._statistics(self.method.predict(state, examples, texts=texts), examples)
         if personal or epochs:
             own, client = state, Client(self.name, self.data, self.memory.after(after), self.disk)
