@@ -39,9 +39,10 @@ class EvaluationSettings(Settings):
     perturb_rate: float = Field(
         0.1, gt=0, le=1, description="Share of the words or characters that are perturbed"
     )
-    generate: bool = Field(
-        True,
-        description="Generation: write texts for test inputs and score them; false: the loss is all",
+    generate: bool | None = Field(
+        None,
+        description="Generation: write texts for test inputs and score them; false: the loss is all; unset: "
+        "true",
     )
     generate_limit: int | None = Field(
         None,
@@ -53,6 +54,11 @@ class EvaluationSettings(Settings):
     beams: int = Field(1, ge=1, le=64, description="Generation: beams of the search; 1 is greedy")
 
     @property
+    def writes(self) -> bool:
+        """Whether texts are written at all."""
+        return self.generate is not False
+
+    @property
     def writes_all(self) -> bool:
         """Whether texts are written for all test inputs, wherever one global model is evaluated on them."""
-        return self.generate and self.generate_limit is None
+        return self.writes and self.generate_limit is None

@@ -81,7 +81,7 @@ def with_references(
     how many outputs are degenerate. ``examples`` are the test split. Where texts were written for a part of
     it, both are of that part.
     """
-    if task.kind != "generation" or not examples or not settings.generate:
+    if task.kind != "generation" or not examples or not settings.writes:
         return result
     written = result.predictions.with_texts(examples) if result.predictions is not None else []
     sources = [example for example, _ in written] or examples
@@ -101,7 +101,7 @@ def final_predictions(
     """
     limit = settings.generate_limit
     if limit is None or limit >= len(examples):
-        return method.predict(state, examples, texts=task.kind != "classification" and settings.generate)
+        return method.predict(state, examples, texts=task.kind != "classification" and settings.writes)
     places = tuple(number * len(examples) // limit for number in range(limit))
     texts = method.predict(state, [examples[i] for i in places], texts=True).texts
     return replace(method.predict(state, examples, texts=False), texts=texts, written=places)

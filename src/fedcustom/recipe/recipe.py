@@ -134,14 +134,14 @@ class Recipe(Settings):
     def _check_generation(self) -> None:
         """Which texts are written in evaluation, and whether any can be."""
         settings, generates = self.evaluation, self.data.task == "generation"
-        if not settings.generate and not generates:
+        if not settings.writes and not generates:
             raise ValueError(f"evaluation.generate = false: is for generation, not {self.data.task}")
         if settings.generate_limit is None:
             return
         where = f"evaluation.generate_limit = {settings.generate_limit}"
         if not generates:
             raise ValueError(f"{where}: is for generation, not {self.data.task}")
-        if not settings.generate:
+        if not settings.writes:
             raise ValueError(f"{where}: does not go with evaluation.generate = false")
 
     def _check_training(self) -> None:
