@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from .models import ALL
 
 Cells = dict[tuple[str, str], dict[str, Outcome]]
 """From an architecture and a task to each method's outcome."""
+
+Cell = tuple[str, str]
+"""What the table says of an outcome, and the reason."""
 
 MARKS = {"together": "together", "alone": "alone", "refused": "-", "wrong": "WRONG", "failed": "FAILED"}
 
@@ -34,10 +38,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", help="names of architectures, by commas; default: all")
-    parser.add_argument("--methods", help="columns, by commas; default: all; not with --write")
+    parser.add_argument("--methods", help="columns, by commas; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each")
     parser.add_argument("--check-exports", action="store_true", help="some 10 s more a cell")
-    parser.add_argument("--write", type=Path, help="page whose table to replace")
+    parser.add_argument("--write", type=Path, help="page whose table to bring up to date; other cells stay")
     chosen = parser.parse_args()
     names = chosen.only.split(",") if chosen.only else list(ALL)
     if unknown := [name for name in names if name not in ALL]:
@@ -45,8 +49,6 @@ def main() -> int:
     methods = chosen.methods.split(",") if chosen.methods else list(METHODS)
     if unknown := [name for name in methods if name not in METHODS]:
         parser.error(f"--methods: unknown: {', '.join(unknown)}; allowed are {', '.join(METHODS)}")
-    if chosen.write and chosen.methods:
-        parser.error("--write: the table has all columns; leave out --methods")
     if chosen.jobs < 1:
         parser.error(f"--jobs {chosen.jobs}: 1 or more")
     if chosen.write and not chosen.write.is_file():
@@ -77,10 +79,43 @@ def main() -> int:
 
 
 def write_table(page: Path, cells: Cells) -> None:
-    """Replace the table of a page; the other text stays."""
+    """Bring the table of a page up to date; cells that are not among these, and the other text, stay."""
     text = page.read_text(encoding="utf-8")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n\n{table(cells)}\n{END}{after}", encoding="utf-8")
+    before, old, after = (
+        text.partition(BEGIN)[0],
+        text.partition(BEGIN)[2].partition(END)[0],
+        text.partition(END)[2],
+    )
+    shown = read_table(old)
+    for key, found_by in cells.items():
+        shown.setdefault(key, {}).update(
+            {method: in_words(found, key[0]) for method, found in found_by.items()}
+        )
+    page.write_text(f"{before}{BEGIN}\n\n{table(shown)}\n{END}{after}", encoding="utf-8")
+
+
+def in_words(found: Outcome, name: str) -> Cell:
+    """What the table says of an outcome."""
+    mark = MARKS[found.how] + ("" if found.padding else "*")
+    return mark, general(found.reason, name) if found.reason else ""
+
+
+def read_table(text: str) -> dict[tuple[str, str], dict[str, Cell]]:
+    """The cells of a table that :func:`table` wrote."""
+    reasons = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
+    rows = [
+        [part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"
+    ]
+    if not rows:
+        return {}
+    found: dict[tuple[str, str], dict[str, Cell]] = {}
+    for name, task, *marks in rows[2:]:
+        found[name, task] = {}
+        for method, mark in zip(rows[0][2:], marks, strict=True):
+            if mark:
+                shown, _, number = mark.partition(" (")
+                found[name, task][method] = shown, reasons[number.rstrip(")")] if number else ""
+    return found
 
 
 def row(name: str, task: str, methods: list[str], check: bool) -> dict[str, Outcome]:
@@ -94,23 +129,17 @@ def row(name: str, task: str, methods: list[str], check: bool) -> dict[str, Outc
         return found
 
 
-def table(cells: Cells) -> str:
-    """The table in Markdown, and the reasons of refusals, each once, with what it refuses."""
+def table(cells: Mapping[tuple[str, str], Mapping[str, Cell]]) -> str:
+    """The table in Markdown, and the reasons of refusals, each once. Cells that were not run are empty."""
     lines = ["| architecture | task | " + " | ".join(METHODS) + " |", "|" + "---|" * (len(METHODS) + 2)]
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, int] = {}
     for (name, task), found_by in cells.items():
         shown = []
-        for method, found in found_by.items():
-            mark = MARKS[found.how] + ("" if found.padding else "*")
-            if found.reason:
-                text = general(found.reason, name)
-                numbers = list(reasons)
-                number = numbers.index(text) + 1 if text in reasons else len(reasons) + 1
-                reasons.setdefault(text, []).append(f"{name}/{task}/{method}")
-                mark += f" ({number})"
-            shown.append(mark)
+        for method in METHODS:
+            mark, reason = found_by.get(method, ("", ""))
+            shown.append(f"{mark} ({reasons.setdefault(reason, len(reasons) + 1)})" if reason else mark)
         lines.append(f"| {name} | {task} | " + " | ".join(shown) + " |")
-    listed = [f"{number}. {text}" for number, text in enumerate(reasons, start=1)]
+    listed = [f"{number}. {text}" for text, number in reasons.items()]
     return "\n".join([*lines, "", *listed, ""])
 
 

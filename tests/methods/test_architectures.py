@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scripts.architectures.__main__ import general
-from scripts.architectures.matrix import METHODS, outcome, tasks_of
+from scripts.architectures.__main__ import BEGIN, END, general, read_table, write_table
+from scripts.architectures.matrix import METHODS, Outcome, outcome, tasks_of
 from scripts.architectures.models import ALL, ENCODERS, kind_of, write_model
 
 from fedcustom.core.errors import ModelError
@@ -90,6 +90,26 @@ def test_reasons_are_listed_once() -> None:
     assert general(said, "x") == (
         "MODEL: in one batch its code does not give what it gives (a gradient that differs)"
     )
+
+
+def test_a_table_is_brought_up_to_date(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    first = {method: Outcome("together", "") for method in METHODS}
+    refused = Outcome("refused", "method lora does not fit gpt2: its code has no heads")
+    write_table(page, {("bert", "classification"): first, ("gpt2", "generation"): {"lora": refused}})
+    write_table(page, {("bert", "classification"): {"full": Outcome("refused", "no such model")}})
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    shown = read_table(text)
+    assert shown["bert", "classification"] == dict.fromkeys(METHODS, ("together", "")) | {
+        "full": ("-", "no such model")
+    }
+    assert shown["gpt2", "generation"] == {
+        "lora": ("-", "method lora does not fit MODEL: its code has no heads")
+    }
+    assert text.count("1. no such model\n2. method lora") == 1
 
 
 @pytest.mark.parametrize("name", ["xlnet", "fnet", "convbert", "mobilebert", "gpt2", "electra"])
