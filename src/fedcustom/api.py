@@ -157,7 +157,7 @@ class Run:
         method, state = self._method
         kind, examples = self.recipe.data.task, self._examples(inputs)
         said = method.predict(state, examples, texts=True)
-        if kind == "generation":
+        if kind in ("generation", "chat"):
             return [{"text": text} for text in said.texts or []]
         shares = softmax(said.scores)
         labels = self._task.labels
@@ -329,7 +329,7 @@ class Run:
 
     @property
     def _task(self) -> LearningTask:
-        return LearningTask(self.recipe.data.task, tuple(self.summary["labels"]))
+        return LearningTask.of(self.recipe.data, tuple(self.summary["labels"]))
 
     @cached_property
     def _base(self) -> Base:

@@ -78,7 +78,7 @@ def build_data(
         public_set = read_public(public, data)
         refuse_overlap(public_set, [*scored, *development], public.source)
     return FederatedData(
-        task=LearningTask(data.task, labels),
+        task=LearningTask.of(data, labels),
         clients=split,
         development=development,
         test=scored,

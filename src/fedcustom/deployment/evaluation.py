@@ -124,7 +124,7 @@ class RemoteEvaluation:
         personal, epochs = self.method.keeps_parts(), self.recipe.personalisation.finetune_epochs
         whole = self.recipe.method.is_whole or not personal
         own = personal or bool(epochs and part == "test")
-        writes = part == "test" and self.recipe.data.task == "generation"
+        writes = part == "test" and self.recipe.data.writes
         for name, found, wanted, texts in (
             ("the global model", reply.global_model, whole, writes),
             ("the site's own model", reply.personalised, own, False),

@@ -110,7 +110,7 @@ def generate(
                 num_beams=settings.beams,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=base.stops,
             )
         if not base.sequence_to_sequence:
             output = output[:, batch["input_ids"].shape[1] :]
