@@ -17,7 +17,9 @@ from .core.errors import DataError, ExportError, RunError
 from .core.files import read_json
 from .core.folders import fill_folder, usable_folder
 from .data.cells import Row
-from .data.examples import Example, LearningTask, input_of
+from .data.conversations import Message, conversation_of, with_conversation_columns
+from .data.examples import Example, LearningTask, asked_in, input_of
+from .data.settings import MESSAGES, DataSettings
 from .data.templates import fields
 from .data.truncation import CutCount
 from .evaluation.calibration import softmax
@@ -189,6 +191,8 @@ class Run:
 
     def _examples(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[Example]:
         data = self.recipe.data
+        if data.task == "chat":
+            return [_turn(data, item, number) for number, item in enumerate(inputs)]
         template = data.text if data.task == "classification" else data.prompt
         return [replace(_asked(template, item, number), label=0) for number, item in enumerate(inputs)]
 
@@ -305,7 +309,7 @@ class Run:
             with file.open(encoding="utf-8") as lines:
                 rows = [json.loads(line) for line in islice(lines, ROWS)]
         key = "text" if self.recipe.data.task == "classification" else "source"
-        expected = method.reference(state, some([Example(str(row[key]), label=0) for row in rows]))
+        expected = method.reference(state, some([_predicted(row, key) for row in rows]))
         if expected is not None and key == "text":
             for row, found in zip(rows, expected.rows, strict=False):
                 self._check_prediction(row, found)
@@ -396,6 +400,26 @@ def default_directory(source: Source, recipe: Recipe) -> Path:
     name = Path(source).stem if isinstance(source, str | Path) else "run"
     parts = [name, *([] if recipe.baseline == "federated" else [recipe.baseline]), recipe.method.name]
     return Path("runs") / f"{'-'.join(parts)}-seed-{recipe.seed}"
+
+
+def _predicted(row: Mapping[str, Any], key: str) -> Example:
+    """The input of a line of ``predictions.jsonl``."""
+    messages = tuple(Message(**message) for message in row.get("messages", ()))
+    return Example(str(row[key]), label=0, messages=messages)
+
+
+def _turn(data: DataSettings, item: str | Mapping[str, Any], number: int) -> Example:
+    """A conversation that is to be answered: of a row or, of a text, one turn of a user."""
+    where = item.place if isinstance(item, Row) else f"input {number + 1}"
+    if isinstance(item, str):
+        row = _asked(data.prompt, item, number).text
+        item, data = (
+            {MESSAGES: [{"role": "user", "content": row}]},
+            data.model_copy(update={"messages": MESSAGES}),
+        )
+    data = with_conversation_columns(data, list(item))
+    messages = conversation_of(item, data, where, answered=False)
+    return asked_in(messages[:-1] if messages[-1].role == "assistant" else messages, where)
 
 
 def _asked(template: str, item: str | Mapping[str, Any], number: int) -> Example:

@@ -169,8 +169,8 @@ class ChatTemplate:
         at = full.find(content, len(before), limit)
         if not full.startswith(before) or at < 0:
             raise _Refused(
-                f"has an answer (message {place + 1}) that cannot be told from the rest: the template "
-                "renders the messages before it in another way when it follows; mark answers with {% generation %}"
+                f"has an answer (message {place + 1}) that cannot be told from the rest: the template writes "
+                "the messages before it in another way when it follows; mark answers with {% generation %}"
             )
         end = full.find(self._end_text, at + len(content), limit)
         if end < 0:

@@ -27,6 +27,11 @@ else:
     PartitionKind = Literal[(*get_args(BuiltInPartition), *OFFERED_PARTITIONS)]
 
 
+def is_template(value: str) -> bool:
+    """Whether a value of ``data.chat_template`` is a template itself, and not the path of its file."""
+    return "{{" in value or "{%" in value
+
+
 class DataSettings(Settings):
     """Where examples come from and how their columns become a task."""
 

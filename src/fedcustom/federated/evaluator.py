@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..data.conversations import as_rows
 from ..data.examples import Example, FederatedData, LearningTask
 from ..evaluation.calibration import best_scale, softmax, tempered_losses
 from ..evaluation.degenerate import degenerate_shares
@@ -63,7 +64,8 @@ class Result:
                 }
             else:
                 texts = self.predictions.texts or []
-                row = {
+                row = {"messages": as_rows(example.messages)} if example.messages else {}
+                row |= {
                     "source": example.text,
                     "references": list(example.references),
                     "prediction": texts[number],

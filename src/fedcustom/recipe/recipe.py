@@ -37,11 +37,17 @@ else:
 SELECTION_METRICS: dict[TaskKind, tuple[str, ...]] = {
     "classification": CLASSIFICATION_METRICS,
     "generation": ("loss",),
+    "chat": ("loss",),
     "retrieval": RETRIEVAL_METRICS,
 }
 """By what the best round can be chosen."""
 
-DEFAULT_METRIC: dict[TaskKind, str] = {"classification": "accuracy", "generation": "loss", "retrieval": "mrr"}
+DEFAULT_METRIC: dict[TaskKind, str] = {
+    "classification": "accuracy",
+    "generation": "loss",
+    "chat": "loss",
+    "retrieval": "mrr",
+}
 
 FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation")
 """Sections that a baseline leaves at their defaults."""
@@ -110,6 +116,8 @@ class Recipe(Settings):
                 f"training.warmup_rounds = {self.training.warmup_rounds}: "
                 f"must be below rounds.count = {self.rounds.count}"
             )
+        if self.data.task == "chat" and (self.public.source is not None or self.public.fraction):
+            raise ValueError("[public]: no method for data.task = 'chat' uses public texts; leave it out")
         self._check_training()
         self._check_search()
         self._check_correction()
