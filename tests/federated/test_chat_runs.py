@@ -24,7 +24,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return chat_llama(tmp_path_factory.mktemp("chat") / "llama")
 
 
-@pytest.mark.slow  # some twenty seconds each
 @pytest.mark.parametrize(
     ("method", "rate"),
     [
