@@ -270,6 +270,18 @@ def predict(
 
 
 @app.command()
+def chat(directory: RunDirectory) -> None:
+    """Talk to a model that was customised on conversations. Answers appear as they are written, and the
+    conversation is kept: /reset forgets it; /quit or Ctrl-D ends. Where standard input is no terminal, each
+    line of it is a turn, and answers alone are printed.
+    """
+    from .. import api
+    from .chat import converse
+
+    converse(api.load(directory), _note)
+
+
+@app.command()
 def index(
     recipe: RecipeFile,
     out: Annotated[Path, typer.Option(help="Folder of the index; one that is there is updated")],

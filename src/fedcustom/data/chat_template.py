@@ -67,9 +67,9 @@ class ChatTemplate:
             self.marked = MARKS.search(self.text) is not None
             shown = self._render(PROBE, prompt=False)
             self.control = tuple(
-                token
-                for token in tokenizer.added_tokens_encoder
-                if token.strip() and (token in tokenizer.all_special_tokens or token in self.text)
+                text
+                for text, token in ((str(added), added) for added in tokenizer.added_tokens_decoder.values())
+                if text.strip() and (token.special or text in self.text)
             )
             self.end, self._end_text = self._end_of_turn(shown)
             self._spans(PROBE)

@@ -33,7 +33,7 @@ Messages = tuple[Message, ...]
 
 def with_conversation_columns(data: DataSettings, present: Sequence[str]) -> DataSettings:
     """The settings with the columns in which conversations stand, where the recipe names none: ``messages``,
-    or else ``prompt`` and ``completion``, if a file has them (``present``).
+    or else ``prompt`` and ``completion``, if a file has them (``present``); else those of the templates.
     """
     untouched = all(
         getattr(data, key) == type(data).model_fields[key].default for key in ("prompt", "target")
@@ -42,9 +42,11 @@ def with_conversation_columns(data: DataSettings, present: Sequence[str]) -> Dat
         return data
     if MESSAGES in present:
         return data.model_copy(update={"messages": MESSAGES})
-    if PROMPT in present and not set(fields(data.prompt)) <= set(present):
+    if set(fields(data.prompt)) <= set(present):
+        return data
+    if PROMPT in present:
         return data.model_copy(update={"prompt": f"{{{PROMPT}}}", "target": f"{{{COMPLETION}}}"})
-    return data
+    return data.model_copy(update={"messages": MESSAGES})
 
 
 def conversation_columns(data: DataSettings) -> tuple[str, ...]:
