@@ -47,19 +47,20 @@ class LearningTask:
     numbers.
 
     To answer in conversations (``chat``) is to generate; ``chat_template`` is the text of the template where
-    that is not the tokenizer's own.
+    that is not the tokenizer's own, ``system`` the system message of conversations that have none.
     """
 
     kind: Literal["classification", "generation", "retrieval"]
     labels: tuple[str, ...] = ()
     chat: bool = False
     chat_template: str | None = None
+    system: str | None = None
 
     @classmethod
     def of(cls, data: DataSettings, labels: Sequence[str] = ()) -> LearningTask:
         """The task of a recipe, with labels as they were found in the data."""
         if data.task == "chat":
-            return cls("generation", chat=True, chat_template=data.chat_template)
+            return cls("generation", chat=True, chat_template=data.chat_template, system=data.system)
         return cls(data.task, tuple(labels))
 
 

@@ -64,6 +64,8 @@ def loading_page(base: Base, *, adapter: bool, code: str = "") -> str:
     elif base.task.chat:
         extra = head = ""
         inputs = MESSAGES
+        if base.task.system is not None:
+            inputs += f'messages.insert(0, {{"role": "system", "content": {base.task.system!r}}})\n'
         use = (
             "inputs = tokenizer.apply_chat_template(\n"
             '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)\n'
