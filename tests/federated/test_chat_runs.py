@@ -13,7 +13,7 @@ import torch
 import fedcustom
 from fedcustom.core.errors import DataError, ModelError, RecipeError
 from helpers.chat import template
-from helpers.conversations import chat_llama, chat_recipe, conversations
+from helpers.conversations import SYSTEM, chat_llama, chat_recipe, conversations
 from helpers.rows import write_jsonl
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -253,3 +253,118 @@ def test_models_without_conversations(tiny: dict[str, str], tmp_path: Path, kind
     recipe["method"] = {"name": "full"}
     with pytest.raises(ModelError, match=said):
         fedcustom.run(recipe, out=tmp_path / "run")
+
+
+def test_a_step_is_that_of_transformers(llama: str, tmp_path: Path) -> None:
+    """One step of plain gradient descent on the loss over all answers, each with its end-of-turn token."""
+    import transformers
+
+    recipe = chat_recipe(tmp_path, llama)
+    recipe |= {
+        "method": {"name": "full"},
+        "rounds": {"count": 1},
+        "clients": {"partition": "iid", "count": 1},
+    }
+    recipe["clients"] |= {"test_fraction": 0.0, "development_fraction": 0.0}
+    recipe["training"] = {
+        "batch_size": 10, "local_steps": 1, "optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.1,
+        "clip_norm": 0.0, "weight_decay": 0.0,
+    }  # fmt: skip
+    run = fedcustom.run(recipe, {"evaluation.select": "last"}, out=tmp_path / "run")
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    tokenizer = run.tokenizer()
+    total, count = torch.zeros(()), 0
+    for row in conversations():
+        ids, labels = list[int](), list[int]()
+        default = {
+            "role": "system",
+            "content": SYSTEM.removeprefix("system ").removesuffix(" user assistant"),
+        }
+        for message in [default, *row["messages"]]:
+            head, end = f"<|im_start|>{message['role']}\n", f"{message['content']}<|im_end|>"
+            for text, learnt in ((head, False), (end, message["role"] == "assistant"), ("\n", False)):
+                some = tokenizer(text, add_special_tokens=False)["input_ids"]
+                ids += some
+                labels += some if learnt else [-100] * len(some)
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum")
+        count += sum(label >= 0 for label in labels)
+    loss = total / count
+    loss.backward()
+    said = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert said["train_loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    trained = run.model().state_dict()
+    for name, tensor in model.named_parameters():
+        wanted = tensor.detach() - 0.1 * tensor.grad
+        assert torch.allclose(trained[name], wanted, atol=1e-6), name
+
+
+def test_clients_in_one_batch_get_what_they_get_alone(llama: str, tmp_path: Path) -> None:
+    recipe, found = chat_recipe(tmp_path, llama), []
+    for width in (1, 2):
+        run = fedcustom.run(recipe, {"training.cohort_width": width}, out=tmp_path / str(width))
+        found.append({k: v for k, v in run.model().state_dict().items() if "lora_" in k})
+    assert found[0].keys() == found[1].keys() != set()
+    for name, tensor in found[0].items():
+        assert torch.allclose(tensor, found[1][name], atol=1e-5), name
+
+
+def test_an_export_is_compared_and_its_page_begins_with_the_system_message(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDCUSTOM_EXPORT_CHECK", "on")
+    run = fedcustom.run(
+        chat_recipe(tmp_path, llama, system='Say "it".'), {"rounds.count": 1}, out=tmp_path / "run"
+    )
+    notes: list[str] = []
+    run.export(tmp_path / "exported", note=notes.append)
+    assert not notes
+    page = (tmp_path / "exported" / "README.md").read_text()
+    end = run.tokenizer().eos_token_id
+    assert 'messages.insert(0, {"role": "system", "content": \'Say "it".\'})\n' in page
+    assert f"eos_token_id=[{end}]" in page
+
+
+def test_perturbed_questions_and_a_report(llama: str, tmp_path: Path) -> None:
+    from fedcustom.report import comparison_table, write_report
+
+    recipe = chat_recipe(tmp_path, llama)
+    run = fedcustom.run(
+        recipe, {"evaluation.perturb": ["words"], "evaluation.perturb_rate": 0.5}, out=tmp_path / "run"
+    )
+    assert run.summary["perturbed"]["words"]["loss"] != run.summary["metrics"]["loss"]
+    page = write_report([run.directory], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Who is the cat?" in page
+    assert comparison_table([run.directory]).row_count >= 3  # the run, the untuned model, copies
+
+
+def test_parquet_files_hold_conversations(llama: str, tmp_path: Path) -> None:
+    import pandas as pd
+
+    found = []
+    for kind in ("jsonl", "parquet", "json"):
+        place = tmp_path / kind
+        place.mkdir()
+        recipe = chat_recipe(place, llama)
+        if kind == "parquet":
+            pd.DataFrame(conversations()).to_parquet(place / "train.parquet")
+        elif kind == "json":
+            (place / "train.json").write_text(json.dumps(conversations()))
+        recipe["data"]["source"] = str(place / f"train.{kind}")
+        found.append(fedcustom.run(recipe, {"rounds.count": 1}, out=place / "run").summary["metrics"])
+    assert found[0] == found[1] == found[2]
+
+
+def test_methods_are_compared(llama: str, tmp_path: Path, command: Any) -> None:
+    import tomli_w
+
+    (tmp_path / "chat.toml").write_text(
+        tomli_w.dumps(chat_recipe(tmp_path, llama) | {"rounds": {"count": 1}})
+    )
+    said = command(
+        "compare", tmp_path / "chat.toml", "--methods", "lora,prefix", "--baselines", "centralised,local",
+        "--out", tmp_path / "runs", "--quiet",
+    )  # fmt: skip
+    assert said.code == 0, said.error
+    for name in ("federated lora", "federated prefix", "centralised lora", "local lora", "untuned", "copy"):
+        assert name in said.out
