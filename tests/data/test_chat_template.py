@@ -147,6 +147,41 @@ def test_marks_give_the_mask_of_transformers() -> None:
     ]
 
 
+def test_an_end_token_that_takes_space_along() -> None:
+    """As Phi-3's, whose control tokens strip the space behind them."""
+    from transformers import AddedToken
+
+    tokenizer = chat_tokenizer("phi3")
+    for token in CONTROL["phi3"]:
+        tokenizer.add_tokens(AddedToken(token, special=True, rstrip=True), special_tokens=True)
+    messages = conversation(*TURNS)
+    (found,) = ChatTemplate(tokenizer, "it").encode([example(messages)], ROOMY)
+    assert (
+        found.prompt
+        == tokenizer.apply_chat_template(as_rows(messages[:-1]), add_generation_prompt=True)["input_ids"]
+    )
+    learnt = tokenizer.decode([found.prompt[place] for place in found.answers])
+    assert learnt == f"{TURNS[1]}<|end|>{TURNS[3]}<|end|>"
+    assert tokenizer.decode(found.answer) == f"{TURNS[5]}<|end|>"
+
+
+def test_a_prompt_that_ends_with_space_is_the_one_that_is_continued() -> None:
+    """ " It" is one token, but the prompt has its space already."""
+    tokenizer = chat_tokenizer("mistral")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    messages = conversation("What is it?", "It is Ulm.")
+    (found,) = ChatTemplate(tokenizer, "it").encode([example(messages)], ROOMY)
+    assert (
+        found.prompt
+        == tokenizer.apply_chat_template(as_rows(messages[:-1]), add_generation_prompt=True)["input_ids"]
+    )
+    assert tokenizer.decode(found.prompt).endswith("assistant: ")
+    assert found.answer == tokenizer("It is Ulm.</s>", add_special_tokens=False)["input_ids"]
+
+
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
     str.strip
 )

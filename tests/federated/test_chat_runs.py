@@ -98,10 +98,13 @@ def test_loss_is_that_of_last_answers_by_transformers(llama: str, tmp_path: Path
     assert run.summary["metrics"]["loss"] == pytest.approx(total / count, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["prefix", "soft_prompt", "ia3", "adapter"])
+@pytest.mark.parametrize("method", ["prefix", "soft_prompt", "ia3", "adapter", "ln_tuning"])
 def test_other_methods_run(llama: str, tmp_path: Path, method: str) -> None:
     recipe = chat_recipe(tmp_path, llama) | {"method": {"name": method}}
-    assert fedcustom.run(recipe, out=tmp_path / "run").predict(["Why?"])[0].keys() == {"text"}
+    run, pieces = fedcustom.run(recipe, out=tmp_path / "run"), list[str]()
+    reply = run.chat([{"role": "user", "content": "Why?"}], pieces.append)
+    assert run.predict(["Why?"]) == [{"text": reply.text}]
+    assert "".join(pieces) == reply.text
 
 
 def test_forms_of_conversations_are_one(llama: str, tmp_path: Path) -> None:

@@ -241,12 +241,14 @@ def predict(
         Path | None,
         typer.Option(
             "--input",
-            help="Inputs: JSONL, CSV or Parquet with the recipe's columns, or a text a line (.txt, -)",
+            help="Inputs: JSONL, CSV or Parquet with the recipe's columns (conversations: messages), or a "
+            "text a line (.txt, -)",
         ),
     ] = None,
 ) -> None:
     """Ask the customised model: one text, or a file; a file's answers are JSON, a line each in the file's
-    order, with probabilities of four decimals. A blank line of a text file has null for an answer.
+    order, with probabilities of four decimals. A blank line of a text file has null for an answer. Of a
+    model of conversations, a text is one turn of a user.
     """
     from .. import api
     from .predictions import answers, is_empty, note_cuts, reason

@@ -163,7 +163,8 @@ class ChatTemplate:
 
     def _span(self, full: str, messages: Messages, place: int) -> Span:
         before = self._render(messages[:place], prompt=True)
-        after = self._render(messages[: place + 1], prompt=False)
+        last = place + 1 == len(messages)
+        after = full if last else self._render(messages[: place + 1], prompt=False)
         limit = len(after) if full.startswith(after) else _shared(full, after)
         content = messages[place].content.strip()
         at = full.find(content, len(before), limit)
@@ -249,11 +250,13 @@ def _shared(one: str, other: str) -> int:
 
 
 def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
-    """Positions of the tokens that lie in one of the spans, which stand in their order."""
+    """Positions of the tokens that begin in one of the spans, which stand in their order. The last may take
+    space behind its span along (``rstrip`` of an added token).
+    """
     found, rest = list[int](), list(spans)
-    for position, (start, stop) in enumerate(offsets):
+    for position, (start, _) in enumerate(offsets):
         while rest and start >= rest[0][1]:
             rest.pop(0)
-        if rest and rest[0][0] <= start and stop <= rest[0][1]:
+        if rest and rest[0][0] <= start:
             found.append(position)
     return found

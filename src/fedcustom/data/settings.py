@@ -79,7 +79,8 @@ class DataSettings(Settings):
         "itself; unset: the tokenizer's own",
     )
     references: str | None = Field(
-        None, description="Generation: column with a list of accepted texts, for scoring; unset: the target"
+        None,
+        description="Generation, chat: column with a list of accepted texts, for scoring; unset: the target",
     )
     max_length: int = Field(
         128,
