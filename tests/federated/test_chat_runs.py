@@ -64,6 +64,25 @@ def test_ten_conversations_are_learnt_and_answers_end(
         assert tokenizer.decode(written[inputs["input_ids"].shape[1] :]) == f"{text}<|im_end|>"
 
 
+def test_an_answer_ends_by_its_own_token_and_by_those_of_the_model(tmp_path: Path) -> None:
+    """As in Gemma and Llama 3, where the end token of texts is another."""
+    from fedcustom.data.examples import LearningTask
+    from fedcustom.models.load import load_base
+    from fedcustom.models.settings import ModelSettings
+
+    place = tmp_path / "gemma"
+    folder = chat_llama(place, "gemma", padded_by_end=False)
+    said = json.loads((place / "generation_config.json").read_text())
+    (place / "generation_config.json").write_text(json.dumps({**said, "eos_token_id": [2, 7]}))
+    base = load_base(ModelSettings(base=folder), LearningTask("generation", chat=True), 0)
+    end = base.tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert base.stops == base.model.generation_config.eos_token_id == sorted([2, 7, end])
+    assert load_base(ModelSettings(base=folder), LearningTask("generation"), 0).stops == [2]
+    run = fedcustom.run(chat_recipe(tmp_path, folder) | {"method": {"name": "full"}}, out=tmp_path / "run")
+    exported = json.loads((run.export(tmp_path / "exported") / "generation_config.json").read_text())
+    assert exported["eos_token_id"] == base.stops
+
+
 def test_figures_of_a_run(llama: str, tmp_path: Path) -> None:
     run = fedcustom.run(chat_recipe(tmp_path, llama), out=tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").open()]

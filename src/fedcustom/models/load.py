@@ -77,9 +77,15 @@ class Base:
 
     @property
     def stops(self) -> list[int]:
-        """The tokens by which a generated text ends."""
-        found = {self.tokenizer.eos_token_id} | ({self.chat.end} if self.chat is not None else set())
-        return sorted(found)
+        """The tokens by which a generated text ends: the tokenizer's end token; in conversations also the one
+        that ends an answer, and those of the model's generation configuration.
+        """
+        if self.chat is None:
+            return [self.tokenizer.eos_token_id]
+        configured = self.model.generation_config.eos_token_id
+        others = configured if isinstance(configured, list) else [configured]
+        found = {self.tokenizer.eos_token_id, self.chat.end, *others} - {None}
+        return sorted(int(token) for token in found)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward passes run."""
