@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -16,10 +16,11 @@ import pandas as pd
 from .core.errors import DataError, ExportError, RunError
 from .core.files import read_json
 from .core.folders import fill_folder, usable_folder
-from .data.cells import Row
-from .data.examples import Example, LearningTask, input_of
-from .data.templates import fields
-from .data.truncation import CutCount
+from .data.conversations import Message
+from .data.examples import Example, LearningTask
+from .data.inputs import input_example
+from .data.settings import MESSAGES
+from .data.truncation import EXCHANGES, CutCount
 from .evaluation.calibration import softmax
 from .federated.build import make_method
 from .federated.callbacks import Callback
@@ -43,11 +44,27 @@ from .methods.tuning.export_check import (
 )
 from .methods.tuning.model_card import bundle
 from .methods.tuning.peft_support import leave_out_virtual_tokens
+from .models.inference import write
 from .models.load import Base, load_base
 from .recipe.recipe import Recipe, load_recipe, read_toml, recorded_recipe
 from .updates.transform import UpdateTransform
 
 Source = str | Path | Mapping[str, Any] | Recipe
+
+
+@dataclass(frozen=True)
+class ChatReply:
+    """An answer in a conversation.
+
+    Attributes:
+        text: what the model wrote, without surrounding space.
+        ended: whether the model ended its turn, and was not stopped by ``evaluation.max_new_tokens``.
+        dropped: tokens of the oldest exchanges, which the model was not given for want of room.
+    """
+
+    text: str
+    ended: bool
+    dropped: int
 
 
 class Run:
@@ -143,7 +160,8 @@ class Run:
         return load_base(settings, self._task, self.recipe.seed, head=self.recipe.method.with_head).model
 
     def predict(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """What the customised model says of new inputs: texts, or rows with the recipe's columns.
+        """What the customised model says of new inputs: texts, or rows with the recipe's columns. For
+        conversations a text is a user's turn, and an answer at the end of a row's ``messages`` is left out.
 
         Returns one dict an input: ``label``, ``probability`` and ``probabilities`` for a classifier, ``text``
         for a generator.
@@ -157,7 +175,7 @@ class Run:
         method, state = self._method
         kind, examples = self.recipe.data.task, self._examples(inputs)
         said = method.predict(state, examples, texts=True)
-        if kind == "generation":
+        if kind in ("generation", "chat"):
             return [{"text": text} for text in said.texts or []]
         shares = softmax(said.scores)
         labels = self._task.labels
@@ -187,10 +205,52 @@ class Run:
         method, _ = self._method
         return method.take_cuts() if isinstance(method, CountsCuts) else []
 
-    def _examples(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[Example]:
+    def check_chat(self) -> None:
+        """Refuse a run whose model answers no conversations.
+
+        Raises:
+            RunError: the run was not made on conversations, or has one model for each client.
+        """
+        if (task := self.recipe.data.task) != "chat":
+            raise RunError(
+                f"{self.directory}: was not made on conversations (data.task = {task!r}); its model answers "
+                "fedcustom predict"
+            )
+        self._require_model()
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        on_text: Callable[[str], None] = lambda text: None,
+    ) -> ChatReply:
+        """The answer to a conversation, whose last message is a user's. What does not fit in
+        ``data.max_length`` tokens is left out, whole exchanges, the oldest first.
+
+        Args:
+            messages: dicts with ``role`` and ``content``.
+            on_text: is told of each piece of the answer as it is written (of a beam search, of all at once).
+
+        Raises:
+            RunError: the run was not made on conversations, or has one model for each client.
+            DataError: the model's chat template takes no such conversation.
+        """
+        self.check_chat()
         data = self.recipe.data
-        template = data.text if data.task == "classification" else data.prompt
-        return [replace(_asked(template, item, number), label=0) for number, item in enumerate(inputs)]
+        if messages and messages[-1].get("role") == "assistant":
+            raise DataError("the last message is the assistant's: there is nothing to answer")
+        method, state = self._method
+        template = self._base.chat
+        assert isinstance(method, WeightTuning)
+        assert template is not None
+        row = {MESSAGES: list(messages)}
+        example = input_example(data.model_copy(update={"messages": MESSAGES}), row, 0)
+        (asked,) = template.encode([example], data, self._base.token_rules)
+        model = method.with_state(state).eval()
+        text, ended = write(model, self._base, asked.prompt, self.recipe.evaluation, on_text)
+        return ChatReply(text, ended, asked.lost.get(EXCHANGES, 0))
+
+    def _examples(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[Example]:
+        return [input_example(self.recipe.data, item, number) for number, item in enumerate(inputs)]
 
     def export(
         self,
@@ -305,7 +365,7 @@ class Run:
             with file.open(encoding="utf-8") as lines:
                 rows = [json.loads(line) for line in islice(lines, ROWS)]
         key = "text" if self.recipe.data.task == "classification" else "source"
-        expected = method.reference(state, some([Example(str(row[key]), label=0) for row in rows]))
+        expected = method.reference(state, some([_predicted(row, key) for row in rows]))
         if expected is not None and key == "text":
             for row, found in zip(rows, expected.rows, strict=False):
                 self._check_prediction(row, found)
@@ -329,7 +389,7 @@ class Run:
 
     @property
     def _task(self) -> LearningTask:
-        return LearningTask(self.recipe.data.task, tuple(self.summary["labels"]))
+        return LearningTask.of(self.recipe.data, tuple(self.summary["labels"]))
 
     @cached_property
     def _base(self) -> Base:
@@ -398,13 +458,10 @@ def default_directory(source: Source, recipe: Recipe) -> Path:
     return Path("runs") / f"{'-'.join(parts)}-seed-{recipe.seed}"
 
 
-def _asked(template: str, item: str | Mapping[str, Any], number: int) -> Example:
-    """The text of one new input: of a row or, where the template names one column only, of a text."""
-    if not isinstance(item, str):
-        return input_of(template, item, item.place if isinstance(item, Row) else f"input {number + 1}")
-    if len(set(fields(template))) != 1:
-        raise DataError(f"input {number + 1}: the recipe's template {template!r} needs columns, not one text")
-    return input_of(template, {fields(template)[0]: item}, f"input {number + 1}")
+def _predicted(row: Mapping[str, Any], key: str) -> Example:
+    """The input of a line of ``predictions.jsonl``."""
+    messages = tuple(Message(**message) for message in row.get("messages", ()))
+    return Example(str(row[key]), label=0, messages=messages)
 
 
-__all__ = ["Run", "default_directory", "load", "run"]
+__all__ = ["ChatReply", "Run", "default_directory", "load", "run"]

@@ -25,7 +25,11 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 @pytest.mark.parametrize(
     ("values", "prompt", "message"),
     [
-        (CHAT, "{messages}", "holds a list of messages: write the prompt and the answer to columns"),
+        (
+            CHAT,
+            "{messages}",
+            "holds a list of messages: set data.task = 'chat', or write the prompt and the answer to",
+        ),
         (["a"], "{messages}", "holds a list: write what is wanted of it"),
         ({"a": "b"}, "Say {messages}", "holds an object"),
         (CHAT, "{messages[0][content]}", "picks from the list or object in 'messages'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 
 import fedcustom
 from fedcustom.federated.run_directory import Checkpoints
+from helpers.chat import template
+from helpers.conversations import chat_llama, chat_recipe
 from helpers.deployed import Bed, bed
 from helpers.rows import make_rows, write_jsonl
 
@@ -172,4 +175,18 @@ def test_retrieval_is_the_same_across_sites(tiny: dict[str, str], tmp_path: Path
         "rounds": {"count": 2},
     }  # fmt: skip
     with bed(tmp_path / "f", recipe) as made:
+        compare(made, recipe, tmp_path)
+
+
+def test_conversations_are_the_same_across_sites(tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    recipe = chat_recipe(rows, chat_llama(tmp_path / "models" / "llama"), chat_template=template("chatml"))
+    del recipe["data"]["development"]  # the sites' own, while the server has test rows
+    recipe["clients"]["development_fraction"] = 0.2
+    recipe["training"]["cohort_width"] = 1
+    with bed(tmp_path / "f", recipe) as made:
+        site = tomllib.loads((made.kit(made.names[0]) / "data" / "site.toml").read_text())
+        assert site["data"]["messages"] == "messages"
+        assert site["policy"]["chat_templates"]
         compare(made, recipe, tmp_path)

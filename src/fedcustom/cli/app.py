@@ -243,12 +243,14 @@ def predict(
         Path | None,
         typer.Option(
             "--input",
-            help="Inputs: JSONL, CSV or Parquet with the recipe's columns, or a text a line (.txt, -)",
+            help="Inputs: JSONL, CSV or Parquet with the recipe's columns (conversations: messages), or a "
+            "text a line (.txt, -)",
         ),
     ] = None,
 ) -> None:
     """Ask the customised model: one text, or a file; a file's answers are JSON, a line each in the file's
-    order, with probabilities of four decimals. A blank line of a text file has null for an answer.
+    order, with probabilities of four decimals. A blank line of a text file has null for an answer. Of a
+    model of conversations, a text is one turn of a user.
     """
     from .. import api
     from .predictions import answers, is_empty, note_cuts, reason
@@ -269,6 +271,18 @@ def predict(
     assert input_file is not None
     for answer in answers(finished, input_file, _note):
         print(json_line(answer))
+
+
+@app.command()
+def chat(directory: RunDirectory) -> None:
+    """Talk to a model that was customised on conversations. Answers appear as they are written, and the
+    conversation is kept: /reset forgets it; /quit or Ctrl-D ends. Where standard input is no terminal, each
+    line of it is a turn, and answers alone are printed.
+    """
+    from .. import api
+    from .chat import converse
+
+    converse(api.load(directory), _note)
 
 
 @app.command()

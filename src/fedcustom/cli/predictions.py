@@ -68,6 +68,8 @@ def is_empty(answer: Mapping[str, Any]) -> bool:
 def reason(run: Run) -> str:
     """The likely reason of an empty answer, in words."""
     ended = "the model ended its text before it wrote a word"
+    if run.recipe.data.task == "chat":
+        return ended
     if getattr(run.tokenizer(), "chat_template", None):
         return (
             f"{ended}; it is an instruct model, and data.prompt = {run.recipe.data.prompt!r} may "

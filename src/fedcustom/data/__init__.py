@@ -1,1 +1,1 @@
-"""Examples: sources, templates, public sets, partitions over clients, perturbed texts, token batches."""
+"""Examples: sources, templates, conversations, public sets, partitions, perturbed texts, token batches."""

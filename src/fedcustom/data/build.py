@@ -9,6 +9,7 @@ import numpy as np
 
 from ..core.errors import DataError, nearest
 from .cells import Row, cell_text
+from .conversations import with_conversation_columns
 from .examples import ClientData, Example, FederatedData, LearningTask, columns, label_names, make_examples
 from .files import ENDINGS, first_rows
 from .partition import natural_partition, partition_examples
@@ -32,6 +33,7 @@ def build_data(
     """
     data, clients = with_builtin_columns(data, clients)
     rows = draw(read_rows(data, data.train), data.limit, [seed, 1])
+    data = with_conversation_columns(data, list(rows[0]))
     column = clients.column if clients.partition == "natural" else None
     if clients.partition == "natural" and column is None:
         raise DataError(
@@ -78,7 +80,7 @@ def build_data(
         public_set = read_public(public, data)
         refuse_overlap(public_set, [*scored, *development], public.source)
     return FederatedData(
-        task=LearningTask(data.task, labels),
+        task=LearningTask.of(data, labels),
         clients=split,
         development=development,
         test=scored,
@@ -100,11 +102,15 @@ def check_first_rows(data: DataSettings, clients: ClientSettings) -> None:
         path = local_file(data, split)
         if path is None:
             continue
-        where, wanted = str(path), [*columns(data, scoring=scoring), *([] if scoring else owner)]
-        rows = first_rows(path, FIRST_ROWS)
+        where, rows = str(path), first_rows(path, FIRST_ROWS)
+        data = with_conversation_columns(data, list(rows[0]) if rows else [])
+        wanted = [*columns(data, scoring=scoring), *([] if scoring else owner)]
         in_all = ENDINGS[path.suffix] != "json" or len(rows) < FIRST_ROWS  # later objects may have more
         if rows and in_all:
             require_columns(rows, wanted, where)
+        if data.task == "chat":
+            make_examples(rows, data, (), scoring=scoring, where=where)
+            continue
         for row in rows:
             for name in wanted:
                 if isinstance(row.get(name), list | dict | bytes) and (

@@ -72,8 +72,8 @@ def _contents(value: object) -> str:
     if isinstance(value, list | tuple | np.ndarray):
         if len(value) and all(isinstance(one, Mapping) and "content" in one for one in value):
             return (
-                "holds a list of messages: write the prompt and the answer to columns of their own, such as "
-                "{prompt} and {completion}; a template takes a plain value"
+                "holds a list of messages: set data.task = 'chat', or write the prompt and the answer to "
+                "columns of their own, such as {prompt} and {completion}; a template takes a plain value"
             )
         return (
             "holds a list: write what is wanted of it to a column of its own; a template takes a plain value"

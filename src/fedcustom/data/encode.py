@@ -90,7 +90,7 @@ NO_RULES = TokenRules()
 
 def input_cut(data: DataSettings) -> Cut:
     """How the inputs of a task are cut: ``data.max_length`` and ``data.truncate``."""
-    return Cut(data.max_length, data.truncation, KEEP_END if data.task == "generation" else KEEP_START)
+    return Cut(data.max_length, data.truncation, KEEP_END if data.writes else KEEP_START)
 
 
 def encode_examples(

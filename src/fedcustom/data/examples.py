@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..core.errors import DataError
 from .cells import cell_text, cell_texts, in_order, place_of
-from .settings import DataSettings, TaskKind
+from .conversations import Message, Messages, conversation_columns, conversation_of
+from .settings import DataSettings
 from .templates import Field, fields, fill, places
 
 
@@ -17,6 +18,9 @@ class Example:
     """One labelled input: ``label`` for classification, ``target`` and ``references`` for generation.
 
     ``fields`` says which characters of the text come from which column; empty where that is not known.
+
+    Of a conversation, ``target`` is the last answer, ``messages`` is all that precedes it, and ``text`` the
+    last message of that, in most cases a user's turn. ``where`` is its file and line, for messages.
     """
 
     text: str
@@ -24,22 +28,40 @@ class Example:
     target: str = ""
     references: tuple[str, ...] = ()
     fields: tuple[Field, ...] = field(default=(), compare=False)
+    messages: Messages = ()
+    where: str = field(default="", compare=False)
 
     def with_text(self, text: str) -> Example:
         """The same with an altered text of about the same form: its columns grow or shrink alike."""
         share = len(text) / max(1, len(self.text))
         moved = (Field(f.name, round(share * f.start), round(share * f.end)) for f in self.fields)
-        return replace(self, text=text, fields=tuple(moved))
+        messages = self.messages
+        if messages:
+            messages = (*messages[:-1], Message(messages[-1].role, text))
+        return replace(self, text=text, fields=tuple(moved), messages=messages)
 
 
 @dataclass(frozen=True, slots=True)
 class LearningTask:
     """What is learnt: its kind and, for classification, the names of the labels in the order of their
     numbers.
+
+    To answer in conversations (``chat``) is to generate; ``chat_template`` is the text of the template where
+    that is not the tokenizer's own, ``system`` the system message of conversations that have none.
     """
 
-    kind: TaskKind
+    kind: Literal["classification", "generation", "retrieval"]
     labels: tuple[str, ...] = ()
+    chat: bool = False
+    chat_template: str | None = None
+    system: str | None = None
+
+    @classmethod
+    def of(cls, data: DataSettings, labels: Sequence[str] = ()) -> LearningTask:
+        """The task of a recipe, with labels as they were found in the data."""
+        if data.task == "chat":
+            return cls("generation", chat=True, chat_template=data.chat_template, system=data.system)
+        return cls(data.task, tuple(labels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +95,9 @@ def columns(settings: DataSettings, *, scoring: bool) -> tuple[str, ...]:
     if settings.task == "classification":
         return (*fields(settings.text), settings.label)
     wanted = fields(settings.prompt)
+    if settings.task == "chat":
+        wanted = conversation_columns(settings)
+        return (*wanted, settings.references) if scoring and settings.references is not None else wanted
     if scoring and settings.references is not None:
         return (*wanted, settings.references)
     return (*wanted, *fields(settings.target))
@@ -105,6 +130,9 @@ def make_examples(
     examples = []
     for position, row in enumerate(rows):
         here = f"{where}, {place_of(row, position)}"
+        if settings.task == "chat":
+            examples.append(_chat_example(row, settings, scoring, here))
+            continue
         if settings.task != "classification":
             examples.append(_generation_example(row, settings, scoring, here))
             continue
@@ -132,6 +160,20 @@ def input_of(template: str, row: Mapping[str, Any], where: str) -> Example:
     """
     values = {name: cell_text(row, name, where) for name in fields(template)}
     return Example(fill(template, values), fields=places(template, values))
+
+
+def asked_in(messages: Messages, where: str = "") -> Example:
+    """A conversation that is to be answered, as an example without a target."""
+    return Example(messages[-1].content, messages=messages, where=where)
+
+
+def _chat_example(row: Mapping[str, Any], settings: DataSettings, scoring: bool, where: str) -> Example:
+    messages = conversation_of(row, settings, where, answered=True)
+    target = messages[-1].content
+    example = replace(asked_in(messages[:-1], where), target=target, references=(target.strip(),))
+    if scoring and settings.references is not None:
+        return replace(example, references=cell_texts(row, settings.references, where))
+    return example
 
 
 def _generation_example(row: Mapping[str, Any], settings: DataSettings, scoring: bool, where: str) -> Example:

@@ -12,6 +12,7 @@ from ..core.errors import DataError
 from ..core.settings import Settings
 from .build import draw, split_client
 from .cells import Row
+from .conversations import with_conversation_columns
 from .examples import ClientData, Example, columns, make_examples
 from .files import read_file
 from .public import read_public
@@ -40,6 +41,9 @@ class OwnDataSettings(Settings):
     label: str | None = Field(None, description="Column of the label; unset: the recipe's data.label")
     prompt: str | None = Field(None, description="Template of the prompt; unset: the recipe's data.prompt")
     target: str | None = Field(None, description="Template of the target; unset: the recipe's data.target")
+    messages: str | None = Field(
+        None, description="Column with lists of messages; unset: the recipe's data.messages"
+    )
     references: str | None = Field(
         None, description="Column with accepted texts; unset: the recipe's data.references"
     )
@@ -110,7 +114,7 @@ def read_own(
     """
     renamed = {
         key: value
-        for key in ("text", "label", "prompt", "target", "references", "truncate")
+        for key in ("text", "label", "prompt", "target", "messages", "references", "truncate")
         if (value := getattr(own, key)) is not None
     }
     settings = data.model_copy(update=renamed)
@@ -126,7 +130,9 @@ def read_own(
         columns_kept = [column for column in found[0] if column in keep]
         return [row.only(columns_kept) for row in found]
 
-    train = rows(own.train)
+    train, development, test = rows(own.train), rows(own.development), rows(own.test)
+    if first := next((part[0] for part in (train, development, test) if part), None):
+        settings = with_conversation_columns(settings, list(first))
     if train:
         require_columns(train, [*columns(settings, scoring=False)], str(own.train))
     texts: list[Example] = []
@@ -135,4 +141,4 @@ def read_own(
             update={"source": str((folder / own.public).expanduser()), "fraction": 0.0}
         )
         texts = read_public(source, settings)
-    return OwnData(settings, train, rows(own.development), rows(own.test), texts, own.split)
+    return OwnData(settings, train, development, test, texts, own.split)

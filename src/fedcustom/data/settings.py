@@ -9,9 +9,13 @@ from pydantic import Field, field_validator, model_validator
 from ..core import plugins
 from ..core.settings import Settings
 from .templates import checked, fields
-from .truncation import Truncation
+from .truncation import AUTO, Truncation
 
-TaskKind = Literal["classification", "generation", "retrieval"]
+TaskKind = Literal["classification", "generation", "chat", "retrieval"]
+
+MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
+"""Columns in which conversations stand where the recipe names none."""
+
 BuiltInPartition = Literal["natural", "iid", "dirichlet", "quantity", "pathological"]
 
 OFFERED_PARTITIONS = plugins.offered(plugins.PARTITIONS, get_args(BuiltInPartition))
@@ -23,6 +27,11 @@ else:
     PartitionKind = Literal[(*get_args(BuiltInPartition), *OFFERED_PARTITIONS)]
 
 
+def is_template(value: str) -> bool:
+    """Whether a value of ``data.chat_template`` is a template itself, and not the path of its file."""
+    return "{{" in value or "{%" in value
+
+
 class DataSettings(Settings):
     """Where examples come from and how their columns become a task."""
 
@@ -32,7 +41,9 @@ class DataSettings(Settings):
     )
     subset: str | None = Field(None, description="Configuration of a hub data set that has several")
     task: TaskKind = Field(
-        "classification", description="What is learnt: a label, a text, or which document answers"
+        "classification",
+        description="What is learnt: a label, a text, the assistant's turns of conversations, or which "
+        "document answers",
     )
     train: str = Field(
         "train", description="Training split: a split's name or a file's name without its ending"
@@ -52,11 +63,31 @@ class DataSettings(Settings):
         "{target}",
         description="Generation: template of what the model is to write; retrieval: of the document",
     )
+    messages: str | None = Field(
+        None,
+        description="Chat: column with the list of messages (role, content); unset: 'messages' or, where "
+        "there is none, 'prompt' and 'completion'; where prompt or target is set, a user's turn and its "
+        "answer are made by these templates",
+    )
+    system: str | None = Field(
+        None, min_length=1, description="Chat: system message of conversations that have none of their own"
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="Chat: Jinja file of the template by which messages become one text, or the template "
+        "itself; unset: the tokenizer's own",
+    )
     references: str | None = Field(
-        None, description="Generation: column with a list of accepted texts, for scoring; unset: the target"
+        None,
+        description="Generation, chat: column with a list of accepted texts, for scoring; unset: the target",
     )
     max_length: int = Field(
-        128, ge=4, le=1_000_000, description="Longest input in tokens; truncate says what is cut off"
+        128,
+        ge=4,
+        le=1_000_000,
+        description="Longest input in tokens; truncate says what is cut off (chat: the longest text before "
+        "the last answer, which loses whole exchanges, the oldest first)",
     )
     truncate: str = Field(
         "auto",
@@ -66,7 +97,7 @@ class DataSettings(Settings):
         "'context:keep-start' says otherwise",
     )
     max_target_length: int = Field(
-        128, ge=1, le=1_000_000, description="Generation: longest target in tokens"
+        128, ge=1, le=1_000_000, description="Generation: longest target in tokens; chat: longest last answer"
     )
     limit: int | None = Field(
         None, ge=1, description="Use at most this many training rows, drawn by the seed"
@@ -79,8 +110,21 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _truncates_what_there_is(self) -> Self:
+        if self.task == "chat" and self.truncate != AUTO:
+            raise ValueError(
+                f"data.truncate = {self.truncate!r}: a conversation loses its oldest exchanges; "
+                "leave it at 'auto'"
+            )
+        for key in ("messages", "system", "chat_template"):
+            if self.task != "chat" and getattr(self, key) is not None:
+                raise ValueError(f"data.{key}: has a meaning for data.task = 'chat' alone")
         Truncation.parse(self.truncate, self._columns)
         return self
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model learns to write a text: one target, or the answers of a conversation."""
+        return self.task in ("generation", "chat")
 
     @property
     def truncation(self) -> Truncation:

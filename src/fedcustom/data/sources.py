@@ -140,7 +140,7 @@ def _builtin_rows(settings: DataSettings, split: str) -> list[Row]:
         raise DataError(f"{BUILTIN}: holds no documents to be asked; name another data.source")
     from .docstrings import docstring_rows
 
-    found = docstring_rows(settings.task)
+    found = docstring_rows("classification" if settings.task == "classification" else "generation")
     return [Row(row, f"row {number}") for number, row in enumerate(found, start=1)]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .chat_template import ChatTemplate
 from .encode import (
     EMPTY_PROMPT,
     NO_RULES,
@@ -32,20 +33,31 @@ IN_MEMORY = 64 * 2**20
 """Bytes of token ids beyond which they are kept in a file."""
 
 Batch = dict[str, Tensor]
+Ids = np.ndarray[Any, np.dtype[np.int32]]
+
+NO_IDS: Ids = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """Token ids of the input; for generation those of the target; for classification the label's number."""
+    """Token ids of the input; for generation those of the target; for classification the label's number.
 
-    source: np.ndarray[Any, np.dtype[np.int32]]
-    target: np.ndarray[Any, np.dtype[np.int32]]
+    ``answers`` are positions in the source whose tokens are learnt too: those of earlier answers of a
+    conversation.
+    """
+
+    source: Ids
+    target: Ids
     label: int
+    answers: Ids = field(default_factory=lambda: NO_IDS)
 
     @classmethod
-    def of(cls, source: Sequence[int], target: Sequence[int], label: int = -1) -> TokenizedExample:
+    def of(
+        cls, source: Sequence[int], target: Sequence[int], label: int = -1, answers: Sequence[int] = ()
+    ) -> TokenizedExample:
         """From lists of token ids."""
-        return cls(np.asarray(source, dtype=np.int32), np.asarray(target, dtype=np.int32), label)
+        ids, places = np.asarray(source, dtype=np.int32), np.asarray(answers, dtype=np.int32)
+        return cls(ids, np.asarray(target, dtype=np.int32), label, places)
 
 
 def tokenize(
@@ -56,19 +68,24 @@ def tokenize(
     *,
     sequence_to_sequence: bool,
     rules: TokenRules = NO_RULES,
+    chat: ChatTemplate | None = None,
 ) -> list[TokenizedExample]:
     """Token ids of all examples, cut to the recipe's lengths; many of them lie in a file (:func:`packed`).
 
     A decoder's prompt keeps its beginning-of-sequence token, if the tokenizer adds one, but loses a closing
     end-of-sequence token, since its target follows. A target ends with the end-of-sequence token, unless it
-    is cut: the model must not learn to stop in mid-sentence.
+    is cut: the model must not learn to stop in mid-sentence. Of conversations all this is as their template
+    ``chat`` says.
 
     Raises:
         DataError, ModelError: see :func:`~.encode.encode`; or a text has no token.
     """
+    if chat is not None:
+        encoded = chat.encode(examples, data, rules)
+        return packed([TokenizedExample.of(e.prompt, e.answer, answers=e.answers) for e in encoded])
     sources = encode_examples(tokenizer, examples, input_cut(data), rules)
     if task.kind == "classification":
-        nothing, classified = np.empty(0, dtype=np.int32), list[TokenizedExample]()
+        nothing, classified = NO_IDS, list[TokenizedExample]()
         for source, example in zip(sources, examples, strict=True):
             if not source.ids:
                 raise TextError(len(classified), len(examples), NO_TOKEN)
@@ -91,7 +108,7 @@ def packed(examples: list[TokenizedExample], in_memory: int = IN_MEMORY) -> list
     """The same examples; if their ids need more than ``in_memory`` bytes, as views of a temporary file that
     is mapped into memory, so that the system keeps what is used and drops the rest.
     """
-    parts = [ids for example in examples for ids in (example.source, example.target)]
+    parts = [ids for example in examples for ids in (example.source, example.target, example.answers)]
     ends = np.cumsum([len(ids) for ids in parts])
     if not examples or 4 * ends[-1] <= in_memory:
         return examples
@@ -101,8 +118,10 @@ def packed(examples: list[TokenizedExample], in_memory: int = IN_MEMORY) -> list
         flat[end - len(ids) : end] = ids
     views = np.split(flat, ends[:-1])
     return [
-        TokenizedExample(source, target, example.label)
-        for source, target, example in zip(views[::2], views[1::2], examples, strict=True)
+        TokenizedExample(source, target, example.label, answers)
+        for source, target, answers, example in zip(
+            views[::3], views[1::3], views[2::3], examples, strict=True
+        )
     ]
 
 
@@ -112,11 +131,13 @@ def collate(
     task: LearningTask,
     *,
     sequence_to_sequence: bool,
+    all_answers: bool = False,
 ) -> Batch:
     """One padded batch: ``input_ids`` and ``attention_mask`` of (examples, tokens), and ``labels``.
 
     Labels are (examples,) class numbers, or (examples, tokens) token ids with :data:`IGNORED` where nothing
-    is to be learnt: on a decoder's prompt and on padding. Padding is on the right.
+    is to be learnt: on a decoder's prompt and on padding. With ``all_answers``, as in training, earlier
+    answers in the prompt are learnt too. Padding is on the right.
     """
     if task.kind == "classification":
         batch = pad([example.source for example in examples], padding)
@@ -131,6 +152,8 @@ def collate(
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
     for row, example in enumerate(examples):
         labels[row, : len(example.source)] = IGNORED
+        if all_answers and len(example.answers):
+            labels[row, example.answers] = batch["input_ids"][row, example.answers]
     batch["labels"] = labels
     return batch
 

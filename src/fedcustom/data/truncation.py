@@ -19,6 +19,9 @@ WORDS = (AUTO, LONGEST_FIRST, KEEP_START, KEEP_END)
 LITERAL = -1
 """The owner of a token of the template's own text."""
 
+EXCHANGES = "oldest exchanges"
+"""The name under which tokens of exchanges are counted that a conversation loses."""
+
 TEMPLATE = "(template)"
 """The name under which cut tokens of the template's own text are counted."""
 
@@ -186,9 +189,9 @@ def in_words(counts: Mapping[str, CutCount]) -> list[str]:
     ]
     found = []
     if inputs:
-        found.append(
-            f"inputs longer than data.max_length are cut: {', '.join(inputs)}; data.truncate says what is cut"
-        )
+        whole = any(EXCHANGES in one.tokens for one in counts.values())
+        how = "whole exchanges, the oldest first" if whole else "data.truncate says what is cut"
+        found.append(f"inputs longer than data.max_length are cut: {', '.join(inputs)}; {how}")
     if targets:
         found.append(f"targets longer than data.max_target_length are cut: {', '.join(targets)}")
     return found

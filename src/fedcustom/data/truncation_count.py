@@ -9,10 +9,12 @@ from itertools import accumulate
 from typing import Any
 
 from ..core.errors import DataError
+from .chat_template import ChatTemplate
 from .encode import (
     EMPTY_PROMPT,
     NO_RULES,
     NO_TOKEN,
+    TARGET,
     Encoded,
     TextError,
     TokenRules,
@@ -42,11 +44,13 @@ class Reading:
         sequence_to_sequence: a prompt goes to an encoder, and not to a decoder that continues it.
         in_prompts: inputs are parts of longer prompts, so that special tokens do not count.
         targets: targets are tokenised too.
+        chat: the template by which conversations are read.
     """
 
     sequence_to_sequence: bool = False
     in_prompts: bool = False
     targets: bool = True
+    chat: ChatTemplate | None = None
 
 
 def parts_of(data: FederatedData) -> dict[str, list[tuple[str, Sequence[Example]]]]:
@@ -112,6 +116,14 @@ def _count(
 ) -> CutCount:
     inputs = cut_targets = target_tokens = 0
     tokens = Counter[str]()
+    if reading.chat is not None:
+        for conversation in reading.chat.encode(examples, data, rules):
+            over = conversation.lost.pop(TARGET, 0)
+            cut_targets += over > 0
+            target_tokens += over
+            inputs += bool(conversation.lost)
+            tokens.update(conversation.lost)
+        return CutCount(len(examples), inputs, dict(tokens), cut_targets, target_tokens)
     places = _to_look_at([example.text for example in examples], data.max_length, rules)
     for lost in _inputs(tokenizer, examples, places, data, reading, rules):
         inputs += bool(lost)

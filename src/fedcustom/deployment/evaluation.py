@@ -125,7 +125,7 @@ class RemoteEvaluation:
         personal, epochs = self.method.keeps_parts(), self.recipe.personalisation.finetune_epochs
         whole = self.recipe.method.is_whole or not personal
         own = personal or bool(epochs and part == "test")
-        generates = self.recipe.data.task == "generation" and self.recipe.evaluation.writes_all
+        generates = self.recipe.data.writes and self.recipe.evaluation.writes_all
         writes = part == "test" and generates
         for name, found, wanted, texts in (
             ("the global model", reply.global_model, whole, writes),

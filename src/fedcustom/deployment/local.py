@@ -14,6 +14,7 @@ import tomli_w
 from ..core.errors import DeploymentError
 from ..core.files import read_json, write_json, write_text
 from ..data.build import build_data, with_builtin_columns
+from ..data.conversations import Message, as_rows
 from ..data.examples import Example, FederatedData
 from ..data.party_data import OwnDataSettings
 from ..federated.build import check_cohort
@@ -137,9 +138,11 @@ def local_site_file(own: OwnDataSettings, data: FederatedData, recipe: Recipe, t
     declared = own.model_dump(exclude_none=True)
     if data.task.kind == "classification":
         declared |= {"columns": ["text", "label"], "labels": list(data.task.labels)}
+    elif data.task.chat:
+        declared |= {"columns": ["messages", "references"]}
     else:
         declared |= {"columns": ["text", "target", "references"]}
-    policy: dict[str, Any] = dict.fromkeys(("sums", "logits", "vectors", "texts"), True)
+    policy: dict[str, Any] = dict.fromkeys(("sums", "logits", "vectors", "texts", "chat_templates"), True)
     policy |= dict.fromkeys(("least_examples", "least_batch_size", "least_label_examples"), 1)
     policy |= {"max_top": 1000, "max_queries_per_day": 1_000_000}
     models = [name for name, _ in models_of(recipe)]
@@ -164,6 +167,8 @@ def write_parts(folder: Path, parts: Mapping[str, Sequence[Example]], data: Fede
         paths[part] = f"{part}.jsonl"
     if data.task.kind == "classification":
         return OwnDataSettings(**paths, text="{text}", label="label")
+    if data.task.chat:
+        return OwnDataSettings(**paths, messages="messages", references="references")
     return OwnDataSettings(**paths, prompt="{text}", target="{target}", references="references")
 
 
@@ -171,6 +176,9 @@ def _row(example: Example, data: FederatedData) -> dict[str, Any]:
     if data.task.kind == "classification":
         label = data.task.labels[example.label] if example.label >= 0 else ""
         return {"text": example.text, "label": label}
+    if data.task.chat:
+        messages = (*example.messages, Message("assistant", example.target))
+        return {"messages": as_rows(messages), "references": list(example.references)}
     return {"text": example.text, "target": example.target, "references": list(example.references)}
 
 

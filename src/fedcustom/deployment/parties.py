@@ -125,5 +125,5 @@ def _server_view(
             "(data.development, data.test)"
         )
     clients = {name: ClientData(name, []) for name in settings.sites}
-    task = LearningTask(recipe.data.task, tuple(labels))
+    task = LearningTask.of(recipe.data, labels)
     return FederatedData(task, clients, development, test, test_is_pooled=not test, public=own.public)

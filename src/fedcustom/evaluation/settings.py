@@ -22,7 +22,8 @@ class EvaluationSettings(Settings):
     )
     metric: str | None = Field(
         None,
-        description="Metric of that choice; unset: accuracy, loss (generation) or mrr (retrieval, MRR@10)",
+        description="Metric of that choice; unset: accuracy, loss (generation, chat) or mrr (retrieval, "
+        "MRR@10)",
     )
     batch_size: int = Field(64, ge=1, description="Examples a forward pass in evaluation")
     calibrate: bool = Field(

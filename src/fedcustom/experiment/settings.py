@@ -21,6 +21,7 @@ BASELINE = "baseline"
 METRICS: dict[TaskKind, tuple[str, ...]] = {
     "classification": CLASSIFICATION_METRICS,
     "generation": GENERATION_METRICS,
+    "chat": GENERATION_METRICS,
     "retrieval": (*RETRIEVAL_METRICS, "clients_asked"),
 }
 """What is measured on the test split."""

@@ -76,7 +76,7 @@ def check_fit(recipe: Recipe) -> None:
         raise ModelError(f"method.length = {length}: {recipe.model.base} has a context of {limit} positions")
     prompt, written, setting = length + data.max_length, 0, ""
     architecture = architecture_of(configuration)
-    if data.task == "generation":
+    if data.writes:
         written = data.max_target_length
         learned = has_learned_positions(configuration) and architecture != "encoder"  # which cannot generate
         if learned and recipe.evaluation.max_new_tokens > written:

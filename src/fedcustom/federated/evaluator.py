@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..data.conversations import as_rows
 from ..data.examples import Example, FederatedData, LearningTask
 from ..evaluation.calibration import best_scale, softmax, tempered_losses
 from ..evaluation.degenerate import degenerate_shares
@@ -46,7 +47,8 @@ class Result:
         assert self.predictions is not None
         if data.task.kind == "generation":
             for example, text in self.predictions.with_texts(data.test):
-                row: dict[str, Any] = {
+                row: dict[str, Any] = {"messages": as_rows(example.messages)} if example.messages else {}
+                row |= {
                     "source": example.text,
                     "references": list(example.references),
                     "prediction": text,

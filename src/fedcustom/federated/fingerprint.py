@@ -170,3 +170,5 @@ def _add(digest: hashlib.blake2b, parts: Iterable[str]) -> None:
 def _parts(example: Example, label: str) -> Iterable[str]:
     yield from (example.text, label, example.target, str(len(example.references)))
     yield from example.references
+    for message in example.messages:
+        yield from (message.role, message.content)

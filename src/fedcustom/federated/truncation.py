@@ -36,5 +36,6 @@ def count_parts(
         sequence_to_sequence=base.sequence_to_sequence,
         in_prompts=method.fills_prompts and base.architecture != "encoder",
         targets=method.reads_targets,
+        chat=base.chat,
     )
     return count_cuts(base.tokenizer, parts, data, reading, base.token_rules)

@@ -170,6 +170,7 @@ class TuningSettings(MethodSettingsBase):
     (docs/learning_rates.md).
     """
 
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "generation", "chat")
     rates: ClassVar[Rates]
 
     def default_learning_rate(self, kind: ModelKind) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..core.errors import ModelError
+from ..data.chat_template import ChatTemplate
 from ..data.encode import TokenRules
 from ..data.examples import LearningTask
 from .configuration import context_length, load_configuration, loading_errors, locate, pooling_of
@@ -70,6 +71,23 @@ class Base:
         """What the model asks of the tokens of each text."""
         return token_rules(self.tokenizer, self.model.config, self.name, classifies=bool(self.head))
 
+    @cached_property
+    def chat(self) -> ChatTemplate | None:
+        """The template of conversations, where the task is to answer in them."""
+        return ChatTemplate(self.tokenizer, self.name) if self.task.chat else None
+
+    @property
+    def stops(self) -> list[int]:
+        """The tokens by which a generated text ends: the tokenizer's end token; in conversations also the one
+        that ends an answer, and those of the model's generation configuration.
+        """
+        if self.chat is None:
+            return [self.tokenizer.eos_token_id]
+        configured = self.model.generation_config.eos_token_id
+        others = configured if isinstance(configured, list) else [configured]
+        found = {self.tokenizer.eos_token_id, self.chat.end, *others} - {None}
+        return sorted(int(token) for token in found)
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward passes run."""
         if self.precision == "float32":
@@ -93,6 +111,11 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
     if task.kind == "generation" and architecture == "encoder":
         raise ModelError(
             f"model.base: {settings.base} is an encoder and cannot generate; data.task must be classification"
+        )
+    if task.chat and architecture != "decoder":
+        raise ModelError(
+            f"model.base: {settings.base} is an {architecture}; conversations (data.task = 'chat') need a "
+            "causal language model"
         )
     classifies = head and task.kind == "classification"
     pooling = pooling_of(settings) if classifies else None
@@ -121,6 +144,8 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
             loader = transformers.AutoModelForSeq2SeqLM
         else:
             loader = transformers.AutoModelForCausalLM
+        if task.chat_template is not None:
+            tokenizer.chat_template = task.chat_template
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         check_tokenizer(tokenizer, configuration, architecture, task, head=head, name=settings.base)
@@ -160,6 +185,8 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         loading=loading,
         revision=settings.revision,
     )
+    if task.chat:  # also where a model is exported whole: it has to stop by itself
+        model.generation_config.eos_token_id = base.stops
     return replace(base, padding=padding_of(base, classifies=classifies))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import RecipeError
 from ..data.files import ENDINGS
+from ..data.settings import is_template
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -21,7 +22,7 @@ NAMED = {
 }
 """Settings that hold a path or another name: a hub id, or something built in."""
 
-FILES = {"method": ("instructions_file", "public_text")}
+FILES = {"data": ("chat_template",), "method": ("instructions_file", "public_text")}
 """Settings that hold a file's path and nothing else."""
 
 
@@ -109,6 +110,8 @@ def _changed(values: Mapping[str, Any], resolve: Any) -> dict[str, Any]:
             table = dict(table)
             for key in keys:
                 value, full = table.get(key), f"{section}.{key}"
+                if isinstance(value, str) and is_template(value):
+                    continue  # the chat template itself
                 if isinstance(value, str) and value and not value.startswith("builtin:"):
                     table[key] = resolve(full, value, is_file)
                 elif isinstance(value, list):

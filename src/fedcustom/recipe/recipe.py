@@ -37,11 +37,17 @@ else:
 SELECTION_METRICS: dict[TaskKind, tuple[str, ...]] = {
     "classification": CLASSIFICATION_METRICS,
     "generation": ("loss",),
+    "chat": ("loss",),
     "retrieval": RETRIEVAL_METRICS,
 }
 """By what the best round can be chosen."""
 
-DEFAULT_METRIC: dict[TaskKind, str] = {"classification": "accuracy", "generation": "loss", "retrieval": "mrr"}
+DEFAULT_METRIC: dict[TaskKind, str] = {
+    "classification": "accuracy",
+    "generation": "loss",
+    "chat": "loss",
+    "retrieval": "mrr",
+}
 
 FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation")
 """Sections that a baseline leaves at their defaults."""
@@ -110,6 +116,8 @@ class Recipe(Settings):
                 f"training.warmup_rounds = {self.training.warmup_rounds}: "
                 f"must be below rounds.count = {self.rounds.count}"
             )
+        if self.data.task == "chat" and (self.public.source is not None or self.public.fraction):
+            raise ValueError("[public]: no method for data.task = 'chat' uses public texts; leave it out")
         self._check_training()
         self._check_search()
         self._check_correction()
@@ -133,7 +141,7 @@ class Recipe(Settings):
 
     def _check_generation(self) -> None:
         """Which texts are written in evaluation, and whether any can be."""
-        settings, generates = self.evaluation, self.data.task == "generation"
+        settings, generates = self.evaluation, self.data.writes
         if not settings.writes and not generates:
             raise ValueError(f"evaluation.generate = false: is for generation, not {self.data.task}")
         if settings.generate_limit is None:

@@ -208,7 +208,7 @@ def _with_perplexity(summary: Summary) -> Summary:
     """The summary of a generator with the perplexity beside the loss: its exponential, infinite where no
     float is as large.
     """
-    if summary.task != "generation":
+    if summary.task not in ("generation", "chat"):
         return summary
 
     def added(scores: Scores) -> Scores:

@@ -63,6 +63,8 @@ def tasks_of(data: SiteDataSettings) -> list[TaskKind]:
         tasks.append("classification")
     if data.prompt is not None and data.target is not None:
         tasks.append("generation")
+    if data.messages is not None:
+        tasks.append("chat")
     return tasks
 
 

@@ -10,9 +10,10 @@ from pydantic import Field, field_validator
 
 from ...core.errors import DataError, PolicyError
 from ...data.cells import cell_text, in_order
+from ...data.conversations import with_conversation_columns
 from ...data.examples import columns as columns_of
 from ...data.party_data import OwnData, OwnDataSettings, read_own
-from ...data.settings import DataSettings, PublicSettings, TaskKind
+from ...data.settings import MESSAGES, DataSettings, PublicSettings, TaskKind
 from ...data.templates import checked, fields
 from ...data.truncation import Truncation
 from ..replies import MAX_LABEL_CHARACTERS, MAX_LABELS, Label
@@ -22,9 +23,10 @@ MAX_LABEL_WORDS = 12
 NEEDED: dict[TaskKind, tuple[str, ...]] = {
     "classification": ("text", "label"),
     "generation": ("prompt", "target"),
+    "chat": ("messages",),
     "retrieval": ("prompt", "target"),
 }
-"""The templates that each task needs, which a site declares itself."""
+"""The columns and templates that each task needs, which a site declares itself."""
 
 
 class SiteDataSettings(OwnDataSettings):
@@ -51,6 +53,11 @@ class SiteDataSettings(OwnDataSettings):
     )
     prompt: str | None = Field(None, description="Generation and retrieval: template of the prompt")
     target: str | None = Field(None, description="Generation and retrieval: template of the target")
+    messages: str | None = Field(
+        None,
+        description="Chat: column with lists of messages, a declared one; unset: a user's turn and its "
+        "answer are made by prompt and target",
+    )
     references: str | None = Field(None, description="Generation: column with accepted texts; unset: none")
     public_text: str | None = Field(
         None, description="Template of the public texts; unset: that of the input or of the prompt"
@@ -64,7 +71,11 @@ class SiteDataSettings(OwnDataSettings):
         for key in ("text", "prompt", "target", "public_text"):
             if (template := getattr(self, key)) is not None:
                 named |= dict.fromkeys(fields(template), key)
-        named |= {name: key for key in ("label", "references") if (name := getattr(self, key)) is not None}
+        named |= {
+            name: key
+            for key in ("label", "messages", "references")
+            if (name := getattr(self, key)) is not None
+        }
         return named
 
 
@@ -95,6 +106,11 @@ def check_declared(own: SiteDataSettings) -> None:
         raise PolicyError("data.labels names a label twice")
 
 
+def needed(data: DataSettings) -> tuple[str, ...]:
+    """The keys of a site's file that a recipe's data settings need."""
+    return NEEDED["generation"] if data.task == "chat" and data.messages is None else NEEDED[data.task]
+
+
 def declared_settings(own: SiteDataSettings, data: DataSettings) -> DataSettings:
     """The recipe's data settings with this site's own columns, templates and label column.
 
@@ -102,9 +118,12 @@ def declared_settings(own: SiteDataSettings, data: DataSettings) -> DataSettings
         PolicyError: the site's file does not declare what the task needs. The error holds no name that only
             the site's file has.
     """
+    data = with_conversation_columns(data, [MESSAGES])
     if own.columns is None:
         raise PolicyError(_missing("columns", list(dict.fromkeys(columns_of(data, scoring=False)))))
-    for key in NEEDED[data.task]:
+    # Conversations stand in a column or are made by templates, whichever the site has.
+    stands = own.messages is not None or (own.prompt is not None and own.target is not None)
+    for key in () if data.task == "chat" and stands else needed(data):
         if getattr(own, key) is None:
             raise PolicyError(_missing(key, getattr(data, key)))
     if not own.named_columns().keys() <= set(own.columns):
@@ -118,7 +137,7 @@ def declared_settings(own: SiteDataSettings, data: DataSettings) -> DataSettings
         )
     keys = ("text", "label", "prompt", "target", "truncate")
     declared = {key: value for key in keys if (value := getattr(own, key)) is not None}
-    return data.model_copy(update={**declared, "references": own.references})
+    return data.model_copy(update={**declared, "messages": own.messages, "references": own.references})
 
 
 def read_site(own: SiteDataSettings, folder: Path, data: DataSettings, public: PublicSettings) -> OwnData:

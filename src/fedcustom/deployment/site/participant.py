@@ -92,7 +92,7 @@ class Participant:
         self.recipe, self.name, self.policy, self.data = recipe, data.name, policy, data
         self.settled = recipe.settled(len(names))
         self.data_for_sums, self.withheld = without_rare_labels(self.data, policy.least_label_examples)
-        task = LearningTask(recipe.data.task, tuple(labels))
+        task = LearningTask.of(recipe.data, labels)
         self.base = load_base(recipe.model, task, recipe.seed, head=recipe.method.with_head)
         on_load()
         everyone = {other: ClientData(other, []) for other in names} | {data.name: data}
@@ -195,7 +195,7 @@ class Participant:
         global_model: Statistics | None = None
         personalised: Statistics | None = None
         if recipe.method.is_whole or not personal:
-            generates = recipe.data.task == "generation" and recipe.evaluation.writes_all
+            generates = recipe.data.writes and recipe.evaluation.writes_all
             texts = part == "test" and generates
             global_model = self._statistics(self.method.predict(state, examples, texts=texts), examples)
         if personal or epochs:
@@ -211,9 +211,7 @@ class Participant:
         if self.recipe.data.task == "classification":
             return classification_statistics(predictions.scores, [example.label for example in examples])
         # A generator's loss is a mean over tokens, so that it is weighted by their number.
-        tokens = (
-            {"loss": int(predictions.scores[:, 1].sum())} if self.recipe.data.task == "generation" else {}
-        )
+        tokens = {"loss": int(predictions.scores[:, 1].sum())} if self.recipe.data.writes else {}
         return mean_statistics(measure(predictions, examples, self.base), tokens, len(examples))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...core.errors import PolicyError
+from ...data.settings import is_template
 from ...methods.contents import MEANING, Content
 from ...recipe.recipe import Recipe
 from .ledger import Count, Ledger
@@ -46,6 +47,14 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
         raise PolicyError(f"{setting}: a site opens no files that a recipe names")
     if recipe.model.trust_remote_code:
         raise PolicyError("model.trust_remote_code = true: a site runs no code that a recipe brings")
+    if (template := recipe.data.chat_template) is not None:
+        if not is_template(template):
+            raise PolicyError("data.chat_template: a site opens no files that a recipe names")
+        if not policy.chat_templates:
+            raise PolicyError(
+                "policy.chat_templates = false: the recipe brings a chat template (data.chat_template); "
+                "allow it in [policy] of site.toml by chat_templates = true"
+            )
     recipe.method.check_limits()
     for content, setting in recipe.method.needed_contents(recipe.training, recipe.data.task).items():
         check_content(policy, [content], f"{setting} in the recipe")

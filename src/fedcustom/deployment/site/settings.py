@@ -31,6 +31,11 @@ class PolicySettings(Settings):
         description="Models that this site loads, as name or, for one revision, name@revision; unset: any of "
         "the hub and the built-in ones that the recipe names, but no folder of this machine",
     )
+    chat_templates: bool = Field(
+        False,
+        description="Whether a chat template that a recipe brings may be run here, in Jinja's sandbox; one "
+        "that comes with the model always is",
+    )
     model_digests: dict[str, str] = Field(
         default_factory=dict,
         description="SHA-256 of folders in base_models, [policy.model_digests] name = digest, as "

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 from ...core.files import write_text
+from ...data.conversations import with_conversation_columns
 from ...data.examples import columns
+from ...data.settings import MESSAGES
 from ...methods.contents import MEANING
 from ...recipe.recipe import Recipe
-from .data import NEEDED
+from .data import needed
 from .models import is_local
 from .policy import models_of
 from .settings import PolicySettings
@@ -21,7 +23,7 @@ def site_template(recipe: Recipe) -> str:
     """A complete ``site.toml`` for the recipe. What the recipe asks for and the policy denies by default
     stands there as a comment: the site has to choose it.
     """
-    data = recipe.data
+    data = with_conversation_columns(recipe.data, [MESSAGES])
     scoring = [*columns(data, scoring=False), *([data.references] if data.references else [])]
     lines = [
         "# Prepared from the recipe. This file, not the recipe, decides what is read and what may leave:",
@@ -31,7 +33,7 @@ def site_template(recipe: Recipe) -> str:
         'train = "train.jsonl"',
         f"columns = {_toml(list(dict.fromkeys(scoring)))}   # no other column is read",
     ]
-    lines += [f"{key} = {_toml(getattr(data, key))}" for key in NEEDED[data.task]]
+    lines += [f"{key} = {_toml(getattr(data, key))}" for key in needed(data)]
     if data.task == "classification":
         lines.append('max_labels = 50             # or all labels by name: labels = ["...", "..."]')
     elif data.references:
@@ -41,6 +43,8 @@ def site_template(recipe: Recipe) -> str:
     for content, setting in recipe.method.needed_contents(recipe.training, data.task).items():
         if not getattr(defaults, content):
             lines += [f"# The recipe ({setting}) asks for {MEANING[content]}:", f"# {content} = true"]
+    if data.chat_template is not None and not defaults.chat_templates:
+        lines += ["# The recipe brings a chat template (data.chat_template):", "# chat_templates = true"]
     models = models_of(recipe)
     if any(is_local(name) for name, _ in models):
         names = [f"{name}@{revision}" if revision else name for name, revision in models]

@@ -16,12 +16,18 @@ FENCE = "```"
 INPUTS = 'inputs = tokenizer("a text", return_tensors="pt", return_token_type_ids=False)\n'
 """The line after which the model, which is loaded before it, is used."""
 
+MESSAGES = 'messages = [{"role": "user", "content": "a text"}]\n'
+"""The same where the model answers in conversations."""
+
 
 def loading_code(page: str) -> str:
     """The part of a page's code that loads ``model`` and ``tokenizer``; empty where it has none."""
     _, _, code = page.partition(f"{FENCE}python\n")
-    load, found, _ = code.partition(INPUTS)
-    return load if found else ""
+    for line in (INPUTS, MESSAGES):
+        load, found, _ = code.partition(line)
+        if found:
+            return load
+    return ""
 
 
 def auto_class(base: Base) -> str:
@@ -41,7 +47,7 @@ def loading_page(base: Base, *, adapter: bool, code: str = "") -> str:
     named, options = json.dumps(name, ensure_ascii=False), _options(base, adapter=adapter)
     if isinstance(base.model, PooledClassifier):
         return _pooled_page(base, name, named + options, adapter=adapter, code=code)
-    loader = auto_class(base)
+    loader, inputs = auto_class(base), INPUTS
     if code and "trust_remote_code" not in options:
         options += ", trust_remote_code=True"
     if base.task.kind == "classification":
@@ -54,6 +60,17 @@ def loading_page(base: Base, *, adapter: bool, code: str = "") -> str:
         use = (
             "states, mask = model(**inputs).last_hidden_state, inputs['attention_mask'].unsqueeze(-1)\n"
             "mean = (states * mask).sum(1) / mask.sum(1)\nprint(mean / mean.norm())"
+        )
+    elif base.task.chat:
+        extra = head = ""
+        inputs = MESSAGES
+        if base.task.system is not None:
+            inputs += f'messages.insert(0, {{"role": "system", "content": {base.task.system!r}}})\n'
+        use = (
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)\n'
+            f"output = model.generate(**inputs, max_new_tokens=64, eos_token_id={base.stops})[0]\n"
+            'print(tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
         )
     else:
         extra = head = ""
@@ -74,7 +91,7 @@ def loading_page(base: Base, *, adapter: bool, code: str = "") -> str:
     return (
         f"{CARD.format(name=name)}{FENCE}python\n{imports}\n{load}"
         f'tokenizer = AutoTokenizer.from_pretrained("."{", trust_remote_code=True" if code else ""})\n'
-        f"{INPUTS}{use}\n{FENCE}\n"
+        f"{inputs}{use}\n{FENCE}\n"
     )
 
 

@@ -65,6 +65,7 @@ class Supervised:
             self.data,
             sequence_to_sequence=base.sequence_to_sequence,
             rules=base.token_rules,
+            chat=base.chat,
         )
 
     def collate(self, examples: Sequence[TokenizedExample]) -> Batch:
@@ -72,7 +73,9 @@ class Supervised:
         base = self.base
         sequence_to_sequence = base.sequence_to_sequence
         padding = base.tokenizer.pad_token_id
-        batch = collate(examples, padding, base.task, sequence_to_sequence=sequence_to_sequence)
+        batch = collate(
+            examples, padding, base.task, sequence_to_sequence=sequence_to_sequence, all_answers=True
+        )
         return to_device(batch, base.device)
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
@@ -95,11 +98,11 @@ class Supervised:
             return losses
 
     def units(self, example: TokenizedExample) -> int:
-        """One, or the target tokens that are predicted."""
+        """One, or the target tokens that are predicted, those of earlier answers among them."""
         if self.classes:
             return 1
         first = self.base.sequence_to_sequence or len(example.source) > 0
-        return len(example.target) - (0 if first else 1)
+        return len(example.target) + len(example.answers) - (0 if first else 1)
 
 
 class Contrastive:
