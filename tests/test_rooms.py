@@ -20,6 +20,7 @@ LAYERS = [
     {"report"},
     {"deployment"},
     {"api", "library"},
+    {"exporting"},
     {"federated"},
     {"recipe"},
     {"transport"},

@@ -7,29 +7,46 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.table import Table
+from typer.core import TyperGroup
 
-from ..core.errors import DataError, FedcustomError
+from ..core.errors import FedcustomError
 from ..core.library_errors import in_one_line, while_loading
+from .answers import ask, chat, index, predict
 from .certificates import deploy, site
 from .console import (
     Overrides,
     Quiet,
     RecipeFile,
+    RunDirectory,
     command_line,
     display,
     err_console,
-    json_line,
+    note,
     out_console,
     write_any_text,
 )
 from .estimate import estimate
 from .experiment import experiment
 
+
+class InOrder(TyperGroup):
+    """The commands in the order in which they are needed."""
+
+    def list_commands(self, context: Any) -> list[str]:
+        """Their names, for ``--help``."""
+        order = (
+            "run", "compare", "experiment", "estimate", "report", "predict", "chat", "export", "recipe",
+            "index", "ask", "deploy", "site", "cache",
+        )  # fmt: skip
+        return sorted(self.commands, key=order.index)
+
+
 app = typer.Typer(
+    cls=InOrder,
     help="Customise a large pretrained model with data that stays with its owners.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -37,6 +54,10 @@ app = typer.Typer(
 )
 app.command()(experiment)
 app.command()(estimate)
+app.command()(predict)
+app.command()(chat)
+app.command()(index)
+app.command()(ask)
 app.add_typer(deploy, name="deploy")
 app.add_typer(site, name="site")
 
@@ -44,7 +65,6 @@ DEBUG = "--debug"
 """The option that shows tracebacks; :func:`main` takes it from anywhere on the command line."""
 
 COMPARED = "prefix,lora,soft_prompt,full"
-RunDirectory = Annotated[Path, typer.Argument(help="A run's directory")]
 NoCheck = Annotated[
     bool,
     typer.Option(
@@ -195,7 +215,7 @@ def compare(
         cells, reasons = with_probes(checked, seeds, cells)
     check_folder(folder, checked)
     for reason in reasons:
-        _note(reason)
+        note(reason)
     options = {
         "--methods": methods if methods != COMPARED else None,
         "--baselines": baselines or None,
@@ -206,14 +226,14 @@ def compare(
         "--jobs": jobs if jobs != 1 else None,
     }
     with display(command_line("compare", recipe, overrides=overrides, options=options), quiet) as make:
-        failed = run_comparison(cells, folder, jobs, progress_for=make, tell=None if quiet else _note)
+        failed = run_comparison(cells, folder, jobs, progress_for=make, tell=None if quiet else note)
     finished = [run_directory(cell, folder) for cell in cells if label(cell) not in failed]
     if finished:
         page = write_report([folder], folder / "report.html")
         out_console.print(comparison_table(finished))
         out_console.print(f"report: {page}", soft_wrap=True)
     for name in [label(cell) for cell in cells if cell.added and label(cell) in failed]:
-        _note(f"no {name}: {failed.pop(name)}")
+        note(f"no {name}: {failed.pop(name)}")
     for name, error in failed.items():
         err_console.print(f"error: {name}: {error}", style="bold red", soft_wrap=True)
     if failed:
@@ -233,101 +253,6 @@ def report(
     page = write_report(directories, out or directories[0] / "report.html")
     out_console.print(comparison_table(directories))
     out_console.print(f"report: {page}", soft_wrap=True)
-
-
-@app.command()
-def predict(
-    directory: RunDirectory,
-    text: Annotated[str | None, typer.Argument(help="One input")] = None,
-    input_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--input",
-            help="Inputs: JSONL, CSV or Parquet with the recipe's columns (conversations: messages), or a "
-            "text a line (.txt, -)",
-        ),
-    ] = None,
-) -> None:
-    """Ask the customised model: one text, or a file; a file's answers are JSON, a line each in the file's
-    order, with probabilities of four decimals. A blank line of a text file has null for an answer. Of a
-    model of conversations, a text is one turn of a user.
-    """
-    from .. import api
-    from .predictions import answers, is_empty, note_cuts, reason
-
-    if (text is None) == (input_file is None):
-        raise DataError("give either one text or --input FILE")
-    finished = api.load(directory)
-    if text is not None:
-        answer = finished.predict([text])[0]
-        note_cuts(finished, [text], _note)
-        if "label" in answer:
-            out_console.print(f"{answer['label']}  {answer['probability']:.3f}")
-        else:
-            out_console.print(answer["text"], soft_wrap=True)
-        if is_empty(answer):
-            _note(f"the answer is empty: {reason(finished)}")
-        return
-    assert input_file is not None
-    for answer in answers(finished, input_file, _note):
-        print(json_line(answer))
-
-
-@app.command()
-def chat(directory: RunDirectory) -> None:
-    """Talk to a model that was customised on conversations. Answers appear as they are written, and the
-    conversation is kept: /reset forgets it; /quit or Ctrl-D ends. Where standard input is no terminal, each
-    line of it is a turn, and answers alone are printed.
-    """
-    from .. import api
-    from .chat import converse
-
-    converse(api.load(directory), _note)
-
-
-@app.command()
-def index(
-    recipe: RecipeFile,
-    out: Annotated[Path, typer.Option(help="Folder of the index; one that is there is updated")],
-    overrides: Overrides = None,
-) -> None:
-    """Build or update the clients' document indexes of a retrieval recipe."""
-    from .. import library
-
-    found = library.index(recipe, out, overrides or [], note=_note)
-    for name, documents in sorted(found.items()):
-        out_console.print(f"{name}: {documents} documents")
-    out_console.print(f"index: {out}", soft_wrap=True)
-
-
-@app.command()
-def ask(
-    directory: Annotated[Path, typer.Argument(help="An index, or a run of method retrieval")],
-    question: Annotated[str, typer.Argument(help="The question")],
-    top: Annotated[int | None, typer.Option(min=1, help="Passages to show (default: the recipe's)")] = None,
-) -> None:
-    """Ask the clients' documents: passages with their owners and scores, and an answer."""
-    from .. import library
-
-    reply = library.ask(directory, question, top=top, note=_note)
-    for number, passage in enumerate(reply.passages, start=1):
-        out_console.print(
-            f"[{number}] {passage.client}  {passage.score:.4f}  {passage.document}",
-            style="bold",
-        )  # fmt: skip
-        text = "(its owner does not show it)" if passage.text is None else " ".join(passage.text.split())
-        out_console.print(f"    {text}")
-    if reply.answer:
-        cited = " ".join(f"[{number}]" for number in reply.cited)
-        out_console.print(f"answer: {reply.answer} {cited}".rstrip())
-    asked = ", ".join(reply.clients_asked)
-    out_console.print(
-        f"asked: {asked}; {reply.bytes_down:,} bytes down, {reply.bytes_up:,} bytes up",
-    )  # fmt: skip
-
-
-def _note(text: str) -> None:
-    err_console.print(text, soft_wrap=True)
 
 
 @app.command()
@@ -356,7 +281,7 @@ def export(
     """Copy the customised model to a folder, to be loaded by peft or transformers without this package."""
     from .. import api
 
-    folder = api.load(directory).export(to, form=form, text=text, slots=slots, check=not no_check, note=_note)
+    folder = api.load(directory).export(to, form=form, text=text, slots=slots, check=not no_check, note=note)
     out_console.print(f"model: {folder} (its README.md shows how to load it)", soft_wrap=True)
 
 

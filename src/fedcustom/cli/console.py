@@ -36,6 +36,11 @@ err_console = PlainConsole(stderr=True)
 out_console = PlainConsole() if sys.stdout.isatty() else PlainConsole(width=120)
 
 
+def note(text: str) -> None:
+    """Print a line that is no result."""
+    err_console.print(text, soft_wrap=True)
+
+
 def write_any_text() -> None:
     """Let standard output and error take every text, whatever their encoding: characters that it lacks are
     escaped, so that a finished run does not fail by its last line.
@@ -58,6 +63,7 @@ def json_line(value: Any) -> str:
 RecipeFile = Annotated[
     Path, typer.Argument(help="The recipe, a TOML file (see: fedcustom recipe --help-all)")
 ]
+RunDirectory = Annotated[Path, typer.Argument(help="A run's directory")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

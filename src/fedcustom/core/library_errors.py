@@ -25,6 +25,7 @@ LOADING = (
     "fedcustom.models.tokenizer_check",
     "fedcustom.data.",
     "fedcustom.api",
+    "fedcustom.exporting",
 )
 """Modules of this package in which they are called to."""
 

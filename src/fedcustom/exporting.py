@@ -1,0 +1,162 @@
+"""Exports of finished runs: a copy of the model, or a plain model that is distilled from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .core.errors import ExportError, RunError
+from .core.folders import fill_folder, usable_folder
+from .data.conversations import Message
+from .data.examples import Example, LearningTask
+from .evaluation.calibration import softmax
+from .methods import Method, State, WeightTuning
+from .methods.prefix.memory_export import FILE as CODE
+from .methods.tuning.export_check import (
+    ROWS,
+    UNCHECKED,
+    ComparesExport,
+    Reference,
+    ReferenceRow,
+    check_export,
+    reference,
+    some,
+    wanted,
+)
+from .methods.tuning.model_card import bundle
+from .models.load import load_base
+from .recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunExport:
+    """The export of the model in a run's ``directory``. ``built`` gives the method and the state that it
+    finished with; ``note`` is told what users should know.
+    """
+
+    directory: Path
+    recipe: Recipe
+    task: LearningTask
+    built: Callable[[], tuple[Method, State]]
+    note: Callable[[str], None]
+
+    def write(
+        self, target: Path, form: str, text: str | Path | None, slots: int | None, *, check: bool
+    ) -> Path:
+        """Write the model in one of its forms (:meth:`fedcustom.api.Run.export`).
+
+        Raises:
+            RunError: see there.
+        """
+        source = self.directory / "model"
+        if usable_folder(target).is_relative_to(source.resolve()):
+            raise RunError(f"{target}: lies in the run's own model folder; name a folder elsewhere")
+        if self._folds(form, text, slots):
+            return self._write_folded(target, Path(str(text)), slots, check=wanted(check))
+        expected = self._reference() if wanted(check) else None
+        if not wanted(check):
+            self.note("the exported model is not compared with the trained one: switched off")
+
+        def fill(folder: Path) -> None:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+            bundle(folder, self.recipe.model.base)
+            if expected is not None and (text := check_export(folder, expected)):
+                self.note(text)
+
+        fill_folder(target, fill, last=("README.md", "adapter_config.json", "config.json"))
+        return target
+
+    def _folds(self, form: str, text: str | Path | None, slots: int | None) -> bool:
+        """Whether an export needs a model that is distilled from the run's own.
+
+        Raises:
+            RunError: what was asked for does not fit the run's method, or texts are missing.
+        """
+        if form == "feed-forward" and not self.recipe.method.has_hidden_units:
+            raise RunError(
+                f"{self.directory}: --as feed-forward: what this method trains does not fit into "
+                "feed-forward networks; allowed: prefix memories and adapters"
+            )
+        folds = form == "feed-forward" and (self.directory / "model" / CODE).exists()
+        for option, value in (("--text", text), ("--slots", slots)):
+            if value is not None and not folds:
+                raise RunError(
+                    f"{self.directory}: {option}: has an effect with --as feed-forward and slots alone"
+                )
+        if folds and text is None:
+            raise RunError(
+                f"{self.directory}: --as feed-forward: attention slots are distilled on public texts; name a "
+                "file of them, one a line, with --text"
+            )
+        return folds
+
+    def _write_folded(self, target: Path, text: Path, slots: int | None, *, check: bool) -> Path:
+        """The run's prefix memory as a plain model with wider feed-forward networks."""
+        from .methods.prefix.fold import STEPS, fold, read_texts, write_folded
+
+        texts = read_texts(text)
+        self.note(f"distilling the slots on {len(texts)} texts in {STEPS} steps, which takes some minutes")
+        method, state = self.built()
+        assert isinstance(method, WeightTuning)
+        method.with_state(state)
+        recipe = self.recipe
+        base = load_base(recipe.model, self.task, recipe.seed, head=recipe.method.with_head)
+        folded = fold(base, method.trainable, texts, slots, recipe.seed, self.note)
+        expected = reference(folded.trainable.model, base, chosen := some([]), method.tokens(chosen))
+
+        def fill(folder: Path) -> None:
+            write_folded(folded, base, folder)
+            if check and (said := check_export(folder, expected)):
+                self.note(said)
+
+        fill_folder(target, fill, last=("README.md", "config.json"))
+        self.note(folded.cost)
+        return target
+
+    def _reference(self) -> Reference | None:
+        """What an export is compared with: this run's model on rows of the test split; None where the run
+        has no weights of its own, and for retrieval, whose encoder was compared when the run wrote it.
+
+        Raises:
+            ExportError: the model does not give the run's own predictions any more.
+        """
+        files = ("adapter_config.json", "config.json")
+        has_weights = any((self.directory / "model" / name).exists() for name in files)
+        if not has_weights or self.recipe.data.task == "retrieval":
+            return None
+        method, state = self.built()
+        if not isinstance(method, ComparesExport):
+            return None
+        file, rows = self.directory / "predictions.jsonl", list[dict[str, Any]]()
+        if file.exists():
+            with file.open(encoding="utf-8") as lines:
+                rows = [json.loads(line) for line in islice(lines, ROWS)]
+        key = "text" if self.recipe.data.task == "classification" else "source"
+        expected = method.reference(state, some([_predicted(row, key) for row in rows]))
+        if expected is not None and key == "text":
+            for row, found in zip(rows, expected.rows, strict=False):
+                self._check_prediction(row, found)
+        return expected
+
+    def _check_prediction(self, row: Mapping[str, Any], found: ReferenceRow) -> None:
+        """Refuse to export where a base model that was changed since gives other predictions."""
+        labels = self.task.labels
+        share = float(softmax(found.output.double().numpy())[labels.index(row["prediction"])])
+        allowed = 0.05 if self.recipe.model.dtype != "float32" else 0.002
+        if abs(share - row["probability"]) > allowed:
+            raise ExportError(
+                f"{self.directory}: the model gives {row['prediction']!r} the probability {share:.3f} on the "
+                f"first test rows, and gave {row['probability']:.3f} when the run ended; has "
+                f"{self.recipe.model.base} changed since?{UNCHECKED}"
+            )
+
+
+def _predicted(row: Mapping[str, Any], key: str) -> Example:
+    """The input of a line of ``predictions.jsonl``."""
+    messages = tuple(Message(**message) for message in row.get("messages", ()))
+    return Example(str(row[key]), label=0, messages=messages)
