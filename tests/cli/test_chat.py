@@ -76,6 +76,12 @@ def test_pieces_make_up_the_answer(run: Run) -> None:
     assert run.predict(["Who is the cat?"]) == [{"text": reply.text}]
 
 
+@pytest.mark.parametrize("messages", ["hello", ["hello"], [{"role": "user", "content": "a"}, None]])
+def test_messages_that_are_no_objects(run: Run, messages: Any) -> None:
+    with pytest.raises(DataError, match="must be an object with role and content"):
+        run.chat(messages)
+
+
 def test_an_answer_that_is_stopped(run: Run, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     short = fedcustom.load(run.directory)
     short.recipe = short.recipe.model_copy(
