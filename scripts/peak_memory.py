@@ -73,7 +73,8 @@ def main() -> None:
         print(json.dumps(measured(folder, method, switched == "on", arguments)))
         return
     print(
-        "| method | most, loading | loaded | most, kept | most, checkpointed | time, checkpointed to kept |"
+        "| method | most, loading | loaded | most, kept | most, checkpointed "
+        "| seconds, checkpointed to kept |"
     )
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:

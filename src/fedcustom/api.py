@@ -216,17 +216,17 @@ class Run:
 
         Raises:
             RunError: the run was not made on conversations, or has one model for each client.
-            DataError: the model's chat template takes no such conversation.
+            DataError: messages are malformed, or the model's chat template takes no such conversation.
         """
         self.check_chat()
-        data = self.recipe.data
-        if messages and messages[-1].get("role") == "assistant":
+        data, row = self.recipe.data, {MESSAGES: list(messages)}
+        last = row[MESSAGES][-1] if row[MESSAGES] else None
+        if isinstance(last, Mapping) and last.get("role") == "assistant":
             raise DataError("the last message is the assistant's: there is nothing to answer")
         method, state = self._method
         template = self._base.chat
         assert isinstance(method, WeightTuning)
         assert template is not None
-        row = {MESSAGES: list(messages)}
         example = input_example(data.model_copy(update={"messages": MESSAGES}), row, 0)
         (asked,) = template.encode([example], data, self._base.token_rules)
         model = method.with_state(state).eval()

@@ -55,6 +55,18 @@ def test_a_conversation_through_pipes(run: Run, command: Any, monkeypatch: pytes
     assert said.error == ""
 
 
+def test_pipes_are_utf_8_whatever_the_locale_is(
+    run: Run, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for encoding, errors in (("utf-8", "strict"), ("ascii", "surrogateescape")):
+        piped = io.BytesIO(b"\xef\xbb\xbfWho is the cat?\nWho \xff?\n")
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(piped, encoding=encoding, errors=errors))
+        said = command("chat", run.directory)
+        assert said.code == 2
+        assert said.out == plain(run, [{"role": "user", "content": "Who is the cat?"}]) + "\n"
+        assert "standard input, line 2: not UTF-8 text" in said.error
+
+
 def test_pieces_make_up_the_answer(run: Run) -> None:
     pieces: list[str] = []
     reply = run.chat([{"role": "user", "content": "Who is the cat?"}], pieces.append)
@@ -62,6 +74,12 @@ def test_pieces_make_up_the_answer(run: Run) -> None:
     assert "".join(pieces) == reply.text == plain(run, [{"role": "user", "content": "Who is the cat?"}])
     assert (reply.ended, reply.dropped) == (True, 0)
     assert run.predict(["Who is the cat?"]) == [{"text": reply.text}]
+
+
+@pytest.mark.parametrize("messages", ["hello", ["hello"], [{"role": "user", "content": "a"}, None]])
+def test_messages_that_are_no_objects(run: Run, messages: Any) -> None:
+    with pytest.raises(DataError, match="must be an object with role and content"):
+        run.chat(messages)
 
 
 def test_an_answer_that_is_stopped(run: Run, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:

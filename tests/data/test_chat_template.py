@@ -224,6 +224,8 @@ TOKENIZERS = {name: chat_tokenizer(name) for name in NAMES}
          "{% endfor %}", "special"),
         ("{% for m in messages %}{% generation %}{{ m['content'] }}</s>{% endgeneration %}"
          "{% endfor %}", "marks 2"),
+        ("{{ 1 // 0 }}", "refused by the chat template: .*zero"),
+        ("{% for i in range(10 ** 6) %}{% endfor %}", "refused by the chat template: Range too big"),
         ("{% for m in messages %}A{{ m['content'] }}{% if m['role'] == 'assistant' %}{% generation %}x"
          "{% endgeneration %}{% endif %}</s>{% endfor %}", "does not mark all"),
     ],

@@ -12,7 +12,7 @@ import sacrebleu
 
 import fedcustom
 import fedcustom.models.inference as inference
-from fedcustom.core.errors import RecipeError
+from fedcustom.core.errors import ModelError, RecipeError
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.report.read import read_runs
 from fedcustom.report.tables import comparison
@@ -139,3 +139,8 @@ def test_what_cannot_be_written_is_refused(settings: dict[str, Any], task: str, 
                 "rounds": {"count": 1},
             }
         )
+
+
+def test_texts_longer_than_the_context_are_refused(generation: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"max_new_tokens = 100000: .* has a context of \d+ positions$"):
+        fedcustom.run(generation, {"evaluation.max_new_tokens": 100_000}, out=tmp_path / "run")

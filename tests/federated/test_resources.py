@@ -67,6 +67,24 @@ def test_the_command_prints_lines_or_json(
     assert lines["run"].startswith("4 clients with ")
 
 
+def test_what_no_step_measures_is_named(small: dict[str, Any]) -> None:
+    changes = {
+        "training.learning_rate": "auto",
+        "training.fit_head": True,
+        "rounds.count": 3,
+        "personalisation.finetune_epochs": 1,
+    }
+    plain = load_recipe(small, {"training.fit_head": False})
+    found = measure_resources(plain)
+    said = dict(estimate.in_words(plain, found))["time here"]
+    assert said.endswith("by measured steps; evaluations come to that")
+    said = dict(estimate.in_words(load_recipe(small, changes), found))["time here"]
+    assert said.endswith(
+        "; evaluations, the search of a learning rate, fits of the head and the clients' fine-tuning "
+        "come to that"
+    )
+
+
 def test_methods_without_steps_are_refused(small: dict[str, Any], tmp_path: Path, command: Any) -> None:
     small["method"] = {"name": "prompt_engineering"}
     del small["training"]

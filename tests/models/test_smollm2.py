@@ -102,19 +102,23 @@ def test_a_failed_conversion_leaves_nothing_and_is_tried_again(
         (folder / "config.json").write_text("{")
         raise OSError(28, "No space left on device")
 
+    def whole(source: Path, folder: Path) -> None:
+        for name in smollm2.FILES:
+            (folder / name).write_text("{}")
+
     monkeypatch.setattr(smollm2, "_write", half)
     with pytest.raises(ModelError, match="No space left on device"):
         locate(smollm2.NAME)
     assert [path.name for path in (cache / "models").iterdir() if path.is_dir()] == []
-    monkeypatch.setattr(smollm2, "_write", lambda _, folder: (folder / "config.json").write_text("{}"))
+    monkeypatch.setattr(smollm2, "_write", whole)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         folder = Path(locate(smollm2.NAME))
         assert locate(smollm2.NAME) == str(folder)
-    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert {path.name for path in folder.iterdir()} == set(smollm2.FILES)
     assert sum("converting it once" in message for message in caplog.messages) == 1
     assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
-    assert cache_size().bytes == 2
+    assert cache_size().bytes == 2 * len(smollm2.FILES)
 
 
 def test_a_second_process_waits_for_the_first(
@@ -136,6 +140,14 @@ def test_a_second_process_waits_for_the_first(
 
 
 @needs_smollm2
+def test_an_incomplete_copy_is_one_line(cache: Path) -> None:
+    folder = smollm2.converted_folder()
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"model.safetensors is missing; fedcustom cache --clear removes"):
+        smollm2.smollm2_folder()
+
+
 def test_its_configuration_is_read_without_converting_it(cache: Path) -> None:
     assert smollm2.NAME in builtin_models()
     configuration = load_configuration(SETTINGS)

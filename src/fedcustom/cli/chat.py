@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ..api import Run
 from ..core.errors import DataError
@@ -22,7 +22,7 @@ def converse(run: Run, note: Callable[[str], None]) -> None:
 
     Raises:
         RunError: the run was not made on conversations, or has one model for each client.
-        DataError: where standard input is no terminal: the model cannot take a turn.
+        DataError: standard input is not UTF-8; or it is no terminal, and the model cannot take a turn.
     """
     terminal = sys.stdin.isatty()
     run.check_chat()
@@ -31,7 +31,7 @@ def converse(run: Run, note: Callable[[str], None]) -> None:
             import readline  # noqa: F401  (input() then edits lines and remembers them)
         note(f"{RESET} forgets the conversation; {QUIT} or Ctrl-D ends")
     history: list[dict[str, str]] = []
-    while (text := _turn(terminal)) is not None:
+    for text in _typed() if terminal else _piped():
         if text == QUIT:
             return
         if text == RESET:
@@ -66,16 +66,26 @@ def converse(run: Run, note: Callable[[str], None]) -> None:
             history = asked[:-1]
 
 
-def _turn(terminal: bool) -> str | None:
-    """The next line without surrounding space; None where there is no more."""
-    if not terminal:
-        line = sys.stdin.readline()
-        return line.strip() if line else None
-    try:
-        return input(PROMPT).strip()
-    except EOFError:
-        print()
-        return None
+def _typed() -> Iterator[str]:
+    """The lines that are typed, without surrounding space."""
+    while True:
+        try:
+            yield input(PROMPT).strip()
+        except EOFError:
+            print()
+            return
+        except UnicodeDecodeError:
+            raise DataError("standard input: not UTF-8 text") from None
+
+
+def _piped() -> Iterator[str]:
+    """The lines of standard input without surrounding space, as UTF-8 whatever the locale is."""
+    for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), start=1):
+        try:
+            text = line if isinstance(line, str) else line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"standard input, line {number}: not UTF-8 text") from None
+        yield text.strip()
 
 
 def _show(text: str) -> None:

@@ -41,11 +41,13 @@ def estimate(
 
 def in_words(recipe: Recipe, found: Resources) -> list[tuple[str, str]]:
     """The lines that are shown: names and figures."""
+    from ..federated.resolve import resolved
     from .progress_bar import asked, duration, size
 
+    recipe = resolved(recipe).settled(found.outline.clients)
     head = f" and {found.head:,} of the head" if found.head else ""
     lines = [
-        ("run", asked(recipe.settled(found.outline.clients), found.outline)),
+        ("run", asked(recipe, found.outline)),
         ("model", f"{found.parameters:,} parameters, {size(found.model_bytes)}"),
         ("trained", f"{found.trained:,} numbers{head}"),
         ("memory of a client", f"about {size(found.client_bytes)} (model, gradients, moments, a batch)"),
@@ -57,5 +59,18 @@ def in_words(recipe: Recipe, found: Resources) -> list[tuple[str, str]]:
     ]
     if found.round_seconds is None or found.run_seconds is None:
         return [*lines, ("time", "no round trains")]
-    rounds = f"a round trains for {duration(found.round_seconds)}, all for {duration(found.run_seconds)}"
-    return [*lines, ("time here", f"{rounds}, by measured steps; evaluations come to that")]
+    one = duration(found.round_seconds) if found.round_seconds >= 1 else "under 1 s"
+    rounds = f"a round trains for {one}, all for {duration(found.run_seconds)}"
+    return [*lines, ("time here", f"{rounds}, by measured steps; {_unmeasured(recipe)} come to that")]
+
+
+def _unmeasured(recipe: Recipe) -> str:
+    """What takes time besides the steps of rounds."""
+    found = ["evaluations"]
+    if recipe.training.trials():
+        found.append("the search of a learning rate")
+    if recipe.training.rounds_of_head_fits(recipe.rounds.count):
+        found.append("fits of the head")
+    if recipe.personalisation.finetune_epochs:
+        found.append("the clients' fine-tuning")
+    return " and ".join([", ".join(found[:-1]), found[-1]] if found[1:] else found)

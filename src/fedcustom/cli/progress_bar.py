@@ -212,7 +212,7 @@ def asked(recipe: Recipe, outline: Outline) -> str:
     """An outline in words: ``5,000 clients with 6,012 training examples; 20 rounds of 50 clients (...)``."""
     examples = f" with {outline.examples:,} training examples" if outline.examples is not None else ""
     rounds = f"{recipe.rounds.count:,} round" + "s" * (recipe.rounds.count != 1)
-    whose = f"of {outline.cohort:,} clients" if outline.cohort < outline.clients else "of all clients"
+    whose = f"of {_clients(outline.cohort)}" if outline.cohort < outline.clients else "of all clients"
     if recipe.baseline == "centralised":
         whose = whose.replace("of", "over as many examples as those of", 1)
     if outline.cohort < outline.clients and recipe.rounds.clients_per_round is None:

@@ -17,6 +17,9 @@ from .truncation import EXCHANGES
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 """Where a template itself says what the assistant writes."""
 
+FAILURES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+"""Errors of the expressions in a template: the sandbox's limit of a range is an ``OverflowError``."""
+
 PROBE = (Message("user", "one"), Message("assistant", "two"))
 """A conversation that every template takes."""
 
@@ -239,7 +242,7 @@ class ChatTemplate:
 
         try:
             return call()
-        except (TemplateError, TypeError, ValueError, LookupError) as error:  # of the template's own code
+        except (TemplateError, *FAILURES) as error:  # of the template's own code
             raise _Refused(f"is refused by the chat template: {in_one_line(error)}") from None
 
 

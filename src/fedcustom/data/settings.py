@@ -118,8 +118,17 @@ class DataSettings(Settings):
         for key in ("messages", "system", "chat_template"):
             if self.task != "chat" and getattr(self, key) is not None:
                 raise ValueError(f"data.{key}: has a meaning for data.task = 'chat' alone")
+        templates = [key for key in ("prompt", "target") if self._set(key)]
+        if self.messages is not None and templates:
+            raise ValueError(
+                f"data.messages = {self.messages!r}: does not go with data.{templates[0]}; name the column "
+                "of conversations or the templates of a turn and its answer"
+            )
         Truncation.parse(self.truncate, self._columns)
         return self
+
+    def _set(self, key: str) -> bool:
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
 
     @property
     def writes(self) -> bool:

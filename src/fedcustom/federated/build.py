@@ -77,6 +77,11 @@ def check_fit(recipe: Recipe) -> None:
     prompt, written, setting = length + data.max_length, 0, ""
     architecture = architecture_of(configuration)
     if data.writes:
+        default = type(recipe.evaluation).model_fields["max_new_tokens"].default
+        if (most := recipe.evaluation.max_new_tokens) > max(limit, default):
+            raise ModelError(
+                f"evaluation.max_new_tokens = {most}: {recipe.model.base} has a context of {limit} positions"
+            )
         written = data.max_target_length
         learned = has_learned_positions(configuration) and architecture != "encoder"  # which cannot generate
         if learned and recipe.evaluation.max_new_tokens > written:

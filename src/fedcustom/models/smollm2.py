@@ -38,6 +38,9 @@ INSTALL_READER = "pip install gguf"
 CONFIGURATION = Path(__file__).parent / "builtin" / "smollm2" / "config.json"
 """The converted model's configuration, so that a recipe is checked without converting it."""
 
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+"""Those of the converted model, without which it does not load."""
+
 FORM = 1
 """Raise it whenever the conversion changes, so that older copies are left alone."""
 
@@ -79,6 +82,11 @@ def smollm2_folder() -> Path:
     """
     folder = converted_folder()
     if folder.is_dir():
+        if lost := [name for name in FILES if not (folder / name).is_file()]:
+            raise ModelError(
+                f"model.base: {NAME}: {folder / lost[0]} is missing; fedcustom cache --clear removes the "
+                "copy, and it is made again"
+            )
         return folder
     check_present()
     try:

@@ -440,6 +440,7 @@ def test_an_answer_to_nothing_is_refused(distil: dict[str, Any]) -> None:
         ({"aggregation.rule": "median"}, RecipeError, "aggregation.rule = 'median': .* not weights"),
         ({"aggregation.correction": "scaffold"}, RecipeError, "aggregation.correction = 'scaffold'"),
         ({"aggregation.server_optimizer": "fedadam"}, RecipeError, "aggregation.server_optimizer"),
+        ({"training.gradient_checkpointing": True}, RecipeError, "distillation keeps all activations"),
         ({"training.proximal": 0.1}, RecipeError, "training.proximal: .* no global weights"),
         ({"method.client_models": []}, RecipeError, r"client_models = \[\]: name one at least"),
         (

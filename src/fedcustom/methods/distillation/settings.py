@@ -141,6 +141,10 @@ class DistillationSettings(MethodSettingsBase):
                 )
         if sections["training"].proximal:
             raise ValueError("training.proximal: distillation has no global weights to stay close to")
+        if sections["training"].gradient_checkpointing:
+            raise ValueError(
+                "training.gradient_checkpointing: distillation keeps all activations; leave it off"
+            )
         for key in ("freeze_head_rounds", "fit_head_rounds"):
             if getattr(sections["training"], key):
                 raise ValueError(f"training.{key}: distillation merges no heads")
