@@ -629,6 +629,18 @@ def test_bad_files(
     assert len(result.error.strip().splitlines()) == 1
 
 
+def test_cells_in_processes_of_their_own_find_files_from_the_current_folder(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "elsewhere" / "deep"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    small["data"]["source"] = os.path.relpath(small["data"]["source"])
+    small["rounds"] = {"count": 1}
+    path = written(tmp_path, small, seeds=[3])
+    assert opened(path, training="federated", partition="iid").run(2, print) == {}
+
+
 def test_an_experiment_stopped_by_ctrl_c_says_its_whole_command(
     command: Any, small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from ..core.errors import FedcustomError
 from ..core.files import write_text
 from ..federated.callbacks import Callback
 from ..federated.run import run_recipe
+from ..recipe.paths import absolute
 from ..recipe.recipe import Recipe, to_toml
 
 WEIGHTS = ("model", "checkpoints")
@@ -106,7 +107,7 @@ def _here(job: Job, callback: Callback | None) -> str | None:
 def _apart(job: Job, processes: set[subprocess.Popen[str]], tell: Tell | None, threads: int) -> str | None:
     """The job by the command line; the reason where it failed."""
     recipe = job.directory.parent / f"{job.directory.name}.toml"
-    write_text(recipe, to_toml(job.recipe))
+    write_text(recipe, to_toml(absolute(job.recipe)))  # paths are from here, and the file is not
     command = [sys.executable, "-m", "fedcustom", "run", str(recipe), "--out", str(job.directory)]
     limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     process = subprocess.Popen(
