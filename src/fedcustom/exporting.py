@@ -97,10 +97,9 @@ class RunExport:
 
     def _write_folded(self, target: Path, text: Path, slots: int | None, *, check: bool) -> Path:
         """The run's prefix memory as a plain model with wider feed-forward networks."""
-        from .methods.prefix.fold import STEPS, fold, read_texts, write_folded
+        from .methods.prefix.fold import fold, read_texts, write_folded
 
         texts = read_texts(text)
-        self.note(f"distilling the slots on {len(texts)} texts in {STEPS} steps, which takes some minutes")
         method, state = self.built()
         assert isinstance(method, WeightTuning)
         method.with_state(state)

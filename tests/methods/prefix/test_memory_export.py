@@ -98,7 +98,8 @@ def test_folding_imitates_the_memory(
     said: list[str] = []
     monkeypatch.setattr(folding, "EVERY", 0.0)
     folded = fold(base, method.trainable, TEXTS, None, 0, said.append)
-    assert len(said) == folding.STEPS
+    assert len(said) == 1 + folding.STEPS
+    assert said[0].startswith("distilling the slots on 120 texts in 400 steps")
     assert said[-1].startswith("distilling: step 400 of 400, relative error 0.")
     own, more = (
         sum(p.numel() for n, p in of.parameters.items() if n not in method.trainable.head)

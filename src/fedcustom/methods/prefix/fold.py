@@ -116,6 +116,7 @@ def fold(
             if own:
                 _beginning(parameter, memory[name]).copy_(memory[name])
         before = _error(teacher.model, student.model, held, base)
+    note(f"distilling the slots on {len(texts)} texts in {STEPS} steps, which takes some minutes")
     _distil(teacher.model, student.model, list(extra.values()), batches, base, note)
     after = _error(teacher.model, student.model, held, base)
     held_out = len(texts[::10])
