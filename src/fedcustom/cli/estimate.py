@@ -50,12 +50,9 @@ def in_words(recipe: Recipe, found: Resources) -> list[tuple[str, str]]:
         ("run", asked(recipe, found.outline)),
         ("model", f"{found.parameters:,} parameters, {size(found.model_bytes)}"),
         ("trained", f"{found.trained:,} numbers{head}"),
-        ("memory of a client", f"about {size(found.client_bytes)} (model, gradients, moments, a batch)"),
-        ("memory of a server", f"about {size(found.server_bytes)} across sites"),
-        (
-            "memory here",
-            f"{size(found.process_bytes)} at most so far; {size(found.available_bytes)} available",
-        ),
+        ("memory of a client", f"about {size(found.client_bytes)}, the process in which it trains alone"),
+        ("memory of a server", f"about {size(found.server_bytes)}, across sites"),
+        ("memory here", f"{size(found.process_bytes)} at most; {size(found.available_bytes)} available"),
     ]
     if found.round_seconds is None or found.run_seconds is None:
         return [*lines, ("time", "no round trains")]
