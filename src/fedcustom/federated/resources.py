@@ -42,7 +42,7 @@ class Resources:
     gradients and moments, and the activations of a batch. ``server_bytes`` is that of a server across sites:
     the same, with the state, a sum and one update in place of training. ``process_bytes`` is the most main
     memory that this process held while the cohort of a round trained for the measured steps, and
-    ``available_bytes`` what the device had left before the model was loaded. ``round_seconds`` are those of
+    ``available_bytes`` what the device has left, with what this process holds. ``round_seconds`` are those of
     the training of a round's cohort in this process, ``run_seconds`` those of all rounds, without
     evaluations; None where no round trains.
     """
@@ -126,11 +126,8 @@ def _seconds(recipe: Recipe, federation: Federation, plan: Plan) -> tuple[float,
     """Seconds of the first round that trains and of all of them, by the examples that the measured steps saw;
     None where there is no such round.
     """
-    fits, method, data = (
-        recipe.training.rounds_of_head_fits(recipe.rounds.count),
-        federation.method,
-        federation.data,
-    )
+    method, data = federation.method, federation.data
+    fits = recipe.training.rounds_of_head_fits(recipe.rounds.count)
     numbers = [number for number in range(1, len(plan) + 1) if number not in fits]
     if not numbers:
         return None

@@ -121,9 +121,9 @@ def _forward(
 
 
 def _is_cache(value: Any) -> bool:
-    from transformers.cache_utils import Cache, EncoderDecoderCache
+    from transformers.cache_utils import Cache
 
-    return isinstance(value, Cache | EncoderDecoderCache)
+    return isinstance(value, Cache)
 
 
 def _as_found(cache: Any) -> Callable[[], None]:

@@ -58,16 +58,14 @@ def check_checkpointing(
             raise
         except FAILURES as error:
             raise ModelError(f"{said}its code fails ({in_one_line(error)[:200]}); leave it off") from error
-    pairs = [(a, b) for a, b in zip(wanted, found, strict=True) if a is not None or b is not None]
-    gap = sum(_square(_less(a, b)) for a, b in pairs)
-    size = sum(_square(a) for a, _ in pairs if a is not None)
+    gap = size = 0.0
+    for parameter, one, other in zip(trainable.parameters.values(), wanted, found, strict=True):
+        expected, repeated = (torch.zeros_like(parameter) if g is None else g for g in (one, other))
+        gap += _square(repeated - expected)
+        size += _square(expected)
     if not math.sqrt(gap) <= TOLERANCE[base.precision] * math.sqrt(size):
         relative = math.sqrt(gap / size) if size else math.inf
         raise ModelError(f"{said}gradients differ by {relative:.1%} from those without; leave it off")
-
-
-def _less(a: Tensor | None, b: Tensor | None) -> Tensor:
-    return b if a is None else a if b is None else a - b  # type: ignore[return-value]
 
 
 def _square(tensor: Tensor) -> float:
