@@ -183,7 +183,7 @@ def test_references_are_kept_for_scoring(data_folder: Path) -> None:
     assert example.target == f" {row['references'][0]}"  # as the model learns to write it
     trained = data.clients["client-0"].train[0]
     assert trained.target.startswith(" the ")
-    assert trained.references == (trained.target.strip(),)
+    assert trained.target.strip() in trained.references
     own = {"source": "a", "target": "a second way", "references": ["first", "a second way"]}
     given, *others = make_examples(
         [own, {**own, "target": ""}, {k: v for k, v in own.items() if k != "target"}],

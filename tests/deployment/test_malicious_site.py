@@ -15,12 +15,13 @@ from fedcustom.deployment.connection import SiteFailure
 from fedcustom.deployment.evaluation import RemoteEvaluation
 from fedcustom.deployment.parties import check_generation
 from fedcustom.deployment.replies import Part, PartSizes, SiteStatistics
+from fedcustom.evaluation.settings import TEXT_METRICS
 from fedcustom.evaluation.statistics import classification_statistics, mean_statistics
 from fedcustom.recipe.recipe import load_recipe
 
 CLASSIFIER = classification_statistics(np.array([[2.0, 0.0], [0.0, 1.0], [0.5, 0.0]]), [0, 1, 1])
 LOSS = mean_statistics({"loss": 2.0}, {"loss": 30}, 3)
-TEXTS = mean_statistics({"loss": 2.0, "bleu": 10.0, "chrf": 5.0, "rouge_l": 4.0}, {"loss": 30}, 3)
+TEXTS = mean_statistics({"loss": 2.0, **dict.fromkeys(TEXT_METRICS, 5.0)}, {"loss": 30}, 3)
 
 
 class Sites:
@@ -94,7 +95,7 @@ def test_a_site_cannot_decide_an_evaluation_of_a_generator(sums: dict[str, Any])
     nothing: Any = None
     sites = Sites("generation", {"whole": TEXTS}, {"whole": {"examples": 3, "sums": sums}})
     result = sites.evaluation.final(nothing)
-    assert result.metrics == pytest.approx({"loss": 2.0, "bleu": 10.0, "chrf": 5.0, "rouge_l": 4.0})
+    assert result.metrics == pytest.approx({"loss": 2.0, **dict.fromkeys(TEXT_METRICS, 5.0)})
     assert result.client_mean == pytest.approx(result.metrics)
     assert set(result.clients) == {"north", "south"}
 

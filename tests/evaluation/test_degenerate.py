@@ -12,6 +12,7 @@ import fedcustom
 from fedcustom.data.build import build_data
 from fedcustom.evaluation.degenerate import degenerate_shares, in_words, is_repetitive
 from fedcustom.evaluation.metrics import text_metrics
+from fedcustom.evaluation.settings import TEXT_METRICS
 from fedcustom.federated.callbacks import Callback
 from fedcustom.models import inference
 from fedcustom.recipe.recipe import load_recipe
@@ -82,7 +83,7 @@ def test_a_run_says_so(generation: dict[str, Any], tmp_path: Path, monkeypatch: 
     test = build_data(recipe.data, recipe.clients, recipe.seed).test
     copies = text_metrics([e.text for e in test], [e.references for e in test])
     assert run.summary["copy"] == pytest.approx(copies)
-    assert run.summary["copy"].keys() == {"bleu", "chrf", "rouge_l"}
+    assert run.summary["copy"].keys() == {*TEXT_METRICS}
     assert run.summary["degenerate"] == {"empty": 0.0, "repetitive": 1.0, "constant": 1.0}
     warning = "degenerate test outputs: 100 % repeat themselves, 100 % are one and the same text"
     assert told.said[-2:] == ["finished", warning]

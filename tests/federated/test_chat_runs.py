@@ -12,6 +12,7 @@ import torch
 
 import fedcustom
 from fedcustom.core.errors import DataError, ModelError, RecipeError
+from fedcustom.evaluation.settings import TEXT_METRICS
 from helpers.chat import template
 from helpers.conversations import SYSTEM, chat_llama, chat_recipe, conversations
 from helpers.rows import write_jsonl
@@ -96,7 +97,7 @@ def test_figures_of_a_run(llama: str, tmp_path: Path) -> None:
     copied = sacrebleu.corpus_chrf([line["source"] for line in lines], [references]).score
     assert run.summary["copy"]["chrf"] == pytest.approx(copied)
     assert run.summary["task"] == "chat"
-    assert set(run.summary["untuned"]) == {"loss", "rouge_l", "bleu", "chrf"}
+    assert set(run.summary["untuned"]) == {"loss", *TEXT_METRICS}
     assert [one["text"] for one in run.predict(rows)] == said  # a row's last answer is what is asked for
 
 

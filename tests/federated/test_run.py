@@ -20,6 +20,7 @@ from fedcustom.core.errors import DataError, ModelError, RecipeError, RunError
 from fedcustom.core.tensors import equal
 from fedcustom.data.build import build_data
 from fedcustom.evaluation.metrics import is_better
+from fedcustom.evaluation.settings import TEXT_METRICS
 from fedcustom.federated.build import make_method
 from fedcustom.federated.callbacks import Callback
 from fedcustom.federated.resolve import resolved
@@ -146,7 +147,7 @@ def test_generation(generation: dict[str, Any], tmp_path: Path) -> None:
         {**generation, "training": {"batch_size": 8, "local_epochs": 2}}, out=tmp_path / "run"
     )
     metrics = run.summary["metrics"]
-    assert set(metrics) == {"loss", "bleu", "chrf", "rouge_l"}
+    assert set(metrics) == {"loss", *TEXT_METRICS}
     assert metrics["loss"] < run.summary["untuned"]["loss"]
     assert run.summary["head_parameters"] == 0
     line = json.loads((run.directory / "predictions.jsonl").read_text().splitlines()[0])

@@ -113,9 +113,8 @@ def check_first_rows(data: DataSettings, clients: ClientSettings) -> None:
             continue
         for row in rows:
             for name in wanted:
-                if isinstance(row.get(name), list | dict | bytes) and (
-                    name != data.references or not scoring
-                ):
+                lists = name in (data.references, data.options)
+                if isinstance(row.get(name), list | dict | bytes) and not lists:
                     cell_text(row, name, f"{where}, {row.place}")
 
 

@@ -16,6 +16,7 @@ from .templates import Field, fields, fill, places
 @dataclass(frozen=True, slots=True)
 class Example:
     """One labelled input: ``label`` for classification, ``target`` and ``references`` for generation.
+    ``options`` are the answers among which a model is to choose; unless there are none, the target is one.
 
     ``fields`` says which characters of the text come from which column; empty where that is not known.
 
@@ -30,6 +31,12 @@ class Example:
     fields: tuple[Field, ...] = field(default=(), compare=False)
     messages: Messages = ()
     where: str = field(default="", compare=False)
+    options: tuple[str, ...] = ()
+
+    @property
+    def right_option(self) -> int:
+        """The number of the option that is the target, from 0."""
+        return [option.strip() for option in self.options].index(self.target.strip())
 
     def with_text(self, text: str) -> Example:
         """The same with an altered text of about the same form: its columns grow or shrink alike."""
@@ -91,16 +98,19 @@ class FederatedData:
 
 
 def columns(settings: DataSettings, *, scoring: bool) -> tuple[str, ...]:
-    """The columns that a split must have; ``scoring`` splits may have references in place of the target."""
+    """The columns that a split must have; ``scoring`` splits may have references in place of the target.
+
+    Where the recipe names no test split, clients' test parts come out of the training rows, which then need
+    the columns of scores too.
+    """
     if settings.task == "classification":
         return (*fields(settings.text), settings.label)
-    wanted = fields(settings.prompt)
+    scored = scoring or settings.test is None
+    scores = [name for name in (settings.references, settings.options) if scored and name is not None]
     if settings.task == "chat":
-        wanted = conversation_columns(settings)
-        return (*wanted, settings.references) if scoring and settings.references is not None else wanted
-    if scoring and settings.references is not None:
-        return (*wanted, settings.references)
-    return (*wanted, *fields(settings.target))
+        return (*conversation_columns(settings), *scores)
+    target = () if scoring and settings.references is not None else fields(settings.target)
+    return (*fields(settings.prompt), *target, *scores)
 
 
 def label_names(rows: Sequence[Mapping[str, Any]], column: str, where: str) -> tuple[str, ...]:
@@ -130,11 +140,9 @@ def make_examples(
     examples = []
     for position, row in enumerate(rows):
         here = f"{where}, {place_of(row, position)}"
-        if settings.task == "chat":
-            examples.append(_chat_example(row, settings, scoring, here))
-            continue
         if settings.task != "classification":
-            examples.append(_generation_example(row, settings, scoring, here))
+            make = _chat_example if settings.task == "chat" else _generation_example
+            examples.append(_with_scores(make(row, settings, scoring, here), row, settings, scoring, here))
             continue
         example, label = input_of(settings.text, row, here), cell_text(row, settings.label, here)
         if label not in numbers:
@@ -170,25 +178,41 @@ def asked_in(messages: Messages, where: str = "") -> Example:
 def _chat_example(row: Mapping[str, Any], settings: DataSettings, scoring: bool, where: str) -> Example:
     messages = conversation_of(row, settings, where, answered=True)
     target = messages[-1].content
-    example = replace(asked_in(messages[:-1], where), target=target, references=(target.strip(),))
-    if scoring and settings.references is not None:
-        return replace(example, references=cell_texts(row, settings.references, where))
-    return example
+    return replace(asked_in(messages[:-1], where), target=target, references=(target.strip(),))
 
 
 def _generation_example(row: Mapping[str, Any], settings: DataSettings, scoring: bool, where: str) -> Example:
     example = input_of(settings.prompt, row, where)
-    if scoring and settings.references is not None:
-        references = cell_texts(row, settings.references, where)
-        # The loss is taken on the row's own target or, where it has none, on the first reference, in the form
-        # in which the model learns to write it.
-        names = fields(settings.target)
-        if all(row.get(name) not in (None, "") for name in names):
-            target = rendered(settings.target, row, where)
-        elif len(set(names)) == 1:
-            target = fill(settings.target, {names[0]: references[0]})
-        else:
-            target = references[0]
-        return replace(example, target=target, references=references)
-    target = rendered(settings.target, row, where)
+    names = fields(settings.target)
+    if scoring and settings.references is not None and any(row.get(name) in (None, "") for name in names):
+        # The loss of a row without a target is taken on the first reference, in the form in which the model
+        # learns to write it.
+        first = cell_texts(row, settings.references, where)[0]
+        target = fill(settings.target, {names[0]: first}) if len(set(names)) == 1 else first
+    else:
+        target = rendered(settings.target, row, where)
     return replace(example, target=target, references=(target.strip(),))
+
+
+def _with_scores(
+    example: Example, row: Mapping[str, Any], settings: DataSettings, scoring: bool, where: str
+) -> Example:
+    """The example with what answers are scored by: references and options. Training rows need them where
+    clients' test parts come out of these (:func:`columns`), and may have them elsewhere.
+    """
+    scored = scoring or settings.test is None
+    column = settings.references
+    if column is not None and (scored or row.get(column) is not None):
+        example = replace(example, references=cell_texts(row, column, where))
+    column = settings.options
+    if column is None or not (scored or row.get(column) is not None):
+        return example
+    options = cell_texts(row, column, where)
+    distinct = [text.strip() for text in options]
+    if len(options) < 2 or len({*distinct}) < len(options):
+        raise DataError(f"{where}: column {column!r} must hold a list of two or more different texts")
+    if example.target.strip() not in distinct:
+        raise DataError(
+            f"{where}: the target is none of the {len(options)} texts in column {column!r} (data.options)"
+        )
+    return replace(example, options=options)

@@ -47,7 +47,9 @@ class OwnDataSettings(Settings):
     references: str | None = Field(
         None, description="Column with accepted texts; unset: the recipe's data.references"
     )
-
+    options: str | None = Field(
+        None, description="Column with the answers to choose from; unset: the recipe's data.options"
+    )
     truncate: str | None = Field(
         None, description="What is cut of an input that is too long; unset: the recipe's data.truncate"
     )
@@ -114,10 +116,11 @@ def read_own(
     """
     renamed = {
         key: value
-        for key in ("text", "label", "prompt", "target", "messages", "references", "truncate")
+        for key in ("text", "label", "prompt", "target", "messages", "references", "options", "truncate")
         if (value := getattr(own, key)) is not None
     }
-    settings = data.model_copy(update=renamed)
+    # Training rows need columns of scores only where a test part comes out of them.
+    settings = data.model_copy(update={**renamed, "test": own.test if own.test or own.split else ""})
 
     def rows(name: str | None) -> list[Row]:
         if name is None:

@@ -82,6 +82,12 @@ class DataSettings(Settings):
         None,
         description="Generation, chat: column with a list of accepted texts, for scoring; unset: the target",
     )
+    options: str | None = Field(
+        None,
+        min_length=1,
+        description="Generation, chat: column with a list of answers, of which the target is one; the test "
+        "split is scored by which of them the model finds likeliest",
+    )
     max_length: int = Field(
         128,
         ge=4,
@@ -118,6 +124,9 @@ class DataSettings(Settings):
         for key in ("messages", "system", "chat_template"):
             if self.task != "chat" and getattr(self, key) is not None:
                 raise ValueError(f"data.{key}: has a meaning for data.task = 'chat' alone")
+        for key in ("references", "options"):
+            if not self.writes and getattr(self, key) is not None:
+                raise ValueError(f"data.{key}: has a meaning for generation and chat alone, not {self.task}")
         templates = [key for key in ("prompt", "target") if self._set(key)]
         if self.messages is not None and templates:
             raise ValueError(

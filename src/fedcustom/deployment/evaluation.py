@@ -8,8 +8,15 @@ from ..core.errors import DeploymentError, UpdateError
 from ..data.examples import Example, FederatedData
 from ..evaluation.calibration import best_scale, tempered_losses
 from ..evaluation.metrics import Metrics, client_mean, worst_client
+from ..evaluation.settings import CHOICE_METRIC, TEXT_METRICS
 from ..evaluation.statistics import Statistics, pooled_metrics, pooled_scale
-from ..federated.evaluator import Result, final_predictions, with_references
+from ..federated.evaluator import (
+    Result,
+    development_predictions,
+    final_predictions,
+    predicted,
+    with_references,
+)
 from ..methods import Method, State
 from ..models.inference import measure
 from ..models.load import Base
@@ -18,8 +25,6 @@ from .connection import SiteConnection, SiteFailure
 from .memories import RemoteMemories
 from .participants import Participants
 from .replies import Part, SiteStatistics
-
-TEXT_METRICS = frozenset({"bleu", "chrf", "rouge_l"})
 
 
 class RemoteEvaluation:
@@ -43,7 +48,11 @@ class RemoteEvaluation:
     def development(self, state: State) -> Metrics:
         """Quality on the development split."""
         if self.data.development:
-            return self._on_server_data(state, self.data.development, texts=False)
+            return measure(
+                development_predictions(self.method, state, self.data.development, self.recipe.evaluation),
+                self.data.development,
+                self.base,
+            )
         return _pooled(self._at_sites(state, "development"), "development")
 
     def scale(self, state: State) -> float:
@@ -96,7 +105,7 @@ class RemoteEvaluation:
         return with_references(result, self.data.task, self.data.test, self.recipe.evaluation)
 
     def _on_server_data(self, state: State, examples: list[Example], *, texts: bool) -> Metrics:
-        return measure(self.method.predict(state, examples, texts=texts), examples, self.base)
+        return measure(predicted(self.method, state, examples, texts=texts), examples, self.base)
 
     def _at_sites(self, state: State, part: Part) -> dict[str, SiteStatistics]:
         """The statistics of a state on one part of the data, by site; sites without any are left out."""
@@ -134,12 +143,13 @@ class RemoteEvaluation:
             if (found is not None) != wanted:
                 raise UpdateError(f"statistics of {name} {'are missing' if wanted else 'were not asked for'}")
             if found is not None:
-                _check_figures(found, announced, TEXT_METRICS if texts else frozenset())
+                metrics = {"loss", *(TEXT_METRICS if texts else ())}
+                _check_figures(found, announced, metrics, choices=self.recipe.data.options is not None)
 
 
-def _check_figures(found: Statistics, announced: int, texts: frozenset[str]) -> None:
-    """Refuse statistics of more examples than a site ``announced``, or of other metrics than the loss and
-    those of ``texts``.
+def _check_figures(found: Statistics, announced: int, metrics: set[str], *, choices: bool) -> None:
+    """Refuse statistics of more examples than a site ``announced``, or of other ``metrics``. Where the recipe
+    asks for ``choices``, sites whose examples have options say how often the right one was chosen.
 
     Raises:
         UpdateError: says which.
@@ -148,8 +158,9 @@ def _check_figures(found: Statistics, announced: int, texts: frozenset[str]) -> 
         raise UpdateError(
             f"statistics of {found['examples']} examples: the site announced {announced} when the run began"
         )
-    if "sums" in found and found["sums"].keys() != {"loss"} | texts:
-        raise UpdateError(f"statistics of other metrics than {', '.join(sorted({'loss'} | texts))}")
+    asked = found.get("sums", {}).keys() - ({CHOICE_METRIC} if choices else set())
+    if "sums" in found and asked != metrics:
+        raise UpdateError(f"statistics of other metrics than {', '.join(sorted(metrics))}")
 
 
 def _personalised(by_site: Mapping[str, SiteStatistics]) -> dict[str, Metrics]:

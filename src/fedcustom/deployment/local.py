@@ -138,10 +138,9 @@ def local_site_file(own: OwnDataSettings, data: FederatedData, recipe: Recipe, t
     declared = own.model_dump(exclude_none=True)
     if data.task.kind == "classification":
         declared |= {"columns": ["text", "label"], "labels": list(data.task.labels)}
-    elif data.task.chat:
-        declared |= {"columns": ["messages", "references"]}
     else:
-        declared |= {"columns": ["text", "target", "references"]}
+        given = ["messages"] if data.task.chat else ["text", "target"]
+        declared |= {"columns": [*given, "references", *(["options"] if own.options else [])]}
     policy: dict[str, Any] = dict.fromkeys(("sums", "logits", "vectors", "texts", "chat_templates"), True)
     policy |= dict.fromkeys(("least_examples", "least_batch_size", "least_label_examples"), 1)
     policy |= {"max_top": 1000, "max_queries_per_day": 1_000_000}
@@ -167,19 +166,23 @@ def write_parts(folder: Path, parts: Mapping[str, Sequence[Example]], data: Fede
         paths[part] = f"{part}.jsonl"
     if data.task.kind == "classification":
         return OwnDataSettings(**paths, text="{text}", label="label")
+    has_options = any(example.options for examples in parts.values() for example in examples)
+    paths |= {"references": "references"} | ({"options": "options"} if has_options else {})
     if data.task.chat:
-        return OwnDataSettings(**paths, messages="messages", references="references")
-    return OwnDataSettings(**paths, prompt="{text}", target="{target}", references="references")
+        return OwnDataSettings(**paths, messages="messages")
+    return OwnDataSettings(**paths, prompt="{text}", target="{target}")
 
 
 def _row(example: Example, data: FederatedData) -> dict[str, Any]:
     if data.task.kind == "classification":
         label = data.task.labels[example.label] if example.label >= 0 else ""
         return {"text": example.text, "label": label}
+    scores = {"references": list(example.references)}
+    scores |= {"options": list(example.options)} if example.options else {}
     if data.task.chat:
         messages = (*example.messages, Message("assistant", example.target))
-        return {"messages": as_rows(messages), "references": list(example.references)}
-    return {"text": example.text, "target": example.target, "references": list(example.references)}
+        return {"messages": as_rows(messages), **scores}
+    return {"text": example.text, "target": example.target, **scores}
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .answers import exact_match, token_f1
 from .calibration import expected_calibration_error, reliability
 
 Metrics = dict[str, float]
@@ -50,8 +51,8 @@ def _macro_f1(true: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def text_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Metrics:
-    """Corpus BLEU and chrF (``sacrebleu``) and mean ROUGE-L (best F-measure over the references), all 0 to
-    100.
+    """Corpus BLEU and chrF (``sacrebleu``), and means over the texts of ROUGE-L (F-measure), exact match and
+    token F1 (:mod:`.answers`), each by the best of the references; all 0 to 100.
     """
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
@@ -60,14 +61,17 @@ def text_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]
     width = max(len(texts) for texts in references)
     streams: Any = [[texts[i] if i < len(texts) else None for texts in references] for i in range(width)]
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    pairs = list(zip(predictions, references, strict=True))
     rouge = [
         max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in texts)
-        for prediction, texts in zip(predictions, references, strict=True)
+        for prediction, texts in pairs
     ]
     return {
         "bleu": float(sacrebleu.corpus_bleu(list(predictions), streams).score),
         "chrf": float(sacrebleu.corpus_chrf(list(predictions), streams).score),
         "rouge_l": 100 * float(np.mean(rouge)),
+        "exact_match": 100 * float(np.mean([exact_match(*pair) for pair in pairs])),
+        "token_f1": 100 * float(np.mean([token_f1(*pair) for pair in pairs])),
     }
 
 

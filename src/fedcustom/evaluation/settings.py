@@ -9,7 +9,13 @@ from pydantic import Field
 from ..core.settings import Settings
 
 CLASSIFICATION_METRICS = ("accuracy", "macro_f1", "loss", "calibration_error")
-GENERATION_METRICS = ("loss", "bleu", "chrf", "rouge_l")
+TEXT_METRICS = ("bleu", "chrf", "rouge_l", "exact_match", "token_f1")
+"""Metrics of generated texts."""
+
+CHOICE_METRIC = "choice_accuracy"
+"""Of examples with options: how often the likeliest is the right one."""
+
+GENERATION_METRICS = ("loss", *TEXT_METRICS, CHOICE_METRIC)
 RETRIEVAL_METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
 
 

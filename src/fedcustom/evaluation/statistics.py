@@ -56,11 +56,12 @@ def mean_statistics(metrics: Metrics, counts: Mapping[str, int], examples: int) 
 
 def pooled_metrics(parts: Sequence[Statistics]) -> Metrics:
     """The metrics of all sites' examples together: accuracy, macro-F1 and loss of a classifier as
-    :func:`~.metrics.classification_metrics` gives them; of anything else the means.
+    :func:`~.metrics.classification_metrics` gives them; of anything else the means, each over the sites that
+    have the metric.
     """
     if "confusion" not in parts[0]:
-        known = [name for name in parts[0]["sums"] if all(name in part["sums"] for part in parts)]
-        summed = {name: [part["sums"][name] for part in parts] for name in known}
+        names = dict.fromkeys(name for part in parts for name in part["sums"])
+        summed = {name: [part["sums"][name] for part in parts if name in part["sums"]] for name in names}
         return {name: math.fsum(s for s, _ in of) / sum(n for _, n in of) for name, of in summed.items()}
     total = sum(int(part["examples"]) for part in parts)
     confusion = np.sum([np.asarray(part["confusion"]) for part in parts], axis=0)

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..core.errors import DataError
 from ..data.conversations import as_rows
 from ..data.examples import Example, FederatedData, LearningTask
 from ..evaluation.calibration import best_scale, softmax, tempered_losses
 from ..evaluation.degenerate import degenerate_shares
 from ..evaluation.metrics import Metrics, client_mean, text_metrics, worst_client
-from ..evaluation.settings import EvaluationSettings
-from ..methods import Method, State
+from ..evaluation.settings import CHOICE_METRIC, EvaluationSettings
+from ..methods import Client, Method, State
+from ..models.choices import with_choices
 from ..models.inference import Predictions, measure
 from ..models.load import Base
 from ..transport.client_store import ClientStore
@@ -43,17 +45,20 @@ class Result:
     degenerate: dict[str, float] = field(default_factory=dict)
 
     def prediction_lines(self, data: FederatedData) -> Iterator[str]:
-        """The lines of ``predictions.jsonl``; of a generator those with a text."""
+        """The lines of ``predictions.jsonl``; of a generator those with a text or a chosen option."""
         assert self.predictions is not None
         if data.task.kind == "generation":
-            for example, text in self.predictions.with_texts(data.test):
-                row: dict[str, Any] = {"messages": as_rows(example.messages)} if example.messages else {}
-                row |= {
-                    "source": example.text,
-                    "references": list(example.references),
-                    "prediction": text,
-                }
-                yield json.dumps(row, ensure_ascii=False) + "\n"
+            said = {id(example): text for example, text in self.predictions.with_texts(data.test)}
+            options = {id(example): option for example, option in self.predictions.with_choices(data.test)}
+            for example in data.test:
+                text, option = said.get(id(example)), options.get(id(example))
+                if text is None and option is None:
+                    continue
+                line: dict[str, Any] = {"messages": as_rows(example.messages)} if example.messages else {}
+                line |= {"source": example.text, "references": list(example.references)}
+                line |= {"prediction": option if text is None else text}
+                line |= {} if option is None else {"chosen": option}
+                yield json.dumps(line, ensure_ascii=False) + "\n"
             return
         for number, example in enumerate(data.test):
             if data.task.kind == "classification":
@@ -95,6 +100,41 @@ def with_references(
     )
 
 
+def predicted(
+    method: Method, state: State, examples: list[Example], client: Client | None = None, *, texts: bool
+) -> Predictions:
+    """What a state, or a client's own version of it, says of test examples, with the options that it chooses
+    where examples have some.
+    """
+
+    def scored(some: list[Example]) -> Predictions:
+        return method.predict(state, some, client, texts=False)
+
+    return with_choices(method.predict(state, examples, client, texts=texts), examples, scored)
+
+
+def development_predictions(
+    method: Method,
+    state: State,
+    examples: list[Example],
+    settings: EvaluationSettings,
+    client: Client | None = None,
+) -> Predictions:
+    """What a state says of development examples. Texts are not generated, and options are scored only where
+    the best round is chosen by them: as many passes as there are options.
+
+    Raises:
+        DataError: the best round is to be chosen by options, and no example has any.
+    """
+    if settings.metric != CHOICE_METRIC:
+        return method.predict(state, examples, client, texts=False)
+    if not any(example.options for example in examples):
+        raise DataError(
+            f"evaluation.metric = {CHOICE_METRIC!r}: no development example has options (data.options)"
+        )
+    return predicted(method, state, examples, client, texts=False)
+
+
 def final_predictions(
     method: Method, state: State, examples: list[Example], task: LearningTask, settings: EvaluationSettings
 ) -> Predictions:
@@ -103,10 +143,10 @@ def final_predictions(
     """
     limit = settings.generate_limit
     if limit is None or limit >= len(examples):
-        return method.predict(state, examples, texts=task.kind != "classification" and settings.writes)
+        return predicted(method, state, examples, texts=task.kind != "classification" and settings.writes)
     places = tuple(number * len(examples) // limit for number in range(limit))
     texts = method.predict(state, [examples[i] for i in places], texts=True).texts
-    return replace(method.predict(state, examples, texts=False), texts=texts, written=places)
+    return replace(predicted(method, state, examples, texts=False), texts=texts, written=places)
 
 
 class Evaluator:
@@ -140,13 +180,20 @@ class Evaluator:
     def development(self, state: State) -> Metrics:
         """Quality on the development split; texts are not generated, so that it costs a forward pass only."""
         if not self.own and (self.whole or not self.method.keeps_parts()):
-            return self._measure(
-                self.method.predict(state, self.data.development, texts=False), self.data.development
-            )
+            return self._development(state, self.data.development)
         parts = {name: client.development for name, client in self.data.clients.items() if client.development}
         if not parts:  # the recipe names a development split that is nobody's
             parts = dict.fromkeys(self.data.clients, self.data.development)
-        return client_mean({name: self._own(state, name, examples) for name, examples in parts.items()})
+        return client_mean(
+            {
+                name: self._development(state, examples, self.store.open(name))
+                for name, examples in parts.items()
+            }
+        )
+
+    def _development(self, state: State, examples: list[Example], client: Client | None = None) -> Metrics:
+        said = development_predictions(self.method, state, examples, self.settings, client)
+        return self._measure(said, examples)
 
     def scale(self, state: State) -> float:
         """What a classifier's logits are best multiplied by, on the development split."""
@@ -156,7 +203,9 @@ class Evaluator:
 
     def test(self, state: State) -> Metrics:
         """Quality of one global state on the test split."""
-        return self._measure(self.method.predict(state, self.data.test, texts=self._writes), self.data.test)
+        return self._measure(
+            predicted(self.method, state, self.data.test, texts=self._writes), self.data.test
+        )
 
     def final(self, state: State, trained: State | None = None) -> Result:
         """Quality on the test split, on every client's own test part and on further test sets; clients'
@@ -173,7 +222,7 @@ class Evaluator:
         """Quality on a further test set; where clients have their own models, the mean over them."""
         if self.own:
             return client_mean({name: self._own(state, name, examples) for name in self.data.clients})
-        return self._measure(self.method.predict(state, examples, texts=self._writes), examples)
+        return self._measure(predicted(self.method, state, examples, texts=self._writes), examples)
 
     def _final(self, state: State, trained: State) -> Result:
         if self.own:
@@ -203,7 +252,7 @@ class Evaluator:
             if self.finetune_epochs:
                 own = self.method.adapt(state, client, self.finetune_epochs)
                 client.memory.tensors = {}  # what it kept is in its new state
-            predictions = self.method.predict(own, data.test, client, texts=False)
+            predictions = predicted(self.method, own, data.test, client, texts=False)
             metrics[name] = self._measure(predictions, data.test)
         return metrics
 
@@ -216,7 +265,7 @@ class Evaluator:
 
     def _own(self, state: State, name: str, examples: list[Example]) -> Metrics:
         client = self.store.open(name)
-        return self._measure(self.method.predict(state, examples, client, texts=False), examples)
+        return self._measure(predicted(self.method, state, examples, client, texts=False), examples)
 
     def _by_client(self, state: State, whole: Predictions) -> dict[str, Metrics]:
         """One pass over all clients' test parts (none where they are the test set), then each one's share."""
@@ -228,7 +277,7 @@ class Evaluator:
         if all(id(example) in places for example in together):  # their test parts make up the test set
             predictions = whole.select([places[id(example)] for example in together])
         else:
-            predictions = self.method.predict(state, together, texts=False)
+            predictions = predicted(self.method, state, together, texts=False)
         metrics, start = {}, 0
         for name, examples in parts.items():
             positions = range(start, start + len(examples))

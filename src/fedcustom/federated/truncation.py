@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from ..data.examples import FederatedData
+from ..core.errors import DataError
+from ..data.examples import Example, FederatedData
 from ..data.settings import DataSettings
 from ..data.truncation import CutCount
 from ..data.truncation_count import Owned, Reading, count_cuts, parts_of
@@ -24,7 +26,24 @@ def count_truncation(
         DataError, ModelError: a text cannot be taken by the model; see
             :func:`~fedcustom.data.truncation_count.count_cuts`.
     """
-    return count_parts(recipe, data, base, parts_of(federation))
+    parts = parts_of(federation)
+    scored = [owned for name in ("development", "test") for _, owned in parts.get(name, ())]
+    _refuse_cut_options(recipe, data, base, [example for examples in scored for example in examples])
+    return count_parts(recipe, data, base, parts)
+
+
+def _refuse_cut_options(recipe: Recipe, data: DataSettings, base: Base, examples: Sequence[Example]) -> None:
+    """See that no option has to be cut: a likelihood of its beginning says little of it.
+
+    Raises:
+        DataError: says how many are too long.
+    """
+    each = [replace(example, target=option) for example in examples for option in example.options]
+    if each and (cut := count_parts(recipe, data, base, {"options": [("", each)]})["options"].targets):
+        raise DataError(
+            f"column {data.options!r}: {cut} of {len(each)} options are longer than "
+            f"data.max_target_length = {data.max_target_length} tokens with their end; raise it"
+        )
 
 
 def count_parts(

@@ -13,9 +13,12 @@ import torch
 from ..data.examples import Example
 from ..data.tokens import Batch, TokenizedExample, by_length, collate
 from ..evaluation.metrics import Metrics, classification_metrics, retrieval_metrics, text_metrics, token_loss
-from ..evaluation.settings import EvaluationSettings
+from ..evaluation.settings import CHOICE_METRIC, EvaluationSettings
 from .forward import classification_logits, target_losses
 from .load import Base
+
+NO_CHOICE = -1
+"""In place of an option's number, where an example has no options."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +27,32 @@ class Predictions:
 
     ``scores`` are the rows from which metrics are computed: logits of (examples, labels) for a classifier,
     and (summed loss in nats, target tokens) of (examples, 2) for a generator. ``texts`` are generated texts,
-    where asked for: of all examples, or of those at the positions ``written``.
+    where asked for: of all examples, or of those at the positions ``written``. ``chosen`` (examples,) has the
+    numbers of the likeliest options, where examples have some (:mod:`.choices`).
     """
 
     scores: np.ndarray[Any, np.dtype[np.float64]]
     texts: list[str] | None = None
     written: tuple[int, ...] | None = None
+    chosen: np.ndarray[Any, np.dtype[np.int64]] | None = None
 
     def select(self, positions: Sequence[int]) -> Predictions:
         """The predictions at some positions; their scores alone where texts are there for a part only."""
         texts = None if self.texts is None or self.written else [self.texts[i] for i in positions]
-        return Predictions(self.scores[list(positions)], texts)
+        chosen = None if self.chosen is None else self.chosen[list(positions)]
+        return Predictions(self.scores[list(positions)], texts, chosen=chosen)
 
     def with_texts(self, examples: Sequence[Example]) -> list[tuple[Example, str]]:
         """The examples for which a text was written, each with that text."""
         places = range(len(examples)) if self.written is None else self.written
         return list(zip([examples[i] for i in places], self.texts, strict=True)) if self.texts else []
+
+    def with_choices(self, examples: Sequence[Example]) -> list[tuple[Example, str]]:
+        """The examples that have options, each with the option that is the likeliest."""
+        if self.chosen is None:
+            return []
+        pairs = zip(examples, self.chosen.tolist(), strict=True)
+        return [(example, example.options[number]) for example, number in pairs if example.options]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -211,4 +224,8 @@ def measure(predictions: Predictions, examples: Sequence[Example], base: Base) -
     if predictions.texts is not None:
         written = predictions.with_texts(examples)
         metrics.update(text_metrics(predictions.texts, [example.references for example, _ in written]))
+    if predictions.chosen is not None:
+        pairs = list(zip(predictions.chosen.tolist(), examples, strict=True))
+        right = [chosen == example.right_option for chosen, example in pairs if example.options]
+        metrics |= {CHOICE_METRIC: float(np.mean(right))} if right else {}
     return metrics

@@ -14,7 +14,12 @@ from ..aggregation.settings import AggregationSettings
 from ..core.errors import RecipeError
 from ..core.settings import Settings
 from ..data.settings import ClientSettings, DataSettings, PublicSettings, TaskKind
-from ..evaluation.settings import CLASSIFICATION_METRICS, RETRIEVAL_METRICS, EvaluationSettings
+from ..evaluation.settings import (
+    CHOICE_METRIC,
+    CLASSIFICATION_METRICS,
+    RETRIEVAL_METRICS,
+    EvaluationSettings,
+)
 from ..methods import registry
 from ..methods.prefix.settings import PrefixSettings
 from ..methods.settings import MethodSettingsBase, TuningSettings
@@ -36,8 +41,8 @@ else:
 
 SELECTION_METRICS: dict[TaskKind, tuple[str, ...]] = {
     "classification": CLASSIFICATION_METRICS,
-    "generation": ("loss",),
-    "chat": ("loss",),
+    "generation": ("loss", CHOICE_METRIC),
+    "chat": ("loss", CHOICE_METRIC),
     "retrieval": RETRIEVAL_METRICS,
 }
 """By what the best round can be chosen."""
@@ -142,6 +147,10 @@ class Recipe(Settings):
     def _check_generation(self) -> None:
         """Which texts are written in evaluation, and whether any can be."""
         settings, generates = self.evaluation, self.data.writes
+        if settings.metric == CHOICE_METRIC and self.data.options is None:
+            raise ValueError(
+                f"evaluation.metric = {CHOICE_METRIC!r}: name the column of options (data.options)"
+            )
         if not settings.writes and not generates:
             raise ValueError(f"evaluation.generate = false: is for generation, not {self.data.task}")
         if settings.generate_limit is None:

@@ -10,15 +10,16 @@ from typing import Literal, get_args
 import pandas as pd
 from scipy import stats
 
+from ..evaluation.settings import TEXT_METRICS
 from .methods import is_probe, title
 from .read import Baseline, Run
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 METRIC_ORDER = (
-    *("accuracy", "calibration_error", "macro_f1", "rouge_l", "bleu", "chrf", "mrr"),
-    *("loss", "perplexity"),
+    *("accuracy", "choice_accuracy", "calibration_error", "macro_f1", "rouge_l", "bleu", "chrf", "mrr"),
+    *("loss", "perplexity", "exact_match", "token_f1"),
 )
-PERCENT_METRICS = frozenset({"rouge_l", "bleu", "chrf"})
+PERCENT_METRICS = frozenset(TEXT_METRICS)
 NOT_COMPARED = frozenset({"seed", "output", "device", "threads", "workers"})
 """Last parts of settings that leave the question that a run answers as it is."""
 

@@ -59,6 +59,9 @@ class SiteDataSettings(OwnDataSettings):
         "answer are made by prompt and target",
     )
     references: str | None = Field(None, description="Generation: column with accepted texts; unset: none")
+    options: str | None = Field(
+        None, description="Generation: column with the answers to choose from; unset: none"
+    )
     public_text: str | None = Field(
         None, description="Template of the public texts; unset: that of the input or of the prompt"
     )
@@ -73,7 +76,7 @@ class SiteDataSettings(OwnDataSettings):
                 named |= dict.fromkeys(fields(template), key)
         named |= {
             name: key
-            for key in ("label", "messages", "references")
+            for key in ("label", "messages", "references", "options")
             if (name := getattr(self, key)) is not None
         }
         return named
@@ -137,7 +140,8 @@ def declared_settings(own: SiteDataSettings, data: DataSettings) -> DataSettings
         )
     keys = ("text", "label", "prompt", "target", "truncate")
     declared = {key: value for key in keys if (value := getattr(own, key)) is not None}
-    return data.model_copy(update={**declared, "messages": own.messages, "references": own.references})
+    own_alone = {key: getattr(own, key) for key in ("messages", "references", "options")}
+    return data.model_copy(update={**declared, **own_alone})
 
 
 def read_site(own: SiteDataSettings, folder: Path, data: DataSettings, public: PublicSettings) -> OwnData:

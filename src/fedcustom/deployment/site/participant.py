@@ -15,6 +15,7 @@ from ...data.party_data import OwnData
 from ...data.settings import ClientSettings
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
+from ...federated.evaluator import development_predictions, predicted
 from ...federated.truncation import count_truncation
 from ...methods import ChecksTasks, Client, CountsCuts, RoundTask, State, Task, TrainingTask
 from ...models.inference import Predictions, measure
@@ -197,15 +198,23 @@ class Participant:
         if recipe.method.is_whole or not personal:
             generates = recipe.data.writes and recipe.evaluation.writes_all
             texts = part == "test" and generates
-            global_model = self._statistics(self.method.predict(state, examples, texts=texts), examples)
+            predictions = self._predicted(part, state, examples, None, texts=texts)
+            global_model = self._statistics(predictions, examples)
         if personal or epochs:
             own, client = state, Client(self.name, self.data, self.memory.after(after), self.disk)
             if epochs:
                 own = self.method.adapt(state, client, epochs)
                 client = replace(client, memory=replace(client.memory, tensors={}))
-            predictions = self.method.predict(own, examples, client, texts=False)
+            predictions = self._predicted(part, own, examples, client, texts=False)
             personalised = self._statistics(predictions, examples)
         return SiteStatistics(global_model, personalised)
+
+    def _predicted(
+        self, part: Part, state: State, examples: list[Example], client: Client | None, *, texts: bool
+    ) -> Predictions:
+        if part == "development":
+            return development_predictions(self.method, state, examples, self.recipe.evaluation, client)
+        return predicted(self.method, state, examples, client, texts=texts)
 
     def _statistics(self, predictions: Predictions, examples: list[Example]) -> Statistics:
         if self.recipe.data.task == "classification":

@@ -24,7 +24,8 @@ def site_template(recipe: Recipe) -> str:
     stands there as a comment: the site has to choose it.
     """
     data = with_conversation_columns(recipe.data, [MESSAGES])
-    scoring = [*columns(data, scoring=False), *([data.references] if data.references else [])]
+    scores = {key: value for key in ("references", "options") if (value := getattr(data, key)) is not None}
+    scoring = [*columns(data, scoring=False), *scores.values()]
     lines = [
         "# Prepared from the recipe. This file, not the recipe, decides what is read and what may leave:",
         "# check every line, then: fedcustom site check --data site.toml",
@@ -36,8 +37,7 @@ def site_template(recipe: Recipe) -> str:
     lines += [f"{key} = {_toml(getattr(data, key))}" for key in needed(data)]
     if data.task == "classification":
         lines.append('max_labels = 50             # or all labels by name: labels = ["...", "..."]')
-    elif data.references:
-        lines.append(f"references = {_toml(data.references)}")
+    lines += [f"{key} = {_toml(value)}" for key, value in scores.items()]
     lines += ["", "[policy]"]
     defaults = PolicySettings()
     for content, setting in recipe.method.needed_contents(recipe.training, data.task).items():
