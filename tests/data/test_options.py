@@ -33,7 +33,10 @@ def test_the_target_is_one_of_the_options() -> None:
     example = one(row(1))
     assert example.options == tuple(OPTIONS)
     assert example.right_option == 1
-    assert one(row(2), target=" {target}").right_option == 2  # space around it does not count
+    shouted = one(row(2), target=" {target}!")  # options have the form of the target
+    assert shouted.options == (" red!", " blue!", " green!")
+    assert shouted.right_option == 2
+    assert one(row(2, target="green ")).right_option == 2  # space around an answer does not count
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_the_likeliest_option_is_that_of_a_plain_model(generation: dict[str, Any
         chosen = []
         for row in rows:
             scores = [
-                mean_log_probability(model, tokenizer, f"{row['source']} :", option)
+                mean_log_probability(model, tokenizer, f"{row['source']} :", f" {option}")
                 for option in row["options"]
             ]
             chosen.append(row["options"][scores.index(max(scores))])
@@ -75,7 +75,7 @@ def test_the_likeliest_option_is_that_of_a_plain_model(generation: dict[str, Any
         assert run.summary[said]["choice_accuracy"] == pytest.approx(sum(right) / len(rows))
     assert [line["chosen"] for line in lines] == chosen
     assert [line["prediction"] for line in lines] == chosen
-    assert 0 < sum(right) < len(rows) or sum(right) == len(rows)
+    assert 0 < sum(right) < len(rows)
     mean = run.summary["client_mean"]
     assert not mean or "choice_accuracy" in mean
 
@@ -101,7 +101,7 @@ def test_options_are_not_cut(generation: dict[str, Any], tmp_path: Path) -> None
     recipe = recipe_of(generation, with_options(tmp_path / "data"))
     recipe["data"]["max_target_length"] = 5
     with pytest.raises(
-        DataError, match=r"column 'options': \d+ of 87 options are longer than data.max_target_length"
+        DataError, match=r"column 'options': \d+ of 96 options are longer than data.max_target_length"
     ):
         fedcustom.run(recipe, out=tmp_path / "run")
 

@@ -187,11 +187,18 @@ def _generation_example(row: Mapping[str, Any], settings: DataSettings, scoring:
     if scoring and settings.references is not None and any(row.get(name) in (None, "") for name in names):
         # The loss of a row without a target is taken on the first reference, in the form in which the model
         # learns to write it.
-        first = cell_texts(row, settings.references, where)[0]
-        target = fill(settings.target, {names[0]: first}) if len(set(names)) == 1 else first
+        target = _as_target(cell_texts(row, settings.references, where)[0], settings)
     else:
         target = rendered(settings.target, row, where)
     return replace(example, target=target, references=(target.strip(),))
+
+
+def _as_target(text: str, settings: DataSettings) -> str:
+    """A text in the target's place, in the form of the target's template where that names one column."""
+    names = set(fields(settings.target))
+    if settings.messages is not None or len(names) != 1:
+        return text
+    return fill(settings.target, {names.pop(): text})
 
 
 def _with_scores(
@@ -207,7 +214,7 @@ def _with_scores(
     column = settings.options
     if column is None or not (scored or row.get(column) is not None):
         return example
-    options = cell_texts(row, column, where)
+    options = tuple(_as_target(text, settings) for text in cell_texts(row, column, where))
     distinct = [text.strip() for text in options]
     if len(options) < 2 or len({*distinct}) < len(options):
         raise DataError(f"{where}: column {column!r} must hold a list of two or more different texts")

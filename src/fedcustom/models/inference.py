@@ -52,7 +52,7 @@ class Predictions:
         if self.chosen is None:
             return []
         pairs = zip(examples, self.chosen.tolist(), strict=True)
-        return [(example, example.options[number]) for example, number in pairs if example.options]
+        return [(example, example.options[number].strip()) for example, number in pairs if example.options]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
