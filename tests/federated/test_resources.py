@@ -93,3 +93,19 @@ def test_methods_without_steps_are_refused(small: dict[str, Any], tmp_path: Path
     said = command("estimate", recipe)
     assert said.code == 2
     assert "trains no tensors, so that there are no steps to measure" in said.error
+
+
+@pytest.mark.parametrize("method", ["prefix", "full"])
+def test_a_run_warns_before_its_first_round(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    small["method"] = {"name": method}
+    plain = fedcustom.run(small, out=tmp_path / "plain")  # too small a model to look at
+    monkeypatch.setattr(resources, "SMALL", 0)
+    roomy = fedcustom.run(small, out=tmp_path / "roomy")
+    monkeypatch.setattr(resources.environment, "free_memory", lambda device: -(10**12))
+    tight = fedcustom.run(small, out=tmp_path / "tight")
+    for run, warned in ((plain, False), (roomy, False), (tight, True)):
+        log = run.directory / "warnings.log"
+        assert ("GB of memory; this machine has" in (log.read_text() if log.exists() else "")) == warned
+        assert run.summary["metrics"] == plain.summary["metrics"]

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..core import environment
 from ..core.errors import RecipeError, RunError
 from ..core.tensors import count
@@ -27,6 +29,9 @@ STEPS = 2
 
 FLOAT = 4
 """Bytes of a trained number, which is float32."""
+
+SMALL = 50_000_000
+"""Parameters of models that train wherever they load."""
 
 MOMENTS = 3 * FLOAT
 """Bytes of its gradient and its two moments while its client trains."""
@@ -62,16 +67,35 @@ class Resources:
     @property
     def exceeds(self) -> str | None:
         """What this machine has too little of, in a sentence."""
-        if self.client_bytes <= self.available_bytes:
-            return None
-        return (
-            f"a client needs about {self.client_bytes / 1e9:.1f} GB of memory; this machine has "
-            f"{self.available_bytes / 1e9:.1f} GB left"
-        )
+        return exceeds(self.client_bytes, self.available_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, by name."""
         return asdict(self)
+
+
+def exceeds(needed: int, available: int) -> str | None:
+    """That a client needs more bytes of memory than a device has, in a sentence; None where it does not."""
+    if needed <= available:
+        return None
+    return (
+        f"a client needs about {needed / 1e9:.1f} GB of memory; this machine has "
+        f"{available / 1e9:.1f} GB left (docs/memory.md: what takes less)"
+    )
+
+
+def memory_warning(recipe: Recipe, federation: Federation) -> str | None:
+    """That this machine has too little memory to train one client, before any is trained: a forward pass of
+    one batch is measured. Models of fewer than :data:`SMALL` parameters are not looked at.
+    """
+    method, base = federation.method, federation.base
+    if not isinstance(method, WeightTuning) or count(base.model.parameters()) < SMALL:
+        return None
+    held = environment.held_memory(base.device)
+    available = environment.free_memory(base.device) + held
+    trained = MOMENTS * sum(method.sizes(federation.origin))
+    with torch.random.fork_rng(devices=[]):  # the run's own draws stay as they are
+        return exceeds(held + trained + _activations(recipe, federation, method), available)
 
 
 def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Resources:

@@ -22,6 +22,7 @@ from . import fingerprint
 from .callbacks import Callback, Callbacks
 from .loop import FedAvg
 from .resolve import resolved
+from .resources import memory_warning
 from .run_directory import RunDirectory
 from .simulation import Federation, Gather, has_one_model, simulate
 from .summary import summarise
@@ -108,6 +109,7 @@ def _run(
     parties = gather(recipe, directory.path, directory.checkpoints.clients, callbacks, transforms)
     rows = parties.fingerprint
     difference = fingerprint.check(directory.path, rows, accept=accept) if rows else None
+    too_large = memory_warning(recipe, parties) if gather is simulate else None
     loop, base = FedAvg(recipe, parties, directory, callbacks), parties.base
     callbacks.raise_failure()
     del parties  # with the first state, which is held no longer than the loop needs it
@@ -119,6 +121,8 @@ def _run(
     if report := base.loading.in_words():
         tell = callbacks.on_note if base.loading.concerns_body else callbacks.on_information
         tell(f"loading {base.name}: {report}")
+    if too_large is not None:
+        loop.warn(too_large)
     for sentence in in_words(loop.federation.truncation):
         loop.warn(sentence)
     if base.measured:
