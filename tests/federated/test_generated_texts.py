@@ -13,6 +13,7 @@ import sacrebleu
 import fedcustom
 import fedcustom.models.inference as inference
 from fedcustom.core.errors import ModelError, RecipeError
+from fedcustom.evaluation.settings import TEXT_METRICS
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.report.read import read_runs
 from fedcustom.report.tables import comparison
@@ -144,3 +145,15 @@ def test_what_cannot_be_written_is_refused(settings: dict[str, Any], task: str, 
 def test_texts_longer_than_the_context_are_refused(generation: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"max_new_tokens = 100000: .* has a context of \d+ positions$"):
         fedcustom.run(generation, {"evaluation.max_new_tokens": 100_000}, out=tmp_path / "run")
+
+
+def test_clients_own_models_write_for_their_own_test_rows(generation: dict[str, Any], tmp_path: Path) -> None:
+    data = {**generation["data"]}
+    data.pop("test")
+    generation["data"], generation["baseline"] = data, "local"
+    generation["clients"] = {"partition": "iid", "count": 2, "test_fraction": 0.4}
+    run = fedcustom.run(generation, out=tmp_path / "run")
+    assert {*run.summary["client_mean"]} == {"loss", *TEXT_METRICS}
+    assert {*run.summary["metrics"]} == {"loss"}  # of each model on all rows, for which it writes nothing
+    limited = fedcustom.run(generation, {"evaluation.generate_limit": 1}, out=tmp_path / "limited")
+    assert {*limited.summary["client_mean"]} == {"loss"}

@@ -228,11 +228,9 @@ class Evaluator:
         if self.own:
             names = list(self.data.clients)
             whole = client_mean({name: self._own(state, name, self.data.test) for name in names})
-            clients = {
-                name: self._own(state, name, client.test)
-                for name, client in self.data.clients.items()
-                if client.test
-            }
+            parts = {name: client.test for name, client in self.data.clients.items() if client.test}
+            texts = self._writes_own(sum(map(len, parts.values())))
+            clients = {name: self._own(state, name, part, texts=texts) for name, part in parts.items()}
             return self._result(whole, clients, None)
         predictions = final_predictions(self.method, state, self.data.test, self.data.task, self.settings)
         result = self._result(
@@ -263,9 +261,15 @@ class Evaluator:
     def _measure(self, predictions: Predictions, examples: list[Example]) -> Metrics:
         return measure(predictions, examples, self.base)
 
-    def _own(self, state: State, name: str, examples: list[Example]) -> Metrics:
+    def _writes_own(self, examples: int) -> bool:
+        """Whether clients' own models write texts for their own test parts, together so many examples."""
+        limit = self.settings.generate_limit
+        writes = self.data.task.kind == "generation" and self.settings.writes
+        return writes and (limit is None or limit >= examples)
+
+    def _own(self, state: State, name: str, examples: list[Example], *, texts: bool = False) -> Metrics:
         client = self.store.open(name)
-        return self._measure(predicted(self.method, state, examples, client, texts=False), examples)
+        return self._measure(predicted(self.method, state, examples, client, texts=texts), examples)
 
     def _by_client(self, state: State, whole: Predictions) -> dict[str, Metrics]:
         """One pass over all clients' test parts (none where they are the test set), then each one's share."""
