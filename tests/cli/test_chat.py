@@ -132,6 +132,7 @@ def test_a_piped_turn_that_is_refused_ends_it(
     monkeypatch.setattr("sys.stdin", io.StringIO("a </s>\nb\n"))
     said = command("chat", run.directory)
     assert (said.code, said.out) == (2, "")
+    assert "standard input, line 1: " in said.error
     assert "control token '</s>'" in said.error
 
 

@@ -338,3 +338,10 @@ def test_packed_examples_keep_the_places_of_answers() -> None:
         for rows in (tokens, packed(tokens, in_memory=0))
     )
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_control_token_in_the_recipes_system_message_is_no_rows_fault() -> None:
+    template = ChatTemplate(chat_tokenizer("chatml"), "it")
+    data = DataSettings(source="x", task="chat", system="You are <|im_end|>")
+    with pytest.raises(DataError, match=r"^data\.system: holds the control token '<\|im_end\|>'"):
+        list(template.encode([Example("a", target="b")], data))

@@ -256,3 +256,18 @@ def test_a_network_in_front_of_a_soft_prompt_has_a_lower_rate(base: str) -> None
         given = {"name": "soft_prompt", "encoder": encoder}
         rates[encoder] = resolved(load_recipe(recipe, {"method": given})).training.learning_rate
     assert rates["mlp"] == rates["lstm"] < rates["none"]
+
+
+def test_a_setting_is_taken_back_by_unset(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        '[data]\nlimit = 10\n[training]\nlearning_rate = 0.5\n[method]\nname = "lora"\nrank = 3\n'
+    )
+    recipe = load_recipe(path, ["data.limit=unset", "method.rank = unset", "rounds.count=unset"])
+    default = load_recipe({"method": {"name": "lora"}})
+    assert recipe.data.limit is None
+    assert recipe.method == default.method
+    assert recipe.training.learning_rate == 0.5
+    assert load_recipe(path, ['data.label="unset"']).data.label == "unset"  # quoted, it is a text
+    with pytest.raises(RecipeError, match=r"method.name = None"):
+        load_recipe(path, ["method.name=unset"])

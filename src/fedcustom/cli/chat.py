@@ -31,7 +31,7 @@ def converse(run: Run, note: Callable[[str], None]) -> None:
             import readline  # noqa: F401  (input() then edits lines and remembers them)
         note(f"{RESET} forgets the conversation; {QUIT} or Ctrl-D ends")
     history: list[dict[str, str]] = []
-    for text in _typed() if terminal else _piped():
+    for number, text in enumerate(_typed() if terminal else _piped(), start=1):
         if text == QUIT:
             return
         if text == RESET:
@@ -43,7 +43,7 @@ def converse(run: Run, note: Callable[[str], None]) -> None:
             reply = run.chat(asked, _show)
         except DataError as error:
             if not terminal:
-                raise
+                raise DataError(f"standard input, line {number}: {error}") from None
             note(f"{error}; the turn is forgotten")
             continue
         except KeyboardInterrupt:

@@ -67,7 +67,9 @@ RunDirectory = Annotated[Path, typer.Argument(help="A run's directory")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change one setting, e.g. --set training.batch_size=32; repeatable"
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one setting, e.g. --set training.batch_size=32; KEY=unset takes one back; repeatable",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and the result alone")]

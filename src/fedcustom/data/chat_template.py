@@ -76,7 +76,9 @@ class ChatTemplate:
             )
             self.end, self._end_text = self._end_of_turn(shown)
             self._spans(PROBE)
-        except (_Refused, ValueError) as error:
+        except _Refused as refused:
+            raise ModelError(f"{self._where}: a conversation of user and assistant {refused}") from None
+        except ValueError as error:
             raise ModelError(f"{self._where}: {in_one_line(error)}") from None
 
     def encode(
@@ -92,6 +94,8 @@ class ChatTemplate:
             DataError: the template takes no such conversation, or its last user turn alone is too long; names
                 file and line.
         """
+        if data.system is not None and (token := self._control_token(data.system)):
+            raise DataError(f"data.system: holds the control token {token!r}; take it out")
         for position, example in enumerate(examples):
             try:
                 found = self._encode(example, data)
@@ -221,9 +225,12 @@ class ChatTemplate:
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         for number, message in enumerate(messages, start=1):
-            for token in self.control:
-                if token in message.content:
-                    raise _Refused(f"holds the control token {token!r} in message {number}; take it out")
+            if token := self._control_token(message.content):
+                raise _Refused(f"holds the control token {token!r} in message {number}; take it out")
+
+    def _control_token(self, text: str) -> str | None:
+        """The first control token that the text holds."""
+        return next((token for token in self.control if token in text), None)
 
     def _tokens(self, text: str) -> tuple[list[int], list[Span]]:
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

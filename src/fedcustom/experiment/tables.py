@@ -124,6 +124,8 @@ def score_tables(settings: ExperimentSettings, groups: Sequence[Replicates]) -> 
     ]
     if metric == "accuracy" and any("calibration_error" in result.metrics for result in results):
         kinds.insert(1, ("ECE", lambda result: result.metrics.get("calibration_error", math.nan)))
+    if metric == "loss" and all("accuracy" not in result.metrics for result in results):  # of texts
+        kinds.insert(1, ("perplexity", lambda result: _exponential(result.metrics.get("loss", math.nan))))
     if any("backdoor" in result.more for result in results):
         kinds.append(("success rate of the backdoor", _extra("backdoor", "success_rate")))
     perturbed = dict.fromkeys(kind for result in results for kind in result.more.get("perturbed", {}))
@@ -254,3 +256,8 @@ def _shown(group: Replicates | None, value: Value, metric: str) -> str:
         return words.MISSING
     mean, half = group.mean(value)
     return f"{words.score(mean, metric)} {words.interval(half, metric)}".strip()
+
+
+def _exponential(loss: float) -> float:
+    """The perplexity of a loss in nats a token; infinite where no float is as large."""
+    return math.inf if loss > 700 else math.exp(loss)

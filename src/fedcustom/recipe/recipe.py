@@ -309,7 +309,8 @@ def load_recipe(
     """Read and check a recipe.
 
     ``source`` is a TOML file, a dict of its content, or a recipe; ``overrides`` are ``"section.key=value"``
-    texts with values as in TOML (quotes around text may be left out), or a dict with such keys. Paths in a
+    texts with values as in TOML (quotes around text may be left out; ``unset`` takes a setting back), or a
+    dict with such keys. Paths in a
     file are relative to it, those in overrides to the current folder; both become absolute.
 
     Raises:
@@ -390,11 +391,17 @@ def to_toml(recipe: Recipe) -> str:
     return tomli_w.dumps(recipe.model_dump(exclude_none=True))
 
 
+UNSET: Any = object()
+"""The value of a setting that is to be taken back."""
+
+
 def _split(text: str) -> tuple[str, Any]:
     key, sign, value = text.partition("=")
     key, value = key.strip(), value.strip()
     if not sign or not key:
         raise RecipeError(f"--set {text!r}: write key=value, as in training.learning_rate=0.01")
+    if value == "unset":
+        return key, UNSET
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -409,12 +416,14 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` with ``change`` laid over it, table by table. Another method's name clears the old one's
-    settings.
+    settings. A value of :data:`UNSET` takes a setting out.
     """
     result = dict(base)
     for key, value in change.items():
-        old = result.get(key)
-        if isinstance(value, Mapping) and isinstance(old, Mapping):
+        old = result.get(key, {})
+        if value is UNSET:
+            result.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(old, Mapping):
             if key == "method" and value.get("name", old.get("name")) != old.get("name"):
                 old = {}
             result[key] = merged(old, value)

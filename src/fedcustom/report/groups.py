@@ -20,7 +20,7 @@ METRIC_ORDER = (
     *("loss", "perplexity", "exact_match", "token_f1"),
 )
 PERCENT_METRICS = frozenset(TEXT_METRICS)
-NOT_COMPARED = frozenset({"seed", "output", "device", "threads", "workers"})
+NOT_COMPARED = frozenset({"seed", "output", "device", "threads", "workers", "generate", "generate_limit"})
 """Last parts of settings that leave the question that a run answers as it is."""
 
 
