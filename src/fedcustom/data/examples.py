@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..core.errors import DataError
 from .cells import cell_text, cell_texts, in_order, place_of
 from .conversations import Message, Messages, conversation_columns, conversation_of
+from .preferences import pair_columns, pair_of
 from .settings import DataSettings
 from .templates import Field, fields, fill, places
 
@@ -21,6 +22,8 @@ class Example:
 
     Of a conversation, ``target`` is the last answer, ``messages`` is all that precedes it, and ``text`` the
     last message of that, in most cases a user's turn. ``where`` is its file and line, for messages.
+
+    Of a preference pair, ``target`` is the chosen answer and ``rejected`` the other one.
     """
 
     text: str
@@ -30,6 +33,7 @@ class Example:
     fields: tuple[Field, ...] = field(default=(), compare=False)
     messages: Messages = ()
     where: str = field(default="", compare=False)
+    rejected: str = ""
 
     def with_text(self, text: str) -> Example:
         """The same with an altered text of about the same form: its columns grow or shrink alike."""
@@ -48,6 +52,10 @@ class LearningTask:
 
     To answer in conversations (``chat``) is to generate; ``chat_template`` is the text of the template where
     that is not the tokenizer's own, ``system`` the system message of conversations that have none.
+
+    To write the answers that are preferred (``preference``) is to generate, too. Its prompts are
+    conversations (``chat``) where the model has a template of them, which shows when it is loaded; else plain
+    texts.
     """
 
     kind: Literal["classification", "generation", "retrieval"]
@@ -55,13 +63,22 @@ class LearningTask:
     chat: bool = False
     chat_template: str | None = None
     system: str | None = None
+    preference: bool = False
 
     @classmethod
     def of(cls, data: DataSettings, labels: Sequence[str] = ()) -> LearningTask:
         """The task of a recipe, with labels as they were found in the data."""
-        if data.task == "chat":
-            return cls("generation", chat=True, chat_template=data.chat_template, system=data.system)
+        if data.task == "chat" or data.task == "preference":
+            return cls(
+                "generation", chat=True, chat_template=data.chat_template, system=data.system,
+                preference=data.task == "preference",
+            )  # fmt: skip
         return cls(data.task, tuple(labels))
+
+    @property
+    def texts_are_scored(self) -> bool:
+        """Whether evaluation may have texts written: not for labels, nor for pairs of answers."""
+        return self.kind != "classification" and not self.preference
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +111,8 @@ def columns(settings: DataSettings, *, scoring: bool) -> tuple[str, ...]:
     """The columns that a split must have; ``scoring`` splits may have references in place of the target."""
     if settings.task == "classification":
         return (*fields(settings.text), settings.label)
+    if settings.task == "preference":
+        return pair_columns(settings)
     wanted = fields(settings.prompt)
     if settings.task == "chat":
         wanted = conversation_columns(settings)
@@ -132,6 +151,9 @@ def make_examples(
         here = f"{where}, {place_of(row, position)}"
         if settings.task == "chat":
             examples.append(_chat_example(row, settings, scoring, here))
+            continue
+        if settings.task == "preference":
+            examples.append(_pair_example(row, settings, here))
             continue
         if settings.task != "classification":
             examples.append(_generation_example(row, settings, scoring, here))
@@ -174,6 +196,12 @@ def _chat_example(row: Mapping[str, Any], settings: DataSettings, scoring: bool,
     if scoring and settings.references is not None:
         return replace(example, references=cell_texts(row, settings.references, where))
     return example
+
+
+def _pair_example(row: Mapping[str, Any], settings: DataSettings, where: str) -> Example:
+    pair = pair_of(row, settings, where)
+    asked = asked_in(pair.prompt, where)
+    return replace(asked, target=pair.chosen, references=(pair.chosen.strip(),), rejected=pair.rejected)
 
 
 def _generation_example(row: Mapping[str, Any], settings: DataSettings, scoring: bool, where: str) -> Example:

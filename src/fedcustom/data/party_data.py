@@ -41,6 +41,12 @@ class OwnDataSettings(Settings):
     label: str | None = Field(None, description="Column of the label; unset: the recipe's data.label")
     prompt: str | None = Field(None, description="Template of the prompt; unset: the recipe's data.prompt")
     target: str | None = Field(None, description="Template of the target; unset: the recipe's data.target")
+    chosen: str | None = Field(
+        None, description="Template of the preferred answer; unset: the recipe's data.chosen"
+    )
+    rejected: str | None = Field(
+        None, description="Template of the rejected answer; unset: the recipe's data.rejected"
+    )
     messages: str | None = Field(
         None, description="Column with lists of messages; unset: the recipe's data.messages"
     )
@@ -52,7 +58,7 @@ class OwnDataSettings(Settings):
         None, description="What is cut of an input that is too long; unset: the recipe's data.truncate"
     )
 
-    _templates = field_validator("text", "prompt", "target")(checked)
+    _templates = field_validator("text", "prompt", "target", "chosen", "rejected")(checked)
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,10 @@ def read_own(
     """
     renamed = {
         key: value
-        for key in ("text", "label", "prompt", "target", "messages", "references", "truncate")
+        for key in (
+            *("text", "label", "prompt", "target", "chosen", "rejected"),
+            *("messages", "references", "truncate"),
+        )
         if (value := getattr(own, key)) is not None
     }
     settings = data.model_copy(update=renamed)

@@ -8,6 +8,7 @@ from ..core.errors import DeploymentError, UpdateError
 from ..data.examples import Example, FederatedData
 from ..evaluation.calibration import best_scale, tempered_losses
 from ..evaluation.metrics import Metrics, client_mean, worst_client
+from ..evaluation.settings import PREFERENCE_METRICS
 from ..evaluation.statistics import Statistics, pooled_metrics, pooled_scale
 from ..federated.evaluator import Result, final_predictions, with_references
 from ..methods import Method, State
@@ -58,7 +59,7 @@ class RemoteEvaluation:
     def test(self, state: State) -> Metrics:
         """Quality of one global state on the test split."""
         if self.data.test:
-            texts = self.data.task.kind != "classification" and self.recipe.evaluation.writes_all
+            texts = self.data.task.texts_are_scored and self.recipe.evaluation.writes_all
             return self._on_server_data(state, self.data.test, texts=texts)
         return _pooled(self._at_sites(state, "test"), "test")
 
@@ -125,7 +126,7 @@ class RemoteEvaluation:
         personal, epochs = self.method.keeps_parts(), self.recipe.personalisation.finetune_epochs
         whole = self.recipe.method.is_whole or not personal
         own = personal or bool(epochs and part == "test")
-        generates = self.recipe.data.writes and self.recipe.evaluation.writes_all
+        generates = self.recipe.data.texts_are_scored and self.recipe.evaluation.writes_all
         writes = part == "test" and generates
         for name, found, wanted, texts in (
             ("the global model", reply.global_model, whole, writes),
@@ -134,12 +135,13 @@ class RemoteEvaluation:
             if (found is not None) != wanted:
                 raise UpdateError(f"statistics of {name} {'are missing' if wanted else 'were not asked for'}")
             if found is not None:
-                _check_figures(found, announced, TEXT_METRICS if texts else frozenset())
+                more = frozenset(PREFERENCE_METRICS) if self.recipe.data.task == "preference" else frozenset()
+                _check_figures(found, announced, TEXT_METRICS if texts else more)
 
 
-def _check_figures(found: Statistics, announced: int, texts: frozenset[str]) -> None:
+def _check_figures(found: Statistics, announced: int, more: frozenset[str]) -> None:
     """Refuse statistics of more examples than a site ``announced``, or of other metrics than the loss and
-    those of ``texts``.
+    ``more``.
 
     Raises:
         UpdateError: says which.
@@ -148,8 +150,8 @@ def _check_figures(found: Statistics, announced: int, texts: frozenset[str]) -> 
         raise UpdateError(
             f"statistics of {found['examples']} examples: the site announced {announced} when the run began"
         )
-    if "sums" in found and found["sums"].keys() != {"loss"} | texts:
-        raise UpdateError(f"statistics of other metrics than {', '.join(sorted({'loss'} | texts))}")
+    if "sums" in found and found["sums"].keys() != {"loss"} | more:
+        raise UpdateError(f"statistics of other metrics than {', '.join(sorted({'loss'} | more))}")
 
 
 def _personalised(by_site: Mapping[str, SiteStatistics]) -> dict[str, Metrics]:

@@ -138,6 +138,8 @@ def local_site_file(own: OwnDataSettings, data: FederatedData, recipe: Recipe, t
     declared = own.model_dump(exclude_none=True)
     if data.task.kind == "classification":
         declared |= {"columns": ["text", "label"], "labels": list(data.task.labels)}
+    elif data.task.preference:
+        declared |= {"columns": ["prompt", "chosen", "rejected"]}
     elif data.task.chat:
         declared |= {"columns": ["messages", "references"]}
     else:
@@ -167,6 +169,8 @@ def write_parts(folder: Path, parts: Mapping[str, Sequence[Example]], data: Fede
         paths[part] = f"{part}.jsonl"
     if data.task.kind == "classification":
         return OwnDataSettings(**paths, text="{text}", label="label")
+    if data.task.preference:
+        return OwnDataSettings(**paths, prompt="{prompt}", chosen="{chosen}", rejected="{rejected}")
     if data.task.chat:
         return OwnDataSettings(**paths, messages="messages", references="references")
     return OwnDataSettings(**paths, prompt="{text}", target="{target}", references="references")
@@ -176,6 +180,9 @@ def _row(example: Example, data: FederatedData) -> dict[str, Any]:
     if data.task.kind == "classification":
         label = data.task.labels[example.label] if example.label >= 0 else ""
         return {"text": example.text, "label": label}
+    if data.task.preference:
+        prompt = as_rows(example.messages)
+        return {"prompt": prompt, "chosen": example.target, "rejected": example.rejected}
     if data.task.chat:
         messages = (*example.messages, Message("assistant", example.target))
         return {"messages": as_rows(messages), "references": list(example.references)}

@@ -10,6 +10,7 @@ from ..core.settings import Settings
 
 CLASSIFICATION_METRICS = ("accuracy", "macro_f1", "loss", "calibration_error")
 GENERATION_METRICS = ("loss", "bleu", "chrf", "rouge_l")
+PREFERENCE_METRICS = ("loss", "preference_accuracy", "reward_margin", "likelihood_accuracy")
 RETRIEVAL_METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
 
 
@@ -22,8 +23,8 @@ class EvaluationSettings(Settings):
     )
     metric: str | None = Field(
         None,
-        description="Metric of that choice; unset: accuracy, loss (generation, chat) or mrr (retrieval, "
-        "MRR@10)",
+        description="Metric of that choice; unset: accuracy, loss (generation, chat, preference) or mrr "
+        "(retrieval, MRR@10)",
     )
     batch_size: int = Field(64, ge=1, description="Examples a forward pass in evaluation")
     calibrate: bool = Field(

@@ -45,6 +45,9 @@ class Result:
     def prediction_lines(self, data: FederatedData) -> Iterator[str]:
         """The lines of ``predictions.jsonl``; of a generator those with a text."""
         assert self.predictions is not None
+        if data.task.preference:
+            yield from map(_pair_line, data.test, self.predictions.scores.tolist())
+            return
         if data.task.kind == "generation":
             for example, text in self.predictions.with_texts(data.test):
                 row: dict[str, Any] = {"messages": as_rows(example.messages)} if example.messages else {}
@@ -76,6 +79,21 @@ class Result:
             yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
+def _pair_line(example: Example, scores: Sequence[float]) -> str:
+    """The line of a preference pair: which answer has the larger implicit reward, and by how much."""
+    _, margin, likelier = scores
+    row: dict[str, Any] = {
+        "messages": as_rows(example.messages),
+        "source": example.text,
+        "references": [example.target],
+        "rejected": example.rejected,
+        "prediction": "chosen" if margin > 0 else "rejected" if margin < 0 else "neither",
+        "reward_margin": margin,
+        "likelihood_margin": likelier,
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def with_references(
     result: Result, task: LearningTask, examples: Sequence[Example], settings: EvaluationSettings
 ) -> Result:
@@ -83,7 +101,7 @@ def with_references(
     how many outputs are degenerate. ``examples`` are the test split. Where texts were written for a part of
     it, both are of that part.
     """
-    if task.kind != "generation" or not examples or not settings.writes:
+    if task.kind != "generation" or not task.texts_are_scored or not examples or not settings.writes:
         return result
     written = result.predictions.with_texts(examples) if result.predictions is not None else []
     sources = [example for example, _ in written] or examples
@@ -103,7 +121,7 @@ def final_predictions(
     """
     limit = settings.generate_limit
     if limit is None or limit >= len(examples):
-        return method.predict(state, examples, texts=task.kind != "classification" and settings.writes)
+        return method.predict(state, examples, texts=task.texts_are_scored and settings.writes)
     places = tuple(number * len(examples) // limit for number in range(limit))
     texts = method.predict(state, [examples[i] for i in places], texts=True).texts
     return replace(method.predict(state, examples, texts=False), texts=texts, written=places)
@@ -209,7 +227,7 @@ class Evaluator:
 
     @property
     def _writes(self) -> bool:
-        return self.data.task.kind != "classification" and self.settings.writes_all
+        return self.data.task.texts_are_scored and self.settings.writes_all
 
     def _measure(self, predictions: Predictions, examples: list[Example]) -> Metrics:
         return measure(predictions, examples, self.base)

@@ -172,3 +172,5 @@ def _parts(example: Example, label: str) -> Iterable[str]:
     yield from example.references
     for message in example.messages:
         yield from (message.role, message.content)
+    if example.rejected:
+        yield example.rejected

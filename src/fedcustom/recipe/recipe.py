@@ -14,7 +14,12 @@ from ..aggregation.settings import AggregationSettings
 from ..core.errors import RecipeError
 from ..core.settings import Settings
 from ..data.settings import ClientSettings, DataSettings, PublicSettings, TaskKind
-from ..evaluation.settings import CLASSIFICATION_METRICS, RETRIEVAL_METRICS, EvaluationSettings
+from ..evaluation.settings import (
+    CLASSIFICATION_METRICS,
+    PREFERENCE_METRICS,
+    RETRIEVAL_METRICS,
+    EvaluationSettings,
+)
 from ..methods import registry
 from ..methods.prefix.settings import PrefixSettings
 from ..methods.settings import MethodSettingsBase, TuningSettings
@@ -24,6 +29,7 @@ from ..training.settings import TrainingSettings
 from ..updates.settings import CompressionSettings
 from .help import explain, nearest
 from .label_skew import check_label_skew, settled, why_no_head_fit
+from .objective import check_objective, with_task_of_objective
 from .paths import beside, existing
 from .sections import PersonalisationSettings, RoundSettings
 
@@ -38,6 +44,7 @@ SELECTION_METRICS: dict[TaskKind, tuple[str, ...]] = {
     "classification": CLASSIFICATION_METRICS,
     "generation": ("loss",),
     "chat": ("loss",),
+    "preference": PREFERENCE_METRICS,
     "retrieval": RETRIEVAL_METRICS,
 }
 """By what the best round can be chosen."""
@@ -46,6 +53,7 @@ DEFAULT_METRIC: dict[TaskKind, str] = {
     "classification": "accuracy",
     "generation": "loss",
     "chat": "loss",
+    "preference": "loss",
     "retrieval": "mrr",
 }
 
@@ -102,6 +110,8 @@ class Recipe(Settings):
         description="What differs in a comparison: [compare.<method or baseline>.<section>]",
     )
 
+    _task_of_objective = model_validator(mode="before")(with_task_of_objective)
+
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
         count, asked = self.clients.count, self.rounds.clients_per_round
@@ -116,8 +126,10 @@ class Recipe(Settings):
                 f"training.warmup_rounds = {self.training.warmup_rounds}: "
                 f"must be below rounds.count = {self.rounds.count}"
             )
-        if self.data.task == "chat" and (self.public.source is not None or self.public.fraction):
-            raise ValueError("[public]: no method for data.task = 'chat' uses public texts; leave it out")
+        if self.data.task in ("chat", "preference") and (self.public.source or self.public.fraction):
+            task = self.data.task
+            raise ValueError(f"[public]: no method for data.task = {task!r} uses public texts; leave it out")
+        check_objective(self.data.task, self.training)
         self._check_training()
         self._check_search()
         self._check_correction()
@@ -141,7 +153,7 @@ class Recipe(Settings):
 
     def _check_generation(self) -> None:
         """Which texts are written in evaluation, and whether any can be."""
-        settings, generates = self.evaluation, self.data.writes
+        settings, generates = self.evaluation, self.data.texts_are_scored
         if not settings.writes and not generates:
             raise ValueError(f"evaluation.generate = false: is for generation, not {self.data.task}")
         if settings.generate_limit is None:

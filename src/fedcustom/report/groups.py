@@ -16,9 +16,11 @@ from .read import Baseline, Run
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 METRIC_ORDER = (
     *("accuracy", "calibration_error", "macro_f1", "rouge_l", "bleu", "chrf", "mrr"),
-    *("loss", "perplexity"),
+    *("preference_accuracy", "loss", "reward_margin", "likelihood_accuracy", "perplexity"),
 )
 PERCENT_METRICS = frozenset({"rouge_l", "bleu", "chrf"})
+UNBOUNDED_METRICS = frozenset({"reward_margin"})
+"""Metrics that are no share and no loss: any number, and the larger the better."""
 NOT_COMPARED = frozenset({"seed", "output", "device", "threads", "workers"})
 """Last parts of settings that leave the question that a run answers as it is."""
 
