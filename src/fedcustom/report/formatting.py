@@ -22,8 +22,8 @@ from .methods import is_probe, settings
 
 METRIC_NAMES = {
     "accuracy": "accuracy",
-    "preference_accuracy": "accuracy of rewards",
-    "likelihood_accuracy": "accuracy of likelihoods",
+    "preference_accuracy": "reward acc.",
+    "likelihood_accuracy": "likelihood acc.",
     "calibration_error": "ECE",
     "macro_f1": "macro F1",
     "rouge_l": "ROUGE-L",
