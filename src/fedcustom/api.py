@@ -157,9 +157,9 @@ class Run:
         if not inputs:
             return []
         method, state = self._method
-        kind, examples = self.recipe.data.task, self._examples(inputs)
+        writes, examples = self.recipe.data.writes, self._examples(inputs)
         said = method.predict(state, examples, texts=True)
-        if kind in ("generation", "chat"):
+        if writes:
             return [{"text": text} for text in said.texts or []]
         shares = softmax(said.scores)
         labels = self._task.labels
@@ -193,14 +193,20 @@ class Run:
         """Refuse a run whose model answers no conversations.
 
         Raises:
-            RunError: the run was not made on conversations, or has one model for each client.
+            RunError: the run was made neither on conversations nor on preferences, or on these without a
+                template of conversations, or has one model for each client.
         """
-        if (task := self.recipe.data.task) != "chat":
+        if (task := self.recipe.data.task) not in ("chat", "preference"):
             raise RunError(
                 f"{self.directory}: was not made on conversations (data.task = {task!r}); its model answers "
                 "fedcustom predict"
             )
         self._require_model()
+        if self._base.chat is None:
+            raise RunError(
+                f"{self.directory}: its model has no chat template, so that it learnt from plain texts; it "
+                "answers fedcustom predict"
+            )
 
     def chat(
         self,

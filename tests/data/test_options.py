@@ -88,7 +88,9 @@ def test_training_rows_may_be_without_options_elsewhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["options", "references"])
 def test_only_written_answers_have_options(key: str) -> None:
-    with pytest.raises(RecipeError, match=f"data.{key}: has a meaning for generation and chat alone"):
+    with pytest.raises(
+        RecipeError, match=f"data.{key}: has a meaning for data.task = 'generation' or 'chat' alone"
+    ):
         parse_recipe({"data": {key: "column"}}, "recipe")
 
 

@@ -15,6 +15,7 @@ from fedcustom.federated.run_directory import Checkpoints
 from helpers.chat import template
 from helpers.conversations import chat_llama, chat_recipe
 from helpers.deployed import Bed, bed
+from helpers.preferences import preference_recipe
 from helpers.rows import make_rows, write_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
@@ -189,4 +190,18 @@ def test_conversations_are_the_same_across_sites(tmp_path: Path) -> None:
         site = tomllib.loads((made.kit(made.names[0]) / "data" / "site.toml").read_text())
         assert site["data"]["messages"] == "messages"
         assert site["policy"]["chat_templates"]
+        compare(made, recipe, tmp_path)
+
+
+def test_preferences_are_the_same_across_sites(tmp_path: Path) -> None:
+    """Sites evaluate, too: the server has no pairs of its own."""
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    recipe = preference_recipe(rows, chat_llama(tmp_path / "models" / "llama"))
+    del recipe["data"]["development"], recipe["data"]["test"]
+    recipe["clients"] |= {"development_fraction": 0.2, "test_fraction": 0.2}
+    recipe["training"]["cohort_width"] = 1
+    with bed(tmp_path / "f", recipe) as made:
+        site = tomllib.loads((made.kit(made.names[0]) / "data" / "site.toml").read_text())
+        assert site["data"]["rejected"] == "{rejected}"
         compare(made, recipe, tmp_path)

@@ -40,7 +40,9 @@ class Sites:
         connection: Any = self
         method: Any = SimpleNamespace(keeps_parts=lambda: False)
         server: Any = SimpleNamespace(
-            development=[], test=[], task=SimpleNamespace(kind=task, labels=self.labels)
+            development=[],
+            test=[],
+            task=SimpleNamespace(kind=task, labels=self.labels, texts_are_scored=task == "generation"),
         )
         self.evaluation = RemoteEvaluation(
             load_recipe({"data": data, "method": {"name": "prefix"}, "evaluation": evaluation}), method,

@@ -255,7 +255,7 @@ def test_rows_that_the_template_refuses(tmp_path: Path) -> None:
         ({"data.truncate": "keep-end"}, "leave it at 'auto'"),
         (
             {"data.task": "generation", "data.system": "a"},
-            "data.system: has a meaning for data.task = 'chat' alone",
+            "data.system: has a meaning for data.task = 'chat' or 'preference' alone",
         ),
         ({"data.messages": "m", "data.target": "{a}"}, "data.messages = 'm': does not go with data.target"),
         ({"public.fraction": 0.5}, r"\[public\]: no method for data.task = 'chat'"),

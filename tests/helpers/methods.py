@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fedcustom.aggregation.settings import AggregationSettings
@@ -70,6 +71,13 @@ def generation_examples(count: int = 8) -> list[Example]:
     return [Example(f"{row['source']} :", target=f" {row['target']}") for row in make_rows(count, 3)]
 
 
+def preference_examples(count: int = 8) -> list[Example]:
+    """Pairs whose rejected answer is that of the next example, and a word longer."""
+    found = generation_examples(count)
+    others = [*found[1:], found[0]]
+    return [replace(e, rejected=f"{other.target} too") for e, other in zip(found, others, strict=True)]
+
+
 def make(
     path: str,
     method: str,
@@ -87,11 +95,12 @@ def make(
     """
     if method == "bitfit":
         more.setdefault("norms", True)  # some of the tiny models have no biases
-    task = LearningTask(kind, LABELS if kind == "classification" else ())  # type: ignore[arg-type]
+    data = DataSettings(task=kind, max_length=24, max_target_length=16)  # type: ignore[arg-type]
+    task = LearningTask.of(data, LABELS if kind == "classification" else ())
     base = load_base(ModelSettings(base=path), task, seed=0)
     context = Context(
         base=base,
-        data=DataSettings(task=kind, max_length=24, max_target_length=16),  # type: ignore[arg-type]
+        data=data,
         training=TrainingSettings(
             **{"learning_rate": RATE, "batch_size": 4, "clip_norm": 0, **(training or {})}
         ),
@@ -108,6 +117,8 @@ def make(
 
 
 def examples_for(kind: str) -> list[Example]:
+    if kind == "preference":
+        return preference_examples()
     return classification_examples() if kind == "classification" else generation_examples()
 
 

@@ -68,7 +68,7 @@ def is_empty(answer: Mapping[str, Any]) -> bool:
 def reason(run: Run) -> str:
     """The likely reason of an empty answer, in words."""
     ended = "the model ended its text before it wrote a word"
-    if run.recipe.data.task == "chat":
+    if run.recipe.data.task in ("chat", "preference"):
         return ended
     if getattr(run.tokenizer(), "chat_template", None):
         return (

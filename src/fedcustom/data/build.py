@@ -108,7 +108,7 @@ def check_first_rows(data: DataSettings, clients: ClientSettings) -> None:
         in_all = ENDINGS[path.suffix] != "json" or len(rows) < FIRST_ROWS  # later objects may have more
         if rows and in_all:
             require_columns(rows, wanted, where)
-        if data.task == "chat":
+        if data.task in ("chat", "preference"):
             make_examples(rows, data, (), scoring=scoring, where=where)
             continue
         for row in rows:

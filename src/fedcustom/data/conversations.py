@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core.errors import DataError, nearest
 from .cells import cell_text, text_of
-from .settings import COMPLETION, MESSAGES, PROMPT, DataSettings
+from .settings import CHOSEN, COMPLETION, MESSAGES, PROMPT, REJECTED, DataSettings
 from .templates import fields, fill
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -34,7 +34,12 @@ Messages = tuple[Message, ...]
 def with_conversation_columns(data: DataSettings, present: Sequence[str]) -> DataSettings:
     """The settings with the columns in which conversations stand, where the recipe names none: ``messages``,
     or else ``prompt`` and ``completion``, if a file has them (``present``); else those of the templates.
+
+    Of preference pairs: ``chosen``, ``rejected`` and, if a file has it, ``prompt``. Where there is no column
+    of a prompt, the two hold whole conversations, and the prompt's template is empty.
     """
+    if data.task == "preference":
+        return _with_pair_columns(data, present)
     untouched = all(
         getattr(data, key) == type(data).model_fields[key].default for key in ("prompt", "target")
     )
@@ -47,6 +52,17 @@ def with_conversation_columns(data: DataSettings, present: Sequence[str]) -> Dat
     if PROMPT in present:
         return data.model_copy(update={"prompt": f"{{{PROMPT}}}", "target": f"{{{COMPLETION}}}"})
     return data.model_copy(update={"messages": MESSAGES})
+
+
+def _with_pair_columns(data: DataSettings, present: Sequence[str]) -> DataSettings:
+    prompt = data.prompt
+    if prompt == type(data).model_fields["prompt"].default:
+        if PROMPT in present:
+            prompt = f"{{{PROMPT}}}"
+        elif not set(fields(prompt)) <= set(present):
+            prompt = ""
+    chosen, rejected = data.chosen or f"{{{CHOSEN}}}", data.rejected or f"{{{REJECTED}}}"
+    return data.model_copy(update={"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
 def conversation_columns(data: DataSettings) -> tuple[str, ...]:
@@ -72,9 +88,9 @@ def conversation_of(row: Mapping[str, Any], data: DataSettings, where: str, *, a
             raise DataError(f"{where}: no column {data.messages!r}")
         messages = _messages(row[data.messages], f"{where}: column {data.messages!r}")
     else:
-        messages = _turns(data.prompt, row, "user", where)
+        messages = turns(data.prompt, row, "user", where)
         if answered:
-            messages += _turns(data.target, row, "assistant", where)
+            messages += turns(data.target, row, "assistant", where)
     messages = with_system(messages, data.system)
     check_order(messages, where)
     if answered and messages[-1].role != "assistant":
@@ -129,7 +145,13 @@ def as_rows(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def _turns(template: str, row: Mapping[str, Any], role: Role, where: str) -> Messages:
+def turns(template: str, row: Mapping[str, Any], role: Role, where: str) -> Messages:
+    """What a template makes of a row: a turn of ``role``; or the messages of a list, in the place of which a
+    template that names nothing but its column may stand.
+
+    Raises:
+        DataError: a cell is empty, or holds neither a plain value nor messages.
+    """
     names = fields(template)
     if len(names) == 1 and template == f"{{{names[0]}}}" and isinstance(row.get(names[0]), list | np.ndarray):
         return _messages(row[names[0]], f"{where}: column {names[0]!r}")

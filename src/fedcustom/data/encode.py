@@ -27,6 +27,8 @@ NOTHING: Mapping[str, int] = MappingProxyType({})
 NO_TOKEN = "is empty: the tokenizer makes no token of it"
 EMPTY_PROMPT = "is an empty prompt: the tokenizer makes no token of it, and there is nothing to continue"
 
+SAME_TOKENS = "chosen and rejected are the same in their first tokens; raise data.max_target_length"
+
 TARGET = "(target)"
 """The name under which cut tokens of targets are counted."""
 
@@ -133,6 +135,21 @@ def encode(
             if problem := rules.problem(ids, tokenizer):
                 raise TextError(start + place, len(texts), problem)
             yield Encoded(ids, lost.get(place, NOTHING))
+
+
+def refuse_conversations(examples: Sequence[Example]) -> None:
+    """Refuse prompts that are more than one turn of a user, for a model that reads them as plain texts.
+
+    Raises:
+        DataError: names file and line.
+    """
+    for number, example in enumerate(examples, start=1):
+        if len(example.messages) > 1:
+            raise DataError(
+                f"{example.where or f'example {number}'}: the prompt is a conversation of "
+                f"{len(example.messages)} messages; model.base has no chat template to read it by; name a "
+                "Jinja file in data.chat_template"
+            )
 
 
 def prompt_of(ids: list[int], tokenizer: Any) -> list[int]:

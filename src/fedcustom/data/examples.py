@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..core.errors import DataError
 from .cells import cell_text, cell_texts, in_order, place_of
 from .conversations import Message, Messages, conversation_columns, conversation_of
+from .preferences import pair_columns, pair_of
 from .settings import DataSettings
 from .templates import Field, fields, fill, places
 
@@ -22,6 +23,8 @@ class Example:
 
     Of a conversation, ``target`` is the last answer, ``messages`` is all that precedes it, and ``text`` the
     last message of that, in most cases a user's turn. ``where`` is its file and line, for messages.
+
+    Of a preference pair, ``target`` is the chosen answer and ``rejected`` the other one.
     """
 
     text: str
@@ -32,6 +35,7 @@ class Example:
     messages: Messages = ()
     where: str = field(default="", compare=False)
     options: tuple[str, ...] = ()
+    rejected: str = ""
 
     @property
     def right_option(self) -> int:
@@ -55,6 +59,10 @@ class LearningTask:
 
     To answer in conversations (``chat``) is to generate; ``chat_template`` is the text of the template where
     that is not the tokenizer's own, ``system`` the system message of conversations that have none.
+
+    To write the answers that are preferred (``preference``) is to generate, too. Its prompts are
+    conversations (``chat``) where the model has a template of them, which shows when it is loaded; else plain
+    texts.
     """
 
     kind: Literal["classification", "generation", "retrieval"]
@@ -62,13 +70,22 @@ class LearningTask:
     chat: bool = False
     chat_template: str | None = None
     system: str | None = None
+    preference: bool = False
 
     @classmethod
     def of(cls, data: DataSettings, labels: Sequence[str] = ()) -> LearningTask:
         """The task of a recipe, with labels as they were found in the data."""
-        if data.task == "chat":
-            return cls("generation", chat=True, chat_template=data.chat_template, system=data.system)
+        if data.task == "chat" or data.task == "preference":
+            return cls(
+                "generation", chat=True, chat_template=data.chat_template, system=data.system,
+                preference=data.task == "preference",
+            )  # fmt: skip
         return cls(data.task, tuple(labels))
+
+    @property
+    def texts_are_scored(self) -> bool:
+        """Whether evaluation may have texts written: not for labels, nor for pairs of answers."""
+        return self.kind != "classification" and not self.preference
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +122,8 @@ def columns(settings: DataSettings, *, scoring: bool) -> tuple[str, ...]:
     """
     if settings.task == "classification":
         return (*fields(settings.text), settings.label)
+    if settings.task == "preference":
+        return pair_columns(settings)
     scored = scoring or settings.test is None
     scores = [name for name in (settings.references, settings.options) if scored and name is not None]
     if settings.task == "chat":
@@ -140,6 +159,9 @@ def make_examples(
     examples = []
     for position, row in enumerate(rows):
         here = f"{where}, {place_of(row, position)}"
+        if settings.task == "preference":
+            examples.append(_pair_example(row, settings, here))
+            continue
         if settings.task != "classification":
             make = _chat_example if settings.task == "chat" else _generation_example
             examples.append(_with_scores(make(row, settings, scoring, here), row, settings, scoring, here))
@@ -179,6 +201,12 @@ def _chat_example(row: Mapping[str, Any], settings: DataSettings, scoring: bool,
     messages = conversation_of(row, settings, where, answered=True)
     target = messages[-1].content
     return replace(asked_in(messages[:-1], where), target=target, references=(target.strip(),))
+
+
+def _pair_example(row: Mapping[str, Any], settings: DataSettings, where: str) -> Example:
+    pair = pair_of(row, settings, where)
+    asked = asked_in(pair.prompt, where)
+    return replace(asked, target=pair.chosen, references=(pair.chosen.strip(),), rejected=pair.rejected)
 
 
 def _generation_example(row: Mapping[str, Any], settings: DataSettings, scoring: bool, where: str) -> Example:

@@ -10,7 +10,8 @@ from ..core.errors import DataError
 from .cells import Row
 from .conversations import conversation_of, with_conversation_columns
 from .examples import Example, asked_in, input_of
-from .settings import DataSettings
+from .preferences import prompt_of_row
+from .settings import MESSAGES, DataSettings
 from .templates import fields
 
 
@@ -32,6 +33,8 @@ def input_example(data: DataSettings, item: str | Mapping[str, Any], number: int
         if len(names) != 1:
             raise DataError(f"{where}: the recipe's template {template!r} needs columns, not one text")
         item = dict.fromkeys(names, item)
+    if data.task == "preference":
+        return _asked_of_pair(data, item, where)
     if data.task != "chat":
         return replace(input_of(template, item, where), label=0)
     if data.messages is not None and data.messages not in item and names <= item.keys():
@@ -39,3 +42,13 @@ def input_example(data: DataSettings, item: str | Mapping[str, Any], number: int
     data = with_conversation_columns(data, list(item))
     messages = conversation_of(item, data, where, answered=False)
     return asked_in(messages[:-1] if messages[-1].role == "assistant" else messages, where)
+
+
+def _asked_of_pair(data: DataSettings, item: Mapping[str, Any], where: str) -> Example:
+    """The prompt of a row of preferences, or a conversation in the column ``messages``."""
+    if MESSAGES in item:
+        messages = conversation_of(
+            item, data.model_copy(update={"messages": MESSAGES}), where, answered=False
+        )
+        return asked_in(messages[:-1] if messages[-1].role == "assistant" else messages, where)
+    return asked_in(prompt_of_row(item, with_conversation_columns(data, list(item)), where), where)

@@ -41,6 +41,12 @@ class OwnDataSettings(Settings):
     label: str | None = Field(None, description="Column of the label; unset: the recipe's data.label")
     prompt: str | None = Field(None, description="Template of the prompt; unset: the recipe's data.prompt")
     target: str | None = Field(None, description="Template of the target; unset: the recipe's data.target")
+    chosen: str | None = Field(
+        None, description="Template of the preferred answer; unset: the recipe's data.chosen"
+    )
+    rejected: str | None = Field(
+        None, description="Template of the rejected answer; unset: the recipe's data.rejected"
+    )
     messages: str | None = Field(
         None, description="Column with lists of messages; unset: the recipe's data.messages"
     )
@@ -54,7 +60,7 @@ class OwnDataSettings(Settings):
         None, description="What is cut of an input that is too long; unset: the recipe's data.truncate"
     )
 
-    _templates = field_validator("text", "prompt", "target")(checked)
+    _templates = field_validator("text", "prompt", "target", "chosen", "rejected")(checked)
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,10 @@ def read_own(
     """
     renamed = {
         key: value
-        for key in ("text", "label", "prompt", "target", "messages", "references", "options", "truncate")
+        for key in (
+            *("text", "label", "prompt", "target", "chosen", "rejected"),
+            *("messages", "references", "options", "truncate"),
+        )
         if (value := getattr(own, key)) is not None
     }
     # Training rows need columns of scores only where a test part comes out of them.

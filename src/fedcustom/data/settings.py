@@ -11,10 +11,13 @@ from ..core.settings import Settings
 from .templates import checked, fields
 from .truncation import AUTO, Truncation
 
-TaskKind = Literal["classification", "generation", "chat", "retrieval"]
+TaskKind = Literal["classification", "generation", "chat", "preference", "retrieval"]
 
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 """Columns in which conversations stand where the recipe names none."""
+
+CHOSEN, REJECTED = "chosen", "rejected"
+"""Columns of the two answers of a preference pair where the recipe names none."""
 
 BuiltInPartition = Literal["natural", "iid", "dirichlet", "quantity", "pathological"]
 
@@ -32,6 +35,22 @@ def is_template(value: str) -> bool:
     return "{{" in value or "{%" in value
 
 
+ONLY_FOR: dict[str, tuple[TaskKind, ...]] = {
+    "messages": ("chat",),
+    "system": ("chat", "preference"),
+    "chat_template": ("chat", "preference"),
+    "chosen": ("preference",),
+    "rejected": ("preference",),
+    "references": ("generation", "chat"),
+    "options": ("generation", "chat"),
+}
+"""Settings of data that some tasks alone read."""
+
+
+def _either(tasks: tuple[TaskKind, ...]) -> str:
+    return " or ".join(map(repr, tasks))
+
+
 class DataSettings(Settings):
     """Where examples come from and how their columns become a task."""
 
@@ -42,8 +61,8 @@ class DataSettings(Settings):
     subset: str | None = Field(None, description="Configuration of a hub data set that has several")
     task: TaskKind = Field(
         "classification",
-        description="What is learnt: a label, a text, the assistant's turns of conversations, or which "
-        "document answers",
+        description="What is learnt: a label, a text, the assistant's turns of conversations, which of two "
+        "answers is preferred, or which document answers",
     )
     train: str = Field(
         "train", description="Training split: a split's name or a file's name without its ending"
@@ -57,11 +76,20 @@ class DataSettings(Settings):
     )
     label: str = Field("label", description="Classification: the column that holds the label")
     prompt: str = Field(
-        "{source}", description="Generation: template of what the model is given; retrieval: of the question"
+        "{source}",
+        description="Generation: template of what the model is given; preference: of the prompt, text or "
+        "messages (unset: {prompt}, where there is that column); retrieval: of the question",
     )
     target: str = Field(
         "{target}",
         description="Generation: template of what the model is to write; retrieval: of the document",
+    )
+    chosen: str | None = Field(
+        None,
+        description="Preference: template of the preferred answer, a text or messages; unset: {chosen}",
+    )
+    rejected: str | None = Field(
+        None, description="Preference: template of the other answer, likewise; unset: {rejected}"
     )
     messages: str | None = Field(
         None,
@@ -70,13 +98,15 @@ class DataSettings(Settings):
         "answer are made by these templates",
     )
     system: str | None = Field(
-        None, min_length=1, description="Chat: system message of conversations that have none of their own"
+        None,
+        min_length=1,
+        description="Chat, preference: system message of conversations that have none of their own",
     )
     chat_template: str | None = Field(
         None,
         min_length=1,
-        description="Chat: Jinja file of the template by which messages become one text, or the template "
-        "itself; unset: the tokenizer's own",
+        description="Chat, preference: Jinja file of the template by which messages become one text, or the "
+        "template itself; unset: the tokenizer's own",
     )
     references: str | None = Field(
         None,
@@ -93,7 +123,7 @@ class DataSettings(Settings):
         ge=4,
         le=1_000_000,
         description="Longest input in tokens; truncate says what is cut off (chat: the longest text before "
-        "the last answer, which loses whole exchanges, the oldest first)",
+        "the last answer, which loses whole exchanges, the oldest first; likewise of preference)",
     )
     truncate: str = Field(
         "auto",
@@ -103,7 +133,11 @@ class DataSettings(Settings):
         "'context:keep-start' says otherwise",
     )
     max_target_length: int = Field(
-        128, ge=1, le=1_000_000, description="Generation: longest target in tokens; chat: longest last answer"
+        128,
+        ge=1,
+        le=1_000_000,
+        description="Generation: longest target in tokens; chat: longest last answer; preference: longest "
+        "answer, chosen or rejected",
     )
     limit: int | None = Field(
         None, ge=1, description="Use at most this many training rows, drawn by the seed"
@@ -112,21 +146,23 @@ class DataSettings(Settings):
         None, ge=1, description="Use at most this many test rows, drawn by the seed"
     )
 
-    _templates = field_validator("text", "prompt", "target")(checked)
+    _templates = field_validator("text", "prompt", "target", "chosen", "rejected")(checked)
 
     @model_validator(mode="after")
     def _truncates_what_there_is(self) -> Self:
-        if self.task == "chat" and self.truncate != AUTO:
+        if self.task in ("chat", "preference") and self.truncate != AUTO:
             raise ValueError(
                 f"data.truncate = {self.truncate!r}: a conversation loses its oldest exchanges; "
                 "leave it at 'auto'"
             )
-        for key in ("messages", "system", "chat_template"):
-            if self.task != "chat" and getattr(self, key) is not None:
-                raise ValueError(f"data.{key}: has a meaning for data.task = 'chat' alone")
-        for key in ("references", "options"):
-            if not self.writes and getattr(self, key) is not None:
-                raise ValueError(f"data.{key}: has a meaning for generation and chat alone, not {self.task}")
+        for key, tasks in ONLY_FOR.items():
+            if self.task not in tasks and getattr(self, key) is not None:
+                raise ValueError(f"data.{key}: has a meaning for data.task = {_either(tasks)} alone")
+        if self.task == "preference" and self._set("target"):
+            raise ValueError(
+                "data.target: has no meaning for data.task = 'preference'; the answers are those of "
+                "data.chosen and data.rejected"
+            )
         templates = [key for key in ("prompt", "target") if self._set(key)]
         if self.messages is not None and templates:
             raise ValueError(
@@ -141,7 +177,14 @@ class DataSettings(Settings):
 
     @property
     def writes(self) -> bool:
-        """Whether the model learns to write a text: one target, or the answers of a conversation."""
+        """Whether the model learns to write a text: one target, or the answers of a conversation. One that
+        learns which answer is preferred is to write such answers.
+        """
+        return self.task in ("generation", "chat", "preference")
+
+    @property
+    def texts_are_scored(self) -> bool:
+        """Whether evaluation compares texts that the model writes with those of the data."""
         return self.task in ("generation", "chat")
 
     @property

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import DataError
 from .chat_template import ChatTemplate
 from .encode import (
     EMPTY_PROMPT,
     NO_RULES,
     NO_TOKEN,
+    SAME_TOKENS,
     TextError,
     TokenRules,
     encode_examples,
     encode_targets,
     input_cut,
     prompt_of,
+    refuse_conversations,
 )  # fmt: skip
 from .examples import Example, LearningTask
 from .settings import DataSettings
@@ -39,17 +43,39 @@ NO_IDS: Ids = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
+class Rejected:
+    """The other answer of a preference pair: its token ids, and ``reference``, what the reference model makes
+    of the chosen answer and of this one: log-likelihoods in nats, not a number as long as it was not asked.
+    """
+
+    target: Ids
+    reference: tuple[float, float] = (math.nan, math.nan)
+
+
+@dataclass(frozen=True, slots=True)
 class TokenizedExample:
     """Token ids of the input; for generation those of the target; for classification the label's number.
 
     ``answers`` are positions in the source whose tokens are learnt too: those of earlier answers of a
-    conversation.
+    conversation. Of a preference pair, ``target`` is the chosen answer.
     """
 
     source: Ids
     target: Ids
     label: int
     answers: Ids = field(default_factory=lambda: NO_IDS)
+    rejected: Rejected | None = None
+
+    @property
+    def length(self) -> int:
+        """How many tokens a model reads of it: of a pair, the prompt with either answer."""
+        own = len(self.source) + len(self.target)
+        return own if self.rejected is None else own + len(self.source) + len(self.rejected.target)
+
+    def other(self) -> TokenizedExample:
+        """The prompt of a pair with the rejected answer."""
+        assert self.rejected is not None
+        return TokenizedExample(self.source, self.rejected.target, self.label)
 
     @classmethod
     def of(
@@ -83,6 +109,8 @@ def tokenize(
     if chat is not None:
         encoded = chat.encode(examples, data, rules)
         return packed([TokenizedExample.of(e.prompt, e.answer, answers=e.answers) for e in encoded])
+    if task.preference:
+        refuse_conversations(examples)
     sources = encode_examples(tokenizer, examples, input_cut(data), rules)
     if task.kind == "classification":
         nothing, classified = NO_IDS, list[TokenizedExample]()
@@ -102,6 +130,28 @@ def tokenize(
             raise TextError(len(result), len(examples), EMPTY_PROMPT)
         result.append(TokenizedExample.of(ids, target.ids))
     return packed(result)
+
+
+def paired(
+    examples: Sequence[Example], read: Callable[[Sequence[Example]], list[TokenizedExample]]
+) -> list[TokenizedExample]:
+    """Token ids of preference pairs, as ``read`` tokenises examples with one target; an example without a
+    rejected answer has no other.
+
+    Raises:
+        DataError: what is kept of the two answers is the same; or see :func:`tokenize`.
+    """
+    rows = read(examples)
+    others = iter(read([replace(e, target=e.rejected) for e in examples if e.rejected]))
+    found = list[TokenizedExample]()
+    for example, row in zip(examples, rows, strict=True):
+        if example.rejected:
+            rejected = next(others).target
+            if np.array_equal(row.target, rejected):
+                raise DataError(f"{example.where or 'a pair'}: {SAME_TOKENS}")
+            row = replace(row, rejected=Rejected(rejected))
+        found.append(row)
+    return found
 
 
 def packed(examples: list[TokenizedExample], in_memory: int = IN_MEMORY) -> list[TokenizedExample]:
@@ -188,10 +238,13 @@ def by_length(
 
 
 def of_one_length(examples: Sequence[TokenizedExample]) -> list[list[int]]:
-    """Positions of examples whose sources are equally long, and whose targets are; longest first."""
-    groups: dict[tuple[int, int], list[int]] = {}
+    """Positions of examples whose sources are equally long, and whose targets are; longest first. Of pairs,
+    both answers are.
+    """
+    groups: dict[tuple[int, int, int], list[int]] = {}
     for position, example in enumerate(examples):
-        groups.setdefault((len(example.source), len(example.target)), []).append(position)
+        other = len(example.rejected.target) if example.rejected is not None else 0
+        groups.setdefault((len(example.source), len(example.target), other), []).append(position)
     return [groups[lengths] for lengths in sorted(groups, reverse=True)]
 
 

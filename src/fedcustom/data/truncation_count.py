@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -23,6 +23,7 @@ from .encode import (
     encode_targets,
     input_cut,
     prompt_of,
+    refuse_conversations,
     shorten,
 )  # fmt: skip
 from .examples import ClientData, Example, FederatedData
@@ -114,6 +115,12 @@ def _count(
     *,
     targets: bool,
 ) -> CutCount:
+    if data.task == "preference":
+        if reading.chat is None:
+            refuse_conversations(examples)
+        data = data.model_copy(update={"task": "chat" if reading.chat is not None else "generation"})
+        if any(example.rejected for example in examples):
+            return _count_pairs(tokenizer, examples, data, reading, rules)
     inputs = cut_targets = target_tokens = 0
     tokens = Counter[str]()
     if reading.chat is not None:
@@ -137,6 +144,35 @@ def _count(
             cut_targets += bool(encoded.lost)
             target_tokens += sum(encoded.lost.values())
     return CutCount(len(examples), inputs, dict(tokens), cut_targets, target_tokens)
+
+
+def _count_pairs(
+    tokenizer: Any, pairs: Sequence[Example], data: DataSettings, reading: Reading, rules: TokenRules
+) -> CutCount:
+    """The same of preference pairs: a target is cut where one of the two answers is, or both are."""
+
+    def one_by_one(examples: Sequence[Example]) -> list[CutCount]:
+        found = list[CutCount]()
+        for position, example in enumerate(examples):
+            alone = replace(example, rejected="")
+            try:
+                found.append(_count(tokenizer, [alone], data, reading, rules, targets=True))
+            except TextError as error:
+                raise TextError(position, len(examples), error.problem) from None
+        return found
+
+    chosen = one_by_one(pairs)
+    rejected = one_by_one([replace(example, target=example.rejected) for example in pairs])
+    tokens = Counter[str]()
+    for one in chosen:
+        tokens.update(one.tokens)
+    return CutCount(
+        len(pairs),
+        sum(one.inputs for one in chosen),
+        dict(tokens),
+        sum(bool(one.targets or other.targets) for one, other in zip(chosen, rejected, strict=True)),
+        sum(one.target_tokens for one in (*chosen, *rejected)),
+    )
 
 
 def _inputs(

@@ -8,7 +8,7 @@ from ..core.errors import DeploymentError, UpdateError
 from ..data.examples import Example, FederatedData
 from ..evaluation.calibration import best_scale, tempered_losses
 from ..evaluation.metrics import Metrics, client_mean, worst_client
-from ..evaluation.settings import CHOICE_METRIC, TEXT_METRICS
+from ..evaluation.settings import CHOICE_METRIC, PREFERENCE_METRICS, TEXT_METRICS
 from ..evaluation.statistics import Statistics, pooled_metrics, pooled_scale
 from ..federated.evaluator import (
     Result,
@@ -67,7 +67,7 @@ class RemoteEvaluation:
     def test(self, state: State) -> Metrics:
         """Quality of one global state on the test split."""
         if self.data.test:
-            texts = self.data.task.kind != "classification" and self.recipe.evaluation.writes_all
+            texts = self.data.task.texts_are_scored and self.recipe.evaluation.writes_all
             return self._on_server_data(state, self.data.test, texts=texts)
         return _pooled(self._at_sites(state, "test"), "test")
 
@@ -134,7 +134,7 @@ class RemoteEvaluation:
         personal, epochs = self.method.keeps_parts(), self.recipe.personalisation.finetune_epochs
         whole = self.recipe.method.is_whole or not personal
         own = personal or bool(epochs and part == "test")
-        generates = self.recipe.data.writes and self.recipe.evaluation.writes_all
+        generates = self.recipe.data.texts_are_scored and self.recipe.evaluation.writes_all
         writes = part == "test" and generates
         for name, found, wanted, texts in (
             ("the global model", reply.global_model, whole, writes),
@@ -143,7 +143,8 @@ class RemoteEvaluation:
             if (found is not None) != wanted:
                 raise UpdateError(f"statistics of {name} {'are missing' if wanted else 'were not asked for'}")
             if found is not None:
-                metrics = {"loss", *(TEXT_METRICS if texts else ())}
+                more = PREFERENCE_METRICS if self.recipe.data.task == "preference" else ()
+                metrics = {"loss", *(TEXT_METRICS if texts else more)}
                 _check_figures(found, announced, metrics, choices=self.recipe.data.options is not None)
 
 

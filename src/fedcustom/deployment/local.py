@@ -138,6 +138,8 @@ def local_site_file(own: OwnDataSettings, data: FederatedData, recipe: Recipe, t
     declared = own.model_dump(exclude_none=True)
     if data.task.kind == "classification":
         declared |= {"columns": ["text", "label"], "labels": list(data.task.labels)}
+    elif data.task.preference:
+        declared |= {"columns": ["prompt", "chosen", "rejected"]}
     else:
         given = ["messages"] if data.task.chat else ["text", "target"]
         declared |= {"columns": [*given, "references", *(["options"] if own.options else [])]}
@@ -166,6 +168,8 @@ def write_parts(folder: Path, parts: Mapping[str, Sequence[Example]], data: Fede
         paths[part] = f"{part}.jsonl"
     if data.task.kind == "classification":
         return OwnDataSettings(**paths, text="{text}", label="label")
+    if data.task.preference:
+        return OwnDataSettings(**paths, prompt="{prompt}", chosen="{chosen}", rejected="{rejected}")
     has_options = any(example.options for examples in parts.values() for example in examples)
     paths |= {"references": "references"} | ({"options": "options"} if has_options else {})
     if data.task.chat:
@@ -177,6 +181,9 @@ def _row(example: Example, data: FederatedData) -> dict[str, Any]:
     if data.task.kind == "classification":
         label = data.task.labels[example.label] if example.label >= 0 else ""
         return {"text": example.text, "label": label}
+    if data.task.preference:
+        prompt = as_rows(example.messages)
+        return {"prompt": prompt, "chosen": example.target, "rejected": example.rejected}
     scores = {"references": list(example.references)}
     scores |= {"options": list(example.options)} if example.options else {}
     if data.task.chat:

@@ -1,5 +1,5 @@
-"""Accuracy, macro-F1 and loss of a classifier; BLEU, chrF, ROUGE-L and loss of a generator; means and
-worst clients.
+"""Accuracy, macro-F1 and loss of a classifier; BLEU, chrF, ROUGE-L and loss of a generator; accuracy and
+margin of preferences; means and worst clients.
 """
 
 from __future__ import annotations
@@ -86,6 +86,28 @@ def retrieval_metrics(ranks: Sequence[int], asked: Sequence[float]) -> Metrics:
     recall = {f"recall_at_{k}": float((places <= k).mean()) for k in (1, 5, 10)}
     reciprocal = np.where(places <= RANKS, 1 / places, 0.0)
     return {**recall, "mrr": float(reciprocal.mean()), "clients_asked": float(np.mean(asked))}
+
+
+def preference_metrics(scores: np.ndarray[Any, np.dtype[np.float64]]) -> Metrics:
+    """Of preference pairs with the (pairs, 3) ``scores`` loss, reward margin and log-likelihood of the chosen
+    answer less that of the rejected one, in nats: the mean ``loss``; ``preference_accuracy``, the share of
+    pairs whose chosen answer has the larger implicit reward; ``reward_margin``, the mean margin;
+    ``likelihood_accuracy``, the share whose chosen answer is the likelier one.
+
+    A tie counts as half: a model that is the reference model has an accuracy of 0.5. The implicit reward of
+    an answer is beta (log p - log p_reference) (Rafailov et al. 2023, section 5).
+    """
+    losses, margins, likelier = scores.T
+    return {
+        "loss": float(losses.mean()),
+        "preference_accuracy": _share_positive(margins),
+        "reward_margin": float(margins.mean()),
+        "likelihood_accuracy": _share_positive(likelier),
+    }
+
+
+def _share_positive(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+    return float(np.mean(values > 0) + np.mean(values == 0) / 2)
 
 
 def token_loss(losses: Sequence[float], counts: Sequence[int]) -> float:

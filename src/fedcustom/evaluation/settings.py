@@ -16,6 +16,7 @@ CHOICE_METRIC = "choice_accuracy"
 """Of examples with options: how often the likeliest is the right one."""
 
 GENERATION_METRICS = ("loss", *TEXT_METRICS, CHOICE_METRIC)
+PREFERENCE_METRICS = ("loss", "preference_accuracy", "reward_margin", "likelihood_accuracy")
 RETRIEVAL_METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
 
 
@@ -28,8 +29,8 @@ class EvaluationSettings(Settings):
     )
     metric: str | None = Field(
         None,
-        description="Metric of that choice; unset: accuracy, loss (generation, chat) or mrr (retrieval, "
-        "MRR@10)",
+        description="Metric of that choice; unset: accuracy, loss (generation, chat, preference) or mrr "
+        "(retrieval, MRR@10)",
     )
     batch_size: int = Field(64, ge=1, description="Examples a forward pass in evaluation")
     calibrate: bool = Field(

@@ -20,6 +20,9 @@ Statistics = dict[str, Any]
 LARGEST_SCORE = 100.0
 """Of one example's text, in any metric but the loss (:func:`~.metrics.text_metrics`)."""
 
+SIGNED = frozenset({"reward_margin"})
+"""Metrics that may be below 0, of any size."""
+
 MOST_TOKENS = 2**20
 """Of one example's target, over which its loss is summed."""
 
@@ -117,10 +120,11 @@ def check_statistics(part: Mapping[str, Any], labels: int) -> Statistics:
             "tempered": tempered,
         }
     sums = part.get("sums")
-    if not isinstance(sums, dict) or not all(_is_sum(value) for value in sums.values()):
+    if not isinstance(sums, dict) or not all(_is_sum(v, signed=k in SIGNED) for k, v in sums.items()):
         raise UpdateError("statistics: the sums are not finite numbers from 0 with their counts")
     for name, (total, number) in sums.items():
-        if name != "loss" and (number != count or total > LARGEST_SCORE * count * (1 + 1e-9)):
+        too_large = name not in SIGNED and total > LARGEST_SCORE * count * (1 + 1e-9)
+        if name != "loss" and (number != count or too_large):
             raise UpdateError(f"statistics: {name} is no sum of the examples' scores")
     if "loss" in sums and sums["loss"][1] > MOST_TOKENS * count:
         raise UpdateError("statistics: the loss is of more tokens than the examples can have")
@@ -136,12 +140,12 @@ def _is_row(value: Any, length: int) -> bool:
     return isinstance(value, list) and len(value) == length and all(is_number(each) for each in value)
 
 
-def _is_sum(value: Any) -> bool:
+def _is_sum(value: Any, *, signed: bool) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 2
         and is_number(value[0])
-        and value[0] >= 0
+        and (signed or value[0] >= 0)
         and type(value[1]) is int
         and 0 < value[1] < 2**50
     )

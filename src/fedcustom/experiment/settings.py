@@ -12,7 +12,12 @@ from pydantic import Field, ValidationError, model_validator
 from ..core.errors import RecipeError, nearest
 from ..core.settings import Settings
 from ..data.settings import TaskKind
-from ..evaluation.settings import CLASSIFICATION_METRICS, GENERATION_METRICS, RETRIEVAL_METRICS
+from ..evaluation.settings import (
+    CLASSIFICATION_METRICS,
+    GENERATION_METRICS,
+    PREFERENCE_METRICS,
+    RETRIEVAL_METRICS,
+)
 from ..recipe.recipe import Baseline, read_toml
 
 BASELINE = "baseline"
@@ -22,6 +27,7 @@ METRICS: dict[TaskKind, tuple[str, ...]] = {
     "classification": CLASSIFICATION_METRICS,
     "generation": GENERATION_METRICS,
     "chat": GENERATION_METRICS,
+    "preference": PREFERENCE_METRICS,
     "retrieval": (*RETRIEVAL_METRICS, "clients_asked"),
 }
 """What is measured on the test split."""

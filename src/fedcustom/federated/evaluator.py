@@ -47,6 +47,9 @@ class Result:
     def prediction_lines(self, data: FederatedData) -> Iterator[str]:
         """The lines of ``predictions.jsonl``; of a generator those with a text or a chosen option."""
         assert self.predictions is not None
+        if data.task.preference:
+            yield from map(_pair_line, data.test, self.predictions.scores.tolist())
+            return
         if data.task.kind == "generation":
             said = {id(example): text for example, text in self.predictions.with_texts(data.test)}
             options = {id(example): option for example, option in self.predictions.with_choices(data.test)}
@@ -81,6 +84,21 @@ class Result:
             yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
+def _pair_line(example: Example, scores: Sequence[float]) -> str:
+    """The line of a preference pair: which answer has the larger implicit reward, and by how much."""
+    _, margin, likelier = scores
+    row: dict[str, Any] = {
+        "messages": as_rows(example.messages),
+        "source": example.text,
+        "references": [example.target],
+        "rejected": example.rejected,
+        "prediction": "chosen" if margin > 0 else "rejected" if margin < 0 else "neither",
+        "reward_margin": margin,
+        "likelihood_margin": likelier,
+    }
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def with_references(
     result: Result, task: LearningTask, examples: Sequence[Example], settings: EvaluationSettings
 ) -> Result:
@@ -88,7 +106,7 @@ def with_references(
     how many outputs are degenerate. ``examples`` are the test split. Where texts were written for a part of
     it, both are of that part.
     """
-    if task.kind != "generation" or not examples or not settings.writes:
+    if task.kind != "generation" or not task.texts_are_scored or not examples or not settings.writes:
         return result
     written = result.predictions.with_texts(examples) if result.predictions is not None else []
     sources = [example for example, _ in written] or examples
@@ -143,7 +161,7 @@ def final_predictions(
     """
     limit = settings.generate_limit
     if limit is None or limit >= len(examples):
-        return predicted(method, state, examples, texts=task.kind != "classification" and settings.writes)
+        return predicted(method, state, examples, texts=task.texts_are_scored and settings.writes)
     places = tuple(number * len(examples) // limit for number in range(limit))
     texts = method.predict(state, [examples[i] for i in places], texts=True).texts
     return replace(predicted(method, state, examples, texts=False), texts=texts, written=places)
@@ -256,7 +274,7 @@ class Evaluator:
 
     @property
     def _writes(self) -> bool:
-        return self.data.task.kind != "classification" and self.settings.writes_all
+        return self.data.task.texts_are_scored and self.settings.writes_all
 
     def _measure(self, predictions: Predictions, examples: list[Example]) -> Metrics:
         return measure(predictions, examples, self.base)
@@ -264,7 +282,7 @@ class Evaluator:
     def _writes_own(self, examples: int) -> bool:
         """Whether clients' own models write texts for their own test parts, together so many examples."""
         limit = self.settings.generate_limit
-        writes = self.data.task.kind == "generation" and self.settings.writes
+        writes = self.data.task.texts_are_scored and self.settings.writes
         return writes and (limit is None or limit >= examples)
 
     def _own(self, state: State, name: str, examples: list[Example], *, texts: bool = False) -> Metrics:

@@ -173,3 +173,5 @@ def _parts(example: Example, label: str) -> Iterable[str]:
     for message in example.messages:
         yield from (message.role, message.content)
     yield from example.options
+    if example.rejected:
+        yield example.rejected

@@ -170,7 +170,7 @@ class TuningSettings(MethodSettingsBase):
     (docs/learning_rates.md).
     """
 
-    tasks: ClassVar[tuple[str, ...]] = ("classification", "generation", "chat")
+    tasks: ClassVar[tuple[str, ...]] = ("classification", "generation", "chat", "preference")
     rates: ClassVar[Rates]
 
     def default_learning_rate(self, kind: ModelKind) -> float:

@@ -12,10 +12,19 @@ import torch
 
 from ..data.examples import Example
 from ..data.tokens import Batch, TokenizedExample, by_length, collate
-from ..evaluation.metrics import Metrics, classification_metrics, retrieval_metrics, text_metrics, token_loss
+from ..evaluation.metrics import (
+    Metrics,
+    classification_metrics,
+    preference_metrics,
+    retrieval_metrics,
+    text_metrics,
+    token_loss,
+)
 from ..evaluation.settings import CHOICE_METRIC, EvaluationSettings
 from .forward import classification_logits, target_losses
 from .load import Base
+
+Scores = np.ndarray[Any, np.dtype[np.float64]]
 
 NO_CHOICE = -1
 """In place of an option's number, where an example has no options."""
@@ -26,12 +35,13 @@ class Predictions:
     """What a customised model says of some examples, in their order.
 
     ``scores`` are the rows from which metrics are computed: logits of (examples, labels) for a classifier,
-    and (summed loss in nats, target tokens) of (examples, 2) for a generator. ``texts`` are generated texts,
-    where asked for: of all examples, or of those at the positions ``written``. ``chosen`` (examples,) has the
-    numbers of the likeliest options, where examples have some (:mod:`.choices`).
+    and (summed loss in nats, target tokens) of (examples, 2) for a generator; of preference pairs (loss,
+    reward margin, log-likelihood of the chosen answer less that of the other) of (pairs, 3). ``texts`` are
+    generated texts, where asked for: of all examples, or of those at the positions ``written``. ``chosen``
+    (examples,) has the numbers of the likeliest options, where examples have some (:mod:`.choices`).
     """
 
-    scores: np.ndarray[Any, np.dtype[np.float64]]
+    scores: Scores
     texts: list[str] | None = None
     written: tuple[int, ...] | None = None
     chosen: np.ndarray[Any, np.dtype[np.int64]] | None = None
@@ -216,6 +226,8 @@ def measure(predictions: Predictions, examples: Sequence[Example], base: Base) -
     if base.task.kind == "classification":
         labels = torch.tensor([example.label for example in examples])
         return classification_metrics(torch.from_numpy(predictions.scores), labels)
+    if base.task.preference:
+        return preference_metrics(predictions.scores)
     if base.task.kind == "retrieval":
         return retrieval_metrics(
             predictions.scores[:, 0].astype(int).tolist(), predictions.scores[:, 1].tolist()

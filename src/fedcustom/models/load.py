@@ -112,7 +112,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         raise ModelError(
             f"model.base: {settings.base} is an encoder and cannot generate; data.task must be classification"
         )
-    if task.chat and architecture != "decoder":
+    if task.chat and architecture != "decoder" and (not task.preference or task.chat_template is not None):
         raise ModelError(
             f"model.base: {settings.base} is an {architecture}; conversations (data.task = 'chat') need a "
             "causal language model"
@@ -146,6 +146,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
             loader = transformers.AutoModelForCausalLM
         if task.chat_template is not None:
             tokenizer.chat_template = task.chat_template
+        task = _read_as_texts(task, tokenizer, architecture, settings.base)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         check_tokenizer(tokenizer, configuration, architecture, task, head=head, name=settings.base)
@@ -188,6 +189,22 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
     if task.chat:  # also where a model is exported whole: it has to stop by itself
         model.generation_config.eos_token_id = base.stops
     return replace(base, padding=padding_of(base, classifies=classifies))
+
+
+def _read_as_texts(task: LearningTask, tokenizer: Any, architecture: Architecture, name: str) -> LearningTask:
+    """The task; one of preferences without conversations where the model has no template of them.
+
+    Raises:
+        ModelError: the recipe sets a system message, which plain texts do not have.
+    """
+    if not task.preference or (architecture == "decoder" and tokenizer.chat_template):
+        return task
+    if task.system is not None:
+        raise ModelError(
+            f"data.system: {name} has no chat template, so that prompts are plain texts without a system "
+            "message; leave it unset, or name a Jinja file in data.chat_template"
+        )
+    return replace(task, chat=False)
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:

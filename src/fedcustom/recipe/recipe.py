@@ -17,6 +17,7 @@ from ..data.settings import ClientSettings, DataSettings, PublicSettings, TaskKi
 from ..evaluation.settings import (
     CHOICE_METRIC,
     CLASSIFICATION_METRICS,
+    PREFERENCE_METRICS,
     RETRIEVAL_METRICS,
     EvaluationSettings,
 )
@@ -29,6 +30,7 @@ from ..training.settings import TrainingSettings
 from ..updates.settings import CompressionSettings
 from .help import explain, nearest
 from .label_skew import check_label_skew, settled, why_no_head_fit
+from .objective import check_objective, with_task_of_objective
 from .paths import beside, existing
 from .sections import PersonalisationSettings, RoundSettings
 
@@ -43,6 +45,7 @@ SELECTION_METRICS: dict[TaskKind, tuple[str, ...]] = {
     "classification": CLASSIFICATION_METRICS,
     "generation": ("loss", CHOICE_METRIC),
     "chat": ("loss", CHOICE_METRIC),
+    "preference": PREFERENCE_METRICS,
     "retrieval": RETRIEVAL_METRICS,
 }
 """By what the best round can be chosen."""
@@ -51,6 +54,7 @@ DEFAULT_METRIC: dict[TaskKind, str] = {
     "classification": "accuracy",
     "generation": "loss",
     "chat": "loss",
+    "preference": "loss",
     "retrieval": "mrr",
 }
 
@@ -107,6 +111,8 @@ class Recipe(Settings):
         description="What differs in a comparison: [compare.<method or baseline>.<section>]",
     )
 
+    _task_of_objective = model_validator(mode="before")(with_task_of_objective)
+
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
         count, asked = self.clients.count, self.rounds.clients_per_round
@@ -121,8 +127,10 @@ class Recipe(Settings):
                 f"training.warmup_rounds = {self.training.warmup_rounds}: "
                 f"must be below rounds.count = {self.rounds.count}"
             )
-        if self.data.task == "chat" and (self.public.source is not None or self.public.fraction):
-            raise ValueError("[public]: no method for data.task = 'chat' uses public texts; leave it out")
+        if self.data.task in ("chat", "preference") and (self.public.source or self.public.fraction):
+            task = self.data.task
+            raise ValueError(f"[public]: no method for data.task = {task!r} uses public texts; leave it out")
+        check_objective(self.data.task, self.training)
         self._check_training()
         self._check_search()
         self._check_correction()
@@ -146,7 +154,7 @@ class Recipe(Settings):
 
     def _check_generation(self) -> None:
         """Which texts are written in evaluation, and whether any can be."""
-        settings, generates = self.evaluation, self.data.writes
+        settings, generates = self.evaluation, self.data.texts_are_scored
         if settings.metric == CHOICE_METRIC and self.data.options is None:
             raise ValueError(
                 f"evaluation.metric = {CHOICE_METRIC!r}: name the column of options (data.options)"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .groups import PERCENT_METRICS, lower_is_better
+from .groups import PERCENT_METRICS, UNBOUNDED_METRICS, lower_is_better
 
 LEAST_SHARE = 0.1
 """The least part of a bounded metric's whole range that an axis shows."""
@@ -49,6 +49,8 @@ def limits(metric: str) -> tuple[float, float]:
         return 0.0, 1.0
     if lower_is_better(metric):
         return 0.0, math.inf
+    if metric in UNBOUNDED_METRICS:
+        return -math.inf, math.inf
     return 0.0, 100.0 if metric in PERCENT_METRICS else 1.0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from .groups import (
     PERCENT_METRICS,
+    UNBOUNDED_METRICS,
     Group,
     best_development,
     best_first,
@@ -21,6 +22,8 @@ from .methods import is_probe, settings
 
 METRIC_NAMES = {
     "accuracy": "accuracy",
+    "preference_accuracy": "reward acc.",
+    "likelihood_accuracy": "likelihood acc.",
     "calibration_error": "ECE",
     "macro_f1": "macro F1",
     "rouge_l": "ROUGE-L",
@@ -130,7 +133,7 @@ def clients(number: int, scored: int) -> str:
 
 
 def _difference(value: float, metric: str) -> str:
-    if lower_is_better(metric):
+    if lower_is_better(metric) or metric in UNBOUNDED_METRICS:
         return f"{abs(value):.3f}"
     points = abs(value) * (1 if metric in PERCENT_METRICS else 100)
     return f"{points:.1f} points"

@@ -17,9 +17,12 @@ from .read import Baseline, Run
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 METRIC_ORDER = (
     *("accuracy", "choice_accuracy", "calibration_error", "macro_f1", "rouge_l", "bleu", "chrf", "mrr"),
-    *("loss", "perplexity", "exact_match", "token_f1"),
+    *("preference_accuracy", "loss", "reward_margin", "likelihood_accuracy", "perplexity"),
+    *("exact_match", "token_f1"),
 )
 PERCENT_METRICS = frozenset(TEXT_METRICS)
+UNBOUNDED_METRICS = frozenset({"reward_margin"})
+"""Metrics that are no share and no loss: any number, and the larger the better."""
 NOT_COMPARED = frozenset({"seed", "output", "device", "threads", "workers", "generate", "generate_limit"})
 """Last parts of settings that leave the question that a run answers as it is."""
 

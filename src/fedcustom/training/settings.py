@@ -125,6 +125,25 @@ class TrainingSettings(Settings):
         description="Keep the inputs of layers alone for the backward pass, and compute the rest again: a "
         "fraction of the memory, about a third more time (Chen et al. 2016); unset: off",
     )
+    objective: Literal["dpo"] | None = Field(
+        None,
+        description="What is minimised. dpo: direct preference optimisation (it implies data.task = "
+        "'preference'); unset: dpo for preference, else cross-entropy, or what the method says",
+    )
+    beta: float | None = Field(
+        None,
+        gt=0,
+        le=1e3,
+        description="Preference: how strongly the model is kept to the base model, by which it is rewarded; "
+        "unset: 0.1",
+    )
+    label_smoothing: float | None = Field(
+        None,
+        ge=0,
+        lt=0.5,
+        description="Preference: the share of pairs whose answers may be the wrong way round (conservative "
+        "DPO, Mitchell 2023); unset: 0",
+    )
     dropout: bool = Field(False, description="Use the base model's dropout while training")
 
     @field_validator("local_epochs")

@@ -65,6 +65,8 @@ def tasks_of(data: SiteDataSettings) -> list[TaskKind]:
         tasks.append("generation")
     if data.messages is not None:
         tasks.append("chat")
+    if data.chosen is not None and data.rejected is not None:
+        tasks.append("preference")
     return tasks
 
 

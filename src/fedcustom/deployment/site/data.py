@@ -13,7 +13,7 @@ from ...data.cells import cell_text, in_order
 from ...data.conversations import with_conversation_columns
 from ...data.examples import columns as columns_of
 from ...data.party_data import OwnData, OwnDataSettings, read_own
-from ...data.settings import MESSAGES, DataSettings, PublicSettings, TaskKind
+from ...data.settings import MESSAGES, PROMPT, DataSettings, PublicSettings, TaskKind
 from ...data.templates import checked, fields
 from ...data.truncation import Truncation
 from ..replies import MAX_LABEL_CHARACTERS, MAX_LABELS, Label
@@ -24,6 +24,7 @@ NEEDED: dict[TaskKind, tuple[str, ...]] = {
     "classification": ("text", "label"),
     "generation": ("prompt", "target"),
     "chat": ("messages",),
+    "preference": ("prompt", "chosen", "rejected"),
     "retrieval": ("prompt", "target"),
 }
 """The columns and templates that each task needs, which a site declares itself."""
@@ -51,8 +52,14 @@ class SiteDataSettings(OwnDataSettings):
         le=MAX_LABELS,
         description="Classification, with labels unset: most distinct labels that the server is told",
     )
-    prompt: str | None = Field(None, description="Generation and retrieval: template of the prompt")
+    prompt: str | None = Field(
+        None,
+        description="Generation, preference and retrieval: template of the prompt; preference, unset: chosen "
+        "and rejected hold whole conversations",
+    )
     target: str | None = Field(None, description="Generation and retrieval: template of the target")
+    chosen: str | None = Field(None, description="Preference: template of the preferred answer")
+    rejected: str | None = Field(None, description="Preference: template of the rejected answer")
     messages: str | None = Field(
         None,
         description="Chat: column with lists of messages, a declared one; unset: a user's turn and its "
@@ -71,7 +78,7 @@ class SiteDataSettings(OwnDataSettings):
     def named_columns(self) -> dict[str, str]:
         """Every column that a template or a setting names, with the setting."""
         named: dict[str, str] = {}
-        for key in ("text", "prompt", "target", "public_text"):
+        for key in ("text", "prompt", "target", "chosen", "rejected", "public_text"):
             if (template := getattr(self, key)) is not None:
                 named |= dict.fromkeys(fields(template), key)
         named |= {
@@ -111,6 +118,8 @@ def check_declared(own: SiteDataSettings) -> None:
 
 def needed(data: DataSettings) -> tuple[str, ...]:
     """The keys of a site's file that a recipe's data settings need."""
+    if data.task == "preference" and not data.prompt:
+        return NEEDED[data.task][1:]
     return NEEDED["generation"] if data.task == "chat" and data.messages is None else NEEDED[data.task]
 
 
@@ -121,7 +130,9 @@ def declared_settings(own: SiteDataSettings, data: DataSettings) -> DataSettings
         PolicyError: the site's file does not declare what the task needs. The error holds no name that only
             the site's file has.
     """
-    data = with_conversation_columns(data, [MESSAGES])
+    data = with_conversation_columns(data, [MESSAGES, PROMPT])
+    if data.task == "preference" and own.prompt is None:
+        data = data.model_copy(update={"prompt": ""})  # whole conversations, or refused row by row
     if own.columns is None:
         raise PolicyError(_missing("columns", list(dict.fromkeys(columns_of(data, scoring=False)))))
     # Conversations stand in a column or are made by templates, whichever the site has.
@@ -138,7 +149,7 @@ def declared_settings(own: SiteDataSettings, data: DataSettings) -> DataSettings
             'data.labels is not set in this site\'s site.toml; add to [data]: labels = ["...", "..."], or '
             "max_labels = 20 (fedcustom site check lists the labels)"
         )
-    keys = ("text", "label", "prompt", "target", "truncate")
+    keys = ("text", "label", "prompt", "target", "chosen", "rejected", "truncate")
     declared = {key: value for key in keys if (value := getattr(own, key)) is not None}
     own_alone = {key: getattr(own, key) for key in ("messages", "references", "options")}
     return data.model_copy(update={**declared, **own_alone})

@@ -196,7 +196,7 @@ class Participant:
         global_model: Statistics | None = None
         personalised: Statistics | None = None
         if recipe.method.is_whole or not personal:
-            generates = recipe.data.writes and recipe.evaluation.writes_all
+            generates = recipe.data.texts_are_scored and recipe.evaluation.writes_all
             texts = part == "test" and generates
             predictions = self._predicted(part, state, examples, None, texts=texts)
             global_model = self._statistics(predictions, examples)
@@ -220,7 +220,8 @@ class Participant:
         if self.recipe.data.task == "classification":
             return classification_statistics(predictions.scores, [example.label for example in examples])
         # A generator's loss is a mean over tokens, so that it is weighted by their number.
-        tokens = {"loss": int(predictions.scores[:, 1].sum())} if self.recipe.data.writes else {}
+        per_token = self.recipe.data.texts_are_scored
+        tokens = {"loss": int(predictions.scores[:, 1].sum())} if per_token else {}
         return mean_statistics(measure(predictions, examples, self.base), tokens, len(examples))
 
 

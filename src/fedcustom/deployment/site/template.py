@@ -8,7 +8,7 @@ from pathlib import Path
 from ...core.files import write_text
 from ...data.conversations import with_conversation_columns
 from ...data.examples import columns
-from ...data.settings import MESSAGES
+from ...data.settings import MESSAGES, PROMPT
 from ...methods.contents import MEANING
 from ...recipe.recipe import Recipe
 from .data import needed
@@ -23,7 +23,7 @@ def site_template(recipe: Recipe) -> str:
     """A complete ``site.toml`` for the recipe. What the recipe asks for and the policy denies by default
     stands there as a comment: the site has to choose it.
     """
-    data = with_conversation_columns(recipe.data, [MESSAGES])
+    data = with_conversation_columns(recipe.data, [MESSAGES, PROMPT])
     scores = {key: value for key in ("references", "options") if (value := getattr(data, key)) is not None}
     scoring = [*columns(data, scoring=False), *scores.values()]
     lines = [

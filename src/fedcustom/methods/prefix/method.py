@@ -80,6 +80,7 @@ class Prefix:
         parameters = peft_parameters(model)
         weight = parameters.pop(PEFT_NAME)
         trainable = tuned_with(base, model, parameters)
+        trainable.base_model = base.model
         if settings.reparametrise:
             reparametrise(
                 trainable,

@@ -69,6 +69,7 @@ class SoftPrompt:
             del parameters[PEFT_NAME]
             trainable = tuned_with(base, model, parameters)
             reparametrise(trainable, model, NAME, Network(settings.encoder, settings.encoder_width, seed))
+        trainable.base_model = base.model
         # Without padding the last position is that of the last token.
         if base.architecture == "decoder" and base.task.kind == "classification" and base.padding != "none":
             trainable.model = DecoderClassifier(model, base)

@@ -181,7 +181,7 @@ class LocalTraining:
         """The layers that give the same for an example every time; an eighth of the free memory keeps it."""
         trainable = self.trainable
         plain = not (self.training.dropout or trainable.active_dropout or self.compiled)
-        if not plain or not self.objective.separable:
+        if not plain or not (self.objective.separable and self.objective.one_pass):
             return None
         return lower_layers(
             trainable.model, trainable.parameters, trainable.head, room=lambda: free_memory(self.device) // 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from ...core.errors import RecipeError
 from ...core.tensors import count, without
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample
-from ...models.inference import Predictions, predict
+from ...models.inference import Predictions
+from ...models.load import Base
+from ...training.dpo import DPO
 from ..protocol import (
     Aggregate,
     Answer,
@@ -39,8 +42,10 @@ from .messages import MESSAGES, TrainTask
 from .objective import Objective, Supervised
 from .ownership import Ownership
 from .parts import TokenCache, TuningParts
+from .preference_objective import Preference
+from .reference_model import ReferenceModel
 from .server import TuningServer, check_rule
-from .technique import Context, Technique, prepare_precision
+from .technique import Context, Technique, TrainableModel, prepare_precision
 from .trial import trial_pass, trial_rows
 
 
@@ -65,12 +70,15 @@ class WeightTuning:
         name: str = "training",
     ) -> None:
         self.context = context
-        self.objective = objective or Supervised(context.base, context.data)
         original = list(context.base.model.parameters())
         self.trainable = technique.attach(context.base, context.seed)
         prepare_precision(context.base, original)
-        padding = trial_pass(name, self.trainable, self.objective, context.base, context.evaluation)
+        objective_on = partial(make_objective, context, self.trainable, objective)
+        padding = trial_pass(
+            name, self.trainable, objective_on(context.base), context.base, context.evaluation
+        )
         self.base = replace(context.base, padding=padding)
+        self.objective = objective_on(self.base)
         federated = context.keeps == "nothing"
         # A baseline is ordinary training: nothing is merged by rules.
         aggregation = context.aggregation if federated else AggregationSettings()
@@ -123,6 +131,11 @@ class WeightTuning:
     def remarks(self) -> list[str]:
         """What users should know of how this model trains with this method."""
         found, name = list(self.trainable.remarks), self.base.name
+        if self.base.task.preference and self.base.chat is None:
+            found.append(
+                f"{name}: its tokenizer has no chat template, so that prompts and answers are plain texts "
+                "(data.chat_template names one)"
+            )
         if self.base.padding == "none":
             found.append(f"{name}: padding changes its results, so that batches hold texts of one length")
         self.widest_cohort()
@@ -210,12 +223,8 @@ class WeightTuning:
         """Predictions of the global state or, for a client, of its own version of it."""
         memory = client.memory if client is not None else Memory()
         self.trainable.write(self.ownership.complete(state.tensors, memory))
-        return predict(
-            self.trainable.model,
-            self.base,
-            self.tokens(examples),
-            self.context.evaluation,
-            texts=texts,
+        return self.objective.predict(
+            self.trainable.model, self.tokens(examples), self.context.evaluation, texts=texts
         )
 
     def keeps_parts(self) -> bool:
@@ -265,3 +274,17 @@ class WeightTuning:
     def tokens(self, examples: list[Example]) -> list[TokenizedExample]:
         """The examples' tokens, computed once a list."""
         return self._tokens.of(examples)
+
+
+def make_objective(
+    context: Context, trainable: TrainableModel, given: Objective | None, base: Base
+) -> Objective:
+    """The objective that a method brings along (``given``); else that of the task. The model has the first
+    tensors.
+    """
+    if given is not None:
+        return given
+    if base.task.preference:
+        loss, size = DPO.of(context.training), context.evaluation.batch_size
+        return Preference(base, context.data, loss, ReferenceModel(trainable), size)
+    return Supervised(base, context.data)

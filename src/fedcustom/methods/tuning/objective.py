@@ -13,6 +13,7 @@ from ...data.encode import encode_examples, encode_passages, input_cut
 from ...data.examples import Example
 from ...data.settings import DataSettings
 from ...data.tokens import Batch, TokenizedExample, collate, pad, tokenize
+from ...evaluation.settings import EvaluationSettings
 from ...models.forward import (
     classification_loss,
     classification_losses,
@@ -20,7 +21,7 @@ from ...models.forward import (
     pooled,
     target_losses,
 )
-from ...models.inference import to_device
+from ...models.inference import Predictions, predict, to_device
 from ...models.load import Base
 
 
@@ -29,6 +30,9 @@ class Objective(Protocol):
 
     separable: bool
     """Whether a batch's loss is a mean over its rows, so that clients may share a batch."""
+
+    one_pass: bool
+    """Whether a loss takes one forward pass, over the batch's rows in their order."""
 
     def tokens(self, examples: Sequence[Example]) -> list[TokenizedExample]:
         """The examples' tokens."""
@@ -45,11 +49,18 @@ class Objective(Protocol):
     def units(self, example: TokenizedExample) -> int:
         """How much a row counts in the mean."""
 
+    def predict(
+        self, model: Any, examples: Sequence[TokenizedExample], settings: EvaluationSettings, *, texts: bool
+    ) -> Predictions:
+        """What a model says of examples, from which metrics are computed; with ``texts``, also what it
+        writes.
+        """
+
 
 class Supervised:
     """Cross-entropy of labels, or of target tokens."""
 
-    separable = True
+    separable = one_pass = True
 
     def __init__(self, base: Base, data: DataSettings) -> None:
         self.base, self.data = base, data
@@ -104,6 +115,12 @@ class Supervised:
         first = self.base.sequence_to_sequence or len(example.source) > 0
         return len(example.target) + len(example.answers) - (0 if first else 1)
 
+    def predict(
+        self, model: Any, examples: Sequence[TokenizedExample], settings: EvaluationSettings, *, texts: bool
+    ) -> Predictions:
+        """Logits of labels, or losses of targets; with ``texts``, also generated texts."""
+        return predict(model, self.base, examples, settings, texts=texts)
+
 
 class Contrastive:
     """InfoNCE with the batch's other passages as negatives (van den Oord et al. 2018; Karpukhin et al. 2020).
@@ -116,7 +133,7 @@ class Contrastive:
     (vectors, width), are further p_j that are not trained.
     """
 
-    separable = False
+    separable = one_pass = False
 
     def __init__(self, base: Base, data: DataSettings, temperature: float) -> None:
         self.base, self.data, self.temperature = base, data, temperature
@@ -171,3 +188,9 @@ class Contrastive:
     def units(self, example: TokenizedExample) -> int:
         """One."""
         return 1
+
+    def predict(
+        self, model: Any, examples: Sequence[TokenizedExample], settings: EvaluationSettings, *, texts: bool
+    ) -> Predictions:
+        """Not defined: questions are answered by a search."""
+        raise NotImplementedError

@@ -64,7 +64,9 @@ class TrainableModel:
     ``scale`` is what a client's state has its ``scaled`` matrices' outputs multiplied by, where that is not
     the same for all (LoRA of different ranks); :meth:`inwards` sets it in the model. ``matrices`` names the
     parameters that an optimiser of matrices takes as such, and how many lie side by side in each. ``remarks``
-    are what users should know of how the method fits the model.
+    are what users should know of how the method fits the model. ``base_model`` is the model without what the
+    method attached, for methods that change what it computes from the start (prompts, key-value prefixes);
+    with the first tensors of all others the model computes what the base does.
     """
 
     model: Any
@@ -81,6 +83,7 @@ class TrainableModel:
     scaled: frozenset[str] = frozenset()
     matrices: dict[str, int] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    base_model: Any | None = None
 
     def read(self) -> Tensors:
         """A copy of the tensors that travel."""

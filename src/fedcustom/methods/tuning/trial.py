@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from ...core.errors import FedcustomError
 from ...data.examples import Example
-from ...data.tokens import TokenizedExample
+from ...data.tokens import Rejected, TokenizedExample
 from ...evaluation.settings import EvaluationSettings
 from ...models.inference import generate
 from ...models.load import Base
@@ -25,18 +26,28 @@ def trial_rows(objective: Objective, base: Base) -> list[TokenizedExample]:
     special = set(base.tokenizer.all_special_ids)
     try:
         rows = objective.tokens(
-            [Example(short, 0, long), Example(long, other, short), Example(middle, 0, middle)]
+            [
+                Example(short, 0, long, rejected=middle),
+                Example(long, other, short, rejected=long),
+                Example(middle, 0, middle, rejected=short),
+            ]
         )
         if not any(special.issuperset(row.source.tolist()) for row in rows):
             return rows
     except FedcustomError:
         pass  # a tokenizer that has no tokens for these words may have some for the clients'
     few, many = trial_ids(base)
-    return [
+    rows = [
         TokenizedExample.of(few, many[:4], 0),
         TokenizedExample.of(many, few, other),
         TokenizedExample.of(many[:5], many[:2], 0),
     ]
+    if base.task.preference:  # in which each answer is some other row's rejected one, without a reference
+        others = [rows[1], rows[2], rows[0]]
+        return [
+            replace(r, rejected=Rejected(o.target, (0.0, 0.0))) for r, o in zip(rows, others, strict=True)
+        ]
+    return rows
 
 
 def trial_pass(

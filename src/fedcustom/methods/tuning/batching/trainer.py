@@ -320,4 +320,4 @@ def clip_each(gradients: Sequence[Tensor], largest: float) -> None:
 
 
 def _length(example: TokenizedExample) -> int:
-    return len(example.source) + len(example.target)
+    return example.length
