@@ -39,8 +39,8 @@ TEXTS = ("a text", "This is a second, longer text: it has 12 words and a number.
 
 SAME, ELSEWHERE, ROUNDED = 1e-4, 2e-3, 0.05
 """Largest difference, as a share of the largest output (or of 1, if that is less): in float32 on a processor,
-in float32 on another device than the check's, and in bfloat16, in which frozen weights are rounded in
-training, and not in the exported model.
+in float32 on another device than the check's, and in bfloat16: both models compute their products in it, but
+frozen weights and what flows between layers are rounded in training, and not in the exported model.
 """
 
 SECONDS = 1800
@@ -60,7 +60,7 @@ import torch
 from safetensors.torch import save_file
 rows = json.load(open({rows!r}, encoding="utf-8"))
 outputs = {{}}
-with torch.no_grad():
+with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled={autocast}):
     for number, row in enumerate(rows):
         said = model(**{{name: torch.tensor([ids]) for name, ids in row["inputs"].items()}})
         values = said.logits if "logits" in said else said.last_hidden_state
@@ -87,12 +87,15 @@ class ReferenceRow:
 
 @dataclass(frozen=True)
 class Reference:
-    """What an exported model is compared with. ``size`` is that of its weights in float32, in bytes."""
+    """What an exported model is compared with. ``size`` is that of its weights in float32, in bytes;
+    ``autocast``: its outputs are those of products in bfloat16.
+    """
 
     rows: tuple[ReferenceRow, ...]
     tolerance: float
     base: str
     size: int
+    autocast: bool = False
 
 
 @runtime_checkable
@@ -135,7 +138,8 @@ def reference(
         rows.append(ReferenceRow(example.text, inputs, uncut, output.float().cpu()))
     size = 4 * count(model.state_dict().values())
     same = SAME if base.device.type == "cpu" else ELSEWHERE
-    return Reference(tuple(rows), same if base.precision == "float32" else ROUNDED, base.name, size)
+    exact = base.precision == "float32"
+    return Reference(tuple(rows), same if exact else ROUNDED, base.name, size, autocast=not exact)
 
 
 def check_export(folder: Path, expected: Reference) -> str:
@@ -156,7 +160,7 @@ def check_export(folder: Path, expected: Reference) -> str:
         files = {name: str(Path(place) / name) for name in ("rows", "outputs", "tokens")}
         rows = [{"inputs": row.inputs, "text": row.text} for row in expected.rows]
         Path(files["rows"]).write_text(json.dumps(rows), encoding="utf-8")
-        _run(ALONE + with_base_folder(load, expected.base) + PROBE.format(**files), folder, Path(place))
+        _run(ALONE + with_base_folder(load, expected.base) + PROBE.format(**files, autocast=expected.autocast), folder, Path(place))
         outputs, tokens = read_tensors(Path(files["outputs"])), read_json(Path(files["tokens"]))
     _compare(expected, outputs, tokens)
     return ""
