@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from . import harness
-from .cases import aggregation, cross_device, cross_silo, gpu, peers_job, scaling
+from .cases import aggregation, cross_device, cross_silo, gpu, instruct, peers_job, scaling
 from .environments import peer
 from .harness import HERE, alternate, compare, machine, own_engines
 from .page import write_page
 
 RESULTS = HERE / "results"
-CASES = ("a", "b", "c", "d", "e", "f")
+CASES = ("a", "b", "c", "d", "e", "f", "g")
 
 
 def main() -> None:
@@ -32,6 +32,10 @@ def main() -> None:
     parser.add_argument(
         "--trec", type=Path, default=Path(os.environ.get("TREC", "../shared/data/trec")),
         help="folder with TREC-6 as train.jsonl and test.jsonl (or TREC=... in the environment)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dolly", type=Path, default=Path(os.environ.get("DOLLY", "../shared/data/dolly15k")),
+        help="folder with Dolly 15k as train.jsonl (or DOLLY=... in the environment)",
     )  # fmt: skip
     parser.add_argument("--peers", default="flower,nvflare,pfl", help="others to compare with; '' for none")
     parser.add_argument("--page", action="store_true", help="only write docs/benchmarks.md from results/")
@@ -109,7 +113,29 @@ def _f(options: Any) -> dict[str, Any]:
         return {"gpu": gpu.measure(Path(space))}
 
 
-RUNNERS: dict[str, Callable[[Any], dict[str, Any]]] = {"a": _a, "b": _b, "c": _c, "d": _d, "e": _e, "f": _f}
+def _g(options: Any) -> dict[str, Any]:
+    if not (options.dolly / "train.jsonl").exists():
+        return {
+            "skipped": f"skipped: no Dolly 15k in {options.dolly}; name its folder with --dolly or DOLLY=..."
+        }
+    dolly = options.dolly.resolve()
+    return {
+        "methods": {
+            method: _compared(lambda folder, m=method: instruct.job(folder, m, dolly), [], options)  # type: ignore[misc]
+            for method in instruct.METHODS
+        }
+    }
+
+
+RUNNERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "a": _a,
+    "b": _b,
+    "c": _c,
+    "d": _d,
+    "e": _e,
+    "f": _f,
+    "g": _g,
+}
 
 if __name__ == "__main__":
     main()
