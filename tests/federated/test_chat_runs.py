@@ -13,6 +13,7 @@ import torch
 import fedcustom
 from fedcustom.core.errors import DataError, ModelError, RecipeError
 from fedcustom.evaluation.settings import TEXT_METRICS
+from fedcustom.recipe.recipe import load_recipe
 from helpers.chat import template
 from helpers.conversations import SYSTEM, chat_llama, chat_recipe, conversations
 from helpers.rows import write_jsonl
@@ -392,3 +393,30 @@ def test_methods_are_compared(llama: str, tmp_path: Path, command: Any) -> None:
     assert said.code == 0, said.error
     for name in ("federated lora", "federated prefix", "centralised lora", "local lora", "untuned", "copy"):
         assert name in said.out
+
+
+def test_conversations_that_are_too_long_can_be_left_out_and_are_counted(llama: str, tmp_path: Path) -> None:
+    recipe = chat_recipe(tmp_path, llama)
+    recipe["rounds"], recipe["evaluation"] = {"count": 1}, {"generate": False}
+    long = [{"messages": [{"role": "user", "content": "Who is the cat? " * 60}, ANSWER]}] * 2
+    write_jsonl(tmp_path / "train.jsonl", [*conversations(), *long, *conversations()])
+    recipe["data"] |= {"source": str(tmp_path), "train": "train"}
+    with pytest.raises(DataError, match=r"line 11: the conversation takes .*data.too_long = 'leave-out'"):
+        fedcustom.run(recipe, out=tmp_path / "refused")
+    run = fedcustom.run(recipe, {"data.too_long": "leave-out"}, out=tmp_path / "run")
+    cuts = run.summary["truncation"]
+    assert sum(part["left_out"] for part in cuts.values()) >= 2
+    assert "are left out: " in (run.directory / "warnings.log").read_text()
+    used = sum(cuts[part]["examples"] for part in ("train", "development", "test") if part in cuts)
+    assert used >= 20
+
+    write_jsonl(tmp_path / "train.jsonl", long * 3)
+    with pytest.raises(
+        DataError, match=r"client .*: every conversation to train on is longer than data.max_"
+    ):
+        fedcustom.run(recipe, {"data.too_long": "leave-out"}, out=tmp_path / "none")
+
+
+def test_only_conversations_are_left_out() -> None:
+    with pytest.raises(RecipeError, match=r"data.too_long: has a meaning for data.task = 'chat' or"):
+        load_recipe({"data": {"too_long": "leave-out"}})

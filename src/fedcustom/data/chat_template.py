@@ -44,6 +44,10 @@ class _Refused(Exception):
     """What is wrong with one conversation, as the rest of a sentence."""
 
 
+class _TooLong(_Refused):
+    """That its last exchange alone is longer than ``data.max_length``."""
+
+
 class ChatTemplate:
     """The chat template of a tokenizer, with the token that ends an answer.
 
@@ -103,9 +107,24 @@ class ChatTemplate:
                     raise _Refused(problem)
             except _Refused as refused:
                 if example.where:
-                    raise DataError(f"{example.where}: the conversation {refused}") from None
+                    hint = (
+                        isinstance(refused, _TooLong) * " (data.too_long = 'leave-out' leaves such rows out)"
+                    )
+                    raise DataError(f"{example.where}: the conversation {refused}{hint}") from None
                 raise TextError(position, len(examples), str(refused)) from None
             yield found
+
+    def fits(self, example: Example, data: DataSettings) -> bool:
+        """Whether a conversation's last exchange is within ``data.max_length``; what else is wrong with it is
+        said by :meth:`encode`.
+        """
+        try:
+            self._encode(example, data)
+        except _TooLong:
+            return False
+        except _Refused:
+            pass
+        return True
 
     def _encode(self, example: Example, data: DataSettings) -> EncodedConversation:
         messages = example.messages or (Message("user", example.text),)
@@ -118,7 +137,7 @@ class ChatTemplate:
             messages = (*system, *(message for part in parts for message in part))
             given, prompt, offsets = self._prompt(messages)
         if len(prompt) > data.max_length:
-            raise _Refused(
+            raise _TooLong(
                 f"takes {len(prompt)} tokens with its last exchange alone; data.max_length = "
                 f"{data.max_length}"
             )

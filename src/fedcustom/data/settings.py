@@ -41,6 +41,7 @@ ONLY_FOR: dict[str, tuple[TaskKind, ...]] = {
     "chat_template": ("chat", "preference"),
     "chosen": ("preference",),
     "rejected": ("preference",),
+    "too_long": ("chat", "preference"),
     "references": ("generation", "chat"),
     "options": ("generation", "chat"),
 }
@@ -138,6 +139,11 @@ class DataSettings(Settings):
         le=1_000_000,
         description="Generation: longest target in tokens; chat: longest last answer; preference: longest "
         "answer, chosen or rejected",
+    )
+    too_long: Literal["refuse", "leave-out"] | None = Field(
+        None,
+        description="Chat, preference: a conversation whose last exchange alone is longer than max_length is "
+        "refused with its line, or left out and counted; unset: refuse",
     )
     limit: int | None = Field(
         None, ge=1, description="Use at most this many training rows, drawn by the seed"

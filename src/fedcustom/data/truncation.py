@@ -145,6 +145,7 @@ class CutCount:
         tokens: how many tokens of inputs are cut, by column.
         targets: how many have a target that is cut.
         target_tokens: how many tokens of targets are cut; a target's end token is one.
+        left_out: how many further examples there were, which were too long and are left out.
     """
 
     examples: int = 0
@@ -152,6 +153,7 @@ class CutCount:
     tokens: dict[str, int] = field(default_factory=dict)
     targets: int = 0
     target_tokens: int = 0
+    left_out: int = 0
 
 
 @dataclass(slots=True)
@@ -194,6 +196,12 @@ def in_words(counts: Mapping[str, CutCount]) -> list[str]:
         found.append(f"inputs longer than data.max_length are cut: {', '.join(inputs)}; {how}")
     if targets:
         found.append(f"targets longer than data.max_target_length are cut: {', '.join(targets)}")
+    rows = {part: one for part, one in counts.items() if one.left_out}
+    if rows:
+        each = [f"{one.left_out} of {one.left_out + one.examples} {part}" for part, one in rows.items()]
+        found.append(
+            f"conversations with a last exchange longer than data.max_length are left out: {', '.join(each)}"
+        )
     return found
 
 

@@ -13,7 +13,7 @@ from ..data.party_data import OwnData, read_own
 from ..federated.build import check_fit, make_method
 from ..federated.fingerprint import of_server
 from ..federated.simulation import Federation
-from ..federated.truncation import count_truncation
+from ..federated.truncation import fitted_data
 from ..models.load import load_base
 from ..models.memory_mapping import park, parked
 from ..recipe.recipe import Recipe
@@ -89,7 +89,7 @@ def gather(
     data = _server_view(recipe, settings, own, participants.labels)
     check_generation(recipe, data.test)
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
-    truncation = count_truncation(recipe, recipe.data, base, data)
+    data, truncation = fitted_data(recipe, recipe.data, base, data)
     transforms = update_transforms(recipe.compression)
     method = make_method(recipe, base, data, transforms)
     origin, parking = method.initialise(), folder / "server" / "fedcustom"

@@ -29,7 +29,7 @@ from .build import check_cohort, check_fit, check_transforms, make_method, poole
 from .callbacks import Callback
 from .evaluator import Evaluator, Probes, Result
 from .fingerprint import Fingerprint, of_data
-from .truncation import count_truncation
+from .truncation import fitted_data
 
 
 class Evaluation(Protocol):
@@ -112,7 +112,7 @@ def simulate(
     rows = of_data(recipe, data)
     callbacks.on_phase(f"loading {recipe.model.base}")
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
-    truncation = count_truncation(recipe, settings, base, data)
+    data, truncation = fitted_data(recipe, settings, base, data)
     hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
     attack = simulated_attack(hostile, recipe.attack, recipe.seed)
     applied = update_transforms(recipe.compression, attack, transforms)

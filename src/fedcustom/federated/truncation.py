@@ -1,4 +1,4 @@
-"""What a run cuts of its inputs and targets, counted before the first round."""
+"""What a run cuts of its inputs and targets, and leaves out, counted before the first round."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..core.errors import DataError
-from ..data.examples import Example, FederatedData
+from ..data.chat_template import ChatTemplate
+from ..data.examples import ClientData, Example, FederatedData
 from ..data.settings import DataSettings
 from ..data.truncation import CutCount
 from ..data.truncation_count import Owned, Reading, count_cuts, parts_of
@@ -14,22 +15,64 @@ from ..models.load import Base
 from ..recipe.recipe import Recipe
 
 
-def count_truncation(
+def fitted_data(
     recipe: Recipe, data: DataSettings, base: Base, federation: FederatedData
-) -> dict[str, CutCount]:
-    """Count what is cut of each part of the data, by the tokenizer of ``model.base``.
+) -> tuple[FederatedData, dict[str, CutCount]]:
+    """The data without conversations that are too long, where ``data.too_long`` leaves them out; and how much
+    is left out and cut of each part, by the tokenizer of ``model.base``.
 
     Args:
         data: the recipe's data settings, with a party's own templates where it has such.
 
     Raises:
+        DataError: a client has nothing left to train on.
         DataError, ModelError: a text cannot be taken by the model; see
             :func:`~fedcustom.data.truncation_count.count_cuts`.
     """
+    whole = {name: _examples(owned) for name, owned in parts_of(federation).items()}
+    if data.too_long == "leave-out" and base.chat is not None:
+        federation = _without_too_long(federation, base.chat, data)
     parts = parts_of(federation)
     scored = [owned for name in ("development", "test") for _, owned in parts.get(name, ())]
     _refuse_cut_options(recipe, data, base, [example for examples in scored for example in examples])
-    return count_parts(recipe, data, base, parts)
+    counts = count_parts(recipe, data, base, parts)
+    left_out = {name: count - _examples(parts.get(name, ())) for name, count in whole.items()}
+    empty = CutCount()
+    counts |= {
+        name: replace(counts.get(name, empty), left_out=count) for name, count in left_out.items() if count
+    }
+    return federation, counts
+
+
+def _examples(owned: Owned) -> int:
+    return sum(len(examples) for _, examples in owned)
+
+
+def _without_too_long(federation: FederatedData, chat: ChatTemplate, data: DataSettings) -> FederatedData:
+    """The data without examples whose last exchange alone exceeds ``data.max_length``."""
+    known: dict[int, bool] = {}  # an example of a client's part may stand in that of all, too
+
+    def fitting(examples: Sequence[Example]) -> list[Example]:
+        for example in examples:
+            if id(example) not in known:
+                known[id(example)] = chat.fits(example, data)
+        return [example for example in examples if known[id(example)]]
+
+    clients = {}
+    for name, client in federation.clients.items():
+        train = fitting(client.train)
+        if client.train and not train:
+            raise DataError(
+                f"client {name!r}: every conversation to train on is longer than data.max_length = "
+                f"{data.max_length} with its last exchange alone"
+            )
+        clients[name] = ClientData(name, train, fitting(client.development), fitting(client.test))
+    return replace(
+        federation,
+        clients=clients,
+        development=fitting(federation.development),
+        test=fitting(federation.test),
+    )
 
 
 def _refuse_cut_options(recipe: Recipe, data: DataSettings, base: Base, examples: Sequence[Example]) -> None:

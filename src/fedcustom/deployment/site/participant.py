@@ -16,7 +16,7 @@ from ...data.settings import ClientSettings
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
 from ...federated.evaluator import development_predictions, predicted
-from ...federated.truncation import count_truncation
+from ...federated.truncation import fitted_data
 from ...methods import ChecksTasks, Client, CountsCuts, RoundTask, State, Task, TrainingTask
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
@@ -101,7 +101,8 @@ class Participant:
         # The site's own templates say which columns may be cut.
         own_inputs = {key: getattr(own.settings, key) for key in ("text", "prompt", "truncate")}
         settings = recipe.data.model_copy(update=own_inputs)
-        self.truncation = count_truncation(recipe, settings, self.base, federation)
+        federation, self.truncation = fitted_data(recipe, settings, self.base, federation)
+        self.data = federation.clients[data.name]
         self.method = make_method(recipe.model_copy(update={"data": settings}), self.base, federation)
         self.channel = Channel(recipe.compression, self.method.initialise().tensors)
         self.transforms = update_transforms(recipe.compression)
