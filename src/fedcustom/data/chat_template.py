@@ -107,9 +107,8 @@ class ChatTemplate:
                     raise _Refused(problem)
             except _Refused as refused:
                 if example.where:
-                    hint = (
-                        isinstance(refused, _TooLong) * " (data.too_long = 'leave-out' leaves such rows out)"
-                    )
+                    row = isinstance(refused, _TooLong) and example.target  # and no turn that is typed
+                    hint = " (data.too_long = 'leave-out' leaves such rows out)" if row else ""
                     raise DataError(f"{example.where}: the conversation {refused}{hint}") from None
                 raise TextError(position, len(examples), str(refused)) from None
             yield found

@@ -160,11 +160,8 @@ def check_export(folder: Path, expected: Reference) -> str:
         files = {name: str(Path(place) / name) for name in ("rows", "outputs", "tokens")}
         rows = [{"inputs": row.inputs, "text": row.text} for row in expected.rows]
         Path(files["rows"]).write_text(json.dumps(rows), encoding="utf-8")
-        _run(
-            ALONE + with_base_folder(load, expected.base) + PROBE.format(**files, autocast=expected.autocast),
-            folder,
-            Path(place),
-        )
+        probe = PROBE.format(**files, autocast=expected.autocast)
+        _run(ALONE + with_base_folder(load, expected.base) + probe, folder, Path(place))
         outputs, tokens = read_tensors(Path(files["outputs"])), read_json(Path(files["tokens"]))
     _compare(expected, outputs, tokens)
     return ""
