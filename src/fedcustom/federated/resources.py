@@ -10,10 +10,10 @@ from typing import Any
 
 from ..core import environment
 from ..core.errors import RecipeError, RunError
-from ..core.tensors import count
 from ..methods import WeightTuning, Work, client_labels
 from ..methods.tuning.head_fit import as_if_fitted
 from ..methods.tuning.local_training import batch_ranges
+from ..models.quantised_layers import count_weights, stored_bytes
 from ..recipe import Recipe
 from ..recipe.paths import absolute
 from .callbacks import Callback, Outline
@@ -95,7 +95,7 @@ def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Reso
                 "measure; fedcustom run says before its first round what it sends"
             )
         state, device = federation.origin, federation.base.device
-        model_bytes = sum(p.numel() * p.element_size() for p in federation.base.model.parameters())
+        model_bytes = stored_bytes(federation.base.model)
         held = environment.held_memory(device)
         available = environment.free_memory(device) + held
         settled = recipe.settled(len(federation.data.clients))
@@ -109,7 +109,7 @@ def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Reso
     one, whole = (None, None) if seconds is None else seconds
     return Resources(
         outline=cost,
-        parameters=count(federation.base.model.parameters()),
+        parameters=count_weights(federation.base.model),
         model_bytes=model_bytes,
         trained=trained,
         head=head,

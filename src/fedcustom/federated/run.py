@@ -121,6 +121,8 @@ def _run(
         tell(f"loading {base.name}: {report}")
     for sentence in in_words(loop.federation.truncation):
         loop.warn(sentence)
+    if base.quantised:
+        callbacks.on_note(f"{base.name}: {base.quantised.in_words()}")
     if base.measured:
         steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in base.measured.items())
         callbacks.on_note(f"model.dtype = auto: {base.precision} (a step: {steps})")

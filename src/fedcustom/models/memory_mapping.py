@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from ..core.tensors import Tensors
@@ -46,7 +47,11 @@ def leave_memory(tensors: Mapping[str, Tensor]) -> None:
 
 
 def park(model: nn.Module, folder: Path) -> None:
-    """Put a model's parameters where they take no memory until they are used (:func:`parked`)."""
-    mapped = parked(dict(model.named_parameters()), folder)
-    for name, parameter in model.named_parameters():
-        parameter.data = mapped[name]
+    """Put a model's parameters, and the bytes of quantised ones, where they take no memory until they are
+    used (:func:`parked`).
+    """
+    packed = {name: b for name, b in model.named_buffers() if b.dtype in (torch.int8, torch.uint8)}
+    weights = {**dict(model.named_parameters()), **packed}
+    mapped = parked(weights, folder)
+    for name, tensor in weights.items():
+        tensor.data = mapped[name]

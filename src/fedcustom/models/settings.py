@@ -39,6 +39,16 @@ class ModelSettings(Settings):
         "flash_attention_2: the package flash-attn, on a GPU in bfloat16; unset, or auto: as transformers "
         "chooses",
     )
+    quantization: Literal["int8", "int4", "nf4"] | None = Field(
+        None,
+        description="Store the frozen matrices of the base in 8 or 4 bits (docs/memory.md): int8, int4 by "
+        "torchao; nf4 by bitsandbytes. What is trained stays in float32; unset: as dtype says",
+    )
+    device_map: Literal["auto"] | None = Field(
+        None,
+        description="auto: spread the layers of the base over the GPUs of this machine (accelerate); unset: "
+        "one device",
+    )
     compile: bool = Field(
         False,
         description="Train through torch.compile, client by client: minutes at the start, for long runs of "

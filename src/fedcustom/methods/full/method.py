@@ -35,6 +35,7 @@ class Full:
             model.load_state_dict(saved.state_dict())
 
         trainable = TrainableModel(model, parameters, head_names(base, parameters), save, load)
+        trainable.whole = True
         output = model.get_output_embeddings()
         inner = (n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not output)
         weights = {f"{name}.weight" for name in inner}

@@ -23,8 +23,8 @@ from ..tuning.peft_support import (
     upper,
 )
 from ..tuning.technique import TrainableModel
-from .aggregation_hooks import CHANGES_BASE, LoraAggregation, Matrix
-from .settings import OWN_RULE, LoraSettings
+from .aggregation_hooks import LoraAggregation, Matrix
+from .settings import CHANGES_BASE, OWN_RULE, LoraSettings
 
 
 class Lora:
@@ -200,10 +200,11 @@ def _fit_ranks(
     Missing rows of A and columns of B are zero, and stay so under any gradient: the product has none there.
     """
     rank = settings.rank
-    original = {m.name: layers[m.name].get_base_layer().weight.detach().clone() for m in matrices}
     changes_base = settings.variant in CHANGES_BASE
+    original: Tensors = {}
     applied: Tensors = {}
     if changes_base:
+        original = {m.name: layers[m.name].get_base_layer().weight.detach().clone() for m in matrices}
         applied = {m.base_name: torch.zeros(m.b.shape[0], m.a.shape[1]) for m in matrices}
 
     def write(tensors: Tensors) -> Tensors:

@@ -64,7 +64,8 @@ class TrainableModel:
     ``scale`` is what a client's state has its ``scaled`` matrices' outputs multiplied by, where that is not
     the same for all (LoRA of different ranks); :meth:`inwards` sets it in the model. ``matrices`` names the
     parameters that an optimiser of matrices takes as such, and how many lie side by side in each. ``remarks``
-    are what users should know of how the method fits the model.
+    are what users should know of how the method fits the model. ``whole`` is whether :attr:`save` writes all
+    of the model's weights.
     """
 
     model: Any
@@ -81,6 +82,7 @@ class TrainableModel:
     scaled: frozenset[str] = frozenset()
     matrices: dict[str, int] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    whole: bool = False
 
     def read(self) -> Tensors:
         """A copy of the tensors that travel."""
