@@ -1,11 +1,11 @@
 """A quantised base beside an exact one: memory, seconds and loss, method by method, on SmolLM2-135M.
 
-    python scripts/quantization.py --rows FOLDER/train.jsonl --schemes none,int8,int4,nf4 --methods lora,prefix
+    python scripts/quantization.py --rows FOLDER/train.jsonl --schemes none,int8,nf4 --methods lora,prefix
     python scripts/quantization.py --rows FOLDER/train.jsonl --most      # peaks, each in a process of its own
 
-Rows are instructions with answers (``instruction``, ``context``, ``response``, as in Dolly). The methods train
-on the first of them and are tested on others. Seconds of a step are medians; exact and quantised models take
-turns, so that other work on the machine slows all of them alike.
+Rows are instructions with answers (``instruction``, ``context``, ``response``, as in Dolly). The methods
+train on the first of them and are tested on others. Seconds of a step are medians; exact and quantised models
+take turns, so that other work on the machine slows all of them alike.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from .output import OutputLayer, output_layer
 from .padding import Padding, padding_of
 from .pooled_classifier import PooledClassifier, with_pooling
 from .quantised_layers import Quantised, quantise
-from .quiet import hear_errors_alone, quiet
+from .quiet import quiet
 from .settings import ModelSettings
 from .size_class import Architecture, architecture_of
 from .stored_weights import holds_halves, settle, stored_half, widen
@@ -117,7 +117,6 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
     """
     import transformers
 
-    hear_errors_alone()
     configuration = load_configuration(settings)
     architecture = architecture_of(configuration)
     if task.kind == "generation" and architecture == "encoder":

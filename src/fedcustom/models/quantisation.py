@@ -128,11 +128,12 @@ def _pack_nf4(weight: Tensor) -> Tensors:
 def _unpack_nf4(tensors: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
     from bitsandbytes import functional as bnb
 
-    outer = bnb.QuantState(
+    state_of: Any = bnb.QuantState
+    outer = state_of(
         absmax=tensors["scale_scales"], blocksize=256, code=tensors["scale_levels"], dtype=torch.float32
     )
     known = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-    state = bnb.QuantState(
+    state = state_of(
         absmax=tensors["scales"], shape=shape, code=tensors["levels"], blocksize=GROUP, quant_type="nf4",
         dtype=known, offset=tensors["offset"], state2=outer,
     )  # fmt: skip

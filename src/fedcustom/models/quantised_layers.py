@@ -39,8 +39,9 @@ class QuantisedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The unpacked matrix, (out, in), in float32."""
-        return self.unpacked(torch.float32)
+        """The unpacked matrix, (out, in), in float32; meanwhile (:meth:`with_weight`) the exact one."""
+        exact = self._parameters.get("weight")
+        return self.unpacked(torch.float32) if exact is None else exact
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The same in another dtype."""
@@ -48,8 +49,19 @@ class QuantisedLinear(nn.Linear):
         return self.scheme.unpack(self.tensors(), shape, dtype)
 
     def tensors(self) -> Tensors:
-        """What is stored, by name."""
-        return {name: self._buffers[name] for name in self.stored}  # type: ignore[misc]
+        """What is stored, by name; nothing while the layer has an exact weight."""
+        return {name: self._buffers[name] for name in self.stored if name in self._buffers}  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def with_weight(self, weight: Tensor) -> Iterator[None]:
+        """For the time of the context the layer is a plain one with this weight."""
+        stored = {name: self._buffers.pop(name) for name in self.stored}
+        self._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
+        try:
+            yield
+        finally:
+            del self._parameters["weight"]
+            self._buffers.update(stored)
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., in) to (..., out), in autocast's dtype, or that of the states."""
@@ -60,6 +72,8 @@ class QuantisedLinear(nn.Linear):
         """The same without the bias."""
         kind = states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+        if (exact := self._parameters.get("weight")) is not None:
+            return nn.functional.linear(states.to(dtype), exact.to(dtype))
         result: Tensor = _Product.apply(states.to(dtype), self)  # type: ignore[no-untyped-call]
         return result
 
@@ -74,7 +88,9 @@ class QuantisedLinear(nn.Linear):
             found = fn(tensor)
             return found if found.dtype == tensor.dtype else tensor.to(found.device)
 
-        kept = {name: moved(self._buffers.pop(name)) for name in self.stored}  # type: ignore[arg-type]
+        kept = {name: moved(tensor) for name, tensor in self.tensors().items()}
+        for name in kept:
+            del self._buffers[name]
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
@@ -219,19 +235,10 @@ def exact_weights(model: nn.Module, quantised: Quantised | None) -> Iterator[Non
             f"the base is quantised in {quantised.name}, and what is exported is checked or written with its "
             f"exact weights: they take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
         )
-    exact = dict(quantised.load_exact().named_modules())
-    places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if isinstance(child, QuantisedLinear)
-    ]
-    for parent, name, child in places:
-        plain: Any = exact[child.place]
-        plain.bias = child.bias
-        parent._modules[name] = plain.to(child.tensors()["numbers"].device)
-    try:
+    exact = dict(quantised.load_exact().named_parameters())
+    with contextlib.ExitStack() as stack:
+        for layer in quantised_layers(model):
+            device = layer.tensors()["numbers"].device
+            stack.enter_context(layer.with_weight(exact[f"{layer.place}.weight"].to(device)))
+        del exact
         yield
-    finally:
-        for parent, name, child in places:
-            parent._modules[name] = child

@@ -21,7 +21,7 @@ from fedcustom.methods.tuning import technique
 from fedcustom.methods.tuning.export_check import check_export
 from fedcustom.models import quantised_layers as layers
 from fedcustom.models.load import Base
-from fedcustom.models.quantised_layers import QuantisedLinear, quantised_layers
+from fedcustom.models.quantised_layers import quantised_layers
 from fedcustom.recipe.recipe import load_recipe
 from helpers.methods import SETTINGS, examples_for, make
 from helpers.quantised import SCHEMES, wide_model
@@ -209,8 +209,7 @@ def test_an_estimate_counts_what_is_stored(
     exact = measure_resources(load_recipe(generation))
     quantised = measure_resources(load_recipe(generation, {"model.quantization": scheme}))
     assert quantised.parameters == exact.parameters
-    matrices = [m for m in made(wide["llama"], "lora", "generation", scheme).base.model.modules()]
-    packed = [m for m in matrices if isinstance(m, QuantisedLinear)]
+    packed = quantised_layers(made(wide["llama"], "lora", "generation", scheme).base.model)
     saved = sum(3 * m.in_features * m.out_features - 4 * m.out_features for m in packed)
     assert exact.model_bytes - quantised.model_bytes == saved
 

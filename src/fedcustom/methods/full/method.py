@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...core.errors import RunError
 from ...models.load import Base
+from ...models.quantised_layers import quantised_layers
 from ..tuning.loading_page import loading_page
 from ..tuning.peft_support import head_names
 from ..tuning.technique import TrainableModel
@@ -32,7 +34,12 @@ class Full:
 
         def load(folder: Path) -> None:
             saved = type(model).from_pretrained(folder, dtype=torch.float32)
-            model.load_state_dict(saved.state_dict())
+            found = model.load_state_dict(saved.state_dict(), strict=False)
+            # Of quantised layers nothing is trained but biases; their stored weights stay.
+            places = {layer.place for layer in quantised_layers(model)}
+            keys = (*found.missing_keys, *found.unexpected_keys)
+            if others := [key for key in keys if key.rpartition(".")[0] not in places]:
+                raise RunError(f"{folder}: holds weights of another model than the run's: {others[0]}")
 
         trainable = TrainableModel(model, parameters, head_names(base, parameters), save, load)
         trainable.whole = True
