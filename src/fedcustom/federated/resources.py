@@ -96,7 +96,7 @@ def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Reso
             )
         state, device = federation.origin, federation.base.device
         model_bytes = stored_bytes(federation.base.model)
-        held = environment.held_memory(device)
+        held = sum(map(environment.held_memory, federation.base.devices))
         available = environment.free_memory(device) + held
         settled = recipe.settled(len(federation.data.clients))
         plan = plan_rounds(settled, federation.data, client_labels(state))

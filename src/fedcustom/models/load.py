@@ -250,13 +250,13 @@ def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
     """The devices of a model's parameters, in the order in which they come.
 
     Raises:
-        ModelError: some of them are on no device, but on disk.
+        ModelError: some of them are on no device: accelerate keeps them in main memory or on disk.
     """
     found = tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
     if any(device.type == "meta" for device in found):
         raise ModelError(
-            "model.device_map = 'auto': the model does not fit onto this machine's devices, and some of its "
-            "weights would stay on disk; use model.quantization, or a smaller model"
+            "model.device_map = 'auto': the model does not fit onto this machine's GPUs, and some of its "
+            "weights would stay off them; set model.dtype = 'bfloat16', or take a smaller model"
         )
     return found
 

@@ -68,11 +68,13 @@ class OutputLayer:
         weight, device_type = self.matrix.weight.detach(), states.device.type
         if torch.is_autocast_enabled(device_type):
             states = states.to(torch.get_autocast_dtype(device_type))
-        weight, targets = weight.to(states.dtype), targets.to(states.device)
+        weight, device = weight.to(states.dtype), targets.device
         room = LOGIT_BYTES.get(device_type, LOGIT_BYTES["cpu"])
         chunk = max(FEWEST_ROWS, room // (4 * len(weight)))
-        result: Tensor = _TargetLosses.apply(states, weight, targets, chunk)  # type: ignore[no-untyped-call]
-        return result
+        result: Tensor = _TargetLosses.apply(  # type: ignore[no-untyped-call]
+            states, weight, targets.to(states.device), chunk
+        )
+        return result.to(device)  # the layer may lie on another one
 
 
 class _TargetLosses(torch.autograd.Function):

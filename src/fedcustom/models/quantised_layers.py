@@ -207,6 +207,12 @@ def _size(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def device_of(layer: nn.Module) -> torch.device:
+    """The device of a layer's own weights, quantised or not."""
+    own = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    return own[0].device
+
+
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights as they are stored."""
     return _size(model.parameters()) + sum(_size(m.tensors().values()) for m in quantised_layers(model))

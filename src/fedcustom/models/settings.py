@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..core.settings import Settings
 
@@ -59,3 +59,12 @@ class ModelSettings(Settings):
         description="Run Python code that comes with a hub model; leave off unless you have read that code",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
+
+    @model_validator(mode="after")
+    def _placed_once(self) -> Self:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(f"device_map = {self.device_map!r}: does not go with device = {self.device!r}")
+        if self.compile and (self.device_map or self.quantization):
+            setting = "device_map" if self.device_map else "quantization"
+            raise ValueError(f"{setting} = {getattr(self, setting)!r}: does not go with compile = true")
+        return self

@@ -16,6 +16,9 @@ from ..tuning.peft_support import head_names
 from ..tuning.technique import TrainableModel
 from .settings import FullSettings
 
+SHARD = "4GB"
+"""Largest file of a model that is saved whole; a larger model has several, and an index of them."""
+
 
 class Full:
     """Full fine-tuning (FedAvg of all weights, McMahan et al. 2017). What travels: the whole model."""
@@ -29,7 +32,7 @@ class Full:
         parameters = dict(sorted(model.named_parameters()))
 
         def save(folder: Path) -> None:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, max_shard_size=SHARD)
             (folder / "README.md").write_text(loading_page(base, adapter=False), encoding="utf-8")
 
         def load(folder: Path) -> None:

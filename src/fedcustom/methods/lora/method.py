@@ -13,6 +13,7 @@ from ...aggregation.lora_factors import LoraFactors, frozen_bases, layer_layout,
 from ...core.errors import ModelError
 from ...core.tensors import Tensors
 from ...models.load import Base
+from ..full.method import SHARD
 from ..tuning.loading_page import loading_page
 from ..tuning.peft_support import (
     attach_peft,
@@ -243,7 +244,7 @@ def _fit_ranks(
             layer.get_base_layer().weight.data.copy_(whole)
         merged = exact.merge_and_unload()
         merged.config.dtype = torch.float32
-        merged.save_pretrained(folder)
+        merged.save_pretrained(folder, max_shard_size=SHARD)
         (folder / "README.md").write_text(loading_page(base, adapter=False), encoding="utf-8")
 
     def load(folder: Path) -> None:

@@ -21,7 +21,7 @@ from ...models.configuration import context_length
 from ...models.embedding import embed
 from ...models.inference import Predictions
 from ...models.quantised_layers import exact_weights
-from ..full.method import Full
+from ..full.method import SHARD, Full
 from ..full.settings import FullSettings
 from ..lora.method import Lora
 from ..lora.settings import LoraSettings
@@ -278,7 +278,7 @@ class Retrieval(SequentialClients):
             self.tuning.export(state, folder)
         else:
             with exact_weights(self.base.model, self.base.quantised):
-                self.base.model.save_pretrained(folder)
+                self.base.model.save_pretrained(folder, max_shard_size=SHARD)
             self.base.tokenizer.save_pretrained(folder)
             (folder / "README.md").write_text(loading_page(self.base, adapter=False), encoding="utf-8")
         write_modules(folder, self.base.model.config.hidden_size)

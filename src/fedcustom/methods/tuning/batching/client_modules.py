@@ -321,10 +321,11 @@ class ClientModules:
         for stand_in, held in self.found:
             given = stand_in.given
             given.own = {name: tensors[other] for name, other in held.items() if other in tensors}
-            given.owners, given.counts = owners, counts
+            device = next((tensor.device for tensor in given.own.values()), owners.device)
+            given.owners, given.counts = owners.to(device), counts  # layers may lie on several devices
             given.scale = None
             if scale is not None and any(other in scaled for other in held.values()):
-                given.scale = scale[owners]
+                given.scale = scale[owners.to(scale.device)].to(device)
 
 
 Kind = Callable[[nn.Module], ClientModule]
