@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.environment import free_memory
 from ..core.errors import ExportError, ModelError
 from ..core.tensors import Tensors
-from .memory_mapping import leave_memory
+from .memory_mapping import give_back, leave_memory
 from .quantisation import Quantization, Scheme, scheme
 
 
@@ -174,6 +174,8 @@ def quantise(
         quantised = QuantisedLinear(layer, chosen, place)
         model.set_submodule(place, quantised)
         leave_memory({full: weight})  # where it is mapped from the checkpoint's file
+        del layer, weight
+        give_back()  # what packing took for a while lies between what is kept
         done, after = done + 1, after + _size(quantised.tensors().values())
     if not done:
         kinds = sorted({type(model.get_submodule(place)).__name__ for place in kept})

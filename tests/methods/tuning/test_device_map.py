@@ -1,7 +1,7 @@
 """``model.device_map`` on a machine without GPUs: accelerate's hooks in place, all layers on the processor.
 
-Layers on several devices are not tried here, nor key-value prefixes, for which PEFT asks for a device that is no
-processor.
+Layers on several devices are not tried here, nor key-value prefixes, for which PEFT asks for a device that is
+no processor.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_accelerates_hooks_change_nothing(
         found = rounds(method, "generation", together=together)
         for before, after in zip(expected, found, strict=True):
             gaps = {client: distance(update, after[client]) for client, update in before.items()}
-            assert max(gaps.values()) < 1e-5, gaps
+            assert max(gaps.values()) < 1e-4, gaps  # float32: IA3 moves little from 1
 
 
 def test_weights_on_no_device_are_refused() -> None:
