@@ -86,6 +86,7 @@ print(json.dumps(environment.peak_memory() - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's high-water mark")
 def test_several_shards_are_not_held_twice(tmp_path: Path) -> None:
     """A model of 0.2 GB: at most 1.3 times its size in bfloat16, and in float32 that of float32."""
