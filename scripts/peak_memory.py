@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--quantization", choices=("int8", "int4", "nf4"))
     parser.add_argument("--child", nargs=3, metavar=("FOLDER", "METHOD", "CHECKPOINTING"))
     arguments = parser.parse_args()
     if arguments.child:
@@ -112,9 +113,8 @@ def child(folder: Path, method: str, switched: str) -> dict[str, float]:
 def measured(folder: str, name: str, switched: bool, arguments: argparse.Namespace) -> dict[str, float]:
     """Memory before and during some steps of one client, and the median seconds of a step."""
     settings = registry.settings_of(METHODS[name]["name"])(**METHODS[name])
-    method = build_method(
-        settings, context(load_base(ModelSettings(base=folder, dtype=arguments.dtype), TASK, 0))
-    )
+    model = ModelSettings(base=folder, dtype=arguments.dtype, quantization=arguments.quantization)
+    method = build_method(settings, context(load_base(model, TASK, 0)))
     assert isinstance(method, WeightTuning)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 8000, (arguments.rows, arguments.tokens), generator=generator)

@@ -140,7 +140,7 @@ class Run:
             return PeftModel.from_pretrained(base.model, folder).eval()
         settings = self.recipe.model
         if (self.directory / "model" / "config.json").exists():  # else the method leaves the weights alone
-            settings = settings.model_copy(update={"base": folder, "revision": None})
+            settings = settings.model_copy(update={"base": folder, "revision": None, "quantization": None})
         return load_base(settings, self._task, self.recipe.seed, head=self.recipe.method.with_head).model
 
     def predict(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:

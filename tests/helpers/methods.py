@@ -88,16 +88,17 @@ def make(
     aggregation: AggregationSettings | None = None,
     clients: int = 1,
     keeps: Keeps = "nothing",
+    model: dict[str, Any] | None = None,
     **more: Any,
 ) -> WeightTuning:
     """A method with seed 0 on the model in the folder ``path``, for two rounds of ``clients``; ``more`` are
-    its own settings, ``training`` replaces those of training.
+    its own settings, ``training`` and ``model`` replace those of training and of the model.
     """
     if method == "bitfit":
         more.setdefault("norms", True)  # some of the tiny models have no biases
     data = DataSettings(task=kind, max_length=24, max_target_length=16)  # type: ignore[arg-type]
     task = LearningTask.of(data, LABELS if kind == "classification" else ())
-    base = load_base(ModelSettings(base=path), task, seed=0)
+    base = load_base(ModelSettings(base=path, **(model or {})), task, seed=0)
     context = Context(
         base=base,
         data=data,

@@ -12,10 +12,10 @@ import torch
 
 from ..core import environment
 from ..core.errors import RecipeError, RunError
-from ..core.tensors import count
 from ..methods import WeightTuning, Work, client_labels
 from ..methods.tuning.head_fit import as_if_fitted
 from ..methods.tuning.local_training import batch_ranges
+from ..models.quantised_layers import count_weights, stored_bytes
 from ..recipe import Recipe
 from ..recipe.paths import absolute
 from .callbacks import Callback, Outline
@@ -89,7 +89,7 @@ def memory_warning(recipe: Recipe, federation: Federation) -> str | None:
     one batch is measured. Models of fewer than :data:`SMALL` parameters are not looked at.
     """
     method, base = federation.method, federation.base
-    if not isinstance(method, WeightTuning) or count(base.model.parameters()) < SMALL:
+    if not isinstance(method, WeightTuning) or count_weights(base.model) < SMALL:
         return None
     held = environment.held_memory(base.device)
     available = environment.free_memory(base.device) + held
@@ -119,8 +119,8 @@ def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Reso
                 "measure; fedcustom run says before its first round what it sends"
             )
         state, device = federation.origin, federation.base.device
-        model_bytes = sum(p.numel() * p.element_size() for p in federation.base.model.parameters())
-        held = environment.held_memory(device)
+        model_bytes = stored_bytes(federation.base.model)
+        held = sum(map(environment.held_memory, federation.base.devices))
         available = environment.free_memory(device) + held
         settled = recipe.settled(len(federation.data.clients))
         plan = plan_rounds(settled, federation.data, client_labels(state))
@@ -133,7 +133,7 @@ def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Reso
     one, whole = (None, None) if seconds is None else seconds
     return Resources(
         outline=cost,
-        parameters=count(federation.base.model.parameters()),
+        parameters=count_weights(federation.base.model),
         model_bytes=model_bytes,
         trained=trained,
         head=head,

@@ -125,6 +125,8 @@ def _run(
         loop.warn(too_large)
     for sentence in in_words(loop.federation.truncation):
         loop.warn(sentence)
+    if base.quantised:
+        callbacks.on_note(f"{base.name}: {base.quantised.in_words()}")
     if base.measured:
         steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in base.measured.items())
         callbacks.on_note(f"model.dtype = auto: {base.precision} (a step: {steps})")

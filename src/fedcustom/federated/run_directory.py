@@ -118,7 +118,13 @@ class RunDirectory:
                 write_json(self.path / TRANSFORMS, list(transforms))
             write_text(self.path / "recipe.toml", to_toml(recipe))
         if not (self.path / "environment.json").exists():
-            found = {**environment.describe(), "precision": base.precision, "device": str(base.device)}
+            found = {
+                **environment.describe(),
+                "precision": base.precision,
+                "device": ", ".join(map(str, base.devices)),
+            }
+            if base.quantised:
+                found["quantised"] = base.quantised.in_words()
             if base.measured:
                 found["precision_seconds"] = {name: round(s, 4) for name, s in base.measured.items()}
             write_json(self.path / "environment.json", {**found, "started": _now()})

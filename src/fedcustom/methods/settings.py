@@ -137,6 +137,13 @@ class MethodSettingsBase(Settings):
         return self.replaces_rule is not None
 
     @property
+    def changes_base(self) -> str | None:
+        """The setting by which matrices of the base model are trained or changed, so that they cannot be
+        stored in few bits.
+        """
+        return None
+
+    @property
     def personal(self) -> bool:
         """Whether each client's model has tensors, or a form, of its own."""
         return False
@@ -151,6 +158,13 @@ class MethodSettingsBase(Settings):
         if task not in self.tasks:
             raise ValueError(
                 f"data.task = {task!r}: allowed for method.name = {self.name!r}: {', '.join(self.tasks)}"
+            )
+        quantization = sections["model"].quantization
+        if quantization and (setting := self.changes_base):
+            raise ValueError(
+                f"model.quantization = {quantization!r}: {setting} changes the matrices of the base itself, "
+                "which have to be exact for that; leave it unset, or use a method that keeps them frozen "
+                "(lora with variant fedit)"
             )
         for key in self.not_for:
             section, _, name = key.partition(".")

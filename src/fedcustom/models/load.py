@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import shutil
 import time
@@ -25,9 +26,11 @@ from .loading_report import LoadingReport, load_reported
 from .output import OutputLayer, output_layer
 from .padding import Padding, padding_of
 from .pooled_classifier import PooledClassifier, with_pooling
+from .quantised_layers import Quantised, quantise
 from .quiet import quiet
 from .settings import ModelSettings
 from .size_class import Architecture, architecture_of
+from .stored_weights import holds_halves, settle, stored_half, widen
 from .tokenizer_check import check_tokenizer, token_rules
 
 Precision = Literal["float32", "bfloat16"]
@@ -42,7 +45,8 @@ class Base:
     ``measured`` are the seconds of a step in each precision by which it was chosen, where it was. With
     ``compile`` whoever trains the model compiles it first. ``output`` is a causal language model's output
     layer, where that is a plain matrix. ``padding`` is how texts of unlike lengths share a batch. ``loading``
-    says which weights the checkpoint at ``revision`` lacked.
+    says which weights the checkpoint at ``revision`` lacked, ``quantised`` what of the model is. A model that
+    spans several ``devices`` takes its inputs on the first of them, ``device``.
     """
 
     model: Any
@@ -60,6 +64,13 @@ class Base:
     padding: Padding = "right"
     loading: LoadingReport = field(default_factory=LoadingReport)
     revision: str | None = None
+    quantised: Quantised | None = None
+    devices: tuple[torch.device, ...] = ()
+
+    @property
+    def spans(self) -> bool:
+        """Whether the model's layers lie on several devices."""
+        return len(self.devices) > 1
 
     @property
     def sequence_to_sequence(self) -> bool:
@@ -152,19 +163,52 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         check_tokenizer(tokenizer, configuration, architecture, task, head=head, name=settings.base)
         if configuration.pad_token_id is None:
             configuration.pad_token_id = tokenizer.pad_token_id
-        with torch.random.fork_rng(devices=[]):
+    placed = {} if settings.device_map is None else {"device_map": settings.device_map}
+    plain_code = not (classifies or settings.compile or settings.trust_remote_code)
+    with loading_errors(settings.base):
+        stored = stored_half(path, settings.revision) if plain_code and settings.dtype != "auto" else None
+
+    def read(kind: torch.dtype, **placed: Any) -> tuple[Any, LoadingReport]:
+        with loading_errors(settings.base), quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, loading = load_reported(
+            model, found = load_reported(
                 loader, path, settings.base, head_modules if classifies else None,
-                config=configuration, dtype=torch.float32, **attention, **common,
+                config=copy.deepcopy(configuration), dtype=kind, **attention, **common, **placed,
             )  # fmt: skip
+        fuse_activations(model)
+        model.eval()
+        return model, found
+
+    def load(**placed: Any) -> tuple[Any, LoadingReport]:
+        """The model with its matrices of 16 bits as they are stored, and all else in float32."""
+        if stored is not None:
+            model, found = read(stored, **placed)
+            if not found.initialised and not holds_halves(model.buffers()):  # else they would be rounded
+                widen(model, matrices=False)
+                return model, found
+            del model
+        return read(torch.float32, **placed)
+
+    def exact() -> Any:
+        model, _ = load()
+        settle(model, settings.dtype)
+        return model
+
+    model, loading = load(**placed)
     tokenizer.padding_side = "right"
     if hasattr(model, "generation_config"):
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    fuse_activations(model)
     attend_in_float32_on_processors()
-    model.eval()
-    model.to(device)
+    devices = devices_of(model) if settings.device_map else (device,)
+    if settings.device_map:
+        device = model.get_input_embeddings().weight.device
+    else:
+        model.to(device)
+    quantised = None
+    if settings.quantization is not None:
+        head_of = head_modules(model) if classifies else ()
+        quantised = quantise(model, settings.quantization, head_of, exact, base=settings.base)
+    settle(model, settings.dtype)
     reads_first = pooling is None or pooling.name in ("first", "pooler")
     if architecture == "encoder" and classifies and reads_first and not settings.compile:
         first_token_only(model)
@@ -185,6 +229,8 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         output=output_layer(model) if plain else None,
         loading=loading,
         revision=settings.revision,
+        quantised=quantised,
+        devices=devices,
     )
     if task.chat:  # also where a model is exported whole: it has to stop by itself
         model.generation_config.eos_token_id = base.stops
@@ -215,6 +261,21 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
         for name, module in model.named_children()
         if name != body and any(True for _ in module.parameters())
     )
+
+
+def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
+    """The devices of a model's parameters, in the order in which they come.
+
+    Raises:
+        ModelError: some of them are on no device: accelerate keeps them in main memory or on disk.
+    """
+    found = tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
+    if any(device.type == "meta" for device in found):
+        raise ModelError(
+            "model.device_map = 'auto': the model does not fit onto this machine's GPUs, and some of its "
+            "weights would stay off them; set model.dtype = 'bfloat16', or take a smaller model"
+        )
+    return found
 
 
 def choose_device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from ..core.tensors import Tensors
@@ -45,8 +46,19 @@ def leave_memory(tensors: Mapping[str, Tensor]) -> None:
             library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(start + size - first), MADV_PAGEOUT)
 
 
+def give_back() -> None:
+    """Give the system what was freed in between of what is still used, where it can be told to (glibc)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def park(model: nn.Module, folder: Path) -> None:
-    """Put a model's parameters where they take no memory until they are used (:func:`parked`)."""
-    mapped = parked(dict(model.named_parameters()), folder)
-    for name, parameter in model.named_parameters():
-        parameter.data = mapped[name]
+    """Put a model's parameters, and the bytes of quantised ones, where they take no memory until they are
+    used (:func:`parked`).
+    """
+    packed = {name: b for name, b in model.named_buffers() if b.dtype in (torch.int8, torch.uint8)}
+    weights = {**dict(model.named_parameters()), **packed}
+    mapped = parked(weights, folder)
+    for name, tensor in weights.items():
+        tensor.data = mapped[name]

@@ -67,12 +67,14 @@ class OutputLayer:
         """Cross-entropy in nats of each target, (targets,), from states of (targets, width)."""
         weight, device_type = self.matrix.weight.detach(), states.device.type
         if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            states, weight = states.to(dtype), weight.to(dtype)
+            states = states.to(torch.get_autocast_dtype(device_type))
+        weight, device = weight.to(states.dtype), targets.device
         room = LOGIT_BYTES.get(device_type, LOGIT_BYTES["cpu"])
         chunk = max(FEWEST_ROWS, room // (4 * len(weight)))
-        result: Tensor = _TargetLosses.apply(states, weight, targets, chunk)  # type: ignore[no-untyped-call]
-        return result
+        result: Tensor = _TargetLosses.apply(  # type: ignore[no-untyped-call]
+            states, weight, targets.to(states.device), chunk
+        )
+        return result.to(device)  # the layer may lie on another one
 
 
 class _TargetLosses(torch.autograd.Function):
@@ -119,5 +121,5 @@ def output_layer(model: Any) -> OutputLayer | None:
     except (ValueError, RuntimeError, IndexError):
         return None
     logits = model(input_ids=ids).logits.float()
-    same = functional.linear(states, matrix.weight).float()
+    same = functional.linear(states, matrix.weight.to(states.dtype)).float()
     return found if logits.shape == same.shape and torch.allclose(logits, same, atol=1e-5) else None

@@ -1,10 +1,13 @@
-"""Silence of ``transformers`` while it loads a model."""
+"""Silence of ``transformers`` while it loads a model, and of libraries for quantisation."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Iterator
+
+KERNELS = ("torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers of libraries that warn, whenever ``peft`` imports them, of kernels which nothing here uses."""
 
 
 @contextlib.contextmanager
@@ -20,3 +23,9 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def hear_errors_alone() -> None:
+    """From now on, libraries for quantisation say nothing of kernels that they cannot load."""
+    for name in KERNELS:
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..core.settings import Settings
 
@@ -39,6 +39,16 @@ class ModelSettings(Settings):
         "flash_attention_2: the package flash-attn, on a GPU in bfloat16; unset, or auto: as transformers "
         "chooses",
     )
+    quantization: Literal["int8", "int4", "nf4"] | None = Field(
+        None,
+        description="Store the frozen matrices of the base in 8 or 4 bits (docs/memory.md): int8, int4 by "
+        "torchao; nf4 by bitsandbytes. What is trained stays in float32; unset: as dtype says",
+    )
+    device_map: Literal["auto"] | None = Field(
+        None,
+        description="auto: spread the layers of the base over the GPUs of this machine (accelerate); unset: "
+        "one device",
+    )
     compile: bool = Field(
         False,
         description="Train through torch.compile, client by client: minutes at the start, for long runs of "
@@ -49,3 +59,12 @@ class ModelSettings(Settings):
         description="Run Python code that comes with a hub model; leave off unless you have read that code",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
+
+    @model_validator(mode="after")
+    def _placed_once(self) -> Self:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(f"device_map = {self.device_map!r}: does not go with device = {self.device!r}")
+        if self.compile and (self.device_map or self.quantization):
+            setting = "device_map" if self.device_map else "quantization"
+            raise ValueError(f"{setting} = {getattr(self, setting)!r}: does not go with compile = true")
+        return self

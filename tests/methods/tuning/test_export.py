@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedcustom.models import smollm2
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
 from helpers.interpreter import run_python
+from helpers.methods import make
 from helpers.smollm2 import needs_smollm2
 
 CLASSIFIER = """
@@ -254,3 +256,20 @@ def test_a_whole_smollm2_says_where_it_comes_from(tmp_path: Path) -> None:
     page = offline('# A customised model\n\n```python\nmodel = load(".")\n```\n', base)
     assert "Apache-2.0" in page
     assert smollm2.INSTALL not in page
+
+
+def test_a_large_model_is_saved_in_shards(
+    tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an index of them, and read again as it was."""
+    monkeypatch.setattr("fedcustom.methods.full.method.SHARD", "40KB")
+    for name in ("full", "adapter", "bitfit"):
+        method = make(tiny["llama"], name, "generation")
+        state = method.initialise()
+        moved = {n: t + 0.01 * torch.randn_like(t) for n, t in state.tensors.items()}
+        method.export(replace(state, tensors=moved), tmp_path / name)
+        index = json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
+        assert len(set(index["weight_map"].values())) > 1
+        assert not (tmp_path / name / "model.safetensors").exists()
+        opened = method.open(tmp_path / name).tensors
+        assert all(torch.equal(opened[n], tensor) for n, tensor in moved.items()), name

@@ -112,6 +112,13 @@ class DistillationSettings(MethodSettingsBase):
         return self.has_server_model
 
     @property
+    def changes_base(self) -> str | None:
+        """Where clients or the server train all of their models."""
+        if self.client_method == "full":
+            return "method.client_method = 'full'"
+        return "method.server_method = 'full'" if self.server_method == "full" else None
+
+    @property
     def named_models(self) -> tuple[str, ...]:
         """The clients' own base models."""
         return tuple(self.client_models or ())

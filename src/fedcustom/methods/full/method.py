@@ -8,11 +8,16 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...core.errors import RunError
 from ...models.load import Base
+from ...models.quantised_layers import quantised_layers
 from ..tuning.loading_page import loading_page
 from ..tuning.peft_support import head_names
 from ..tuning.technique import TrainableModel
 from .settings import FullSettings
+
+SHARD = "4GB"
+"""Largest file of a model that is saved whole; a larger model has several, and an index of them."""
 
 
 class Full:
@@ -27,14 +32,20 @@ class Full:
         parameters = dict(sorted(model.named_parameters()))
 
         def save(folder: Path) -> None:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, max_shard_size=SHARD)
             (folder / "README.md").write_text(loading_page(base, adapter=False), encoding="utf-8")
 
         def load(folder: Path) -> None:
             saved = type(model).from_pretrained(folder, dtype=torch.float32)
-            model.load_state_dict(saved.state_dict())
+            found = model.load_state_dict(saved.state_dict(), strict=False)
+            # Of quantised layers nothing is trained but biases; their stored weights stay.
+            places = {layer.place for layer in quantised_layers(model)}
+            keys = (*found.missing_keys, *found.unexpected_keys)
+            if others := [key for key in keys if key.rpartition(".")[0] not in places]:
+                raise RunError(f"{folder}: holds weights of another model than the run's: {others[0]}")
 
         trainable = TrainableModel(model, parameters, head_names(base, parameters), save, load)
+        trainable.whole = True
         output = model.get_output_embeddings()
         inner = (n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not output)
         weights = {f"{name}.weight" for name in inner}

@@ -19,3 +19,8 @@ class FullSettings(TuningSettings):
     rates: ClassVar[Rates] = Rates(encoder=0.0001, decoder=0.003, large=2e-05)
 
     name: Literal["full"] = "full"
+
+    @property
+    def changes_base(self) -> str:
+        """Every weight is trained."""
+        return "method.name = 'full'"

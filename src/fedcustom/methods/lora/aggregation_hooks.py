@@ -43,12 +43,10 @@ from ...core.seeds import name_seed
 from ...core.tensors import Tensors
 from ..protocol import State, Values
 from ..tuning.aggregation_hooks import BASE_CHANGE, AggregationHooks, ClientDelta, RoundAggregator
-from .settings import OWN_RULE, LoraSettings
+from .settings import CHANGES_BASE, OWN_RULE, LoraSettings
 
 PRIVATE = "_private."
 """Part of the names of tensors of a client's own adapter."""
-
-CHANGES_BASE = ("flora", "fedex")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ...aggregation.lora_factors import LoraFactors, frozen_bases, layer_layout,
 from ...core.errors import ModelError
 from ...core.tensors import Tensors
 from ...models.load import Base
+from ..full.method import SHARD
 from ..tuning.loading_page import loading_page
 from ..tuning.peft_support import (
     attach_peft,
@@ -23,8 +24,8 @@ from ..tuning.peft_support import (
     upper,
 )
 from ..tuning.technique import TrainableModel
-from .aggregation_hooks import CHANGES_BASE, LoraAggregation, Matrix
-from .settings import OWN_RULE, LoraSettings
+from .aggregation_hooks import LoraAggregation, Matrix
+from .settings import CHANGES_BASE, OWN_RULE, LoraSettings
 
 
 class Lora:
@@ -200,10 +201,11 @@ def _fit_ranks(
     Missing rows of A and columns of B are zero, and stay so under any gradient: the product has none there.
     """
     rank = settings.rank
-    original = {m.name: layers[m.name].get_base_layer().weight.detach().clone() for m in matrices}
     changes_base = settings.variant in CHANGES_BASE
+    original: Tensors = {}
     applied: Tensors = {}
     if changes_base:
+        original = {m.name: layers[m.name].get_base_layer().weight.detach().clone() for m in matrices}
         applied = {m.base_name: torch.zeros(m.b.shape[0], m.a.shape[1]) for m in matrices}
 
     def write(tensors: Tensors) -> Tensors:
@@ -242,7 +244,7 @@ def _fit_ranks(
             layer.get_base_layer().weight.data.copy_(whole)
         merged = exact.merge_and_unload()
         merged.config.dtype = torch.float32
-        merged.save_pretrained(folder)
+        merged.save_pretrained(folder, max_shard_size=SHARD)
         (folder / "README.md").write_text(loading_page(base, adapter=False), encoding="utf-8")
 
     def load(folder: Path) -> None:

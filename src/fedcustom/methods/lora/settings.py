@@ -18,6 +18,9 @@ MIXED_RANKS = ("flora", "flexlora", "hetlora")
 OWN_RULE = ("flora", "fedex", "flexlora", "hetlora")
 """Variants that merge what the factors make together, by a rule of their own."""
 
+CHANGES_BASE = ("flora", "fedex")
+"""Variants that change the base model's matrices."""
+
 WITH_DORA = ("fedit", "ffa", "rolora", "fedsa")
 """Variants that average what was trained as it is, and claim nothing about the merged weight."""
 
@@ -92,6 +95,11 @@ class LoraSettings(UpperLayersSettings):
     def needs_same_state(self) -> str | None:
         """The same variants, and the one that trains the two factors in turn."""
         return self._named if self.variant in (*OWN_RULE, "rolora") else None
+
+    @property
+    def changes_base(self) -> str | None:
+        """Variants that add what the factors cannot hold to the base's matrices, and export them merged."""
+        return self._named if self.variant in CHANGES_BASE else None
 
     @property
     def trains_every_round(self) -> str | None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...core.errors import ModelError
 from ...models.load import Base
+from ...models.quantised_layers import device_of
 from ..tuning.feed_forward import FeedForward, find_feed_forward
 from ..tuning.technique import TrainableModel
 from ..tuning.whole_model import partly_trained
@@ -66,7 +67,7 @@ def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableM
                 "places": [place.entry() for place in places],
             }
             for name, slots in add_slots(model, memory).items():
-                slots.to(base.device)
+                slots.to(device_of(model.get_submodule(name.removesuffix(".slots"))))
                 parts = {key for key, _ in slots.named_parameters() if trained or key != "keys"}
                 chosen |= {f"{name}.{part}" for part in parts}
     widening = None

@@ -20,7 +20,8 @@ from ...data.truncation import CutTally
 from ...models.configuration import context_length
 from ...models.embedding import embed
 from ...models.inference import Predictions
-from ..full.method import Full
+from ...models.quantised_layers import exact_weights
+from ..full.method import SHARD, Full
 from ..full.settings import FullSettings
 from ..lora.method import Lora
 from ..lora.settings import LoraSettings
@@ -276,7 +277,8 @@ class Retrieval(SequentialClients):
         if self.tuning:
             self.tuning.export(state, folder)
         else:
-            self.base.model.save_pretrained(folder)
+            with exact_weights(self.base.model, self.base.quantised):
+                self.base.model.save_pretrained(folder, max_shard_size=SHARD)
             self.base.tokenizer.save_pretrained(folder)
             (folder / "README.md").write_text(loading_page(self.base, adapter=False), encoding="utf-8")
         write_modules(folder, self.base.model.config.hidden_size)

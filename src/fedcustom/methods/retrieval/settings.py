@@ -174,6 +174,11 @@ class RetrievalSettings(MethodSettingsBase):
         return self.train != "none"
 
     @property
+    def changes_base(self) -> str | None:
+        """Where all of the encoder is trained."""
+        return "method.train = 'full'" if self.train == "full" else None
+
+    @property
     def named_models(self) -> tuple[str, ...]:
         """The model that writes answers."""
         return () if self.generator is None else (self.generator,)

@@ -91,7 +91,17 @@ def loading_page(base: Base, *, adapter: bool, code: str = "") -> str:
     return (
         f"{CARD.format(name=name)}{FENCE}python\n{imports}\n{load}"
         f'tokenizer = AutoTokenizer.from_pretrained("."{", trust_remote_code=True" if code else ""})\n'
-        f"{inputs}{use}\n{FENCE}\n"
+        f"{inputs}{use}\n{FENCE}\n{_rounded(base)}"
+    )
+
+
+def _rounded(base: Base) -> str:
+    """What is said of a base that was quantised in training."""
+    if base.quantised is None:
+        return ""
+    return (
+        f"\nThe base model's matrices were stored in {base.quantised.name} while this was trained. Here they "
+        "are exact, so outputs differ somewhat from those in training.\n"
     )
 
 
@@ -123,7 +133,7 @@ def _pooled_page(base: Base, name: str, source: str, *, adapter: bool, code: str
     return (
         f"{CARD.format(name=name)}{FENCE}python\n{imports}\nlabels = {labels!r}\n{load}"
         f'tokenizer = AutoTokenizer.from_pretrained("."{trust})\n'
-        f"{INPUTS}print(labels[model(**inputs).logits.argmax(-1).item()])\n{FENCE}\n"
+        f"{INPUTS}print(labels[model(**inputs).logits.argmax(-1).item()])\n{FENCE}\n{_rounded(base)}"
     )
 
 

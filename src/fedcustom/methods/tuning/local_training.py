@@ -90,6 +90,7 @@ class LocalTraining:
         self.rows = rows
         self.unshared: str | None = None
         self.device, self.compiled, self.loss = base.device, base.compile, loss
+        self.spans = base.spans
         self.padding, self.coarse = base.padding, base.precision != "float32"
         if training.optimizer == "muon" and not trainable.matrices:
             raise RecipeError("training.optimizer = 'muon': this method trains no matrices; use 'adamw'")
@@ -178,9 +179,11 @@ class LocalTraining:
 
     @cached_property
     def _lower(self) -> LowerLayers | None:
-        """The layers that give the same for an example every time; an eighth of the free memory keeps it."""
+        """The layers that give the same for an example every time; an eighth of the free memory keeps it.
+        None where layers lie on several devices: accelerate replaces their forward passes too.
+        """
         trainable = self.trainable
-        plain = not (self.training.dropout or trainable.active_dropout or self.compiled)
+        plain = not (self.training.dropout or trainable.active_dropout or self.compiled or self.spans)
         if not plain or not (self.objective.separable and self.objective.one_pass):
             return None
         return lower_layers(
@@ -259,7 +262,7 @@ class LocalTraining:
         def losses(tensors: Mapping[str, Tensor], rows: Sequence[TokenizedExample], owners: Tensor) -> Tensor:
             own = {name: tensors[name] for name in parameters}
             modules.give(own, owners, tensors.get(SCALE), self.trainable.scaled)
-            offset = tensors[LABEL_OFFSET][owners] if LABEL_OFFSET in tensors else None
+            offset = tensors[LABEL_OFFSET][owners.to(self.device)] if LABEL_OFFSET in tensors else None
             return self.objective.row_losses(self.trainable.model, self._collated(rows, offset))
 
         fixed = {name: stack for name, stack in stacks.items() if name not in trained}

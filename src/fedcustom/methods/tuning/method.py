@@ -15,6 +15,7 @@ from ...data.examples import Example
 from ...data.tokens import TokenizedExample
 from ...models.inference import Predictions
 from ...models.load import Base
+from ...models.quantised_layers import exact_weights
 from ...training.dpo import DPO
 from ..protocol import (
     Aggregate,
@@ -246,15 +247,27 @@ class WeightTuning:
         return self.trainable.model
 
     def export(self, state: State, folder: Path) -> None:
-        """Write the adapter or model of this state, with its tokenizer."""
+        """Write the adapter or model of this state, with its tokenizer. A whole model is written with the
+        exact weights of a base that is quantised in training.
+
+        Raises:
+            ExportError: there is too little memory for them.
+        """
         self.with_state(state)
-        self.trainable.save(folder)
+        with exact_weights(self.base.model, self.base.quantised if self.trainable.whole else None):
+            self.trainable.save(folder)
         self.base.tokenizer.save_pretrained(folder)
 
     def reference(self, state: State, examples: Sequence[Example]) -> Reference:
-        """The outputs of this state's model, for the check of its export."""
+        """The outputs of this state's model, for the check of its export: with the exact weights of its base.
+
+        Raises:
+            ExportError: there is too little memory for them.
+        """
         chosen = some(examples)
-        return reference(self.with_state(state), self.base, chosen, self.tokens(chosen))
+        model, tokens = self.with_state(state), self.tokens(chosen)
+        with exact_weights(self.base.model, self.base.quantised):
+            return reference(model, self.base, chosen, tokens)
 
     def open(self, folder: Path) -> State:
         """The state of a model that :meth:`export` wrote."""

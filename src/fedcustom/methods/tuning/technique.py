@@ -66,7 +66,8 @@ class TrainableModel:
     parameters that an optimiser of matrices takes as such, and how many lie side by side in each. ``remarks``
     are what users should know of how the method fits the model. ``base_model`` is the model without what the
     method attached, for methods that change what it computes from the start (prompts, key-value prefixes);
-    with the first tensors of all others the model computes what the base does.
+    with the first tensors of all others the model computes what the base does. ``whole`` is whether
+    :attr:`save` writes all of the model's weights.
     """
 
     model: Any
@@ -84,6 +85,7 @@ class TrainableModel:
     matrices: dict[str, int] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     base_model: Any | None = None
+    whole: bool = False
 
     def read(self) -> Tensors:
         """A copy of the tensors that travel."""

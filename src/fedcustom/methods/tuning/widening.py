@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...core.errors import RunError
+from ...models.quantised_layers import device_of
 from .feed_forward import FeedForward
 
 Matrix = nn.Linear | Conv1D
@@ -26,7 +27,7 @@ class Widened(nn.Module):
     def __init__(self, base: Matrix, adapter: nn.Linear) -> None:
         super().__init__()
         self.base = base
-        self.adapter = adapter.to(base.weight.device)
+        self.adapter = adapter.to(device_of(base))
 
     @property
     def weight(self) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ....models.quantised_layers import QuantisedLinear
+
 
 class BatchTensors(threading.local):
     """What a stand-in acts with; each thread that passes through the model has its own.
@@ -81,6 +83,8 @@ class ClientMatrix(ClientModule):
         module: Any = self.module
         if "weight" in self.own:
             result = self.product(states, "weight")
+        elif isinstance(module, QuantisedLinear):
+            result = module.product(states)
         elif isinstance(module, Conv1D):
             result = states @ module.weight
         else:
@@ -317,10 +321,11 @@ class ClientModules:
         for stand_in, held in self.found:
             given = stand_in.given
             given.own = {name: tensors[other] for name, other in held.items() if other in tensors}
-            given.owners, given.counts = owners, counts
+            device = next((tensor.device for tensor in given.own.values()), owners.device)
+            given.owners, given.counts = owners.to(device), counts  # layers may lie on several devices
             given.scale = None
             if scale is not None and any(other in scaled for other in held.values()):
-                given.scale = scale[owners]
+                given.scale = scale[owners.to(scale.device)].to(device)
 
 
 Kind = Callable[[nn.Module], ClientModule]
@@ -349,7 +354,7 @@ def _kind(module: nn.Module, names: set[str]) -> Kind | None:
         return ClientScale
     if isinstance(module, InnerProduct):
         return ClientInnerProduct
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear or isinstance(module, QuantisedLinear):
         return ClientMatrix
     if isinstance(module, Conv1D):
         return ClientMatrix if names == {"bias"} else None

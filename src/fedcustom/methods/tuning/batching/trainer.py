@@ -259,8 +259,8 @@ class _Trainer:
         place = {client: position for position, client in enumerate(clients)}
         device = next(iter(own.values())).device
         owners = torch.tensor([place[row.client] for row in rows], device=device)
-        weights = torch.tensor([row.weight for row in rows], device=device)
         losses = self.losses_of({**own, **fixed}, [row.example for row in rows], owners)
+        weights = torch.tensor([row.weight for row in rows], device=losses.device)
         return own, losses * weights
 
     def _fitting(self, parameters: Mapping[str, nn.Parameter], rows: Sequence[_Row]) -> int:
@@ -312,11 +312,14 @@ def clip_each(gradients: Sequence[Tensor], largest: float) -> None:
     """Scale each client's gradients, (clients, ...), in place such that their joint norm is at most
     ``largest`` (as :func:`torch.nn.utils.clip_grad_norm_` does for one).
     """
-    norms = torch.stack([torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients])
+    device = gradients[0].device
+    norms = torch.stack(
+        [torch.linalg.vector_norm(gradient.flatten(1), dim=1).to(device) for gradient in gradients]
+    )
     scale = (largest / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
     if bool((scale < 1).any()):
         for gradient in gradients:
-            gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+            gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)).to(gradient.device))
 
 
 def _length(example: TokenizedExample) -> int:
