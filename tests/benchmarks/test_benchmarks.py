@@ -126,6 +126,21 @@ def test_small_forms_of_the_other_cases() -> None:
     assert scaling.COUNTS[-1] == 10_000
 
 
+def test_the_case_on_a_gpu_runs_dry(tmp_path: Path) -> None:
+    plan = [gpu.Measurement("tiny", None, "lora", 1), gpu.Measurement("tiny", None, "prefix memory", 4)]
+    plan.append(gpu.Measurement("tiny", "none such", "lora", 4))
+    small: dict[str, Any] = {"clients": 2, "steps": 1, "tokens": 16, "repetitions": 1}
+    with pytest.raises(ValueError, match="quantization"):
+        gpu.measure(tmp_path, plan=plan, device="cpu", **small)
+    found = gpu.measure(tmp_path, plan=plan[:2], device="cpu", **small)
+    for row in found["rows"].values():
+        assert row["tokens_per_second"]["together"]["median"] > 0
+        assert row["share_of_peak"] > 0
+    late = gpu.measure(tmp_path, plan=plan[:2], device="cpu", seconds=-1, **small)
+    assert late["left_out"] == [one.name for one in plan[:2]]
+    assert {one.shape for one in gpu.planned()} == set(gpu.SHAPES) - {"tiny"}
+
+
 def profile() -> dict[str, Any]:
     return {
         "seconds": 4.0, "rounds": 2, "gigaflop": 100.0, "peak_gigaflop_per_second": 50.0,
