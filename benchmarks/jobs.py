@@ -22,7 +22,8 @@ from fedcustom.methods.protocol import Work
 from fedcustom.methods.tuning.local_training import batch_ranges
 from fedcustom.methods.tuning.method import WeightTuning
 from fedcustom.models.load import load_base
-from fedcustom.recipe.recipe import Recipe, merged, parse_recipe, to_toml
+from fedcustom.recipe.overrides import merged
+from fedcustom.recipe.recipe import Recipe, parse_recipe, to_toml
 
 
 def write_job(recipe: Mapping[str, Any], folder: Path) -> Path:

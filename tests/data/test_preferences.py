@@ -155,20 +155,32 @@ def test_tokens_of_both_answers_behind_one_prompt(tmp_path: Path) -> None:
 
 def test_cut_answers_are_counted_once_a_pair(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer("chatml")
-    chat, task = ChatTemplate(tokenizer, "it"), LearningTask("generation", chat=True, preference=True)
-    examples = read(tmp_path, [FINE, {**FINE, "chosen": BAD, "rejected": f"{BAD} Yes."}])
+    chat = ChatTemplate(tokenizer, "it")
+    long = f"{BAD} Yes."
+    examples = read(tmp_path, [FINE, {**FINE, "chosen": GOOD, "rejected": long}])
     lengths = {
         text: len(tokenizer(text + END["chatml"], add_special_tokens=False)["input_ids"])
-        for text in (GOOD, BAD, f"{BAD} Yes.")
+        for text in (GOOD, BAD, long)
     }
     limit = lengths[GOOD]
-    lost = lengths[BAD] - limit
     data = DataSettings(task="preference", max_length=100, max_target_length=limit)
     (found,) = count_cuts(tokenizer, {"train": [("a", examples)]}, data, Reading(chat=chat)).values()
-    assert found == CutCount(2, 0, {}, 2, 2 * lost + lengths[f"{BAD} Yes."] - limit)
+    assert found == CutCount(2, 0, {}, 2, lengths[BAD] + lengths[long] - 2 * limit)
     plain = count_cuts(tokenizer, {"train": [("a", examples)]}, data, Reading())["train"]
     assert (plain.examples, plain.targets) == (2, 2)
-    with pytest.raises(DataError, match=r"line 2: chosen and rejected are the same in their first tokens"):
+
+
+def test_pairs_that_are_one_when_they_are_cut(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer("chatml")
+    chat, task = ChatTemplate(tokenizer, "it"), LearningTask("generation", chat=True, preference=True)
+    examples = read(tmp_path, [FINE, {**FINE, "chosen": BAD, "rejected": f"{BAD} Yes."}])
+    limit = len(tokenizer(GOOD + END["chatml"], add_special_tokens=False)["input_ids"])
+    data = DataSettings(task="preference", max_length=100, max_target_length=limit)
+    said = r"line 2: chosen and rejected are the same in their first tokens"
+    for reading in (Reading(chat=chat), Reading()):  # before any round
+        with pytest.raises(DataError, match=said):
+            count_cuts(tokenizer, {"train": [("a", examples)]}, data, reading)
+    with pytest.raises(DataError, match=said):
         paired(
             examples,
             lambda some: tokenize(some, tokenizer, task, data, sequence_to_sequence=False, chat=chat),

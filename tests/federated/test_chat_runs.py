@@ -410,6 +410,10 @@ def test_conversations_that_are_too_long_can_be_left_out_and_are_counted(llama: 
     used = sum(cuts[part]["examples"] for part in ("train", "development", "test") if part in cuts)
     assert used >= 20
 
+    write_jsonl(tmp_path / "test.jsonl", long)
+    with pytest.raises(DataError, match=r"test: every conversation is longer than data.max_length"):
+        fedcustom.run(recipe, {"data.too_long": "leave-out", "data.test": "test"}, out=tmp_path / "test")
+
     write_jsonl(tmp_path / "train.jsonl", long * 3)
     with pytest.raises(
         DataError, match=r"client .*: every conversation to train on is longer than data.max_"

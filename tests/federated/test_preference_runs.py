@@ -192,6 +192,8 @@ def test_what_plain_texts_do_not_have(tiny: dict[str, str], tmp_path: Path) -> N
     recipe = preference_recipe(tmp_path, tiny["llama"], max_length=16, max_target_length=16)
     with pytest.raises(ModelError, match=r"data.system: .* has no chat template"):
         fedcustom.run(recipe, {"data.system": "Be brief."}, out=tmp_path / "system")
+    with pytest.raises(ModelError, match=r"data.too_long = 'leave-out': .* has no chat template"):
+        fedcustom.run(recipe, {"data.too_long": "leave-out"}, out=tmp_path / "long")
     rows: list[dict[str, Any]] = [dict(row) for row in preferences()]
     rows[4]["prompt"] = [user("Hello"), assistant("Good day."), user("Who is the hen?")]
     write_jsonl(tmp_path / "train.jsonl", rows)

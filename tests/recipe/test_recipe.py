@@ -271,3 +271,10 @@ def test_a_setting_is_taken_back_by_unset(tmp_path: Path) -> None:
     assert load_recipe(path, ['data.label="unset"']).data.label == "unset"  # quoted, it is a text
     with pytest.raises(RecipeError, match=r"method.name = None"):
         load_recipe(path, ["method.name=unset"])
+    for key, said in (
+        ("training.learning_rat", r"training.learning_rat: unknown .* did you mean 'learning_rate'"),
+        ("method.rnk", r"rnk: unknown setting"),
+        ("data.limit.rows", r"data.limit = \{\}"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            load_recipe(path, [f"{key}=unset"])

@@ -14,6 +14,7 @@ from .encode import (
     EMPTY_PROMPT,
     NO_RULES,
     NO_TOKEN,
+    SAME_TOKENS,
     TARGET,
     Encoded,
     TextError,
@@ -149,7 +150,11 @@ def _count(
 def _count_pairs(
     tokenizer: Any, pairs: Sequence[Example], data: DataSettings, reading: Reading, rules: TokenRules
 ) -> CutCount:
-    """The same of preference pairs: a target is cut where one of the two answers is, or both are."""
+    """The same of preference pairs: a target is cut where one of the two answers is, or both are.
+
+    Raises:
+        DataError: what is kept of the two answers of a pair is the same.
+    """
 
     def one_by_one(examples: Sequence[Example]) -> list[CutCount]:
         found = list[CutCount]()
@@ -162,7 +167,12 @@ def _count_pairs(
         return found
 
     chosen = one_by_one(pairs)
-    rejected = one_by_one([replace(example, target=example.rejected) for example in pairs])
+    others = [replace(example, target=example.rejected) for example in pairs]
+    rejected = one_by_one(others)
+    answers = (_answers(tokenizer, each, data, reading, rules) for each in (pairs, others))
+    for example, one, other in zip(pairs, *answers, strict=True):
+        if one == other:  # now, and not in the round in which its client is drawn for the first time
+            raise DataError(f"{example.where or 'a pair'}: {SAME_TOKENS}")
     tokens = Counter[str]()
     for one in chosen:
         tokens.update(one.tokens)
@@ -173,6 +183,16 @@ def _count_pairs(
         sum(bool(one.targets or other.targets) for one, other in zip(chosen, rejected, strict=True)),
         sum(one.target_tokens for one in (*chosen, *rejected)),
     )
+
+
+def _answers(
+    tokenizer: Any, examples: Sequence[Example], data: DataSettings, reading: Reading, rules: TokenRules
+) -> Iterator[list[int]]:
+    """The token ids of targets, or of last answers, as far as they are kept."""
+    if reading.chat is not None:
+        return (one.answer for one in reading.chat.encode(examples, data, rules))
+    texts = [example.target for example in examples]
+    return (one.ids for one in encode_targets(tokenizer, texts, data.max_target_length, rules))
 
 
 def _inputs(

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..core.errors import RecipeError
 from ..federated.resolve import resolved
-from ..recipe.recipe import FEDERATED_ONLY, Recipe, merged, parse_recipe
+from ..recipe.overrides import merged
+from ..recipe.recipe import FEDERATED_ONLY, Recipe, parse_recipe
 from .settings import ExperimentSettings, Match, check_match, is_baseline, matches
 
 Points = Mapping[str, str]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.errors import RecipeError
 from ..evaluation.metrics import is_better
-from ..recipe.recipe import merged
+from ..recipe.overrides import merged
 from .grid import Cell, cell_recipe, digest, group_of, search_axes, without_seeds
 from .results import Result
 from .settings import ExperimentSettings, nested

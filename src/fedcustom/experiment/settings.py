@@ -238,8 +238,8 @@ def load_experiment(path: Path) -> tuple[ExperimentSettings, dict[str, Any]]:
         raise RecipeError(f"{path}: {_explain(error.errors()[0])}") from None
     if settings.recipe is None:
         return settings, settings.base
+    from ..recipe.overrides import merged
     from ..recipe.paths import beside
-    from ..recipe.recipe import merged
 
     file = path.parent / settings.recipe
     base = beside(read_toml(file), file.parent, str(file), from_here=True)

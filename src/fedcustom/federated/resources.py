@@ -184,7 +184,7 @@ def _seconds(recipe: Recipe, federation: Federation, plan: Plan) -> tuple[float,
 def _activations(recipe: Recipe, federation: Federation, method: WeightTuning) -> int:
     """Bytes that a client's batch keeps for its backward pass, of the longest rows among a hundred."""
     some = [example for client in federation.data.clients.values() for example in client.train[:10]][:100]
-    rows = sorted(method.tokens(some), key=lambda row: -len(row.source) - len(row.target))
+    rows = sorted(method.tokens(some), key=lambda row: -row.length)
     batch = method.objective.collate(rows[: recipe.training.batch_size])
     budget, tokens = method.local.pass_budget(), batch["input_ids"].numel()
     budget.tokens(tokens, lambda: method.local.loss(batch), federation.base.device)

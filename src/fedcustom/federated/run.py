@@ -125,6 +125,10 @@ def _run(
         loop.warn(too_large)
     for sentence in in_words(loop.federation.truncation):
         loop.warn(sentence)
+    if recipe.model.device_map is not None and not base.spans:
+        callbacks.on_note(
+            f"model.device_map = {recipe.model.device_map!r}: all of {base.name} lies on {base.device}"
+        )
     if base.quantised:
         callbacks.on_note(f"{base.name}: {base.quantised.in_words()}")
     if base.measured:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..core.errors import DataError
+from ..core.errors import DataError, ModelError
 from ..data.chat_template import ChatTemplate
 from ..data.examples import ClientData, Example, FederatedData
 from ..data.settings import DataSettings
@@ -25,12 +25,18 @@ def fitted_data(
         data: the recipe's data settings, with a party's own templates where it has such.
 
     Raises:
-        DataError: a client has nothing left to train on.
+        DataError: a client has nothing left to train on, or all have nothing to be scored on.
+        ModelError: conversations are to be left out, and the model has no chat template to measure them by.
         DataError, ModelError: a text cannot be taken by the model; see
             :func:`~fedcustom.data.truncation_count.count_cuts`.
     """
     whole = {name: _examples(owned) for name, owned in parts_of(federation).items()}
-    if data.too_long == "leave-out" and base.chat is not None:
+    if data.too_long == "leave-out":
+        if base.chat is None:
+            raise ModelError(
+                f"data.too_long = 'leave-out': {base.name} has no chat template, so that prompts are plain "
+                "texts, which are cut; leave it unset, or name a Jinja file in data.chat_template"
+            )
         federation = _without_too_long(federation, base.chat, data)
     parts = parts_of(federation)
     scored = [owned for name in ("development", "test") for _, owned in parts.get(name, ())]
@@ -67,12 +73,22 @@ def _without_too_long(federation: FederatedData, chat: ChatTemplate, data: DataS
                 f"{data.max_length} with its last exchange alone"
             )
         clients[name] = ClientData(name, train, fitting(client.development), fitting(client.test))
-    return replace(
+    left = replace(
         federation,
         clients=clients,
         development=fitting(federation.development),
         test=fitting(federation.test),
     )
+    for name, before, after in (
+        ("development", federation.development, left.development),
+        ("test", federation.test, left.test),
+    ):
+        if before and not after:
+            raise DataError(
+                f"{name}: every conversation is longer than data.max_length = {data.max_length} with its "
+                "last exchange alone"
+            )
+    return left
 
 
 def _refuse_cut_options(recipe: Recipe, data: DataSettings, base: Base, examples: Sequence[Example]) -> None:

@@ -1,11 +1,11 @@
 """The recipe: every setting of a run with type, default, bounds and help, validated before loading."""
 
+from .overrides import merged
 from .recipe import (
     FEDERATED_ONLY,
     Baseline,
     Recipe,
     load_recipe,
-    merged,
     parse_recipe,
     read_toml,
     recorded_recipe,

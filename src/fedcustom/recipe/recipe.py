@@ -31,6 +31,7 @@ from ..updates.settings import CompressionSettings
 from .help import explain, nearest
 from .label_skew import check_label_skew, settled, why_no_head_fit
 from .objective import check_objective, with_task_of_objective
+from .overrides import UNSET, merged, nested, split
 from .paths import beside, existing
 from .sections import PersonalisationSettings, RoundSettings
 
@@ -339,10 +340,14 @@ def load_recipe(
             )
         values = beside(values, Path(source).parent, where)
     is_file = isinstance(source, str | Path)
-    pairs = overrides.items() if isinstance(overrides, Mapping) else (_split(text) for text in overrides)
+    given = overrides.items() if isinstance(overrides, Mapping) else (split(text) for text in overrides)
+    pairs = list(given)
     for key, value in pairs:
-        change = _nested(key, value)
+        change = nested(key, value)
         values = merged(values, existing(change) if is_file else change)
+    for key, value in pairs:
+        if value is UNSET:
+            _check_name(values, key, where)
     return parse_recipe(values, where)
 
 
@@ -399,42 +404,15 @@ def to_toml(recipe: Recipe) -> str:
     return tomli_w.dumps(recipe.model_dump(exclude_none=True))
 
 
-UNSET: Any = object()
-"""The value of a setting that is to be taken back."""
+def _check_name(values: Mapping[str, Any], key: str, where: str) -> None:
+    """Refuse to take back a setting that there is not: it leaves no trace by which it could be refused later.
 
-
-def _split(text: str) -> tuple[str, Any]:
-    key, sign, value = text.partition("=")
-    key, value = key.strip(), value.strip()
-    if not sign or not key:
-        raise RecipeError(f"--set {text!r}: write key=value, as in training.learning_rate=0.01")
-    if value == "unset":
-        return key, UNSET
-    try:
-        return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key, value
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return dict(value)
-
-
-def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``change`` laid over it, table by table. Another method's name clears the old one's
-    settings. A value of :data:`UNSET` takes a setting out.
+    Raises:
+        RecipeError: names the setting and the nearest right name.
     """
-    result = dict(base)
-    for key, value in change.items():
-        old = result.get(key, {})
-        if value is UNSET:
-            result.pop(key, None)
-        elif isinstance(value, Mapping) and isinstance(old, Mapping):
-            if key == "method" and value.get("name", old.get("name")) != old.get("name"):
-                old = {}
-            result[key] = merged(old, value)
-        else:
-            result[key] = value
-    return result
+    try:
+        Recipe.model_validate(merged(values, nested(key, None)))
+    except ValidationError as error:
+        for problem in error.errors():
+            if problem["type"] == "extra_forbidden":
+                raise RecipeError(f"{where}: {explain(problem, Recipe)}") from None

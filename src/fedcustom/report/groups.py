@@ -23,7 +23,9 @@ METRIC_ORDER = (
 PERCENT_METRICS = frozenset(TEXT_METRICS)
 UNBOUNDED_METRICS = frozenset({"reward_margin"})
 """Metrics that are no share and no loss: any number, and the larger the better."""
-NOT_COMPARED = frozenset({"seed", "output", "device", "threads", "workers", "generate", "generate_limit"})
+NOT_COMPARED = frozenset(
+    {"seed", "output", "device", "device_map", "threads", "workers", "generate", "generate_limit"}
+)
 """Last parts of settings that leave the question that a run answers as it is."""
 
 

@@ -161,6 +161,8 @@ def test_an_export_without_memory_for_exact_weights_is_refused(
         ({"name": "full"}, r"method\.name = 'full'"),
         ({"name": "lora", "variant": "flora"}, r"method\.variant = 'flora'"),
         ({"name": "lora", "variant": "fedex"}, r"method\.variant = 'fedex'"),
+        ({"name": "distillation"}, r"method\.client_method = 'full'"),
+        ({"name": "distillation", "client_method": "lora"}, r"method\.server_method = 'full'"),
     ],
 )
 def test_methods_that_change_the_base_are_refused(

@@ -92,7 +92,6 @@ class Participant:
         check_fit(recipe)
         self.recipe, self.name, self.policy, self.data = recipe, data.name, policy, data
         self.settled = recipe.settled(len(names))
-        self.data_for_sums, self.withheld = without_rare_labels(self.data, policy.least_label_examples)
         task = LearningTask.of(recipe.data, labels)
         self.base = load_base(recipe.model, task, recipe.seed, head=recipe.method.with_head)
         on_load()
@@ -103,6 +102,7 @@ class Participant:
         settings = recipe.data.model_copy(update=own_inputs)
         federation, self.truncation = fitted_data(recipe, settings, self.base, federation)
         self.data = federation.clients[data.name]
+        self.data_for_sums, self.withheld = without_rare_labels(self.data, policy.least_label_examples)
         self.method = make_method(recipe.model_copy(update={"data": settings}), self.base, federation)
         self.channel = Channel(recipe.compression, self.method.initialise().tensors)
         self.transforms = update_transforms(recipe.compression)

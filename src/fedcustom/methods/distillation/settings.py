@@ -131,6 +131,7 @@ class DistillationSettings(MethodSettingsBase):
 
     def check_sections(self, baseline: str, sections: Mapping[str, Any]) -> None:
         """Refuse what has no meaning for distillation."""
+        super().check_sections(baseline, sections)
         if baseline == "centralised":
             raise ValueError(
                 "baseline = 'centralised': one client has nobody to learn from; use method.name = "
