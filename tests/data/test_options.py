@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedcustom.core.errors import DataError, RecipeError
-from fedcustom.data.build import build_data
+from fedcustom.data.build import build_data, check_first_rows
 from fedcustom.data.examples import columns, make_examples
 from fedcustom.data.settings import ClientSettings, DataSettings
 from fedcustom.recipe.recipe import parse_recipe
@@ -97,3 +97,13 @@ def test_only_written_answers_have_options(key: str) -> None:
 def test_the_best_round_by_options_needs_some() -> None:
     with pytest.raises(RecipeError, match=r"name the column of options \(data.options\)"):
         parse_recipe({"data": {"task": "generation"}, "evaluation": {"metric": "choice_accuracy"}}, "recipe")
+
+
+def test_the_first_rows_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [row(0), row(1, options=["blue"])])
+    with pytest.raises(DataError, match=r"train.jsonl, line 2: column 'options' must hold a list of two"):
+        check_first_rows(settings(path), ClientSettings(partition="iid", count=2))
+    rows = [row(number, site=["a"]) for number in range(2)]
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    with pytest.raises(DataError, match=r"line 1: column 'site' holds a list"):
+        check_first_rows(settings(path), ClientSettings(partition="natural", column="site"))

@@ -11,8 +11,10 @@ import pytest
 import fedcustom
 from fedcustom.cli import estimate
 from fedcustom.federated import resources
-from fedcustom.federated.callbacks import Outline
+from fedcustom.federated.callbacks import Callback, Outline
 from fedcustom.federated.resources import measure_resources
+from fedcustom.federated.simulation import simulate
+from fedcustom.methods import WeightTuning
 from fedcustom.recipe.recipe import load_recipe, to_toml
 from helpers.methods import SETTINGS, make
 
@@ -109,3 +111,23 @@ def test_a_run_warns_before_its_first_round(
         log = run.directory / "warnings.log"
         assert ("GB of memory; this machine has" in (log.read_text() if log.exists() else "")) == warned
         assert run.summary["metrics"] == plain.summary["metrics"]
+
+
+def test_no_more_rows_than_a_batch_are_tokenised_for_the_estimate(
+    generation: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of preference pairs each row takes passes of the reference model."""
+    monkeypatch.setattr(resources, "SMALL", 0)
+    seen = list[int]()
+    tokens = WeightTuning.tokens
+
+    def counted(method: WeightTuning, examples: list[Any]) -> Any:
+        seen.append(len(examples))
+        return tokens(method, examples)
+
+    monkeypatch.setattr(WeightTuning, "tokens", counted)
+    recipe = load_recipe(generation, {"training.batch_size": 3})
+    federation = simulate(recipe, tmp_path, tmp_path / "clients", Callback())
+    seen.clear()
+    assert resources.memory_warning(recipe, federation) is None
+    assert seen == [3]

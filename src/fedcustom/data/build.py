@@ -108,13 +108,13 @@ def check_first_rows(data: DataSettings, clients: ClientSettings) -> None:
         in_all = ENDINGS[path.suffix] != "json" or len(rows) < FIRST_ROWS  # later objects may have more
         if rows and in_all:
             require_columns(rows, wanted, where)
-        if data.task in ("chat", "preference"):
+        plain = wanted
+        if data.task != "classification":
             make_examples(rows, data, (), scoring=scoring, where=where)
-            continue
+            plain = [] if scoring else owner
         for row in rows:
-            for name in wanted:
-                lists = name in (data.references, data.options)
-                if isinstance(row.get(name), list | dict | bytes) and not lists:
+            for name in plain:
+                if isinstance(row.get(name), list | dict | bytes):
                     cell_text(row, name, f"{where}, {row.place}")
 
 

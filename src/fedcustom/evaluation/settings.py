@@ -17,6 +17,9 @@ CHOICE_METRIC = "choice_accuracy"
 
 GENERATION_METRICS = ("loss", *TEXT_METRICS, CHOICE_METRIC)
 PREFERENCE_METRICS = ("loss", "preference_accuracy", "reward_margin", "likelihood_accuracy")
+SHARES = frozenset({CHOICE_METRIC, "preference_accuracy", "likelihood_accuracy"})
+"""Of generators' metrics those that are shares of examples, from 0 to 1."""
+
 RETRIEVAL_METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
 
 

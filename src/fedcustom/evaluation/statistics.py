@@ -14,6 +14,7 @@ import torch
 from ..core.errors import UpdateError
 from .calibration import BINS, SCALES, best_scale, expected_calibration_error, reliability, tempered_losses
 from .metrics import Metrics
+from .settings import CHOICE_METRIC, SHARES
 
 Statistics = dict[str, Any]
 
@@ -123,8 +124,12 @@ def check_statistics(part: Mapping[str, Any], labels: int) -> Statistics:
     if not isinstance(sums, dict) or not all(_is_sum(v, signed=k in SIGNED) for k, v in sums.items()):
         raise UpdateError("statistics: the sums are not finite numbers from 0 with their counts")
     for name, (total, number) in sums.items():
-        too_large = name not in SIGNED and total > LARGEST_SCORE * count * (1 + 1e-9)
-        if name != "loss" and (number != count or too_large):
+        if name == "loss":
+            continue
+        most = 1.0 if name in SHARES else LARGEST_SCORE
+        too_large = name not in SIGNED and total > most * number * (1 + 1e-9)
+        some = 0 < number <= count if name == CHOICE_METRIC else number == count  # not all may have options
+        if too_large or not some:
             raise UpdateError(f"statistics: {name} is no sum of the examples' scores")
     if "loss" in sums and sums["loss"][1] > MOST_TOKENS * count:
         raise UpdateError("statistics: the loss is of more tokens than the examples can have")

@@ -12,9 +12,11 @@ import torch
 
 from ..core import environment
 from ..core.errors import RecipeError, RunError
+from ..data.examples import Example
 from ..methods import WeightTuning, Work, client_labels
 from ..methods.tuning.head_fit import as_if_fitted
 from ..methods.tuning.local_training import batch_ranges
+from ..models.load import Base
 from ..models.quantised_layers import count_weights, stored_bytes
 from ..recipe import Recipe
 from ..recipe.paths import absolute
@@ -91,11 +93,16 @@ def memory_warning(recipe: Recipe, federation: Federation) -> str | None:
     method, base = federation.method, federation.base
     if not isinstance(method, WeightTuning) or count_weights(base.model) < SMALL:
         return None
-    held = environment.held_memory(base.device)
-    available = environment.free_memory(base.device) + held
+    held, available = _memory(base)
     trained = MOMENTS * sum(method.sizes(federation.origin))
     with torch.random.fork_rng(devices=[]):  # the run's own draws stay as they are
         return exceeds(held + trained + _activations(recipe, federation, method), available)
+
+
+def _memory(base: Base) -> tuple[int, int]:
+    """Bytes that this process holds on the devices of the model, and those with what is free there."""
+    held = sum(map(environment.held_memory, base.devices))
+    return held, held + sum(map(environment.free_memory, base.devices))
 
 
 def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Resources:
@@ -118,10 +125,9 @@ def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Reso
                 f"method.name = {recipe.method.name!r}: trains no tensors, so that there are no steps to "
                 "measure; fedcustom run says before its first round what it sends"
             )
-        state, device = federation.origin, federation.base.device
+        state = federation.origin
         model_bytes = stored_bytes(federation.base.model)
-        held = sum(map(environment.held_memory, federation.base.devices))
-        available = environment.free_memory(device) + held
+        held, available = _memory(federation.base)
         settled = recipe.settled(len(federation.data.clients))
         plan = plan_rounds(settled, federation.data, client_labels(state))
         cost = outline(settled, federation.data, method, state, plan)
@@ -182,10 +188,18 @@ def _seconds(recipe: Recipe, federation: Federation, plan: Plan) -> tuple[float,
 
 
 def _activations(recipe: Recipe, federation: Federation, method: WeightTuning) -> int:
-    """Bytes that a client's batch keeps for its backward pass, of the longest rows among a hundred."""
+    """Bytes that a client's batch keeps for its backward pass, of the longest texts among a hundred rows.
+    No others are tokenised: of preference pairs, that takes a pass of the reference model.
+    """
     some = [example for client in federation.data.clients.values() for example in client.train[:10]][:100]
-    rows = sorted(method.tokens(some), key=lambda row: -row.length)
-    batch = method.objective.collate(rows[: recipe.training.batch_size])
+    longest = sorted(some, key=lambda example: -_characters(example))[: recipe.training.batch_size]
+    batch = method.objective.collate(method.tokens(longest))
     budget, tokens = method.local.pass_budget(), batch["input_ids"].numel()
     budget.tokens(tokens, lambda: method.local.loss(batch), federation.base.device)
     return int((budget.bytes_per_token or 0) * tokens)
+
+
+def _characters(example: Example) -> int:
+    """How long what the model is given and learns to write is."""
+    given = [message.content for message in example.messages] or [example.text]
+    return sum(map(len, given)) + max(len(example.target), len(example.rejected))

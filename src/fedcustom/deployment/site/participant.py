@@ -13,6 +13,7 @@ from ...core.tensors import Tensors
 from ...data.examples import ClientData, Example, FederatedData, LearningTask
 from ...data.party_data import OwnData
 from ...data.settings import ClientSettings
+from ...evaluation.settings import CHOICE_METRIC
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
 from ...federated.evaluator import development_predictions, predicted
@@ -220,10 +221,11 @@ class Participant:
     def _statistics(self, predictions: Predictions, examples: list[Example]) -> Statistics:
         if self.recipe.data.task == "classification":
             return classification_statistics(predictions.scores, [example.label for example in examples])
-        # A generator's loss is a mean over tokens, so that it is weighted by their number.
-        per_token = self.recipe.data.texts_are_scored
-        tokens = {"loss": int(predictions.scores[:, 1].sum())} if per_token else {}
-        return mean_statistics(measure(predictions, examples, self.base), tokens, len(examples))
+        # A generator's loss is a mean over tokens, that of choices one over the examples with options.
+        counts = {CHOICE_METRIC: sum(bool(example.options) for example in examples)}
+        if self.recipe.data.texts_are_scored:
+            counts["loss"] = int(predictions.scores[:, 1].sum())
+        return mean_statistics(measure(predictions, examples, self.base), counts, len(examples))
 
 
 def without_rare_labels(data: ClientData, least: int) -> tuple[ClientData, Withheld]:
