@@ -23,6 +23,9 @@ FAILURES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
 PROBE = (Message("user", "one"), Message("assistant", "two"))
 """A conversation that every template takes."""
 
+TURN = "<the user's turn>"
+"""A text that a template itself does not write."""
+
 Span = tuple[int, int]
 """Characters from the first to before the second."""
 
@@ -112,6 +115,23 @@ class ChatTemplate:
                     raise DataError(f"{example.where}: the conversation {refused}{hint}") from None
                 raise TextError(position, len(examples), str(refused)) from None
             yield found
+
+    def around_a_turn(self) -> tuple[list[int], list[int]]:
+        """Token ids before and after the text of a conversation's only turn, a user's, up to where the answer
+        begins.
+
+        Raises:
+            ModelError: the template does not write that text once, as it is.
+        """
+        try:
+            shown = self._render((Message("user", TURN),), prompt=True)
+        except _Refused as refused:
+            raise ModelError(f"{self._where}: a conversation of one user turn {refused}") from None
+        parts = shown.split(TURN)
+        if len(parts) != 2:
+            raise ModelError(f"{self._where}: writes a user's turn {len(parts) - 1} times")
+        before, after = (self._tokens(part)[0] for part in parts)
+        return before, after
 
     def fits(self, example: Example, data: DataSettings) -> bool:
         """Whether a conversation's last exchange is within ``data.max_length``; what else is wrong with it is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ from ...models.settings import ModelSettings
 
 
 class Generator:
-    """A language model that is given passages and a question.
+    """A language model that is given passages and a question: a decoder with a chat template as a user's turn,
+    any other as plain text that ends in ``Answer:``.
+
+    Passages and questions are read as text: the name of a control token in them is no control token.
 
     What does not fit its context is cut, and counted until :meth:`take_cuts`: a passage and a reference
     answer lose their end, a question loses what ``how`` says (``data.truncate``).
@@ -38,12 +42,15 @@ class Generator:
         Raises:
             ModelError: it cannot be loaded, or its context is too short.
         """
-        self.base: Base = load_base(model, LearningTask("generation"), 0)
+        self.base: Base = as_assistant(load_base(model, LearningTask("generation"), 0))
+        chat = self.base.chat
+        self._before, self._after = chat.around_a_turn() if chat is not None else ([], [])
         self.answer_tokens, self.how = answer_tokens, how
         self._questions, self._passages, self._answers = CutTally(), CutTally(), CutTally()
+        self._space = "" if chat is not None else " "  # before an answer
         self.evaluation = evaluation.model_copy(update={"max_new_tokens": answer_tokens})
         limit = context_length(self.base.model.config)
-        self.room = (limit or 4096) - answer_tokens
+        self.room = (limit or 4096) - answer_tokens - len(self._before) - len(self._after)
         if self.room < 32:
             raise ModelError(
                 f"method.answer_tokens = {answer_tokens}: {model.base} has a context of {limit} positions, "
@@ -64,7 +71,7 @@ class Generator:
         """Loss per token (nats) of the beginnings of reference answers after question and passages."""
         examples = []
         for question, given, answer in zip(questions, passages, answers, strict=True):
-            target = self._beginning(" " + answer, self.answer_tokens, self._answers)
+            target = self._beginning(self._space + answer, self.answer_tokens, self._answers)
             examples.append(TokenizedExample.of(self.prompt(question, given), target))
         scores = self._scores(examples)
         return float(scores[:, 0].sum() / scores[:, 1].sum())
@@ -83,14 +90,14 @@ class Generator:
 
     def prompt(self, question: Example, passages: Sequence[str]) -> list[int]:
         """Tokens of numbered passages and the question; passages are cut such that all fits the context."""
-        ending = self._asked("Question: ", question, "\nAnswer:", self.room)
+        ending = self._asked("Question: ", question, "" if self.base.chat else "\nAnswer:", self.room)
         room = self.room - len(ending)
         each = room // max(1, len(passages))
         ids: list[int] = []
         for number, passage in enumerate(passages, start=1):
             ids += self._beginning(f"[{number}] {passage}", max(0, each - 2), self._passages)
             ids += self._ids("\n")
-        return ids[:room] + ending
+        return [*self._before, *ids[:room], *ending, *self._after]
 
     def take_cuts(self) -> list[str]:
         """What was cut to fit the context since the last call, in a sentence; nothing where all did fit."""
@@ -127,8 +134,15 @@ class Generator:
         return predict(self.base.model, self.base, examples, self.evaluation).scores
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.base.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        made = self.base.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return list(made["input_ids"])
+
+
+def as_assistant(base: Base) -> Base:
+    """The model as one that answers in conversations, where it is a decoder with a chat template."""
+    if base.architecture != "decoder" or not base.tokenizer.chat_template or not base.tokenizer.is_fast:
+        return base
+    return replace(base, task=replace(base.task, chat=True))
 
 
 def generator_of(
