@@ -34,7 +34,9 @@ def test_tokens_around_a_turn(name: str) -> None:
     before, after = ChatTemplate(tokenizer, "it").around_a_turn()
     ids = [*before, *tokenizer(ASKED, add_special_tokens=False)["input_ids"], *after]
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == rendered(tokenizer, ASKED)
-    assert before.count(1) == (rendered(tokenizer, "x").startswith("<s>")), "one <s>, where the template has it"
+    assert before.count(1) == (rendered(tokenizer, "x").startswith("<s>")), (
+        "one <s>, where the template has it"
+    )
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama3"])
@@ -49,12 +51,16 @@ def test_prompt_loss_and_answer_of_an_assistant(tmp_path: Path, name: str) -> No
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.tensor([[*prompt, *answer]])
     with torch.no_grad():
-        expected = model(input_ids=ids, labels=ids.masked_fill(torch.arange(ids.shape[1]) < len(prompt), -100))
+        expected = model(
+            input_ids=ids, labels=ids.masked_fill(torch.arange(ids.shape[1]) < len(prompt), -100)
+        )
         written = model.generate(
             torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=made.base.stops,
             pad_token_id=0,
         )  # fmt: skip
-    assert made.loss([question], [PASSAGES], ["It is a town."]) == pytest.approx(float(expected.loss), rel=1e-5)
+    assert made.loss([question], [PASSAGES], ["It is a town."]) == pytest.approx(
+        float(expected.loss), rel=1e-5
+    )
     (text,) = made.write([question], [PASSAGES])
     assert text == tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True).strip()
     assert tokenizer.convert_tokens_to_ids(CONTROL[name][-1]) in made.base.stops

@@ -21,8 +21,8 @@ from ...models.settings import ModelSettings
 
 
 class Generator:
-    """A language model that is given passages and a question: a decoder with a chat template as a user's turn,
-    any other as plain text that ends in ``Answer:``.
+    """A language model that is given passages and a question: a decoder with a chat template as a user's
+    turn, any other as plain text that ends in ``Answer:``.
 
     Passages and questions are read as text: the name of a control token in them is no control token.
 
