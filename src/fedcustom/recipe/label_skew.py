@@ -201,6 +201,13 @@ def in_words(recipe: Sections) -> str | None:
             who = "all data fits"
         rests = (training.freeze_head_rounds or 0) >= last > len(fits)
         parts.append(f"{who} the head in {named}{', and it rests otherwise' if rests else ''}")
+        if recipe.baseline == "federated":
+            least = training.least_texts
+            parts.append(
+                f"labels of which a client has fewer than {least} texts are withheld"
+                if least > 1
+                else "labels of which a client has a single text take part too"
+            )
     if recipe.baseline == "federated" and recipe.rounds.selection == "balanced":
         parts.append("cohorts have nearly everybody's labels, and clients as many batches as each other")
     if training.logit_adjustment:

@@ -101,7 +101,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[str, str], bool]) 
 
     def sometimes(self: HeadClient, task: Any, name: str, *rest: Any) -> Any:
         if fails(task.kind, name):
-            self.vectors.pop(name, None)
+            self.rows.pop(name, None)
         return work(self, task, name, *rest)
 
     monkeypatch.setattr(HeadClient, "execute", sometimes)
