@@ -58,10 +58,10 @@ def sends_gradient(
     """Whether a client sends a head's gradient, of which row c is sum_i (p_ic - [y_i = c]) x_i.
 
     Not where it has fewer than ``least`` texts for each label of the run, since a gradient with as many rows
-    as there are texts can be solved for them. Nor where one text has more than one in ``least`` of the weight,
-    the sum of absolute factors of the x_i, in a row of the gradient, in its sum with the label's total,
-    which was sent before, or in its difference from an ``earlier`` gradient. So a server that chooses heads to
-    single out a text, in one exchange or by the difference of two, gets nothing either.
+    as there are texts can be solved for them. Nor where one text has more than one in ``least`` of the
+    weight, the sum of absolute factors of the x_i, in a row of the gradient, in its sum with the label's
+    total, which was sent before, or in its difference from an ``earlier`` gradient. So a server that chooses
+    heads to single out a text, in one exchange or by the difference of two, gets nothing either.
 
     ``probabilities`` p of (rows, classes) are the head's, ``earlier`` those of the same rows at the heads
     whose gradients were sent. With ``least = 1`` it always does.
