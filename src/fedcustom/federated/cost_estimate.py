@@ -11,7 +11,7 @@ from ..core.tensors import Tensors
 from ..data.examples import Example, FederatedData
 from ..methods.protocol import Memory, Method, State, Task, Work, typed
 from ..methods.tuning.head_disclosure import text_numbers
-from ..methods.tuning.head_fit import HeadFit, as_if_fitted
+from ..methods.tuning.head_fit import HeadFit, as_if_fitted, fits_fully
 from ..methods.tuning.head_messages import POINT, TEMPERATURES, factor_size, has_scatter, sums_of
 from ..methods.tuning.messages import (
     HeadGradientTask,
@@ -50,7 +50,8 @@ def outline(recipe: Recipe, data: FederatedData, method: Method, state: State, p
     down = up = 0.0
     if first := next((number for number in range(1, len(plan) + 1) if number not in fits), None):
         labels = [examples or 1] * len(data.task.labels)  # as if a head had been fitted before
-        fitted = as_if_fitted(state, labels)
+        before = [plan[number - 1] for number in fits if number < first]
+        fitted = as_if_fitted(state, labels) if all(_fits(method, asked, data) for asked in before) else state
         down, up = _training(method, channel, transforms, fitted, first, plan[first - 1])
     rounds = [cohort for number, cohort in enumerate(plan, start=1) if number not in fits]
     costs = [sum(down + (not a.absent) * up for a in cohort.values()) for cohort in rounds]
@@ -131,6 +132,17 @@ def _fitting(
     scaled = sum(count > 0 for count in counted)
     stepped = sum(method.head_fit.may_step(count) for count in counted)
     return sum(down) + sum(up) + scaled * scale + stepped * step
+
+
+def _fits(method: WeightTuning, asked: Collection[str], data: FederatedData) -> bool:
+    """Whether enough of what these clients have takes part for the head to rest once it was fitted; across
+    sites, where that is not known, it is taken to.
+    """
+    sums = [head_sums(method, data.clients[name].train) for name in asked if data.clients[name].train]
+    if not sums:
+        return True
+    counts, counted = (sum(own[name] for own in sums) for name in ("counts", "counted"))
+    return fits_fully(torch.as_tensor(counts), torch.as_tensor(counted))
 
 
 def _steps(fit: HeadFit, number: int) -> tuple[int, int]:

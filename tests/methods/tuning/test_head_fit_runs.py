@@ -207,6 +207,7 @@ def test_the_centralised_head_is_the_federated_one(small: dict[str, Any], tmp_pa
     """Of clients that have few of each other's labels."""
     skewed = {**small, "clients": {"partition": "dirichlet", "alpha": 0.3, "count": 4}}
     overrides = {**RESTS, "training.fit_head_steps": 500, "training.fit_head_c": 1.0}
+    overrides["training.fit_head_least_texts"] = 1
     heads = []
     for baseline in ("federated", "centralised"):
         run = fedcustom.run(skewed, {**overrides, "baseline": baseline}, out=tmp_path / baseline)

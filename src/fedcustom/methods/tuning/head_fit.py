@@ -220,13 +220,12 @@ class HeadFit:
             for name, tensor in state.server.items()
         }
         values = {key: value for key, value in state.values.items() if key != LABEL_COUNTS}
-        missing = int(((sums.counts > 0) & (sums.sent == 0)).sum())
         said = f"fitted to {number} examples of {len(told)} clients"
         if withheld:
             said = f"fitted to {sent} of {number} examples of {len(told)} clients ({withheld})"
         if unscattered:
             said += f"; {unscattered} clients with few texts sent no second moments"
-        if missing or 2 * sent < number:
+        if not fits_fully(sums.counts, sums.sent):
             said += "; the head is trained further, as of these too much is withheld"
         else:
             values[LABEL_COUNTS] = torch.stack(list(told.values())).sum(dim=0).tolist()
@@ -261,6 +260,13 @@ class HeadFit:
         values = {key: value for key, value in state.values.items() if key != UNFINISHED}
         said = f"{fitting.said}; {note}" if note else fitting.said
         return Aggregate(replace(state, values=values), {"head": said})
+
+
+def fits_fully(counts: Tensor, counted: Tensor) -> bool:
+    """Whether a fit is more than a beginning: half of the examples of those asked are in it, and all labels
+    that they have. ``counts`` and ``counted`` of (labels,) are of all examples, and of those in the sums.
+    """
+    return bool(2 * counted.sum() >= counts.sum()) and not bool(((counts > 0) & (counted == 0)).any())
 
 
 def as_if_fitted(state: State, labels: list[int]) -> State:
