@@ -384,17 +384,22 @@ def test_no_update_of_single_examples(
         raise AssertionError(said.get("refused") or said["error"])
 
 
-def test_sums_of_rare_labels_are_withheld_counted_and_said(make: Make, recipe: dict[str, Any]) -> None:
+@pytest.mark.parametrize("asked", [{}, {"fit_head_least_texts": 1}])
+def test_sums_of_rare_labels_are_withheld_counted_and_said(
+    make: Make, recipe: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    """By the site's own minimum, whatever the recipe asks."""
     rows = [row for row in make_rows(120, 0) if row["label"] != "place"][:60]
     rows = [*rows, *[{**row, "label": "place"} for row in rows[:3]]]
     server = make({**DECLARED}, rows, sums=True)
-    server.begin({**recipe, "training": {"batch_size": 8, "fit_head_rounds": [1]}})
+    server.begin({**recipe, "training": {"batch_size": 8, "fit_head_rounds": [1], **asked}})
     assert server.site.participant is not None
+    assert server.site.participant.method.client.head.least == 5  # type: ignore[attr-defined]
     counts = Counter(example.label for example in server.site.participant.data.train)
     assert 0 < counts[2] < 5 <= min(counts[0], counts[1])
     said = server.train()
     sent = safetensors.torch.load_file(said["body"])
-    assert sent["counts"].tolist() == [counts[0], counts[1], 0]
+    assert sent["counts"].tolist() == sent["counted"].tolist() == [counts[0], counts[1], 0]
     assert len(sent["totals"]) == 2
     assert said["values"]["weight"] == counts[0] + counts[1]
     log = [json.loads(line) for line in (server.own / "audit.jsonl").read_text().splitlines()]

@@ -85,7 +85,8 @@ def test_a_probe_is_a_fit_and_nothing_else(small: dict[str, Any], said: dict[str
         assert training.fit_head_clients == most
         assert complete.settled(4).training.fit_head_clients is None
     some = resolved(load_recipe(probe, {"training.fit_head_clients": 3})).settled(9)
-    assert in_words(some) == "3 clients fit the head in round 1"
+    withheld = "labels of which a client has fewer than 3 texts are withheld from the fit"
+    assert in_words(some) == f"3 clients fit the head in round 1; {withheld}"
 
 
 def test_what_is_said_holds(small: dict[str, Any]) -> None:
@@ -133,16 +134,24 @@ def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
         (
             {},
             "all clients fit the head in rounds 1, 5, and it rests otherwise; logits are adjusted by each "
-            "client's labels",
+            "client's labels; labels of which a client has fewer than 3 texts are withheld from the fit",
+        ),
+        (
+            {"training.fit_head_least_texts": 1, "rounds.selection": "balanced"},
+            "all clients fit the head in rounds 1, 5, and it rests otherwise; cohorts have nearly "
+            "everybody's labels, and clients as many batches as each other; labels of which a client has a "
+            "single text take part in the fit",
         ),
         (
             {"rounds.selection": "balanced"},
             "all clients fit the head in rounds 1, 5, and it rests otherwise; cohorts have nearly "
-            "everybody's labels, and clients as many batches as each other",
+            "everybody's labels, and clients as many batches as each other; "
+            "labels of which a client has fewer than 3 texts are withheld from the fit",
         ),
         (
             {"training.fit_head_rounds": [1], "training.freeze_head_rounds": 0},
-            "all clients fit the head in round 1",
+            "all clients fit the head in round 1; "
+            "labels of which a client has fewer than 3 texts are withheld from the fit",
         ),
         ({"training.logit_adjustment": 0.5}, "logits are adjusted by each client's labels"),
         ({"training.logit_adjustment": 0}, None),
@@ -405,7 +414,7 @@ def test_natural_clients_are_balanced_while_all_of_them_tell_of_their_labels(sma
     assert "in rounds 1, 20, and it rests otherwise; cohorts have nearly" in str(in_words(few))
     assert in_words(many) == (
         "300 clients fit the head in rounds 1, 20, and it rests otherwise; logits are adjusted by each "
-        "client's labels"
+        "client's labels; labels of which a client has fewer than 3 texts are withheld from the fit"
     )
     assert few.settled(300) == few
     assert many.settled(301) == many

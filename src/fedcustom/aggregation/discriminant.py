@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def class_moments(counts: Tensor, totals: Tensor, scatter: Tensor) -> tuple[Tensor, Tensor]:
+def class_moments(
+    counts: Tensor, totals: Tensor, scatter: Tensor, pieces: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Means of the classes, (classes, width), and the covariance within them, (width, width), in float64.
 
     ``counts`` n_c of (classes,), ``totals`` sum x of (classes, width), ``scatter`` sum x x^T of (width,
@@ -15,12 +17,17 @@ def class_moments(counts: Tensor, totals: Tensor, scatter: Tensor) -> tuple[Tens
         m_c = totals_c / n_c,   S = (scatter - sum_c n_c m_c m_c^T) / (n - C)
 
     with C the number of classes that have examples. One that has none gets the mean of all examples.
+
+    Where of some examples only sums are known, s_j over n_j examples of one class, ``scatter`` holds
+    s_j s_j^T / n_j in place of their x x^T, which has the same expectation about the mean as that of a single
+    example: n is then the number of ``pieces``, sums and single examples together.
     """
     counts, totals, scatter = counts.double(), totals.double(), scatter.double()
     present = counts > 0
     everywhere = totals.sum(dim=0) / counts.sum()
     means = torch.where(present[:, None], totals / counts.clamp(min=1)[:, None], everywhere)
-    degrees = max(1.0, float(counts.sum()) - int(present.sum()))
+    pieces = float(counts.sum()) if pieces is None else pieces
+    degrees = max(1.0, pieces - int(present.sum()))
     return means, (scatter - (means.T * counts) @ means) / degrees
 
 

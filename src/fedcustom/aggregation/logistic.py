@@ -97,9 +97,18 @@ def loss_and_gradient(point: Tensor, vectors: Tensor, labels: Tensor) -> tuple[f
     """The sum of log-losses in nats and its gradient, (classes, width + 1), for ``vectors`` of (examples,
     width), ``labels`` of (examples,) and a head ``point`` of (classes, width + 1), biases last.
     """
-    point, vectors = point.double(), vectors.double()
-    logits = vectors @ point[:, :-1].T + point[:, -1]
+    logits, vectors = _logits(point, vectors), vectors.double()
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     error = logits.softmax(dim=1)
     error[torch.arange(len(labels)), labels] -= 1
     return float(loss), torch.cat([error.T @ vectors, error.sum(dim=0)[:, None]], dim=1)
+
+
+def probabilities(point: Tensor, vectors: Tensor) -> Tensor:
+    """A head's probabilities, (examples, classes)."""
+    return _logits(point, vectors).softmax(dim=1)
+
+
+def _logits(point: Tensor, vectors: Tensor) -> Tensor:
+    point = point.double()
+    return vectors.double() @ point[:, :-1].T + point[:, -1]

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..core.tensors import Tensors
-from ..data.examples import FederatedData
+from ..data.examples import Example, FederatedData
 from ..methods.protocol import Memory, Method, State, Task, Work, typed
-from ..methods.tuning.head_fit import HeadFit, as_if_fitted
-from ..methods.tuning.head_messages import LEAST, POINT, TEMPERATURES
+from ..methods.tuning.head_disclosure import text_numbers
+from ..methods.tuning.head_fit import HeadFit, as_if_fitted, fits_fully
+from ..methods.tuning.head_messages import POINT, TEMPERATURES, factor_size, has_scatter, sums_of
 from ..methods.tuning.messages import (
     HeadGradientTask,
     HeadGradientUpdate,
@@ -49,7 +50,8 @@ def outline(recipe: Recipe, data: FederatedData, method: Method, state: State, p
     down = up = 0.0
     if first := next((number for number in range(1, len(plan) + 1) if number not in fits), None):
         labels = [examples or 1] * len(data.task.labels)  # as if a head had been fitted before
-        fitted = as_if_fitted(state, labels)
+        before = [plan[number - 1] for number in fits if number < first]
+        fitted = as_if_fitted(state, labels) if all(_fits(method, asked, data) for asked in before) else state
         down, up = _training(method, channel, transforms, fitted, first, plan[first - 1])
     rounds = [cohort for number, cohort in enumerate(plan, start=1) if number not in fits]
     costs = [sum(down + (not a.absent) * up for a in cohort.values()) for cohort in rounds]
@@ -123,34 +125,48 @@ def _fitting(
     """The bytes of a round in which these clients send what the head is fitted from."""
     tasks = method.configure(state, number, {name: Work() for name in asked})
     down = _lengths(list(tasks.values()), lambda task: _down(channel, task))
-    labels = [[example.label for example in data.clients[name].train] for name in tasks]
-    up = [update_length(HeadSumsUpdate(head_sums(method.head_fit, own), float(len(own)))) for own in labels]
-    more = sum(len(own) >= LEAST for own in labels)
-    return sum(down) + sum(up) + more * _steps(method.head_fit, number)
+    sums = [head_sums(method, data.clients[name].train) for name in tasks]
+    up = [update_length(HeadSumsUpdate(own, float(own["counts"].sum()))) for own in sums]
+    counted = [int(own["counted"].sum()) for own in sums]
+    scale, step = _steps(method.head_fit, number)
+    scaled = sum(count > 0 for count in counted)
+    stepped = sum(method.head_fit.may_step(count) for count in counted)
+    return sum(down) + sum(up) + scaled * scale + stepped * step
 
 
-def _steps(fit: HeadFit, number: int) -> int:
-    """The bytes to and from a client in the further exchanges of a round, if none of them can be spared."""
+def _fits(method: WeightTuning, asked: Collection[str], data: FederatedData) -> bool:
+    """Whether enough of what these clients have takes part for the head to rest once it was fitted; across
+    sites, where that is not known, it is taken to.
+    """
+    sums = [head_sums(method, data.clients[name].train) for name in asked if data.clients[name].train]
+    if not sums:
+        return True
+    counts, counted = (sum(own[name] for own in sums) for name in ("counts", "counted"))
+    return fits_fully(torch.as_tensor(counts), torch.as_tensor(counted))
+
+
+def _steps(fit: HeadFit, number: int) -> tuple[int, int]:
+    """The bytes to and from a client in the further exchanges of a round, if none of them can be spared: of
+    the losses, and of all gradients.
+    """
     steps = fit.training.fit_head_steps
     if not steps:
-        return 0
+        return 0, 0
     head = _zeros(torch.zeros(fit.layer.classes, fit.layer.width + 1))
     scale = task_length(ScaleHeadTask({POINT: head}, round_number=number))
     scale += update_length(HeadLossesUpdate({"losses": torch.zeros(len(TEMPERATURES))}, 16.0))
     step = task_length(HeadGradientTask({POINT: head}, round_number=number))
     step += update_length(HeadGradientUpdate({"gradient": head}, 16.0, objective=LOSS))
-    return scale + steps * step
+    return scale, steps * step
 
 
-def head_sums(fit: HeadFit, labels: Sequence[int]) -> Tensors:
-    """Tensors of the forms that a client with these ``labels`` sends for the head to be fitted."""
-    classes, width = fit.layer.classes, fit.layer.width
-    counts = torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=classes)
-    present = counts >= LEAST
-    rows = min(int(counts[present].sum()), width)
+def head_sums(method: WeightTuning, examples: list[Example]) -> Tensors:
+    """Tensors of the forms that a client with these examples sends for the head to be fitted."""
+    fit = method.head_fit
+    labels = torch.tensor([example.label for example in examples], dtype=torch.long)
+    texts = text_numbers(method.tokens(examples))
+    forms = sums_of(torch.zeros(len(labels), 1), labels, texts, fit.layer.classes, fit.least)
+    width, rows = fit.layer.width, int(min(int(forms["counted"].sum()), fit.layer.width))
+    factor = factor_size(rows, width) if has_scatter(forms) else 0
     number = torch.zeros(1)
-    return {
-        "counts": counts.int(),
-        "totals": number.expand(int(present.sum()), width),
-        "factor": number.expand(rows * width - rows * (rows - 1) // 2),
-    }
+    return {**forms, "totals": number.expand(len(forms["totals"]), width), "factor": number.expand(factor)}

@@ -205,6 +205,13 @@ def in_words(recipe: Sections) -> str | None:
         parts.append("cohorts have nearly everybody's labels, and clients as many batches as each other")
     if training.logit_adjustment:
         parts.append("logits are adjusted by each client's labels")
+    if fits and recipe.baseline == "federated":
+        least = training.least_texts
+        parts.append(
+            f"labels of which a client has fewer than {least} texts are withheld from the fit"
+            if least > 1
+            else "labels of which a client has a single text take part in the fit"
+        )
     return "; ".join(parts) or None
 
 

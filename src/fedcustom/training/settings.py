@@ -11,6 +11,9 @@ from ..core.settings import Settings
 TRIAL_ROUNDS = (2, 6)
 """Rounds that a search gives each of its learning rates, and then the better half, from the start again."""
 
+LEAST_TEXTS = 3
+"""Different texts of a label that a client must have by default for these to help fit a head."""
+
 
 class TrainingSettings(Settings):
     """What one client does with the state it was sent."""
@@ -115,6 +118,15 @@ class TrainingSettings(Settings):
         gt=0,
         description="Inverse strength of that regression's penalty: scikit-learn's C for vectors of length 1",
     )
+    fit_head_least_texts: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="A label takes part in fitting the head at a client that has so many different texts of "
+        "it, and gradients only where no text has more than one in so many of their weight, so that no sum "
+        "is one text. Who has candidates can still test whether a text is in a sum (docs/classification.md); "
+        "1: all texts take part, which protects none; unset: 3",
+    )
     cohort_width: int | None = Field(
         None,
         ge=1,
@@ -177,6 +189,11 @@ class TrainingSettings(Settings):
         """How many rounds each trial of a search of learning rates has."""
         rates = len(self.search_rates or ())
         return [n for part, n in enumerate(TRIAL_ROUNDS) for _ in range(rates and max(1, rates >> part))]
+
+    @property
+    def least_texts(self) -> int:
+        """``fit_head_least_texts``, or its default."""
+        return LEAST_TEXTS if self.fit_head_least_texts is None else self.fit_head_least_texts
 
     def clients_of_head_fits(self, count: int) -> int:
         """How many of ``count`` clients are asked in such a round."""

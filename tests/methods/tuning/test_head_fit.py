@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -20,7 +22,6 @@ from fedcustom.core.errors import RecipeError, UpdateError
 from fedcustom.data.examples import ClientData, Example
 from fedcustom.methods import (
     UNFINISHED,
-    Aggregate,
     Answer,
     Client,
     State,
@@ -30,33 +31,14 @@ from fedcustom.methods import (
     client_labels,
 )
 from fedcustom.methods.protocol import typed
-from fedcustom.methods.tuning.head_messages import LEAST, POINT, Sums, sums_of
-from fedcustom.methods.tuning.messages import ScaleHeadTask, TrainTask
-from helpers.head_fit import LABELS, ROUND, WIDTH, asked
+from fedcustom.methods.tuning.head_messages import Sums, sums_of
+from fedcustom.methods.tuning.messages import TrainTask
+from helpers.head_fit import LABELS, ROUND, aggregate_of, alone_with, asked, fitted
 from helpers.methods import classification_examples, make, skewed
 from helpers.rounds import distance
 
 SUMS: dict[str, Any] = {**ROUND, "fit_head_steps": 0}
 TIGHT: dict[str, Any] = {**ROUND, "fit_head_steps": 1000}
-
-
-def fitted(
-    method: WeightTuning, clients: dict[str, Client], state: State | None = None, number: int = 1
-) -> State:
-    """The state after a whole round, with all its exchanges."""
-    return aggregate_of(method, clients, state, number).state
-
-
-def aggregate_of(
-    method: WeightTuning, clients: dict[str, Client], state: State | None = None, number: int = 1
-) -> Aggregate:
-    """The state after a whole round, and what is reported of it."""
-    state = state or method.initialise()
-    merged = method.aggregate(state, iter(asked(method, state, clients, number)[1]))
-    while UNFINISHED in merged.state.values:
-        state = merged.state
-        merged = method.aggregate(state, iter(asked(method, state, clients, number)[1]))
-    return merged
 
 
 def examples_of(clients: dict[str, Client]) -> list[Example]:
@@ -159,92 +141,70 @@ def test_skew_makes_no_difference(tiny: dict[str, str], technique: str) -> None:
         assert distance(*heads) < (2e-2 if technique == "soft_prompt" else within)
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=50), st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
-def test_sums_add_up(rows: list[tuple[int, int]], seed: int) -> None:
-    """To counts of all examples, and to moments of those that are not the only ones of their label at a
-    client, which are not sent in any form.
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=50),
+    st.integers(1, 5),
+    st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_sums_add_up(rows: list[tuple[int, int, int]], least: int, seed: int) -> None:
+    """To counts of all examples, and to moments of those of labels of which the client has enough texts; the
+    others are not sent in any form.
     """
     generator = np.random.default_rng(seed)
     vectors = generator.normal(size=(len(rows), 4)).astype(np.float32)
-    labels, owners = np.array(rows).T
-    sums, kept = Sums.zero(5, 4), np.zeros(len(rows), dtype=bool)
+    owners, labels, texts = np.array(rows).T
+    sums, kept, pieces = Sums.zero(5, 4), np.zeros(len(rows), dtype=bool), 0
+    expected = np.zeros((4, 4))
     for owner in set(owners.tolist()):
-        mine = owners == owner
-        sent = sums_of(torch.from_numpy(vectors[mine]), torch.from_numpy(labels[mine]), 5)
+        mine = np.flatnonzero(owners == owner)
+        arrays = (torch.from_numpy(array[mine]) for array in (vectors, labels, texts))
+        sent = sums_of(*arrays, 5, least)
         counts = np.bincount(labels[mine], minlength=5)
         assert sent["counts"].tolist() == counts.tolist()
-        assert len(sent["totals"]) == (counts >= LEAST).sum()
-        number = min(4, counts[counts >= LEAST].sum())
-        assert len(sent["factor"]) == sum(4 - row for row in range(number))
-        kept |= mine & (counts[labels] >= LEAST)
+        counted = np.zeros(5, dtype=int)
+        for label in range(5):
+            repeats = Counter(texts[mine][labels[mine] == label].tolist())
+            if repeats and max(repeats.values()) * least <= counts[label]:
+                counted[label] = counts[label]
+        assert sent["counted"].tolist() == counted.tolist()
+        assert len(sent["totals"]) == (counted > 0).sum()
+        own = mine[counted[labels[mine]] > 0]
+        kept[own] = True
+        different, names = len(set(texts[own].tolist())), len(set(labels[own].tolist()))
+        angles = len(list(itertools.combinations(range(different - names), 2)))
+        if least == 1 or angles >= least * different:
+            assert len(sent["factor"]) == sum(4 - row for row in range(min(4, len(own))))
+            expected += vectors[own].T @ vectors[own]
+            pieces += len(own)
+        else:
+            assert not len(sent["factor"])
+            for label in set(labels[own].tolist()):
+                total = vectors[own][labels[own] == label].sum(axis=0)
+                expected += np.outer(total, total) / counted[label]
+                pieces += 1
         sums.add(sent)
     assert sums.counts.tolist() == np.bincount(labels, minlength=5).tolist()
     assert sums.sent.tolist() == np.bincount(labels[kept], minlength=5).tolist()
     totals = np.zeros((5, 4))
     np.add.at(totals, labels[kept], vectors[kept])
     np.testing.assert_allclose(sums.totals.numpy(), totals, atol=1e-5)
-    np.testing.assert_allclose(sums.scatter.numpy(), vectors[kept].T @ vectors[kept], atol=1e-4)
-
-
-def alone_with(count: int) -> Client:
-    """A client with so many examples of label 0, and one of label 1."""
-    pool = classification_examples(60)
-    first, second = ([e for e in pool if e.label == label] for label in (0, 1))
-    return Client("d", ClientData("d", [*first[:count], second[0]]))
-
-
-def test_single_examples_are_withheld(tiny: dict[str, str]) -> None:
-    """From the sums; a client that has one in all sends nothing of it, and the fit goes on without."""
-    method = make(tiny["bert"], "bitfit", training=ROUND)
-    clients = skewed()
-    expected = fitted(method, clients).tensors
-    more = {**clients, "d": alone_with(0)}
-    state = method.initialise()
-    tasks, answers = asked(method, state, more)
-    sent = answers[-1].update
-    assert sent.tensors["counts"].tolist() == [0, 1, 0]
-    assert sent.tensors["totals"].numel() == sent.tensors["factor"].numel() == 0
-    assert sent.weight == 1
-    scale = ScaleHeadTask({POINT: torch.ones(3, WIDTH + 1)}, round_number=1)
-    after = method.execute(scale, more["d"])
-    assert isinstance(after, Update)
-    assert after.weight == 0
-    assert not any(tensor.any() for tensor in after.tensors.values())
-    kinds = [tasks["d"].kind]
-    while True:
-        merged = method.aggregate(state, iter(answers))
-        state = merged.state
-        if UNFINISHED not in state.values:
-            break
-        tasks, answers = asked(method, state, more)
-        assert tasks.keys() == clients.keys(), "it is asked no further"
-        kinds.append(tasks["a"].kind)
-    assert kinds == ["fit head", "scale head", *["head gradient"] * (len(kinds) - 2)]
-    assert client_labels(state)["d"] == [0, 1, 0]
-    assert "(1 of them, the only ones of their label at a client, not in the sums)" in str(merged.report)
-    heads = [Update({n: tensors[n] for n in method.trainable.head}) for tensors in (expected, state.tensors)]
-    assert distance(*heads) < 0.05
-    # Two of a label are summed, the third is not.
-    counts = asked(method, method.initialise(), {"d": alone_with(2)})[1][0].update.tensors
-    assert {name: tuple(t.shape) for name, t in counts.items()} == {
-        "counts": (3,), "totals": (1, WIDTH), "factor": (WIDTH + WIDTH - 1,),
-    }  # fmt: skip
-
-
-def test_singles_alone_fit_nothing(tiny: dict[str, str]) -> None:
-    method = make(tiny["bert"], "bitfit", training=ROUND)
-    before = method.initialise()
-    merged = aggregate_of(method, {"d": alone_with(0)}, before)
-    assert all(torch.equal(merged.state.tensors[n], t) for n, t in before.tensors.items())
-    assert merged.state.values == {}
-    assert merged.report == {"head": "not fitted: no client has two examples of a label"}
+    np.testing.assert_allclose(sums.scatter.numpy(), expected, atol=1e-4)
+    assert sums.pieces == pieces
+    if least == 1:
+        assert kept.all()
 
 
 def test_a_head_that_could_not_be_fitted_trains(tiny: dict[str, str]) -> None:
     """Though it would rest: as it was drawn at random it is no use."""
-    for client, unfitted in (alone_with(0), True), (alone_with(9), False):
-        method = make(tiny["bert"], "lora", training={**ROUND, "freeze_head_rounds": 9})
+    # Of nine texts and one, the one is withheld, and its label with it: that fit is only a beginning.
+    for least, client, unfitted in (
+        (3, alone_with(0), True),
+        (3, alone_with(9), True),
+        (1, alone_with(9), False),
+    ):
+        training = {**ROUND, "fit_head_least_texts": least, "freeze_head_rounds": 9}
+        method = make(tiny["bert"], "lora", training=training)
         state = fitted(method, {"d": client})
         task = method.configure(state, 2, {"d": Work(epochs=1)})["d"]
         assert typed(task, TrainTask).head_unfitted == unfitted
@@ -319,7 +279,7 @@ def test_a_fit_to_few_clients_is_none(tiny: dict[str, str]) -> None:
 def test_a_former_head_is_forgotten(tiny: dict[str, str], optimizer: str) -> None:
     """By the server's optimiser and, in a centralised run, by the client's."""
     settings = AggregationSettings(server_optimizer=optimizer)  # type: ignore[arg-type]
-    method = make(tiny["bert"], "bitfit", training={"fit_head_rounds": [2]}, aggregation=settings)
+    method = make(tiny["bert"], "bitfit", training={**ROUND, "fit_head_rounds": [2]}, aggregation=settings)
     parts = method.server.parts
     parts.context = method.ownership.context = replace(parts.context, keeps="optimizer")
     client, state = skewed()["c"], method.initialise()
@@ -336,7 +296,7 @@ def test_a_former_head_is_forgotten(tiny: dict[str, str], optimizer: str) -> Non
     assert merged.report == {"head": "fitted to 9 examples of 1 clients"}
     task = method.configure(state, 3, {"c": Work(epochs=1)})["c"]
     method.check(task, method.execute(task, client))
-    assert not method.client.head.vectors  # of what the model was
+    assert not method.client.head.rows  # of what the model was
 
 
 @pytest.mark.parametrize("steps", [0, 12])
@@ -351,7 +311,7 @@ def test_a_local_head(tiny: dict[str, str], steps: int) -> None:
     update = alone.execute(task, client)
     alone.check(task, update)
     assert not update.tensors
-    assert not alone.client.head.vectors
+    assert not alone.client.head.rows
     own = {name.removeprefix("state/"): t for name, t in client.memory.tensors.items()}
     assert own.keys() == expected.keys()
     for name, tensor in own.items():  # gradients travel as float32

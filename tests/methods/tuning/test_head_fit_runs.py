@@ -101,7 +101,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[str, str], bool]) 
 
     def sometimes(self: HeadClient, task: Any, name: str, *rest: Any) -> Any:
         if fails(task.kind, name):
-            self.vectors.pop(name, None)
+            self.rows.pop(name, None)
         return work(self, task, name, *rest)
 
     monkeypatch.setattr(HeadClient, "execute", sometimes)
@@ -207,6 +207,7 @@ def test_the_centralised_head_is_the_federated_one(small: dict[str, Any], tmp_pa
     """Of clients that have few of each other's labels."""
     skewed = {**small, "clients": {"partition": "dirichlet", "alpha": 0.3, "count": 4}}
     overrides = {**RESTS, "training.fit_head_steps": 500, "training.fit_head_c": 1.0}
+    overrides["training.fit_head_least_texts"] = 1
     heads = []
     for baseline in ("federated", "centralised"):
         run = fedcustom.run(skewed, {**overrides, "baseline": baseline}, out=tmp_path / baseline)

@@ -28,14 +28,15 @@ def test_sums_that_nobody_has_are_refused(tiny: dict[str, str]) -> None:
     counts, totals, factor = (update.tensors[n] for n in ("counts", "totals", "factor"))
     rows = int(counts.sum())
     assert {n: tuple(t.shape) for n, t in update.tensors.items()} == {
-        "counts": (LABELS,), "totals": (2, WIDTH), "factor": (rows * WIDTH - rows * (rows - 1) // 2,),
+        "counts": (LABELS,), "counted": (LABELS,), "totals": (2, WIDTH),
+        "factor": (rows * WIDTH - rows * (rows - 1) // 2,),
     }  # fmt: skip
     others = torch.tensor([0, 1, -1], dtype=torch.int32)
     wrong = {
         "not the number of examples that counts have": damaged(update, counts=counts + 1),
         "is not the number of examples that": damaged(update, counts=-counts),
         "smaller in some direction than the totals": damaged(
-            update, counts=counts + others, totals=9 * totals
+            update, counts=counts + others, counted=counts + others, totals=9 * totals
         ),
         "the scatter is smaller in some direction": damaged(update, factor=factor * 0.5),
         "scatter is smaller in some": damaged(update, totals=totals + 1),
@@ -45,7 +46,7 @@ def test_sums_that_nobody_has_are_refused(tiny: dict[str, str]) -> None:
         r"counts has shape \(4,\), not \(3,\)": damaged(update, counts=torch.ones(4, dtype=torch.int32)),
         "factor has shape": damaged(update, factor=factor[:-1]),
         r"totals has shape \(2, 32\), not \(1, 32\)": damaged(
-            update, counts=torch.tensor([0, 1, rows - 1], dtype=torch.int32)
+            update, counted=torch.tensor([0, 0, 4], dtype=torch.int32)
         ),
         "wrong tensor names": Update({"counts": counts, "totals": totals}, update.weight),
         "is not the number of examples that counts": Update({"totals": totals}, update.weight),
@@ -104,7 +105,7 @@ def test_a_client_that_was_started_anew(tiny: dict[str, str]) -> None:
         state = method.aggregate(
             state, iter(asked(method, state, clients)[1])
         ).state  # of scales, or gradients
-        method.client.head.vectors.pop(name)
+        method.client.head.rows.pop(name)
         task = method.configure(state, 1, {name: Work()})[name]
         with pytest.raises(UpdateError, match="vectors of this round are gone: this client was started anew"):
             method.execute(task, clients.pop(name))

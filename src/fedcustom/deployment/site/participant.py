@@ -103,8 +103,13 @@ class Participant:
         settings = recipe.data.model_copy(update=own_inputs)
         federation, self.truncation = fitted_data(recipe, settings, self.base, federation)
         self.data = federation.clients[data.name]
-        self.data_for_sums, self.withheld = without_rare_labels(self.data, policy.least_label_examples)
-        self.method = make_method(recipe.model_copy(update={"data": settings}), self.base, federation)
+        least = max(policy.least_label_examples, recipe.training.least_texts)
+        self.data_for_sums, self.withheld = without_rare_labels(self.data, least)
+        training = recipe.training
+        if training.least_texts < least:  # the site's own minimum, whatever the server asks
+            training = training.model_copy(update={"fit_head_least_texts": least})
+        own_recipe = recipe.model_copy(update={"data": settings, "training": training})
+        self.method = make_method(own_recipe, self.base, federation)
         self.channel = Channel(recipe.compression, self.method.initialise().tensors)
         self.transforms = update_transforms(recipe.compression)
         self.memory = RoundMemory(folder / "memory")
@@ -229,11 +234,16 @@ class Participant:
 
 
 def without_rare_labels(data: ClientData, least: int) -> tuple[ClientData, Withheld]:
-    """A client's data without the training examples of labels of which it has fewer than ``least``, and what
-    was left out. Data without labels stay as they are.
+    """A client's data without the training examples of labels of which one text has more than one in
+    ``least``, as where it has fewer than ``least`` of them, and what was left out. Data without labels stay
+    as they are.
     """
     counts = Counter(example.label for example in data.train if example.label >= 0)
-    rare = {label: count for label, count in counts.items() if count < least}
+    texts = Counter((example.label, example.text) for example in data.train)
+    most = Counter[int]()
+    for (label, _), number in texts.items():
+        most[label] = max(most[label], number)
+    rare = {label: count for label, count in counts.items() if count < least * most[label]}
     if not rare:
         return data, Withheld()
     kept = replace(data, train=[example for example in data.train if example.label not in rare])

@@ -66,7 +66,10 @@ class PolicySettings(Settings):
     least_batch_size: int = Field(4, ge=1, description="Smallest batch that this site trains on")
     least_steps: int = Field(1, ge=1, description="Fewest optimiser steps in a round")
     least_label_examples: int = Field(
-        5, ge=1, description="Fewest examples of a label whose sums may leave; others are withheld"
+        5,
+        ge=1,
+        description="Fewest different texts of a label whose sums may leave; no text has more than one in so "
+        "many of a sum or gradient: this site's own minimum of training.fit_head_least_texts",
     )
     max_top: int = Field(10, ge=1, description="Most documents that an answer to one query names")
     max_queries: int | None = Field(None, ge=0, description="Most queries of documents that are answered")

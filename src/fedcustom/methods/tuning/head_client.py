@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...aggregation.logistic import loss_and_gradient
+from ...aggregation.logistic import loss_and_gradient, probabilities
 from ...core.errors import RecipeError, UpdateError
 from ...core.tensors import Tensors
 from ...data.examples import Example
@@ -17,8 +18,9 @@ from ...models.forward import classification_logits
 from ...models.load import Base
 from ...training.settings import TrainingSettings
 from ..protocol import Update
+from .head_disclosure import counted_rows, sends_gradient, text_numbers
 from .head_layer import HeadLayer
-from .head_messages import LEAST, POINT, TEMPERATURES, sums_of
+from .head_messages import POINT, TEMPERATURES, sums_of
 from .head_solution import local_head
 from .messages import (
     FitHeadTask,
@@ -33,11 +35,33 @@ from .objective import Objective
 from .technique import TrainableModel
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A client's examples that take part in a fit: ``vectors`` of (rows, width), ``labels`` of (rows,) and
+    ``texts`` of (rows,), which number equal texts alike.
+    """
+
+    vectors: Tensor
+    labels: Tensor
+    texts: Tensor
+
+    def only(self, kept: Tensor) -> Rows:
+        """Those of a mask of (rows,)."""
+        return Rows(self.vectors[kept], self.labels[kept], self.texts[kept])
+
+    def none(self) -> Rows:
+        """No row of these."""
+        return self.only(torch.zeros(len(self.labels), dtype=torch.bool))
+
+
 class HeadClient:
     """What a client does in rounds that fit the head (:class:`~.head_fit.HeadFit`).
 
-    ``vectors`` has the vectors and labels of each client until the round is over, ``read`` vectors that were
-    computed for several clients at once. Not to be used where the recipe fits no head.
+    ``rows`` has the rows of each client that take part until the round is over, ``read`` vectors that were
+    computed for several clients at once, ``earlier`` the probabilities of a client's rows at the heads
+    whose gradients it sent. With ``least`` different texts of a label these take part
+    (:mod:`~.head_disclosure`); all else enters nothing but the label counts. Not to be used where the recipe
+    fits no head.
     """
 
     def __init__(
@@ -48,13 +72,16 @@ class HeadClient:
         objective: Objective,
         base: Base,
         *,
+        least: int,
         batch_size: int = 64,
     ) -> None:
+        self.least = least
         self.training, self.trainable, self.objective, self.base = training, trainable, objective, base
         self.batch_size = batch_size
-        self.vectors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.rows: dict[str, Rows] = {}
         self.read: dict[str, Tensor] = {}
         self.steps: dict[str, int] = {}
+        self.earlier: dict[str, list[Tensor]] = {}
         if layer is not None:
             self.layer = layer
 
@@ -71,32 +98,39 @@ class HeadClient:
         if isinstance(task, FitHeadTask):
             labels = torch.tensor([example.label for example in examples])
             vectors = self.read.pop(name) if name in self.read else self.inputs(tokens)
-            self.vectors[name], self.steps[name] = (vectors, labels), 0
-            return HeadSumsUpdate(sums_of(vectors, labels, self.layer.classes), number)
-        if name not in self.vectors:
+            texts, classes = text_numbers(tokens), self.layer.classes
+            kept = counted_rows(labels, texts, classes, self.least)
+            self.rows[name] = Rows(vectors, labels, texts).only(kept)
+            self.steps[name], self.earlier[name] = 0, []
+            return HeadSumsUpdate(sums_of(vectors, labels, texts, classes, self.least), number)
+        if name not in self.rows:
             raise UpdateError("the vectors of this round are gone: this client was started anew")
         self.steps[name] += 1
         if self.steps[name] > self.training.fit_head_steps + 1:
             raise UpdateError(
                 f"more steps were asked for than training.fit_head_steps = {self.training.fit_head_steps}"
             )
-        vectors, labels = self.vectors[name]
-        if len(labels) < LEAST:  # nothing of a single example
-            vectors, labels = vectors[:0], labels[:0]
-        point = task.tensors[POINT]
+        rows, point = self.rows[name], task.tensors[POINT]
         if isinstance(task, ScaleHeadTask):
-            logits = vectors.double() @ point[:, :-1].double().T + point[:, -1].double()
+            logits = rows.vectors.double() @ point[:, :-1].double().T + point[:, -1].double()
             losses = [
-                float(functional.cross_entropy(scale * logits, labels, reduction="sum"))
+                float(functional.cross_entropy(scale * logits, rows.labels, reduction="sum"))
                 for scale in TEMPERATURES
             ]
-            return HeadLossesUpdate({"losses": torch.tensor(losses)}, float(len(labels)))
-        loss, gradient = loss_and_gradient(point, vectors, labels)
-        return HeadGradientUpdate({"gradient": gradient.float()}, float(len(labels)), objective=loss)
+            return HeadLossesUpdate({"losses": torch.tensor(losses)}, float(len(rows.labels)))
+        if len(rows.labels) and self.least > 1:
+            found, earlier = probabilities(point, rows.vectors), self.earlier[name]
+            if sends_gradient(found, rows.labels, rows.texts, self.least, earlier):
+                earlier.append(found)
+            else:
+                rows = self.rows[name] = rows.none()  # for the rest of the round
+        loss, gradient = loss_and_gradient(point, rows.vectors, rows.labels)
+        return HeadGradientUpdate({"gradient": gradient.float()}, float(len(rows.labels)), objective=loss)
 
     def forget(self) -> None:
         """Drop the clients' vectors: the model changes."""
-        self.vectors.clear()
+        self.rows.clear()
+        self.earlier.clear()
         self.read.clear()
 
     def inputs(self, tokens: Sequence[TokenizedExample]) -> Tensor:
@@ -127,7 +161,8 @@ class HeadClient:
 
     def alone(self, name: str) -> Tensors:
         """The head of a client that keeps everything to itself; its vectors are dropped."""
-        return local_head(self.layer, *self.vectors.pop(name), self.training)
+        rows = self.rows.pop(name)
+        return local_head(self.layer, rows.vectors, rows.labels, self.training)
 
     def label_counts(self, task: TrainTask) -> tuple[int, ...] | None:
         """What a task says of the labels of all clients; None before the head was first fitted.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,14 +16,14 @@ from .head_layer import HeadLayer
 from .head_messages import (
     FIT_HEAD,
     HEAD_GRADIENT,
-    LEAST,
     POINT,
     SCALE_HEAD,
     TEMPERATURES,
     Sums,
     check_answer,
+    has_scatter,
 )
-from .head_solution import discriminant_head, head_of, logistic_fit
+from .head_solution import discriminant_head, head_of, logistic_fit, with_shares
 from .messages import HeadGradientTask, HeadGradientUpdate, ScaleHeadTask
 from .update_checks import check_forms
 
@@ -36,65 +36,92 @@ CLIENT_LABELS = "client_labels/"
 
 @dataclass
 class _Fit:
-    """A fit under way at the server: the clients that are asked, their sums, and what to report of them."""
+    """A fit under way at the server: how many examples of each label each client has in its sums, these sums,
+    what to report of them, and the clients that send no gradients.
+    """
 
-    clients: int
+    counted: dict[str, Tensor]
     sums: Sums
     said: str
     logistic: LogisticFit | None = None
+    silent: set[str] = field(default_factory=set)
+
+    def labels(self, names: Iterable[str]) -> Tensor:
+        """How many examples of each label these clients have in their sums together."""
+        return sum((self.counted[name].double() for name in names), torch.zeros_like(self.sums.sent))
 
 
 class HeadFit:
     """The last layer of a head on vectors x that do not change while it is fitted (a linear probe).
 
-    First each client sends sums: for each label the number of its examples and, where it has two or more
-    (:data:`~.head_messages.LEAST`), sum x; and over those the triangular factor R of sum x x^T = R^T R, which
-    has no more rows than there are examples. They add up to a linear discriminant, whose covariance is shrunk
-    by :func:`~fedcustom.aggregation.discriminant.shrunk`, less the discriminant of the mean of all examples,
-    which changes no prediction and keeps weights small. Then, in ``training.fit_head_steps`` further
-    exchanges of the same round, clients send the loss of that head at several temperatures, and losses and
-    gradients from which the server finds the logistic regression of all their examples
-    (:class:`~fedcustom.aggregation.logistic.LogisticFit`). No text passes through the model again: a client
-    keeps its vectors until the round is over. Label skew makes no difference, since all of it adds up; each
-    example counts as one, whatever ``aggregation.weighting`` says. Which of the two heads is kept is decided
-    on the development split. Sums for a closed form are those of Fed3R (Fani et al. 2024); a head fitted
-    before training against label skew is Legate et al. 2023 (FedNCM).
+    First each client sends sums: for each label the number of its examples and, where it has at least
+    ``least`` different texts of it (``training.fit_head_least_texts``), sum x; and over those the triangular
+    factor R of sum x x^T = R^T R, which has no more rows than there are examples. A client with few texts
+    sends no R: each of its sums then counts as one example in the covariance
+    (:func:`~fedcustom.aggregation.discriminant.class_moments`). They add up to a linear discriminant, whose
+    covariance is shrunk by :func:`~fedcustom.aggregation.discriminant.shrunk`, less the discriminant of the
+    mean of all examples, which changes no prediction and keeps weights small. Then, in
+    ``training.fit_head_steps`` further exchanges of the same round, clients send the loss of that head at
+    several temperatures, and losses and gradients from which the server finds the logistic regression of the
+    same examples (:class:`~fedcustom.aggregation.logistic.LogisticFit`); it is kept only where gradients came
+    of at least half of them. No text passes through the model again: a client keeps its vectors until the
+    round is over. Label skew makes no difference, since all of it adds up; each example counts as one,
+    whatever ``aggregation.weighting`` says. Of labels that were partly withheld either head has the shares
+    of all examples, by Bayes' rule. Which of the two heads is kept is decided on the development split. Sums
+    for a closed form are those of Fed3R (Fani et al. 2024); a head fitted before training against label skew
+    is Legate et al. 2023 (FedNCM).
+
+    Where fewer than half of the examples are in the sums, or a label that clients have is not, the fit is
+    only a beginning: the head is trained with the rest from then on.
 
     With ``training.fit_head_clients`` it is fitted to so many clients, drawn at random. A fit to few clients
     would be no fit to all: where fewer than half of the ``clients`` that are asked answer, the head stays as
     it was.
 
-    Discloses: what is named above. A client with one example takes no part but for its label. Sums and
-    gradients over few examples of a label say much about their vectors, from which texts may be guessed; of
-    the only example of its label at a client, the gradient gives the vector to a server that looks for it.
+    Discloses: what is named above. The rules of :mod:`~.head_disclosure` are applied by the client: examples
+    of a label with few texts enter nothing but the label's count, so no difference of what is sent has them;
+    in no sum and no row of a gradient, nor in the difference of two that are sent, has a text more than one
+    part in ``least`` of the weight. This is a heuristic and no differential privacy. It does not keep a
+    server that has a candidate text from testing whether it is in a sum: sums of up to about ten texts can
+    be taken apart among candidates, and a candidate in the span of R, or of several gradients, of a client
+    with fewer texts than ``width`` is one of its texts. Nor does it keep it from combining three and more
+    answers about the same texts into equations for them. That needs secure sums or differential privacy.
     The server keeps how many examples of each label each client has; with ``rounds.selection = "balanced"``
     it draws cohorts by it, and every client is told in later rounds how many batches the mean client has.
     With logit adjustment every client is told how many examples of each label those who were asked have
     together; of two each then knows the other's.
     """
 
-    def __init__(self, training: TrainingSettings, layer: HeadLayer | None, *, clients: int = 1) -> None:
-        self.training, self.clients = training, clients
+    def __init__(
+        self, training: TrainingSettings, layer: HeadLayer | None, *, clients: int = 1, least: int = 1
+    ) -> None:
+        self.training, self.clients, self.least = training, clients, least
         self.names: frozenset[str] = frozenset()
         self.fitting: _Fit | None = None
         if layer is not None:
             self.layer, self.names = layer, layer.names
 
     def tasks(self, state: State, names: Iterable[str], round_number: int) -> dict[str, Task]:
-        """What is asked after the first exchange of a round; nothing of clients with a single example."""
-        assert self.fitting is not None
+        """What is asked after the first exchange of a round; nothing of clients that withheld everything."""
+        fitting = self.fitting
+        assert fitting is not None
         kind = str(state.values[UNFINISHED])
-        fit = self.fitting.logistic
+        fit = fitting.logistic
         if kind == HEAD_GRADIENT and fit is not None:
             point = fit.point.float()
         else:
             point = torch.cat(
                 [state.tensors[self.layer.weight], state.tensors[self.layer.bias][:, None]], dim=1
             )
-        counts = {name: state.server.get(CLIENT_LABELS + name) for name in names}
-        some = [name for name, found in counts.items() if found is None or int(found.sum()) >= LEAST]
+        some = [name for name in names if name in fitting.counted and name not in fitting.silent]
         asked = HeadGradientTask if kind == HEAD_GRADIENT else ScaleHeadTask
         return {name: asked({POINT: point}, round_number=round_number) for name in some}
+
+    def may_step(self, examples: int) -> bool:
+        """Whether a client with so many examples in its sums may send gradients of them
+        (:func:`~.head_disclosure.sends_gradient`).
+        """
+        return examples >= (self.least * self.layer.classes if self.least > 1 else 1)
 
     def check(self, task: Task, update: Update, *, sent: bool = True) -> None:
         """Refuse what cannot be an answer to a task about the head; or any, unless they are to be ``sent``.
@@ -116,32 +143,43 @@ class HeadFit:
             return self._begin(state, answers)
         assert self.fitting is not None
         fitting = self.fitting
-        examples, loss, answered = 0, 0.0, 0
+        silent = set(fitting.silent)
+        loss, answered = 0.0, list[str]()
         tensor: Tensor | None = None
         for answer in answers:
             update = answer.update
             (sent,) = update.tensors.values()
             tensor = sent.double() if tensor is None else tensor + sent.double()
-            examples += int(state.server[CLIENT_LABELS + answer.client].sum())  # as it said at first
-            answered += 1
+            answered.append(answer.client)
+            if not update.weight:
+                fitting.silent.add(answer.client)
             loss += update.objective if isinstance(update, HeadGradientUpdate) else 0.0
-        if tensor is None or 2 * answered < fitting.clients or not examples:
-            return self._finished(
-                state, fitting, f"{answered} of {fitting.clients} clients went on; kept the discriminant"
-            )
+        clients, went_on = len(fitting.counted), len(silent) + len(answered)
+        if tensor is None or 2 * went_on < clients:
+            note = f"{went_on} of {clients} clients went on; kept the discriminant"
+            return self._finished(state, fitting, note)
         if kind == SCALE_HEAD:
             scale = TEMPERATURES[int(tensor.argmin())]
             head = {name: scale * state.tensors[name] for name in self.names}
+            following = State({**state.tensors, **head}, state.server, state.values)
+            fitting.silent = {
+                name for name, counted in fitting.counted.items() if not self.may_step(int(counted.sum()))
+            }
+            if note := self._too_little(fitting, set(fitting.counted) - fitting.silent):
+                return self._finished(following, fitting, note)
             fitting.logistic = logistic_fit(self.layer, fitting.sums, self.training)
-            values = {**state.values, UNFINISHED: HEAD_GRADIENT}
-            following = State({**state.tensors, **head}, state.server, values)
+            following = replace(following, values={**state.values, UNFINISHED: HEAD_GRADIENT})
             return Aggregate(following, {"head": fitting.said})
         fit = fitting.logistic
         assert fit is not None
-        fit.tell(loss, tensor, examples)
+        heard = set(answered) - fitting.silent
+        if note := self._too_little(fitting, heard):
+            return self._finished(state, fitting, note)
+        labels = fitting.labels(heard)  # as they said at first
+        fit.tell(loss, tensor, float(labels.sum()))
         if not fit.done:
             return Aggregate(state, {"head": fitting.said})
-        head = head_of(self.layer, fit.best)
+        head = with_shares(self.layer, head_of(self.layer, fit.best), labels, fitting.sums.counts)
         if not is_finite(head):
             return self._finished(
                 state, fitting, "the logistic regression is not finite; kept the discriminant"
@@ -154,37 +192,81 @@ class HeadFit:
         those asked did, the head is as it was, and their labels alone are noted.
         """
         told: Tensors = {}
+        counted: dict[str, Tensor] = {}
         sums = Sums.zero(self.layer.classes, self.layer.width)
+        withholding = unscattered = 0
         for answer in answers:
-            told[CLIENT_LABELS + answer.client] = answer.update.tensors["counts"].long()
-            sums.add(answer.update.tensors)
+            tensors = answer.update.tensors
+            told[CLIENT_LABELS + answer.client] = tensors["counts"].long()
+            sums.add(tensors)
+            withholding += bool((tensors["counted"] < tensors["counts"]).any())
+            if tensors["counted"].any():
+                counted[answer.client] = tensors["counted"].long()
+                unscattered += not has_scatter(tensors)
         if 2 * len(told) < self.clients:
             kept = f"not fitted: {len(told)} of {self.clients} clients answered"
             return Aggregate(replace(state, server={**state.server, **told}), {"head": kept})
-        if not sums.sent.any():
-            kept = "not fitted: no client has two examples of a label"
+        number, sent = int(sums.counts.sum()), int(sums.sent.sum())
+        withheld = self._withheld(sums, withholding) if sent < number else ""
+        present = int((sums.sent > 0).sum())
+        if not sent or (unscattered and sums.pieces < 2 * present):
+            kept = f"not fitted: {withheld or 'no sums'}"
+            if sent:
+                kept += f"; {sent} examples of {len(counted)} clients are too few"
             return Aggregate(replace(state, server={**state.server, **told}), {"head": kept})
         fitted = discriminant_head(self.layer, sums)
         server = {
             name: torch.zeros_like(tensor) if name.partition("/")[2] in self.names else tensor
             for name, tensor in state.server.items()
         }
-        together = torch.stack(list(told.values())).sum(dim=0).tolist()
-        values = {**state.values, LABEL_COUNTS: together}
-        number, withheld = int(sums.counts.sum()), int((sums.counts - sums.sent).sum())
+        values = {key: value for key, value in state.values.items() if key != LABEL_COUNTS}
         said = f"fitted to {number} examples of {len(told)} clients"
         if withheld:
-            said += f" ({withheld} of them, the only ones of their label at a client, not in the sums)"
+            said = f"fitted to {sent} of {number} examples of {len(told)} clients ({withheld})"
+        if unscattered:
+            said += f"; {unscattered} clients with few texts sent no second moments"
+        if not fits_fully(sums.counts, sums.sent):
+            said += "; the head is trained further, as of these too much is withheld"
+        else:
+            values[LABEL_COUNTS] = torch.stack(list(told.values())).sum(dim=0).tolist()
         if self.training.fit_head_steps:
-            self.fitting = _Fit(sum(int(counts.sum()) >= LEAST for counts in told.values()), sums, said)
+            self.fitting = _Fit(counted, sums, said)
             values[UNFINISHED] = SCALE_HEAD
         return Aggregate(State({**state.tensors, **fitted}, {**server, **told}, values), {"head": said})
+
+    def _withheld(self, sums: Sums, clients: int) -> str:
+        """What is withheld, in words; ``clients`` withhold any."""
+        number, sent = int(sums.counts.sum()), int(sums.sent.sum())
+        said = (
+            f"labels of {clients} clients with fewer than {self.least} texts withheld: "
+            f"{number - sent} of {number} rows"
+        )
+        if missing := int(((sums.counts > 0) & (sums.sent == 0)).sum()):
+            said += f", among them all of {missing} of {int((sums.counts > 0).sum())} labels"
+        return said
+
+    def _too_little(self, fitting: _Fit, heard: Iterable[str]) -> str:
+        """Why there is no logistic regression, where gradients come of fewer than half of the examples."""
+        some, of = int(fitting.labels(heard).sum()), int(fitting.sums.sent.sum())
+        if 2 * some >= of:
+            return ""
+        return (
+            f"gradients came of {some} of {of} examples only, since clients send none in which one text "
+            "would stand out; kept the discriminant"
+        )
 
     def _finished(self, state: State, fitting: _Fit, note: str = "") -> Aggregate:
         self.fitting = None
         values = {key: value for key, value in state.values.items() if key != UNFINISHED}
         said = f"{fitting.said}; {note}" if note else fitting.said
         return Aggregate(replace(state, values=values), {"head": said})
+
+
+def fits_fully(counts: Tensor, counted: Tensor) -> bool:
+    """Whether a fit is more than a beginning: half of the examples of those asked are in it, and all labels
+    that they have. ``counts`` and ``counted`` of (labels,) are of all examples, and of those in the sums.
+    """
+    return bool(2 * counted.sum() >= counts.sum()) and not bool(((counts > 0) & (counted == 0)).any())
 
 
 def as_if_fitted(state: State, labels: list[int]) -> State:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...aggregation.discriminant import class_moments
 from ...core.errors import UpdateError
 from ...core.tensors import Tensors, is_finite
 from ..protocol import Task, Update, typed
+from .head_disclosure import counted_rows, sends_scatter
 from .messages import FitHeadTask, HeadGradientTask, HeadGradientUpdate, ScaleHeadTask
 from .update_checks import check_forms
 
@@ -27,9 +29,6 @@ HEAD_GRADIENT = HeadGradientTask.kind
 POINT = "head_point"
 """The tensor of a task that holds a head, (labels, width + 1), biases last."""
 
-LEAST = 2
-"""Examples of a label that a client must have for their sum to be sent: the sum of one would be that one."""
-
 LARGEST_SQUARE = 1e8
 """Of a coordinate of the vectors that a head is fitted to, the mean over a client's examples."""
 
@@ -43,13 +42,16 @@ TEMPERATURES = tuple(0.02 * 1.25**power for power in range(24))
 @dataclass
 class Sums:
     """What clients' sums add up to. ``counts`` of (labels,) are of all examples, ``sent`` of those in
-    ``totals``, sum x of (labels, width), and ``scatter``, sum x x^T of (width, width).
+    ``totals``, sum x of (labels, width). ``scatter`` of (width, width) is sum x x^T over the examples whose
+    client sent it, and s s^T / n over sums s of n examples of a label of clients that did not; it has so many
+    ``pieces`` (:func:`~fedcustom.aggregation.discriminant.class_moments`).
     """
 
     counts: Tensor
     sent: Tensor
     totals: Tensor
     scatter: Tensor
+    pieces: float = 0.0
 
     @classmethod
     def zero(cls, labels: int, width: int) -> Sums:
@@ -64,32 +66,55 @@ class Sums:
         rows = vectors.double()
         counts = torch.bincount(labels, minlength=classes).double()
         totals = torch.zeros(classes, rows.shape[1], dtype=torch.float64).index_add_(0, labels, rows)
-        return cls(counts, counts.clone(), totals, rows.T @ rows)
+        return cls(counts, counts.clone(), totals, rows.T @ rows, float(len(rows)))
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Add what a client sent."""
-        counts, width = tensors["counts"], len(self.scatter)
-        present = counts >= LEAST
-        self.counts += counts
-        self.sent += torch.where(present, counts, 0)
-        self.totals[present] += tensors["totals"].double()
-        factor = unpacked(tensors["factor"].double(), width)
-        self.scatter += factor.T @ factor
+        counted, totals = tensors["counted"], tensors["totals"].double()
+        present = counted > 0
+        self.counts += tensors["counts"]
+        self.sent += counted
+        self.totals[present] += totals
+        if has_scatter(tensors):
+            factor = unpacked(tensors["factor"].double(), len(self.scatter))
+            self.scatter += factor.T @ factor
+            self.pieces += float(counted.sum())
+        else:
+            self.scatter += (totals.T / counted[present]) @ totals
+            self.pieces += float(present.sum())
+
+    def all_scatter(self) -> Tensor:
+        """Sum x x^T over all examples in ``totals``: known, or estimated from sums of some of them."""
+        number = float(self.sent.sum())
+        if self.pieces == number:
+            return self.scatter
+        means, within = class_moments(self.sent, self.totals, self.scatter, self.pieces)
+        return number * within + (means.T * self.sent) @ means
 
 
-def sums_of(vectors: Tensor, labels: Tensor, classes: int) -> Tensors:
-    """What a client sends first: ``counts`` of (labels,); ``totals``, of (labels of which it has
-    :data:`LEAST` examples, width); and ``factor``, the rows of R from the diagonal on.
+def has_scatter(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a client sent the second moments of its counted rows."""
+    return tensors["factor"].numel() > 0
+
+
+def sums_of(vectors: Tensor, labels: Tensor, texts: Tensor, classes: int, least: int) -> Tensors:
+    """What a client sends first: ``counts`` of (labels,), of all its examples; ``counted`` of (labels,), of
+    those in its sums (:func:`~.head_disclosure.counted_rows`); ``totals``, of (labels in the sums, width);
+    and ``factor``, the rows of R from the diagonal on, or nothing
+    (:func:`~.head_disclosure.sends_scatter`).
+
+    ``vectors`` of (examples, width), ``labels`` and ``texts`` of (examples,), which number equal texts alike.
     """
-    counts = torch.bincount(labels, minlength=classes)
-    present = counts >= LEAST
-    kept = present[labels]
+    kept = counted_rows(labels, texts, classes, least)
     own, which = vectors[kept].double(), labels[kept]
-    totals = torch.zeros(len(counts), own.shape[1], dtype=torch.float64).index_add_(0, which, own)
+    counted = torch.bincount(which, minlength=classes)
+    totals = torch.zeros(classes, own.shape[1], dtype=torch.float64).index_add_(0, which, own)
+    rows = own if sends_scatter(which, texts[kept], least) else own[:0]
     return {
-        "counts": counts.int(),
-        "totals": totals[present].float(),
-        "factor": packed(torch.linalg.qr(own, mode="r").R).float(),
+        "counts": torch.bincount(labels, minlength=classes).int(),
+        "counted": counted.int(),
+        "totals": totals[counted > 0].float(),
+        "factor": packed(torch.linalg.qr(rows, mode="r").R).float(),
     }
 
 
@@ -125,31 +150,46 @@ def check_answer(task: Task, update: Update, classes: int, width: int) -> None:
 def _check_sums(update: Update, classes: int, width: int) -> None:
     """Refuse what cannot be a client's first sums."""
     none = torch.zeros(classes, dtype=torch.int32)
-    counts = update.tensors.get("counts", none)
-    check_forms({"counts": counts}, {"counts": none})
-    counts = counts.double()
+    counts, counted = (update.tensors.get(name, none) for name in ("counts", "counted"))
+    check_forms({"counts": counts, "counted": counted}, {"counts": none, "counted": none})
+    counts, counted = counts.double(), counted.double()
     if (counts < 0).any() or float(counts.sum()) != update.weight:
         raise UpdateError(f"weight {update.weight!r} is not the number of examples that counts have")
-    present = counts >= LEAST
-    sent = float(counts[present].sum())
-    rows = int(min(sent, width))
+    if (counted < 0).any() or (counted > counts).any():
+        raise UpdateError("counted has more examples of a label than counts have, or fewer than none")
+    present = counted > 0
+    sent = float(counted.sum())
     wanted = {
         "counts": none,
+        "counted": none,
         "totals": torch.empty(int(present.sum()), width),
-        "factor": torch.empty(rows * width - rows * (rows - 1) // 2),
+        "factor": torch.empty(0),
     }
+    scattered = "factor" in update.tensors and has_scatter(update.tensors)
+    if scattered:
+        wanted["factor"] = torch.empty(factor_size(int(min(sent, width)), width))
     check_forms(update.tensors, wanted)
     if not sent:
+        return
+    means = update.tensors["totals"].double() / counted[present][:, None]
+    if float((means.square().sum(dim=1) * counted[present]).sum()) > LARGEST_SQUARE * sent * width:
+        raise UpdateError(f"the vectors' mean square is above {LARGEST_SQUARE:g}")
+    if not scattered:
         return
     totals, factor = update.tensors["totals"].double(), unpacked(update.tensors["factor"].double(), width)
     scatter = factor.T @ factor
     if float(scatter.diagonal().sum()) > LARGEST_SQUARE * sent * width:
         raise UpdateError(f"the vectors' mean square is above {LARGEST_SQUARE:g}")
-    within = scatter - (totals.T / counts[present]) @ totals
+    within = scatter - (totals.T / counted[present]) @ totals
     slack = ROUNDING * float(scatter.diagonal().sum()) + 1e-9
     _, failed = torch.linalg.cholesky_ex(within + slack * torch.eye(width, dtype=torch.float64))
     if failed:
         raise UpdateError("the scatter is smaller in some direction than the totals allow")
+
+
+def factor_size(rows: int, width: int) -> int:
+    """The numbers of an upper triangular (rows, width)."""
+    return rows * width - rows * (rows - 1) // 2
 
 
 def packed(factor: Tensor) -> Tensor:
@@ -161,7 +201,7 @@ def packed(factor: Tensor) -> Tensor:
 def unpacked(numbers: Tensor, width: int) -> Tensor:
     """The upper triangular matrix, (rows, width), of which these are the numbers."""
     rows = 0
-    while rows < width and rows * width - rows * (rows - 1) // 2 < len(numbers):
+    while rows < width and factor_size(rows, width) < len(numbers):
         rows += 1
     places = torch.triu_indices(rows, width)
     matrix = torch.zeros(rows, width, dtype=numbers.dtype)

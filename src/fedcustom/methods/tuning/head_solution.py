@@ -31,10 +31,10 @@ def discriminant_head(layer: HeadLayer, sums: Sums) -> Tensors:
         AggregationError: no head comes of these sums.
     """
     number, width = float(sums.sent.sum()), len(sums.scatter)
-    means, within = class_moments(sums.sent, sums.totals, sums.scatter)
+    means, within = class_moments(sums.sent, sums.totals, sums.scatter, sums.pieces)
     centre = sums.totals.sum(dim=0) / number
-    squares = float(sums.scatter.diagonal().mean()) / number
-    within = shrunk(within, max(1.0, number - int((sums.sent > 0).sum())))
+    squares = float(sums.all_scatter().diagonal().mean()) / number
+    within = shrunk(within, max(1.0, sums.pieces - int((sums.sent > 0).sum())))
     within += LEAST_SHARE * squares * torch.eye(width, dtype=torch.float64)
     shares = (sums.counts + COUNT) / (float(sums.counts.sum()) + COUNT * len(sums.counts))
     try:
@@ -49,16 +49,12 @@ def discriminant_head(layer: HeadLayer, sums: Sums) -> Tensors:
 
 
 def logistic_fit(layer: HeadLayer, sums: Sums, training: TrainingSettings) -> LogisticFit:
-    """The logistic regression that follows the sums; its gradients are of all examples, not only of those in
-    the sums.
-    """
-    examples = float(sums.counts.sum())
-    more = examples / float(sums.sent.sum())
+    """The logistic regression that follows the sums, of the examples in them."""
     return LogisticFit(
         torch.zeros(layer.classes, layer.width + 1),
-        more * sums.scatter,
-        more * sums.totals.sum(dim=0),
-        examples,
+        sums.all_scatter(),
+        sums.totals.sum(dim=0),
+        float(sums.sent.sum()),
         c=training.fit_head_c,
         steps=training.fit_head_steps,
     )
@@ -67,6 +63,14 @@ def logistic_fit(layer: HeadLayer, sums: Sums, training: TrainingSettings) -> Lo
 def head_of(layer: HeadLayer, point: Tensor) -> Tensors:
     """A point of the logistic regression, (labels, width + 1) with biases last, as the layer's tensors."""
     return {layer.weight: point[:, :-1].float(), layer.bias: point[:, -1].float()}
+
+
+def with_shares(layer: HeadLayer, head: Tensors, fitted: Tensor, counts: Tensor) -> Tensors:
+    """A head that was ``fitted`` to so many examples of each label, (labels,), for texts of which there are
+    ``counts`` of each, (labels,): by Bayes' rule the logits change by the log of their ratio.
+    """
+    ratio = torch.log((counts + COUNT) / (fitted + COUNT))
+    return {**head, layer.bias: head[layer.bias] + ratio.to(head[layer.bias].dtype)}
 
 
 def local_head(layer: HeadLayer, vectors: Tensor, labels: Tensor, training: TrainingSettings) -> Tensors:

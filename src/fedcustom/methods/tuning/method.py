@@ -90,7 +90,8 @@ class WeightTuning:
         head_rounds = context.training.rounds_of_head_fits(context.rounds)
         layer = last_layer(self.trainable, self.base) if head_rounds else None
         asked = context.training.clients_of_head_fits(context.clients) if federated else 1
-        self.head_fit = HeadFit(context.training, layer, clients=asked)
+        least = context.training.least_texts if federated else 1  # a baseline's data stay in one place
+        self.head_fit = HeadFit(context.training, layer, clients=asked, least=least)
         if self.ownership.personal & self.head_fit.names:
             raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")
         if self.base.compile:
@@ -124,6 +125,7 @@ class WeightTuning:
             self.trainable,
             objective,
             self.base,
+            least=least,
             batch_size=context.evaluation.batch_size,
         )
         self.client = TuningClient(parts, self.local, head, self._tokens)
