@@ -68,7 +68,8 @@ def vector(base: Any, ids: list[int]) -> torch.Tensor:
 def test_questions_are_cut_alike_for_routes_and_for_searches(recipe: dict[str, Any], truncate: str) -> None:
     """A context of which the beginning is the same everywhere would give all clients one route."""
     method = built(recipe, prompt=TEMPLATE, truncate=truncate)
-    table = [{"c": CONTEXT.strip(), "q": f" Is {what} there?"} for what in ("the cat", "bread", "a hill")]
+    things = ("cat", "bread", "hill", "dog", "house", "town", "river", "bird", "old cat", "small dog")
+    table = [{"c": CONTEXT.strip(), "q": f" Is a {what} there?"} for what in things]
     questions = [input_of(TEMPLATE, row, "") for row in table]
     assert all(len(method.base.tokenizer(q.text)["input_ids"]) > 2 * LIMIT for q in questions)
     expected = torch.stack(
@@ -86,11 +87,13 @@ def test_questions_are_cut_alike_for_routes_and_for_searches(recipe: dict[str, A
     bias = torch.zeros(3, dtype=torch.float64)
     masses = method.execute(CalibrateTask({"weight": weight, "bias": bias}, own=1), client).tensors["masses"]
     logits = expected @ weight.T
-    torch.testing.assert_close(masses, mass_before(logits, torch.tensor([1, 1, 1])), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        masses, mass_before(logits, torch.ones(len(things), dtype=torch.long)), atol=1e-4, rtol=0
+    )
     scores = method._estimate(
         method.initialise(), [Example(q.text, fields=q.fields, target="x") for q in questions]
     )
-    assert scores.shape == (3, 2)
+    assert scores.shape == (len(things), 2)
     searched = torch.from_numpy(method._embed_examples(questions)).double()
     torch.testing.assert_close(searched, expected, atol=1e-5, rtol=0)
 

@@ -13,14 +13,16 @@ import torch
 
 import fedcustom
 from fedcustom import library
-from fedcustom.core.errors import FedcustomError, UpdateError
-from fedcustom.data.examples import LearningTask
-from fedcustom.methods import Task, Update
+from fedcustom.core.errors import DataError, FedcustomError, UpdateError
+from fedcustom.data.build import build_data
+from fedcustom.data.examples import ClientData, Example, LearningTask
+from fedcustom.federated.build import make_method
+from fedcustom.methods import Client, Task, Update
 from fedcustom.methods.retrieval.checks import check_answer
 from fedcustom.methods.retrieval.chunking import digest
 from fedcustom.methods.retrieval.client import packed
 from fedcustom.methods.retrieval.merging import by_score
-from fedcustom.methods.retrieval.messages import RetrieveTask
+from fedcustom.methods.retrieval.messages import RetrieveTask, RouteTask
 from fedcustom.methods.retrieval.store import DocumentStore, Found
 from fedcustom.models.embedding import embed
 from fedcustom.models.load import load_base
@@ -248,3 +250,20 @@ def test_one_client_that_does_not_answer_a_search_cannot_stop_the_run(
     lost = [now["rank"] is None for now in found(run)]
     assert 0 < sum(lost) < len(lost)
     assert run.summary["metrics"]["recall_at_10"] <= 1 - sum(lost) / len(lost)
+
+
+@pytest.mark.parametrize(("different", "copies"), [(1, 1), (8, 1), (9, 9), (3, 20)])
+def test_sums_for_routing_are_not_single_questions(
+    recipe: dict[str, Any], different: int, copies: int
+) -> None:
+    """A client with fewer than nine different questions, or with one that stands out, sends no sums."""
+    checked = load_recipe(changed(recipe, routing="learned"))
+    base = load_base(checked.model, LearningTask("retrieval"), 0, head=False)
+    method = make_method(checked, base, build_data(checked.data, checked.clients, 0, checked.public))
+    texts = [f"what is number {number}" for number in range(different)]
+    questions = [Example(text, target="x") for text in [texts[0]] * (copies - 1) + texts]
+    with pytest.raises(DataError, match=f"withholds the sums of its {len(questions)} questions"):
+        method.execute(RouteTask(), Client("site-0", ClientData("site-0", questions)))
+    enough = [Example(f"what is number {number}", target="x") for number in range(9)]
+    sent = method.execute(RouteTask(), Client("site-0", ClientData("site-0", enough)))
+    assert sent.questions == 9

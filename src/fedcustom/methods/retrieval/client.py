@@ -12,7 +12,9 @@ import torch
 
 from ...core.errors import DataError, UpdateError
 from ...data.examples import Example
+from ...training.settings import LEAST_TEXTS
 from ..protocol import Client, Task, Update
+from ..tuning.head_disclosure import counted_rows, sends_scatter
 from .generation import Generator
 from .messages import (
     AnswerTask,
@@ -42,7 +44,8 @@ class RetrievalClient:
     """A client's side of every task but training.
 
     Discloses, task by task: ``index`` the numbers of documents and chunks; ``route`` sums over its own
-    questions' vectors (n, sum x, sum x x^T), from which single questions cannot be read where there are many;
+    questions' vectors (n, sum x, sum x x^T), unless these are so few or so alike that single ones could be
+    read from them (:mod:`~fedcustom.methods.tuning.head_disclosure`);
     ``calibrate`` one number for each of its development questions; ``retrieve`` names (hashes) and scores of
     documents; ``fetch`` the passages themselves, where its policy allows it; ``answer`` a text that a
     language model wrote from them.
@@ -113,6 +116,17 @@ class RetrievalClient:
         questions = client.data.train
         if not questions:
             raise DataError(f"client {client.name!r} has no questions to learn routing from")
+        numbers: dict[str, int] = {}
+        texts = torch.tensor([numbers.setdefault(one.text, len(numbers)) for one in questions])
+        together = torch.zeros_like(texts)  # one label
+        if not (
+            counted_rows(together, texts, 1, LEAST_TEXTS).all()
+            and sends_scatter(together, texts, LEAST_TEXTS)
+        ):
+            raise DataError(
+                f"client {client.name!r} withholds the sums of its {len(questions)} questions "
+                f"({len(numbers)} different ones), which could be read from them"
+            )
         sums = Sums.of(torch.from_numpy(self.embed_questions(questions)))
         return RouteUpdate({"total": sums.total, "scatter": sums.scatter}, questions=sums.count)
 
