@@ -86,6 +86,11 @@ class WeightTuning:
         self.hooks = self.trainable.hooks if federated and self.trainable.hooks else AggregationHooks()
         correction = make_correction(aggregation, context.clients)
         check_rule(aggregation, self.hooks, self.trainable)
+        if context.privacy is not None and self.hooks.own_rule:
+            raise RecipeError(
+                f"privacy.unit = 'client': {self.hooks.own_rule} merges by a rule of its own, in which one "
+                "client's part has no bound"
+            )
         self.ownership = Ownership(context, self.trainable, self.hooks)
         head_rounds = context.training.rounds_of_head_fits(context.rounds)
         layer = last_layer(self.trainable, self.base) if head_rounds else None
