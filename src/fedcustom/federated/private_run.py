@@ -72,6 +72,13 @@ def planned(recipe: Recipe, clients: int) -> ClientMechanism | None:
             f"rounds.clients_per_round = {asked}: with privacy.participation = 'poisson' a round may be "
             f"empty; use {FEWEST_DRAWN} at least, or 'cyclic'"
         )
+    if fits and not recipe.model.normalize:
+        raise RecipeError(
+            f"training.fit_head_rounds = {recipe.training.fit_head_rounds}: with privacy.unit = 'client' the "
+            "head is fitted to vectors of length 1; set model.normalize = true, or fit_head_rounds = []"
+        )
+    if len(fits) == last:
+        raise RecipeError("rounds.count: no round trains; privacy.unit = 'client' needs one that does")
     factors = [schedule_factor(recipe.training, n, last) for n in range(1, last + 1) if n not in fits]
     aggregation = recipe.aggregation
     return client_mechanism(

@@ -19,6 +19,9 @@ from ..protocol import State, Values
 OWN, HEAD = "own", "head"
 """The groups of tensors that are bounded apart: a head's gradient is many times that of a prefix."""
 
+SUMS = "sums"
+"""The group of all sums that a head is fitted to."""
+
 BOUND = "bound/"
 """Before a group's name in a state's values: its adaptive bound for the next round."""
 
@@ -57,6 +60,11 @@ def clipped_by_client(
     known = {group: names for group, names in groups.items() if group not in adaptive}
     some = {name: change[name] for names in known.values() for name in names}
     return change | clipped(some, known, bounds)
+
+
+def clipped_sums(sums: Tensors, settings: PrivacySettings) -> Tensors:
+    """A client's sums for the head as it sends them, within ``privacy.head_clip``."""
+    return clipped(sums, {SUMS: list(sums)}, {SUMS: Bound(settings.head_clip)})
 
 
 class ClientRelease:
@@ -110,6 +118,21 @@ class ClientRelease:
             expected=mechanism.participation.expected,
         )
         return change, self._next_bounds(found.within, groups, adaptive, bounds, row)
+
+    def head_sums(
+        self, sums: Iterable[Mapping[str, Tensor]], forms: Mapping[str, Tensor], round_number: int
+    ) -> tuple[Tensors, float]:
+        """The noised sum of what clients sent for the head, each cut to ``privacy.head_clip``, and the
+        standard deviation of the noise in each number.
+        """
+        size, multiplier = self.mechanism.settings.head_clip, self.mechanism.head_noise
+        if multiplier is None:
+            raise RuntimeError("the mechanism has no release for a head")
+        groups = {SUMS: list(forms)}
+        found = bounded_sum(sums, forms, groups, {SUMS: Bound(size)}).tensors
+        noise = self.key.normal_like(round_number, "head sums", forms)
+        deviation = multiplier * size
+        return {name: size * tensor + deviation * noise[name] for name, tensor in found.items()}, deviation
 
     def _row(self, number: int, travelling: Mapping[str, Tensor]) -> Tensors:
         if self._noise is None:
