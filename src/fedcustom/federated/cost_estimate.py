@@ -127,7 +127,7 @@ def _fitting(
     down = _lengths(list(tasks.values()), lambda task: _down(channel, task))
     sums = [head_sums(method, data.clients[name].train) for name in tasks]
     up = [update_length(HeadSumsUpdate(own, float(own["counts"].sum()))) for own in sums]
-    counted = [int(own["counted"].sum()) for own in sums]
+    counted = [int(own["counted"].sum()) if "counted" in own else 0 for own in sums]
     scale, step = _steps(method.head_fit, number)
     scaled = sum(count > 0 for count in counted)
     stepped = sum(method.head_fit.may_step(count) for count in counted)
@@ -139,7 +139,7 @@ def _fits(method: WeightTuning, asked: Collection[str], data: FederatedData) -> 
     sites, where that is not known, it is taken to.
     """
     sums = [head_sums(method, data.clients[name].train) for name in asked if data.clients[name].train]
-    if not sums:
+    if not sums or method.head_fit.privacy is not None:
         return True
     counts, counted = (sum(own[name] for own in sums) for name in ("counts", "counted"))
     return fits_fully(torch.as_tensor(counts), torch.as_tensor(counted))
@@ -150,7 +150,7 @@ def _steps(fit: HeadFit, number: int) -> tuple[int, int]:
     the losses, and of all gradients.
     """
     steps = fit.training.fit_head_steps
-    if not steps:
+    if not steps or fit.privacy is not None:
         return 0, 0
     head = _zeros(torch.zeros(fit.layer.classes, fit.layer.width + 1))
     scale = task_length(ScaleHeadTask({POINT: head}, round_number=number))
@@ -163,6 +163,9 @@ def _steps(fit: HeadFit, number: int) -> tuple[int, int]:
 def head_sums(method: WeightTuning, examples: list[Example]) -> Tensors:
     """Tensors of the forms that a client with these examples sends for the head to be fitted."""
     fit = method.head_fit
+    if fit.privacy is not None:
+        classes, width = fit.layer.classes, fit.layer.width
+        return {"counts": torch.zeros(1).expand(classes), "totals": torch.zeros(1).expand(classes, width)}
     labels = torch.tensor([example.label for example in examples], dtype=torch.long)
     texts = text_numbers(method.tokens(examples))
     forms = sums_of(torch.zeros(len(labels), 1), labels, texts, fit.layer.classes, fit.least)

@@ -16,11 +16,12 @@ from ...data.examples import Example
 from ...data.tokens import TokenizedExample, by_length
 from ...models.forward import classification_logits
 from ...models.load import Base
+from ...privacy.settings import PrivacySettings
 from ...training.settings import TrainingSettings
 from ..protocol import Update
 from .head_disclosure import counted_rows, sends_gradient, text_numbers
 from .head_layer import HeadLayer
-from .head_messages import POINT, TEMPERATURES, sums_of
+from .head_messages import POINT, TEMPERATURES, private_sums, sums_of
 from .head_solution import local_head
 from .messages import (
     FitHeadTask,
@@ -32,6 +33,7 @@ from .messages import (
     TrainTask,
 )
 from .objective import Objective
+from .release import clipped_sums
 from .technique import TrainableModel
 
 
@@ -74,8 +76,9 @@ class HeadClient:
         *,
         least: int,
         batch_size: int = 64,
+        privacy: PrivacySettings | None = None,
     ) -> None:
-        self.least = least
+        self.least, self.privacy = least, privacy
         self.training, self.trainable, self.objective, self.base = training, trainable, objective, base
         self.batch_size = batch_size
         self.rows: dict[str, Rows] = {}
@@ -98,6 +101,9 @@ class HeadClient:
         if isinstance(task, FitHeadTask):
             labels = torch.tensor([example.label for example in examples])
             vectors = self.read.pop(name) if name in self.read else self.inputs(tokens)
+            if self.privacy is not None:  # nothing follows: the vectors are not kept
+                sums = private_sums(vectors, labels, self.layer.classes)
+                return HeadSumsUpdate(clipped_sums(sums, self.privacy), number)
             texts, classes = text_numbers(tokens), self.layer.classes
             kept = counted_rows(labels, texts, classes, self.least)
             self.rows[name] = Rows(vectors, labels, texts).only(kept)

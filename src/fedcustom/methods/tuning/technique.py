@@ -17,9 +17,11 @@ from ...data.settings import DataSettings
 from ...evaluation.settings import EvaluationSettings
 from ...models.load import Base
 from ...models.settings import ModelSettings
+from ...privacy.settings import PrivacySettings
 from ...training.settings import TrainingSettings
 from ..protocol import AggregateTransform
 from .aggregation_hooks import AggregationHooks
+from .release import ClientRelease
 
 Keeps = Literal["nothing", "optimizer", "everything"]
 
@@ -34,7 +36,8 @@ class Context:
     part of tensors' names); ``clients`` is how many clients there are, ``names`` who they are, ``root`` what
     the server itself trains on where a rule asks for that, ``public`` texts that everybody may see. ``model``
     says how ``base`` was loaded, for methods that load others like it; ``transforms`` act on what the
-    aggregation rule gives, in their order.
+    aggregation rule gives, in their order. ``privacy`` is the recipe's section where it hides clients, and
+    ``release`` how the server, which alone has the key of the noise, releases what they send.
     """
 
     base: Base
@@ -52,6 +55,8 @@ class Context:
     public: list[Example] = field(default_factory=list)
     model: ModelSettings = field(default_factory=lambda: ModelSettings())
     transforms: tuple[AggregateTransform, ...] = ()
+    privacy: PrivacySettings | None = None
+    release: ClientRelease | None = None
 
 
 @dataclass

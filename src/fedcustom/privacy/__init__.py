@@ -1,0 +1,1 @@
+"""Differential privacy: settings, clipping, noise, correlated noise, participation and accounting."""
