@@ -17,6 +17,7 @@ from fedcustom.federated.private_run import KEY, RECORD, planned
 from fedcustom.federated.run_directory import Checkpoints, Row
 from fedcustom.privacy.accounting import gaussian_epsilon
 from fedcustom.recipe.recipe import load_recipe
+from fedcustom.report import write_report
 from helpers.runs import rows_of, without_seconds
 
 
@@ -69,6 +70,9 @@ def test_the_record_and_what_was_spent(private: dict[str, Any], tmp_path: Path) 
     assert cohorts[1] == cohorts[3]
     assert not cohorts[0] & cohorts[1]
     assert not (tmp_path / "run" / KEY).exists()
+    assert run.summary["privacy"] == {key: record[key] for key in ("unit", "epsilon", "delta", "valid")}
+    page = write_report([run.directory], tmp_path / "report.html").read_text()
+    assert f"{rows[-1]['epsilon']:.2f} (round 5)" in page
 
 
 @pytest.mark.parametrize("at", [1, 3, 4])

@@ -180,6 +180,7 @@ def _finish(loop: FedAvg, elapsed: float, *, check: bool) -> dict[str, Any]:
         search=read_json(file) if (file := path / "search.json").exists() else None,
         truncation=federation.truncation,
         a_query=method.bytes_a_query() if isinstance(method, AsksClients) else None,
+        guarantee=federation.private.mechanism.guarantee() if federation.private else None,
     )
     write_json(path / "summary.json", summary)
     return summary
