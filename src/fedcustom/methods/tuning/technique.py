@@ -17,6 +17,7 @@ from ...data.settings import DataSettings
 from ...evaluation.settings import EvaluationSettings
 from ...models.load import Base
 from ...models.settings import ModelSettings
+from ...privacy.example_mechanism import ExamplePrivacy
 from ...training.settings import TrainingSettings
 from ..protocol import AggregateTransform
 from .aggregation_hooks import AggregationHooks
@@ -34,7 +35,8 @@ class Context:
     part of tensors' names); ``clients`` is how many clients there are, ``names`` who they are, ``root`` what
     the server itself trains on where a rule asks for that, ``public`` texts that everybody may see. ``model``
     says how ``base`` was loaded, for methods that load others like it; ``transforms`` act on what the
-    aggregation rule gives, in their order.
+    aggregation rule gives, in their order. With ``row_privacy`` clients hide each of their
+    training rows.
     """
 
     base: Base
@@ -52,6 +54,7 @@ class Context:
     public: list[Example] = field(default_factory=list)
     model: ModelSettings = field(default_factory=lambda: ModelSettings())
     transforms: tuple[AggregateTransform, ...] = ()
+    row_privacy: ExamplePrivacy | None = None
 
 
 @dataclass
