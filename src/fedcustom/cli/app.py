@@ -31,6 +31,7 @@ from .console import (
 )
 from .estimate import estimate
 from .experiment import experiment
+from .privacy import privacy
 
 
 class InOrder(TyperGroup):
@@ -39,8 +40,8 @@ class InOrder(TyperGroup):
     def list_commands(self, context: Any) -> list[str]:
         """Their names, for ``--help``."""
         order = (
-            "run", "compare", "experiment", "estimate", "report", "predict", "chat", "export", "recipe",
-            "index", "ask", "deploy", "site", "cache",
+            "run", "compare", "experiment", "estimate", "privacy", "report", "predict", "chat", "export",
+            "recipe", "index", "ask", "deploy", "site", "cache",
         )  # fmt: skip
         return sorted(self.commands, key=order.index)
 
@@ -54,6 +55,7 @@ app = typer.Typer(
 )
 app.command()(experiment)
 app.command()(estimate)
+app.command()(privacy)
 app.command()(predict)
 app.command()(chat)
 app.command()(index)

@@ -103,6 +103,8 @@ class ProgressDisplay(Callback):
         if "development" in row:
             metric = self.recipe.metric
             figures += f"  {metric} {row['development'][metric]:.4f}"
+        if row.get("epsilon") is not None:
+            figures += f"  epsilon {row['epsilon']:.2f}"
         if (left := self._left(number)) is not None:
             figures += f"  {duration(left)} left"
         if self.bar is not None:

@@ -36,6 +36,17 @@ def write_bytes(path: Path, content: bytes) -> None:
     _write(path, lambda temporary: temporary.write_bytes(content))
 
 
+def write_secret(path: Path, content: bytes) -> None:
+    """Write a binary file atomically that only its owner can read (mode 600), at no moment anybody else."""
+
+    def fill(temporary: Path) -> None:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+
+    _write(path, fill)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically. NaN and infinities are refused: other readers would not take them."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -12,6 +12,7 @@ from ..data.examples import ClientData, Example, FederatedData, LearningTask
 from ..data.party_data import OwnData, read_own
 from ..federated.build import check_fit, make_method
 from ..federated.fingerprint import of_server
+from ..federated.private_run import private_run
 from ..federated.simulation import Federation
 from ..federated.truncation import fitted_data
 from ..models.load import load_base
@@ -88,10 +89,11 @@ def gather(
     participants = agree(connection, recipe, settings.sites, settings.start_with or min_clients)
     data = _server_view(recipe, settings, own, participants.labels)
     check_generation(recipe, data.test)
+    private = private_run(recipe.settled(len(data.clients)), len(data.clients), directory)
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     data, truncation = fitted_data(recipe, recipe.data, base, data)
     transforms = update_transforms(recipe.compression)
-    method = make_method(recipe, base, data, transforms)
+    method = make_method(recipe, base, data, transforms, private.release if private else None)
     origin, parking = method.initialise(), folder / "server" / "fedcustom"
     origin = replace(origin, tensors=parked(origin.tensors, parking))
     if base.device.type == "cpu":
@@ -102,7 +104,7 @@ def gather(
     check_visible(transport, transforms, recipe.aggregation)
     evaluation = RemoteEvaluation(recipe, method, base, data, connection, participants, memories)
     rows = of_server(data)
-    return Federation(base, data, method, origin, evaluation, transport, memories, rows, truncation)
+    return Federation(base, data, method, origin, evaluation, transport, memories, rows, truncation, private)
 
 
 def _server_view(

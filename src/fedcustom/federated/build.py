@@ -12,6 +12,7 @@ from ..data.build import with_builtin_columns
 from ..data.examples import ClientData, Example, FederatedData
 from ..methods import Context, Method, build_method
 from ..methods.protocol import TransformsUpdates
+from ..methods.tuning.release import ClientRelease
 from ..methods.tuning.technique import Keeps
 from ..models.configuration import context_length, has_learned_positions, load_configuration
 from ..models.load import Base
@@ -29,9 +30,10 @@ def make_method(
     base: Base,
     federation: FederatedData | None = None,
     transforms: Sequence[UpdateTransform] = (),
+    release: ClientRelease | None = None,
 ) -> Method:
     """The recipe's method on a loaded base model; without a federation, to predict only. ``transforms`` act
-    on what its aggregation rule gives.
+    on what its aggregation rule gives; ``release`` is how a server with a key of its own adds noise to it.
 
     Raises:
         ModelError: the method does not fit the model.
@@ -57,6 +59,8 @@ def make_method(
         public=federation.public if federation else [],
         model=recipe.model,
         transforms=tuple(transforms),
+        privacy=recipe.client_privacy,
+        release=release,
     )
     return build_method(recipe.method, context)
 

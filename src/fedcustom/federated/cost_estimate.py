@@ -132,7 +132,7 @@ def _fitting(
 def _steps(fit: HeadFit, number: int) -> int:
     """The bytes to and from a client in the further exchanges of a round, if none of them can be spared."""
     steps = fit.training.fit_head_steps
-    if not steps:
+    if not steps or fit.privacy is not None:
         return 0
     head = _zeros(torch.zeros(fit.layer.classes, fit.layer.width + 1))
     scale = task_length(ScaleHeadTask({POINT: head}, round_number=number))
@@ -145,6 +145,8 @@ def _steps(fit: HeadFit, number: int) -> int:
 def head_sums(fit: HeadFit, labels: Sequence[int]) -> Tensors:
     """Tensors of the forms that a client with these ``labels`` sends for the head to be fitted."""
     classes, width = fit.layer.classes, fit.layer.width
+    if fit.privacy is not None:
+        return {"counts": torch.zeros(1).expand(classes), "totals": torch.zeros(1).expand(classes, width)}
     counts = torch.bincount(torch.tensor(labels, dtype=torch.long), minlength=classes)
     present = counts >= LEAST
     rows = min(int(counts[present].sum()), width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ class FedAvg:
         self.states: dict[int, State] = {}
         self.untuned: dict[str, float] = {}
         self.saved = 0
-        self.norm_gate = NormGate(recipe.aggregation)
+        self.norm_gate = self._gate()
 
     def run(self) -> None:
         """Run the rounds that are left, each to its checkpoint.
@@ -154,6 +154,8 @@ class FedAvg:
             self.callbacks.on_evaluate(number, dict(row["development"]))
         if chosen.report:
             row["method"] = chosen.report
+        if self.federation.private is not None:
+            row["epsilon"] = round(self.federation.private.spent(number), 6)
         row["peak_memory_bytes"] = environment.peak_memory()
         return chosen.state, row
 
@@ -196,7 +198,7 @@ class FedAvg:
         if checkpoint is not None:
             state, done, self.untuned = checkpoint.state, checkpoint.round_number, checkpoint.untuned
             federation.memories.restore(done, checkpoint.memories, checkpoint.files)
-        self.norm_gate = NormGate(self.recipe.aggregation, self.directory.history.rows)
+        self.norm_gate = self._gate(self.directory.history.rows)
         self.callbacks.on_run_start(self.recipe, done, self.directory.path)
         self._plan(state)
         self.callbacks.on_outline(
@@ -248,7 +250,9 @@ class FedAvg:
     def _plan(self, state: State) -> None:
         """Draw the cohorts of all rounds, by the labels that clients told of as far as they did."""
         self.callbacks.on_phase("planning the rounds")
-        self.plan = plan_rounds(self.recipe, self.federation.data, client_labels(state))
+        private = self.federation.private
+        turns = private.turns() if private else None
+        self.plan = plan_rounds(self.recipe, self.federation.data, client_labels(state), turns)
 
     def _next_exchange(self, record: RoundRecord, state: State) -> Aggregate:
         """A further exchange of an unfinished round, with those who answered so far, or of them those who
@@ -298,6 +302,10 @@ class FedAvg:
         """Tell the user, and keep it with its ``detail`` in ``warnings.log``."""
         self.callbacks.on_note(text)
         self.directory.warn(text, detail)
+
+    def _gate(self, rows: Sequence[Row] = ()) -> NormGate:
+        """The norm gate. Where clients are hidden, none is left out by what others send: all are bounded."""
+        return NormGate(self.recipe.aggregation, rows, alone=self.federation.private is not None)
 
     def _fits(self) -> frozenset[int]:
         """The rounds in which clients fit the head."""

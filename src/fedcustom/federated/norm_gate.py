@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -35,11 +36,16 @@ class NormGate:
     one that hardly moves would else come to be the measure of both. The measure never falls below what it was
     at the end of an earlier round: once a model has converged, the change of a client with one hard example
     is hundreds of times the median.
+
+    ``alone``: a change is not compared with others, only with ``max_norm``.
     """
 
-    def __init__(self, settings: AggregationSettings, rows: Iterable[Row] = ()) -> None:
+    def __init__(
+        self, settings: AggregationSettings, rows: Iterable[Row] = (), *, alone: bool = False
+    ) -> None:
         self.max_norm = MAX_NORM if settings.max_norm is None else settings.max_norm
         self.max_ratio = MAX_RATIO if settings.max_norm_ratio is None else settings.max_norm_ratio
+        self.max_ratio = math.inf if alone else self.max_ratio
         self.sizes: dict[str, ChangeSize] = {}  # the newest last
         self.least = Median()
         for row in rows:

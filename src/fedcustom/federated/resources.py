@@ -129,7 +129,8 @@ def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Reso
         model_bytes = stored_bytes(federation.base.model)
         held, available = _memory(federation.base)
         settled = recipe.settled(len(federation.data.clients))
-        plan = plan_rounds(settled, federation.data, client_labels(state))
+        turns = federation.private.turns() if federation.private else None
+        plan = plan_rounds(settled, federation.data, client_labels(state), turns)
         cost = outline(settled, federation.data, method, state, plan)
         told.on_phase("measuring steps")
         seconds = _seconds(settled, federation, plan)

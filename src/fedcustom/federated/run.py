@@ -21,6 +21,7 @@ from ..updates.transform import UpdateTransform
 from . import fingerprint
 from .callbacks import Callback, Callbacks
 from .loop import FedAvg
+from .private_run import forget_key
 from .resolve import resolved
 from .resources import memory_warning
 from .run_directory import RunDirectory
@@ -114,6 +115,8 @@ def _run(
     callbacks.raise_failure()
     del parties  # with the first state, which is held no longer than the loop needs it
     directory.describe(recipe, base, identities)
+    if loop.federation.private is not None:
+        loop.federation.private.write(directory.path)
     if rows:
         fingerprint.record(directory.path, rows)
     if difference is not None:
@@ -135,6 +138,7 @@ def _run(
         steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in base.measured.items())
         callbacks.on_note(f"model.dtype = auto: {base.precision} (a step: {steps})")
     loop.run()
+    forget_key(directory.path)
     summary = _finish(loop, time.perf_counter() - started, check=check)
     callbacks.on_run_end(summary)
     if text := degenerate.in_words(summary.get("degenerate", {})):

@@ -35,7 +35,10 @@ Plan = list[dict[str, Assignment]]
 
 
 def plan_rounds(
-    recipe: Recipe, data: FederatedData, labels: Mapping[str, Sequence[int]] | None = None
+    recipe: Recipe,
+    data: FederatedData,
+    labels: Mapping[str, Sequence[int]] | None = None,
+    turns: Sequence[Sequence[int]] | None = None,
 ) -> Plan:
     """The assignments of every round, by client. A pure function of the recipe, the clients and, where
     ``rounds.selection`` is balanced, of what they told of their ``labels`` when a head was fitted: how many
@@ -47,6 +50,9 @@ def plan_rounds(
     A round has as many clients as ``rounds`` says (:meth:`~fedcustom.recipe.sections.RoundSettings.cohort`).
     A centralised run sees as many examples a round as the cohort of the federated run would; in a local run
     clients drawn at random work as long as in the federated one.
+
+    ``turns`` are the places of the clients of each round that trains, in the order of these rounds, where
+    they follow a scheme that privacy is accounted for by (:mod:`fedcustom.privacy.participation`).
     """
     names = list(data.clients)
     if recipe.baseline != "federated" or recipe.rounds.selection != "balanced":
@@ -54,7 +60,7 @@ def plan_rounds(
     if recipe.participation.buffer is not None and recipe.baseline == "federated":
         plan = list(_buffered(recipe, names))
     else:
-        plan = list(_synchronous(recipe, data, labels or {}))
+        plan = list(_synchronous(recipe, data, labels or {}, turns))
     if recipe.baseline == "centralised":
         return [_pooled(recipe, data, cohort) for cohort in plan]
     return [
@@ -80,16 +86,22 @@ def _whole(recipe: Recipe) -> Work:
 
 
 def _synchronous(
-    recipe: Recipe, data: FederatedData, labels: Mapping[str, Sequence[int]]
+    recipe: Recipe,
+    data: FederatedData,
+    labels: Mapping[str, Sequence[int]],
+    turns: Sequence[Sequence[int]] | None,
 ) -> Iterator[dict[str, Assignment]]:
     names, last = list(data.clients), recipe.rounds.count
     size = recipe.rounds.cohort(len(names))
     fits = recipe.training.rounds_of_head_fits(last)
     waiting: list[list[int]] = []
+    given = None if turns is None else iter(turns)
     for number in range(1, last + 1):
         generator, amount = np.random.default_rng([recipe.seed, 6, number]), _whole(recipe)
         if number in fits:
             chosen, waiting = _asked_to_fit(recipe, data, generator), []
+        elif given is not None:
+            chosen = list(next(given))
         elif labels and number > min(fits):
             waiting = waiting or balanced_cohorts(_table(recipe, names, labels), size, generator)
             chosen = waiting.pop()

@@ -29,6 +29,7 @@ from .build import check_cohort, check_fit, check_transforms, make_method, poole
 from .callbacks import Callback
 from .evaluator import Evaluator, Probes, Result
 from .fingerprint import Fingerprint, of_data
+from .private_run import PrivateRun, private_run
 from .truncation import fitted_data
 
 
@@ -68,7 +69,7 @@ class Federation:
     """A run's parties. ``data`` has what the server knows of the clients' data: in a simulation everything,
     across sites their names alone. ``fingerprint`` is that of the rows as they were read; across sites, of
     the server's own, and None where it has none. ``truncation`` counts what is cut of the data that the
-    server knows.
+    server knows. ``private`` is there where clients are hidden by noise.
     """
 
     base: Base
@@ -80,6 +81,7 @@ class Federation:
     memories: Memories
     fingerprint: Fingerprint | None = None
     truncation: dict[str, CutCount] = field(default_factory=dict)
+    private: PrivateRun | None = None
 
 
 Gather = Callable[[Recipe, Path, Path, Callback, Sequence[UpdateTransform]], Federation]
@@ -90,7 +92,7 @@ this goes, and the caller's transforms of updates, to the run's parties."""
 def simulate(
     recipe: Recipe,
     directory: Path,
-    private: Path,
+    memories: Path,
     callbacks: Callback,
     transforms: Sequence[UpdateTransform] = (),
 ) -> Federation:
@@ -109,6 +111,7 @@ def simulate(
     check_fit(recipe)
     data = build_data(settings, clients, recipe.seed, recipe.public)
     check_cohort(recipe, data)
+    private = private_run(recipe.settled(len(data.clients)), len(data.clients), directory)
     rows = of_data(recipe, data)
     callbacks.on_phase(f"loading {recipe.model.base}")
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
@@ -116,12 +119,12 @@ def simulate(
     hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
     attack = simulated_attack(hostile, recipe.attack, recipe.seed)
     applied = update_transforms(recipe.compression, attack, transforms)
-    method = make_method(recipe, base, data, applied)
+    method = make_method(recipe, base, data, applied, private.release if private else None)
     check_transforms(transforms, recipe, method)
     probes = _probes(recipe, data)
     data = _damaged(recipe, data, hostile)
     owners = pooled(data) if recipe.baseline == "centralised" else data.clients
-    store = ClientStore(owners, private, directory / "clients")
+    store = ClientStore(owners, memories, directory / "clients")
     evaluator = Evaluator(
         method,
         base,
@@ -139,7 +142,7 @@ def simulate(
     channel = Channel(recipe.compression, origin.tensors)
     transport = InProcessTransport(method, store, channel, applied, callbacks.on_note)
     check_visible(transport, applied, recipe.aggregation)
-    return Federation(base, data, method, origin, evaluator, transport, store, rows, truncation)
+    return Federation(base, data, method, origin, evaluator, transport, store, rows, truncation, private)
 
 
 def _damaged(recipe: Recipe, data: FederatedData, hostile: frozenset[str]) -> FederatedData:

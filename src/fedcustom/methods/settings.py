@@ -127,6 +127,13 @@ class MethodSettingsBase(Settings):
         return self.replaces_rule
 
     @property
+    def unbounded(self) -> str | None:
+        """The setting by which what the server makes of a round is not the mean of changes of trained
+        tensors, so that one client's part in it has no bound (differential privacy).
+        """
+        return f"method.name = {self.name!r}"
+
+    @property
     def trains_every_round(self) -> str | None:
         """The setting that needs every round to train, so that none can be given to fitting the head."""
         return None
@@ -190,6 +197,11 @@ class TuningSettings(MethodSettingsBase):
     def default_learning_rate(self, kind: ModelKind) -> float:
         """The learning rate for a kind of model where the recipe sets none."""
         return self.rates.of(kind)
+
+    @property
+    def unbounded(self) -> str | None:
+        """A rule of its own; and where nothing is trained."""
+        return f"method.name = {self.name!r}" if self.only_fits else self.replaces_rule
 
     def needed_contents(self, training: TrainingSettings, task: str) -> dict[Content, str]:
         """Updates, and sums where a head is fitted."""

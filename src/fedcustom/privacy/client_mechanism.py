@@ -34,6 +34,10 @@ class ClientMechanism:
     changes, in units of the bound, plus row t of C^-1 Z with Z of standard deviation ``noise_multiplier``
     times the square root of the number of groups; and ``head_fits`` times sums for the head, with
     ``head_noise`` times their bound.
+
+    ``last_state_noise`` is the multiplier of independent noise that would leave as much in the last state.
+    ``noise_share`` is what is left there in one number, over what all rounds would add to it if every
+    client's change had norm 1 in that number alone.
     """
 
     settings: PrivacySettings
@@ -43,6 +47,7 @@ class ClientMechanism:
     head_noise: float | None
     head_fits: int
     last_state_noise: float
+    noise_share: float
 
     def ledger(self, training_rounds: int, head_fits: int) -> Ledger:
         """What so many first rounds have released."""
@@ -73,6 +78,12 @@ class ClientMechanism:
             self.settings.is_valid,
             (*ASSUMPTIONS, *sampled),
         )
+
+    def noise_over_signal(self, numbers: int, groups: int = 2) -> float:
+        """The length of the noise in the last state, in a group of so many numbers, over the length of what
+        all rounds add if all clients agree in every round; they never do.
+        """
+        return self.noise_share * math.sqrt(numbers * groups)
 
     def sum_noise(self, groups: int, adaptive: int = 0) -> float:
         """Standard deviation of Z, in units of the bounds, for so many groups; a part of the budget goes to
@@ -139,6 +150,7 @@ def client_mechanism(
         head = [] if head_noise is None else [Event(head_noise, head_fits)]
         multiplier = calibrate(lambda z: [Event(z, turns, probability), *head], settings.epsilon, delta)
     _check_adaptive(settings, participation, multiplier)
+    left = remaining_noise(weights, coefficients)
     return ClientMechanism(
         settings,
         participation,
@@ -146,7 +158,11 @@ def client_mechanism(
         multiplier,
         head_noise,
         head_fits,
-        last_state_noise=multiplier * remaining_noise(weights, coefficients),
+        last_state_noise=multiplier * left,
+        noise_share=multiplier
+        * left
+        * float((weights**2).sum() ** 0.5 / weights.sum())
+        / participation.expected,
     )
 
 

@@ -25,6 +25,7 @@ from ..methods import registry
 from ..methods.prefix.settings import PrefixSettings
 from ..methods.settings import MethodSettingsBase, TuningSettings
 from ..models.settings import ModelSettings
+from ..privacy.settings import PrivacySettings
 from ..simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
 from ..training.settings import TrainingSettings
 from ..updates.settings import CompressionSettings
@@ -33,6 +34,7 @@ from .label_skew import check_label_skew, settled, why_no_head_fit
 from .objective import check_objective, with_task_of_objective
 from .overrides import UNSET, merged, nested, split
 from .paths import beside, existing
+from .privacy import check_privacy, with_private_defaults
 from .sections import PersonalisationSettings, RoundSettings
 
 Baseline = Literal["federated", "centralised", "local"]
@@ -59,7 +61,7 @@ DEFAULT_METRIC: dict[TaskKind, str] = {
     "retrieval": "mrr",
 }
 
-FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation")
+FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation", "privacy")
 """Sections that a baseline leaves at their defaults."""
 
 
@@ -107,12 +109,14 @@ class Recipe(Settings):
     noise: NoiseSettings = Field(
         default_factory=lambda: NoiseSettings(), description="Simulated mistakes in labels"
     )
+    privacy: PrivacySettings | None = Field(None, description="Differential privacy")
     compare: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="What differs in a comparison: [compare.<method or baseline>.<section>]",
     )
 
     _task_of_objective = model_validator(mode="before")(with_task_of_objective)
+    _private_defaults = model_validator(mode="before")(with_private_defaults)
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
@@ -136,6 +140,7 @@ class Recipe(Settings):
         self._check_search()
         self._check_correction()
         self._check_federated()
+        check_privacy(self)
         self.method.check_sections(self.baseline, dict(self))
         buffer = self.participation.buffer
         if buffer is not None and self.clients.partition != "natural" and buffer > count:
@@ -264,6 +269,11 @@ class Recipe(Settings):
             )
         if any(not part for part in self.personalisation.keep):
             raise ValueError("personalisation.keep: an empty text names every tensor; name parts")
+
+    @property
+    def client_privacy(self) -> PrivacySettings | None:
+        """The section on privacy where it hides clients; None where there is none."""
+        return self.privacy if self.privacy is not None and self.privacy.unit == "client" else None
 
     @property
     def metric(self) -> str:

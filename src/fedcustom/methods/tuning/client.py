@@ -22,6 +22,7 @@ from .hidden_rows import STEPS, hidden_rows
 from .local_training import Job, LocalTraining, batch_ranges
 from .messages import FitHeadTask, HeadSumsUpdate, HeadTask, TrainTask, TrainUpdate
 from .parts import TokenCache, TuningParts
+from .release import clipped_by_client
 from .update_checks import check_state
 
 
@@ -156,6 +157,8 @@ class TuningClient:
             for name, tensor in job.before.items()
             if parts.ownership.comes_up(name, job.task)
         }
+        if context.privacy is not None:
+            change = clipped_by_client(change, parts.trainable.head, context.privacy, job.factor)
         update = job.hooks.pack(replace(update, tensors=change))
 
         def rate(name: str) -> float:

@@ -15,10 +15,11 @@ from ...data.examples import Example
 from ...data.tokens import TokenizedExample, by_length
 from ...models.forward import classification_logits
 from ...models.load import Base
+from ...privacy.settings import PrivacySettings
 from ...training.settings import TrainingSettings
 from ..protocol import Update
 from .head_layer import HeadLayer
-from .head_messages import LEAST, POINT, TEMPERATURES, sums_of
+from .head_messages import LEAST, POINT, TEMPERATURES, private_sums, sums_of
 from .head_solution import local_head
 from .messages import (
     FitHeadTask,
@@ -30,6 +31,7 @@ from .messages import (
     TrainTask,
 )
 from .objective import Objective
+from .release import clipped_sums
 from .technique import TrainableModel
 
 
@@ -49,7 +51,9 @@ class HeadClient:
         base: Base,
         *,
         batch_size: int = 64,
+        privacy: PrivacySettings | None = None,
     ) -> None:
+        self.privacy = privacy
         self.training, self.trainable, self.objective, self.base = training, trainable, objective, base
         self.batch_size = batch_size
         self.vectors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -71,6 +75,9 @@ class HeadClient:
         if isinstance(task, FitHeadTask):
             labels = torch.tensor([example.label for example in examples])
             vectors = self.read.pop(name) if name in self.read else self.inputs(tokens)
+            if self.privacy is not None:  # nothing follows: the vectors are not kept
+                sums = private_sums(vectors, labels, self.layer.classes)
+                return HeadSumsUpdate(clipped_sums(sums, self.privacy), number)
             self.vectors[name], self.steps[name] = (vectors, labels), 0
             return HeadSumsUpdate(sums_of(vectors, labels, self.layer.classes), number)
         if name not in self.vectors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...aggregation.logistic import LogisticFit
 from ...core.tensors import Tensors, is_finite, part
+from ...privacy.settings import PrivacySettings
 from ...training.settings import TrainingSettings
-from ..protocol import UNFINISHED, Aggregate, Answer, State, Task, Update, Values
+from ..protocol import UNFINISHED, Aggregate, Answer, State, Task, Update, Values, peeked, typed
 from .head_layer import HeadLayer
 from .head_messages import (
     FIT_HEAD,
@@ -22,9 +23,11 @@ from .head_messages import (
     TEMPERATURES,
     Sums,
     check_answer,
+    check_private_sums,
 )
-from .head_solution import discriminant_head, head_of, logistic_fit
-from .messages import HeadGradientTask, HeadGradientUpdate, ScaleHeadTask
+from .head_solution import discriminant_head, head_of, logistic_fit, private_head
+from .messages import FitHeadTask, HeadGradientTask, HeadGradientUpdate, ScaleHeadTask
+from .release import ClientRelease
 from .update_checks import check_forms
 
 LABEL_COUNTS = "label_counts"
@@ -64,6 +67,10 @@ class HeadFit:
     would be no fit to all: where fewer than half of the ``clients`` that are asked answer, the head stays as
     it was.
 
+    Where clients are hidden from whoever sees the states (``privacy.unit = "client"``), there is one
+    exchange: each client sends counts and sums of its vectors, divided by their lengths, and the trusted
+    server adds noise to what they add up to.
+
     Discloses: what is named above. A client with one example takes no part but for its label. Sums and
     gradients over few examples of a label say much about their vectors, from which texts may be guessed; of
     the only example of its label at a client, the gradient gives the vector to a server that looks for it.
@@ -73,8 +80,16 @@ class HeadFit:
     together; of two each then knows the other's.
     """
 
-    def __init__(self, training: TrainingSettings, layer: HeadLayer | None, *, clients: int = 1) -> None:
-        self.training, self.clients = training, clients
+    def __init__(
+        self,
+        training: TrainingSettings,
+        layer: HeadLayer | None,
+        *,
+        clients: int = 1,
+        privacy: PrivacySettings | None = None,
+        release: ClientRelease | None = None,
+    ) -> None:
+        self.training, self.clients, self.privacy, self.release = training, clients, privacy, release
         self.names: frozenset[str] = frozenset()
         self.fitting: _Fit | None = None
         if layer is not None:
@@ -102,7 +117,9 @@ class HeadFit:
         Raises:
             UpdateError: says what is wrong.
         """
-        if sent:
+        if sent and self.privacy is not None:
+            check_private_sums(update, self.layer.classes, self.layer.width)
+        elif sent:
             check_answer(task, update, self.layer.classes, self.layer.width)
         else:
             check_forms(update.tensors, {})
@@ -113,7 +130,7 @@ class HeadFit:
         regression.
         """
         if kind == FIT_HEAD:
-            return self._begin(state, answers)
+            return self._begin(state, answers) if self.privacy is None else self._noised(state, answers)
         assert self.fitting is not None
         fitting = self.fitting
         examples, loss, answered = 0, 0.0, 0
@@ -165,10 +182,7 @@ class HeadFit:
             kept = "not fitted: no client has two examples of a label"
             return Aggregate(replace(state, server={**state.server, **told}), {"head": kept})
         fitted = discriminant_head(self.layer, sums)
-        server = {
-            name: torch.zeros_like(tensor) if name.partition("/")[2] in self.names else tensor
-            for name, tensor in state.server.items()
-        }
+        server = _at_rest(state.server, self.names)
         together = torch.stack(list(told.values())).sum(dim=0).tolist()
         values = {**state.values, LABEL_COUNTS: together}
         number, withheld = int(sums.counts.sum()), int((sums.counts - sums.sent).sum())
@@ -180,11 +194,46 @@ class HeadFit:
             values[UNFINISHED] = SCALE_HEAD
         return Aggregate(State({**state.tensors, **fitted}, {**server, **told}, values), {"head": said})
 
+    def _noised(self, state: State, answers: Iterable[Answer]) -> Aggregate:
+        """The state with a head of noised counts and sums, in which no client is told apart.
+
+        Raises:
+            RuntimeError: there is no key to draw the noise from, so that nothing may be released.
+        """
+        if self.release is None:
+            raise RuntimeError("privacy.unit = 'client': this party has no key to draw the noise from")
+        first, stream = peeked(iter(answers))
+        layer, answered = self.layer, 0
+
+        def sums() -> Iterator[Tensors]:
+            nonlocal answered
+            for answer in stream:
+                answered += 1
+                yield answer.update.tensors
+
+        forms = {"counts": torch.empty(layer.classes), "totals": torch.empty(layer.classes, layer.width)}
+        number = typed(first, FitHeadTask).round_number
+        found, deviation = self.release.head_sums(sums(), forms, number)
+        fitted = private_head(layer, found["counts"], found["totals"], deviation)
+        counts = [max(0, round(count)) for count in found["counts"].tolist()]
+        server = _at_rest(state.server, self.names)
+        said = f"fitted to noised sums of {answered} clients, about {sum(counts)} examples"
+        values = {**state.values, LABEL_COUNTS: counts}
+        return Aggregate(State({**state.tensors, **fitted}, server, values), {"head": said})
+
     def _finished(self, state: State, fitting: _Fit, note: str = "") -> Aggregate:
         self.fitting = None
         values = {key: value for key, value in state.values.items() if key != UNFINISHED}
         said = f"{fitting.said}; {note}" if note else fitting.said
         return Aggregate(replace(state, values=values), {"head": said})
+
+
+def _at_rest(server: Tensors, names: Container[str]) -> Tensors:
+    """The server's own tensors without the momentum of a head that is replaced."""
+    return {
+        name: torch.zeros_like(tensor) if name.partition("/")[2] in names else tensor
+        for name, tensor in server.items()
+    }
 
 
 def as_if_fitted(state: State, labels: list[int]) -> State:

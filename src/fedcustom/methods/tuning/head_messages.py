@@ -93,6 +93,27 @@ def sums_of(vectors: Tensor, labels: Tensor, classes: int) -> Tensors:
     }
 
 
+def private_sums(vectors: Tensor, labels: Tensor, classes: int) -> Tensors:
+    """What a client sends where a trusted server adds noise: ``counts`` of (classes,) and ``totals`` of
+    (classes, width), the sums of its vectors divided by their lengths, of every label that it has.
+    """
+    rows = torch.nn.functional.normalize(vectors.double(), dim=1)
+    totals = torch.zeros(classes, rows.shape[1], dtype=torch.float64).index_add_(0, labels, rows)
+    counts = torch.bincount(labels, minlength=classes)
+    return {"counts": counts.float(), "totals": totals.float()}
+
+
+def check_private_sums(update: Update, classes: int, width: int) -> None:
+    """Refuse what has not the forms of :func:`private_sums`; how large the numbers are is no matter.
+
+    Raises:
+        UpdateError: says what is wrong.
+    """
+    if not is_finite(update.tensors):
+        raise UpdateError("an update holds numbers that are not finite")
+    check_forms(update.tensors, {"counts": torch.empty(classes), "totals": torch.empty(classes, width)})
+
+
 def check_answer(task: Task, update: Update, classes: int, width: int) -> None:
     """Refuse what no examples can have given as an answer to a task of which the head is fitted.
 

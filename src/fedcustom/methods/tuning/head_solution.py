@@ -17,6 +17,10 @@ COUNT = 0.5
 """Added to each label's number of examples in the head's bias, so that a label without any is unlikely, and
 not impossible."""
 
+SPREAD = 10.0
+"""Variance of a vector of length 1 within its label, times its width, that a noised head assumes: above the
+largest there can be, for noise in the means adds to it. Chosen on Dolly's categories (docs/privacy.md)."""
+
 LEAST_SHARE = 1e-3
 """Of the inputs' mean square: the least that counts as their variance, which float32 sums must resolve."""
 
@@ -46,6 +50,27 @@ def discriminant_head(layer: HeadLayer, sums: Sums) -> Tensors:
     if not is_finite(fitted):
         raise AggregationError("the head fitted to the clients' sums is not finite: a sum was too large")
     return fitted
+
+
+def private_head(layer: HeadLayer, counts: Tensor, totals: Tensor, deviation: float) -> Tensors:
+    """The layer's weight and bias as a discriminant of noised sums of vectors of length 1, whose covariance
+    is a public constant, :data:`SPREAD` / width for every number.
+
+    Args:
+        layer: Where the head is.
+        counts: Noised numbers of examples, (classes,).
+        totals: Noised sums, (classes, width).
+        deviation: Of the noise in each of these numbers. A label that noise hides counts as twice that many;
+            what noise adds to a mean's square on average is subtracted.
+    """
+    counts, totals, width = counts.double(), totals.double(), totals.shape[1]
+    sizes = counts.clamp(min=max(1.0, 2 * deviation))
+    means, centre = totals / sizes[:, None], totals.sum(dim=0) / max(1.0, float(counts.sum()))
+    shares = counts.clamp(min=0) + COUNT
+    squares = means.square().sum(dim=1) - width * (deviation / sizes) ** 2
+    strength = width / SPREAD
+    bias = torch.log(shares / shares.sum()) - strength / 2 * (squares - centre.square().sum())
+    return {layer.weight: (strength * (means - centre)).float(), layer.bias: bias.float()}
 
 
 def logistic_fit(layer: HeadLayer, sums: Sums, training: TrainingSettings) -> LogisticFit:

@@ -87,11 +87,18 @@ class WeightTuning:
         self.hooks = self.trainable.hooks if federated and self.trainable.hooks else AggregationHooks()
         correction = make_correction(aggregation, context.clients)
         check_rule(aggregation, self.hooks, self.trainable)
+        if context.privacy is not None and self.hooks.own_rule:
+            raise RecipeError(
+                f"privacy.unit = 'client': {self.hooks.own_rule} merges by a rule of its own, in which one "
+                "client's part has no bound"
+            )
         self.ownership = Ownership(context, self.trainable, self.hooks)
         head_rounds = context.training.rounds_of_head_fits(context.rounds)
         layer = last_layer(self.trainable, self.base) if head_rounds else None
         asked = context.training.clients_of_head_fits(context.clients) if federated else 1
-        self.head_fit = HeadFit(context.training, layer, clients=asked)
+        self.head_fit = HeadFit(
+            context.training, layer, clients=asked, privacy=context.privacy, release=context.release
+        )
         if self.ownership.personal & self.head_fit.names:
             raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")
         if self.base.compile:
@@ -128,6 +135,7 @@ class WeightTuning:
             objective,
             self.base,
             batch_size=context.evaluation.batch_size,
+            privacy=context.privacy,
         )
         self.client = TuningClient(parts, self.local, head, self._tokens)
         self.server = TuningServer(parts, self.head_fit, self.client.execute)

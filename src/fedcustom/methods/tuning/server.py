@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ...aggregation.combine import Change, combine
@@ -24,7 +24,7 @@ from ..protocol import (
     peeked,
     typed,
 )
-from .aggregation_hooks import AggregationHooks, ClientDelta
+from .aggregation_hooks import AggregationHooks, ClientDelta, RoundAggregator
 from .drift_corrections import CONTROL
 from .head_fit import LABEL_COUNTS, HeadFit
 from .messages import FitHeadTask, HeadTask, TrainTask, TrainUpdate
@@ -121,6 +121,8 @@ class TuningServer:
             task, answers = peeked(answers)
             if isinstance(task, HeadTask):
                 return self.head_fit.aggregate(task.kind, state, answers)
+        if self.parts.context.privacy is not None:
+            return self._released(state, answers)
         return self._merged(state, answers)
 
     def _merged(self, state: State, answers: Iterable[Answer]) -> Aggregate:
@@ -146,8 +148,54 @@ class TuningServer:
             assert first is not None
             root = gathered.take(self._root(state, typed(first, TrainTask)))
         change = combine(changes(), settings, root=root, inner_products=gathered.inner_products)
+        return self._stepped(state, change, gathered, newest, answered)
+
+    def _released(self, state: State, answers: Iterable[Answer]) -> Aggregate:
+        """The state after a round whose mean change is noised, so that no client is told apart.
+
+        Raises:
+            RuntimeError: there is no key to draw the noise from, so that nothing may be released.
+        """
+        parts, context = self.parts, self.parts.context
+        if (release := context.release) is None:
+            raise RuntimeError("privacy.unit = 'client': this party has no key to draw the noise from")
+        first, stream = peeked(iter(answers))
+        task = typed(first, TrainTask)
+        answered: list[str] = []
+
+        def changes() -> Iterator[Tensors]:
+            for answer in stream:
+                answered.append(answer.client)
+                yield self._arrival(answer).change
+                del answer
+
+        travelling = parts.ownership.travelling(state.tensors)
+        if (context.training.freeze_head_rounds or 0) >= context.rounds:
+            travelling = {n: t for n, t in travelling.items() if n not in parts.trainable.head}
+        change, bounds = release.mean(
+            changes(),
+            state,
+            travelling=travelling,
+            trained=parts.ownership.wanted(task).keys(),
+            head=parts.trainable.head,
+            round_number=task.round_number,
+            factor=schedule_factor(context.training, task.round_number, context.rounds),
+        )
+        state = replace(state, values={**state.values, **bounds})
+        return self._stepped(state, change, RoundAggregator(), task.round_number, answered)
+
+    def _stepped(
+        self,
+        state: State,
+        change: Tensors,
+        gathered: RoundAggregator,
+        round_number: int,
+        answered: Sequence[str],
+    ) -> Aggregate:
+        """The state after the server has followed the cohort's change, and after the method's own rules."""
+        parts = self.parts
         for transform in parts.context.transforms:
-            change = transform.on_aggregate(change, AggregateContext(newest, tuple(answered)))
+            change = transform.on_aggregate(change, AggregateContext(round_number, tuple(answered)))
         current = {name: state.tensors[name] for name in change if name in state.tensors}
         relevant = {n: t for n, t in state.server.items() if n.partition("/")[2] in change}
         tensors, kept = parts.correction.step(current, change, relevant, len(answered))

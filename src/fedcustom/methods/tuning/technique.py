@@ -18,9 +18,11 @@ from ...evaluation.settings import EvaluationSettings
 from ...models.load import Base
 from ...models.settings import ModelSettings
 from ...privacy.example_mechanism import ExamplePrivacy
+from ...privacy.settings import PrivacySettings
 from ...training.settings import TrainingSettings
 from ..protocol import AggregateTransform
 from .aggregation_hooks import AggregationHooks
+from .release import ClientRelease
 
 Keeps = Literal["nothing", "optimizer", "everything"]
 
@@ -35,8 +37,9 @@ class Context:
     part of tensors' names); ``clients`` is how many clients there are, ``names`` who they are, ``root`` what
     the server itself trains on where a rule asks for that, ``public`` texts that everybody may see. ``model``
     says how ``base`` was loaded, for methods that load others like it; ``transforms`` act on what the
-    aggregation rule gives, in their order. With ``row_privacy`` clients hide each of their
-    training rows.
+    aggregation rule gives, in their order. ``privacy`` is the recipe's section where it hides clients, and
+    ``release`` how the server, which alone has the key of the noise, releases what they send. With
+    ``row_privacy`` clients hide each of their training rows.
     """
 
     base: Base
@@ -54,6 +57,8 @@ class Context:
     public: list[Example] = field(default_factory=list)
     model: ModelSettings = field(default_factory=lambda: ModelSettings())
     transforms: tuple[AggregateTransform, ...] = ()
+    privacy: PrivacySettings | None = None
+    release: ClientRelease | None = None
     row_privacy: ExamplePrivacy | None = None
 
 

@@ -1,0 +1,179 @@
+"""Differential privacy in a recipe: the defaults that go with it, and what it refuses (docs/privacy.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ..aggregation.settings import AggregationSettings
+from ..data.settings import DataSettings
+from ..evaluation.settings import EvaluationSettings
+from ..methods.settings import MethodSettingsBase
+from ..privacy.settings import PrivacySettings
+from ..simulation.settings import ParticipationSettings
+from ..training.settings import TrainingSettings
+from .sections import RoundSettings
+
+CLIENT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "aggregation": {"weighting": "uniform"},
+    "training": {"optimizer": "sgd", "fit_head_steps": 0},
+    "evaluation": {"select": "last", "calibrate": False},
+}
+"""What is filled in where a recipe hides clients and says nothing else."""
+
+OWN_DEVELOPMENT = ("evaluation",)
+"""Of these sections, where the development split is the server's own, the usual defaults stay."""
+
+FEWEST_DRAWN = 40
+"""Clients in a Poisson round on average at least: then an empty round has probability below 1e-17."""
+
+
+class Sections(Protocol):
+    """What is read of a recipe."""
+
+    @property
+    def data(self) -> DataSettings: ...
+    @property
+    def method(self) -> MethodSettingsBase: ...
+    @property
+    def training(self) -> TrainingSettings: ...
+    @property
+    def aggregation(self) -> AggregationSettings: ...
+    @property
+    def rounds(self) -> RoundSettings: ...
+    @property
+    def evaluation(self) -> EvaluationSettings: ...
+    @property
+    def participation(self) -> ParticipationSettings: ...
+    @property
+    def privacy(self) -> PrivacySettings | None: ...
+
+
+def with_private_defaults(values: Any) -> Any:
+    """A recipe's content with the defaults of ``privacy.unit = "client"``, where it asks for that: weights of
+    one, plain gradient steps, no head fit, the last round's state and no calibration on clients' rows.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    privacy = values.get("privacy")
+    if not isinstance(privacy, Mapping) or privacy.get("unit") != "client":
+        return values
+    filled = dict(values)
+    data = values.get("data")
+    own = isinstance(data, Mapping) and data.get("development") is not None
+    for section, defaults in CLIENT_DEFAULTS.items():
+        given = values.get(section, {})
+        if isinstance(given, Mapping) and not (own and section in OWN_DEVELOPMENT):
+            filled[section] = {**defaults, **given}
+    training = filled.get("training")
+    if isinstance(training, Mapping) and training.get("fit_head") is None:
+        rounds = training.get("fit_head_rounds")
+        filled["training"] = {**training, "fit_head_rounds": [] if rounds is None else rounds}
+    return filled
+
+
+def check_privacy(recipe: Sections) -> None:
+    """Refuse what a guarantee does not go with.
+
+    Raises:
+        ValueError: names the setting, and what is allowed.
+    """
+    privacy = recipe.privacy
+    if privacy is None or privacy.unit == "none":
+        return
+    if privacy.unit == "example":
+        raise ValueError("privacy.unit = 'example': is not available yet; allowed: none, client")
+    if privacy.place != "server":
+        raise ValueError(
+            f"privacy.noise = {privacy.noise!r}: is not available yet (it needs secure sums); allowed: server"
+        )
+    for reason in (*_merging(recipe), *_training(recipe), *_evaluation(recipe), *_rounds(recipe)):
+        raise ValueError(f"{reason} (privacy.unit = 'client')")
+
+
+def _merging(recipe: Sections) -> list[str]:
+    """What of the server's side has no bounded sensitivity."""
+    aggregation, found = recipe.aggregation, list[str]()
+    if setting := recipe.method.unbounded:
+        found.append(f"{setting}: one client's part in what the server releases is not bounded")
+    if aggregation.rule != "mean":
+        found.append(f"aggregation.rule = {aggregation.rule!r}: one client can move it at will; use 'mean'")
+    if aggregation.weighting != "uniform":
+        found.append(
+            f"aggregation.weighting = {aggregation.weighting!r}: weights are data too; use 'uniform'"
+        )
+    if aggregation.correction != "none":
+        found.append(
+            f"aggregation.correction = {aggregation.correction!r}: what clients send beside changes has no "
+            "noise; use 'none'"
+        )
+    if aggregation.max_norm_ratio is not None:
+        found.append(
+            "aggregation.max_norm_ratio: would leave a client out by what others send; leave it unset, for "
+            "every change is bounded anyway"
+        )
+    return found
+
+
+def _training(recipe: Sections) -> list[str]:
+    """What of training discloses more than noised sums."""
+    training, found = recipe.training, list[str]()
+    for key in ("search_rates", "learning_rate"):
+        if key == "learning_rate" and training.learning_rate != "auto":
+            continue
+        if getattr(training, key):
+            found.append(
+                f"training.{key} = {getattr(training, key)!r}: the search's trials would be spent too; "
+                "choose a rate on other data"
+            )
+    if training.label_skew == "balance":
+        found.append("training.label_skew = 'balance': clients would tell of their labels; use 'adjust'")
+    fits = training.fit_head_rounds or training.fit_head
+    if fits and training.fit_head_steps:
+        found.append(
+            f"training.fit_head_steps = {training.fit_head_steps}: each exchange would have to be noised; "
+            "use 0"
+        )
+    return found
+
+
+def _evaluation(recipe: Sections) -> list[str]:
+    """What of clients' rows would shape the model without noise."""
+    evaluation, found = recipe.evaluation, list[str]()
+    if recipe.data.development is not None:
+        return found
+    if evaluation.select != "last":
+        found.append(
+            f"evaluation.select = {evaluation.select!r}: clients' own rows would choose the model; use "
+            "'last', or name a split of the server's (data.development)"
+        )
+    if evaluation.calibrate and recipe.data.task == "classification":
+        found.append(
+            "evaluation.calibrate = true: clients' own rows would scale the model's logits; use false, or "
+            "name a split of the server's (data.development)"
+        )
+    return found
+
+
+def _rounds(recipe: Sections) -> list[str]:
+    """What of the schedule is not accounted for."""
+    rounds, found = recipe.rounds, list[str]()
+    if rounds.checkpoint_every != 1:
+        found.append(
+            f"rounds.checkpoint_every = {rounds.checkpoint_every}: a state may leave the server only after "
+            "its checkpoint is on disk, or a resumed run would spend more; use 1"
+        )
+    if rounds.selection == "balanced":
+        found.append("rounds.selection = 'balanced': clients would tell of their labels; use 'uniform'")
+    if recipe.participation.buffer is not None:
+        found.append(
+            f"participation.buffer = {recipe.participation.buffer}: who answers first decides the turns; "
+            "leave it unset"
+        )
+    privacy, asked = recipe.privacy, rounds.clients_per_round
+    if privacy is not None and privacy.participation == "poisson" and (asked or FEWEST_DRAWN) < FEWEST_DRAWN:
+        found.append(
+            f"rounds.clients_per_round = {asked}: with privacy.participation = 'poisson' a round may be "
+            f"empty; use {FEWEST_DRAWN} at least, or 'cyclic'"
+        )
+    return found

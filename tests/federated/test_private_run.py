@@ -1,0 +1,186 @@
+"""Runs whose clients are hidden: the record, the key, and a run that is resumed."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedcustom
+from fedcustom.core.errors import RecipeError, RunError
+from fedcustom.core.tensors import equal
+from fedcustom.federated.norm_gate import NORMS
+from fedcustom.federated.private_run import KEY, RECORD, planned
+from fedcustom.federated.run_directory import Checkpoints, Row
+from fedcustom.privacy.accounting import gaussian_epsilon
+from fedcustom.recipe.recipe import load_recipe
+from helpers.runs import rows_of, without_seconds
+
+
+class StopAt(fedcustom.Callback):
+    """Raises after a round, whose checkpoint is written first."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_round_end(self, row: Row) -> None:
+        if row["round"] == self.number:
+            raise RuntimeError("stopped")
+
+
+@pytest.fixture
+def private(small: dict[str, Any]) -> dict[str, Any]:
+    """Five rounds of two of four clients, each in turn."""
+    return {
+        **small,
+        "training": {"batch_size": 8, "learning_rate": 0.1},
+        "aggregation": {"server_optimizer": "fedavgm"},
+        "rounds": {"count": 5, "clients_per_round": 2},
+        "evaluation": {"batch_size": 32, "untuned": False},
+        "privacy": {"unit": "client", "noise_multiplier": 0.5, "delta": 1e-3},
+    }
+
+
+def last_state(run: fedcustom.Run, number: int = 5) -> dict[str, Any]:
+    state = Checkpoints(run.directory / "checkpoints").load(number).state
+    return {**state.tensors, **state.server}
+
+
+def stopped(recipe: dict[str, Any], out: Path, number: int) -> None:
+    with pytest.raises(RuntimeError, match="stopped"):
+        fedcustom.run(recipe, out=out, callbacks=[StopAt(number)])
+
+
+def test_the_record_and_what_was_spent(private: dict[str, Any], tmp_path: Path) -> None:
+    run = fedcustom.run(private, out=tmp_path / "run")
+    record = json.loads((tmp_path / "run" / RECORD).read_text())
+    promised = gaussian_epsilon((3**0.5) / 0.5, 1e-3)  # three turns at most
+    assert record["epsilon"] == pytest.approx(promised)
+    assert (record["unit"], record["delta"], record["valid"]) == ("client", 1e-3, True)
+    assert record["never_promised"]
+    rows = rows_of(run.directory)
+    expected = [gaussian_epsilon((turns**0.5) / 0.5, 1e-3) for turns in (1, 1, 2, 2, 3)]
+    assert [row["epsilon"] for row in rows] == pytest.approx(expected, abs=1e-5)
+    cohorts = [set(row["cohort"]) for row in rows]
+    assert cohorts[0] == cohorts[2] == cohorts[4]
+    assert cohorts[1] == cohorts[3]
+    assert not cohorts[0] & cohorts[1]
+    assert not (tmp_path / "run" / KEY).exists()
+
+
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_a_resumed_run_goes_on_bit_by_bit(private: dict[str, Any], tmp_path: Path, at: int) -> None:
+    """With a seeded key the whole run can be compared; the secret one is the same but for the file."""
+    private["privacy"] = {**private["privacy"], "randomness": "seeded"}
+    whole = fedcustom.run(private, out=tmp_path / "whole")
+    stopped(private, tmp_path / "parts", at)
+    parts = fedcustom.run(private, out=tmp_path / "parts", resume=True)
+    assert equal(last_state(whole), last_state(parts))
+    assert [without_seconds(row) for row in rows_of(whole.directory)] == [
+        without_seconds(row) for row in rows_of(parts.directory)
+    ]
+    assert not json.loads((tmp_path / "parts" / RECORD).read_text())["valid"]
+    assert not (tmp_path / "parts" / KEY).exists()
+
+
+def test_a_secret_key_lasts_as_long_as_the_run(private: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stopped(private, out, 2)
+    key = out / KEY
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    first = key.read_bytes()
+    with pytest.raises(RuntimeError, match="stopped"):
+        fedcustom.run(private, out=out, resume=True, callbacks=[StopAt(4)])
+    assert key.read_bytes() == first
+    # The same key, put into another stopped run of the recipe, gives the same states: nothing else is random.
+    other = tmp_path / "other"
+    stopped(private, other, 1)
+    (other / KEY).write_bytes(first)
+    for number in sorted(Checkpoints(other / "checkpoints").rounds()):
+        assert number == 1
+    one = fedcustom.run(private, out=out, resume=True)
+    assert not key.exists()
+    assert one.summary["metrics"]
+    for path in out.rglob("*"):
+        assert path.is_dir() or first not in path.read_bytes()
+
+
+def test_two_runs_have_other_noise(private: dict[str, Any], tmp_path: Path) -> None:
+    one, other = (fedcustom.run(private, out=tmp_path / name) for name in ("one", "other"))
+    assert not equal(last_state(one), last_state(other))
+
+
+def test_without_its_key_a_run_is_not_resumed(private: dict[str, Any], tmp_path: Path) -> None:
+    stopped(private, tmp_path / "run", 2)
+    key = tmp_path / "run" / KEY
+    content = key.read_bytes()
+    key.chmod(0o640)
+    with pytest.raises(RunError, match="mode 640"):
+        fedcustom.run(private, out=tmp_path / "run", resume=True)
+    key.write_bytes(content[:-1])
+    key.chmod(0o600)
+    with pytest.raises(RunError, match="damaged"):
+        fedcustom.run(private, out=tmp_path / "run", resume=True)
+    key.unlink()
+    with pytest.raises(RunError, match="gone"):
+        fedcustom.run(private, out=tmp_path / "run", resume=True)
+
+
+def test_a_run_that_was_stopped_after_its_last_round_needs_no_key(
+    private: dict[str, Any], tmp_path: Path
+) -> None:
+    stopped(private, tmp_path / "run", 5)
+    (tmp_path / "run" / KEY).unlink(missing_ok=True)
+    assert fedcustom.run(private, out=tmp_path / "run", resume=True).summary["metrics"]
+
+
+def test_no_client_is_left_out_by_what_others_send(private: dict[str, Any], tmp_path: Path) -> None:
+    """A change of any length is bounded: the norm gate would make one client's part depend on others."""
+    private["attack"] = {"kind": "sign_flip", "fraction": 0.25, "scale": 1e4}
+    run = fedcustom.run(private, out=tmp_path / "run")
+    rows = rows_of(run.directory)
+    assert not any(row["left_out"] for row in rows)
+    assert max(norm for row in rows for norm in row[NORMS].values()) > 1e3
+
+
+def test_absent_clients_are_zeros(private: dict[str, Any], tmp_path: Path) -> None:
+    private["participation"] = {"dropout": 0.5}
+    assert fedcustom.run(private, out=tmp_path / "run").summary["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("privacy", "key"),
+    [
+        ({"delta": 0.03}, "privacy.delta"),
+        ({"bands": 3}, "privacy.bands"),
+        ({"clip": "adaptive"}, "privacy.clip"),
+        ({"participation": "poisson"}, "rounds.clients_per_round"),
+    ],
+)
+def test_what_depends_on_the_number_of_clients_is_refused_before_the_model_is_loaded(
+    private: dict[str, Any], tmp_path: Path, privacy: dict[str, Any], key: str
+) -> None:
+    private["privacy"] = {**private["privacy"], **privacy}
+    private["model"] = {**private["model"], "dtype": "float32"}
+    with pytest.raises(RecipeError, match=key):
+        fedcustom.run(private, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_schedule_and_momentum_shape_the_noise() -> None:
+    recipe = load_recipe(
+        {
+            "clients": {"partition": "iid", "count": 1000},
+            "rounds": {"count": 80, "clients_per_round": 100},
+            "training": {"schedule": "linear", "learning_rate": 0.1},
+            "aggregation": {"server_optimizer": "fedavgm", "momentum": 0.9},
+            "privacy": {"unit": "client", "epsilon": 8.0, "delta": 1e-5},
+        }
+    )
+    found = planned(recipe, 1000)
+    assert found is not None
+    assert found.last_state_noise == pytest.approx(0.583, abs=1e-3)
+    assert planned(load_recipe({}), 10) is None
