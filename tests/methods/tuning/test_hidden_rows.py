@@ -42,7 +42,12 @@ def privacy(batch_size: int = 3, **more: Any) -> ExamplePrivacy:
 
 
 def options(name: str, **more: Any) -> dict[str, Any]:
-    training = {"batch_size": more.get("batch_size", 3), "clip_norm": 0, "optimizer": "sgd", "learning_rate": 0.1}
+    training = {
+        "batch_size": more.get("batch_size", 3),
+        "clip_norm": 0,
+        "optimizer": "sgd",
+        "learning_rate": 0.1,
+    }
     return {**SETTINGS[name], "training": training, "row_privacy": privacy(**more)}
 
 
