@@ -103,10 +103,13 @@ def test_each_client_is_calibrated_and_epsilon_does_not_add(hidden: dict[str, An
         assert 2.97 < Ledger((event,)).epsilon(1e-3) <= 3.0
 
 
-def test_a_delta_too_large_is_refused_before_the_model(hidden: dict[str, Any], tmp_path: Path) -> None:
+def test_a_delta_too_large_is_refused_before_the_model(
+    hidden: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedcustom.federated.simulation.load_base", None)
     hidden["privacy"]["delta"] = 0.01
     with pytest.raises(RecipeError, match=r"privacy.delta = 0.01: at most 1 / \(10 rows\)"):
-        fedcustom.run({**hidden, "model": {"base": str(tmp_path)}}, out=tmp_path / "run")
+        fedcustom.run(hidden, out=tmp_path / "run")
 
 
 def test_the_command_says_what_is_promised(

@@ -43,8 +43,10 @@ def test_each_row_is_drawn_by_itself_with_one_probability() -> None:
         drawn[step, privacy.batch(step)] = True
     rate = batch / rows
     tests = [stats.binomtest(int(drawn[:, row].sum()), steps, rate).pvalue for row in range(rows)]
-    for other in range(1, rows):
-        tests.append(stats.binomtest(int((drawn[:, 0] & drawn[:, other]).sum()), steps, rate**2).pvalue)
+    tests += [
+        stats.binomtest(int((drawn[:, 0] & drawn[:, other]).sum()), steps, rate**2).pvalue
+        for other in range(1, rows)
+    ]
     for row in range(rows):
         both = int((drawn[:-1:2, row] & drawn[1::2, row]).sum())
         tests.append(stats.binomtest(both, steps // 2, rate**2).pvalue)

@@ -348,7 +348,7 @@ def test_secret_noise_is_drawn_anew(tiny: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 def test_methods_without_slices_are_refused(tiny: dict[str, str], name: str) -> None:
-    with pytest.raises(RecipeError, match="privacy.unit = 'example': each row needs a gradient of its own"):
+    with pytest.raises(RecipeError, match=r"privacy\.unit = 'example': each row needs a gradient of its own"):
         make(tiny["bert"], name.split()[0], **options(name))
 
 
