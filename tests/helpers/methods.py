@@ -13,6 +13,7 @@ from fedcustom.methods import Client, Context, WeightTuning, build_method, regis
 from fedcustom.methods.tuning.technique import Keeps
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
+from fedcustom.privacy.example_mechanism import ExamplePrivacy
 from fedcustom.training.settings import TrainingSettings
 from helpers.rows import make_rows
 
@@ -89,6 +90,8 @@ def make(
     clients: int = 1,
     keeps: Keeps = "nothing",
     model: dict[str, Any] | None = None,
+    row_privacy: ExamplePrivacy | None = None,
+    max_length: int = 24,
     **more: Any,
 ) -> WeightTuning:
     """A method with seed 0 on the model in the folder ``path``, for two rounds of ``clients``; ``more`` are
@@ -96,7 +99,7 @@ def make(
     """
     if method == "bitfit":
         more.setdefault("norms", True)  # some of the tiny models have no biases
-    data = DataSettings(task=kind, max_length=24, max_target_length=16)  # type: ignore[arg-type]
+    data = DataSettings(task=kind, max_length=max_length, max_target_length=16)  # type: ignore[arg-type]
     task = LearningTask.of(data, LABELS if kind == "classification" else ())
     base = load_base(ModelSettings(base=path, **(model or {})), task, seed=0)
     context = Context(
@@ -111,6 +114,7 @@ def make(
         seed=0,
         clients=clients,
         keeps=keeps,
+        row_privacy=row_privacy,
     )
     made = build_method(registry.settings_of(method)(**more), context)
     assert isinstance(made, WeightTuning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -27,17 +28,33 @@ def privacy(
             "server sees what each client sends"
         )
 
+    from ..data.build import build_data, with_builtin_columns
+    from ..federated.example_run import example_run
     from ..federated.private_run import count_clients, planned
     from ..federated.resolve import resolved
+    from ..privacy.example_record import example_record, example_words
     from ..privacy.record import client_record
     from ..privacy.words import client_words
 
     complete = resolved(checked)
+    if (section := complete.example_privacy) is not None:
+        settings, clients_ = with_builtin_columns(complete.data, complete.clients)
+        hidden = example_run(complete, build_data(settings, clients_, complete.seed, complete.public))
+        assert hidden is not None
+        if json:
+            print(json_line(example_record(section, hidden.mechanisms, {})))
+            return
+        _print(example_words(section, hidden.mechanisms))
+        return
     clients = count_clients(complete)
     mechanism = planned(complete.settled(clients), clients)
     assert mechanism is not None
     if json:
         print(json_line(client_record(mechanism)))
         return
-    for name, text in client_words(mechanism):
+    _print(client_words(mechanism))
+
+
+def _print(lines: Iterable[tuple[str, str]]) -> None:
+    for name, text in lines:
         out_console.print(f"{name:<18}{text}", soft_wrap=True)

@@ -11,6 +11,7 @@ from ..core.errors import RecipeError
 from ..data.examples import ClientData, Example, FederatedData, LearningTask
 from ..data.party_data import OwnData, read_own
 from ..federated.build import check_fit, make_method
+from ..federated.example_run import ExampleRun, example_privacy
 from ..federated.fingerprint import of_server
 from ..federated.private_run import private_run
 from ..federated.simulation import Federation
@@ -104,7 +105,11 @@ def gather(
     check_visible(transport, transforms, recipe.aggregation)
     evaluation = RemoteEvaluation(recipe, method, base, data, connection, participants, memories)
     rows = of_server(data)
-    return Federation(base, data, method, origin, evaluation, transport, memories, rows, truncation, private)
+    rows_hidden = example_privacy(recipe, None)
+    hidden = ExampleRun(rows_hidden) if rows_hidden is not None else None
+    return Federation(
+        base, data, method, origin, evaluation, transport, memories, rows, truncation, private, hidden
+    )
 
 
 def _server_view(

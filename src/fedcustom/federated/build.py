@@ -19,6 +19,7 @@ from ..models.load import Base
 from ..models.size_class import architecture_of
 from ..recipe.recipe import Baseline, Recipe
 from ..updates.transform import UpdateTransform, acts
+from .example_run import example_privacy
 from .schedule import EVERYONE
 
 KEEPS: dict[Baseline, Keeps] = {"federated": "nothing", "centralised": "optimizer", "local": "everything"}
@@ -61,6 +62,7 @@ def make_method(
         transforms=tuple(transforms),
         privacy=recipe.client_privacy,
         release=release,
+        row_privacy=example_privacy(recipe, federation),
     )
     return build_method(recipe.method, context)
 

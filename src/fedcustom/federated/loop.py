@@ -154,8 +154,9 @@ class FedAvg:
             self.callbacks.on_evaluate(number, dict(row["development"]))
         if chosen.report:
             row["method"] = chosen.report
-        if self.federation.private is not None:
-            row["epsilon"] = round(self.federation.private.spent(number), 6)
+        spending = self.federation.private or self.federation.hidden
+        if spending is not None and (spent := spending.spent(number)):
+            row["epsilon"] = round(spent, 6)
         row["peak_memory_bytes"] = environment.peak_memory()
         return chosen.state, row
 

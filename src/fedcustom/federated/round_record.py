@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ..aggregation.norm_limit import ChangeSize
 from ..core.text import printable
 from ..methods.protocol import LossUpdate
+from ..methods.tuning.messages import TrainUpdate
 from ..recipe import Recipe
 from ..training.local import schedule_factor
 from ..transport.protocol import Reply
@@ -34,7 +35,7 @@ class RoundRecord:
     left_out: dict[str, str] = field(default_factory=dict)
     bytes_up: dict[str, int] = field(default_factory=dict)
     bytes_down: dict[str, int] = field(default_factory=dict)
-    losses: list[tuple[float, int]] = field(default_factory=list)
+    losses: list[tuple[float | None, int]] = field(default_factory=list)
     sizes: dict[str, ChangeSize] = field(default_factory=dict)
     refused: str = ""
     seconds: float = 0.0
@@ -51,8 +52,9 @@ class RoundRecord:
             self.left_out[reply.client] = printable(reply.reason, lines=False, longest=MOST_CHARACTERS)
             return
         self.answered.append(reply.client)
-        if isinstance(reply.update, LossUpdate):
-            self.losses.append((float(reply.update.loss), reply.update.examples))
+        if isinstance(reply.update, LossUpdate | TrainUpdate):
+            loss = reply.update.loss
+            self.losses.append((None if loss is None else float(loss), reply.update.examples))
 
     def staleness(self, client: str) -> int:
         """How many rounds a client's starting state is behind the newest one."""
@@ -65,7 +67,8 @@ class RoundRecord:
         examples = sum(count for _, count in self.losses)
         factor = schedule_factor(recipe.training, self.number, recipe.rounds.count)
         training = min(self.seconds, self.elapsed)  # sites train at the same time
-        weighted = sum(count * loss for loss, count in self.losses)
+        told = [(loss, count) for loss, count in self.losses if loss is not None]
+        mean = sum(count * loss for loss, count in told) / max(1, sum(count for _, count in told))
         row: Row = {
             "round": self.number,
             "cohort": list(self.cohort),
@@ -73,7 +76,7 @@ class RoundRecord:
             "left_out": self.left_out,
             "late": {name: late for name in self.cohort if (late := self.staleness(name)) > 0},
             "learning_rate": learning_rate * factor,
-            "train_loss": weighted / max(1, examples) if self.losses else None,
+            "train_loss": mean if told else None,
             "examples": examples,
             "bytes_up": up,
             "bytes_down": down,

@@ -117,6 +117,8 @@ def _run(
     directory.describe(recipe, base, identities)
     if loop.federation.private is not None:
         loop.federation.private.write(directory.path)
+    if loop.federation.hidden is not None:
+        loop.federation.hidden.write(directory.path, loop.federation.memories.snapshot()[0])
     if rows:
         fingerprint.record(directory.path, rows)
     if difference is not None:
@@ -139,6 +141,8 @@ def _run(
         callbacks.on_note(f"model.dtype = auto: {base.precision} (a step: {steps})")
     loop.run()
     forget_key(directory.path)
+    if loop.federation.hidden is not None:
+        loop.federation.hidden.write(directory.path, loop.federation.memories.snapshot()[0])
     summary = _finish(loop, time.perf_counter() - started, check=check)
     callbacks.on_run_end(summary)
     if text := degenerate.in_words(summary.get("degenerate", {})):

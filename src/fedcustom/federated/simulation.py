@@ -28,6 +28,7 @@ from ..updates.transform import UpdateTransform
 from .build import check_cohort, check_fit, check_transforms, make_method, pooled
 from .callbacks import Callback
 from .evaluator import Evaluator, Probes, Result
+from .example_run import ExampleRun, check_rows, example_run
 from .fingerprint import Fingerprint, of_data
 from .private_run import PrivateRun, private_run
 from .truncation import fitted_data
@@ -69,7 +70,8 @@ class Federation:
     """A run's parties. ``data`` has what the server knows of the clients' data: in a simulation everything,
     across sites their names alone. ``fingerprint`` is that of the rows as they were read; across sites, of
     the server's own, and None where it has none. ``truncation`` counts what is cut of the data that the
-    server knows. ``private`` is there where clients are hidden by noise.
+    server knows. ``private`` is there where clients are hidden by noise, ``hidden`` where
+    their training rows are.
     """
 
     base: Base
@@ -82,6 +84,7 @@ class Federation:
     fingerprint: Fingerprint | None = None
     truncation: dict[str, CutCount] = field(default_factory=dict)
     private: PrivateRun | None = None
+    hidden: ExampleRun | None = None
 
 
 Gather = Callable[[Recipe, Path, Path, Callback, Sequence[UpdateTransform]], Federation]
@@ -111,11 +114,13 @@ def simulate(
     check_fit(recipe)
     data = build_data(settings, clients, recipe.seed, recipe.public)
     check_cohort(recipe, data)
+    check_rows(recipe, data)
     private = private_run(recipe.settled(len(data.clients)), len(data.clients), directory)
     rows = of_data(recipe, data)
     callbacks.on_phase(f"loading {recipe.model.base}")
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     data, truncation = fitted_data(recipe, settings, base, data)
+    hidden = example_run(recipe, data)
     hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
     attack = simulated_attack(hostile, recipe.attack, recipe.seed)
     applied = update_transforms(recipe.compression, attack, transforms)
@@ -142,7 +147,9 @@ def simulate(
     channel = Channel(recipe.compression, origin.tensors)
     transport = InProcessTransport(method, store, channel, applied, callbacks.on_note)
     check_visible(transport, applied, recipe.aggregation)
-    return Federation(base, data, method, origin, evaluator, transport, store, rows, truncation, private)
+    return Federation(
+        base, data, method, origin, evaluator, transport, store, rows, truncation, private, hidden
+    )
 
 
 def _damaged(recipe: Recipe, data: FederatedData, hostile: frozenset[str]) -> FederatedData:

@@ -134,6 +134,13 @@ class MethodSettingsBase(Settings):
         return f"method.name = {self.name!r}"
 
     @property
+    def unsliced(self) -> str | None:
+        """The setting by which a row of a batch has no gradient of its own in training, so that none can be
+        bounded (``privacy.unit = "example"``).
+        """
+        return f"method.name = {self.name!r}"
+
+    @property
     def trains_every_round(self) -> str | None:
         """The setting that needs every round to train, so that none can be given to fitting the head."""
         return None
@@ -202,6 +209,11 @@ class TuningSettings(MethodSettingsBase):
     def unbounded(self) -> str | None:
         """A rule of its own; and where nothing is trained."""
         return f"method.name = {self.name!r}" if self.only_fits else self.replaces_rule
+
+    @property
+    def unsliced(self) -> str | None:
+        """Where nothing is trained by steps."""
+        return f"method.name = {self.name!r}" if self.only_fits else None
 
     def needed_contents(self, training: TrainingSettings, task: str) -> dict[Content, str]:
         """Updates, and sums where a head is fitted."""

@@ -9,9 +9,11 @@ from ..aggregation.settings import AggregationSettings
 from ..data.settings import DataSettings
 from ..evaluation.settings import EvaluationSettings
 from ..methods.settings import MethodSettingsBase
+from ..models.settings import ModelSettings
 from ..privacy.settings import PrivacySettings
 from ..simulation.settings import ParticipationSettings
 from ..training.settings import TrainingSettings
+from .example_privacy import EXAMPLE_DEFAULTS, why_no_example_privacy
 from .sections import RoundSettings
 
 CLIENT_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -20,6 +22,9 @@ CLIENT_DEFAULTS: dict[str, dict[str, Any]] = {
     "evaluation": {"select": "last", "calibrate": False},
 }
 """What is filled in where a recipe hides clients and says nothing else."""
+
+DEFAULTS = {"client": CLIENT_DEFAULTS, "example": EXAMPLE_DEFAULTS}
+"""The same by unit."""
 
 OWN_DEVELOPMENT = ("evaluation",)
 """Of these sections, where the development split is the server's own, the usual defaults stay."""
@@ -31,6 +36,8 @@ FEWEST_DRAWN = 40
 class Sections(Protocol):
     """What is read of a recipe."""
 
+    @property
+    def model(self) -> ModelSettings: ...
     @property
     def data(self) -> DataSettings: ...
     @property
@@ -50,18 +57,19 @@ class Sections(Protocol):
 
 
 def with_private_defaults(values: Any) -> Any:
-    """A recipe's content with the defaults of ``privacy.unit = "client"``, where it asks for that: weights of
-    one, plain gradient steps, no head fit, the last round's state and no calibration on clients' rows.
+    """A recipe's content with the defaults of its ``privacy.unit``: the last round's state, no calibration
+    on clients' rows and no head fit; where clients are hidden also weights of one and plain gradient steps,
+    where rows are, no further clipping of noised gradients.
     """
     if not isinstance(values, Mapping):
         return values
     privacy = values.get("privacy")
-    if not isinstance(privacy, Mapping) or privacy.get("unit") != "client":
+    if not isinstance(privacy, Mapping) or privacy.get("unit") not in DEFAULTS:
         return values
     filled = dict(values)
     data = values.get("data")
     own = isinstance(data, Mapping) and data.get("development") is not None
-    for section, defaults in CLIENT_DEFAULTS.items():
+    for section, defaults in DEFAULTS[privacy["unit"]].items():
         given = values.get(section, {})
         if isinstance(given, Mapping) and not (own and section in OWN_DEVELOPMENT):
             filled[section] = {**defaults, **given}
@@ -82,7 +90,9 @@ def check_privacy(recipe: Sections) -> None:
     if privacy is None or privacy.unit == "none":
         return
     if privacy.unit == "example":
-        raise ValueError("privacy.unit = 'example': is not available yet; allowed: none, client")
+        for reason in (*why_no_example_privacy(recipe), *_evaluation(recipe)):
+            raise ValueError(f"{reason} (privacy.unit = 'example')")
+        return
     if privacy.place != "server":
         raise ValueError(
             f"privacy.noise = {privacy.noise!r}: is not available yet (it needs secure sums); allowed: server"

@@ -276,6 +276,11 @@ class Recipe(Settings):
         return self.privacy if self.privacy is not None and self.privacy.unit == "client" else None
 
     @property
+    def example_privacy(self) -> PrivacySettings | None:
+        """The section on privacy where it hides training rows; None where it does not."""
+        return self.privacy if self.privacy is not None and self.privacy.unit == "example" else None
+
+    @property
     def metric(self) -> str:
         """The metric by which the best round is chosen."""
         return self.evaluation.metric or DEFAULT_METRIC[self.data.task]

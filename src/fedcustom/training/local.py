@@ -20,10 +20,10 @@ from .settings import TrainingSettings
 @dataclass(frozen=True)
 class LocalResult:
     """What came of local training: the mean loss over examples, how many examples and steps, and optimiser
-    moments.
+    moments. Where rows are hidden there is no loss, and the examples are those on average.
     """
 
-    loss: float
+    loss: float | None
     examples: int
     steps: int
     moments: Tensors

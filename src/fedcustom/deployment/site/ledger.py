@@ -23,6 +23,19 @@ DAY = timedelta(hours=24)
 Number = Annotated[int, Field(ge=0)]
 
 
+class Release(BaseModel):
+    """Noised optimiser steps: how much noise they had over the bound, with which probability each row was in
+    one, the delta at which the recipe promises its epsilon, and how many they were.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    noise_multiplier: float = Field(gt=0)
+    sampling: float = Field(gt=0, le=1)
+    delta: float = Field(gt=0, lt=1)
+    steps: int = Field(ge=1)
+
+
 class _Run(BaseModel):
     """What the file says of a run."""
 
@@ -33,6 +46,7 @@ class _Run(BaseModel):
     tasks: Number = 0
     bytes: Number = 0
     queries: Number = 0
+    releases: list[Release] = Field(default_factory=list)
 
 
 class _Content(BaseModel):
@@ -89,9 +103,26 @@ class Ledger:
         )
 
     def run(self, run: str) -> dict[str, Any]:
-        """What was counted in a run: ``rounds`` and ``evaluations`` are digests of the requests."""
+        """What was counted in a run: ``rounds`` and ``evaluations`` are digests of the requests, ``releases``
+        noised steps.
+        """
         known: dict[str, Any] = self.content["runs"].get(run, {})
-        return {"rounds": [], "evaluations": {}, "tasks": 0, "bytes": 0, "queries": 0} | known
+        return {"rounds": [], "evaluations": {}, "tasks": 0, "bytes": 0, "queries": 0, "releases": []} | known
+
+    def releases(self, run: str | None = None) -> list[Release]:
+        """The noised steps that were made in a run; in all runs, where none is named."""
+        runs = self.content["runs"] if run is None else {run: self.run(run)}
+        return [Release.model_validate(each) for one in runs.values() for each in one.get("releases", [])]
+
+    def note_release(self, run: str, release: Release) -> None:
+        """Count noised steps, before they are made, and write the ledger: what was begun may have left."""
+        known = self.releases(run)
+        same = release.model_dump(exclude={"steps"})
+        before = sum(each.steps for each in known if each.model_dump(exclude={"steps"}) == same)
+        others = [each for each in known if each.model_dump(exclude={"steps"}) != same]
+        merged = release.model_copy(update={"steps": before + release.steps})
+        self._change_run(run, releases=[each.model_dump() for each in (*others, merged)])
+        self._write()
 
     def is_new(self, run: str) -> bool:
         """Whether nothing of this run has been counted."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import PolicyError
+from ...core.errors import PolicyError, RecipeError
 from ...core.tensors import Tensors
 from ...data.examples import ClientData, Example, FederatedData, LearningTask
 from ...data.party_data import OwnData
@@ -17,10 +17,13 @@ from ...evaluation.settings import CHOICE_METRIC
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.build import check_fit, make_method
 from ...federated.evaluator import development_predictions, predicted
+from ...federated.example_run import example_privacy
 from ...federated.truncation import fitted_data
 from ...methods import ChecksTasks, Client, CountsCuts, RoundTask, State, Task, TrainingTask
+from ...methods.tuning.hidden_rows import steps_of
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
+from ...privacy.example_mechanism import ExampleMechanism
 from ...recipe.recipe import Recipe
 from ...transport.channel import Channel, Packed
 from ...transport.messages import read_task, values_of
@@ -30,6 +33,7 @@ from ..replies import Part, PartSizes, SiteStatistics
 from .amounts import check_amounts, check_least_examples, check_least_training
 from .memory import RoundMemory
 from .policy import check_content
+from .privacy import check_noise
 from .settings import PolicySettings
 
 
@@ -110,10 +114,33 @@ class Participant:
             training = training.model_copy(update={"fit_head_least_texts": least})
         own_recipe = recipe.model_copy(update={"data": settings, "training": training})
         self.method = make_method(own_recipe, self.base, federation)
+        self.mechanism = self._mechanism(federation)
         self.channel = Channel(recipe.compression, self.method.initialise().tensors)
         self.transforms = update_transforms(recipe.compression)
         self.memory = RoundMemory(folder / "memory")
         self.disk = folder / "disk"
+
+    def _mechanism(self, federation: FederatedData) -> ExampleMechanism | None:
+        """By what this site hides its training rows, where the recipe says so and has it train.
+
+        Raises:
+            PolicyError: names the key that does not fit this site's rows.
+        """
+        privacy = example_privacy(self.recipe, federation)
+        if privacy is None or self.name not in privacy.steps:
+            return None
+        try:
+            mechanism = privacy.mechanism(self.name, len(self.data.train))
+        except RecipeError as error:
+            raise PolicyError(str(error)) from None
+        check_noise(self.policy, mechanism)
+        return mechanism
+
+    def noised_steps(self, asked: Task) -> int:
+        """How many noised steps a task takes; 0 where rows are not hidden, or it is none of training."""
+        if self.mechanism is None or not isinstance(asked, TrainingTask):
+            return 0
+        return steps_of(asked.work, self.mechanism.rows, self.mechanism.batch_size)
 
     def sizes(self) -> PartSizes:
         """How many examples each part has; 0 for a part with too few of them to evaluate on."""

@@ -13,6 +13,7 @@ from ...methods.contents import MEANING, Content
 from ...recipe.recipe import Recipe
 from .ledger import Count, Ledger
 from .models import check_model
+from .privacy import check_privacy
 from .request import Request
 from .settings import PolicySettings
 
@@ -69,11 +70,7 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
             f"policy.least_steps = {policy.least_steps}: the recipe says training.local_steps = "
             f"{recipe.training.local_steps}"
         )
-    if policy.minimum_noise > 0:
-        raise PolicyError(
-            f"policy.minimum_noise = {policy.minimum_noise}: the recipe asks for no privacy noise, "
-            "and no method adds any yet"
-        )
+    check_privacy(policy, recipe)
 
 
 def models_of(recipe: Recipe) -> list[tuple[str, str | None]]:

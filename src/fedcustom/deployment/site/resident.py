@@ -42,6 +42,7 @@ from .policy import (
     check_recipe,
     check_work,
 )
+from .privacy import check_spending, release_of
 from .request import Request, read_request
 from .rows import DataChanged, RowRecords, rows_of
 from .settings import SiteSettings
@@ -210,6 +211,10 @@ class Resident:
         begins = request.round is not None and not asked.continues
         queries, policy = asked.queries_asked, self.settings.policy
         check_work(policy, self.ledger, participant.settled, request, begins=begins, queries=queries)
+        mechanism, steps = participant.mechanism, participant.noised_steps(asked)
+        if mechanism is not None and steps:
+            check_spending(policy, self.ledger, request.run, mechanism, steps)
+            self.ledger.note_release(request.run, release_of(mechanism, steps))
         if begins:
             self.ledger.note_round(request.run, request.digest)
         counted = not queries and not asked.continues

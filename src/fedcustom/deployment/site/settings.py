@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -98,7 +98,20 @@ class PolicySettings(Settings):
     minimum_noise: float = Field(
         0.0,
         ge=0,
-        description="Least multiplier of privacy noise that a recipe must ask for; 0: none is needed",
+        description="Least noise over the bound of a release (z) with which this site trains, by the "
+        "recipe's [privacy]; 0: none is needed",
+    )
+    least_unit: Literal["none", "example", "client"] = Field(
+        "none",
+        description="What a recipe's [privacy] must hide at least. example: each of this site's training "
+        "rows, by noise that is made here; client: the site as a whole, by noise that the server may add, "
+        "which then sees this site's changes without it",
+    )
+    max_epsilon: float | None = Field(
+        None,
+        gt=0,
+        description="Most that noised training here may spend, all steps of all runs together, at the least "
+        "delta among them; other training is refused",
     )
 
 

@@ -82,6 +82,7 @@ class StudentModel(WeightTuning):
                 head=self.trainable.head,
                 matrices=self.trainable.matrices,
             )
+        assert result.loss is not None
         return self.trainable.read(), result.loss
 
     def put(self, tensors: Tensors) -> None:

@@ -21,6 +21,11 @@ class FullSettings(TuningSettings):
     name: Literal["full"] = "full"
 
     @property
+    def unsliced(self) -> str:
+        """All layers are trained; a copy of them for each row would not fit into memory."""
+        return "method.name = 'full'"
+
+    @property
     def changes_base(self) -> str:
         """Every weight is trained."""
         return "method.name = 'full'"

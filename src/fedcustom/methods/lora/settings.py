@@ -97,6 +97,13 @@ class LoraSettings(UpperLayersSettings):
         return self._named if self.variant in (*OWN_RULE, "rolora") else None
 
     @property
+    def unsliced(self) -> str | None:
+        """DoRA, whose weight is made anew of all its parts; and dropout."""
+        if self.dropout:
+            return f"method.dropout = {self.dropout}"
+        return "method.dora = true" if self.dora else None
+
+    @property
     def changes_base(self) -> str | None:
         """Variants that add what the factors cannot hold to the base's matrices, and export them merged."""
         return self._named if self.variant in CHANGES_BASE else None

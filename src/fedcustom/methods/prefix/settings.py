@@ -180,6 +180,11 @@ class PrefixSettings(TuningSettings):
         return None if self.merging == "mean" else f"method.merging = {self.merging!r}"
 
     @property
+    def unsliced(self) -> str | None:
+        """A network that all rows train together."""
+        return "method.reparametrise = true" if self.reparametrise else None
+
+    @property
     def trains_every_round(self) -> str | None:
         """Alternation."""
         return self._merging_if("alternate")

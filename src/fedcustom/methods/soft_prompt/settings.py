@@ -40,6 +40,11 @@ class SoftPromptSettings(TuningSettings):
         return (self.rates if self.encoder == "none" else self.network_rates).of(kind)
 
     @property
+    def unsliced(self) -> str | None:
+        """A network that all rows train together."""
+        return None if self.encoder == "none" else f"method.encoder = {self.encoder!r}"
+
+    @property
     def context_tokens(self) -> int:
         """Its length: an input starts after it."""
         return self.length

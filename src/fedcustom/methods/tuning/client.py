@@ -18,6 +18,7 @@ from ..protocol import Client, Task, Update, typed
 from .aggregation_hooks import AggregationHooks
 from .drift_corrections import CONTROL, Correction
 from .head_client import HeadClient
+from .hidden_rows import STEPS, hidden_rows
 from .local_training import Job, LocalTraining, batch_ranges
 from .messages import FitHeadTask, HeadSumsUpdate, HeadTask, TrainTask, TrainUpdate
 from .parts import TokenCache, TuningParts
@@ -83,7 +84,8 @@ class TuningClient:
     ) -> Job:
         """Everything that a client's training starts from.
 
-        What is trained for the client's ``own`` use keeps the client's label prior, and all of it is trained.
+        What is trained for the client's ``own`` use keeps the client's label prior, and all of it is trained,
+        without noise.
         """
         parts = self.parts
         self.head.forget()
@@ -93,12 +95,19 @@ class TuningClient:
         before = parts.ownership.complete(without(task.tensors, CONTROL), client.memory)
         check_state(parts.trainable.inwards(before), parts.trainable.parameters)
         start = int(client.memory.values.get("examples_seen", 0))
-        batches = task.work.batches
-        if batches is not None and (type(batches) is not int or batches < 1):
-            raise UpdateError(f"batches {batches!r}: must be a whole number from 1")
-        ranges = batch_ranges(len(examples), start, parts.context.training.batch_size, task.work)
+        parted = task.work.batches
+        if parted is not None and (type(parted) is not int or parted < 1):
+            raise UpdateError(f"batches {parted!r}: must be a whole number from 1")
         seed = [parts.context.seed, 5, name_seed(client.name)]
-        order = example_order(len(examples), start, ranges[-1][1], seed)
+        hidden = None
+        if parts.context.row_privacy is not None and not own:
+            privacy, number = parts.context.row_privacy, task.round_number
+            hidden = hidden_rows(privacy, client.name, examples, client.memory, task.work, number)
+            batches, stop = hidden.batches, start
+        else:
+            ranges = batch_ranges(len(examples), start, parts.context.training.batch_size, task.work)
+            order, stop = example_order(len(examples), start, ranges[-1][1], seed), ranges[-1][1]
+            batches = [[examples[i] for i in order[a - start : b - start]] for a, b in ranges]
         shift = correction.shift(task.tensors, client.memory)
         if shift:
             shift = parts.trainable.inwards({**zeros_like(before), **shift})
@@ -108,16 +117,26 @@ class TuningClient:
             correction,
             hooks,
             before,
-            batches=[[examples[i] for i in order[a - start : b - start]] for a, b in ranges],
+            batches=batches,
             shift=shift,
             seed=[*seed, start],
-            stop=ranges[-1][1],
+            stop=stop,
             label_offset=None if own else self.label_offset(task, client),
             resting=frozenset() if own else parts.ownership.resting(task),
+            privacy=hidden.privacy if hidden is not None else None,
         )
 
     def alone(self, job: Job) -> TrainUpdate:
-        """One client's training."""
+        """One client's training.
+
+        Raises:
+            UpdateError: the training loss is not finite.
+        """
+        if job.privacy is not None:  # row by row, as in a cohort
+            (answer,) = self.local.together([job], self.close)
+            if isinstance(answer, Exception):
+                raise answer
+            return typed(answer, TrainUpdate)
         self.parts.trainable.write(job.before)
         return self.close(job, self.local.alone(job))
 
@@ -125,6 +144,8 @@ class TuningClient:
         """What a client remembers and sends; the model has its trained tensors."""
         parts, context, memory = self.parts, self.parts.context, job.client.memory
         memory.values["examples_seen"] = job.stop
+        if job.privacy is not None:
+            memory.values[STEPS] = int(memory.values.get(STEPS, 0)) + result.steps
         after = parts.trainable.read()
         parts.ownership.remember(memory, after, result.moments)
         weight = float(len(job.client.data.train))

@@ -21,6 +21,7 @@ from ...models.first_token import carry_classifying
 from ...models.forward import LABEL_OFFSET
 from ...models.frozen_layers import LowerLayers, lower_layers
 from ...models.load import Base
+from ...privacy.example_mechanism import RowPrivacy
 from ...training.local import LocalResult, train_locally
 from ...training.settings import TrainingSettings
 from ..protocol import Client, Update
@@ -58,6 +59,8 @@ class Job:
     """What is added to the logits while the client trains, (labels,)."""
     resting: frozenset[str] = frozenset()
     """The tensors that are not trained in this round, whatever the method's rules say."""
+    privacy: RowPrivacy | None = None
+    """By what each of the client's rows is hidden."""
 
     @property
     def number(self) -> int:
@@ -110,6 +113,23 @@ class LocalTraining:
         each = 6 * 4 * count(trainable.parameters.values())
         return max(1, min(MOST_CLIENTS, int(0.25 * free_memory(self.device)) // each))
 
+    def check_row_gradients(self) -> None:
+        """Refuse what has no gradient of its own for each row of a batch.
+
+        Raises:
+            RecipeError: names the setting, or says what of the model's code does not keep rows apart.
+        """
+        where = "privacy.unit = 'example': each row needs a gradient of its own"
+        if not self.objective.separable:
+            raise RecipeError(f"{where}, and the loss of a row depends on its batch")
+        if self.compiled:
+            raise RecipeError(f"{where}; set model.compile = false")
+        if self.training.dropout or self.trainable.active_dropout:
+            raise RecipeError(f"{where}, of a model without dropout; set training.dropout = false")
+        if self._stand_ins is None:
+            reason = f"the model's code gives {self.unshared}" if self.unshared else "it trains whole layers"
+            raise RecipeError(f"{where}, which this method has not on this model ({reason})")
+
     def alone(self, job: Job) -> LocalResult:
         """One client's training; the model has its tensors already, and its trained ones afterwards.
 
@@ -144,12 +164,12 @@ class LocalTraining:
         """
         buckets: dict[Hashable, list[int]] = {}
         for position, job in enumerate(jobs):
-            alike = job.number, job.factor, bool(job.shift), job.label_offset is not None
+            alike = job.number, job.factor, bool(job.shift), job.label_offset is None, job.privacy is None
             buckets.setdefault(alike, []).append(position)
         answers: dict[int, Update | Exception] = {}
         for positions in buckets.values():
             bucket = [jobs[i] for i in positions]
-            shared = self._stand_ins is not None and len(bucket) > 1
+            shared = self._stand_ins is not None and (len(bucket) > 1 or bucket[0].privacy is not None)
             found = self._in_one_batch(bucket, close) if shared else self._in_turn(bucket, close)
             answers |= zip(positions, found, strict=True)
         return [answers[position] for position in range(len(jobs))]
@@ -277,7 +297,7 @@ class LocalTraining:
         with modules.in_place(), self._passing_by(), recomputing:
             results = train_together(
                 {name: stacks[name] for name in trained},
-                [Work(job.batches, job.shift) for job in jobs],
+                [Work(job.batches, job.shift, job.privacy) for job in jobs],
                 losses,
                 first.correction.training(self.training),
                 first.factor,

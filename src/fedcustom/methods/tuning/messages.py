@@ -10,7 +10,6 @@ from pydantic import Field
 from ..contents import Content
 from ..protocol import (
     INLINE,
-    LossUpdate,
     Positive,
     RoundTask,
     TrainingTask,
@@ -42,11 +41,13 @@ class TrainTask(TrainingTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainUpdate(LossUpdate):
+class TrainUpdate(Update):
     """The change of the trained tensors, with the mean training loss over the examples of so many optimiser
-    steps.
+    steps. Where rows are hidden there is no loss, and the examples are those on average.
     """
 
+    loss: float | None = None
+    examples: Positive
     steps: Positive
 
 

@@ -59,7 +59,8 @@ class WeightTuning:
     Discloses: each round, every client sends the change of its trained tensors, its number of training
     examples and its mean training loss. Changes of trained tensors can reveal training data to a server that
     attacks them. In rounds of ``training.fit_head_rounds`` it sends what
-    :class:`~fedcustom.methods.tuning.head_fit.HeadFit` says instead.
+    :class:`~fedcustom.methods.tuning.head_fit.HeadFit` says instead. With ``privacy.unit = "example"`` the
+    change is made of noised gradients, which hide each training row, and no loss is sent.
     """
 
     def __init__(
@@ -119,6 +120,8 @@ class WeightTuning:
             lambda batch: objective.loss(model, batch),
             rows,
         )
+        if context.row_privacy is not None:
+            self.local.check_row_gradients()
         self._tokens = TokenCache(objective)
         parts = TuningParts(
             context=context,

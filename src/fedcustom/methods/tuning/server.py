@@ -104,7 +104,8 @@ class TuningServer:
         wanted = parts.ownership.wanted(asked)
         change = parts.hooks.unpack(trained, wanted)
         check_forms(change, wanted)
-        check_figures(asked, trained, parts.context.training.batch_size)
+        hides_rows = parts.context.row_privacy is not None
+        check_figures(asked, trained, parts.context.training.batch_size, hides_rows=hides_rows)
 
     def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """One change for the cohort by the recipe's rule or the method's own, then the server optimiser, or

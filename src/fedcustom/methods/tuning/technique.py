@@ -17,6 +17,7 @@ from ...data.settings import DataSettings
 from ...evaluation.settings import EvaluationSettings
 from ...models.load import Base
 from ...models.settings import ModelSettings
+from ...privacy.example_mechanism import ExamplePrivacy
 from ...privacy.settings import PrivacySettings
 from ...training.settings import TrainingSettings
 from ..protocol import AggregateTransform
@@ -37,7 +38,8 @@ class Context:
     the server itself trains on where a rule asks for that, ``public`` texts that everybody may see. ``model``
     says how ``base`` was loaded, for methods that load others like it; ``transforms`` act on what the
     aggregation rule gives, in their order. ``privacy`` is the recipe's section where it hides clients, and
-    ``release`` how the server, which alone has the key of the noise, releases what they send.
+    ``release`` how the server, which alone has the key of the noise, releases what they send. With
+    ``row_privacy`` clients hide each of their training rows.
     """
 
     base: Base
@@ -57,6 +59,7 @@ class Context:
     transforms: tuple[AggregateTransform, ...] = ()
     privacy: PrivacySettings | None = None
     release: ClientRelease | None = None
+    row_privacy: ExamplePrivacy | None = None
 
 
 @dataclass

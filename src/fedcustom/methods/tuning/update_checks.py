@@ -44,8 +44,9 @@ def check_state(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor])
             raise UpdateError(f"{name} has shape {shapes}, in what the client was sent or remembers")
 
 
-def check_figures(task: TrainTask, update: TrainUpdate, batch_size: int) -> None:
-    """Refuse a weight, a loss, and numbers of steps and examples that training cannot have had.
+def check_figures(task: TrainTask, update: TrainUpdate, batch_size: int, *, hides_rows: bool = False) -> None:
+    """Refuse a weight, a loss, and numbers of steps and examples that training cannot have had. A client that
+    hides its rows tells no loss, and its last batch of a task is as large as the others.
 
     Raises:
         UpdateError: names the figure, and what the task asked for.
@@ -53,15 +54,19 @@ def check_figures(task: TrainTask, update: TrainUpdate, batch_size: int) -> None
     if not (isinstance(update.weight, int | float) and 0 < update.weight < 1e12):
         raise UpdateError(f"weight {update.weight!r} is not a positive number")
     loss, steps, examples = update.loss, update.steps, update.examples
-    if not isinstance(loss, int | float) or not math.isfinite(loss):
+    if hides_rows:
+        if loss is not None:
+            raise UpdateError("a training loss came with an update whose rows are hidden")
+    elif not isinstance(loss, int | float) or not math.isfinite(loss):
         raise UpdateError(f"training loss {loss!r} is not a finite number")
     bounds = work_bounds(task.work, math.ceil(update.weight), batch_size)
     if type(steps) is not int or not bounds.least_steps <= steps <= bounds.most_steps:
         raise UpdateError(
             f"steps {steps!r}: must be an integer from {bounds.least_steps} to {bounds.most_steps}"
         )
-    if type(examples) is not int or not 1 <= examples <= bounds.examples:
-        raise UpdateError(f"examples {examples!r}: must be an integer from 1 to {bounds.examples}")
+    most = steps * batch_size if hides_rows else bounds.examples
+    if type(examples) is not int or not 1 <= examples <= most:
+        raise UpdateError(f"examples {examples!r}: must be an integer from 1 to {most}")
 
 
 class WorkBounds(NamedTuple):

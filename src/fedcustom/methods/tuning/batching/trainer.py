@@ -14,8 +14,10 @@ from ....core.errors import UpdateError
 from ....core.tensors import Tensors
 from ....data.tokens import TokenizedExample, of_one_length
 from ....models.checkpointing import keeping_all
+from ....privacy.example_mechanism import RowPrivacy
 from ....training.local import LocalResult, make_optimizer
 from ....training.settings import TrainingSettings
+from .bounded_rows import BoundedRows
 from .parallel_passes import ParallelPasses
 
 RowLosses = Callable[[Mapping[str, Tensor], Sequence[TokenizedExample], Tensor], Tensor]
@@ -32,14 +34,21 @@ LEAST_TOKENS = 512
 
 @dataclass
 class Work:
-    """What one client is to do: the examples of each of its batches, and what is added to its gradients."""
+    """What one client is to do: the examples of each of its batches, and what is added to its gradients.
+
+    With ``privacy`` each row is hidden: its gradient is bounded, sums are noised, and no loss is told.
+    """
 
     batches: list[list[TokenizedExample]]
     shift: Tensors = field(default_factory=dict)
+    privacy: RowPrivacy | None = None
     losses: list[float] = field(default_factory=list)
 
     def result(self) -> LocalResult | UpdateError:
         """What came of it; optimiser moments are not kept."""
+        if self.privacy is not None:  # nothing but the noised steps depends on the rows
+            mechanism, steps = self.privacy.mechanism, len(self.batches)
+            return LocalResult(None, max(1, round(steps * mechanism.expected)), steps, {})
         sizes = [len(batch) for batch in self.batches]
         for step, loss in enumerate(self.losses):
             if not math.isfinite(loss):
@@ -74,7 +83,7 @@ def train_together(
     A client's loss is the sum of its rows' losses over the sum of what ``units_of`` counts in them (examples
     or target tokens). ``fixed`` are tensors of each client's own, stacked likewise, that are not trained;
     ``room`` may be kept for the next cohort. ``losses_of`` is called by up to ``lanes`` threads at a time,
-    with ``equal`` for examples of one length.
+    with ``equal`` for examples of one length. Either all ``work`` has privacy, or none.
     """
     order = sorted(range(len(work)), key=lambda i: -len(work[i].batches))
     chosen = None if order == sorted(order) else torch.tensor(order)  # None: no copies are needed
@@ -129,8 +138,8 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What a pass gave: the parts of losses, (rows,), and the gradients of the tensors of the clients whose
-    rows those are, (clients, ...).
+    """What a pass gave: the parts of losses, (rows,), none where rows are hidden, and the gradients of the
+    tensors of the clients whose rows those are, (clients, ...).
     """
 
     rows: Sequence[_Row]
@@ -142,7 +151,7 @@ class _Pass:
         """Add to what this step's other passes gave."""
         for name, gradient in self.gradients.items():
             gradients[name].index_add_(0, self.clients.to(gradient.device), gradient)
-        for row, loss in zip(self.rows, self.losses, strict=True):
+        for row, loss in zip(self.rows, self.losses, strict=True) if self.losses else ():
             work[row.client].losses[-1] += loss
 
 
@@ -173,6 +182,10 @@ class _Trainer:
         }
         self.limit: int | None = None
         self.lanes = ParallelPasses(1)
+        privacies = [item.privacy for item in work if item.privacy is not None]
+        self.bounded = BoundedRows(privacies, list(stacks), head) if privacies else None
+        if privacies and len(privacies) < len(work):
+            raise ValueError("some of the clients of a cohort hide their rows, and some do not")
 
     def train(self) -> None:
         """All steps of all clients."""
@@ -196,27 +209,17 @@ class _Trainer:
             optimizer.zero_grad(set_to_none=True)
 
     def _gradients(self, parameters: dict[str, nn.Parameter], step: int, count: int) -> None:
-        """The gradients of every client's loss of this step, corrected and clipped client by client."""
+        """The gradients of every client's loss of this step, corrected and clipped client by client; where
+        rows are hidden, the noised sums of their bounded gradients in place of the loss's.
+        """
         gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        rows = []
-        for client, item in enumerate(self.work[:count]):
-            units = max(1, sum(map(self.units_of, item.batches[step])))
-            rows += [_Row(client, example, 1 / units) for example in item.batches[step]]
-            item.losses.append(0.0)
-        lengths = [_length(row.example) for row in rows]
-        if self.limit is None:
-            self.limit = self._fitting(parameters, rows)
-        at_once = max(1, min(self.lanes.count, sum(lengths) // LEAST_TOKENS))
-        limit = min(self.limit // at_once, math.ceil(sum(lengths) / at_once))
-        groups = of_one_length([row.example for row in rows]) if self.equal else [list(range(len(rows)))]
-        parts = [
-            [rows[group[i]] for i in sorted(chosen)]
-            for group in groups
-            for chosen in passes([lengths[i] for i in group], limit)
-        ]
+        rows = [row for client in range(count) for row in self._rows(client, step)]
+        parts = self._parts(parameters, rows) if rows else []
         for found in self.lanes.each(lambda part: self._pass(parameters, part), parts):
             for done in found:
                 done.add_to(gradients, self.work)
+        if self.bounded is not None:
+            self.bounded.release(gradients, step, count)
         for name, anchor in self.anchors.items():
             gradients[name].add_(self.stacks[name][:count] - anchor[:count], alpha=self.settings.proximal)
         for name, shift in self.shifts.items():
@@ -225,6 +228,34 @@ class _Trainer:
             clip_each(list(gradients.values()), self.settings.clip_norm)
         for name, parameter in parameters.items():
             parameter.grad = gradients[name]
+
+    def _rows(self, client: int, step: int) -> list[_Row]:
+        """A client's rows of a step: their losses are parts of its mean, or, where they are hidden, each the
+        row's own mean.
+        """
+        item = self.work[client]
+        batch = item.batches[step]
+        if self.bounded is not None:
+            return [_Row(client, example, 1 / max(1, self.units_of(example))) for example in batch]
+        item.losses.append(0.0)
+        units = max(1, sum(map(self.units_of, batch)))
+        return [_Row(client, example, 1 / units) for example in batch]
+
+    def _parts(self, parameters: Mapping[str, nn.Parameter], rows: Sequence[_Row]) -> list[list[_Row]]:
+        """The rows of each pass of a step."""
+        lengths = [_length(row.example) for row in rows]
+        if self.limit is None:
+            self.limit = self._fitting(parameters, rows)
+        at_once = max(1, min(self.lanes.count, sum(lengths) // LEAST_TOKENS))
+        limit = min(self.limit // at_once, math.ceil(sum(lengths) / at_once))
+        groups = of_one_length([row.example for row in rows]) if self.equal else [list(range(len(rows)))]
+        most = self.bounded.most_rows(parameters, at_once) if self.bounded is not None else len(rows)
+        return [
+            [rows[group[i]] for i in sorted(chosen[start : start + most])]
+            for group in groups
+            for chosen in passes([lengths[i] for i in group], limit)
+            for start in range(0, len(chosen), most)
+        ]
 
     def _pass(self, parameters: Mapping[str, nn.Parameter], rows: Sequence[_Row]) -> list[_Pass]:
         """Forward and backward for some rows; where memory runs out, for one half after the other."""
@@ -244,21 +275,30 @@ class _Trainer:
         own, losses = self._forward(parameters, rows, clients)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         gradients = {name: tensor.grad for name, tensor in own.items() if tensor.grad is not None}
-        return _Pass(rows, losses.detach().tolist(), torch.tensor(clients), gradients)
+        if self.bounded is None:
+            return _Pass(rows, losses.detach().tolist(), torch.tensor(clients), gradients)
+        place = {client: position for position, client in enumerate(clients)}
+        owners = torch.tensor([place[row.client] for row in rows])
+        sums = self.bounded.sums(gradients, owners, len(clients))
+        return _Pass(rows, [], torch.tensor(clients), sums)
 
     def _forward(
         self, parameters: Mapping[str, nn.Parameter], rows: Sequence[_Row], clients: Sequence[int]
     ) -> tuple[Tensors, Tensor]:
-        """The tensors of the clients whose rows these are, and the rows' parts of their clients' losses."""
-        chosen = torch.tensor(clients)
+        """The tensors of the clients whose rows these are, and the rows' parts of their clients' losses.
+        Where rows are hidden, each has a slice of its own, so that its gradient is its own too.
+        """
+        owned = self.bounded is None
+        slices = list(clients) if owned else [row.client for row in rows]
+        chosen = torch.tensor(slices)
         own = {
             name: p.detach().index_select(0, chosen.to(p.device)).requires_grad_()
             for name, p in parameters.items()
         }
         fixed = {name: stack[chosen] for name, stack in self.fixed.items()}
         place = {client: position for position, client in enumerate(clients)}
-        device = next(iter(own.values())).device
-        owners = torch.tensor([place[row.client] for row in rows], device=device)
+        positions = [place[row.client] for row in rows] if owned else list(range(len(rows)))
+        owners = torch.tensor(positions, device=next(iter(own.values())).device)
         losses = self.losses_of({**own, **fixed}, [row.example for row in rows], owners)
         weights = torch.tensor([row.weight for row in rows], device=losses.device)
         return own, losses * weights

@@ -1,0 +1,159 @@
+"""A site that hides its training rows: what its policy asks for, and its ledger of noised steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcustom.core.errors import DeploymentError, PolicyError
+from fedcustom.deployment.site.ledger import Ledger, Release
+from fedcustom.deployment.site.privacy import check_privacy, check_spending, epsilon_of, release_of
+from fedcustom.deployment.site.settings import PolicySettings
+from fedcustom.privacy.accounting import Event
+from fedcustom.privacy.accounting import Ledger as Spending
+from fedcustom.privacy.example_mechanism import example_mechanism
+from fedcustom.privacy.settings import PrivacySettings
+from fedcustom.recipe.recipe import load_recipe
+from helpers.malicious import Server
+from helpers.rows import make_rows
+
+RUN, OTHER = "0" * 16, "1" * 16
+
+SECTION: dict[str, Any] = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-3}
+
+
+def mechanism_of(**more: Any) -> Any:
+    section = PrivacySettings(**{**SECTION, **more})
+    return example_mechanism(section, rows=80, batch_size=8, steps=6)
+
+
+def test_steps_count_once_more_when_they_are_asked_for_again(tmp_path: Path) -> None:
+    """On disk, across restarts; beyond the promise they are refused, in a new run they begin anew."""
+    mechanism = mechanism_of(noise_multiplier=None, epsilon=2.0)
+    for _ in range(3):
+        ledger = Ledger(tmp_path / "ledger.json")
+        check_spending(PolicySettings(), ledger, RUN, mechanism, 2)
+        ledger.note_release(RUN, release_of(mechanism, 2))
+    ledger = Ledger(tmp_path / "ledger.json")
+    assert [release.steps for release in ledger.releases(RUN)] == [6]
+    with pytest.raises(PolicyError, match="6 noised steps of this run were made here, and 1 more would"):
+        check_spending(PolicySettings(), ledger, RUN, mechanism, 1)
+    check_spending(PolicySettings(), ledger, OTHER, mechanism, 6)
+    with pytest.raises(PolicyError, match=r"policy.max_epsilon = 2.5: 6 more noised steps would spend"):
+        check_spending(PolicySettings(max_epsilon=2.5), ledger, OTHER, mechanism, 6)
+
+
+def test_releases_of_all_runs_compose(tmp_path: Path) -> None:
+    """As one list of releases at the least delta, whatever their runs are called."""
+    ledger = Ledger(tmp_path / "ledger.json")
+    given = [(RUN, 1.0, 0.1, 1e-3, 4), (OTHER, 0.9, 0.2, 1e-4, 3), (RUN, 1.0, 0.1, 1e-3, 1)]
+    for run, noise, sampling, delta, steps in given:
+        ledger.note_release(run, Release(noise_multiplier=noise, sampling=sampling, delta=delta, steps=steps))
+    expected = Spending((Event(1.0, 5, 0.1), Event(0.9, 3, 0.2))).epsilon(1e-4)
+    assert epsilon_of(ledger.releases()) == pytest.approx(expected)
+    assert epsilon_of(ledger.releases(OTHER)) < expected
+    content = json.loads((tmp_path / "ledger.json").read_text())
+    content["runs"][RUN]["releases"][0]["steps"] = 0
+    (tmp_path / "ledger.json").write_text(json.dumps(content))
+    with pytest.raises(DeploymentError, match="is no ledger"):
+        Ledger(tmp_path / "ledger.json")
+
+
+@pytest.mark.parametrize(
+    ("policy", "privacy", "reason"),
+    [
+        (
+            {"least_unit": "example"},
+            None,
+            "policy.least_unit = 'example'.*privacy.unit = 'none'",
+        ),
+        ({"least_unit": "client"}, SECTION, "policy.least_unit = 'client'.*privacy.unit = 'example'"),
+        (
+            {"least_unit": "example"},
+            {**SECTION, "unit": "client"},
+            "with noise of the server; noise must be",
+        ),
+        ({"max_epsilon": 1.0}, None, "policy.max_epsilon = 1.0: the recipe says privacy.unit = 'none'"),
+        ({"max_epsilon": 1.0}, {**SECTION, "unit": "client"}, "policy.max_epsilon = 1.0.*'client'"),
+        ({"max_epsilon": 1.0}, {"unit": "example", "epsilon": 8.0, "delta": 1e-5}, "privacy.epsilon = 8.0"),
+        ({"minimum_noise": 0.5}, None, "policy.minimum_noise = 0.5"),
+        ({"minimum_noise": 1.5}, SECTION, "policy.minimum_noise = 1.5.*privacy.noise_multiplier = 1.0"),
+        ({"minimum_noise": 0.5}, {"unit": "client", "epsilon": 8.0, "delta": 1e-5}, "only the server knows"),
+        ({"least_unit": "example"}, {**SECTION, "randomness": "seeded"}, "privacy.randomness = 'seeded'"),
+    ],
+)
+def test_what_hides_too_little_is_refused(policy: Any, privacy: Any, reason: str) -> None:
+    base: dict[str, Any] = {
+        "data": {"source": "rows.csv", "text": "{text}", "label": "label"},
+        "method": {"name": "lora"},
+        **({"privacy": privacy} if privacy else {}),
+    }
+    recipe = load_recipe(base)
+    check_privacy(PolicySettings(), recipe)
+    with pytest.raises(PolicyError, match=reason):
+        check_privacy(PolicySettings(**policy), recipe)
+
+
+@pytest.mark.parametrize("policy", [{"least_unit": "example"}, {"max_epsilon": 9.0}, {"minimum_noise": 0.9}])
+def test_what_hides_enough_is_not(policy: Any) -> None:
+    data = {"source": "rows.csv", "text": "{text}", "label": "label"}
+    check_privacy(
+        PolicySettings(**policy), load_recipe({"data": data, "method": {"name": "lora"}, "privacy": SECTION})
+    )
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny: dict[str, str]) -> Callable[..., Server]:
+    def made(**policy: Any) -> Server:
+        data = {
+            "columns": ["text", "label"],
+            "text": "{text}",
+            "label": "label",
+            "max_labels": 3,
+        }
+        given = {"base_models": [tiny["bert"]], **policy}
+        return Server(tmp_path, make_rows(60, 3), data, given)
+
+    return made
+
+
+@pytest.fixture
+def recipe(tiny: dict[str, str]) -> dict[str, Any]:
+    return {
+        "model": {"base": tiny["bert"]},
+        "data": {"max_length": 24, "text": "{text}", "label": "label"},
+        "method": {"name": "lora", "rank": 2},
+        "training": {"batch_size": 8, "local_steps": 3, "learning_rate": 0.01},
+        "rounds": {"count": 2},
+        "privacy": SECTION,
+    }
+
+
+def test_a_server_that_goes_back_spends_twice(make: Callable[..., Server], recipe: dict[str, Any]) -> None:
+    """The same round again has other noise, and what it spent is missing in the end."""
+    server = make(least_unit="example", max_epsilon=100.0)
+    assert "values" in server.begin(recipe), server.site.last_reply
+    first, again = (server.train(1, steps=3, **change) for change in ({}, {}))
+    for said in (first, again):
+        assert "values" in said, said
+        assert "loss" not in said["values"]
+        assert said["values"]["steps"] == 3
+    assert [release.steps for release in server.site.ledger.releases()] == [6]
+    assert Ledger(server.own / "ledger.json").releases() == server.site.ledger.releases()
+    said = server.train(2, steps=3)
+    assert "6 noised steps of this run were made here, and 3 more would spend" in said["refused"]
+    assert "values" in server.begin(recipe, run=1)
+    assert "values" in server.train(1, steps=3)
+
+
+def test_noise_for_this_sites_rows_is_checked(make: Callable[..., Server], recipe: dict[str, Any]) -> None:
+    server = make(minimum_noise=2.0)
+    recipe["privacy"] = {"unit": "example", "epsilon": 8.0, "delta": 1e-3}
+    refused = server.begin(recipe)["refused"]
+    assert "policy.minimum_noise = 2.0: for this site's rows privacy.epsilon = 8.0" in refused
+    recipe["privacy"] = {"unit": "example", "epsilon": 8.0, "delta": 0.09}
+    assert "privacy.delta = 0.09: at most 1 / (10 rows)" in server.begin(recipe, run=1)["refused"]

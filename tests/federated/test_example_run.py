@@ -1,0 +1,127 @@
+"""Runs whose clients hide their training rows: the record, what is spent, and what is withheld."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedcustom
+from fedcustom.core.errors import RecipeError
+from fedcustom.core.tensors import equal
+from fedcustom.federated.private_run import RECORD
+from fedcustom.federated.run_directory import Checkpoints, Row
+from fedcustom.privacy.accounting import Event, Ledger
+from helpers.runs import rows_of
+
+
+class StopAt(fedcustom.Callback):
+    """Raises after a round, whose checkpoint is written first."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_round_end(self, row: Row) -> None:
+        if row["round"] == self.number:
+            raise RuntimeError("stopped")
+
+
+@pytest.fixture
+def hidden(small: dict[str, Any]) -> dict[str, Any]:
+    """Three rounds of two of four clients, drawn by the seed."""
+    return {
+        **small,
+        "training": {"batch_size": 8, "learning_rate": 0.01, "local_steps": 3},
+        "rounds": {"count": 3, "clients_per_round": 2},
+        "evaluation": {"batch_size": 32, "untuned": False},
+        "privacy": {"unit": "example", "noise_multiplier": 0.8, "delta": 1e-3},
+    }
+
+
+def record_of(out: Path) -> Any:
+    return json.loads((out / RECORD).read_text())
+
+
+def last_state(run: fedcustom.Run) -> dict[str, Any]:
+    return Checkpoints(run.directory / "checkpoints").load(3).state.tensors
+
+
+def test_the_record_and_what_was_spent(hidden: dict[str, Any], tmp_path: Path) -> None:
+    run = fedcustom.run(hidden, out=tmp_path / "run")
+    record, rows = record_of(tmp_path / "run"), rows_of(run.directory)
+    turns: dict[str, int] = {}
+    for row in rows:
+        for name in row["answered"]:
+            turns[name] = turns.get(name, 0) + 1
+    assert {name: client["steps"] for name, client in record["clients"].items()} == {
+        name: 3 * count for name, count in turns.items()
+    }
+    epsilons = []
+    for client in record["clients"].values():
+        event = Event(0.8, client["steps"], 8 / client["rows"])
+        epsilons.append(Ledger((event,)).epsilon(1e-3))
+        assert client["planned_epsilon"] == client["epsilon"] == pytest.approx(epsilons[-1])
+    spread = record["over_clients"]["epsilon"]
+    assert (spread["min"], spread["max"]) == (pytest.approx(min(epsilons)), pytest.approx(max(epsilons)))
+    assert record["epsilon"] == pytest.approx(max(epsilons))
+    assert (record["unit"], record["noise"], record["valid"]) == ("example", "site", True)
+    assert record["never_promised"]
+    assert record["withheld"] == ["training losses"]
+    assert rows[-1]["epsilon"] == pytest.approx(max(epsilons), rel=1e-4)
+    assert [row["epsilon"] for row in rows] == sorted(row["epsilon"] for row in rows)
+    assert all(row["train_loss"] is None for row in rows)
+    assert all(row["examples"] == 2 * 3 * 8 for row in rows)
+
+
+def test_secret_noise_differs_and_seeded_noise_is_resumed(hidden: dict[str, Any], tmp_path: Path) -> None:
+    """A run with secret noise has another state each time; one with seeded noise is the same, resumed too,
+    and not valid.
+    """
+    secret = [last_state(fedcustom.run(hidden, out=tmp_path / name)) for name in ("one", "two")]
+    assert not equal(*secret)
+    seeded = {**hidden, "privacy": {**hidden["privacy"], "randomness": "seeded"}}
+    whole = last_state(fedcustom.run(seeded, out=tmp_path / "three"))
+    with pytest.raises(RuntimeError, match="stopped"):
+        fedcustom.run(seeded, out=tmp_path / "four", callbacks=[StopAt(2)])
+    assert record_of(tmp_path / "four")["over_clients"]["epsilon"]["max"] == 0  # as it began
+    again = fedcustom.run(seeded, out=tmp_path / "four", resume=True)
+    assert equal(whole, last_state(again))
+    assert record_of(tmp_path / "four") == record_of(tmp_path / "three")
+    assert record_of(tmp_path / "four")["valid"] is False
+
+
+def test_each_client_is_calibrated_and_epsilon_does_not_add(hidden: dict[str, Any], tmp_path: Path) -> None:
+    privacy = {"unit": "example", "epsilon": 3.0, "delta": 1e-3}
+    fedcustom.run({**hidden, "privacy": privacy}, out=tmp_path / "run")
+    record = record_of(tmp_path / "run")
+    assert record["over_clients"]["planned_epsilon"] == {"min": 3.0, "median": 3.0, "max": 3.0}
+    assert record["epsilon"] == 3.0
+    for client in record["clients"].values():
+        event = Event(client["noise_multiplier"], client["planned_steps"], client["sampling"])
+        assert 2.97 < Ledger((event,)).epsilon(1e-3) <= 3.0
+
+
+def test_a_delta_too_large_is_refused_before_the_model(
+    hidden: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedcustom.federated.simulation.load_base", None)
+    hidden["privacy"]["delta"] = 0.01
+    with pytest.raises(RecipeError, match=r"privacy.delta = 0.01: at most 1 / \(10 rows\)"):
+        fedcustom.run(hidden, out=tmp_path / "run")
+
+
+def test_the_command_says_what_is_promised(
+    hidden: dict[str, Any], tmp_path: Path, command: Any, tiny: dict[str, str]
+) -> None:
+    from fedcustom.recipe.recipe import load_recipe, to_toml
+
+    (tmp_path / "recipe.toml").write_text(to_toml(load_recipe(hidden)))
+    said = command("privacy", tmp_path / "recipe.toml")
+    assert said.code == 0
+    assert "for each training row of each client" in said.out
+    assert "noise of 0.8 times the bound" in said.out
+    told = json.loads(command("privacy", tmp_path / "recipe.toml", "--json").out)
+    assert told["clients"].keys()
+    assert told["over_clients"]["epsilon"]["max"] == 0
