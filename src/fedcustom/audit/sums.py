@@ -263,8 +263,9 @@ class _Pool:
         _, values, basis = torch.linalg.svd(rows, full_matrices=False)
         basis = basis[values > RESOLVED * values.max().clamp(min=1e-30)]
         lengths = vectors.norm(dim=1).clamp(min=1e-30)
-        distances: Tensor = (vectors - vectors @ basis.T @ basis).norm(dim=1)
-        return distances / lengths
+        distances = (vectors - vectors @ basis.T @ basis).norm(dim=1)
+        relative: Tensor = distances / lengths
+        return relative
 
 
 def same_vectors(vectors: Tensor) -> Tensor:
