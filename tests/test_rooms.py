@@ -20,7 +20,7 @@ LAYERS = [
     {"report"},
     {"deployment"},
     {"api", "library"},
-    {"exporting"},
+    {"exporting", "audit"},
     {"federated"},
     {"recipe"},
     {"transport"},

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from ..core.errors import FedcustomError
 from ..core.library_errors import in_one_line, while_loading
 from .answers import ask, chat, index, predict
+from .audit import audit
 from .certificates import deploy, site
 from .console import (
     Overrides,
@@ -40,7 +41,8 @@ class InOrder(TyperGroup):
     def list_commands(self, context: Any) -> list[str]:
         """Their names, for ``--help``."""
         order = (
-            "run", "compare", "experiment", "estimate", "privacy", "report", "predict", "chat", "export",
+            "run", "compare", "experiment", "estimate", "privacy", "report", "audit", "predict", "chat",
+            "export",
             "recipe", "index", "ask", "deploy", "site", "cache",
         )  # fmt: skip
         return sorted(self.commands, key=order.index)
@@ -56,6 +58,7 @@ app = typer.Typer(
 app.command()(experiment)
 app.command()(estimate)
 app.command()(privacy)
+app.command()(audit)
 app.command()(predict)
 app.command()(chat)
 app.command()(index)

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from ..core.files import write_text
 from . import formatting as words
+from .audits import audit_tables
 from .baselines import all_beat, degenerate, partly_generated, truncated, unbeaten
 from .calibration import Bin, reliability, reliability_charts, verdict
 from .confusion import confusions
@@ -384,6 +385,7 @@ def render(runs: Runs) -> str:
         left_out=_left_out(groups),
         private=_private(groups),
         traffic=traffic(groups),
+        audits=audit_tables(groups, metrics[0]),
         unfinished=runs.unfinished,
         logs=[
             (_title(group, run), run.warnings[-LONGEST_LOG:])

@@ -1,0 +1,167 @@
+"""The attack protocol: what an attack sees of a round, and what it says of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, Protocol
+
+from ..core.errors import FedcustomError
+from ..data.examples import Example, FederatedData
+from ..methods import Method, State, Task
+from ..methods.protocol import Update
+from ..recipe import Recipe
+from .knowledge import Knowledge
+from .results import Finding, View
+
+RoundKind = Literal["training", "fitting the head"]
+"""What clients do in a round."""
+
+
+class OutOfTime(Exception):
+    """The time of the audit is over."""
+
+
+class CannotAttack(FedcustomError):
+    """An attack does not apply to what it was given; says why."""
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """Until when an audit may go on, by :func:`time.monotonic`."""
+
+    at: float
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; below 0 when the time is over."""
+        return self.at - time.monotonic()
+
+    def check(self) -> None:
+        """Stop an attack whose time is over.
+
+        Raises:
+            OutOfTime: it is.
+        """
+        if self.left < 0:
+            raise OutOfTime
+
+
+@dataclass(frozen=True)
+class Target:
+    """The run that is attacked. ``data`` are the examples that the clients trained on: the truth by which an
+    attack is judged, and the texts from which its candidates are drawn. ``delta`` is that of lower bounds on
+    epsilon.
+    """
+
+    recipe: Recipe
+    data: FederatedData
+    method: Method
+    delta: float = 1e-5
+
+    @property
+    def seed(self) -> int:
+        """That of the recipe, by which candidates are drawn."""
+        return self.recipe.seed
+
+    @cached_property
+    def knowledge(self) -> Knowledge:
+        """What anybody who has the base model can compute from a state and a text.
+
+        Raises:
+            CannotAttack: the method trains no tensors.
+        """
+        from ..methods import WeightTuning
+
+        if not isinstance(self.method, WeightTuning):
+            raise CannotAttack(f"method {self.recipe.method.name} sends no changes of trained tensors")
+        return Knowledge(self.method)
+
+    @cached_property
+    def texts(self) -> list[Example]:
+        """All training examples of all clients."""
+        return [example for client in self.data.clients.values() for example in client.train]
+
+
+@dataclass(frozen=True)
+class Received:
+    """One message of a client as the server gets it, after compression and all other transforms."""
+
+    client: str
+    task: Task
+    update: Update
+
+
+@dataclass(frozen=True)
+class RoundView:
+    """What can be seen of one round.
+
+    ``answered`` are all clients whose messages came; ``received`` has the messages of as many as there was
+    memory for, the others count as ``unseen``. ``before`` and ``after`` are the global states.
+    """
+
+    number: int
+    kind: RoundKind
+    before: State
+    after: State
+    received: Sequence[Received]
+    answered: Sequence[str] = ()
+    unseen: int = 0
+
+    @cached_property
+    def by_client(self) -> Mapping[str, list[Received]]:
+        """The messages of each client, in the order in which they came."""
+        found: dict[str, list[Received]] = {}
+        for message in self.received:
+            found.setdefault(message.client, []).append(message)
+        return found
+
+
+class Attack(Protocol):
+    """One attack. ``views`` says what it looks at, ``kinds`` the rounds in which there is such a thing,
+    ``source`` where it is from.
+    """
+
+    name: str
+    views: tuple[View, ...]
+    kinds: tuple[RoundKind, ...]
+    source: str
+
+    def inapplicable(self, target: Target) -> str | None:
+        """Why the attack does not apply to a run; None where it does."""
+
+    def attack(self, target: Target, seen: RoundView, deadline: Deadline) -> list[Finding]:
+        """What the attack finds in one round.
+
+        Raises:
+            CannotAttack: the round has nothing that it could attack; says why.
+            OutOfTime: the deadline has passed.
+        """
+
+
+@dataclass
+class Keeper:
+    """Keeps the messages of a round, as far as they fit into ``room`` bytes."""
+
+    room: int
+    messages: list[Received] = field(default_factory=list)
+    answered: dict[str, None] = field(default_factory=dict)
+    unseen: dict[str, None] = field(default_factory=dict)
+
+    def take(self, message: Received) -> None:
+        """Keep a message, or note that there is no room; a client is kept with all its messages or none."""
+        self.answered[message.client] = None
+        size = _size(message)
+        if message.client in self.unseen or size > self.room:
+            self.unseen[message.client] = None
+            self.room += sum(_size(kept) for kept in self.messages if kept.client == message.client)
+            self.messages = [kept for kept in self.messages if kept.client != message.client]
+            return
+        self.room -= size
+        self.messages.append(message)
+
+
+def _size(message: Received) -> int:
+    return sum(t.numel() * t.element_size() for t in message.update.tensors.values())

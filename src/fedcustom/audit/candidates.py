@@ -1,0 +1,187 @@
+"""The attack ``candidates``: was this text in it? The cosine of a change and the text's own gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..core.tensors import Tensors, norm, subtract
+from ..data.examples import Example
+from .attack import CannotAttack, Deadline, RoundKind, RoundView, Target
+from .results import Finding, View
+from .statistics import auc, bootstrap, epsilon_bound, true_positives
+
+MOST_MEMBERS = 200
+"""Candidates that are members; there are as many others."""
+
+FALSE_POSITIVES = 0.01
+"""The share of others that may be taken for members, where the share of members that are found is counted."""
+
+GUESSED = 0.1
+"""The share of the candidates that the bound on epsilon guesses to be members, and as many to be none."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A member of a client's data, and a text of nobody in the round with the same label."""
+
+    client: str
+    member: Example
+    other: Example
+
+
+class Candidates:
+    """Scores a candidate text by the cosine of a change with minus the gradient of the text's loss, in the
+    state that the round began with: the mean of the cosines of all tensors, since the longest gradient, often
+    the head's, would else be all that counts. Half of the candidates were trained on in the round; each of
+    these has another of the same label, of a client that was not in the round, so that labels alone say
+    nothing.
+
+    A text that a client trained on pulls its change along minus its own gradient. The cosine of gradients is
+    the measure of Geiping et al. 2020 (*Inverting Gradients*, arXiv 2003.14053), here of given texts.
+    """
+
+    name = "candidates"
+    views: tuple[View, ...] = ("client's update", "state difference")
+    kinds: tuple[RoundKind, ...] = ("training",)
+    source = "gradient matching (Geiping et al. 2020, arXiv 2003.14053), of given texts"
+
+    def inapplicable(self, target: Target) -> str | None:
+        """Where no changes of trained tensors are sent, or gradients have another form than these."""
+        try:
+            corrects = target.knowledge.parts.trainable.corrects
+        except CannotAttack as error:
+            return str(error)
+        if not corrects:
+            return (
+                "what travels is made by a network from what is trained, so that gradients have another form"
+            )
+        return None
+
+    def attack(self, target: Target, seen: RoundView, deadline: Deadline) -> list[Finding]:
+        """AUC and true positives at 1 % false positives, by a client's update and by the state difference."""
+        knowledge = target.knowledge
+        updates = {m.client: m for m in seen.received}
+        changes = {
+            name: knowledge.comparable(knowledge.change(m.task, m.update)) for name, m in updates.items()
+        }
+        changes = {name: change for name, change in changes.items() if change}
+        pairs = matched_pairs(target, list(changes), seen.answered)
+        if not pairs:
+            raise CannotAttack("no client of the round sent what a gradient can be compared with")
+        difference = _difference(seen, next(iter(changes.values())))
+        scores = np.zeros((2, 2, len(pairs)))  # view, member or other, pair
+        entered: Tensor | None = None
+        for place, pair in enumerate(pairs):
+            deadline.check()
+            task, change = updates[pair.client].task, changes[pair.client]
+            first = next(iter(task.tensors.values()))
+            if entered is not first:
+                knowledge.enter(task)
+                entered = first
+            for side, example in enumerate((pair.member, pair.other)):
+                gradient = knowledge.gradient(example, list(change))
+                gradient = {name: tensor.cpu() for name, tensor in gradient.items()}
+                scores[0, side, place] = likeness(change, gradient)
+                scores[1, side, place] = likeness(difference, gradient)
+        found = _findings(target, seen, "client's update", scores[0])
+        return found + (_findings(target, seen, "state difference", scores[1]) if difference else [])
+
+
+def matched_pairs(target: Target, clients: Sequence[str], answered: Sequence[str]) -> list[Pair]:
+    """Texts of these clients, in turn, each with one of the same label that nobody in the round has. A text
+    without such a partner is left out.
+    """
+    generator = np.random.default_rng([target.seed, 30])
+    inside = {e for name in answered for e in _texts(target, name)}
+    outside = [
+        example
+        for name in target.data.clients
+        if name not in set(answered)
+        for example in target.data.clients[name].train
+        if example.text not in inside
+    ]
+    waiting: dict[int, list[Example]] = {}
+    for position in generator.permutation(len(outside)):
+        example = outside[int(position)]
+        waiting.setdefault(example.label, []).append(example)
+    turns = [list(generator.permutation(len(target.data.clients[name].train))) for name in clients]
+    pairs: list[Pair] = []
+    for turn in range(max(map(len, turns), default=0)):
+        for name, order in zip(clients, turns, strict=True):
+            if turn >= len(order) or len(pairs) == MOST_MEMBERS:
+                continue
+            member = target.data.clients[name].train[int(order[turn])]
+            if waiting.get(member.label):
+                pairs.append(Pair(name, member, waiting[member.label].pop()))
+    return pairs
+
+
+def _texts(target: Target, client: str) -> list[str]:
+    return [example.text for example in target.data.clients[client].train]
+
+
+def _difference(seen: RoundView, like: Mapping[str, Tensor]) -> Tensors:
+    """The difference of the global states, where it has the names and shapes of a client's change; empty
+    where nothing moved.
+    """
+    before, after = seen.before.tensors, seen.after.tensors
+    names = [
+        n for n, t in like.items()
+        if n in before and n in after and before[n].shape == t.shape == after[n].shape
+    ]  # fmt: skip
+    found = subtract({n: after[n] for n in names}, {n: before[n] for n in names})
+    return found if norm(found) else {}
+
+
+def likeness(change: Tensors, gradient: Tensors) -> float:
+    """The mean over tensors of the cosine of a change with minus a gradient; one that is zero counts as 0."""
+    found = []
+    for name in sorted(change.keys() & gradient.keys()):
+        moved, pull = change[name].double(), gradient[name].double()
+        size = float(moved.norm() * pull.norm())
+        found.append(-float((moved * pull).sum()) / size if size else 0.0)
+    return sum(found) / len(found) if found else 0.0
+
+
+def _findings(target: Target, seen: RoundView, view: View, scores: np.ndarray) -> list[Finding]:
+    members, others = scores
+    count, many = len(members), len(members) + len(others)
+    area, seed = auc(members, others), target.seed
+    low, high = bootstrap(auc, members, others, seed)
+    of = "a client's update" if view == "client's update" else "two global states, as any client sees them,"
+    verdict = "does not tell" if low <= 0.5 <= high else f"tells with AUC {area:.3f}"
+    said = f"{of} {verdict} whether a text with a known label was trained on in the round"
+    if seen.unseen:
+        said += f" ({seen.unseen} clients left out: their updates are too large to keep)"
+
+    def at_one_percent(a: np.ndarray, b: np.ndarray) -> float:
+        return true_positives(a, b, FALSE_POSITIVES)
+
+    share = at_one_percent(members, others)
+    least, most = bootstrap(at_one_percent, members, others, seed)
+    epsilon = _epsilon(target, scores) if view == "state difference" else None
+    return [
+        Finding(
+            "candidates", view, seen.number, "AUC", area, 0.5, many, many, said, low, high, epsilon
+        ),
+        Finding(
+            "candidates", view, seen.number, "TPR at 1 % FPR", share, FALSE_POSITIVES, many, many,
+            f"{share:.0%} of {count} members are found while 1 % of the others are taken for members",
+            least, most,
+        ),
+    ]  # fmt: skip
+
+
+def _epsilon(target: Target, scores: np.ndarray) -> float | None:
+    """The lower bound on epsilon; None unless clients' rows were drawn at random, as the bound needs."""
+    if target.recipe.clients.partition != "iid":
+        return None
+    flat, member = scores.flatten(), np.repeat([True, False], scores.shape[1])
+    order = np.argsort(-flat, kind="stable")
+    number = max(1, int(GUESSED * len(flat)))
+    correct = int(member[order[:number]].sum() + (~member[order[-number:]]).sum())
+    return epsilon_bound(correct, 2 * number, len(flat), target.delta)

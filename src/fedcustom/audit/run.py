@@ -1,0 +1,150 @@
+"""The audit of a run: rounds are replayed from its directory, and each attack is made on what it sees."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..core import environment
+from ..core.errors import RunError, UpdateError
+from ..federated.callbacks import Callback
+from ..federated.replay import Replay, finished_recipe
+from ..recipe import Recipe
+from ..transport.protocol import Reply
+from ..updates.transform import UpdateTransform
+from .attack import Attack, CannotAttack, Deadline, Keeper, OutOfTime, Received, RoundKind, RoundView, Target
+from .promise import promised_delta, promised_epsilon
+from .registry import chosen
+from .results import Audit, CheckedRound, Finding, NotRun, write_audit
+
+MINUTES = 5.0
+"""How long an audit may take, unless told otherwise."""
+
+KEPT_SHARE = 0.25
+"""Of the free memory: what the messages of a round may take."""
+
+
+class _Activity(Callback):
+    """Passes on what is being done and what is to be noted, and no event of a run."""
+
+    def __init__(self, told: Callback) -> None:
+        self.told = told
+
+    def on_phase(self, text: str, done: int = 0, of: int = 0) -> None:
+        """Pass it on."""
+        self.told.on_phase(f"replaying: {text}" if text else "", done, of)
+
+    def on_note(self, text: str) -> None:
+        """Pass it on."""
+        self.told.on_note(text)
+
+
+@dataclass
+class _Progress:
+    """What an audit has found so far."""
+
+    findings: list[Finding] = field(default_factory=list)
+    not_run: list[NotRun] = field(default_factory=list)
+    rounds: list[CheckedRound] = field(default_factory=list)
+
+
+def audit_run(
+    directory: Path,
+    *,
+    attacks: Sequence[str] = (),
+    minutes: float = MINUTES,
+    callbacks: Callback | None = None,
+    transforms: Sequence[UpdateTransform] = (),
+) -> Audit:
+    """Attack a finished run and write ``audit.json`` into its directory.
+
+    Rounds are repeated in this process (:class:`~fedcustom.federated.replay.Replay`): of those that train and
+    of those that fit the head the first, the middle and the last. What an attack is judged by are the
+    clients' own examples, which only an audit in one process has. Nothing is sent.
+
+    Args:
+        attacks: Their names; all, by default.
+        minutes: When they are over, what is left is listed, not made.
+        callbacks: Told what is being done.
+        transforms: Those of updates that the caller gave the run.
+
+    Raises:
+        RunError: the run cannot be replayed; the message says why.
+    """
+    began = time.monotonic()
+    if not 0 < minutes < 1e6:
+        raise RunError(f"--minutes = {minutes:g}: must be a positive number")
+    wanted, told = chosen(attacks), callbacks or Callback()
+    recipe = finished_recipe(directory)
+    epsilon, delta = promised_epsilon(directory), promised_delta(directory)
+    deadline, keepers = Deadline(began + 60 * minutes), dict[int, Keeper]()
+
+    def seen(number: int, reply: Reply) -> None:
+        if (keeper := keepers.get(number)) is not None and reply.update is not None:
+            keeper.take(Received(reply.client, reply.task, reply.update))
+
+    found = _Progress()
+    with Replay(directory, seen, _Activity(told), transforms) as replay:
+        target = Target(replay.recipe, replay.federation.data, replay.federation.method, delta)
+        able = []
+        for attack in wanted:
+            reason = attack.inapplicable(target)
+            able.append(attack) if reason is None else found.not_run.append(NotRun(attack.name, reason))
+        for number, kind in rounds_to_attack(recipe):
+            ready = [attack for attack in able if kind in attack.kinds]
+            if not ready:
+                continue
+            if (needed := replay.seconds(number)) > deadline.left:
+                more = f": the rounds up to it took {needed:.0f} s" if deadline.left > 0 else ""
+                reason = f"no time{more}; raise --minutes"
+                found.not_run += [NotRun(attack.name, reason, number) for attack in ready]
+                continue
+            keepers[number] = Keeper(int(KEPT_SHARE * environment.free_memory(torch.device("cpu"))))
+            round_ = replay.round(number)
+            found.rounds.append(CheckedRound(number, round_.checkpoint))
+            keeper = keepers.pop(number)
+            view = RoundView(
+                number, kind, round_.before, round_.after, keeper.messages, list(keeper.answered),
+                len(keeper.unseen),
+            )  # fmt: skip
+            for attack in ready:
+                told.on_phase(f"round {number}: attack {attack.name}")
+                _make(attack, target, view, deadline, found)
+    told.on_phase("")
+    audit = Audit(
+        findings=found.findings,
+        not_run=found.not_run,
+        rounds=found.rounds,
+        promised_epsilon=epsilon,
+        delta=delta,
+        seconds=round(time.monotonic() - began, 1),
+    )
+    write_audit(directory, audit)
+    return audit
+
+
+def _make(attack: Attack, target: Target, view: RoundView, deadline: Deadline, found: _Progress) -> None:
+    """Make one attack on one round, or note why it was not."""
+    try:
+        deadline.check()
+        found.findings += attack.attack(target, view, deadline)
+    except OutOfTime:
+        found.not_run.append(NotRun(attack.name, "no time; raise --minutes", view.number))
+    except (CannotAttack, UpdateError) as error:
+        found.not_run.append(NotRun(attack.name, str(error), view.number))
+
+
+def rounds_to_attack(recipe: Recipe) -> list[tuple[int, RoundKind]]:
+    """The first, the middle and the last round of each kind, in order."""
+    fits = recipe.training.rounds_of_head_fits(recipe.rounds.count)
+    trains = [n for n in range(1, recipe.rounds.count + 1) if n not in fits]
+    kinds: dict[RoundKind, list[int]] = {"training": trains, "fitting the head": sorted(fits)}
+    return sorted(
+        (number, kind)
+        for kind, numbers in kinds.items() if numbers
+        for number in {numbers[0], numbers[len(numbers) // 2], numbers[-1]}
+    )  # fmt: skip

@@ -1,0 +1,313 @@
+"""Each attack succeeds on a planted leak, and is at chance on noise in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedcustom.audit.attack import CannotAttack, Deadline, Keeper, OutOfTime, Received, RoundView, Target
+from fedcustom.audit.candidates import Candidates, likeness, matched_pairs
+from fedcustom.audit.results import Finding
+from fedcustom.audit.sums import Sums, sent_labels
+from fedcustom.audit.tokens import Tokens, changed_rows
+from fedcustom.data.examples import ClientData, Example, FederatedData, LearningTask
+from fedcustom.methods import Answer, Client, WeightTuning, Work
+from fedcustom.methods.protocol import UNFINISHED, Update
+from fedcustom.recipe.recipe import load_recipe
+from helpers.methods import LABELS, make
+from helpers.rows import make_rows
+
+PER_CLIENT = 4
+CLIENTS = 20
+LATER = Deadline(float("inf"))
+
+
+def examples(count: int) -> list[Example]:
+    """Examples of which no two have one text."""
+    rows = {row["text"]: row for row in make_rows(4 * count, 3)}
+    return [Example(text, label=LABELS.index(row["label"])) for text, row in rows.items()][:count]
+
+
+def target(folder: str, method: str, **settings: Any) -> Target:
+    """Twenty clients of four texts each, iid."""
+    pool = examples(CLIENTS * PER_CLIENT)
+    parts = {f"c{n:02}": pool[PER_CLIENT * n : PER_CLIENT * (n + 1)] for n in range(CLIENTS)}
+    training = settings.pop("training", {})
+    built = make(folder, method, clients=CLIENTS, training=training, **settings)
+    recipe = load_recipe(
+        {
+            "model": {"base": folder},
+            "data": {"source": "x.jsonl"},
+            "clients": {"partition": "iid", "count": CLIENTS},
+            "method": {"name": method},
+        }
+    )
+    clients = {name: ClientData(name, part) for name, part in parts.items()}
+    data = FederatedData(LearningTask("classification", LABELS), clients, [], [], False)
+    return Target(recipe, data, built)
+
+
+def seen(target: Target, number: int, names: list[str]) -> RoundView:
+    """A round of these clients from the first state, with all its exchanges."""
+    method = target.method
+    assert isinstance(method, WeightTuning)
+    before = state = method.initialise()
+    clients = {name: Client(name, target.data.clients[name]) for name in names}
+    messages: list[Received] = []
+    while True:
+        tasks = method.configure(state, number, {name: Work(epochs=1) for name in names})
+        answers = [Answer(name, task, method.execute(task, clients[name])) for name, task in tasks.items()]
+        messages += [Received(a.client, a.task, a.update) for a in answers]
+        state = method.aggregate(state, answers).state
+        if UNFINISHED not in state.values:
+            break
+    kind = "fitting the head" if number in method.server.parts.head_rounds else "training"
+    return RoundView(number, kind, before, state, messages, names)  # type: ignore[arg-type]
+
+
+def with_noise(view: RoundView, kept: Callable[[str], bool] = lambda name: False) -> RoundView:
+    """The round with normal numbers of the same size in place of what clients sent and of the new state."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator) * tensor.float().std()
+
+    def noisy(update: Update) -> Update:
+        changed = {n: t if kept(n) else noise(t) for n, t in update.tensors.items()}
+        return replace(update, tensors=changed)
+
+    after = {n: noise(t) for n, t in view.after.tensors.items()}
+    return replace(
+        view,
+        received=[replace(message, update=noisy(message.update)) for message in view.received],
+        after=replace(view.after, tensors=after),
+    )
+
+
+def by_measure(found: list[Finding]) -> dict[str, Finding]:
+    assert all(0 <= f.success <= 1 for f in found)
+    assert all(f.low is None or f.high is None or f.low <= f.success <= f.high for f in found)
+    return {f"{f.view}: {f.measure}": f for f in found}
+
+
+# --- candidates ---
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "full", "bitfit"])
+def test_candidates_find_members(tiny: dict[str, str], method: str) -> None:
+    run = target(tiny["bert"], method, training={"optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.0})
+    view = seen(run, 2, list(run.data.clients)[:10])
+    assert Candidates().inapplicable(run) is None
+    found = by_measure(Candidates().attack(run, view, LATER))
+    update = found["client's update: AUC"]
+    assert update.low is not None
+    assert update.low > 0.5
+    assert update.candidates > 0.8 * 2 * 10 * PER_CLIENT  # those with a partner of their label
+    assert found["state difference: AUC"].epsilon is not None
+    assert found["client's update: AUC"].epsilon is None
+
+
+def test_candidates_of_noise_are_guesses(tiny: dict[str, str]) -> None:
+    run = target(tiny["bert"], "lora")
+    view = with_noise(seen(run, 2, list(run.data.clients)[:10]))
+    found = by_measure(Candidates().attack(run, view, LATER))
+    for of in ("client's update", "state difference"):
+        area = found[f"{of}: AUC"]
+        assert area.low is not None
+        assert area.high is not None
+        assert area.low <= 0.5 <= area.high
+        assert "does not tell" in area.meaning
+    assert found["state difference: AUC"].epsilon == pytest.approx(0.0, abs=0.5)
+
+
+def test_pairs_have_one_label_and_are_of_nobody_else(tiny: dict[str, str]) -> None:
+    run, names = target(tiny["bert"], "lora"), [f"c{n:02}" for n in range(5)]
+    pairs = matched_pairs(run, names[:3], names)
+    inside = {e.text for name in names for e in run.data.clients[name].train}
+    assert {pair.client for pair in pairs} == set(names[:3])
+    for pair in pairs:
+        assert pair.member in run.data.clients[pair.client].train
+        assert pair.other.label == pair.member.label
+        assert pair.other.text not in inside
+    assert len({pair.other.text for pair in pairs}) == len(pairs)
+    assert matched_pairs(run, names[:3], names) == pairs
+    assert not matched_pairs(run, names, list(run.data.clients))
+
+
+def test_likeness_is_the_mean_cosine() -> None:
+    change = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([[2.0]])}
+    assert likeness(change, {"a": torch.tensor([-3.0, 0.0]), "b": torch.tensor([[5.0]])}) == pytest.approx(
+        0.0
+    )
+    assert likeness(change, {"a": torch.tensor([-1.0, 1.0])}) == pytest.approx(2**-0.5)
+    assert likeness(change, {"a": torch.zeros(2), "b": torch.tensor([[-1.0]])}) == pytest.approx(0.5)
+    assert likeness({}, {}) == 0
+
+
+def test_a_gradient_is_that_of_autograd(tiny: dict[str, str]) -> None:
+    """And the model's tensors keep what they require of autograd."""
+    run = target(tiny["bert"], "lora")
+    parameters = run.knowledge.parts.trainable.parameters
+    before = {name: p.requires_grad for name, p in parameters.items()}
+    example, model = run.texts[0], run.knowledge.parts.trainable.model
+    found = run.knowledge.gradient(example, list(parameters))
+    objective = run.knowledge.parts.objective
+    model.zero_grad()
+    model.eval()
+    objective.loss(model, objective.collate(objective.tokens([example]))).backward()
+    for name, parameter in parameters.items():
+        wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert torch.allclose(found[name], wanted, atol=1e-7)
+    model.zero_grad()
+    assert {name: p.requires_grad for name, p in parameters.items()} == before
+
+
+# --- tokens ---
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_tokens_are_read_exactly(tiny: dict[str, str], decay: float) -> None:
+    run = target(tiny["bert"], "full", training={"weight_decay": decay})
+    assert Tokens().inapplicable(run) is None
+    view = seen(run, 2, list(run.data.clients)[:6])
+    found = by_measure(Tokens().attack(run, view, LATER))
+    exact = found["client's update: exact set of tokens"]
+    assert (exact.success, exact.trials) == (1.0, 6)
+    overlap = found["client's update: overlap of sets (Jaccard)"]
+    assert overlap.success == 1.0
+    assert overlap.chance is not None
+    assert 0 < overlap.chance < 0.9
+
+
+def test_tokens_of_noise_are_none_or_all(tiny: dict[str, str]) -> None:
+    run = target(tiny["bert"], "full")
+    found = by_measure(Tokens().attack(run, with_noise(seen(run, 2, ["c00", "c01"])), LATER))
+    assert found["client's update: exact set of tokens"].success == 0
+
+
+def test_tokens_need_a_table_of_their_own(tiny: dict[str, str]) -> None:
+    assert (
+        Tokens().inapplicable(target(tiny["bert"], "lora")) == "the table of input embeddings is not trained"
+    )
+    tied = Target(
+        load_recipe({"data": {"source": "x"}}),
+        target(tiny["bert"], "lora").data,
+        make(tiny["llama"], "full", "generation"),
+    )
+    assert "output layer too" in (Tokens().inapplicable(tied) or "")
+
+
+def test_rows_that_shrink_alike_have_not_changed() -> None:
+    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
+    change = -0.01 * table
+    assert changed_rows(change, table) == frozenset()
+    change[[3, 7]] += 0.001
+    assert changed_rows(change, table) == {3, 7}
+    assert changed_rows(torch.zeros(50, 8), table) == frozenset()
+
+
+# --- sums ---
+
+
+def fitted(folder: str, **training: Any) -> Target:
+    return target(folder, "lora", training={"fit_head_rounds": [1], **training})
+
+
+def test_sums_name_every_text(tiny: dict[str, str]) -> None:
+    run = fitted(tiny["bert"], fit_head_steps=4)
+    assert Sums().inapplicable(run) is None
+    view = seen(run, 1, list(run.data.clients))
+    found = by_measure(Sums().attack(run, view, LATER))
+    single = found["client's update: label sums of one or two texts"]
+    labels = [[e.label for e in run.data.clients[name].train] for name in run.data.clients]
+    sent = [n for each in labels for n in np.bincount(each) if n >= 2]
+    assert single.trials == len(sent)
+    assert single.success == pytest.approx(sum(n == 2 for n in sent) / len(sent))
+    for measure in ("sums of two texts named", "texts named by the span of the scatter"):
+        each = found[f"client's update: {measure}"]
+        assert each.success == 1.0, measure
+        assert each.chance is not None
+        assert each.chance < 0.1
+    assert found["client's update: texts named by the span of the gradients"].success > 0.5
+
+
+def test_sums_of_noise_name_no_text(tiny: dict[str, str]) -> None:
+    run = fitted(tiny["bert"], fit_head_steps=2)
+    view = seen(run, 1, list(run.data.clients))
+    found = by_measure(Sums().attack(run, with_noise(view, lambda name: name == "counts"), LATER))
+    assert found["client's update: sums of two texts named"].success < 0.2
+    for part in ("scatter", "gradients"):
+        each = found[f"client's update: texts named by the span of the {part}"]
+        assert each.chance is not None
+        assert each.success < each.chance + 0.2
+
+
+def test_sums_of_one_text(tiny: dict[str, str]) -> None:
+    """As earlier versions sent them: the least number of examples is read off what was sent."""
+    run = fitted(tiny["bert"])
+    view = seen(run, 1, ["c00", "c01", "c02"])
+    run.knowledge.enter(view.received[0].task)
+    received = []
+    for message in view.received:
+        if "counts" not in message.update.tensors:
+            continue
+        train = run.data.clients[message.client].train
+        vectors = run.knowledge.vectors(train)
+        labels = torch.tensor([e.label for e in train])
+        totals = torch.stack([vectors[labels == label].sum(dim=0) for label in labels.unique()])
+        tensors = {**message.update.tensors, "totals": totals}
+        received.append(replace(message, update=replace(message.update, tensors=tensors)))
+    found = by_measure(Sums().attack(run, replace(view, received=received), LATER))
+    assert found["client's update: sums of one text named"].success == 1.0
+    assert found["client's update: sums of two texts named"].success == 1.0
+
+
+def test_which_labels_were_sent() -> None:
+    counts = torch.tensor([1, 4, 0, 2, 4])
+    assert sent_labels(counts, 0) == []
+    assert sent_labels(counts, 2) == [1, 4]
+    assert sent_labels(counts, 3) == [1, 3, 4]
+    assert sent_labels(counts, 4) == [0, 1, 3, 4]
+    with pytest.raises(CannotAttack, match="1 sums, which are not those of its largest labels"):
+        sent_labels(counts, 1)
+
+
+def test_no_sums_where_no_head_is_fitted(tiny: dict[str, str]) -> None:
+    run = target(tiny["bert"], "lora")
+    assert "training.fit_head = false" in (Sums().inapplicable(run) or "")
+
+
+# --- all of them ---
+
+
+@pytest.mark.parametrize(
+    ("attack", "method", "number"), [(Sums(), "lora", 1), (Candidates(), "lora", 2), (Tokens(), "full", 2)]
+)
+def test_time_and_emptiness(tiny: dict[str, str], attack: Any, method: str, number: int) -> None:
+    run = target(tiny["bert"], method, training={"fit_head_rounds": [1]})
+    view = seen(run, number, ["c00", "c01"])
+    with pytest.raises(OutOfTime):
+        attack.attack(run, view, Deadline(0.0))
+    with pytest.raises(CannotAttack):
+        attack.attack(run, replace(view, received=[]), LATER)
+
+
+def test_a_keeper_keeps_whole_clients() -> None:
+    keeper = Keeper(room=100)
+    small, large = Update({"a": torch.zeros(10)}), Update({"a": torch.zeros(20)})
+    task: Any = None
+    keeper.take(Received("a", task, small))
+    keeper.take(Received("b", task, small))
+    keeper.take(Received("b", task, large))  # which does not fit beside the first
+    keeper.take(Received("c", task, small))
+    keeper.take(Received("b", task, small))  # nor does a part of its messages tell
+    assert [m.client for m in keeper.messages] == ["a", "c"]
+    assert list(keeper.answered) == ["a", "b", "c"]
+    assert list(keeper.unseen) == ["b"]
+    assert keeper.room == 20
