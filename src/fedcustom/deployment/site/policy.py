@@ -70,10 +70,10 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
             f"{recipe.training.local_steps}"
         )
     if policy.minimum_noise > 0:
-        raise PolicyError(
-            f"policy.minimum_noise = {policy.minimum_noise}: the recipe asks for no privacy noise, "
-            "and no method adds any yet"
-        )
+        reason = "the recipe asks for no privacy noise"
+        if recipe.client_privacy is not None:
+            reason = "the recipe's noise is added by the server, which a site cannot check (privacy.noise)"
+        raise PolicyError(f"policy.minimum_noise = {policy.minimum_noise}: {reason}")
 
 
 def models_of(recipe: Recipe) -> list[tuple[str, str | None]]:
