@@ -12,11 +12,19 @@ import pytest
 import torch
 
 from fedcustom.core import files
-from fedcustom.core.files import write_bytes, write_folder, write_json, write_tensors, write_text
+from fedcustom.core.files import (
+    write_bytes,
+    write_folder,
+    write_json,
+    write_secret,
+    write_tensors,
+    write_text,
+)
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "text": lambda path: write_text(path, "a"),
     "bytes": lambda path: write_bytes(path, b"a"),
+    "secret": lambda path: write_secret(path, b"a"),
     "JSON": lambda path: write_json(path, [1]),
     "tensors": lambda path: write_tensors(path, {"a": torch.ones(3)}),
     "folder": lambda path: write_folder(path, lambda folder: write_text(folder / "a.txt", "a")),
@@ -114,3 +122,14 @@ def test_many_writers_of_one_file(tmp_path: Path) -> None:
         thread.join()
     assert (tmp_path / "a.txt").read_text() in texts
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_secret_is_for_its_owner_alone_whatever_the_mask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        write_secret(tmp_path / "key", b"first")
+        write_secret(tmp_path / "key", b"second")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "key").read_bytes() == b"second"
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600

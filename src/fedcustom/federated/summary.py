@@ -11,6 +11,7 @@ from ..core import environment
 from ..data.examples import FederatedData
 from ..data.truncation import CutCount
 from ..evaluation.metrics import Metrics, client_mean, worst_client
+from ..privacy.accounting import Guarantee
 from ..recipe.recipe import Recipe
 from .evaluator import Result
 from .run_directory import Row
@@ -33,6 +34,7 @@ def summarise(
     truncation: Mapping[str, CutCount],
     search: Mapping[str, Any] | None = None,
     a_query: tuple[float, float] | None = None,
+    guarantee: Guarantee | None = None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``.
 
@@ -40,7 +42,7 @@ def summarise(
     that are trained (the method's and the head's), ``elapsed`` and ``finishing`` the seconds of this process
     up to the final evaluation and of that, ``temperature`` what the logits were divided by after the last
     round, ``truncation`` what is cut of the data, ``a_query`` the bytes down and up of one query, where a
-    method searches its clients.
+    method searches its clients, ``guarantee`` what is promised of privacy.
     """
     seconds = {part: sum(row["seconds"][part] for row in rows) for part in PHASES}
     earlier = sum(seconds.values())
@@ -70,6 +72,7 @@ def summarise(
         "clients": result.clients,
         **_personalised(result.personalised),
         **_probed(result.probes),
+        **({"privacy": _promise(guarantee)} if guarantee else {}),
         "trainable_parameters": sizes[0],
         "head_parameters": sizes[1],
         **({"search": dict(search)} if search else {}),
@@ -90,6 +93,11 @@ def _written(result: Result, examples: int) -> dict[str, Any]:
     if result.predictions is None or result.predictions.written is None:
         return {}
     return {"generated": {"texts": len(result.predictions.written), "of": examples}}
+
+
+def _promise(guarantee: Guarantee) -> dict[str, Any]:
+    """A guarantee in four figures; privacy.json has all of it."""
+    return {key: getattr(guarantee, key) for key in ("unit", "epsilon", "delta", "valid")}
 
 
 def _bytes(rows: Sequence[Row], fits: Collection[int], search: Mapping[str, Any]) -> dict[str, int]:

@@ -30,6 +30,9 @@ from .traffic import traffic
 STYLES = ("palette.css", "style.css", "print.css")
 EXAMPLES = 10
 LONGEST_TEXT = 800
+SPENT_SHOWN = 8
+"""Rounds of which it is told what was spent of epsilon, about."""
+
 LONGEST_LOG = 20_000
 MOST_VALUES = 4
 MOST_CLIENTS = 200
@@ -121,6 +124,34 @@ def _calibration(run: Run, predictions: Sequence[Prediction], paint: str) -> Cal
     found = run.summary.temperature
     divided = "" if found is None else f"Logits are divided by {found:.3g}, the temperature."
     return Calibration(verdict(bins), divided, reliability_charts(bins, paint), filled)
+
+
+@dataclass(frozen=True, slots=True)
+class Private:
+    """What a run promises of privacy, and what its rounds have spent: some of them, the last one too."""
+
+    run: str
+    unit: str
+    epsilon: str
+    delta: str
+    note: str
+    spent: str
+
+
+def _private(groups: Sequence[Group]) -> list[Private]:
+    found = []
+    for group in groups:
+        for run in group.runs:
+            if (promise := run.summary.privacy) is None:
+                continue
+            rows = [line for line in run.history if line.epsilon is not None]
+            chosen = rows[:: max(1, len(rows) // SPENT_SHOWN)]
+            chosen += rows[-1:] if rows and rows[-1] not in chosen else []
+            spent = ", ".join(f"{line.epsilon:.2f} (round {line.round})" for line in chosen)
+            note = "" if promise.valid else "The noise can be repeated from the seed: nothing is promised."
+            epsilon, delta = f"{promise.epsilon:.4g}", f"{promise.delta:g}"
+            found.append(Private(_title(group, run), promise.unit, epsilon, delta, note, spent))
+    return found
 
 
 def _left_out(groups: Sequence[Group]) -> list[LeftOut]:
@@ -351,6 +382,7 @@ def render(runs: Runs) -> str:
         primary=_title(primary, primary.runs[0]),
         examples=_examples(groups, primary),
         left_out=_left_out(groups),
+        private=_private(groups),
         traffic=traffic(groups),
         unfinished=runs.unfinished,
         logs=[

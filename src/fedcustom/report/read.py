@@ -55,6 +55,16 @@ class Generated:
 
 
 @dataclass(frozen=True, slots=True)
+class Promise:
+    """What a run promises of privacy; ``valid`` is false where the noise can be repeated."""
+
+    unit: str
+    epsilon: float
+    delta: float
+    valid: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """``summary.json``: the result of a finished run. Keys that a report does not show are ignored. To the
     test scores of a generator the perplexity is added.
@@ -80,6 +90,7 @@ class Summary:
     clients: dict[str, Scores] = field(default_factory=dict)
     client_count: int | None = None
     truncation: dict[str, CutCount] = field(default_factory=dict)
+    privacy: Promise | None = None
     trainable_parameters: int = 0
     head_parameters: int = 0
     bytes: ByteCounts = field(default_factory=ByteCounts)
@@ -99,6 +110,7 @@ class Round:
     bytes_down: dict[str, Number] = field(default_factory=dict)
     bytes_up_total: Number = 0.0
     bytes_down_total: Number = 0.0
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

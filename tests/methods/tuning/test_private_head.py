@@ -106,9 +106,8 @@ def test_a_round_ends_with_the_head_and_tells_of_no_client(sentence: str) -> Non
     assert set(following.state.server) == set(state.server)  # no client's labels
     counts = following.state.values["label_counts"]
     true = [sum(e.label == label for c in skewed().values() for e in c.data.train) for label in range(3)]
-    assert all(
-        isinstance(count, int) and 0 <= count <= number for count, number in zip(counts, true, strict=False)
-    )
+    assert all(type(count) is int and count >= 0 for count in counts)
+    assert sum(counts) <= sum(true)  # clipped
     assert "noised sums of 3 clients" in following.report["head"]
     changed = {n for n, t in following.state.tensors.items() if not torch.equal(t, state.tensors[n])}
     assert changed == set(method.head_fit.names)

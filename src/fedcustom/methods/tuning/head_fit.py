@@ -203,6 +203,7 @@ class HeadFit:
         if self.release is None:
             raise RuntimeError("privacy.unit = 'client': this party has no key to draw the noise from")
         first, stream = peeked(iter(answers))
+        assert first is not None
         layer, answered = self.layer, 0
 
         def sums() -> Iterator[Tensors]:

@@ -160,6 +160,7 @@ class TuningServer:
         if (release := context.release) is None:
             raise RuntimeError("privacy.unit = 'client': this party has no key to draw the noise from")
         first, stream = peeked(iter(answers))
+        assert first is not None
         task = typed(first, TrainTask)
         answered: list[str] = []
 
