@@ -10,7 +10,7 @@ run: .venv/ready
 # What is checked in under three minutes: every package's parts by themselves, without a run of several rounds.
 PARTS := $(addprefix tests/,test_rooms.py aggregation data evaluation/test_metrics.py recipe/test_recipe.py report transport \
 	updates training/test_muon.py methods/distillation/test_alignment.py methods/distillation/test_distillation_parts.py \
-	methods/prompt_engineering/test_prompt_parts.py methods/retrieval/test_retrieval_parts.py)
+	methods/prompt_engineering/test_prompt_parts.py methods/retrieval/test_retrieval_parts.py privacy)
 
 check: .venv/ready-dev
 	$(BIN)/ruff check .

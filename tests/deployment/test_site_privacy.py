@@ -82,7 +82,11 @@ def test_releases_of_all_runs_compose(tmp_path: Path) -> None:
         ({"max_epsilon": 1.0}, {"unit": "example", "epsilon": 8.0, "delta": 1e-5}, "privacy.epsilon = 8.0"),
         ({"minimum_noise": 0.5}, None, "policy.minimum_noise = 0.5"),
         ({"minimum_noise": 1.5}, SECTION, "policy.minimum_noise = 1.5.*privacy.noise_multiplier = 1.0"),
-        ({"minimum_noise": 0.5}, {"unit": "client", "epsilon": 8.0, "delta": 1e-5}, "only the server knows"),
+        (
+            {"minimum_noise": 0.5},
+            {"unit": "client", "epsilon": 8.0, "delta": 1e-5},
+            "which a site cannot check",
+        ),
         ({"least_unit": "example"}, {**SECTION, "randomness": "seeded"}, "privacy.randomness = 'seeded'"),
     ],
 )

@@ -188,3 +188,50 @@ def test_the_schedule_and_momentum_shape_the_noise() -> None:
     assert found is not None
     assert found.last_state_noise == pytest.approx(0.583, abs=1e-3)
     assert planned(load_recipe({}), 10) is None
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        {"participation": "poisson"},
+        {"participation": "poisson", "clip": "adaptive", "clip_head": "adaptive"},
+        {"clip": 1e-3, "clip_head": 0.1},
+    ],
+)
+def test_poisson_rounds_and_other_bounds(
+    private: dict[str, Any], tmp_path: Path, privacy: dict[str, Any]
+) -> None:
+    private["clients"] = {"partition": "iid", "count": 50, "minimum_examples": 1}
+    private["clients"] |= {"development_fraction": 0.3, "test_fraction": 0.0}
+    private["rounds"] = {"count": 3, "clients_per_round": 40}
+    private["privacy"] = {"unit": "client", "noise_multiplier": 0.5, "delta": 1e-3, **privacy}
+    run = fedcustom.run(private, out=tmp_path / "run")
+    rows = rows_of(run.directory)
+    sizes = {len(row["cohort"]) for row in rows}
+    if "participation" in privacy:
+        assert len(sizes) > 1  # not of a fixed size
+    assert rows[0]["epsilon"] <= rows[1]["epsilon"] <= rows[2]["epsilon"]
+    assert rows[2]["epsilon"] == pytest.approx(run.summary["privacy"]["epsilon"], abs=1e-5)
+    values = Checkpoints(run.directory / "checkpoints").load(3).state.values
+    adaptive = privacy.get("clip") == "adaptive"
+    assert [key for key in values if key.startswith("bound/")] == (
+        ["bound/own", "bound/head"] if adaptive else []
+    )
+
+
+def test_a_run_may_begin_with_a_noised_head(private: dict[str, Any], tmp_path: Path, sentence: str) -> None:
+    private["model"] = {"base": sentence}
+    private["training"] |= {"fit_head_rounds": [1]}
+    private["rounds"] = {"count": 4, "clients_per_round": 2}
+    stopped(private, tmp_path / "run", 2)
+    run = fedcustom.run(private, out=tmp_path / "run", resume=True)
+    rows = rows_of(run.directory)
+    assert "noised sums of 4 clients" in rows[0]["method"]["head"]
+    mu = 2**0.5 / 0.5  # two turns of training
+    share = 0.13 / 0.87 * mu**2
+    expected = [share, share + mu**2 / 2, share + mu**2 / 2, share + mu**2]
+    assert [row["epsilon"] for row in rows] == pytest.approx(
+        [gaussian_epsilon(squared**0.5, 1e-3) for squared in expected], abs=1e-5
+    )
+    record = json.loads((tmp_path / "run" / RECORD).read_text())
+    assert record["head"]["fits"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 from ..core.files import write_json
 from ..data.examples import FederatedData
 from ..methods.tuning.hidden_rows import STEPS, steps_of
+from ..privacy.accounting import Guarantee
 from ..privacy.example_mechanism import ExampleMechanism, ExamplePrivacy, check_delta
-from ..privacy.example_record import example_record
+from ..privacy.example_record import example_guarantee, example_record
 from ..recipe import Recipe
 from .private_run import RECORD
 from .schedule import plan_rounds
@@ -40,6 +42,11 @@ class ExampleRun:
                 done[name] = done.get(name, 0) + count
         shares = sorted(done, key=lambda name: -done[name] / self.mechanisms[name].steps)
         return max((self.mechanisms[name].epsilon(done[name]) for name in shares[:MOST_TOLD]), default=0.0)
+
+    def guarantee(self) -> Guarantee | None:
+        """The largest of the clients'; None where each site knows its own alone."""
+        found = example_guarantee(self.privacy.settings, self.mechanisms)
+        return found if math.isfinite(found.epsilon) else None
 
     def write(self, directory: Path, memories: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """Put the record into the run's directory; by what clients remember, it says what they have spent."""

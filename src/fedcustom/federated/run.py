@@ -14,6 +14,7 @@ from ..data.truncation import in_words
 from ..evaluation import degenerate
 from ..methods import AsksClients, CountsCuts, ScalesLogits, State
 from ..methods.tuning.export_check import ComparesExport, check_export, some, wanted
+from ..privacy.accounting import Guarantee
 from ..recipe import Recipe
 from ..recipe.paths import absolute
 from ..updates.identity import Identity, identity_of
@@ -184,10 +185,17 @@ def _finish(loop: FedAvg, elapsed: float, *, check: bool) -> dict[str, Any]:
         search=read_json(file) if (file := path / "search.json").exists() else None,
         truncation=federation.truncation,
         a_query=method.bytes_a_query() if isinstance(method, AsksClients) else None,
-        guarantee=federation.private.mechanism.guarantee() if federation.private else None,
+        guarantee=_guarantee(federation),
     )
     write_json(path / "summary.json", summary)
     return summary
+
+
+def _guarantee(federation: Federation) -> Guarantee | None:
+    """What the run promises of privacy; None where it promises nothing, or its sites alone know what."""
+    if federation.private is not None:
+        return federation.private.mechanism.guarantee()
+    return federation.hidden.guarantee() if federation.hidden is not None else None
 
 
 def _export(loop: FedAvg, state: State, target: Path, *, check: bool) -> None:

@@ -20,10 +20,9 @@ from ..core.errors import RecipeError
 PRECISE, COARSE = 1e-9, 1e-4
 """Relative precision to which noise is calibrated: of the exact curve, and of loss distributions."""
 
-INTERVAL = 1e-3
-"""Steps in which the values of privacy losses are rounded up: ten times dp-accounting's own, which takes a
-tenth of its time and adds at most 0.05 % to epsilon over 4,000 steps.
-"""
+FEW, WIDE, NARROW = 500, 1e-3, 1e-4
+"""Releases up to which losses are rounded (upwards) to the wider interval: ten times faster, and of 80
+releases epsilon is larger by 3e-5 of itself."""
 
 MOST_NOISE = 1e6
 """Noise multiplier beyond which none is looked for."""
@@ -162,8 +161,9 @@ def _sampled_epsilon(events: tuple[Event, ...], delta: float) -> float:
             "[privacy]: sampling is accounted for by the package dp-accounting: "
             "pip install 'fedcustom[privacy]'"
         ) from None
+    interval = WIDE if sum(event.count for event in events) <= FEW else NARROW
     accountant = dp.pld.PLDAccountant(
-        dp.NeighboringRelation.REPLACE_SPECIAL, value_discretization_interval=INTERVAL
+        dp.NeighboringRelation.REPLACE_SPECIAL, value_discretization_interval=interval
     )
     for event in events:
         release = dp.GaussianDpEvent(event.noise_multiplier)

@@ -35,7 +35,7 @@ def example_record(
         }
         for name, mechanism in mechanisms.items()
     }
-    guarantee = _guarantee(settings, mechanisms)
+    guarantee = example_guarantee(settings, mechanisms)
     return record(
         guarantee,
         epsilon=guarantee.epsilon if math.isfinite(guarantee.epsilon) else None,  # each site knows its own
@@ -57,7 +57,7 @@ def example_words(
     settings: PrivacySettings, mechanisms: Mapping[str, ExampleMechanism]
 ) -> Iterator[tuple[str, str]]:
     """Headings and sentences on a run with ``unit = "example"``."""
-    guarantee = _guarantee(settings, mechanisms)
+    guarantee = example_guarantee(settings, mechanisms)
     factor = math.exp(min(guarantee.epsilon, 700.0))
     yield (
         "promise",
@@ -96,8 +96,10 @@ def example_words(
         yield "never promised", text
 
 
-def _guarantee(settings: PrivacySettings, mechanisms: Mapping[str, ExampleMechanism]) -> Guarantee:
-    """The largest of the clients'; where none is known, what each is calibrated to."""
+def example_guarantee(settings: PrivacySettings, mechanisms: Mapping[str, ExampleMechanism]) -> Guarantee:
+    """The largest of the clients'; where none is known, what each is calibrated to (infinite: by its own
+    rows alone).
+    """
     promised = [mechanism.epsilon(mechanism.steps) for mechanism in mechanisms.values()]
     epsilon = max(promised, default=math.inf if settings.epsilon is None else settings.epsilon)
     return Guarantee("example", epsilon, delta_of(settings), settings.is_valid, ASSUMPTIONS)

@@ -42,13 +42,12 @@ def check_privacy(policy: PolicySettings, recipe: Recipe) -> None:
             "privacy.randomness = 'seeded': everybody could subtract the noise, and this site's policy asks "
             "for privacy; use 'secret'"
         )
-    if privacy.noise_multiplier is None:
-        if policy.minimum_noise and unit != "example":
-            raise PolicyError(
-                f"policy.minimum_noise = {policy.minimum_noise}: the recipe says privacy.epsilon, of which "
-                "only the server knows the noise; it must say privacy.noise_multiplier"
-            )
-    elif privacy.noise_multiplier < policy.minimum_noise:
+    if policy.minimum_noise and not made_here:
+        raise PolicyError(
+            f"policy.minimum_noise = {policy.minimum_noise}: the recipe's noise is added by the server, "
+            "which a site cannot check (privacy.noise)"
+        )
+    if privacy.noise_multiplier is not None and privacy.noise_multiplier < policy.minimum_noise:
         raise PolicyError(
             f"policy.minimum_noise = {policy.minimum_noise}: the recipe says privacy.noise_multiplier = "
             f"{privacy.noise_multiplier}"
