@@ -28,6 +28,7 @@ LAYERS = [
     {"methods"},
     {"simulation"},
     {"aggregation", "training"},
+    {"privacy"},
     {"models"},
     {"data"},
     {"evaluation"},
