@@ -13,10 +13,11 @@ import numpy as np
 
 from fedcustom.privacy.secure_sum.identity import Ed25519Signer, Ed25519Verifier
 from fedcustom.privacy.secure_sum.masks import add_mask
-from fedcustom.privacy.secure_sum.protocol import RoundId, Terms
+from fedcustom.privacy.secure_sum.protocol import RoundId
 from fedcustom.privacy.secure_sum.server import ServerRound
 from fedcustom.privacy.secure_sum.shares import draw_secret, split
 from fedcustom.privacy.secure_sum.site import SiteRound
+from fedcustom.privacy.secure_sum.terms import Terms
 
 from ..harness import spread
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from fedcustom.core.errors import SecureSumError
 from fedcustom.privacy.secure_sum.identity import Ed25519Signer, Ed25519Verifier
-from fedcustom.privacy.secure_sum.protocol import RoundId, Terms
+from fedcustom.privacy.secure_sum.protocol import RoundId
 from fedcustom.privacy.secure_sum.server import ServerRound, Sum
 from fedcustom.privacy.secure_sum.site import Opening, SiteRound
+from fedcustom.privacy.secure_sum.terms import Terms
 
 TASK = b"t" * 32
 ROUND = RoundId("0" * 16, 3)

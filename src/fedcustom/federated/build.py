@@ -57,6 +57,7 @@ def make_method(
         public=federation.public if federation else [],
         model=recipe.model,
         transforms=tuple(transforms),
+        sums_only=recipe.secure_sum is not None and recipe.secure_sum.on,
     )
     return build_method(recipe.method, context)
 

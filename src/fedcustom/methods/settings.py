@@ -127,6 +127,13 @@ class MethodSettingsBase(Settings):
         return self.replaces_rule
 
     @property
+    def needs_single_updates(self) -> str | None:
+        """What does not go with a server that is shown sums alone: the method, where clients do not send
+        changes of tensors, or the setting whose rule looks at each client's.
+        """
+        return f"method.name = {self.name!r}"
+
+    @property
     def trains_every_round(self) -> str | None:
         """The setting that needs every round to train, so that none can be given to fitting the head."""
         return None
@@ -190,6 +197,11 @@ class TuningSettings(MethodSettingsBase):
     def default_learning_rate(self, kind: ModelKind) -> float:
         """The learning rate for a kind of model where the recipe sets none."""
         return self.rates.of(kind)
+
+    @property
+    def needs_single_updates(self) -> str | None:
+        """A rule of its own; and the method, where nothing is trained by steps."""
+        return f"method.name = {self.name!r}" if self.only_fits else self.replaces_rule
 
     def needed_contents(self, training: TrainingSettings, task: str) -> dict[Content, str]:
         """Updates, and sums where a head is fitted."""

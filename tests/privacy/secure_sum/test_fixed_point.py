@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcustom.core.errors import SecureSumError
+from fedcustom.core.errors import UpdateError
 from fedcustom.privacy.secure_sum.fixed_point import FixedPoint, counts, rounding_key
 
 KEY = rounding_key(0, 1, "a")
@@ -62,7 +62,7 @@ def test_rounding_is_the_same_everywhere_and_its_own_for_each_key() -> None:
 
 @pytest.mark.parametrize("value", [1.0000001, -2.0, float("nan"), float("inf")])
 def test_what_is_beyond_the_bound_is_refused(value: float) -> None:
-    with pytest.raises(SecureSumError, match=r"a number of size .*: at most 1 is allowed"):
+    with pytest.raises(UpdateError, match=r"a number of size .*: at most 1 is allowed"):
         FixedPoint(1.0, 3).encode(np.array([0.0, value]), KEY)
 
 
@@ -76,5 +76,5 @@ def test_counts_stay_as_they_are() -> None:
     assert counts([0, 7, 2**29], 3).tolist() == [0, 7, 2**29]
     assert counts([2**60], 3, 64).dtype == np.uint64
     for value in (-1, 2**30):
-        with pytest.raises(SecureSumError, match="must be from 0 to 715827882 for 3 sites"):
+        with pytest.raises(UpdateError, match="must be from 0 to 715827882 for 3 sites"):
             counts([value], 3)

@@ -27,9 +27,10 @@ from fedcustom.privacy.secure_sum.messages import (
     Survivors,
     read_message,
 )
-from fedcustom.privacy.secure_sum.protocol import RoundId, Terms
+from fedcustom.privacy.secure_sum.protocol import RoundId
 from fedcustom.privacy.secure_sum.server import ServerRound
 from fedcustom.privacy.secure_sum.site import Opening, SiteRound
+from fedcustom.privacy.secure_sum.terms import Terms
 from helpers.secure_sums import ROUND, TASK, Party, names, plain_sum, signer, vector, verifier
 
 TASKS = (TASK, b"x" * 32)

@@ -24,8 +24,9 @@ from fedcustom.privacy.secure_sum.messages import (
     read_message,
     write_message,
 )
-from fedcustom.privacy.secure_sum.protocol import RoundId, Terms
+from fedcustom.privacy.secure_sum.protocol import RoundId
 from fedcustom.privacy.secure_sum.site import Opening
+from fedcustom.privacy.secure_sum.terms import Terms
 from helpers.secure_sums import ROUND, Party, names, plain_sum, signer, vector
 
 STAGES = ("keys", "shares", "work", "agree", "unmask")

@@ -173,6 +173,13 @@ class PrefixSettings(TuningSettings):
         return self._merging_if("stacked", "alternate")
 
     @property
+    def needs_single_updates(self) -> str | None:
+        """All rules but the mean, and layers that each client chooses."""
+        if self.layers_sent is not None:
+            return f"method.layers_sent = {self.layers_sent}"
+        return None if self.merging == "mean" else f"method.merging = {self.merging!r}"
+
+    @property
     def trains_every_round(self) -> str | None:
         """Alternation."""
         return self._merging_if("alternate")

@@ -34,7 +34,8 @@ class Context:
     part of tensors' names); ``clients`` is how many clients there are, ``names`` who they are, ``root`` what
     the server itself trains on where a rule asks for that, ``public`` texts that everybody may see. ``model``
     says how ``base`` was loaded, for methods that load others like it; ``transforms`` act on what the
-    aggregation rule gives, in their order.
+    aggregation rule gives, in their order. ``sums_only`` is whether the server is shown the sum of the
+    clients' changes, and no client's own.
     """
 
     base: Base
@@ -52,6 +53,7 @@ class Context:
     public: list[Example] = field(default_factory=list)
     model: ModelSettings = field(default_factory=lambda: ModelSettings())
     transforms: tuple[AggregateTransform, ...] = ()
+    sums_only: bool = False
 
 
 @dataclass

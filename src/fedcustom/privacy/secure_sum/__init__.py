@@ -19,12 +19,12 @@ A vector is masked twice: by a mask of the site's own, and by one for each other
 subtracts. In the sum the second kind cancels. Of a site whose vector arrived, the others reveal shares of its
 own mask; of one that was lost after ``shares``, shares of the key that its pairwise masks come from. A site
 never reveals both of the same site. The graph of pairs is complete, so that a round has at most
-:data:`~.protocol.MOST_SITES` sites.
+:data:`~.terms.MOST_SITES` sites.
 
 **What is promised.** A server that follows the protocol, and one that does not, learn nothing but the sum of
 at least t of n vectors, as long as at most ``colluding`` sites help it:
 
-- t is ⌊2n/3⌋+1 or more (:meth:`~.protocol.Terms.needed`), so that two lists of survivors cannot both gather
+- t is ⌊2n/3⌋+1 or more (:meth:`~.terms.Terms.needed`), so that two lists of survivors cannot both gather
   t signatures.
 - Keys are signed, by :class:`~.identity.Signer`: a server cannot bring sites of its own.
 - All masks and signatures depend on the SHA-256 of the task that the site received. Of sites that were given

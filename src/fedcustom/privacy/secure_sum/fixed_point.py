@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.errors import SecureSumError
-from .masks import Bits, Numbers, zeros
+from ...core.errors import UpdateError
+from .integers import Bits, Numbers, zeros
 
 STEP = 2**18
 """Numbers that are rounded at a time."""
@@ -53,7 +53,7 @@ class FixedPoint:
         """Integers for some values, (numbers,); ``key`` decides how they are rounded.
 
         Raises:
-            SecureSumError: a value is beyond the bound, or not finite.
+            UpdateError: a value is beyond the bound, or not finite.
         """
         result = zeros(len(values), self.bits)
         signed = _signed(result)
@@ -62,7 +62,7 @@ class FixedPoint:
             some = values[start : start + STEP].astype(np.float64)
             size = float(np.abs(some).max(initial=0.0))
             if not size <= self.bound:  # NaN is not
-                raise SecureSumError(f"a number of size {size:.6g}: at most {self.bound:g} is allowed")
+                raise UpdateError(f"a number of size {size:.6g}: at most {self.bound:g} is allowed")
             some *= self.scale
             whole = np.floor(some)
             # Beyond 2^52 a float has no fraction left, and this adds 0.
@@ -86,12 +86,12 @@ def counts(values: Sequence[int], sites: int, bits: Bits = 32) -> Numbers:
     """Integers for whole numbers that at most ``sites`` sites add up; they stay as they are.
 
     Raises:
-        SecureSumError: one is negative, or so large that the sum may not fit.
+        UpdateError: one is negative, or so large that the sum may not fit.
     """
     most = (2 ** (bits - 1) - 1) // sites
     for value in values:
         if not 0 <= value <= most:
-            raise SecureSumError(f"a count of {value}: must be from 0 to {most} for {sites} sites")
+            raise UpdateError(f"a count of {value}: must be from 0 to {most} for {sites} sites")
     found = zeros(len(values), bits)
     found[:] = values
     return found

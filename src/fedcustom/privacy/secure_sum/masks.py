@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -11,16 +9,10 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from numpy.typing import NDArray
 
 from ...core.errors import SecureSumError
+from .integers import Numbers
 from .shares import PRIME, SIZE, Random
-
-Numbers = NDArray[np.uint32] | NDArray[np.uint64]
-"""A vector of integers modulo 2^32 or 2^64, (numbers,)."""
-
-Bits = Literal[32, 64]
-"""Of an integer that travels."""
 
 CHUNK_BYTES = 2**18
 """Bytes of a mask that are in memory at a time."""
@@ -75,13 +67,3 @@ def add_mask(numbers: Numbers, seed: bytes, *, subtract: bool = False) -> None:
         length = len(part) * numbers.itemsize
         stream.update_into(memoryview(zeros)[:length], room)
         change(part, np.frombuffer(room, kind, len(part)), out=part)
-
-
-def zeros(count: int, bits: Bits) -> Numbers:
-    """A vector of so many zeros."""
-    return np.zeros(count, np.uint32) if bits == 32 else np.zeros(count, np.uint64)
-
-
-def bits_of(numbers: Numbers) -> Bits:
-    """The size of a vector's integers."""
-    return 32 if numbers.itemsize == 4 else 64

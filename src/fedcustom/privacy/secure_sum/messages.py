@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from ...core.bounded_json import read_json
 from ...core.errors import SecureSumError, WireError
 from ...core.text import printable
-from .masks import Numbers
+from .integers import Numbers
 
 M = TypeVar("M", bound="Message")
 

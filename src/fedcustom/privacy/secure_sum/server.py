@@ -12,7 +12,8 @@ import numpy as np
 
 from ...core.errors import SecureSumError
 from .identity import Verifier
-from .masks import Bits, Numbers, add_mask, agreed_seed, derived, public_key, zeros
+from .integers import Bits, Numbers, zeros
+from .masks import add_mask, agreed_seed, derived, public_key
 from .messages import (
     Agreement,
     Delivery,
@@ -27,7 +28,6 @@ from .messages import (
 from .protocol import (
     RoundId,
     Stage,
-    Terms,
     check_names,
     offer_statement,
     roster_digest,
@@ -37,6 +37,7 @@ from .protocol import (
 )
 from .shares import PRIME, coefficients_at_zero, join
 from .site import pair_mask
+from .terms import Terms
 
 MOST_ATTEMPTS = 200
 """Choices of shares that are tried where some of them are wrong."""

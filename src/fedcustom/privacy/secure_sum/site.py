@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from ...core.errors import SecureSumError
 from .identity import Signer, Verifier
-from .masks import Numbers, add_mask, agreed_seed, bits_of, derived, draw_key, public_key
+from .integers import Numbers, bits_of
+from .masks import add_mask, agreed_seed, derived, draw_key, public_key
 from .messages import (
     Agreement,
     Delivery,
@@ -25,7 +26,6 @@ from .messages import (
 from .protocol import (
     RoundId,
     Stage,
-    Terms,
     check_names,
     offer_statement,
     pair_purpose,
@@ -36,6 +36,7 @@ from .protocol import (
     work_digest,
 )
 from .shares import PRIME, SIZE, Random, draw_secret, seal, split, unseal
+from .terms import Terms
 
 
 @dataclass(frozen=True)
