@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from . import harness
-from .cases import aggregation, cross_device, cross_silo, gpu, instruct, peers_job, scaling
+from .cases import aggregation, cross_device, cross_silo, gpu, instruct, peers_job, scaling, secure_sums
 from .environments import peer
 from .harness import HERE, alternate, compare, machine, own_engines
 from .page import write_page
 
 RESULTS = HERE / "results"
-CASES = ("a", "b", "c", "d", "e", "f", "g")
+CASES = ("a", "b", "c", "d", "e", "f", "g", "h")
 
 
 def main() -> None:
@@ -127,6 +127,10 @@ def _g(options: Any) -> dict[str, Any]:
     }
 
 
+def _h(options: Any) -> dict[str, Any]:
+    return {"secure_sums": secure_sums.measure()}
+
+
 RUNNERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "a": _a,
     "b": _b,
@@ -135,6 +139,7 @@ RUNNERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "e": _e,
     "f": _f,
     "g": _g,
+    "h": _h,
 }
 
 if __name__ == "__main__":

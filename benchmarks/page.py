@@ -17,7 +17,13 @@ def write_page(results: Path, target: Path) -> None:
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"spread": spread, "seconds": seconds, "percent": percent, "size": size}
+    environment.filters |= {
+        "spread": spread,
+        "milliseconds": milliseconds,
+        "seconds": seconds,
+        "percent": percent,
+        "size": size,
+    }
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         found=found, limit=least_ratio
     )
@@ -31,6 +37,12 @@ def spread(value: dict[str, float] | None, digits: int = 2) -> str:
     low, high = (f"{value[key]:.{digits}f}" for key in ("low", "high"))
     middle = f"{value['median']:.{digits}f}"
     return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def milliseconds(value: dict[str, float]) -> str:
+    """A median in milliseconds, to two or three digits."""
+    found = 1000 * value["median"]
+    return f"{found:.2f}" if found < 10 else f"{found:.0f}"
 
 
 def seconds(value: dict[str, float]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.cases import aggregation, gpu, peers_job, scaling
+from benchmarks.cases import aggregation, gpu, peers_job, scaling, secure_sums
 from benchmarks.harness import (
     OURS,
     Engine,
@@ -124,6 +124,7 @@ def test_small_forms_of_the_other_cases() -> None:
     assert found["updates_bytes"] == 2 * 2 * 100 * 4
     assert gpu.missing() is None or gpu.missing().startswith("skipped")
     assert scaling.COUNTS[-1] == 10_000
+    assert min(*secure_sums.one_round(4, 100), *secure_sums.one_round(4, 100, lost=True)) > 0
 
 
 def test_the_case_on_a_gpu_runs_dry(tmp_path: Path) -> None:

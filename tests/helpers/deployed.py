@@ -25,6 +25,7 @@ from fedcustom.deployment.nvflare.supervision import SupervisedProcess
 from fedcustom.deployment.run import run_deployed
 from fedcustom.deployment.settings import load_federation, save_federation
 from fedcustom.deployment.site.resident import Resident
+from fedcustom.deployment.site.secure_sums import kit_identity
 from fedcustom.deployment.site.settings import load_site
 from fedcustom.federated.callbacks import Callback
 from fedcustom.federated.resolve import resolved
@@ -180,7 +181,8 @@ def hostile(made: Bed, name: str, tricks: dict[int, Callable[[dict[str, Any]], N
     """A site whose resident process is hostile, behind the real engine."""
     file = made.kit(name) / "data" / "site.toml"
     Hostile.tricks = tricks
-    resident = Hostile(name, load_site(file), file.parent, made.own(name))
+    identify = kit_identity(made.kit(name), ())
+    resident = Hostile(name, load_site(file), file.parent, made.own(name), identify=identify)
     listener = BridgeListener(made.own(name) / "bridge.json")
 
     def serve() -> None:

@@ -28,6 +28,10 @@ class WireError(FedcustomError):
     """A message is truncated, malformed or larger than allowed."""
 
 
+class SecureSumError(WireError):
+    """A message of a secure sum is not what the protocol allows: forged, of another round, or out of turn."""
+
+
 class UpdateError(FedcustomError):
     """A client's update has the wrong names, shapes or dtypes, or numbers that are not finite."""
 

@@ -72,15 +72,18 @@ class SiteConnection:
         round_number: int,
         checkpoints: Sequence[int],
         min_replies: int,
+        sealed: Mapping[str, str] | None = None,
     ) -> Iterator[tuple[str, SiteReply]]:
         """Have sites execute a round's tasks, whose tensors travel as in ``packed``; the replies are raw.
 
-        ``checkpoints`` are the rounds that the run may go back to; sites forget what others need.
+        ``checkpoints`` are the rounds that the run may go back to; sites forget what others need. ``sealed``
+        is what each is sent of the others' shares in a secure sum.
         """
         requests = {}
         for name, task in tasks.items():
             head = self._head("work") | {"task": task.kind, "round": round_number, "keep": list(checkpoints)}
             head |= {"values": values_of(task), "layout": packed[name].layout}
+            head |= {"secure": sealed[name]} if sealed is not None else {}
             requests[name] = Request(head, packed[name].tensors)
         return self.messenger.request(requests, min_replies) if requests else iter(())
 
@@ -91,6 +94,16 @@ class SiteConnection:
             for name, task in tasks.items()
         }
         return self.messenger.request(requests, min_replies)
+
+    def secure(
+        self, messages: Mapping[str, str], stage: str, round_number: int, min_replies: int
+    ) -> Iterator[tuple[str, SiteReply]]:
+        """Have sites answer one exchange of a secure sum beside its work; the replies are raw."""
+        requests = {}
+        for name, message in messages.items():
+            values = {"stage": stage, "round": round_number, "message": message}
+            requests[name] = Request(self._head("secure") | {"values": values})
+        return self.messenger.request(requests, min(min_replies, len(requests))) if requests else iter(())
 
     def evaluate(
         self, names: Sequence[str], state: State, part: Part, after: int, labels: int

@@ -20,7 +20,8 @@ from ..models.load import load_base
 from ..models.memory_mapping import park, parked
 from ..recipe.recipe import Recipe
 from ..transport.channel import Channel
-from ..transport.protocol import check_visible
+from ..transport.protocol import Transport, check_visible
+from ..transport.secure import ChangeVector
 from ..updates.pipeline import update_transforms
 from .connection import SiteConnection
 from .evaluation import RemoteEvaluation
@@ -101,7 +102,14 @@ def gather(
         park(base.model, parking)  # the sites do the computing
     channel = Channel(recipe.compression, origin.tensors)
     memories = RemoteMemories(directory / RUN_FILE, identifier)
-    transport = RemoteTransport(method, channel, transforms, connection, participants, memories, min_clients)
+    remote = RemoteTransport(method, channel, transforms, connection, participants, memories, min_clients)
+    transport: Transport = remote
+    if (vector := ChangeVector.of(recipe, len(settings.sites))) is not None:
+        from .nvflare.identity import CertificateVerifier
+        from .secure_transport import SecureTransport
+
+        verifier = CertificateVerifier.of(folder / "server" / "startup")
+        transport = SecureTransport(remote, recipe, vector, verifier)
     check_visible(transport, transforms, recipe.aggregation)
     evaluation = RemoteEvaluation(recipe, method, base, data, connection, participants, memories)
     rows = of_server(data)

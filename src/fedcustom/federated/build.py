@@ -63,6 +63,7 @@ def make_method(
         privacy=recipe.client_privacy,
         release=release,
         row_privacy=example_privacy(recipe, federation),
+        sums_only=recipe.secure_sum is not None and recipe.secure_sum.on,
     )
     return build_method(recipe.method, context)
 

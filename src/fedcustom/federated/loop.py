@@ -280,15 +280,15 @@ class FedAvg:
             self._phase(record.number, kind, done, len(record.cohort))
             record.note(reply)
             if reply.update is None:
-                if reply.detail:  # a simulated drop-out is no surprise
+                if reply.detail and not reply.summed:  # a simulated drop-out is no surprise
                     reason = record.left_out[reply.client]
                     self.warn(
                         f"round {record.number}: client {reply.client} left out: {reason}", reply.detail
                     )
                 continue
-            late = record.staleness(reply.client)
+            late = 0 if reply.clients else record.staleness(reply.client)
             discount = (1 + late) ** -exponent if late else 1.0
-            yield Answer(reply.client, reply.task, reply.update, discount)
+            yield Answer(reply.client, reply.task, reply.update, discount, reply.clients)
             del reply  # before the next one comes
 
     def _refused(self, record: RoundRecord, state: State, error: Exception) -> Aggregate:

@@ -159,7 +159,7 @@ def _round(
             spent[1] += reply.bytes_down
             if reply.update is not None:
                 answered += 1
-                yield Answer(reply.client, reply.task, reply.update)
+                yield Answer(reply.client, reply.task, reply.update, summed=reply.clients)
 
     first, answers = peeked(sound(parties.transport.exchange(tasks, number)))
     if first is not None:

@@ -177,9 +177,10 @@ def _seconds(recipe: Recipe, federation: Federation, plan: Plan) -> tuple[float,
         amounts = {name: Work(steps=steps) for name in plan[first - 1]}
         tasks, seen, begun = method.configure(state, first, amounts), 0, time.perf_counter()
         for reply in federation.transport.exchange(tasks, first):
-            if reply.update is None:
+            if reply.update is None and not reply.summed:
                 raise RunError(f"{reply.client}: {reply.reason}: {reply.detail}")
-            seen += examples(reply.client, amounts[reply.client])
+            if reply.client in amounts:  # and not a sum
+                seen += examples(reply.client, amounts[reply.client])
         return time.perf_counter() - begun, seen
 
     trained(1)

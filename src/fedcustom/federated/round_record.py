@@ -45,13 +45,16 @@ class RoundRecord:
     def note(self, reply: Reply) -> None:
         """Note a reply's bytes and time, and whether it is an answer."""
         self.seconds += reply.seconds
-        self.bytes_down[reply.client] = self.bytes_down.get(reply.client, 0) + reply.bytes_down
+        if not reply.clients:  # a sum has no messages of its own
+            self.bytes_down[reply.client] = self.bytes_down.get(reply.client, 0) + reply.bytes_down
         if reply.bytes_up:
             self.bytes_up[reply.client] = self.bytes_up.get(reply.client, 0) + reply.bytes_up
+        if reply.summed:
+            return
         if reply.update is None:
             self.left_out[reply.client] = printable(reply.reason, lines=False, longest=MOST_CHARACTERS)
             return
-        self.answered.append(reply.client)
+        self.answered.extend(reply.clients or (reply.client,))
         if isinstance(reply.update, LossUpdate | TrainUpdate):
             loss = reply.update.loss
             self.losses.append((None if loss is None else float(loss), reply.update.examples))

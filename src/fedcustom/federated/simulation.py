@@ -22,6 +22,7 @@ from ..transport.channel import Channel
 from ..transport.client_store import ClientStore
 from ..transport.in_process import InProcessTransport
 from ..transport.protocol import Transport, check_visible
+from ..transport.secure import ChangeVector, SummingTransport
 from ..updates.attack import hostile_clients, simulated_attack
 from ..updates.pipeline import update_transforms
 from ..updates.transform import UpdateTransform
@@ -145,7 +146,9 @@ def simulate(
         callbacks.on_note(remark)
     origin = method.initialise()
     channel = Channel(recipe.compression, origin.tensors)
-    transport = InProcessTransport(method, store, channel, applied, callbacks.on_note)
+    transport: Transport = InProcessTransport(method, store, channel, applied, callbacks.on_note)
+    if (vector := ChangeVector.of(recipe, len(data.clients))) is not None:
+        transport = SummingTransport(transport, method, recipe, vector)
     check_visible(transport, applied, recipe.aggregation)
     return Federation(
         base, data, method, origin, evaluator, transport, store, rows, truncation, private, hidden

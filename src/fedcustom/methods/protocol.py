@@ -165,13 +165,20 @@ def typed(message: Task | Update, wanted: type[M]) -> M:
 class Answer:
     """A client's sound update, with the task that it answers.
 
-    ``discount`` is what a late change is multiplied by: 1 for one that is on time.
+    ``discount`` is what a late change is multiplied by: 1 for one that is on time. ``summed`` are the clients
+    of which the update is the mean, where the server is shown no client's own.
     """
 
     client: str
     task: Task
     update: Update
     discount: float = 1.0
+    summed: tuple[str, ...] = ()
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """The clients that answered: one, but for a sum."""
+        return self.summed or (self.client,)
 
 
 @dataclass(frozen=True)
@@ -318,6 +325,20 @@ class TransformsUpdates(Protocol):
     def untransformed(self, *, aggregate: bool) -> list[str]:
         """What no transform acts on, each with the setting that asks for it: of what clients send or, with
         ``aggregate``, also of what is made of that.
+        """
+
+
+@runtime_checkable
+class SumsChanges(Protocol):
+    """A method whose clients' changes are merged by their weighted mean, so that a server need only see their
+    sum.
+    """
+
+    def change_forms(self, task: Task) -> Tensors:
+        """Names, shapes and dtypes of what a client's answer to a task changes.
+
+        Raises:
+            UpdateError: the task does not ask for a change.
         """
 
 

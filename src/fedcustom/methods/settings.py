@@ -127,9 +127,9 @@ class MethodSettingsBase(Settings):
         return self.replaces_rule
 
     @property
-    def unbounded(self) -> str | None:
-        """The setting by which what the server makes of a round is not the mean of changes of trained
-        tensors, so that one client's part in it has no bound (differential privacy).
+    def needs_single_updates(self) -> str | None:
+        """What does not go with a server that is shown sums alone: the method, where clients do not send
+        changes of tensors, or the setting whose rule looks at each client's.
         """
         return f"method.name = {self.name!r}"
 
@@ -206,8 +206,8 @@ class TuningSettings(MethodSettingsBase):
         return self.rates.of(kind)
 
     @property
-    def unbounded(self) -> str | None:
-        """A rule of its own; and where nothing is trained."""
+    def needs_single_updates(self) -> str | None:
+        """A rule of its own; and the method, where nothing is trained by steps."""
         return f"method.name = {self.name!r}" if self.only_fits else self.replaces_rule
 
     @property

@@ -1,1 +1,1 @@
-"""Differential privacy: settings, clipping, noise, correlated noise, participation and accounting."""
+"""Privacy: differential privacy (clipping, noise, participation, accounting) and secure sums."""

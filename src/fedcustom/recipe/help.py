@@ -26,12 +26,20 @@ def settings_help(recipe: type[BaseModel]) -> Iterator[tuple[str, str, str, str]
                 for key, sub in registered.settings.model_fields.items():
                     if key != "name":
                         yield f"method.{key}", _type_text(sub), _default_text(sub), sub.description or ""
-        elif (section := _section(field)) is not None:
+        elif (section := section_of(field)) is not None:
             yield f"[{name}]", "", "", (section.__doc__ or "").strip().splitlines()[0]
             for key, sub in section.model_fields.items():
                 yield f"{name}.{key}", _type_text(sub), _default_text(sub), sub.description or ""
         else:
             yield name, _type_text(field), _default_text(field), field.description or ""
+
+
+def section_of(field: FieldInfo) -> type[Settings] | None:
+    """The settings of a section, which may be absent by default; None where the field is none."""
+    for found in (field.annotation, *get_args(field.annotation)):
+        if isinstance(found, type) and issubclass(found, Settings):
+            return found
+    return None
 
 
 def section_help(recipe: type[BaseModel], wanted: str) -> list[tuple[str, str, str, str]]:
@@ -148,16 +156,8 @@ def _known_keys(path: Sequence[Any], recipe: type[BaseModel]) -> list[str]:
     if path[0] == "method":
         known = len(path) > 1 and path[1] in registry.names()
         return list(registry.settings_of(path[1]).model_fields) if known else ["name"]
-    section = _section(recipe.model_fields[str(path[0])])
+    section = section_of(recipe.model_fields[str(path[0])])
     return list(section.model_fields) if section is not None else []
-
-
-def _section(field: FieldInfo) -> type[Settings] | None:
-    """The settings of a section, also of one that a recipe may be without; None of any other field."""
-    for kind in (field.annotation, *get_args(field.annotation)):
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            return kind
-    return None
 
 
 def nearest(name: str, allowed: Sequence[str], *, everywhere: type[BaseModel] | None = None) -> str:

@@ -12,8 +12,10 @@ from ..core.errors import RecipeError
 from ..data.settings import ClientSettings, DataSettings
 from ..methods.settings import MethodSettingsBase, TuningSettings
 from ..models.settings import ModelSettings
+from ..privacy.secure_sum.settings import SecureSumSettings
 from ..simulation.settings import AttackSettings, ParticipationSettings
 from ..training.settings import TrainingSettings
+from ..updates.settings import CompressionSettings
 from .sections import PersonalisationSettings, RoundSettings
 
 FEWEST_ROUNDS_TO_FIT = 5
@@ -51,6 +53,10 @@ class Sections(Protocol):
     def participation(self) -> ParticipationSettings: ...
     @property
     def attack(self) -> AttackSettings: ...
+    @property
+    def compression(self) -> CompressionSettings: ...
+    @property
+    def secure_sum(self) -> SecureSumSettings | None: ...
 
 
 @dataclass(frozen=True)
@@ -231,6 +237,8 @@ def why_no_head_fit(recipe: Sections) -> str | None:
         return "does not go with personalisation.keep = ['head']"
     if attack in ("sign_flip", "random", "alie"):
         return f"attack.kind = {attack!r} is defined for changes, not for sums"
+    if recipe.secure_sum is not None and recipe.secure_sum.on:
+        return "does not go with secure_sum.on = true, under which no client's sums are seen"
     if setting := recipe.method.trains_every_round:
         return f"{setting} needs every round to train in turn"
     return None

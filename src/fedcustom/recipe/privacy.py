@@ -10,6 +10,7 @@ from ..data.settings import DataSettings
 from ..evaluation.settings import EvaluationSettings
 from ..methods.settings import MethodSettingsBase
 from ..models.settings import ModelSettings
+from ..privacy.secure_sum.settings import SecureSumSettings
 from ..privacy.settings import PrivacySettings
 from ..simulation.settings import ParticipationSettings
 from ..training.settings import TrainingSettings
@@ -36,6 +37,8 @@ FEWEST_DRAWN = 40
 class Sections(Protocol):
     """What is read of a recipe."""
 
+    @property
+    def secure_sum(self) -> SecureSumSettings | None: ...
     @property
     def model(self) -> ModelSettings: ...
     @property
@@ -104,8 +107,13 @@ def check_privacy(recipe: Sections) -> None:
 def _merging(recipe: Sections) -> list[str]:
     """What of the server's side has no bounded sensitivity."""
     aggregation, found = recipe.aggregation, list[str]()
-    if setting := recipe.method.unbounded:
+    if setting := recipe.method.needs_single_updates:
         found.append(f"{setting}: one client's part in what the server releases is not bounded")
+    if recipe.secure_sum is not None and recipe.secure_sum.on:
+        found.append(
+            "secure_sum.on = true: the trusted server bounds each client's change, which it would not see; "
+            "set it to false"
+        )
     if aggregation.rule != "mean":
         found.append(f"aggregation.rule = {aggregation.rule!r}: one client can move it at will; use 'mean'")
     if aggregation.weighting != "uniform":

@@ -25,6 +25,7 @@ from ..methods import registry
 from ..methods.prefix.settings import PrefixSettings
 from ..methods.settings import MethodSettingsBase, TuningSettings
 from ..models.settings import ModelSettings
+from ..privacy.secure_sum.settings import SecureSumSettings
 from ..privacy.settings import PrivacySettings
 from ..simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
 from ..training.settings import TrainingSettings
@@ -36,6 +37,7 @@ from .overrides import UNSET, merged, nested, split
 from .paths import beside, existing
 from .privacy import check_privacy, with_private_defaults
 from .sections import PersonalisationSettings, RoundSettings
+from .secure_sum import check_secure_sum
 
 Baseline = Literal["federated", "centralised", "local"]
 
@@ -61,7 +63,7 @@ DEFAULT_METRIC: dict[TaskKind, str] = {
     "retrieval": "mrr",
 }
 
-FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation", "privacy")
+FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation", "privacy", "secure_sum")
 """Sections that a baseline leaves at their defaults."""
 
 
@@ -110,6 +112,7 @@ class Recipe(Settings):
         default_factory=lambda: NoiseSettings(), description="Simulated mistakes in labels"
     )
     privacy: PrivacySettings | None = Field(None, description="Differential privacy")
+    secure_sum: SecureSumSettings | None = Field(None, description="Secure sums")
     compare: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="What differs in a comparison: [compare.<method or baseline>.<section>]",
@@ -141,6 +144,7 @@ class Recipe(Settings):
         self._check_correction()
         self._check_federated()
         check_privacy(self)
+        check_secure_sum(self)
         self.method.check_sections(self.baseline, dict(self))
         buffer = self.participation.buffer
         if buffer is not None and self.clients.partition != "natural" and buffer > count:
@@ -254,7 +258,7 @@ class Recipe(Settings):
         if self.baseline != "federated":
             for section in FEDERATED_ONLY:
                 set_ = getattr(self, section)
-                if set_ != type(set_)():
+                if set_ is not None and set_ != type(set_)():
                     raise ValueError(f"[{section}]: needs baseline = 'federated', not {self.baseline!r}")
         if self.participation.buffer is not None:
             if self.aggregation.rule == "fltrust":

@@ -18,6 +18,9 @@ class Reply:
 
     ``task`` is as the client got it, ``update`` as the server did. ``bytes_down`` and ``bytes_up`` are the
     lengths of their messages, ``seconds`` the client's work.
+
+    Where the server is shown sums only, a client's reply without an update is ``summed`` if its update is in
+    the sum that follows; that one's ``clients`` are those of which it is the sum.
     """
 
     client: str
@@ -28,6 +31,8 @@ class Reply:
     bytes_down: int
     bytes_up: int
     seconds: float
+    summed: bool = False
+    clients: tuple[str, ...] = ()
 
 
 class Transport(Protocol):

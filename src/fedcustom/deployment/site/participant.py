@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import PolicyError, RecipeError
+from ...core.errors import PolicyError, RecipeError, UpdateError
 from ...core.tensors import Tensors
 from ...data.examples import ClientData, Example, FederatedData, LearningTask
 from ...data.party_data import OwnData
@@ -19,14 +19,18 @@ from ...federated.build import check_fit, make_method
 from ...federated.evaluator import development_predictions, predicted
 from ...federated.example_run import example_privacy
 from ...federated.truncation import fitted_data
-from ...methods import ChecksTasks, Client, CountsCuts, RoundTask, State, Task, TrainingTask
+from ...methods import ChecksTasks, Client, CountsCuts, RoundTask, State, Task, TrainingTask, Update
+from ...methods.protocol import typed
 from ...methods.tuning.hidden_rows import steps_of
+from ...methods.tuning.messages import TrainUpdate
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
 from ...privacy.example_mechanism import ExampleMechanism
+from ...privacy.secure_sum.integers import Numbers
 from ...recipe.recipe import Recipe
 from ...transport.channel import Channel, Packed
 from ...transport.messages import read_task, values_of
+from ...transport.secure import ChangeVector, summed_method
 from ...updates.pipeline import on_client, update_transforms
 from ...updates.transform import ClientContext
 from ..replies import Part, PartSizes, SiteStatistics
@@ -96,7 +100,7 @@ class Participant:
     ) -> None:
         check_fit(recipe)
         self.recipe, self.name, self.policy, self.data = recipe, data.name, policy, data
-        self.settled = recipe.settled(len(names))
+        self.settled, self.names = recipe.settled(len(names)), names
         task = LearningTask.of(recipe.data, labels)
         self.base = load_base(recipe.model, task, recipe.seed, head=recipe.method.with_head)
         on_load()
@@ -197,16 +201,34 @@ class Participant:
         """Execute a task; returns the update as it travels: its tensors, and its values with the weight. In a
         round the memory changes; outside rounds nothing is remembered.
         """
+        update = self._update(asked, packed, round_number)[0]
+        return Packed.of(update), values_of(update)
+
+    def change(self, asked: Task, packed: Packed, round_number: int) -> Numbers:
+        """The vector of a task's update, for a secure sum; the memory changes.
+
+        Raises:
+            RecipeError, UpdateError: the recipe asks for no secure sums, or the update does not fit into one.
+        """
+        vector, method = ChangeVector.of(self.recipe, len(self.names)), summed_method(self.method)
+        if vector is None:
+            raise UpdateError("the recipe asks for no secure sums")
+        update, task = self._update(asked, packed, round_number)
+        forms = method.change_forms(task)
+        return vector.encode(typed(update, TrainUpdate), forms, round_number, self.name)
+
+    def _update(self, asked: Task, packed: Packed, round_number: int | None) -> tuple[Update, Task]:
+        """An executed task's update as it travels, and the task as it was unpacked."""
         task = self.channel.unpack_down(packed, asked)
         before = self.memory.before(round_number) if round_number is not None else self.memory.after(2**31)
         data = self.data_for_sums if asked.exact_answer else self.data
         client = Client(self.name, data, before, self.disk)
         update = self.method.execute(task, client)
         if round_number is None:
-            return Packed(update.tensors), values_of(update)
+            return update, task
         sent = on_client(self.transforms, update, ClientContext(self.name, task, client.memory))
         self.memory.save(round_number, client.memory)
-        return Packed.of(sent), values_of(sent)
+        return sent, task
 
     def take_cuts(self) -> list[str]:
         """What the method has cut or left out since the last call, beside what :attr:`truncation` counts."""

@@ -56,6 +56,11 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
                 "policy.chat_templates = false: the recipe brings a chat template (data.chat_template); "
                 "allow it in [policy] of site.toml by chat_templates = true"
             )
+    if policy.secure_sums and not (recipe.secure_sum is not None and recipe.secure_sum.on):
+        raise PolicyError(
+            "policy.secure_sums = true: the recipe lets the server see each site's change; it needs "
+            "secure_sum.on = true"
+        )
     recipe.method.check_limits()
     for content, setting in recipe.method.needed_contents(recipe.training, recipe.data.task).items():
         check_content(policy, [content], f"{setting} in the recipe")

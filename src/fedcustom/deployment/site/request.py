@@ -14,7 +14,7 @@ from typing import Any, Literal, cast, get_args
 from ...core.errors import WireError
 from ..replies import Part
 
-Kind = Literal["describe", "open", "work", "evaluate"]
+Kind = Literal["describe", "open", "work", "evaluate", "secure"]
 
 EVALUATED: tuple[Part, ...] = ("development", "test")
 """Parts of a site's data on which a server may have a state evaluated."""
@@ -30,6 +30,8 @@ MAX_ROUND, MAX_KEPT = 10**6, 10**4
 class Request:
     """A request of a run. ``round`` is None outside rounds; ``keep`` are the rounds that the run may go back
     to; ``part`` and ``after`` are of an evaluation; ``body`` is the file of its tensors on this machine.
+    ``secure`` is what comes with a task of the others' shares in a secure sum (it is fresh each time, and no
+    part of what is asked).
     ``opening`` is the digest of recipe, clients and labels with which the run was opened here.
     """
 
@@ -44,6 +46,7 @@ class Request:
     layout: Any = None
     body: Path | None = None
     opening: str = ""
+    secure: str | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -91,8 +94,10 @@ def read_request(message: Mapping[str, Any]) -> Request:
         if not isinstance(task, str) or not TASK.fullmatch(task):
             raise WireError("a message names no task")
         number = message.get("round")
-        asked = None if number is None else _whole(number, "round", 1)
-        return replace(request, task=task, round=asked)
+        asked, secure = None if number is None else _whole(number, "round", 1), message.get("secure")
+        if secure is not None and not isinstance(secure, str):
+            raise WireError("a message's secure must be a text")
+        return replace(request, task=task, round=asked, secure=secure)
     if kind == "evaluate":
         part = message.get("part")
         if part not in EVALUATED:

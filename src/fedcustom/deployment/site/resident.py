@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...core.errors import DataError, FedcustomError, PolicyError, UpdateError, WireError
@@ -22,11 +23,13 @@ from ...data.party_data import OwnData
 from ...data.truncation import in_words
 from ...federated.resolve import resolved
 from ...methods import Task
+from ...privacy.secure_sum.messages import write_message
 from ...recipe.recipe import Recipe, load_recipe
 from ...transport import gate, wire
 from ...transport.channel import Packed
 from ..nvflare.bridge import Bridge, BridgeError, BridgeListener
 from ..replies import MAX_LABELS, LabelList
+from ..task_digest import task_digest
 from .audit import LONGEST_TEXT, AuditLog, digest
 from .data import read_site, told_labels
 from .ledger import Ledger
@@ -45,6 +48,7 @@ from .policy import (
 from .privacy import check_spending, release_of
 from .request import Request, read_request
 from .rows import DataChanged, RowRecords, rows_of
+from .secure_sums import MASKED, MESSAGE, Identify, SecureSums, kit_identity, no_identity
 from .settings import SiteSettings
 
 Result = tuple[dict[str, Any], Packed]
@@ -63,7 +67,8 @@ class Resident:
 
     ``base`` is the folder that paths of the data are relative to, ``folder`` the one for this site's files.
     ``own_process``: a task that cannot be stopped otherwise ends this process. ``data_changed``: whether a
-    run goes on whose rows here are not those that it began with.
+    run goes on whose rows here are not those that it began with. ``identify`` gives the site's key for secure
+    sums.
 
     Raises:
         DeploymentError: the ledger is damaged.
@@ -78,7 +83,10 @@ class Resident:
         *,
         own_process: bool = False,
         data_changed: DataChanged = "refuse",
+        identify: Identify = no_identity,
     ) -> None:
+        self.identify = identify
+        self.secure_sums: SecureSums | None = None
         self.name, self.settings, self.base, self.folder = name, settings, base, folder
         self.own_process = own_process
         self.audit = AuditLog(folder / "audit.jsonl")
@@ -196,6 +204,8 @@ class Resident:
         if request.kind == "open":
             return self._open(request)
         participant = self._participant_of(request.run)
+        if request.kind == "secure":
+            return self._secure_sums(participant).answer(request.values), Packed({})
         asked = participant.task(request.task, request.values) if request.kind == "work" else None
         if request.keep is not None:
             participant.memory.prune(request.keep)
@@ -209,6 +219,7 @@ class Resident:
         asked = replace(asked, tensors=tensors)
         participant.check_task(asked, request.round)
         begins = request.round is not None and not asked.continues
+        secure = self._secure_work(participant, request)
         queries, policy = asked.queries_asked, self.settings.policy
         check_work(policy, self.ledger, participant.settled, request, begins=begins, queries=queries)
         mechanism, steps = participant.mechanism, participant.noised_steps(asked)
@@ -223,9 +234,53 @@ class Resident:
         if asked.exact_answer and begins and withheld.examples:
             facts = {"labels": withheld.labels, "examples": withheld.examples}
             self.audit.write("withheld", run=self.run_id, kind=request.task, **facts)
-        update, values = participant.execute(asked, packed, request.round)
+        if secure is not None:
+            assert request.round is not None
+            assert request.secure is not None
+            digest = task_digest(request.task, request.values, request.layout, request.round, tensors)
+            numbers = participant.change(asked, packed, request.round)
+            masked = secure.mask(request.round, request.secure, digest, numbers)
+            values = {MESSAGE: write_message(masked.receipt).decode()}
+            update = Packed({MASKED: torch.from_numpy(masked.numbers.view(np.int32))})
+        else:
+            update, values = participant.execute(asked, packed, request.round)
         self._log_cuts(participant.take_cuts())
         return values, update
+
+    def _secure_sums(self, participant: Participant) -> SecureSums:
+        """This site's part in the run's secure sums.
+
+        Raises:
+            WireError: the run's recipe asks for none.
+        """
+        settings = participant.recipe.secure_sum
+        if settings is None or not settings.on:
+            raise WireError("the run's recipe asks for no secure sums")
+        if self.secure_sums is None or self.secure_sums.run != self.run_id:
+            names, terms = participant.names, settings.terms(self.settings.policy.least_sites)
+            folder = self.folder / "secure_sums"
+            self.secure_sums = SecureSums(self.name, self.run_id, names, terms, self.identify, folder)
+        return self.secure_sums
+
+    def _secure_work(self, participant: Participant, request: Request) -> SecureSums | None:
+        """What masks the answer to a task; None where it is sent as it is.
+
+        Raises:
+            WireError: a task of a run with secure sums came without them, or the other way round.
+        """
+        settings = participant.recipe.secure_sum
+        on = settings is not None and settings.on
+        if on != (request.secure is not None) or (on and request.round is None):
+            raise WireError(
+                "a task came with shares of a secure sum, of which the run's recipe knows nothing"
+                if not on
+                else "the run's recipe asks for secure sums, and the task is none of one"
+            )
+        if not on or request.round is None:
+            return None
+        found = self._secure_sums(participant)
+        found.expect_work(request.round)
+        return found
 
     def _evaluate(self, participant: Participant, request: Request, tensors: Tensors) -> Result:
         """Check an evaluation, count it, and make it."""
@@ -387,7 +442,9 @@ class Resident:
         """The reply, once the policy allows it, its tensors in a file; and what the audit log says of it."""
         policy, size, kind = self.settings.policy, packed.length(values), request.kind
         # Labels are texts, but this site's file declares them, and all must agree on them.
-        free = {"labels"} if kind == "describe" else set()
+        # Messages of secure sums are keys, shares and signatures.
+        secure = kind == "secure" or request.secure is not None
+        free = {"labels"} if kind == "describe" else {MESSAGE} if secure else set()
         checked = {key: value for key, value in values.items() if key not in free}
         check_outgoing(policy, kind, checked, size, self.ledger)
         text = json.dumps(values, sort_keys=True, ensure_ascii=False)
@@ -403,6 +460,8 @@ class Resident:
         }
         if kind == "work":
             facts |= {"task": request.task, "round": request.round}
+        if kind == "secure":
+            facts |= {"exchange": request.values.get("stage"), "round": request.values.get("round")}
         if kind == "evaluate":
             facts |= {"part": request.part, "after": request.after}
         facts |= {"tensors": len(packed.tensors), "keys": sorted(values)}
@@ -428,5 +487,8 @@ def serve(
     limit_memory(settings.policy.max_memory_gigabytes)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    resident = Resident(name, settings, base, folder, own_process=True, data_changed=data_changed)
+    identify = kit_identity(folder.parent, settings.policy.peers)
+    resident = Resident(
+        name, settings, base, folder, own_process=True, data_changed=data_changed, identify=identify
+    )
     resident.serve(BridgeListener(folder / "bridge.json"))

@@ -95,6 +95,17 @@ class PolicySettings(Settings):
         gt=0,
         description="Most memory of the resident process, base model and task together (Linux; not a GPU's)",
     )
+    secure_sums: bool = Field(
+        False,
+        description="Whether this site takes part only in runs whose server is shown sums of the sites' "
+        "changes alone (secure_sum.on = true in the recipe)",
+    )
+    least_sites: int = Field(3, ge=3, description="Fewest sites in a secure sum that this site helps to open")
+    peers: list[str] = Field(
+        default_factory=list,
+        description="SHA-256 fingerprints of the sites' certificates, this one's included: no others are "
+        "believed in secure sums; empty: all that the federation's authority has signed",
+    )
     minimum_noise: float = Field(
         0.0,
         ge=0,

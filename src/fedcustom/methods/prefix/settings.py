@@ -173,8 +173,8 @@ class PrefixSettings(TuningSettings):
         return self._merging_if("stacked", "alternate")
 
     @property
-    def unbounded(self) -> str | None:
-        """Every way of merging but the mean, and layers that clients choose by their data."""
+    def needs_single_updates(self) -> str | None:
+        """All rules but the mean, and layers that each client chooses."""
         if self.layers_sent is not None:
             return f"method.layers_sent = {self.layers_sent}"
         return None if self.merging == "mean" else f"method.merging = {self.merging!r}"

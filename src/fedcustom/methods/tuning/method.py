@@ -10,7 +10,7 @@ from typing import Any
 
 from ...aggregation.settings import AggregationSettings
 from ...core.errors import RecipeError
-from ...core.tensors import count, without
+from ...core.tensors import Tensors, count, without
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample
 from ...models.inference import Predictions
@@ -92,6 +92,8 @@ class WeightTuning:
                 f"privacy.unit = 'client': {self.hooks.own_rule} merges by a rule of its own, in which one "
                 "client's part has no bound"
             )
+        if context.sums_only and self.hooks.own_rule:
+            raise RecipeError(f"secure_sum.on = true: {self.hooks.own_rule} needs each client's own change")
         self.ownership = Ownership(context, self.trainable, self.hooks)
         head_rounds = context.training.rounds_of_head_fits(context.rounds)
         layer = last_layer(self.trainable, self.base) if head_rounds else None
@@ -245,6 +247,14 @@ class WeightTuning:
         return self.objective.predict(
             self.trainable.model, self.tokens(examples), self.context.evaluation, texts=texts
         )
+
+    def change_forms(self, task: Task) -> Tensors:
+        """Names, shapes and dtypes of what a client's answer to a task to train changes.
+
+        Raises:
+            UpdateError: the task is another one.
+        """
+        return self.ownership.wanted(typed(task, TrainTask))
 
     def keeps_parts(self) -> bool:
         """Whether clients keep tensors to themselves, while others are merged."""

@@ -128,7 +128,9 @@ class TuningServer:
     def _merged(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """The state after a round that trains."""
         parts = self.parts
-        settings, gathered = parts.aggregation, parts.hooks.round(state)
+        settings = parts.aggregation
+        # What hooks report is of single clients' changes; a sum has none.
+        gathered = RoundAggregator() if parts.context.sums_only else parts.hooks.round(state)
         answered: list[str] = []
         newest = 0
 
@@ -136,7 +138,7 @@ class TuningServer:
             nonlocal newest
             for answer in stream:
                 arrival = self._arrival(answer)
-                answered.append(answer.client)
+                answered.extend(answer.clients)
                 newest = max(newest, typed(answer.task, TrainTask).round_number)
                 rest = gathered.take(arrival)
                 yield Change(answer.client, rest, arrival.weight, arrival.update.steps, answer.discount)

@@ -39,7 +39,8 @@ class Context:
     says how ``base`` was loaded, for methods that load others like it; ``transforms`` act on what the
     aggregation rule gives, in their order. ``privacy`` is the recipe's section where it hides clients, and
     ``release`` how the server, which alone has the key of the noise, releases what they send. With
-    ``row_privacy`` clients hide each of their training rows.
+    ``row_privacy`` clients hide each of their training rows. ``sums_only`` is whether the server is shown the
+    sum of the clients' changes, and no client's own.
     """
 
     base: Base
@@ -60,6 +61,7 @@ class Context:
     privacy: PrivacySettings | None = None
     release: ClientRelease | None = None
     row_privacy: ExamplePrivacy | None = None
+    sums_only: bool = False
 
 
 @dataclass

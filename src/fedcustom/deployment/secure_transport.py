@@ -1,0 +1,219 @@
+"""Transport of a deployed run that learns the sum of the sites' changes, and no site's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..core.errors import SecureSumError, UpdateError
+from ..methods import Task
+from ..privacy.secure_sum.identity import Verifier
+from ..privacy.secure_sum.integers import Numbers
+from ..privacy.secure_sum.messages import (
+    Agreement,
+    KeyOffer,
+    Masked,
+    Message,
+    Receipt,
+    Reveal,
+    SealedShares,
+    read_message,
+    write_message,
+)
+from ..privacy.secure_sum.protocol import RoundId
+from ..privacy.secure_sum.server import ServerRound, Sum
+from ..recipe.recipe import Recipe
+from ..transport.messages import values_of
+from ..transport.protocol import Reply
+from ..transport.secure import ChangeVector, closed, summed_method
+from .nvflare.messenger import SiteReply
+from .site.secure_sums import MASKED, MESSAGE
+from .task_digest import task_digest
+from .transport import RemoteTransport
+
+M = TypeVar("M", bound=Message)
+
+
+@dataclass
+class _Traffic:
+    """What a site's messages of a round come to, and why it was lost."""
+
+    bytes_up: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+
+
+@dataclass
+class _Round:
+    """One round under way."""
+
+    server: ServerRound
+    number: int
+    traffic: dict[str, _Traffic] = field(default_factory=dict)
+
+    @property
+    def left(self) -> list[str]:
+        """The sites that have not been lost."""
+        return [name for name, traffic in self.traffic.items() if not traffic.reason]
+
+
+class SecureTransport:
+    """Transport (:class:`~fedcustom.transport.protocol.SumTransport`) that runs the protocol of
+    :mod:`fedcustom.privacy.secure_sum` with the sites of ``remote``.
+
+    Discloses to the server: the sum of the sites' weighted changes, losses, steps and examples, and who took
+    part.
+    """
+
+    def __init__(
+        self, remote: RemoteTransport, recipe: Recipe, vector: ChangeVector, verifier: Verifier
+    ) -> None:
+        assert recipe.secure_sum is not None
+        self.remote, self.vector, self.verifier = remote, vector, verifier
+        self.method, self.terms = summed_method(remote.method), recipe.secure_sum.terms()
+
+    def exchange(
+        self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
+    ) -> Iterator[Reply]:
+        """The same as :meth:`exchange_sum`."""
+        return self.exchange_sum(tasks, round_number, absent)
+
+    def exchange_sum(
+        self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
+    ) -> Iterator[Reply]:
+        """Each site's reply without its update, in the tasks' order, and the sum."""
+        remote = self.remote
+        refused = remote.participants.refused
+        remote.connection.include_returned(tasks)
+        remote.participants.admit(list(tasks))
+        asked = {name: task for name, task in tasks.items() if name not in refused}
+        traffic = {name: _Traffic(reason=refused.get(name, "")) for name in tasks}
+        found: Sum | None = None
+        if asked:
+            try:
+                found = self._summed(asked, round_number, traffic)
+            except SecureSumError as error:
+                remote.connection.note(str(error))
+                for each in traffic.values():
+                    each.reason = each.reason or str(error)
+        remote.memories.advance(round_number)
+        replies = []
+        for name, task in tasks.items():
+            known, summed = traffic[name], found is not None and name in found.sites
+            if summed and known.reason:
+                remote.connection.note(f"{name} was lost after its change was summed: {known.reason}")
+            sent, down = remote.channel.down(task)
+            reason = "" if summed else known.reason
+            detail = f"{reason}\n" if reason else ""
+            replies.append(
+                Reply(name, sent, None, reason, detail, down if name in asked else 0, known.bytes_up,
+                      known.seconds, summed=summed)
+            )  # fmt: skip
+        yield from closed(replies, lambda sites: self._opened(asked, found, sites))
+
+    # --- the exchanges ---
+
+    def _summed(self, tasks: Mapping[str, Task], number: int, traffic: dict[str, _Traffic]) -> Sum:
+        """The five exchanges.
+
+        Raises:
+            SecureSumError: too few sites are left in one of them.
+        """
+        channel, digests = self.remote.channel, dict[str, bytes]()
+        packed = {name: channel.pack_down(task) for name, task in tasks.items()}
+        for name, task in tasks.items():
+            tensors, layout = packed[name].tensors, packed[name].layout
+            digests[name] = task_digest(task.kind, values_of(task), layout, number, tensors)
+        first, task = next(iter(digests.values())), next(iter(tasks.values()))
+        if any(digest != first for digest in digests.values()):
+            raise SecureSumError("the sites' tasks of this round differ, so that their changes do not add up")
+        count = self.vector.length(self.method.change_forms(channel.down(task)[0]))
+        round_id = RoundId(self.remote.connection.run_id, number)
+        server = ServerRound(round_id, self.terms, list(tasks), first, count, self.verifier)
+        this = _Round(server, number, {name: traffic[name] for name in tasks})
+        self._ask(this, "keys", dict.fromkeys(this.left), KeyOffer, server.take_keys)
+        roster = server.roster()
+        self._ask(this, "shares", dict.fromkeys(this.left, roster), SealedShares, server.take_shares)
+        deliveries = server.deliveries()
+        sealed = {name: _text(deliveries[name]) for name in this.left}
+        sent = {name: tasks[name] for name in sealed}
+        replies = self.remote.connection.execute_round(
+            sent, packed, number, self.remote.memories.checkpoints, server.threshold, sealed
+        )
+        for name, reply in replies:
+            self._take(this, name, reply, lambda name, reply: server.take_masked(name, _masked(reply)))
+            del reply  # before the next one is read
+        survivors = server.survivors()
+        self._ask(this, "agree", dict.fromkeys(survivors.names, survivors), Agreement, server.take_agreement)
+        proof = server.proof()
+        self._ask(this, "unmask", dict.fromkeys(this.left, proof), Reveal, server.take_reveal)
+        return server.opened()
+
+    def _ask(
+        self,
+        this: _Round,
+        stage: str,
+        messages: Mapping[str, Message | None],
+        form: type[M],
+        take: Callable[[str, M], None],
+    ) -> None:
+        """One exchange: what sites answer is taken, and those that fail are lost from then on."""
+        texts = {name: _text(message) if message is not None else "" for name, message in messages.items()}
+        needed = this.server.threshold or self.terms.needed(len(texts))
+        for name, reply in self.remote.connection.secure(texts, stage, this.number, needed):
+            self._take(this, name, reply, lambda name, reply: take(name, read_message(form, _payload(reply))))
+
+    def _take(
+        self, this: _Round, name: str, reply: SiteReply, take: Callable[[str, SiteReply], None]
+    ) -> None:
+        known = this.traffic[name]
+        known.bytes_up += reply.size
+        known.seconds += reply.seconds
+        try:
+            if reply.failure:
+                raise UpdateError(reply.failure)
+            take(name, reply)
+        except Exception as error:  # whatever a site sends, the others go on
+            known.reason = (str(error).splitlines() or [type(error).__name__])[0]
+
+    # --- the sum ---
+
+    def _opened(self, tasks: Mapping[str, Task], found: Sum | None, sites: tuple[str, ...]) -> Reply:
+        """The sum as a reply, whose weight must be that which its sites announced."""
+        assert found is not None
+        task = self.remote.channel.down(tasks[sites[0]])[0]
+        reply = self.vector.opened(task, found.numbers, self.method.change_forms(task), found.sites)
+        sizes, update = self.remote.participants.sizes, reply.update
+        announced = sum(sizes[name].train if name in sizes else 0 for name in found.sites)
+        wanted = announced if self.vector.most_examples is not None else len(found.sites)
+        if update is None or round(update.weight) != wanted:
+            weight = update.weight if update is not None else 0
+            raise UpdateError(
+                f"the sum of {len(found.sites)} sites has the weight {weight:g}: when the run began they "
+                f"announced {wanted}"
+            )
+        return reply
+
+
+def _text(message: Message) -> str:
+    return write_message(message).decode()
+
+
+def _payload(reply: SiteReply) -> bytes:
+    text: Any = reply.values.get(MESSAGE)
+    if not isinstance(text, str):
+        raise SecureSumError("an answer of a secure sum holds no message")
+    return text.encode()
+
+
+def _masked(reply: SiteReply) -> Masked:
+    """A site's masked vector, a tensor of 32-bit integers, and its receipt."""
+    receipt, tensors = read_message(Receipt, _payload(reply)), reply.packed.tensors
+    if tensors.keys() != {MASKED} or tensors[MASKED].dtype != torch.int32 or tensors[MASKED].dim() != 1:
+        raise SecureSumError("an answer of a secure sum holds no masked vector")
+    numbers: Numbers = tensors[MASKED].numpy().view(np.uint32)
+    return Masked(receipt, numbers)

@@ -1,0 +1,223 @@
+"""Sums of clients' changes as integers: how a change becomes a vector and back, and the transport of a
+simulation that sums such vectors as sites across organisations do, without masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..core.errors import RecipeError, SecureSumError, UpdateError
+from ..core.tensors import Tensors
+from ..methods.protocol import Method, SumsChanges, Task, typed
+from ..methods.tuning.messages import TrainUpdate
+from ..privacy.secure_sum.fixed_point import FixedPoint, counts, rounding_key
+from ..privacy.secure_sum.integers import Numbers, zeros
+from ..recipe.recipe import Recipe
+from ..recipe.secure_sum import check_number
+from .protocol import Reply, Transport
+
+SUM = "(sum)"
+"""The name under which a sum of clients' changes arrives."""
+
+FIGURES = 4
+"""Numbers of a vector before those of the change: weight, steps, examples, weighted loss."""
+
+LARGEST_LOSS = 1024.0
+
+
+@dataclass(frozen=True)
+class ChangeVector:
+    """How a client's change, weight, loss and numbers of steps and examples become one vector of integers,
+    the same wherever the client is, and how their sum is read.
+
+    Weights are shares of ``most_examples``, or 1 where that is None. The tensors of a change stand in the
+    order of their names, each number times the client's weight.
+
+    Args:
+        bound: Largest size of one number of a change.
+        sites: Most clients that are added up.
+        most_examples: Training examples of the largest client; None: all clients weigh the same.
+        seed: The recipe's.
+        losses: Whether clients tell their loss; not where they hide their rows.
+    """
+
+    bound: float
+    sites: int
+    most_examples: int | None
+    seed: int
+    losses: bool = True
+
+    @classmethod
+    def of(cls, recipe: Recipe, clients: int) -> ChangeVector | None:
+        """That of a recipe where there are so many clients; None where it asks for no secure sums.
+
+        Raises:
+            RecipeError: too few or too many clients take part in a round.
+        """
+        settings = recipe.secure_sum
+        if settings is None or not settings.on:
+            return None
+        check_number(recipe, clients)
+        weighted = recipe.aggregation.weighting == "examples"
+        most = settings.most_examples if weighted else None
+        losses = recipe.privacy is None or recipe.privacy.unit == "none"
+        return cls(settings.largest, recipe.rounds.cohort(clients), most, recipe.seed, losses)
+
+    def length(self, forms: Mapping[str, Tensor]) -> int:
+        """Numbers of a vector for changes of these names and shapes."""
+        return FIGURES + sum(tensor.numel() for tensor in forms.values())
+
+    def encode(
+        self, update: TrainUpdate, forms: Mapping[str, Tensor], round_number: int, client: str
+    ) -> Numbers:
+        """The vector of a client's update, whose tensors have the names and shapes of ``forms``.
+
+        Raises:
+            UpdateError: they have not; or a number is beyond its bound, which the message names.
+        """
+        if update.tensors.keys() != forms.keys():
+            raise UpdateError("a change has other tensors than the task asks for")
+        weight = 1 if self.most_examples is None else round(update.weight)
+        if self.most_examples is not None and not 1 <= weight <= self.most_examples:
+            raise UpdateError(
+                f"secure_sum.most_examples = {self.most_examples}: a client has {weight} training examples"
+            )
+        share = weight / (self.most_examples or 1)
+        result = zeros(self.length(forms), 32)
+        result[: FIGURES - 1] = counts([weight, update.steps, update.examples], self.sites)
+        told = (update.loss or 0.0) if self.losses else 0.0
+        if not abs(told) <= LARGEST_LOSS:
+            raise UpdateError(f"a training loss is beyond {LARGEST_LOSS:g}")
+        loss = torch.tensor([share * told], dtype=torch.float64)
+        key = rounding_key(self.seed, round_number, client, "")
+        result[FIGURES - 1 : FIGURES] = FixedPoint(LARGEST_LOSS, self.sites).encode(loss.numpy(), key)
+        start, fixed = FIGURES, FixedPoint(self.bound, self.sites)
+        for name in sorted(forms):
+            tensor = update.tensors[name]
+            if tensor.shape != forms[name].shape:
+                raise UpdateError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(forms[name].shape)}")
+            values = (tensor.detach().cpu().reshape(-1).double() * share).numpy()
+            try:
+                numbers = fixed.encode(values, rounding_key(self.seed, round_number, client, name))
+            except UpdateError as error:
+                raise UpdateError(f"secure_sum.bound = {self.bound:g}: {name} holds {error}") from None
+            result[start : start + len(numbers)] = numbers
+            start += len(numbers)
+        return result
+
+    def decode(self, total: Numbers, forms: Mapping[str, Tensor], sites: int) -> TrainUpdate:
+        """The mean of the updates of so many clients, from the sum of their vectors: its weight and examples
+        are those of all of them, its steps the mean ones.
+
+        Raises:
+            UpdateError: it is no such sum.
+        """
+        weight, steps, examples = (int(number) for number in total[: FIGURES - 1])
+        if len(total) != self.length(forms) or not min(weight, steps, examples) >= sites:
+            raise UpdateError("the sum of the clients' changes is malformed")
+        share = weight / (self.most_examples or 1)
+        loss = float(FixedPoint(LARGEST_LOSS, self.sites).decode(total[FIGURES - 1 : FIGURES])[0]) / share
+        start, fixed, tensors = FIGURES, FixedPoint(self.bound, self.sites), Tensors()
+        for name in sorted(forms):
+            like = forms[name]
+            values = torch.from_numpy(fixed.decode(total[start : start + like.numel()])).div_(share)
+            tensors[name] = values.reshape(like.shape).to(like.dtype)
+            start += like.numel()
+        return TrainUpdate(
+            tensors,
+            float(weight),
+            loss=loss if self.losses else None,
+            examples=examples,
+            steps=max(1, round(steps / sites)),
+        )
+
+    def opened(
+        self, task: Task, total: Numbers, forms: Mapping[str, Tensor], sites: tuple[str, ...]
+    ) -> Reply:
+        """What the server gets of a round in place of single updates.
+
+        Raises:
+            UpdateError: it is no sum of so many clients' changes.
+        """
+        update = self.decode(total, forms, len(sites))
+        return Reply(SUM, task, update, "", "", 0, 0, 0.0, clients=sites)
+
+
+def summed_method(method: Method) -> SumsChanges:
+    """The method, as one whose clients' changes can be summed.
+
+    Raises:
+        RecipeError: they cannot.
+    """
+    if not isinstance(method, SumsChanges):
+        raise RecipeError("secure_sum.on = true: the method's clients do not send changes that can be summed")
+    return method
+
+
+def closed(replies: list[Reply], opened: Callable[[tuple[str, ...]], Reply]) -> Iterator[Reply]:
+    """Clients' replies, of which some are in a sum, and the sum that is ``opened``; where that fails, they
+    are replies of clients that are left out.
+    """
+    sites = tuple(reply.client for reply in replies if reply.summed)
+    found: Reply | None = None
+    reason = ""
+    if sites:
+        try:
+            found = opened(sites)
+        except (SecureSumError, UpdateError) as error:
+            reason = str(error)
+    for reply in replies:
+        if reply.summed and found is None:
+            reply = replace(reply, summed=False, reason=reason, detail=f"{reason}\n")
+        yield reply
+    if found is not None:
+        yield found
+
+
+class SummingTransport:
+    """Transport of a simulation that shows sums only (:class:`~.protocol.SumTransport`): another transport's
+    updates as integers, added up. A sum of fewer clients than ``vector`` and ``recipe`` allow is not made.
+    """
+
+    def __init__(self, inner: Transport, method: Method, recipe: Recipe, vector: ChangeVector) -> None:
+        assert recipe.secure_sum is not None
+        self.inner, self.method, self.vector = inner, summed_method(method), vector
+        self.terms = recipe.secure_sum.terms()
+
+    def exchange(
+        self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
+    ) -> Iterator[Reply]:
+        """The same as :meth:`exchange_sum`."""
+        return self.exchange_sum(tasks, round_number, absent)
+
+    def exchange_sum(
+        self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
+    ) -> Iterator[Reply]:
+        """Each client's reply without its update, in the tasks' order, and the sum."""
+        total, forms, replies = zeros(0, 32), Tensors(), list[Reply]()
+        for reply in self.inner.exchange(tasks, round_number, absent):
+            if reply.update is None:
+                replies.append(reply)
+                continue
+            try:
+                forms = forms or self.method.change_forms(reply.task)
+                update = typed(reply.update, TrainUpdate)
+                numbers = self.vector.encode(update, forms, round_number, reply.client)
+            except UpdateError as error:
+                replies.append(replace(reply, update=None, reason=str(error), detail=f"{error}\n"))
+                continue
+            total = numbers if not len(total) else total + numbers
+            replies.append(replace(reply, update=None, summed=True))
+        yield from closed(replies, lambda sites: self._opened(tasks, total, forms, sites))
+
+    def _opened(
+        self, tasks: Mapping[str, Task], total: Numbers, forms: Tensors, sites: tuple[str, ...]
+    ) -> Reply:
+        needed = self.terms.needed(len(tasks))
+        if len(sites) < needed:
+            raise SecureSumError(f"{len(sites)} clients have sent their changes, {needed} are needed")
+        return self.vector.opened(tasks[sites[0]], total, forms, sites)
