@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fedcustom
 from fedcustom.core.errors import RecipeError
@@ -73,6 +74,25 @@ def test_the_record_and_what_was_spent(hidden: dict[str, Any], tmp_path: Path) -
     assert [row["epsilon"] for row in rows] == sorted(row["epsilon"] for row in rows)
     assert all(row["train_loss"] is None for row in rows)
     assert all(row["examples"] == 2 * 3 * 8 for row in rows)
+
+
+def test_hidden_rows_are_added_up_by_secure_sums_without_a_loss(
+    hidden: dict[str, Any], tmp_path: Path
+) -> None:
+    hidden["rounds"] = {"count": 2, "clients_per_round": 4}
+    hidden["privacy"]["randomness"] = "seeded"
+    hidden["aggregation"] = {"weighting": "uniform"}
+    hidden["training"]["fit_head"] = False
+    plain = fedcustom.run(hidden, out=tmp_path / "plain")
+    summed = fedcustom.run({**hidden, "secure_sum": {"on": True}}, out=tmp_path / "summed")
+    for row in rows_of(summed.directory):
+        assert len(row["answered"]) == 4
+        assert row.get("train", {}).get("loss") is None
+    ours, theirs = (
+        Checkpoints(run.directory / "checkpoints").load(2).state.tensors for run in (summed, plain)
+    )
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name], tensor, atol=1e-4), name
 
 
 def test_secret_noise_differs_and_seeded_noise_is_resumed(hidden: dict[str, Any], tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def test_its_settings_are_listed() -> None:
     ("sections", "key"),
     [
         ({"privacy": {"noise": "sum"}}, "privacy.noise"),
+        ({"secure_sum": {"on": True}}, "secure_sum.on"),
         ({"privacy": {"noise": "client"}}, "privacy.noise"),
         ({"privacy": {"epsilom": 1.0}}, "privacy.epsilom"),
         ({"privacy": {"noise_multiplier": 1.0}}, "epsilon"),
