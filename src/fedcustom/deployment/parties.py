@@ -10,7 +10,7 @@ from pathlib import Path
 from ..core.errors import RecipeError
 from ..data.examples import ClientData, Example, FederatedData, LearningTask
 from ..data.party_data import OwnData, read_own
-from ..federated.build import check_fit, make_method
+from ..federated.build import change_vector, check_fit, make_method
 from ..federated.fingerprint import of_server
 from ..federated.simulation import Federation
 from ..federated.truncation import fitted_data
@@ -19,7 +19,6 @@ from ..models.memory_mapping import park, parked
 from ..recipe.recipe import Recipe
 from ..transport.channel import Channel
 from ..transport.protocol import Transport, check_visible
-from ..transport.secure import ChangeVector
 from ..updates.pipeline import update_transforms
 from .connection import SiteConnection
 from .evaluation import RemoteEvaluation
@@ -101,7 +100,7 @@ def gather(
     memories = RemoteMemories(directory / RUN_FILE, identifier)
     remote = RemoteTransport(method, channel, transforms, connection, participants, memories, min_clients)
     transport: Transport = remote
-    if (vector := ChangeVector.of(recipe, len(settings.sites))) is not None:
+    if (vector := change_vector(recipe, len(settings.sites))) is not None:
         from .nvflare.identity import CertificateVerifier
         from .secure_transport import SecureTransport
 
