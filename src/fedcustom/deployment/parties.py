@@ -30,6 +30,9 @@ from .transport import RemoteTransport
 
 RUN_FILE = "run_id"
 
+OPENING_FILE = "secure_sum.json"
+"""File in the run's directory: of which sites a sum was opened last."""
+
 
 def run_id(directory: Path) -> str:
     """A run's identifier at the sites: drawn when it begins, and kept in its directory from its first
@@ -105,7 +108,7 @@ def gather(
         from .secure_transport import SecureTransport
 
         verifier = CertificateVerifier.of(folder / "server" / "startup")
-        transport = SecureTransport(remote, recipe, vector, verifier)
+        transport = SecureTransport(remote, recipe, vector, verifier, directory / OPENING_FILE)
     check_visible(transport, transforms, recipe.aggregation)
     evaluation = RemoteEvaluation(recipe, method, base, data, connection, participants, memories)
     rows = of_server(data)
