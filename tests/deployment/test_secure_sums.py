@@ -169,6 +169,22 @@ def test_a_round_is_unmasked_once_even_after_a_restart(
     assert {key: entry["sites"] for key, entry in noted.items()} == {"1.1": sites.names}
 
 
+def test_a_run_that_was_stopped_while_a_sum_was_opened_goes_on_with_the_same_sites(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """In round 2 one site is lost early, and another one after some have unmasked: too few shares."""
+    sites = SecureSites(tmp_path / "sites", recipe)
+    early, late = failing("o3", "work", 2), failing("o1", "unmask", 2)
+    sites.trick = lambda name, message: early(name, message) or late(name, message)
+    with pytest.raises(RunError, match="0 of 4 clients answered"):
+        sites.run(tmp_path / "out")
+    sites.trick = None
+    sites.run(tmp_path / "out", resume=True)
+    row = rows_of(tmp_path / "out")[-1]
+    assert (row["round"], row["answered"]) == (2, ["o0", "o1", "o2"])
+    assert row["left_out"] == {"o3": "round 2 was begun with other sites, whose sum may have been opened"}
+
+
 @pytest.mark.parametrize(
     ("others", "reason", "unmasked"),
     [

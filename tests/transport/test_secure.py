@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from fedcustom.aggregation.mean import weighted_mean
 from fedcustom.core.errors import RecipeError, UpdateError
+from fedcustom.federated.build import change_vector
 from fedcustom.methods.protocol import Update
 from fedcustom.methods.tuning.messages import TrainTask, TrainUpdate
 from fedcustom.privacy.secure_sum.integers import zeros
+from fedcustom.privacy.secure_sum.terms import Terms
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport.protocol import Reply, SumTransport, check_visible
 from fedcustom.transport.secure import SUM, ChangeVector, SummingTransport, summed_method
@@ -102,9 +104,9 @@ class Inner:
 
 def summing(updates: dict[str, Update | None]) -> list[Reply]:
     recipe = load_recipe({"secure_sum": {"on": True, "most_examples": 50, "bound": 8.0}})
-    vector = ChangeVector.of(recipe, len(updates))
+    vector = change_vector(recipe, len(updates))
     assert vector is not None
-    transport = SummingTransport(Inner(updates), cast(Any, Method()), recipe, vector)
+    transport = SummingTransport(Inner(updates), cast(Any, Method()), vector, Terms())
     assert isinstance(transport, SumTransport)
     check_visible(transport, (), recipe.aggregation)
     return list(transport.exchange({name: TrainTask(dict(FORMS), round_number=1) for name in updates}, 1))
@@ -135,4 +137,4 @@ def test_too_few_clients_make_no_sum() -> None:
 def test_a_method_that_sends_no_changes_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"secure_sum.on = true: the method's clients do not send changes"):
         summed_method(cast(Any, SimpleNamespace()))
-    assert ChangeVector.of(load_recipe({}), 2) is None
+    assert change_vector(load_recipe({}), 2) is None

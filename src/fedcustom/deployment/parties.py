@@ -10,7 +10,7 @@ from pathlib import Path
 from ..core.errors import RecipeError
 from ..data.examples import ClientData, Example, FederatedData, LearningTask
 from ..data.party_data import OwnData, read_own
-from ..federated.build import check_fit, make_method
+from ..federated.build import change_vector, check_fit, make_method
 from ..federated.example_run import ExampleRun, example_privacy
 from ..federated.fingerprint import of_server
 from ..federated.private_run import private_run
@@ -21,7 +21,6 @@ from ..models.memory_mapping import park, parked
 from ..recipe.recipe import Recipe
 from ..transport.channel import Channel
 from ..transport.protocol import Transport, check_visible
-from ..transport.secure import ChangeVector
 from ..updates.pipeline import update_transforms
 from .connection import SiteConnection
 from .evaluation import RemoteEvaluation
@@ -32,6 +31,9 @@ from .settings import FederationSettings
 from .transport import RemoteTransport
 
 RUN_FILE = "run_id"
+
+OPENING_FILE = "secure_sum.json"
+"""File in the run's directory: of which sites a sum was opened last."""
 
 
 def run_id(directory: Path) -> str:
@@ -104,12 +106,12 @@ def gather(
     memories = RemoteMemories(directory / RUN_FILE, identifier)
     remote = RemoteTransport(method, channel, transforms, connection, participants, memories, min_clients)
     transport: Transport = remote
-    if (vector := ChangeVector.of(recipe, len(settings.sites))) is not None:
+    if (vector := change_vector(recipe, len(settings.sites))) is not None:
         from .nvflare.identity import CertificateVerifier
         from .secure_transport import SecureTransport
 
         verifier = CertificateVerifier.of(folder / "server" / "startup")
-        transport = SecureTransport(remote, recipe, vector, verifier)
+        transport = SecureTransport(remote, recipe, vector, verifier, directory / OPENING_FILE)
     check_visible(transport, transforms, recipe.aggregation)
     evaluation = RemoteEvaluation(recipe, method, base, data, connection, participants, memories)
     rows = of_server(data)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from ..core.errors import SecureSumError, UpdateError
+from ..core.files import read_json, write_json
 from ..methods import Task
 from ..privacy.secure_sum.identity import Verifier
 from ..privacy.secure_sum.integers import Numbers
@@ -65,15 +67,23 @@ class SecureTransport:
     """Transport (:class:`~fedcustom.transport.protocol.SumTransport`) that runs the protocol of
     :mod:`fedcustom.privacy.secure_sum` with the sites of ``remote``.
 
+    Before a sum is opened, ``file`` says of which sites: a round that is repeated after that, since the run
+    was stopped, is made with the same ones, for these open no other sum of it.
+
     Discloses to the server: the sum of the sites' weighted changes, losses, steps and examples, and who took
     part.
     """
 
     def __init__(
-        self, remote: RemoteTransport, recipe: Recipe, vector: ChangeVector, verifier: Verifier
+        self,
+        remote: RemoteTransport,
+        recipe: Recipe,
+        vector: ChangeVector,
+        verifier: Verifier,
+        file: Path,
     ) -> None:
         assert recipe.secure_sum is not None
-        self.remote, self.vector, self.verifier = remote, vector, verifier
+        self.remote, self.vector, self.verifier, self.file = remote, vector, verifier, file
         self.method, self.terms = summed_method(remote.method), recipe.secure_sum.terms()
 
     def exchange(
@@ -90,8 +100,9 @@ class SecureTransport:
         refused = remote.participants.refused
         remote.connection.include_returned(tasks)
         remote.participants.admit(list(tasks))
-        asked = {name: task for name, task in tasks.items() if name not in refused}
-        traffic = {name: _Traffic(reason=refused.get(name, "")) for name in tasks}
+        barred = {**self._barred(tasks, round_number), **refused}
+        asked = {name: task for name, task in tasks.items() if name not in barred}
+        traffic = {name: _Traffic(reason=barred.get(name, "")) for name in tasks}
         found: Sum | None = None
         if asked:
             try:
@@ -114,6 +125,14 @@ class SecureTransport:
                       known.seconds, summed=summed)
             )  # fmt: skip
         yield from closed(replies, lambda sites: self._opened(asked, found, sites))
+
+    def _barred(self, names: Iterable[str], number: int) -> dict[str, str]:
+        """The sites that are not asked, since the sum of the others may have been opened before."""
+        begun = read_json(self.file) if self.file.exists() else {}
+        if (begun.get("run"), begun.get("round")) != (self.remote.connection.run_id, number):
+            return {}
+        reason = f"round {number} was begun with other sites, whose sum may have been opened"
+        return {name: reason for name in names if name not in begun["sites"]}
 
     # --- the exchanges ---
 
@@ -150,6 +169,8 @@ class SecureTransport:
         survivors = server.survivors()
         self._ask(this, "agree", dict.fromkeys(survivors.names, survivors), Agreement, server.take_agreement)
         proof = server.proof()
+        opening = {"run": round_id.run, "round": number, "sites": list(survivors.names)}
+        write_json(self.file, opening)
         self._ask(this, "unmask", dict.fromkeys(this.left, proof), Reveal, server.take_reveal)
         return server.opened()
 

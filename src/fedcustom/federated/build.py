@@ -18,6 +18,8 @@ from ..models.configuration import context_length, has_learned_positions, load_c
 from ..models.load import Base
 from ..models.size_class import architecture_of
 from ..recipe.recipe import Baseline, Recipe
+from ..recipe.secure_sum import check_number
+from ..transport.secure import ChangeVector
 from ..updates.transform import UpdateTransform, acts
 from .example_run import example_privacy
 from .schedule import EVERYONE
@@ -66,6 +68,23 @@ def make_method(
         sums_only=recipe.secure_sum is not None and recipe.secure_sum.on,
     )
     return build_method(recipe.method, context)
+
+
+def change_vector(recipe: Recipe, clients: int) -> ChangeVector | None:
+    """How changes of a recipe's clients, of whom there are so many, become vectors of integers that are
+    summed; None where it asks for no secure sums.
+
+    Raises:
+        RecipeError: too few or too many clients take part in a round.
+    """
+    settings = recipe.secure_sum
+    if settings is None or not settings.on:
+        return None
+    check_number(recipe, clients)
+    weighted = recipe.aggregation.weighting == "examples"
+    most = settings.most_examples if weighted else None
+    losses = recipe.privacy is None or recipe.privacy.unit == "none"
+    return ChangeVector(settings.largest, recipe.rounds.cohort(clients), most, recipe.seed, losses)
 
 
 def check_fit(recipe: Recipe) -> None:

@@ -22,11 +22,11 @@ from ..transport.channel import Channel
 from ..transport.client_store import ClientStore
 from ..transport.in_process import InProcessTransport
 from ..transport.protocol import Transport, check_visible
-from ..transport.secure import ChangeVector, SummingTransport
+from ..transport.secure import SummingTransport
 from ..updates.attack import hostile_clients, simulated_attack
 from ..updates.pipeline import update_transforms
 from ..updates.transform import UpdateTransform
-from .build import check_cohort, check_fit, check_transforms, make_method, pooled
+from .build import change_vector, check_cohort, check_fit, check_transforms, make_method, pooled
 from .callbacks import Callback
 from .evaluator import Evaluator, Probes, Result
 from .example_run import ExampleRun, check_rows, example_run
@@ -147,8 +147,8 @@ def simulate(
     origin = method.initialise()
     channel = Channel(recipe.compression, origin.tensors)
     transport: Transport = InProcessTransport(method, store, channel, applied, callbacks.on_note)
-    if (vector := ChangeVector.of(recipe, len(data.clients))) is not None:
-        transport = SummingTransport(transport, method, recipe, vector)
+    if (vector := change_vector(recipe, len(data.clients))) is not None and recipe.secure_sum is not None:
+        transport = SummingTransport(transport, method, vector, recipe.secure_sum.terms())
     check_visible(transport, applied, recipe.aggregation)
     return Federation(
         base, data, method, origin, evaluator, transport, store, rows, truncation, private, hidden

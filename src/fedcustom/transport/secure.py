@@ -16,8 +16,7 @@ from ..methods.protocol import Method, SumsChanges, Task, typed
 from ..methods.tuning.messages import TrainUpdate
 from ..privacy.secure_sum.fixed_point import FixedPoint, counts, rounding_key
 from ..privacy.secure_sum.integers import Numbers, zeros
-from ..recipe.recipe import Recipe
-from ..recipe.secure_sum import check_number
+from ..privacy.secure_sum.terms import Terms
 from .protocol import Reply, Transport
 
 SUM = "(sum)"
@@ -50,22 +49,6 @@ class ChangeVector:
     most_examples: int | None
     seed: int
     losses: bool = True
-
-    @classmethod
-    def of(cls, recipe: Recipe, clients: int) -> ChangeVector | None:
-        """That of a recipe where there are so many clients; None where it asks for no secure sums.
-
-        Raises:
-            RecipeError: too few or too many clients take part in a round.
-        """
-        settings = recipe.secure_sum
-        if settings is None or not settings.on:
-            return None
-        check_number(recipe, clients)
-        weighted = recipe.aggregation.weighting == "examples"
-        most = settings.most_examples if weighted else None
-        losses = recipe.privacy is None or recipe.privacy.unit == "none"
-        return cls(settings.largest, recipe.rounds.cohort(clients), most, recipe.seed, losses)
 
     def length(self, forms: Mapping[str, Tensor]) -> int:
         """Numbers of a vector for changes of these names and shapes."""
@@ -180,13 +163,12 @@ def closed(replies: list[Reply], opened: Callable[[tuple[str, ...]], Reply]) -> 
 
 class SummingTransport:
     """Transport of a simulation that shows sums only (:class:`~.protocol.SumTransport`): another transport's
-    updates as integers, added up. A sum of fewer clients than ``vector`` and ``recipe`` allow is not made.
+    updates as integers (``vector``), added up. A sum of fewer clients than the ``terms`` say is not made.
     """
 
-    def __init__(self, inner: Transport, method: Method, recipe: Recipe, vector: ChangeVector) -> None:
-        assert recipe.secure_sum is not None
-        self.inner, self.method, self.vector = inner, summed_method(method), vector
-        self.terms = recipe.secure_sum.terms()
+    def __init__(self, inner: Transport, method: Method, vector: ChangeVector, terms: Terms) -> None:
+        self.inner, self.method = inner, summed_method(method)
+        self.vector, self.terms = vector, terms
 
     def exchange(
         self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()

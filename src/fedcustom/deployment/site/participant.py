@@ -15,7 +15,7 @@ from ...data.party_data import OwnData
 from ...data.settings import ClientSettings
 from ...evaluation.settings import CHOICE_METRIC
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
-from ...federated.build import check_fit, make_method
+from ...federated.build import change_vector, check_fit, make_method
 from ...federated.evaluator import development_predictions, predicted
 from ...federated.example_run import example_privacy
 from ...federated.truncation import fitted_data
@@ -30,7 +30,7 @@ from ...privacy.secure_sum.integers import Numbers
 from ...recipe.recipe import Recipe
 from ...transport.channel import Channel, Packed
 from ...transport.messages import read_task, values_of
-from ...transport.secure import ChangeVector, summed_method
+from ...transport.secure import summed_method
 from ...updates.pipeline import on_client, update_transforms
 from ...updates.transform import ClientContext
 from ..replies import Part, PartSizes, SiteStatistics
@@ -210,7 +210,7 @@ class Participant:
         Raises:
             RecipeError, UpdateError: the recipe asks for no secure sums, or the update does not fit into one.
         """
-        vector, method = ChangeVector.of(self.recipe, len(self.names)), summed_method(self.method)
+        vector, method = change_vector(self.recipe, len(self.names)), summed_method(self.method)
         if vector is None:
             raise UpdateError("the recipe asks for no secure sums")
         update, task = self._update(asked, packed, round_number)

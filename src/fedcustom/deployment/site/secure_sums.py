@@ -61,6 +61,8 @@ class Unmasked:
             known: dict[str, Any] = read_json(file) if file.exists() else {}
         except RunError:
             raise SecureSumError("this site's list of unmasked sums is damaged") from None
+        if not isinstance(known, dict):
+            raise SecureSumError("this site's list of unmasked sums is damaged")
         key = f"{opening.round_id.number}.{opening.round_id.exchange}"
         entry = {"task": opening.task.hex(), "sites": sorted(opening.survivors)}
         if known.setdefault(key, entry) != entry:
