@@ -73,6 +73,20 @@ def check_generation(recipe: Recipe, test: Sequence[Example]) -> None:
         )
 
 
+def check_private(recipe: Recipe, development: Sequence[Example]) -> None:
+    """Refuse a run that hides its clients where the sites would evaluate each state, for they would get it
+    before its checkpoint is on the disk: a run that is resumed would release another with the same noise.
+
+    Raises:
+        RecipeError: says what to set instead.
+    """
+    if recipe.client_privacy is not None and not development:
+        raise RecipeError(
+            "privacy.unit = 'client': the server needs development data of its own, or sites would see "
+            "states before these are checkpointed; name some in federation.toml (data.development)"
+        )
+
+
 def gather(
     recipe: Recipe, settings: FederationSettings, folder: Path, messenger: Messenger, directory: Path
 ) -> Federation:
@@ -93,6 +107,7 @@ def gather(
     participants = agree(connection, recipe, settings.sites, settings.start_with or min_clients)
     data = _server_view(recipe, settings, own, participants.labels)
     check_generation(recipe, data.test)
+    check_private(recipe, data.development)
     private = private_run(recipe.settled(len(data.clients)), len(data.clients), directory)
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     data, truncation = fitted_data(recipe, recipe.data, base, data)
