@@ -140,3 +140,16 @@ def test_fedavg_takes_the_change_as_it_is() -> None:
     state, moments = server_step({"w": torch.tensor([3.0, 4.0])}, change, {}, AggregationSettings())
     assert torch.equal(state["w"], torch.tensor([3.5, 3.75]))
     assert moments == {}
+
+
+@pytest.mark.parametrize("optimizer", ["fedavgm", "nesterov", "fedadagrad", "fedadam", "fedyogi"])
+def test_a_tensor_that_is_changed_later_starts_with_moments_of_its_own(optimizer: str) -> None:
+    """A head that rested at first, or factors that are trained in turn."""
+    settings = AggregationSettings(server_optimizer=optimizer)
+    zero, one = {"a": torch.zeros(3)}, {"a": torch.ones(3)}
+    _, moments = server_step(zero, dict(one), {}, settings)
+    both, _ = server_step({**zero, "b": torch.zeros(2)}, {**one, "b": torch.ones(2)}, moments, settings)
+    alone, _ = server_step({"b": torch.zeros(2)}, {"b": torch.ones(2)}, {}, settings)
+    again, _ = server_step(zero, dict(one), moments, settings)
+    assert torch.equal(both["b"], alone["b"])
+    assert torch.equal(both["a"], again["a"])

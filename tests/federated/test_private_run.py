@@ -235,3 +235,35 @@ def test_a_run_may_begin_with_a_noised_head(private: dict[str, Any], tmp_path: P
     )
     record = json.loads((tmp_path / "run" / RECORD).read_text())
     assert record["head"]["fits"] == 1
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"compression": {"kind": "int8"}},
+        {"compression": {"kind": "top_k", "error_feedback": True}},
+        {"method": {"name": "lora", "variant": "fedsa", "rank": 2}},
+        {"method": {"name": "lora", "variant": "rolora", "rank": 2}},
+        {"personalisation": {"keep": ["head"]}},
+        {"aggregation": {"server_optimizer": "fedadam"}, "training": {"learning_rate": 0.1, "proximal": 0.1}},
+        {"rounds": {"count": 1}, "method": {"name": "bitfit", "norms": True}},
+        {"participation": {"partial": 0.5}},
+    ],
+    ids=str,
+)
+def test_what_goes_with_it(private: dict[str, Any], tmp_path: Path, sections: dict[str, Any]) -> None:
+    private["rounds"] = {"count": 2, "clients_per_round": 2}
+    run = fedcustom.run({**private, **sections}, out=tmp_path / "run")
+    rows = rows_of(run.directory)
+    assert not any(row["left_out"] for row in rows)
+    assert not any("refused" in row for row in rows)
+    assert rows[-1]["epsilon"] == pytest.approx(run.summary["privacy"]["epsilon"], abs=1e-5)
+
+
+def test_a_generator_has_no_head_to_bound(generation: dict[str, Any], tmp_path: Path) -> None:
+    recipe = {
+        **generation,
+        "rounds": {"count": 1},
+        "privacy": {"unit": "client", "noise_multiplier": 0.5, "delta": 1e-3},
+    }
+    assert fedcustom.run(recipe, out=tmp_path / "run").summary["privacy"]["valid"]

@@ -32,8 +32,8 @@ def server_step(
         fedadam     v = b2 v + (1 - b2) d^2, the rest as in fedadagrad
         fedyogi     v = v - (1 - b2) d^2 sign(v - d^2), the rest as in fedadagrad
 
-    ``moments`` is empty in the first round: m starts at 0, v at tau^2. ``change`` is used up: with ``fedavg``
-    the next state takes its memory, so that a large model is held twice and not three times.
+    ``moments`` lacks what no round has changed yet: m starts at 0, v at tau^2. ``change`` is used up: with
+    ``fedavg`` the next state takes its memory, so that a large model is held twice and not three times.
 
     Raises:
         KeyError: the states differ in names.
@@ -42,7 +42,7 @@ def server_step(
     rate = settings.server_learning_rate or DEFAULT_RATES.get(rule, 0.01)
     if rule == "fedavg":
         return combine(lambda x, d: d.mul_(rate).add_(x), current, change), {}
-    first = part(moments, FIRST) or zeros_like(current)
+    first = zeros_like(current) | part(moments, FIRST)
     if rule in ("fedavgm", "nesterov"):
         first = combine(lambda m, d: settings.momentum * m + d, first, change)
         if rule == "nesterov":
@@ -51,7 +51,7 @@ def server_step(
         return combine(lambda x, m: x + rate * m, current, first), named(first, FIRST)
 
     tau = settings.adaptivity
-    second = part(moments, SECOND) or combine(lambda x: x.new_full(x.shape, tau**2), current)
+    second = combine(lambda x: x.new_full(x.shape, tau**2), current) | part(moments, SECOND)
     first = combine(lambda m, d: settings.momentum * m + (1 - settings.momentum) * d, first, change)
     decay = settings.second_momentum
     if rule == "fedadagrad":
