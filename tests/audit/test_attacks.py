@@ -14,7 +14,7 @@ from torch import Tensor
 from fedcustom.audit.attack import CannotAttack, Deadline, Keeper, OutOfTime, Received, RoundView, Target
 from fedcustom.audit.candidates import Candidates, likeness, matched_pairs
 from fedcustom.audit.results import Finding
-from fedcustom.audit.sums import Sums, sent_labels
+from fedcustom.audit.sums import Sums
 from fedcustom.audit.tokens import Tokens, changed_rows
 from fedcustom.data.examples import ClientData, Example, FederatedData, LearningTask
 from fedcustom.methods import Answer, Client, WeightTuning, Work
@@ -266,16 +266,6 @@ def test_sums_of_one_text(tiny: dict[str, str]) -> None:
     found = by_measure(Sums().attack(run, replace(view, received=received), LATER))
     assert found["client's update: sums of one text named"].success == 1.0
     assert found["client's update: sums of two texts named"].success == 1.0
-
-
-def test_which_labels_were_sent() -> None:
-    counts = torch.tensor([1, 4, 0, 2, 4])
-    assert sent_labels(counts, 0) == []
-    assert sent_labels(counts, 2) == [1, 4]
-    assert sent_labels(counts, 3) == [1, 3, 4]
-    assert sent_labels(counts, 4) == [0, 1, 3, 4]
-    with pytest.raises(CannotAttack, match="1 sums, which are not those of its largest labels"):
-        sent_labels(counts, 1)
 
 
 def test_no_sums_where_no_head_is_fitted(tiny: dict[str, str]) -> None:

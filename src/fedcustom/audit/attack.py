@@ -10,14 +10,18 @@ from typing import Literal, Protocol
 
 from ..core.errors import FedcustomError
 from ..data.examples import Example, FederatedData
-from ..methods import Method, State, Task
+from ..federated.private_run import PrivateRun
+from ..methods import Method, State, Task, Work
 from ..methods.protocol import Update
 from ..recipe import Recipe
 from .knowledge import Knowledge
 from .results import Finding, View
 
-RoundKind = Literal["training", "fitting the head"]
-"""What clients do in a round."""
+RoundKind = Literal["training", "fitting the head", "finished"]
+"""What clients do in a round; ``finished`` is no round, but all that was released when the run is over."""
+
+SPARE = 0.9
+"""Of the time that is left, what an attack plans to use."""
 
 
 class OutOfTime(Exception):
@@ -48,18 +52,27 @@ class Deadline:
         if self.left < 0:
             raise OutOfTime
 
+    def fitting(self, seconds: float, wanted: int) -> int:
+        """How many of ``wanted`` steps there is time for, if each takes so many ``seconds`` as one has now
+        taken: a busy machine is slower than the one that the run was made on.
+        """
+        return max(0, int(min(wanted, SPARE * self.left / max(seconds, 1e-9))))
+
 
 @dataclass(frozen=True)
 class Target:
     """The run that is attacked. ``data`` are the examples that the clients trained on: the truth by which an
     attack is judged, and the texts from which its candidates are drawn. ``delta`` is that of lower bounds on
-    epsilon.
+    epsilon, ``private`` the mechanism of a run that hides clients, ``cohorts`` who answered in each round,
+    by its number.
     """
 
     recipe: Recipe
     data: FederatedData
     method: Method
     delta: float = 1e-5
+    private: PrivateRun | None = None
+    cohorts: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -99,7 +112,9 @@ class RoundView:
     """What can be seen of one round.
 
     ``answered`` are all clients whose messages came; ``received`` has the messages of as many as there was
-    memory for, the others count as ``unseen``. ``before`` and ``after`` are the global states.
+    memory for, the others count as ``unseen``; it is empty where a trusted server's view is not looked at.
+    ``before`` and ``after`` are the global states; of a run that is ``finished``, number 0, the first one
+    and the one that is released.
     """
 
     number: int
@@ -117,6 +132,19 @@ class RoundView:
         for message in self.received:
             found.setdefault(message.client, []).append(message)
         return found
+
+    def task(self, target: Target) -> Task:
+        """A task of the round, as any of its clients got it.
+
+        Raises:
+            CannotAttack: nobody took part.
+        """
+        if self.received:
+            return self.received[0].task
+        if not self.answered:
+            raise CannotAttack("nobody took part in the round")
+        name = self.answered[0]
+        return target.method.configure(self.before, self.number, {name: Work(epochs=1)})[name]
 
 
 class Attack(Protocol):

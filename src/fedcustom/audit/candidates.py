@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..core.tensors import Tensors, norm, subtract
 from ..data.examples import Example
-from .attack import CannotAttack, Deadline, RoundKind, RoundView, Target
+from .attack import CannotAttack, Deadline, OutOfTime, RoundKind, RoundView, Target
 from .results import Finding, View
 from .statistics import auc, bootstrap, epsilon_bound, true_positives
 
@@ -20,8 +21,11 @@ MOST_MEMBERS = 200
 FALSE_POSITIVES = 0.01
 """The share of others that may be taken for members, where the share of members that are found is counted."""
 
-GUESSED = 0.1
-"""The share of the candidates that the bound on epsilon guesses to be members, and as many to be none."""
+GUESSED = 0.2
+"""The share of the pairs, the surest, of which the bound on epsilon guesses the member."""
+
+FIRST_PAIRS, LEAST_PAIRS = 5, 20
+"""Pairs by which the time of all is estimated, and the least that are worth it."""
 
 
 @dataclass(frozen=True)
@@ -69,26 +73,41 @@ class Candidates:
             name: knowledge.comparable(knowledge.change(m.task, m.update)) for name, m in updates.items()
         }
         changes = {name: change for name, change in changes.items() if change}
-        pairs = matched_pairs(target, list(changes), seen.answered)
-        if not pairs:
+        common = seen.task(target)
+        like = next(iter(changes.values()), None) or knowledge.comparable(knowledge.wanted(common))
+        difference = _difference(seen, like)
+        inside = list(changes) if seen.received else list(seen.answered)
+        pairs = matched_pairs(target, inside, seen.answered)
+        if not pairs or not (changes or difference):
             raise CannotAttack("no client of the round sent what a gradient can be compared with")
-        difference = _difference(seen, next(iter(changes.values())))
         scores = np.zeros((2, 2, len(pairs)))  # view, member or other, pair
         entered: Tensor | None = None
+        wanted, began = len(pairs), time.monotonic()
         for place, pair in enumerate(pairs):
             deadline.check()
-            task, change = updates[pair.client].task, changes[pair.client]
+            if place == FIRST_PAIRS:
+                wanted = place + deadline.fitting((time.monotonic() - began) / place, wanted - place)
+                if wanted < min(LEAST_PAIRS, len(pairs)):
+                    raise OutOfTime
+            if place == wanted:
+                break
+            change = changes.get(pair.client, {})
+            task = updates[pair.client].task if changes else common
             first = next(iter(task.tensors.values()))
             if entered is not first:
                 knowledge.enter(task)
                 entered = first
             for side, example in enumerate((pair.member, pair.other)):
-                gradient = knowledge.gradient(example, list(change))
+                gradient = knowledge.gradient(example, list(change or like))
                 gradient = {name: tensor.cpu() for name, tensor in gradient.items()}
                 scores[0, side, place] = likeness(change, gradient)
                 scores[1, side, place] = likeness(difference, gradient)
-        found = _findings(target, seen, "client's update", scores[0])
-        return found + (_findings(target, seen, "state difference", scores[1]) if difference else [])
+        scores = scores[:, :, :wanted]
+        more = (
+            f" ({len(pairs) - wanted} of {len(pairs)} pairs left out for time)" if wanted < len(pairs) else ""
+        )
+        found = _findings(target, seen, "client's update", scores[0], more) if changes else []
+        return found + (_findings(target, seen, "state difference", scores[1], more) if difference else [])
 
 
 def matched_pairs(target: Target, clients: Sequence[str], answered: Sequence[str]) -> list[Pair]:
@@ -147,14 +166,16 @@ def likeness(change: Tensors, gradient: Tensors) -> float:
     return sum(found) / len(found) if found else 0.0
 
 
-def _findings(target: Target, seen: RoundView, view: View, scores: np.ndarray) -> list[Finding]:
+def _findings(
+    target: Target, seen: RoundView, view: View, scores: np.ndarray, more: str = ""
+) -> list[Finding]:
     members, others = scores
     count, many = len(members), len(members) + len(others)
     area, seed = auc(members, others), target.seed
     low, high = bootstrap(auc, members, others, seed)
     of = "a client's update" if view == "client's update" else "two global states, as any client sees them,"
     verdict = "does not tell" if low <= 0.5 <= high else f"tells with AUC {area:.3f}"
-    said = f"{of} {verdict} whether a text with a known label was trained on in the round"
+    said = f"{of} {verdict} whether a text with a known label was trained on in the round{more}"
     if seen.unseen:
         said += f" ({seen.unseen} clients left out: their updates are too large to keep)"
 
@@ -163,7 +184,8 @@ def _findings(target: Target, seen: RoundView, view: View, scores: np.ndarray) -
 
     share = at_one_percent(members, others)
     least, most = bootstrap(at_one_percent, members, others, seed)
-    epsilon = _epsilon(target, scores) if view == "state difference" else None
+    promised: View = "client's update" if target.recipe.example_privacy else "state difference"
+    epsilon = _epsilon(target, seen, scores) if view == promised else None
     return [
         Finding(
             "candidates", view, seen.number, "AUC", area, 0.5, many, many, said, low, high, epsilon
@@ -176,12 +198,15 @@ def _findings(target: Target, seen: RoundView, view: View, scores: np.ndarray) -
     ]  # fmt: skip
 
 
-def _epsilon(target: Target, scores: np.ndarray) -> float | None:
-    """The lower bound on epsilon; None unless clients' rows were drawn at random, as the bound needs."""
-    if target.recipe.clients.partition != "iid":
+def _epsilon(target: Target, seen: RoundView, scores: np.ndarray) -> float | None:
+    """The lower bound on epsilon; None unless clients' rows were drawn at random, and in all rounds but the
+    first. Then it is a fair coin which text of a pair was there, and the client of the other one has had no
+    part in anything yet.
+    """
+    if target.recipe.clients.partition != "iid" or seen.number != 1:
         return None
-    flat, member = scores.flatten(), np.repeat([True, False], scores.shape[1])
-    order = np.argsort(-flat, kind="stable")
-    number = max(1, int(GUESSED * len(flat)))
-    correct = int(member[order[:number]].sum() + (~member[order[-number:]]).sum())
-    return epsilon_bound(correct, 2 * number, len(flat), target.delta)
+    differences = scores[0] - scores[1]
+    number = max(1, int(GUESSED * len(differences)))
+    surest = np.argsort(-np.abs(differences), kind="stable")[:number]
+    correct = int((differences[surest] > 0).sum())
+    return epsilon_bound(correct, number, len(differences), target.delta, swapped=True)

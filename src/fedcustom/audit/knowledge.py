@@ -48,6 +48,10 @@ class Knowledge:
         found = self.parts.hooks.unpack(typed(update, TrainUpdate), wanted)
         return without(found, CONTROL)
 
+    def wanted(self, task: Task) -> Tensors:
+        """The tensors of a task to train that a client is to train, as they are sent to it."""
+        return dict(self.parts.ownership.wanted(typed(task, TrainTask)))
+
     def comparable(self, change: Mapping[str, Tensor]) -> Tensors:
         """Of a change, the tensors that have the names and shapes in which gradients come."""
         if not self.parts.trainable.corrects:

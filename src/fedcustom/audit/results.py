@@ -27,7 +27,7 @@ class Finding:
     Attributes:
         attack: The attack's name.
         view: What it saw.
-        round: The round; 0 for the released model.
+        round: The round; 0 for what is no round's, such as the released model.
         measure: What ``success`` is, such as ``AUC`` or ``texts named``.
         success: From 0 to 1, larger is more disclosed.
         chance: What guessing without the view gives; None where there is nothing to compare with.
@@ -35,7 +35,8 @@ class Finding:
         candidates: Among how many each guess was.
         meaning: One plain sentence.
         low, high: The 95 % interval, where the figure is an estimate.
-        epsilon: A lower bound on epsilon at 95 % confidence, where the attack gives one.
+        epsilon: A lower bound on epsilon, where the attack gives one.
+        confidence: Of that bound.
     """
 
     attack: str
@@ -50,6 +51,7 @@ class Finding:
     low: float | None = None
     high: float | None = None
     epsilon: float | None = None
+    confidence: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,14 @@ class NotRun:
 
 @dataclass(frozen=True)
 class CheckedRound:
-    """A round that was repeated. ``bit_equal``: its state was compared with the run's own checkpoint; else
-    its recorded figures alone.
+    """A round that was looked at. ``bit_equal``: it was repeated, and its state was compared with the run's
+    own checkpoint; else its recorded figures alone. ``witnessed``: it was not repeated, but its states were
+    kept while the run went.
     """
 
     round: int
     bit_equal: bool
+    witnessed: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,11 @@ from ..core import environment
 from ..core.errors import RunError, UpdateError
 from ..federated.callbacks import Callback
 from ..federated.replay import Replay, finished_recipe
+from ..federated.resolve import resolved
+from ..federated.run import run_recipe
+from ..federated.run_directory import History, RunDirectory
+from ..federated.witness import Witness, Witnessed, has_secret_noise
+from ..methods import State
 from ..recipe import Recipe
 from ..transport.protocol import Reply
 from ..updates.transform import UpdateTransform
@@ -23,6 +28,9 @@ from .results import Audit, CheckedRound, Finding, NotRun, write_audit
 
 MINUTES = 5.0
 """How long an audit may take, unless told otherwise."""
+
+LATE = "no time; raise --minutes"
+"""Why an attack that began in vain, or a round, is missing."""
 
 KEPT_SHARE = 0.25
 """Of the free memory: what the messages of a round may take."""
@@ -84,35 +92,55 @@ def audit_run(
     deadline, keepers = Deadline(began + 60 * minutes), dict[int, Keeper]()
 
     def seen(number: int, reply: Reply) -> None:
+        deadline.check()
         if (keeper := keepers.get(number)) is not None and reply.update is not None:
             keeper.take(Received(reply.client, reply.task, reply.update))
 
     found = _Progress()
-    with Replay(directory, seen, _Activity(told), transforms) as replay:
-        target = Target(replay.recipe, replay.federation.data, replay.federation.method, delta)
+    activity = _Activity(told)
+    source: Replay | Witnessed
+    if has_secret_noise(recipe):
+        source = Witnessed(directory, seen, activity, transforms)
+    else:
+        source = Replay(directory, seen, activity, transforms)
+    with source:
+        target = _target(source, delta)
         able = []
         for attack in wanted:
             reason = attack.inapplicable(target)
             able.append(attack) if reason is None else found.not_run.append(NotRun(attack.name, reason))
+        origin = source.federation.origin if isinstance(source, Witnessed) else source.origin
         for number, kind in rounds_to_attack(recipe):
             ready = [attack for attack in able if kind in attack.kinds]
             if not ready:
                 continue
-            if (needed := replay.seconds(number)) > deadline.left:
-                more = f": the rounds up to it took {needed:.0f} s" if deadline.left > 0 else ""
-                reason = f"no time{more}; raise --minutes"
-                found.not_run += [NotRun(attack.name, reason, number) for attack in ready]
+            if (missing := _missing(source, number, deadline)) is not None:
+                found.not_run += [NotRun(attack.name, missing, number) for attack in ready]
                 continue
-            keepers[number] = Keeper(int(KEPT_SHARE * environment.free_memory(torch.device("cpu"))))
-            round_ = replay.round(number)
-            found.rounds.append(CheckedRound(number, round_.checkpoint))
-            keeper = keepers.pop(number)
+            keeper = Keeper(int(KEPT_SHARE * environment.free_memory(torch.device("cpu"))))
+            keepers[number] = keeper
+            try:
+                round_ = source.round(number)
+            except OutOfTime:
+                found.not_run += [NotRun(attack.name, LATE, number) for attack in ready]
+                continue
+            witnessed = isinstance(source, Witnessed)
+            found.rounds.append(CheckedRound(number, round_.checkpoint and not witnessed, witnessed))
+            unseen = len(keeper.unseen)
+            if isinstance(source, Witnessed):
+                unseen += source.left_out(number)
             view = RoundView(
-                number, kind, round_.before, round_.after, keeper.messages, list(keeper.answered),
-                len(keeper.unseen),
+                number, kind, round_.before, round_.after, keepers.pop(number).messages,
+                list(keeper.answered) or target.cohorts.get(number, []), unseen,
             )  # fmt: skip
             for attack in ready:
                 told.on_phase(f"round {number}: attack {attack.name}")
+                _make(attack, target, view, deadline, found)
+        if final := [attack for attack in able if "finished" in attack.kinds]:
+            took_part = list(dict.fromkeys(name for names in target.cohorts.values() for name in names))
+            view = RoundView(0, "finished", origin, released(directory, recipe), [], took_part)
+            for attack in final:
+                told.on_phase(f"attack {attack.name}")
                 _make(attack, target, view, deadline, found)
     told.on_phase("")
     audit = Audit(
@@ -127,15 +155,58 @@ def audit_run(
     return audit
 
 
+def run_to_audit(recipe: Recipe, directory: Path, callbacks: Sequence[Callback] = ()) -> None:
+    """Run a recipe into a directory, or go on with its run, and keep what an audit of a private run needs.
+
+    Raises:
+        FedcustomError: the recipe or what it names is not in order.
+    """
+    complete = resolved(recipe)
+    if not has_secret_noise(complete):
+        run_recipe(recipe, directory, resume=True, callbacks=callbacks)
+        return
+    witness = Witness(directory, {number for number, _ in rounds_to_attack(complete)})
+    run_recipe(recipe, directory, resume=True, callbacks=[*callbacks, witness], gather=witness.gather)
+
+
+def _target(source: Replay | Witnessed, delta: float) -> Target:
+    """What is attacked."""
+    federation, cohorts = source.federation, dict[int, list[str]]()
+    for number, row in source.rows.items():
+        if number:
+            cohorts[number] = [name for name in row["cohort"] if name not in row["left_out"]]
+    return Target(source.recipe, federation.data, federation.method, delta, federation.private, cohorts)
+
+
+def released(directory: Path, recipe: Recipe) -> State:
+    """The state that a finished run released, before its temperature was fitted."""
+    place = RunDirectory(directory)
+    place.history.rows = History.read(place.history.path).rows
+    return place.checkpoints.load(place.best_round(recipe)).state
+
+
+def _missing(source: Replay | Witnessed, number: int, deadline: Deadline) -> str | None:
+    """Why a round cannot be looked at; None where it can."""
+    if isinstance(source, Witnessed) and (reason := source.missing(number)) is not None:
+        return reason
+    if isinstance(source, Replay) and source.stopped:
+        return LATE
+    if (needed := source.seconds(number)) <= deadline.left:
+        return None
+    return (
+        f"no time{f': the rounds up to it take {needed:.0f} s' if deadline.left > 0 else ''}; raise --minutes"
+    )
+
+
 def _make(attack: Attack, target: Target, view: RoundView, deadline: Deadline, found: _Progress) -> None:
     """Make one attack on one round, or note why it was not."""
     try:
         deadline.check()
         found.findings += attack.attack(target, view, deadline)
     except OutOfTime:
-        found.not_run.append(NotRun(attack.name, "no time; raise --minutes", view.number))
+        found.not_run.append(NotRun(attack.name, LATE, view.number or None))
     except (CannotAttack, UpdateError) as error:
-        found.not_run.append(NotRun(attack.name, str(error), view.number))
+        found.not_run.append(NotRun(attack.name, str(error), view.number or None))
 
 
 def rounds_to_attack(recipe: Recipe) -> list[tuple[int, RoundKind]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from scipy.stats import binom, rankdata
+from scipy.stats import binom, norm, rankdata
 
 Interval = tuple[float, float]
 
@@ -60,7 +60,9 @@ def wilson(hits: int, trials: int) -> Interval:
     return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 
 
-def epsilon_bound(correct: int, guesses: int, candidates: int, delta: float) -> float:
+def epsilon_bound(
+    correct: int, guesses: int, candidates: int, delta: float, *, swapped: bool = False
+) -> float:
     """A lower bound on epsilon at 95 % confidence from one run in which each of the candidates was a member
     or not by a fair coin, and of which so many guesses were correct.
 
@@ -70,15 +72,19 @@ def epsilon_bound(correct: int, guesses: int, candidates: int, delta: float) -> 
         P(W >= v) <= b(v) + 2 m delta max_i (b(v - i) - b(v)) / i,   b(v) = P(Bin(r, e^eps/(1+e^eps)) >= v)
 
     0 where nothing can be said.
+
+    ``swapped``: the coin decides which of two texts was there. One replaces the other, which is two steps of
+    neighbours that differ in one unit: (2 epsilon, (1 + e^epsilon) delta).
     """
 
     def possible(epsilon: float) -> bool:
-        p = 1 / (1 + math.exp(-epsilon))
+        most_delta = min(1.0, (1 + math.exp(epsilon)) * delta) if swapped else delta
+        p = 1 / (1 + math.exp(-(2 * epsilon if swapped else epsilon)))
         tail = float(binom.sf(correct - 1, guesses, p))
         steps = np.arange(1, correct + 1)
         slack = (binom.sf(correct - 1 - steps, guesses, p) - tail) / steps
         most = float(slack.max()) if len(slack) else 0.0
-        return tail + 2 * candidates * delta * most > 1 - CONFIDENCE
+        return tail + 2 * candidates * most_delta * most > 1 - CONFIDENCE
 
     if possible(0.0):
         return 0.0
@@ -89,3 +95,14 @@ def epsilon_bound(correct: int, guesses: int, candidates: int, delta: float) -> 
         middle = (low + high) / 2
         low, high = (low, middle) if possible(middle) else (middle, high)
     return low
+
+
+def gaussian_separation(members: np.ndarray, others: np.ndarray, confidence: float) -> tuple[float, float]:
+    """How many standard deviations apart two normal samples of one variance are, and a lower bound on it.
+
+    With n members and m others, the difference d of means over the others' standard deviation is about
+    normal, with variance 1/n + 1/m + d^2 / (2 (m - 1)) (Hedges and Olkin 1985, of Glass's estimate).
+    """
+    apart = float((members.mean() - others.mean()) / others.std(ddof=1))
+    spread = math.sqrt(1 / len(members) + 1 / len(others) + apart**2 / (2 * (len(others) - 1)))
+    return apart, max(0.0, apart - float(norm.ppf(confidence)) * spread)

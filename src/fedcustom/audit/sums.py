@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..data.examples import Example
+from ..methods import Task
 from ..methods.tuning.head_messages import unpacked
 from ..methods.tuning.messages import FitHeadTask, HeadGradientUpdate
-from .attack import CannotAttack, Deadline, Received, RoundKind, RoundView, Target
+from .attack import CannotAttack, Deadline, OutOfTime, Received, RoundKind, RoundView, Target
+from .released_head import head_findings
 from .results import Finding, View
 from .statistics import share_interval, wilson
 
@@ -21,6 +24,12 @@ MOST_CANDIDATES = 6000
 
 RESOLVED = 1e-5
 """Of the largest singular value: what float32 numbers still resolve."""
+
+PIECE = 64
+"""Texts that go through the model between two looks at the clock."""
+
+WORDS = {"scatter": "second moments", "gradients": "gradients of the head"}
+"""What is checked for texts in its span, in words."""
 
 EQUAL = 1e-5
 """Of a vector's length: two texts that are no further apart are one to the model."""
@@ -35,13 +44,14 @@ class Sums:
     candidates that lie in the span of the rows are its texts, as long as it has fewer than the vectors have
     numbers (factor) or than it sends rows (gradients). Head sums are those of
     :class:`~fedcustom.methods.tuning.head_fit.HeadFit`; whichever labels' sums it withholds are not attacked.
+    Where clients' messages are not looked at, the released head is attacked (:mod:`.released_head`).
 
     Nearest-neighbour inversion of embeddings; the span check is that of DAGER (Petrov et al. 2024, arXiv
     2405.15586) on the head's inputs.
     """
 
     name = "sums"
-    views: tuple[View, ...] = ("client's update",)
+    views: tuple[View, ...] = ("client's update", "state difference")
     kinds: tuple[RoundKind, ...] = ("fitting the head",)
     source = "nearest candidate; span check after DAGER (Petrov et al. 2024, arXiv 2405.15586)"
 
@@ -57,11 +67,15 @@ class Sums:
         """The share of texts and of sums that are named, for each kind of figures that clients sent."""
         sent = {name: _Sent.of(name, messages) for name, messages in seen.by_client.items()}
         clients = [each for each in sent.values() if each is not None]
-        if not clients:
+        if not clients and (seen.received or not seen.answered):
             raise CannotAttack("no client of the round sent sums")
-        task = next(m.task for m in seen.received if isinstance(m.task, FitHeadTask))
-        pool = _Pool.of(target, [each.client for each in clients], task)
-        deadline.check()
+        task = next((m.task for m in seen.received if isinstance(m.task, FitHeadTask)), seen.task(target))
+        asked = [each.client for each in clients] or list(seen.answered)
+        held = [] if clients else target.data.development
+        pool = _Pool.of(target, asked, task, deadline, held)
+        if not clients:
+            inside = [bool(owner) and owner in set(asked) for owner in pool.owners]
+            return head_findings(target, seen, pool.examples, inside, pool.vectors)
         found = [*self._single(target, seen, clients, pool, deadline)]
         found += self._span(seen, clients, pool, "scatter", target.seed, deadline)
         found += self._span(seen, clients, pool, "gradients", target.seed, deadline)
@@ -115,10 +129,12 @@ class Sums:
         deadline: Deadline,
     ) -> list[Finding]:
         """The texts that lie in the span of what a client sent."""
-        shares, texts, chances = [], 0, []
+        shares, texts, chances, sent = [], 0, [], 0
         for each in clients:
             deadline.check()
             rows = each.scatter if part == "scatter" else each.gradients
+            rows = rows[rows.abs().amax(dim=1) > 0] if len(rows) else rows  # zeros are what is withheld
+            sent += bool(len(rows))
             own = pool.places(each.client)
             if part == "scatter":
                 own = [place for place in own if pool.examples[place].label in each.totals]
@@ -130,18 +146,26 @@ class Sums:
             shares.append(len(first & set(pool.group[own].tolist())) / number)
             chances.append(number / len(pool.vectors))
             texts += number
+        found = [
+            Finding(
+                self.name, self.views[0], seen.number, f"clients that send {WORDS[part]}",
+                sent / len(clients), None, len(clients), 0,
+                f"{sent} of {len(clients)} clients send {WORDS[part]}; of the others it is withheld",
+            )
+        ]  # fmt: skip
         if not shares:
-            return []
+            return found
         values = np.array(shares)
         low, high = share_interval(values, seed)
         whole = int((values == 1).sum())
         return [
+            *found,
             Finding(
                 self.name, self.views[0], seen.number, f"texts named by the span of the {part}",
                 float(values.mean()), float(np.mean(chances)), texts, len(pool.vectors),
                 f"of {whole} of {len(values)} clients every text is named by the {part} that they send",
                 low, high,
-            )
+            ),
         ]  # fmt: skip
 
 
@@ -162,11 +186,11 @@ class _Sent:
     def of(cls, client: str, messages: Sequence[Received]) -> _Sent | None:
         """From a client's messages of a round; None where it sent no sums."""
         first = next((m for m in messages if isinstance(m.task, FitHeadTask)), None)
-        if first is None or "totals" not in first.update.tensors:
+        if first is None or "counted" not in first.update.tensors:
             return None
         tensors = first.update.tensors
-        totals = tensors["totals"].double()
-        labels = sent_labels(tensors["counts"], len(totals))
+        totals, counted = tensors["totals"].double(), tensors["counted"]
+        labels = torch.nonzero(counted > 0).flatten().tolist()
         gradients = [
             m.update.tensors["gradient"] for m in messages if isinstance(m.update, HeadGradientUpdate)
         ]
@@ -175,26 +199,10 @@ class _Sent:
         return cls(
             client,
             dict(zip(labels, totals, strict=True)),
-            {label: int(tensors["counts"][label]) for label in labels},
+            {label: int(counted[label]) for label in labels},
             unpacked(factor.double(), width),
             torch.cat(gradients).double() if gradients else torch.zeros(0, width + 1, dtype=torch.float64),
         )
-
-
-def sent_labels(counts: Tensor, sent: int) -> list[int]:
-    """The labels whose sums a client sent, in order: those with the most examples, since a sum of few is
-    withheld, however few that is.
-
-    Raises:
-        CannotAttack: the number of sums does not fit to any least number of examples.
-    """
-    if not sent:
-        return []
-    least = int(counts.sort(descending=True).values[sent - 1])
-    chosen = torch.nonzero(counts >= max(1, least)).flatten().tolist()
-    if len(chosen) != sent:
-        raise CannotAttack(f"a client sent {sent} sums, which are not those of its largest labels")
-    return [int(label) for label in chosen]
 
 
 @dataclass(frozen=True)
@@ -210,11 +218,23 @@ class _Pool:
     group: Tensor
 
     @classmethod
-    def of(cls, target: Target, clients: Sequence[str], task: FitHeadTask) -> _Pool:
-        """All training texts of the attacked clients, and others up to the most that are taken."""
+    def of(
+        cls,
+        target: Target,
+        clients: Sequence[str],
+        task: Task,
+        deadline: Deadline,
+        held: Sequence[Example] = (),
+    ) -> _Pool:
+        """All training texts of the attacked clients, and others up to the most that are taken: of ``held``,
+        which nobody owns, and of other clients. Where there is no time for them, fewer others.
+
+        Raises:
+            OutOfTime: there is no time for the clients' own.
+        """
         own = [(name, e) for name in clients for e in target.data.clients[name].train]
         asked = set(clients)
-        rest = [
+        rest = [("", e) for e in held] + [
             (name, e) for name, client in target.data.clients.items() if name not in asked
             for e in client.train
         ]  # fmt: skip
@@ -224,9 +244,18 @@ class _Pool:
             raise CannotAttack(
                 f"the clients have {len(own)} texts, above the {MOST_CANDIDATES} that are tried"
             )
-        examples = [example for _, example in chosen]
         target.knowledge.enter(task)
-        vectors = target.knowledge.vectors(examples)
+        pieces, done, began = list[Tensor](), 0, time.monotonic()
+        while done < len(chosen):
+            deadline.check()
+            pieces.append(target.knowledge.vectors([e for _, e in chosen[done : done + PIECE]]))
+            done += PIECE
+            if len(pieces) == 1:  # a quarter of the time is for this, the rest for the search
+                each = 4 * (time.monotonic() - began) / PIECE
+                if (most := done + deadline.fitting(each, len(chosen))) < len(own):
+                    raise OutOfTime
+                chosen = chosen[:most]
+        vectors, examples = torch.cat(pieces), [example for _, example in chosen]
         return cls(
             examples, [name for name, _ in chosen], vectors, vectors @ vectors.T, same_vectors(vectors)
         )

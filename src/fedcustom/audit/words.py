@@ -31,23 +31,36 @@ def count(number: int) -> str:
     return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:.1f} M"
 
 
+def place(finding: Finding) -> str:
+    """The round; a dash for what is no round's."""
+    return str(finding.round) if finding.round else "–"
+
+
+def where(finding: Finding) -> str:
+    """The round in words."""
+    return f"round {finding.round}" if finding.round else "whole run"
+
+
 def bound(finding: Finding, audit: Audit) -> str:
     """A lower bound on epsilon beside what the run promises."""
     return (
-        f"round {finding.round}, {finding.attack} on a {finding.view}: epsilon is at least "
-        f"{finding.epsilon:.2f} (95 % confidence, delta = {audit.delta:g}), and "
+        f"{where(finding)}, {finding.attack} on a {finding.view}: epsilon is at least "
+        f"{finding.epsilon:.2f} ({100 * finding.confidence:g} % confidence, delta = {audit.delta:g}), and "
         f"{audit.promised_epsilon:g} is promised"
     )
 
 
 def replayed(audit: Audit) -> str:
     """How the rounds that were attacked were checked, and what the run promises."""
-    if not audit.rounds:
-        return "no round was repeated"
-    rounds = ", ".join(str(each.round) for each in audit.rounds)
-    exact = [str(each.round) for each in audit.rounds if each.bit_equal]
-    said = f"repeated rounds {rounds}: cohorts, losses, norms and bytes as recorded"
-    if exact:
-        said += f"; state of round {', '.join(exact)} bit-equal to its checkpoint"
     promised = audit.promised_epsilon
-    return f"{said}; promised epsilon: {'none' if promised is None else f'{promised:g}'}"
+    promise = f"promised epsilon: {'none' if promised is None else f'{promised:g}'}"
+    kept = ", ".join(str(each.round) for each in audit.rounds if each.witnessed)
+    again = ", ".join(str(each.round) for each in audit.rounds if not each.witnessed)
+    exact = ", ".join(str(each.round) for each in audit.rounds if each.bit_equal and not each.witnessed)
+    said = "no round was looked at"
+    if kept:
+        said = f"rounds {kept}: states as they were kept while the run went"
+    elif again:
+        said = f"repeated rounds {again}: cohorts, losses, norms and bytes as recorded"
+        said += f"; state of round {exact} bit-equal to its checkpoint" if exact else ""
+    return f"{said}; {promise}"

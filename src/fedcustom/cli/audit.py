@@ -22,7 +22,10 @@ def audit(
         ),
     ],
     attacks: Annotated[
-        str, typer.Option(help="Attacks, separated by commas: sums, tokens, candidates (default: all)")
+        str,
+        typer.Option(
+            help="Attacks, separated by commas: sums, tokens, candidates, canaries, membership (default: all)"
+        ),
     ] = "",
     minutes: Annotated[
         float, typer.Option(help="Time for replay and attacks; what is left over is listed, not made")
@@ -63,7 +66,9 @@ def audit(
             from .. import api
 
             directory = out or api.default_directory(what, checked)
-            api.run(checked, out=directory, resume=True, callbacks=[make("")])
+            from ..audit.run import run_to_audit
+
+            run_to_audit(checked, directory, [make("")])
 
         from ..audit.run import audit_run
 
@@ -104,12 +109,12 @@ def show(found: Audit, directory: Path) -> None:
 
 
 def _cells(finding: Finding, shown: str, interval: str) -> list[str]:
-    from ..audit.words import chance, count
+    from ..audit.words import chance, count, place
 
     return [
         finding.attack,
         finding.view,
-        str(finding.round),
+        place(finding),
         finding.measure,
         f"{shown}\n{interval}" if interval else shown,
         chance(finding),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,8 @@ from ..updates.transform import UpdateTransform
 from . import fingerprint
 from .callbacks import Callback, Callbacks
 from .loop import FedAvg
-from .run_directory import TRANSFORMS, History, Row, RunDirectory
+from .private_run import RECORD
+from .run_directory import TRANSFORMS, Checkpoints, History, Row, RunDirectory
 from .simulation import Federation, simulate
 
 UNREPEATED = ("seconds", "peak_memory_bytes")
@@ -69,7 +71,8 @@ class Replay:
     """A finished run, repeated in this process from its directory, which stays as it is.
 
     Rounds go through the loop of the run itself (:class:`~.loop.FedAvg`), in a temporary directory that holds
-    a copy of the checkpoint from which they go on. Each is compared with what the run recorded.
+    a copy of the checkpoint from which they go on. Each is compared with what the run recorded. ``origin`` is
+    the first state. Once an error has ``stopped`` a round, no other one can be repeated.
 
     Args:
         directory: A finished run's directory.
@@ -94,6 +97,7 @@ class Replay:
         _check_transforms(directory, transforms)
         self.rows = {row["round"]: row for row in History.read(directory / "metrics.jsonl").rows}
         self.seen, self.transforms = seen, transforms
+        self._pace, self.stopped = 1.0, False
         self.callbacks = Callbacks([callbacks] if callbacks is not None else [])
         self._scratch = tempfile.TemporaryDirectory(prefix="fedcustom-replay-")
         try:
@@ -118,9 +122,13 @@ class Replay:
         return self._loop.federation
 
     def seconds(self, number: int) -> float:
-        """How long the rounds up to this one took when the run was made, from where the replay goes on."""
-        rows = [self.rows.get(n, {}) for n in range(self._start_for(number) + 1, number + 1)]
-        return sum(sum(row.get("seconds", {}).values()) for row in rows)
+        """How long the rounds up to this one took when the run was made, from where the replay goes on; times
+        as much as those that were repeated so far took longer than then.
+        """
+        return self._pace * self._recorded(range(self._start_for(number) + 1, number + 1))
+
+    def _recorded(self, numbers: range) -> float:
+        return sum(sum(self.rows.get(n, {}).get("seconds", {}).values()) for n in numbers)
 
     def round(self, number: int) -> ReplayedRound:
         """Go on to a round, from the newest checkpoint before it where that saves rounds, and repeat it. The
@@ -135,9 +143,13 @@ class Replay:
         start = self._start_for(number)
         if start > self.done:
             self._loop, self.done = self._begin(start)
+        began, first = time.perf_counter(), self.done + 1
+        self.stopped = True  # as long as it is not known to be whole
         with _threads(self.source.path):
             while self.done < number:
                 result = self._next()
+        self.stopped = False
+        self._pace = (time.perf_counter() - began) / max(self._recorded(range(first, number + 1)), 1e-3)
         return result
 
     def _start_for(self, number: int) -> int:
@@ -167,24 +179,20 @@ class Replay:
         """The loop after a round of which there is a checkpoint, or at the beginning."""
         place = RunDirectory(Path(self._scratch.name) / f"from-{start}")
         place.path.mkdir()
-        if (file := self.source.path / "search.json").exists():
-            shutil.copy(file, place.path)
         if start:
             shutil.copytree(self.source.checkpoints.folder, place.checkpoints.folder)
             for later in [n for n in place.checkpoints.rounds() if n > start]:
                 shutil.rmtree(place.checkpoints.folder / f"round-{later:06d}")
             shutil.copy(self.source.history.path, place.history.path)
         with _threads(self.source.path):
-            federation = simulate(
-                self.recipe, place.path, place.checkpoints.clients, self.callbacks, self.transforms
+            federation = copy_of_run(
+                self.source.path, self.recipe, place.path, self.callbacks, self.transforms
             )
-            rows = federation.fingerprint
-            if rows:
-                _check_rows(self.source.path, rows)
             watched = replace(federation, transport=Watched(federation.transport, self.seen))
             # The untuned model's scores decide nothing in a round.
             quick = self.recipe.evaluation.model_copy(update={"untuned": False})
             recipe = self.recipe.model_copy(update={"evaluation": quick})
+            self.origin = federation.origin
             loop = FedAvg(recipe, watched, place, self.callbacks)
             return loop, loop.resume()
 
@@ -200,6 +208,28 @@ class Replay:
             f"{self.source.path}: cannot be replayed: round {number} has another {key} ({said}); the code, "
             "the libraries or the machine are others than the run's (environment.json); audit its recipe anew"
         )
+
+
+def copy_of_run(
+    directory: Path,
+    recipe: Recipe,
+    place: Path,
+    callbacks: Callback,
+    transforms: Sequence[UpdateTransform] = (),
+) -> Federation:
+    """The parties of a run of ``directory`` once more, with a folder ``place`` of their own. Where the run is
+    private, they have its mechanism as it was recorded, and another key, unless that is the seed's.
+
+    Raises:
+        RunError: the clients' data have changed.
+    """
+    for name in ("search.json", RECORD):
+        if (directory / name).exists():
+            shutil.copy(directory / name, place)
+    federation = simulate(recipe, place, Checkpoints(place / "checkpoints").clients, callbacks, transforms)
+    if federation.fingerprint:
+        _check_rows(directory, federation.fingerprint)
+    return federation
 
 
 def finished_recipe(directory: Path) -> Recipe:

@@ -74,7 +74,7 @@ def _rows(audit: Audit) -> list[AuditRow]:
         AuditRow(
             each.attack,
             each.view,
-            str(each.round),
+            said.place(each),
             each.measure,
             said.success(each),
             said.interval(each),

@@ -172,9 +172,7 @@ class TuningServer:
                 yield self._arrival(answer).change
                 del answer
 
-        travelling = parts.ownership.travelling(state.tensors)
-        if (context.training.freeze_head_rounds or 0) >= context.rounds:
-            travelling = {n: t for n, t in travelling.items() if n not in parts.trainable.head}
+        travelling = released_tensors(parts, state)
         change, bounds = release.mean(
             changes(),
             state,
@@ -223,6 +221,14 @@ class TuningServer:
         (own,) = self.configure(state, task.round_number, {ROOT: amount}).values()
         client = Client(ROOT, ClientData(ROOT, self.parts.context.root))
         return replace(self._arrival(Answer(ROOT, own, self.train(own, client))), weight=0.0)
+
+
+def released_tensors(parts: TuningParts, state: State) -> Tensors:
+    """The tensors that are noised where clients are hidden: all that travel and are trained in some round."""
+    travelling = parts.ownership.travelling(state.tensors)
+    if (parts.context.training.freeze_head_rounds or 0) >= parts.context.rounds:
+        return {n: t for n, t in travelling.items() if n not in parts.trainable.head}
+    return travelling
 
 
 def check_rule(aggregation: AggregationSettings, hooks: AggregationHooks, trainable: TrainableModel) -> None:
