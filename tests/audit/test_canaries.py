@@ -58,20 +58,21 @@ def test_the_distance_is_what_the_accounting_says(settings: dict[str, Any], fits
     """mu is 1.667 at epsilon 8 and delta 1e-5, however it is shared; four standard errors on either side."""
     found = mechanism(epsilon=8.0, head_fits=fits, **settings)
     assert found.ledger(20, fits).mu == pytest.approx(1.667, abs=1e-3)
-    members, others = statistics_of(release(found), LATER)
-    assert len(members) == len(others) == CANARIES
-    apart, least = gaussian_separation(members, others, 0.999)
-    assert apart == pytest.approx(1.667, abs=4 * 0.12)
-    assert others.mean() == pytest.approx(0.0, abs=4 / CANARIES**0.5)
-    assert others.std() == pytest.approx(1.0, abs=0.3)  # with the other canaries in the sum
+    seen = statistics_of(release(found), LATER)
+    assert len(seen.members) == len(seen.others) == len(seen.shares) == CANARIES
+    assert seen.shares.max() == pytest.approx(1.0)
+    apart, least = gaussian_separation(seen.members, seen.others, 0.999, seen.shares)
+    assert apart == pytest.approx(1.667, abs=4 * 0.14)
+    assert seen.others.mean() == pytest.approx(0.0, abs=4 / CANARIES**0.5)
+    assert seen.others.std() == pytest.approx(1.0, abs=0.3)  # with the other canaries in the sum
     assert gaussian_epsilon(least, DELTA) < 8.0
 
 
 def test_noise_that_is_halved_is_found() -> None:
     found = mechanism(epsilon=8.0)
     halved = replace(found, noise_multiplier=found.noise_multiplier / 2)
-    members, others = statistics_of(release(halved), LATER)
-    _, least = gaussian_separation(members, others, 0.999)
+    seen = statistics_of(release(halved), LATER)
+    _, least = gaussian_separation(seen.members, seen.others, 0.999, seen.shares)
     assert gaussian_epsilon(least, DELTA) > 8.0
 
 
@@ -84,16 +85,17 @@ def test_a_bound_that_is_not_kept_is_found(monkeypatch: pytest.MonkeyPatch) -> N
         return Bounded({n: t.double() for n, t in tensors.items()}, dict.fromkeys(groups, 1.0))
 
     monkeypatch.setattr(private_mean, "bounded", uncut)
-    members, others = statistics_of(release(mechanism(epsilon=8.0)), LATER)
-    _, least = gaussian_separation(members, others, 0.999)
+    seen = statistics_of(release(mechanism(epsilon=8.0)), LATER)
+    _, least = gaussian_separation(seen.members, seen.others, 0.999, seen.shares)
     assert gaussian_epsilon(least, DELTA) > 8.0
 
 
 def test_sampling_is_not_known_to_the_attacker() -> None:
     found = mechanism(epsilon=8.0, participation="poisson")
-    members, others = statistics_of(release(found), LATER)
-    assert members.mean() > others.mean()
-    apart, _ = gaussian_separation(members, others, 0.999)
+    seen = statistics_of(release(found), LATER)
+    assert (seen.shares == 1).all()
+    assert seen.members.mean() > seen.others.mean()
+    apart, _ = gaussian_separation(seen.members, seen.others, 0.999)
     assert apart < found.ledger(20, 0).epsilon(DELTA)
 
 

@@ -17,7 +17,7 @@ from fedcustom.recipe.recipe import load_recipe
 from helpers.methods import LABELS, make
 from helpers.rows import make_rows
 
-CLIENTS, PER_CLIENT, ROUNDS = 4, 15, 2
+CLIENTS, PER_CLIENT, ROUNDS, EPOCHS = 1, 60, 1, 30
 LATER = Deadline(float("inf"))
 
 
@@ -33,14 +33,14 @@ def with_random_labels(count: int) -> list[Example]:
 def target(folder: str, trained: list[Example], held: list[Example]) -> Target:
     """Full fine-tuning of few texts."""
     parts = {f"c{n}": trained[PER_CLIENT * n : PER_CLIENT * (n + 1)] for n in range(CLIENTS)}
-    training = {"learning_rate": 5e-3, "local_epochs": 25, "batch_size": 4, "logit_adjustment": 0}
+    training = {"learning_rate": 5e-3, "local_epochs": EPOCHS, "batch_size": 4, "logit_adjustment": 0}
     recipe = load_recipe(
         {
             "model": {"base": folder},
             "data": {"source": "x.jsonl"},
             "clients": {"partition": "iid", "count": CLIENTS},
             "method": {"name": "full"},
-            "training": {"local_epochs": 25},
+            "training": {"local_epochs": EPOCHS},
         }
     )
     built = make(folder, "full", clients=CLIENTS, training=training)
@@ -52,7 +52,7 @@ def target(folder: str, trained: list[Example], held: list[Example]) -> Target:
 def finished(run: Target) -> State:
     state = run.method.initialise()
     for number, cohort in run.cohorts.items():
-        tasks = run.method.configure(state, number, {name: Work(epochs=25) for name in cohort})
+        tasks = run.method.configure(state, number, {name: Work(epochs=EPOCHS) for name in cohort})
         clients = {name: Client(name, run.data.clients[name]) for name in cohort}
         answers = [Answer(n, t, run.method.execute(t, clients[n])) for n, t in tasks.items()]
         state = run.method.aggregate(state, answers).state

@@ -76,10 +76,11 @@ class Canaries:
             raise CannotAttack(self.inapplicable(target) or "the method trains no tensors")
         sampled = private.mechanism.participation.probability < 1
         key = NoiseKey.fresh() if private.key.secret else private.key
-        members, others = statistics_of(
+        found = statistics_of(
             ReleaseOf.of(method, seen.before, private.mechanism, key, target.recipe.seed), deadline
         )
-        apart, least = gaussian_separation(members, others, CONFIDENCE)
+        members, others = found.members, found.others
+        apart, least = gaussian_separation(members, others, CONFIDENCE, found.shares)
         promised = private.mechanism.ledger(
             private.mechanism.participation.rounds, private.mechanism.head_fits
         ).mu
@@ -95,10 +96,10 @@ class Canaries:
             + (f", {promised:.2f} by the accounting" if promised is not None else "")
             + f"; epsilon at least {epsilon:.2f} ({assumed}); mechanism alone, with noise of its own"
         )
-        found = float(members.mean() > others.mean()) if not others.std() else _accuracy(members, others)
         return [
             Finding(
-                self.name, self.views[0], 0, "canaries told from others", found, 0.5, 2 * count, 2 * count,
+                self.name, self.views[0], 0, "canaries told from others",
+                _accuracy(members, others), 0.5, 2 * count, 2 * count,
                 said, epsilon=epsilon, confidence=confidence,
             )
         ]  # fmt: skip
@@ -148,9 +149,21 @@ class ReleaseOf:
         return groups_of(self.tensors, self.head)
 
 
-def statistics_of(release: ReleaseOf, deadline: Deadline) -> tuple[np.ndarray, np.ndarray]:
-    """The statistics of canaries that take part as often as any, and of as many that do not, (canaries,)
-    each. By the mechanism's own account they have standard deviation 1.
+@dataclass(frozen=True)
+class Statistics:
+    """Of canaries that take part and of as many that do not, (canaries,) each; by the mechanism's own account
+    with standard deviation 1. ``shares`` is the distance that this account gives a canary with its turns,
+    over that of the client of which most is seen; the last turns of a client are covered by less noise that
+    is taken back later, so that less of them is seen.
+    """
+
+    members: np.ndarray
+    others: np.ndarray
+    shares: np.ndarray
+
+
+def statistics_of(release: ReleaseOf, deadline: Deadline) -> Statistics:
+    """The statistics of canaries.
 
     Raises:
         CannotAttack: there are too few clients for canaries.
@@ -167,9 +180,13 @@ def statistics_of(release: ReleaseOf, deadline: Deadline) -> tuple[np.ndarray, n
     for products, deviation in _fitted(release, count, deadline):
         scores += products / deviation**2
         squares += 1 / deviation**2
-    usual = squares >= (1 - 1e-9) * squares.max()
-    scores /= np.sqrt(squares.max())
-    return scores[:count][usual[:count]], scores[count:][usual[count:]]
+    seen = squares > 0
+    scores[seen] /= np.sqrt(squares[seen])
+    some = seen[:count]
+    if not some.any():
+        raise CannotAttack("no canary had a turn")
+    shares = np.sqrt(squares[:count] / squares.max())
+    return Statistics(scores[:count][some], scores[count:][some], shares[some])
 
 
 def _turns(release: ReleaseOf, count: int) -> list[list[int]]:

@@ -97,12 +97,18 @@ def epsilon_bound(
     return low
 
 
-def gaussian_separation(members: np.ndarray, others: np.ndarray, confidence: float) -> tuple[float, float]:
+def gaussian_separation(
+    members: np.ndarray, others: np.ndarray, confidence: float, shares: np.ndarray | None = None
+) -> tuple[float, float]:
     """How many standard deviations apart two normal samples of one variance are, and a lower bound on it.
 
-    With n members and m others, the difference d of means over the others' standard deviation is about
-    normal, with variance 1/n + 1/m + d^2 / (2 (m - 1)) (Hedges and Olkin 1985, of Glass's estimate).
+    With n of each, the difference d of means over the others' standard deviation is about normal, with
+    variance 2/n + d^2 / (2 (n - 1)) (Hedges and Olkin 1985, of Glass's estimate). Where the members are apart
+    by ``shares`` r of the distance that is asked for, (members,), means are sum r x / sum r^2, the estimate
+    by least squares, and sum r^2 takes the place of n.
     """
-    apart = float((members.mean() - others.mean()) / others.std(ddof=1))
-    spread = math.sqrt(1 / len(members) + 1 / len(others) + apart**2 / (2 * (len(others) - 1)))
+    r = np.ones(len(members)) if shares is None else shares
+    number = float(r @ r)
+    apart = float(r @ (members - others)) / number / float(others.std(ddof=1))
+    spread = math.sqrt(2 / number + apart**2 / (2 * (len(others) - 1)))
     return apart, max(0.0, apart - float(norm.ppf(confidence)) * spread)
