@@ -12,12 +12,12 @@ from scipy import stats
 
 from fedcustom.core.errors import RecipeError
 from fedcustom.privacy.accounting import gaussian_epsilon
+from fedcustom.privacy.clipping import groups_of
 from fedcustom.privacy.example_mechanism import (
     ExampleMechanism,
     ExamplePrivacy,
     RowPrivacy,
     example_mechanism,
-    groups_of,
 )
 from fedcustom.privacy.noise import NoiseKey
 from fedcustom.privacy.settings import PrivacySettings

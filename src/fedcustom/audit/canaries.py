@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..core.tensors import Tensors
 from ..methods import State, WeightTuning
-from ..methods.tuning.release import ClientRelease, bounds_of, groups_of
+from ..methods.tuning.release import ClientRelease, bounds_of
 from ..methods.tuning.server import released_tensors
 from ..privacy.accounting import gaussian_epsilon
 from ..privacy.client_mechanism import ClientMechanism
+from ..privacy.clipping import groups_of
 from ..privacy.noise import NoiseKey
 from ..training.local import schedule_factor
 from .attack import CannotAttack, Deadline, OutOfTime, RoundKind, RoundView, Target

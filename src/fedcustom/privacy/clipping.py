@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,9 @@ from ..core.tensors import Tensors
 Groups = Mapping[str, Collection[str]]
 """Names of tensors that are bounded together, by group."""
 
+OWN, HEAD = "own", "head"
+"""The groups of a method's tensors, bounded apart: a head's gradient is many times that of a prefix."""
+
 QUANTILE = 0.5
 """Share of norms that an adaptive bound is to lie above (Andrew et al. 2021)."""
 
@@ -22,6 +25,13 @@ RATE = 0.2
 
 FIRST = 0.1
 """An adaptive bound in the first round (the same)."""
+
+
+def groups_of(names: Iterable[str], head: Collection[str]) -> dict[str, list[str]]:
+    """The names by group, the head's and the method's own, of groups that have some."""
+    listed = sorted(names)
+    own, rest = [n for n in listed if n not in head], [n for n in listed if n in head]
+    return {group: found for group, found in ((OWN, own), (HEAD, rest)) if found}
 
 
 @dataclass(frozen=True)

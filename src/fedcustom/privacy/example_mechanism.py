@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,12 +18,9 @@ from torch import Tensor
 from ..core.errors import RecipeError
 from ..core.tensors import Tensors
 from .accounting import Event, Guarantee, Ledger, calibrate
-from .clipping import Bound, Groups
+from .clipping import HEAD, OWN, Bound, Groups
 from .noise import NoiseKey
 from .settings import Clip, PrivacySettings
-
-OWN, HEAD = "own", "head"
-"""The groups of tensors that are bounded apart: the method's own, and the classification head."""
 
 INCLUSION, GRADIENT = "inclusion", "gradient"
 """The names under which a key draws batches and noise."""
@@ -162,12 +159,6 @@ class RowPrivacy:
         scales = {name: size * bounds[group].size for group, names in groups.items() for name in names}
         drawn = self.key.normal_like(step, GRADIENT, tensors)
         return {name: tensor.mul_(scales[name]) for name, tensor in drawn.items()}
-
-
-def groups_of(names: Collection[str], head: Collection[str]) -> dict[str, list[str]]:
-    """The groups of the tensors that are trained; none is empty."""
-    found = {OWN: [n for n in names if n not in head], HEAD: [n for n in names if n in head]}
-    return {group: members for group, members in found.items() if members}
 
 
 @dataclass(frozen=True)

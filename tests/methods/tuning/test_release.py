@@ -12,8 +12,9 @@ from fedcustom.core.tensors import Tensors, equal, norm
 from fedcustom.data.examples import ClientData
 from fedcustom.methods import Answer, Client, State, Update, WeightTuning, Work
 from fedcustom.methods.tuning.messages import TrainUpdate
-from fedcustom.methods.tuning.release import ClientRelease, groups_of
+from fedcustom.methods.tuning.release import ClientRelease
 from fedcustom.privacy.client_mechanism import client_mechanism
+from fedcustom.privacy.clipping import groups_of
 from fedcustom.privacy.noise import NoiseKey
 from fedcustom.privacy.settings import PrivacySettings
 from helpers.methods import SETTINGS, examples_for, make

@@ -10,27 +10,17 @@ from torch import Tensor
 from ...aggregation.private_mean import bounded_sum, private_mean
 from ...core.tensors import Tensors
 from ...privacy.client_mechanism import ClientMechanism
-from ...privacy.clipping import FIRST, Bound, Groups, clipped, next_bound
+from ...privacy.clipping import FIRST, HEAD, OWN, Bound, Groups, clipped, groups_of, next_bound
 from ...privacy.noise import NoiseKey
 from ...privacy.settings import PrivacySettings
 from ...privacy.strategy import CorrelatedNoise
 from ..protocol import State, Values
-
-OWN, HEAD = "own", "head"
-"""The groups of tensors that are bounded apart: a head's gradient is many times that of a prefix."""
 
 SUMS = "sums"
 """The group of all sums that a head is fitted to."""
 
 BOUND = "bound/"
 """Before a group's name in a state's values: its adaptive bound for the next round."""
-
-
-def groups_of(names: Iterable[str], head: Collection[str]) -> dict[str, list[str]]:
-    """The names by group, of groups that have some."""
-    listed = sorted(names)
-    own, rest = [n for n in listed if n not in head], [n for n in listed if n in head]
-    return {group: found for group, found in ((OWN, own), (HEAD, rest)) if found}
 
 
 def bounds_of(settings: PrivacySettings, factor: float, values: Values | None = None) -> dict[str, Bound]:

@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor
 
 from ....core.tensors import Tensors
-from ....privacy.example_mechanism import RowPrivacy, groups_of
+from ....privacy.clipping import groups_of
+from ....privacy.example_mechanism import RowPrivacy
 from ....privacy.row_clipping import clipped_row_sums
 
 MOST_BYTES = 256 * 2**20
