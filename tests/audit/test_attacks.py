@@ -109,13 +109,15 @@ def test_candidates_find_members(tiny: dict[str, str], method: str) -> None:
     assert update.low is not None
     assert update.low > 0.5
     assert update.candidates > 0.8 * 2 * 10 * PER_CLIENT  # those with a partner of their label
-    assert found["state difference: AUC"].epsilon is not None
-    assert found["client's update: AUC"].epsilon is None
+    assert all(each.epsilon is None for each in found.values())  # others had a part in the state
+    first = by_measure(Candidates().attack(run, replace(view, number=1), LATER))
+    assert first["state difference: AUC"].epsilon is not None
+    assert first["client's update: AUC"].epsilon is None
 
 
 def test_candidates_of_noise_are_guesses(tiny: dict[str, str]) -> None:
     run = target(tiny["bert"], "lora")
-    view = with_noise(seen(run, 2, list(run.data.clients)[:10]))
+    view = replace(with_noise(seen(run, 2, list(run.data.clients)[:10])), number=1)
     found = by_measure(Candidates().attack(run, view, LATER))
     for of in ("client's update", "state difference"):
         area = found[f"{of}: AUC"]
@@ -266,6 +268,35 @@ def test_sums_of_one_text(tiny: dict[str, str]) -> None:
     found = by_measure(Sums().attack(run, replace(view, received=received), LATER))
     assert found["client's update: sums of one text named"].success == 1.0
     assert found["client's update: sums of two texts named"].success == 1.0
+
+
+def test_what_is_withheld_is_said(tiny: dict[str, str]) -> None:
+    """Zeros are no gradient whose span could be looked at."""
+    run = fitted(tiny["bert"], fit_head_steps=2)
+    view = seen(run, 1, list(run.data.clients)[:6])
+    received = [
+        replace(
+            m,
+            update=replace(m.update, tensors={n: t * (n != "gradient") for n, t in m.update.tensors.items()}),
+        )
+        for m in view.received
+    ]
+    found = by_measure(Sums().attack(run, replace(view, received=received), LATER))
+    assert found["client's update: clients that send gradients of the head"].success == 0
+    assert "client's update: texts named by the span of the gradients" not in found
+
+
+def test_a_released_head_of_few_texts_tells(tiny: dict[str, str]) -> None:
+    run = fitted(tiny["bert"])
+    view = replace(seen(run, 1, list(run.data.clients)[:10]), received=[])
+    found = by_measure(Sums().attack(run, view, LATER))
+    named = found["state difference: texts named by the released head"]
+    assert named.trials == 10 * PER_CLIENT
+    assert named.success <= len(LABELS) / named.trials  # a guess a label
+    area = found["state difference: AUC"]
+    noise = {n: torch.randn(t.shape) for n, t in view.after.tensors.items()}
+    other = by_measure(Sums().attack(run, replace(view, after=replace(view.after, tensors=noise)), LATER))
+    assert other["state difference: AUC"].success < area.success + 0.15
 
 
 def test_no_sums_where_no_head_is_fitted(tiny: dict[str, str]) -> None:
