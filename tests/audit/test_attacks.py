@@ -312,13 +312,18 @@ def test_no_sums_where_no_head_is_fitted(tiny: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("attack", "method", "number"), [(Sums(), "lora", 1), (Candidates(), "lora", 2), (Tokens(), "full", 2)]
 )
-def test_time_and_emptiness(tiny: dict[str, str], attack: Any, method: str, number: int) -> None:
+def test_an_attack_stops_in_time(tiny: dict[str, str], attack: Any, method: str, number: int) -> None:
     run = target(tiny["bert"], method, training={"fit_head_rounds": [1]})
     view = seen(run, number, ["c00", "c01"])
     with pytest.raises(OutOfTime):
         attack.attack(run, view, Deadline(0.0))
+
+
+def test_tokens_need_messages(tiny: dict[str, str]) -> None:
+    """The other attacks go on with what the states tell."""
+    run = target(tiny["bert"], "full", training={"fit_head_rounds": [1]})
     with pytest.raises(CannotAttack):
-        attack.attack(run, replace(view, received=[]), LATER)
+        Tokens().attack(run, replace(seen(run, 2, ["c00", "c01"]), received=[]), LATER)
 
 
 def test_a_keeper_keeps_whole_clients() -> None:

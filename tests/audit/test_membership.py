@@ -17,7 +17,7 @@ from fedcustom.recipe.recipe import load_recipe
 from helpers.methods import LABELS, make
 from helpers.rows import make_rows
 
-CLIENTS, PER_CLIENT, ROUNDS, EPOCHS = 1, 60, 1, 30
+CLIENTS, PER_CLIENT, ROUNDS, EPOCHS = 1, 60, 1, 60
 LATER = Deadline(float("inf"))
 
 
@@ -33,7 +33,10 @@ def with_random_labels(count: int) -> list[Example]:
 def target(folder: str, trained: list[Example], held: list[Example]) -> Target:
     """Full fine-tuning of few texts."""
     parts = {f"c{n}": trained[PER_CLIENT * n : PER_CLIENT * (n + 1)] for n in range(CLIENTS)}
-    training = {"learning_rate": 5e-3, "local_epochs": EPOCHS, "batch_size": 4, "logit_adjustment": 0}
+    training = {
+        "learning_rate": 2e-3, "local_epochs": EPOCHS, "batch_size": 4, "logit_adjustment": 0,
+        "schedule": "constant",
+    }  # fmt: skip
     recipe = load_recipe(
         {
             "model": {"base": folder},

@@ -23,7 +23,8 @@ def test_every_kind_of_round_is_attacked(small: dict[str, Any], tmp_path: Path) 
         "training": {"batch_size": 8, "fit_head_rounds": [1], "fit_head_steps": 2},
     }
     run = fedcustom.run(recipe, out=tmp_path / "run")
-    found = audit_run(run.directory, minutes=5)
+    rounds = ["sums", "tokens", "candidates"]
+    found = audit_run(run.directory, attacks=rounds, minutes=5)
     assert isinstance(found, Audit)
     assert {(f.attack, f.round) for f in found.findings} == {
         ("sums", 1), ("tokens", 2), ("tokens", 3), ("candidates", 2), ("candidates", 3),
@@ -40,7 +41,7 @@ def test_every_kind_of_round_is_attacked(small: dict[str, Any], tmp_path: Path) 
     assert again.findings == [f for f in found.findings if f.attack == "candidates"]
     assert {f.attack for f in (read_audit(run.directory) or Audit()).findings} == {"candidates"}
 
-    late = audit_run(run.directory, minutes=1e-6)
+    late = audit_run(run.directory, attacks=rounds, minutes=1e-6)
     assert late.findings == []
     assert {(left.attack, left.round) for left in late.not_run} == {
         (f.attack, f.round) for f in found.findings
