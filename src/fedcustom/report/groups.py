@@ -16,9 +16,9 @@ from .read import Baseline, Run
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 METRIC_ORDER = (
-    *("accuracy", "choice_accuracy", "calibration_error", "macro_f1", "rouge_l", "bleu", "chrf"),
-    *("exact_match", "token_f1", "mrr"),
+    *("accuracy", "choice_accuracy", "calibration_error", "macro_f1", "rouge_l", "bleu", "chrf", "mrr"),
     *("preference_accuracy", "loss", "reward_margin", "likelihood_accuracy", "perplexity"),
+    *("exact_match", "token_f1"),  # last: a narrow terminal shows the first ones
 )
 PERCENT_METRICS = frozenset(TEXT_METRICS)
 UNBOUNDED_METRICS = frozenset({"reward_margin"})
