@@ -40,6 +40,16 @@ def exact(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return logits(model.double(), batch)
 
 
+def rounds_alike(model: Any) -> bool:
+    """Whether a model's activations of a number are the same wherever it stands in a tensor: on some
+    processors GELU and SiLU are rounded in another way at a tensor's end, where numbers fill no whole vector.
+    """
+    numbers = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    found = [m for m in model.modules() if "activation" in type(m).__module__]
+    assert found
+    return all(torch.equal(torch.cat([act(n) for n in numbers.split(1)]), act(numbers)) for act in found)
+
+
 @ON_MODELS
 def test_the_start_is_the_base_model_to_the_last_bit(tiny: dict[str, str], model: str) -> None:
     kind = MODELS[model]
@@ -47,7 +57,10 @@ def test_the_start_is_the_base_model_to_the_last_bit(tiny: dict[str, str], model
     task = LearningTask(kind, LABELS if kind == "classification" else ())  # type: ignore[arg-type]
     base = load_base(ModelSettings(base=tiny[model]), task, seed=0)
     expected = logits(base.model.eval(), batch)
-    assert torch.equal(logits(memory(tiny, model).trainable.model.eval(), batch), expected)
+    ours = logits(memory(tiny, model).trainable.model.eval(), batch)
+    if rounds_alike(base.model):
+        assert torch.equal(ours, expected)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(expected, logits(plain(tiny[model], kind, model), batch))
 
 

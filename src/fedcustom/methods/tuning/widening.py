@@ -86,9 +86,8 @@ class WidenedOutput(Widened):
     def forward(self, states: Tensor) -> Tensor:
         """(..., hidden + width) to (..., out)."""
         own, extra = states.tensor_split([states.shape[-1] - self.adapter.in_features], dim=-1)
-        # Copies: a product of a view may be rounded in another way than the base model's on some processors,
-        # and autograd would keep all units for a view of the extra ones.
-        result: Tensor = self.base(own.contiguous()) + self.adapter(extra.contiguous())
+        # A copy of the few extra units: autograd would keep all units for a view of them.
+        result: Tensor = self.base(own) + self.adapter(extra.contiguous())
         return result
 
     def merged(self) -> Matrix:
