@@ -44,6 +44,7 @@ def test_defaults() -> None:
         ("aggregation.correction", "feddyn"),
         ("aggregation.rule", "fltrust"),
         ("participation.buffer", 2),
+        ("personalisation.finetune_epochs", 2),
         ("rounds.selection", "balanced"),
         ("rounds.checkpoint_every", 2),
         ("training.learning_rate", "auto"),

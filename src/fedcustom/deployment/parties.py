@@ -85,6 +85,13 @@ def check_private(recipe: Recipe, development: Sequence[Example]) -> None:
             "privacy.unit = 'client': the server needs development data of its own, or sites would see "
             "states before these are checkpointed; name some in federation.toml (data.development)"
         )
+    hidden = recipe.privacy is not None and recipe.privacy.unit == "example"
+    if hidden and not development and (recipe.evaluation.select != "last" or recipe.evaluation.calibrate):
+        raise RecipeError(
+            "privacy.unit = 'example': without development data of the server's own the sites' would choose "
+            "and scale the model; name some in federation.toml (data.development), or set "
+            "evaluation.select = 'last' and evaluation.calibrate = false"
+        )
 
 
 def gather(

@@ -40,8 +40,13 @@ class ExampleRun:
         for steps in self.steps[:round_number]:
             for name, count in steps.items():
                 done[name] = done.get(name, 0) + count
-        shares = sorted(done, key=lambda name: -done[name] / self.mechanisms[name].steps)
-        return max((self.mechanisms[name].epsilon(done[name]) for name in shares[:MOST_TOLD]), default=0.0)
+        first = sorted(done, key=lambda name: -self._weight(name, done[name]))
+        return max((self.mechanisms[name].epsilon(done[name]) for name in first[:MOST_TOLD]), default=0.0)
+
+    def _weight(self, name: str, steps: int) -> float:
+        """What so many of a client's steps spend, roughly: by the central limit, mu^2 of subsampled noise."""
+        mechanism = self.mechanisms[name]
+        return steps * (mechanism.rate / mechanism.noise_multiplier) ** 2
 
     def guarantee(self) -> Guarantee | None:
         """The largest of the clients'; None where each site knows its own alone."""

@@ -13,7 +13,7 @@ from ..models.settings import ModelSettings
 from ..privacy.settings import PrivacySettings
 from ..simulation.settings import ParticipationSettings
 from ..training.settings import TrainingSettings
-from .sections import RoundSettings
+from .sections import PersonalisationSettings, RoundSettings
 
 EXAMPLE_DEFAULTS: dict[str, dict[str, Any]] = {
     "training": {"clip_norm": 0.0},
@@ -28,6 +28,8 @@ FOR_CLIENTS = ("participation", "bands", "head_share", "head_clip")
 class Sections(Protocol):
     """What is read of a recipe."""
 
+    @property
+    def personalisation(self) -> PersonalisationSettings: ...
     @property
     def model(self) -> ModelSettings: ...
     @property
@@ -77,6 +79,11 @@ def _training(recipe: Sections) -> Iterator[str]:
     training = recipe.training
     if training.dropout:
         yield "training.dropout = true: rows are bounded in passes without dropout; use false"
+    if recipe.personalisation.finetune_epochs:
+        yield (
+            f"personalisation.finetune_epochs = {recipe.personalisation.finetune_epochs}: it has no noise, "
+            "and across sites its metrics are sent; use 0"
+        )
     if recipe.model.compile:
         yield "model.compile = true: rows are bounded in passes that are not compiled; use false"
     if training.learning_rate == "auto":

@@ -15,7 +15,7 @@ from ..privacy.settings import PrivacySettings
 from ..simulation.settings import ParticipationSettings
 from ..training.settings import TrainingSettings
 from .example_privacy import EXAMPLE_DEFAULTS, why_no_example_privacy
-from .sections import RoundSettings
+from .sections import PersonalisationSettings, RoundSettings
 
 CLIENT_DEFAULTS: dict[str, dict[str, Any]] = {
     "aggregation": {"weighting": "uniform"},
@@ -37,6 +37,8 @@ FEWEST_DRAWN = 40
 class Sections(Protocol):
     """What is read of a recipe."""
 
+    @property
+    def personalisation(self) -> PersonalisationSettings: ...
     @property
     def secure_sum(self) -> SecureSumSettings | None: ...
     @property

@@ -61,7 +61,7 @@ def sends_gradient(
     as there are texts can be solved for them. Nor where one text has more than one in ``least`` of the
     weight, the sum of absolute factors of the x_i, in a row of the gradient, in its sum with the label's
     total, which was sent before, or in its difference from an ``earlier`` gradient. So a server that chooses
-    heads to single out a text, in one exchange or by the difference of two, gets nothing either.
+    heads to single out a text, in one exchange or by the difference of two of a fit, gets nothing either.
 
     ``probabilities`` p of (rows, classes) are the head's, ``earlier`` those of the same rows at the heads
     whose gradients were sent. With ``least = 1`` it always does.

@@ -96,6 +96,11 @@ class WeightTuning:
             raise RecipeError(f"secure_sum.on = true: {self.hooks.own_rule} needs each client's own change")
         self.ownership = Ownership(context, self.trainable, self.hooks)
         head_rounds = context.training.rounds_of_head_fits(context.rounds)
+        if context.row_privacy is not None and head_rounds:
+            raise RecipeError(
+                "training.fit_head_rounds: with privacy.unit = 'example' no head is fitted, since its sums "
+                "have no noise of the client's own"
+            )
         layer = last_layer(self.trainable, self.base) if head_rounds else None
         asked = context.training.clients_of_head_fits(context.clients) if federated else 1
         least = context.training.least_texts if federated else 1  # a baseline's data stay in one place
