@@ -13,20 +13,9 @@ import fedcustom
 from fedcustom.core.errors import RecipeError
 from fedcustom.core.tensors import equal
 from fedcustom.federated.private_run import RECORD
-from fedcustom.federated.run_directory import Checkpoints, Row
+from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.privacy.accounting import Event, Ledger
-from helpers.runs import rows_of
-
-
-class StopAt(fedcustom.Callback):
-    """Raises after a round, whose checkpoint is written first."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def on_round_end(self, row: Row) -> None:
-        if row["round"] == self.number:
-            raise RuntimeError("stopped")
+from helpers.runs import StopAt, rows_of
 
 
 @pytest.fixture

@@ -14,22 +14,11 @@ from fedcustom.core.errors import RecipeError, RunError
 from fedcustom.core.tensors import equal
 from fedcustom.federated.norm_gate import NORMS
 from fedcustom.federated.private_run import KEY, RECORD, planned
-from fedcustom.federated.run_directory import Checkpoints, Row
+from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.privacy.accounting import gaussian_epsilon
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.report import write_report
-from helpers.runs import rows_of, without_seconds
-
-
-class StopAt(fedcustom.Callback):
-    """Raises after a round, whose checkpoint is written first."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def on_round_end(self, row: Row) -> None:
-        if row["round"] == self.number:
-            raise RuntimeError("stopped")
+from helpers.runs import StopAt, rows_of, without_seconds
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a run directory holds, for comparison."""
+"""What a run directory holds, for comparison, and runs that are stopped."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import safetensors.torch
 
+import fedcustom
 from fedcustom.core.tensors import Tensors
-from fedcustom.federated.run_directory import History
+from fedcustom.federated.run_directory import History, Row
 
 
 def tensors_of(directory: Path) -> Tensors:
@@ -25,3 +26,15 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
 def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
     """A round without what differs between two runs of the same code."""
     return {key: value for key, value in row.items() if key not in ("seconds", "peak_memory_bytes")}
+
+
+class StopAt(fedcustom.Callback):
+    """Raises after a round, whose checkpoint is written first."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_round_end(self, row: Row) -> None:
+        """Raise, if it is this one."""
+        if row["round"] == self.number:
+            raise RuntimeError("stopped")

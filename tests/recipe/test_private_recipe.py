@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 
 from fedcustom.core.errors import RecipeError
+from fedcustom.data.settings import ClientSettings
+from fedcustom.evaluation.settings import EvaluationSettings
+from fedcustom.models.facts import ModelFacts
+from fedcustom.privacy.settings import PrivacySettings
+from fedcustom.recipe.defaults import complete
 from fedcustom.recipe.help import settings_help
 from fedcustom.recipe.recipe import Recipe, load_recipe, parse_recipe, to_toml
+from fedcustom.recipe.sections import RoundSettings
+from fedcustom.training.settings import TrainingSettings
 
 PRIVATE: dict[str, Any] = {
     "clients": {"partition": "iid", "count": 100},
@@ -124,3 +131,29 @@ def test_what_has_no_guarantee_is_refused_by_its_key(sections: dict[str, Any], k
 @pytest.mark.parametrize("variant", ["fedit", "ffa", "fedsa", "rolora"])
 def test_variants_whose_factors_are_averaged_are_allowed(variant: str) -> None:
     assert recipe(method={"name": "lora", "variant": variant}).client_privacy is not None
+
+
+def test_a_completed_recipe_keeps_what_is_promised() -> None:
+    """What is filled in for a fitted head is nothing that a guarantee does not go with, and is read again."""
+    import tomllib
+
+    facts = ModelFacts("encoder", linear_head=True, pooling="mean", normalize=True)
+    found = complete(recipe(training={"fit_head": True}), facts)
+    assert found.training.fit_head_rounds == [1, -1]
+    assert found.rounds.selection != "balanced"
+    assert parse_recipe(tomllib.loads(to_toml(found)), "again") == found
+
+
+def test_a_recipe_of_parts_is_checked_when_it_is_complete() -> None:
+    """Its sections are settings, not mappings, in which no default of privacy was filled."""
+    facts = ModelFacts("encoder", linear_head=True, pooling="mean", normalize=True)
+    example = {"unit": "example", "epsilon": 8.0, "delta": 1e-5}
+    made = Recipe(
+        clients=ClientSettings(partition="iid", count=100),
+        rounds=RoundSettings(count=10, clients_per_round=20),
+        training=TrainingSettings(batch_size=8),
+        evaluation=EvaluationSettings(select="last", calibrate=False),
+        privacy=PrivacySettings(**example),
+    )
+    with pytest.raises(RecipeError, match=r"rounds.selection|training.fit_head_rounds|logit_adjustment"):
+        complete(made, facts)

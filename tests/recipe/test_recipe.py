@@ -85,6 +85,25 @@ def test_refused(values: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "allowed"),
+    [
+        (
+            {"training": {"learning_rate": "fast"}},
+            "training.learning_rate = 'fast': must be a valid number or 'auto'",
+        ),
+        (
+            {"privacy": {"unit": "client", "epsilon": 1.0, "delta": 1e-5, "clip": "all"}},
+            "privacy.clip = 'all': must be a valid number or 'unit' or 'adaptive'",
+        ),
+    ],
+)  # fmt: skip
+def test_a_number_or_a_word_is_one_problem(values: dict[str, Any], allowed: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(values)
+    assert str(caught.value).endswith(allowed)
+
+
 def test_several_problems_are_counted() -> None:
     with pytest.raises(RecipeError, match=r"\(and 1 more\)"):
         load_recipe({"seed": -1, "training": {"batch_size": 0}})

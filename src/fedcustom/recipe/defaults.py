@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..core.errors import RecipeError
 from ..models.facts import ModelFacts
 from ..models.settings import ModelSettings
 from .label_skew import remedies_of
+from .privacy import check_privacy
 from .recipe import Recipe
+from .secure_sum import check_secure_sum
 
 SEARCHED = (0.3, 1.0, 3.0, 10.0)
 """What of a method's default learning rate ``training.learning_rate = "auto"`` tries."""
@@ -18,7 +21,7 @@ def complete(recipe: Recipe, facts: ModelFacts) -> Recipe:
     skew, and the pooling of the model. A complete recipe stays as it is.
 
     Raises:
-        RecipeError: the recipe asks for a remedy that is not possible.
+        RecipeError: the recipe asks for a remedy that is not possible, or that its privacy does not go with.
     """
     remedies = remedies_of(recipe, linear_head=facts.linear_head)
     changed: dict[str, Any] = {}
@@ -33,7 +36,15 @@ def complete(recipe: Recipe, facts: ModelFacts) -> Recipe:
         changed["rounds"] = recipe.rounds.model_copy(update={"selection": remedies.selection})
     if (model := _pooled(recipe, facts)) is not None:
         changed["model"] = model
-    return recipe.model_copy(update=changed) if changed else recipe
+    if not changed:
+        return recipe
+    completed = recipe.model_copy(update=changed)
+    try:  # what was filled in must not undo what is promised
+        check_privacy(completed)
+        check_secure_sum(completed)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    return completed
 
 
 def _rates(recipe: Recipe, facts: ModelFacts) -> dict[str, Any]:

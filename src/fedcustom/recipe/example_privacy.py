@@ -5,15 +5,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
-from ..aggregation.settings import AggregationSettings
-from ..methods.settings import MethodSettingsBase
-from ..models.settings import ModelSettings
-from ..privacy.settings import PrivacySettings
-from ..simulation.settings import ParticipationSettings
-from ..training.settings import TrainingSettings
-from .sections import PersonalisationSettings, RoundSettings
+from .sections import Sections
 
 EXAMPLE_DEFAULTS: dict[str, dict[str, Any]] = {
     "training": {"clip_norm": 0.0},
@@ -23,27 +17,6 @@ EXAMPLE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 FOR_CLIENTS = ("participation", "bands", "head_share", "head_clip")
 """Settings of ``[privacy]`` that only a run that hides clients has."""
-
-
-class Sections(Protocol):
-    """What is read of a recipe."""
-
-    @property
-    def personalisation(self) -> PersonalisationSettings: ...
-    @property
-    def model(self) -> ModelSettings: ...
-    @property
-    def method(self) -> MethodSettingsBase: ...
-    @property
-    def training(self) -> TrainingSettings: ...
-    @property
-    def aggregation(self) -> AggregationSettings: ...
-    @property
-    def rounds(self) -> RoundSettings: ...
-    @property
-    def participation(self) -> ParticipationSettings: ...
-    @property
-    def privacy(self) -> PrivacySettings | None: ...
 
 
 def why_no_example_privacy(recipe: Sections) -> Iterator[str]:

@@ -14,6 +14,9 @@ from ..core.errors import RecipeError
 from ..core.settings import Settings
 from ..methods import registry
 
+MUST_BE = ": must be "
+"""Between a setting with its value and what is allowed."""
+
 
 def settings_help(recipe: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
     """Every setting as (key, type and bounds, default, help), section by section, methods one after the
@@ -124,6 +127,20 @@ def _default_text(field: FieldInfo) -> str:
     if value is None:
         return "unset"
     return tomli_w.dumps({"value": value}).partition("= ")[2].strip() if not isinstance(value, dict) else "{}"
+
+
+def explained(problems: Sequence[Any], recipe: type[BaseModel]) -> list[str]:
+    """Validation problems, one line each. A setting that may be a number or a word has a problem for each of
+    the two, of which one line is made.
+    """
+    allowed: dict[str, list[str]] = {}
+    for problem in problems:
+        setting, must, what = explain(problem, recipe).partition(MUST_BE)
+        allowed.setdefault(setting, []).extend([what] if must else [])
+    return [
+        setting + (MUST_BE + " or ".join(dict.fromkeys(what)) if what else "")
+        for setting, what in allowed.items()
+    ]
 
 
 def explain(problem: Any, recipe: type[BaseModel]) -> str:

@@ -5,18 +5,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from ..aggregation.settings import AggregationSettings
 from ..core.errors import RecipeError
-from ..data.settings import ClientSettings, DataSettings
-from ..methods.settings import MethodSettingsBase, TuningSettings
-from ..models.settings import ModelSettings
-from ..privacy.secure_sum.settings import SecureSumSettings
-from ..simulation.settings import AttackSettings, ParticipationSettings
-from ..training.settings import TrainingSettings
-from ..updates.settings import CompressionSettings
-from .sections import PersonalisationSettings, RoundSettings
+from ..methods.settings import TuningSettings
+from .sections import Sections
 
 FEWEST_ROUNDS_TO_FIT = 5
 """From how many rounds on the head is fitted by default, which takes two of them."""
@@ -26,37 +19,6 @@ FEWEST_TO_FIT = 100
 
 FEWEST_TO_BALANCE = 10
 """From how many clients a round on cohorts are balanced by default."""
-
-
-class Sections(Protocol):
-    """What is read of a recipe."""
-
-    @property
-    def baseline(self) -> Literal["federated", "centralised", "local"]: ...
-    @property
-    def model(self) -> ModelSettings: ...
-    @property
-    def data(self) -> DataSettings: ...
-    @property
-    def clients(self) -> ClientSettings: ...
-    @property
-    def method(self) -> MethodSettingsBase: ...
-    @property
-    def training(self) -> TrainingSettings: ...
-    @property
-    def aggregation(self) -> AggregationSettings: ...
-    @property
-    def personalisation(self) -> PersonalisationSettings: ...
-    @property
-    def rounds(self) -> RoundSettings: ...
-    @property
-    def participation(self) -> ParticipationSettings: ...
-    @property
-    def attack(self) -> AttackSettings: ...
-    @property
-    def compression(self) -> CompressionSettings: ...
-    @property
-    def secure_sum(self) -> SecureSumSettings | None: ...
 
 
 @dataclass(frozen=True)
@@ -295,6 +257,8 @@ def _can_balance(recipe: Sections) -> bool:
     counted, count = not _is_natural(recipe), recipe.clients.count
     cohort = recipe.rounds.cohort(count) if counted else recipe.rounds.clients_per_round or 0
     even = not counted or 2 * cohort <= count or cohort == count
+    if recipe.privacy is not None and recipe.privacy.unit != "none":
+        return False  # nobody may tell its labels
     said = recipe.training.prior_count != 1  # of the adjustment
     return cohort >= FEWEST_TO_BALANCE and even and not said and not recipe.participation.partial
 

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from ..aggregation.settings import AggregationSettings
-from ..data.settings import DataSettings
-from ..evaluation.settings import EvaluationSettings
-from ..methods.settings import MethodSettingsBase
-from ..models.settings import ModelSettings
-from ..privacy.secure_sum.settings import SecureSumSettings
-from ..privacy.settings import PrivacySettings
-from ..simulation.settings import ParticipationSettings
-from ..training.settings import TrainingSettings
 from .example_privacy import EXAMPLE_DEFAULTS, why_no_example_privacy
-from .sections import PersonalisationSettings, RoundSettings
+from .sections import Sections
 
 CLIENT_DEFAULTS: dict[str, dict[str, Any]] = {
     "aggregation": {"weighting": "uniform"},
@@ -32,33 +23,6 @@ OWN_DEVELOPMENT = ("evaluation",)
 
 FEWEST_DRAWN = 40
 """Clients in a Poisson round on average at least: then an empty round has probability below 1e-17."""
-
-
-class Sections(Protocol):
-    """What is read of a recipe."""
-
-    @property
-    def personalisation(self) -> PersonalisationSettings: ...
-    @property
-    def secure_sum(self) -> SecureSumSettings | None: ...
-    @property
-    def model(self) -> ModelSettings: ...
-    @property
-    def data(self) -> DataSettings: ...
-    @property
-    def method(self) -> MethodSettingsBase: ...
-    @property
-    def training(self) -> TrainingSettings: ...
-    @property
-    def aggregation(self) -> AggregationSettings: ...
-    @property
-    def rounds(self) -> RoundSettings: ...
-    @property
-    def evaluation(self) -> EvaluationSettings: ...
-    @property
-    def participation(self) -> ParticipationSettings: ...
-    @property
-    def privacy(self) -> PrivacySettings | None: ...
 
 
 def with_private_defaults(values: Any) -> Any:

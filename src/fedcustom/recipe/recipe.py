@@ -30,7 +30,7 @@ from ..privacy.settings import PrivacySettings
 from ..simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
 from ..training.settings import TrainingSettings
 from ..updates.settings import CompressionSettings
-from .help import explain, nearest
+from .help import explain, explained, nearest
 from .label_skew import check_label_skew, settled, why_no_head_fit
 from .objective import check_objective, with_task_of_objective
 from .overrides import UNSET, merged, nested, split
@@ -413,7 +413,7 @@ def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [explain(problem, Recipe) for problem in error.errors()]
+        problems = explained(error.errors(), Recipe)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise RecipeError(f"{where}: {problems[0]}{more}") from None
 

@@ -1,12 +1,22 @@
-"""Small sections of the recipe: rounds and personalisation."""
+"""Small sections of the recipe, rounds and personalisation, and all sections as its checks read them."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import Field
 
+from ..aggregation.settings import AggregationSettings
 from ..core.settings import Settings
+from ..data.settings import ClientSettings, DataSettings
+from ..evaluation.settings import EvaluationSettings
+from ..methods.settings import MethodSettingsBase
+from ..models.settings import ModelSettings
+from ..privacy.secure_sum.settings import SecureSumSettings
+from ..privacy.settings import PrivacySettings
+from ..simulation.settings import AttackSettings, ParticipationSettings
+from ..training.settings import TrainingSettings
+from ..updates.settings import CompressionSettings
 
 MOST_BY_DEFAULT = 50
 """Clients of a round at most, where the recipe does not say how many take part."""
@@ -51,3 +61,38 @@ class PersonalisationSettings(Settings):
     finetune_epochs: int = Field(
         0, ge=0, description="Passes over its own data that each client makes after the last round"
     )
+
+
+class Sections(Protocol):
+    """What the checks of a recipe read of it."""
+
+    @property
+    def baseline(self) -> Literal["federated", "centralised", "local"]: ...
+    @property
+    def model(self) -> ModelSettings: ...
+    @property
+    def data(self) -> DataSettings: ...
+    @property
+    def clients(self) -> ClientSettings: ...
+    @property
+    def method(self) -> MethodSettingsBase: ...
+    @property
+    def training(self) -> TrainingSettings: ...
+    @property
+    def aggregation(self) -> AggregationSettings: ...
+    @property
+    def personalisation(self) -> PersonalisationSettings: ...
+    @property
+    def rounds(self) -> RoundSettings: ...
+    @property
+    def evaluation(self) -> EvaluationSettings: ...
+    @property
+    def participation(self) -> ParticipationSettings: ...
+    @property
+    def attack(self) -> AttackSettings: ...
+    @property
+    def compression(self) -> CompressionSettings: ...
+    @property
+    def privacy(self) -> PrivacySettings | None: ...
+    @property
+    def secure_sum(self) -> SecureSumSettings | None: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..core.errors import RecipeError, SecureSumError
 from ..privacy.secure_sum.terms import LEAST_SITES, MOST_SITES
-from .label_skew import Sections
+from .sections import Sections
 
 ONLY_SUM = "the server sees the sum of all changes alone"
 
