@@ -17,7 +17,6 @@ from fedcustom.privacy.strategy import (
     MOST_OPTIMISED,
     CorrelatedNoise,
     banded_toeplitz,
-    largest_sensitivity,
     remaining_noise,
     square_root,
     weights_in_last_state,
@@ -29,6 +28,14 @@ def dense(coefficients: tuple[float, ...], rounds: int) -> np.ndarray:
     column = np.zeros(rounds)
     column[: len(coefficients)] = coefficients[:rounds]
     return np.asarray(np.tril(toeplitz(column)))
+
+
+def largest_sensitivity(coefficients: tuple[float, ...], rounds: tuple[int, ...]) -> float:
+    """The sensitivity of C X to a client with vectors of norm 1 in these rounds, ``sqrt(sum_ij |g_ij|)`` with
+    the columns' inner products g: exact where none is negative, and an upper bound else.
+    """
+    columns = dense(coefficients, max(rounds) + len(coefficients))[:, list(rounds)]
+    return float(np.sqrt(np.abs(columns.T @ columns).sum()))
 
 
 def falling(rounds: int) -> list[float]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -87,23 +86,6 @@ def remaining_noise(weights: Sequence[float] | Vector, coefficients: Sequence[fl
     u = lfilter([1.0], np.asarray(coefficients, dtype=np.float64), w[::-1])
     length = float(np.linalg.norm(w))
     return float(np.linalg.norm(u)) / length if length else 1.0
-
-
-def largest_sensitivity(coefficients: Sequence[float], rounds: Sequence[int]) -> float:
-    """The sensitivity of C X to a client that contributes vectors of norm 1 in these rounds, at worst.
-
-    With the columns' inner products g this is ``sqrt(sum_ij |g_ij|)``, which is exact where the columns'
-    inner products are not negative, and an upper bound else.
-    """
-    c = np.asarray(coefficients, dtype=np.float64)
-    if any(after <= before for before, after in pairwise(rounds)):
-        raise ValueError("rounds must rise")
-    total = 0.0
-    for i in rounds:
-        for j in rounds:
-            apart = abs(i - j)
-            total += abs(float(c[: max(0, len(c) - apart)] @ c[apart:]))
-    return math.sqrt(total)
 
 
 class CorrelatedNoise:
