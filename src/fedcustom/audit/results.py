@@ -66,13 +66,13 @@ class NotRun:
 @dataclass(frozen=True)
 class CheckedRound:
     """A round that was looked at. ``bit_equal``: it was repeated, and its state was compared with the run's
-    own checkpoint; else its recorded figures alone. ``witnessed``: it was not repeated, but its states were
+    own checkpoint; else its recorded figures alone. ``recorded``: it was not repeated, but its states were
     kept while the run went.
     """
 
     round: int
     bit_equal: bool
-    witnessed: bool = False
+    recorded: bool = False
 
 
 @dataclass(frozen=True)

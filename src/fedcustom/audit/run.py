@@ -14,9 +14,9 @@ from ..core.errors import RunError, UpdateError
 from ..federated.callbacks import Callback
 from ..federated.replay import Replay, finished_recipe
 from ..federated.resolve import resolved
+from ..federated.round_recorder import RecordedRounds, RoundRecorder, has_secret_noise
 from ..federated.run import run_recipe
 from ..federated.run_directory import History, RunDirectory
-from ..federated.witness import Witness, Witnessed, has_secret_noise
 from ..methods import State
 from ..recipe import Recipe
 from ..transport.protocol import Reply
@@ -98,9 +98,9 @@ def audit_run(
 
     found = _Progress()
     activity = _Activity(told)
-    source: Replay | Witnessed
+    source: Replay | RecordedRounds
     if has_secret_noise(recipe):
-        source = Witnessed(directory, seen, activity, transforms)
+        source = RecordedRounds(directory, seen, activity, transforms)
     else:
         source = Replay(directory, seen, activity, transforms)
     with source:
@@ -109,7 +109,7 @@ def audit_run(
         for attack in wanted:
             reason = attack.inapplicable(target)
             able.append(attack) if reason is None else found.not_run.append(NotRun(attack.name, reason))
-        origin = source.federation.origin if isinstance(source, Witnessed) else source.origin
+        origin = source.federation.origin if isinstance(source, RecordedRounds) else source.origin
         for number, kind in rounds_to_attack(recipe):
             ready = [attack for attack in able if kind in attack.kinds]
             if not ready:
@@ -124,10 +124,10 @@ def audit_run(
             except OutOfTime:
                 found.not_run += [NotRun(attack.name, LATE, number) for attack in ready]
                 continue
-            witnessed = isinstance(source, Witnessed)
-            found.rounds.append(CheckedRound(number, round_.checkpoint and not witnessed, witnessed))
+            recorded = isinstance(source, RecordedRounds)
+            found.rounds.append(CheckedRound(number, round_.checkpoint and not recorded, recorded))
             unseen = len(keeper.unseen)
-            if isinstance(source, Witnessed):
+            if isinstance(source, RecordedRounds):
                 unseen += source.left_out(number)
             view = RoundView(
                 number, kind, round_.before, round_.after, keepers.pop(number).messages,
@@ -165,11 +165,11 @@ def run_to_audit(recipe: Recipe, directory: Path, callbacks: Sequence[Callback] 
     if not has_secret_noise(complete):
         run_recipe(recipe, directory, resume=True, callbacks=callbacks)
         return
-    witness = Witness(directory, {number for number, _ in rounds_to_attack(complete)})
-    run_recipe(recipe, directory, resume=True, callbacks=[*callbacks, witness], gather=witness.gather)
+    recorder = RoundRecorder(directory, {number for number, _ in rounds_to_attack(complete)})
+    run_recipe(recipe, directory, resume=True, callbacks=[*callbacks, recorder], gather=recorder.gather)
 
 
-def _target(source: Replay | Witnessed, delta: float) -> Target:
+def _target(source: Replay | RecordedRounds, delta: float) -> Target:
     """What is attacked."""
     federation, cohorts = source.federation, dict[int, list[str]]()
     for number, row in source.rows.items():
@@ -185,9 +185,9 @@ def released(directory: Path, recipe: Recipe) -> State:
     return place.checkpoints.load(place.best_round(recipe)).state
 
 
-def _missing(source: Replay | Witnessed, number: int, deadline: Deadline) -> str | None:
+def _missing(source: Replay | RecordedRounds, number: int, deadline: Deadline) -> str | None:
     """Why a round cannot be looked at; None where it can."""
-    if isinstance(source, Witnessed) and (reason := source.missing(number)) is not None:
+    if isinstance(source, RecordedRounds) and (reason := source.missing(number)) is not None:
         return reason
     if isinstance(source, Replay) and source.stopped:
         return LATE

@@ -54,9 +54,9 @@ def replayed(audit: Audit) -> str:
     """How the rounds that were attacked were checked, and what the run promises."""
     promised = audit.promised_epsilon
     promise = f"promised epsilon: {'none' if promised is None else f'{promised:g}'}"
-    kept = ", ".join(str(each.round) for each in audit.rounds if each.witnessed)
-    again = ", ".join(str(each.round) for each in audit.rounds if not each.witnessed)
-    exact = ", ".join(str(each.round) for each in audit.rounds if each.bit_equal and not each.witnessed)
+    kept = ", ".join(str(each.round) for each in audit.rounds if each.recorded)
+    again = ", ".join(str(each.round) for each in audit.rounds if not each.recorded)
+    exact = ", ".join(str(each.round) for each in audit.rounds if each.bit_equal and not each.recorded)
     said = "no round was looked at"
     if kept:
         said = f"rounds {kept}: states as they were kept while the run went"

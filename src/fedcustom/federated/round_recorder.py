@@ -1,4 +1,4 @@
-"""A witness of a private run: what others see of chosen rounds, kept while the run goes.
+"""The recorder of rounds of a private run: what others see of them, kept while the run goes.
 
 The key of a private run's noise is deleted at its end, so that no round can be repeated. What is kept is what
 the run's promise covers, and nothing else: the states that were sent, and with ``unit = "example"`` the
@@ -26,7 +26,7 @@ from .replay import ReplayedRound, Seen, Watched, copy_of_run, finished_recipe
 from .run_directory import Checkpoint, Checkpoints, History, RunDirectory
 from .simulation import Federation, simulate
 
-FOLDER = "witnessed"
+FOLDER = "recorded_rounds"
 """The folder in a run's directory of what was kept."""
 
 MOST_BYTES = 2**30
@@ -41,7 +41,7 @@ def has_secret_noise(recipe: Recipe) -> bool:
     return recipe.privacy is not None and recipe.privacy.unit != "none" and recipe.privacy.is_valid
 
 
-class Witness(Callback):
+class RoundRecorder(Callback):
     """Keeps the states before and after some ``rounds`` of a run in ``directory``; as its ``gather``, it also
     keeps the messages of these rounds where clients hide their rows themselves.
     """
@@ -93,8 +93,8 @@ class Witness(Callback):
         write_bytes(self.directory / FOLDER / f"messages-{number:06d}" / name, content)
 
 
-class Witnessed:
-    """The rounds of a finished private run that a :class:`Witness` kept, in place of their replay.
+class RecordedRounds:
+    """The rounds of a finished private run that a :class:`RoundRecorder` kept, in place of their replay.
 
     Args:
         directory: The run's.
@@ -117,7 +117,7 @@ class Witnessed:
         self.recipe = finished_recipe(directory)
         self.rows = {row["round"]: row for row in History.read(directory / "metrics.jsonl").rows}
         self._states = Checkpoints(directory / FOLDER)
-        self._scratch = tempfile.TemporaryDirectory(prefix="fedcustom-witnessed-")
+        self._scratch = tempfile.TemporaryDirectory(prefix="fedcustom-recorded-")
         try:
             self.federation = copy_of_run(
                 directory, self.recipe, Path(self._scratch.name), callbacks or Callback(), transforms
@@ -126,7 +126,7 @@ class Witnessed:
             self.close()
             raise
 
-    def __enter__(self) -> Witnessed:
+    def __enter__(self) -> RecordedRounds:
         return self
 
     def __exit__(self, *_: object) -> None:

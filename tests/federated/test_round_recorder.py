@@ -13,8 +13,8 @@ from fedcustom.audit.run import audit_run, run_to_audit
 from fedcustom.core.errors import RunError
 from fedcustom.core.tensors import equal
 from fedcustom.federated.replay import Replay
+from fedcustom.federated.round_recorder import FOLDER, RecordedRounds
 from fedcustom.federated.run_directory import Checkpoints
-from fedcustom.federated.witness import FOLDER, Witnessed
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport.protocol import Reply
 
@@ -45,7 +45,7 @@ def test_states_of_a_run_that_hides_clients(private: dict[str, Any], tmp_path: P
     for number in kept.rounds():
         content = json.loads((out / FOLDER / f"round-{number:06d}" / "state.json").read_text())
         assert (content["memories"], content["files"]) == ({}, {})
-    with Witnessed(out, nothing) as source:
+    with RecordedRounds(out, nothing) as source:
         first, last = source.round(1), source.round(4)
         assert equal(first.before.tensors, source.federation.origin.tensors)
         assert equal(last.after.tensors, Checkpoints(out / "checkpoints").load(4).state.tensors)
@@ -61,7 +61,7 @@ def test_states_of_a_run_that_hides_clients(private: dict[str, Any], tmp_path: P
         ("candidates", "state difference", 4),
         ("canaries", "state difference", 0),
     }
-    assert all(each.witnessed for each in found.rounds)
+    assert all(each.recorded for each in found.rounds)
     assert [f.attack for f in found.findings if f.epsilon is not None] == ["candidates", "canaries"]
     assert found.broken == []
 
@@ -75,7 +75,7 @@ def test_what_was_not_kept_is_said(private: dict[str, Any], tmp_path: Path) -> N
     assert (found.findings, found.rounds) == ([], [])
     assert {left.round for left in found.not_run} == {1, 3, 4}
     assert all("was not kept while the run went" in left.reason for left in found.not_run)
-    with Witnessed(run.directory, nothing) as source, pytest.raises(RunError, match="round 1: the key"):
+    with RecordedRounds(run.directory, nothing) as source, pytest.raises(RunError, match="round 1: the key"):
         source.round(1)
 
 
@@ -91,7 +91,7 @@ def test_messages_of_clients_that_hide_their_rows(private: dict[str, Any], tmp_p
     private["privacy"] = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-3}
     run_to_audit(load_recipe(private), tmp_path / "run")
     seen: list[tuple[int, Reply]] = []
-    with Witnessed(tmp_path / "run", lambda number, reply: seen.append((number, reply))) as source:
+    with RecordedRounds(tmp_path / "run", lambda number, reply: seen.append((number, reply))) as source:
         round_ = source.round(1)
         assert [number for number, _ in seen] == [1] * 5
         assert source.left_out(1) == 0
