@@ -22,7 +22,7 @@ test: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist loadgroup
+	$(BIN)/pytest -n auto --dist loadgroup --durations 15
 
 # Every method on some seventy kinds of tiny models (docs/model_types.md); not part of make test.
 test-matrix: .venv/ready-dev

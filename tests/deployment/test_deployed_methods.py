@@ -1,10 +1,10 @@
-"""Every method gives the same final tensors across sites as in process."""
+"""Every method gives the same final tensors across sites as in process; some of them over the real engine."""
 
 from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ from fedcustom.federated.run_directory import Checkpoints
 from helpers.chat import template
 from helpers.conversations import chat_llama, chat_recipe
 from helpers.deployed import Bed, bed
+from helpers.loopback import run_in_loopback
 from helpers.preferences import preference_recipe
 from helpers.rows import make_rows, write_jsonl
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
+ENGINE = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
+"""Marks of what takes the engine, and many seconds a job."""
+
+pytestmark = pytest.mark.xdist_group("loopback")  # one worker makes the kits
 
 PROMPTS = ["{label}", "a text about {label}", "the {label} is here"]
 
@@ -97,6 +101,13 @@ def recipe(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.fixture(scope="module")
+def kits(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, Any]) -> Iterator[Bed]:
+    """A federation whose sites run in this process."""
+    with bed(tmp_path_factory.mktemp("federation") / "f", recipe, start=False) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory, recipe: dict[str, Any]) -> Iterator[Bed]:
     with bed(tmp_path_factory.mktemp("federation") / "f", recipe) as made:
         yield made
@@ -118,10 +129,15 @@ def changed(recipe: dict[str, Any], tiny: dict[str, str], variant: dict[str, Any
     return result
 
 
-def compare(made: Bed, recipe: dict[str, Any], tmp_path: Path) -> None:
+def compare(
+    made: Bed,
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    run: Callable[[Bed, Path], dict[str, Any]] = run_in_loopback,
+) -> None:
     """Run a recipe in process and across sites, and compare states, metrics and bytes."""
     made.recipe = recipe
-    summary = made.run(tmp_path / "deployed")
+    summary = run(made, tmp_path / "deployed")
     here = fedcustom.run(recipe, out=tmp_path / "here")
     ours, theirs = (Checkpoints(tmp_path / name / "checkpoints") for name in ("here", "deployed"))
     assert ours.rounds() == theirs.rounds()
@@ -144,11 +160,26 @@ def compare(made: Bed, recipe: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_method_is_the_same_across_sites(
+    kits: Bed, recipe: dict[str, Any], tiny: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    compare(kits, changed(recipe, tiny, VARIANTS[name]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=ENGINE)
+        for name in ("prefix", "balanced cohorts", "full", "compressed", "in-context", "distillation")
+    ],
+)
+def test_over_the_engine(
     federation: Bed, recipe: dict[str, Any], tiny: dict[str, str], tmp_path: Path, name: str
 ) -> None:
-    compare(federation, changed(recipe, tiny, VARIANTS[name]), tmp_path)
+    compare(federation, changed(recipe, tiny, VARIANTS[name]), tmp_path, Bed.run)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("deployment")
 def test_retrieval_is_the_same_across_sites(tiny: dict[str, str], tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -176,7 +207,7 @@ def test_retrieval_is_the_same_across_sites(tiny: dict[str, str], tmp_path: Path
         "rounds": {"count": 2},
     }  # fmt: skip
     with bed(tmp_path / "f", recipe) as made:
-        compare(made, recipe, tmp_path)
+        compare(made, recipe, tmp_path, Bed.run)
 
 
 def test_conversations_are_the_same_across_sites(tmp_path: Path) -> None:
@@ -186,7 +217,7 @@ def test_conversations_are_the_same_across_sites(tmp_path: Path) -> None:
     del recipe["data"]["development"]  # the sites' own, while the server has test rows
     recipe["clients"]["development_fraction"] = 0.2
     recipe["training"]["cohort_width"] = 1
-    with bed(tmp_path / "f", recipe) as made:
+    with bed(tmp_path / "f", recipe, start=False) as made:
         site = tomllib.loads((made.kit(made.names[0]) / "data" / "site.toml").read_text())
         assert site["data"]["messages"] == "messages"
         assert site["policy"]["chat_templates"]
@@ -201,7 +232,7 @@ def test_preferences_are_the_same_across_sites(tmp_path: Path) -> None:
     del recipe["data"]["development"], recipe["data"]["test"]
     recipe["clients"] |= {"development_fraction": 0.2, "test_fraction": 0.2}
     recipe["training"]["cohort_width"] = 1
-    with bed(tmp_path / "f", recipe) as made:
+    with bed(tmp_path / "f", recipe, start=False) as made:
         site = tomllib.loads((made.kit(made.names[0]) / "data" / "site.toml").read_text())
         assert site["data"]["rejected"] == "{rejected}"
         compare(made, recipe, tmp_path)
