@@ -23,6 +23,15 @@ hypothesis.settings.load_profile("no deadline")
 
 pytest.register_assert_rewrite("helpers")
 
+LONGEST_ID = 80
+"""Characters of a parameter in a test's name."""
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """A short name for a long parameter: names travel between the workers, once for every test and worker."""
+    return f"{argname}-of-{len(val)}" if isinstance(val, str | bytes) and len(val) > LONGEST_ID else None
+
+
 from helpers.commands import Result
 from helpers.rows import make_rows, write_jsonl
 from helpers.tiny_models import sentence_files, tiny_model, tiny_tokenizer

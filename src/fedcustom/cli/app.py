@@ -207,6 +207,8 @@ def compare(
         run_directory,
         with_probes,
     )
+    from ..federated.composed_privacy import composed
+    from ..federated.private_run import count_clients
     from ..report import comparison_table, write_report
 
     cells = comparison_cells(
@@ -219,7 +221,7 @@ def compare(
     if not no_probe:
         cells, reasons = with_probes(checked, seeds, cells)
     check_folder(folder, checked)
-    for reason in reasons:
+    for reason in [*reasons, *composed((cell.recipe for cell in cells), count_clients)]:
         note(reason)
     options = {
         "--methods": methods if methods != COMPARED else None,

@@ -11,6 +11,8 @@ from typing import Any
 from ..core.errors import RunError
 from ..core.files import held, holder, read_json, write_json
 from ..evaluation.degenerate import in_words
+from ..federated.composed_privacy import composed
+from ..federated.private_run import count_clients
 from ..report import formatting as words
 from .baselines import added_cells
 from .estimate import Rates, total
@@ -90,6 +92,7 @@ class Experiment:
         added, reasons = self.added()
         made, cells = self.trials(), [*added, *self.cells(self._chosen())]
         yield from reasons
+        yield from self._composed_privacy(cells)
         for kind, named in (
             ("trial", [(t.name, t.cell, self.trial_path(t.name)) for t in made]),
             ("cell", [(c.name, c, self.result_path(c.name)) for c in cells]),
@@ -107,6 +110,11 @@ class Experiment:
                 f"{words.plural(len(named), kind)}, {len(named) - len(todo)} done; "
                 f"left: about {seconds / 3600:.1f} hours of one core{lacking}"
             )
+
+    def _composed_privacy(self, cells: Sequence[Cell]) -> Iterator[str]:
+        """What the private runs and trials on the same clients promise together."""
+        recipes = [cell.recipe for cell in [*(trial.cell for trial in self.trials()), *cells]]
+        yield from composed(recipes, count_clients)
 
     def _chosen(self) -> dict[tuple[str, ...], dict[str, Any]]:
         """The learning rates that were found so far."""
@@ -126,6 +134,8 @@ class Experiment:
         added, reasons = self.added()
         for reason in reasons:
             say(reason)
+        for line in self._composed_privacy(self.cells(self._chosen())):
+            say(line)
         cells = [*added, *self.cells(self._search(jobs, say))]
         # A rate that fails in a trial is a rate that was not chosen, and no failure of the experiment.
         return self._all([(c.name, c, self.result_path(c.name)) for c in cells], "cells", jobs, say)
