@@ -240,6 +240,32 @@ def test_runs_go_on_bit_by_bit(small: dict[str, Any], tmp_path: Path, unit: str)
     assert any(bool(tensor.any()) for name, tensor in one.tensors.items() if "lora_B" in name)
 
 
+def test_correlated_noise_takes_back_that_of_earlier_rounds(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradient steps a private run ends as one whose factors are never made anew, with the same noise:
+    it is drawn in coordinates that stay.
+    """
+    recipe = {
+        **small,
+        "method": {"name": "lora", "variant": "fedsvd", "rank": 2},
+        "training": {"batch_size": 8, "learning_rate": 0.1},
+        "rounds": {"count": 4, "clients_per_round": 2},
+        "evaluation": {"batch_size": 32, "untuned": False},
+        "privacy": {"unit": "client", "noise_multiplier": 0.5, "delta": 1e-3, "randomness": "seeded"},
+    }
+    ours = fedcustom.run(recipe, out=tmp_path / "ours")
+
+    def kept(self: LoraAggregation, tensors: Tensors) -> Tensors:
+        return {m.a_name: m.a for m in self.matrices}
+
+    monkeypatch.setattr(LoraAggregation, "_factored_anew", kept)
+    theirs = fedcustom.run(recipe, out=tmp_path / "theirs")
+    one, other = (Checkpoints(run.directory / "checkpoints").load(4).state.tensors for run in (ours, theirs))
+    for name, tensor in other.items():
+        torch.testing.assert_close(one[name], tensor, rtol=1e-3, atol=1e-4 * float(tensor.abs().max()))
+
+
 def test_secure_sums_give_the_plain_mean(small: dict[str, Any], tmp_path: Path) -> None:
     recipe = {
         **small,
