@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-dora": {"name": "lora", "rank": 4, "dora": True},
     **{
         f"lora-{variant}": {"name": "lora", "rank": 4, "variant": variant}
-        for variant in ("ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb")
+        for variant in ("ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb", "fedsvd")
     },
     "probe": {"name": "probe"},
 }

@@ -31,8 +31,11 @@ from fedcustom.aggregation.lora_factors import (
     change_norm,
     compress_lora,
     frozen_bases,
+    in_rows_of,
     layer_layout,
+    orthonormal_rows,
     pad_rank,
+    refactored,
     truncate_rank,
     with_scale,
 )
@@ -287,6 +290,75 @@ def test_compression_keeps_scale_and_pads_with_zeros() -> None:
     assert not same.b[:, 3:].any()
     u, values, v = np.linalg.svd(factors.change().double().numpy())
     assert distance(compress_lora(factors, 1).change(), values[0] * np.outer(u[:, 0], v[0])) < 1e-5
+
+
+@st.composite
+def deficient_factors(draw: Any) -> LoraFactors:
+    """Factors of which B has any rank from 0 on, ranks above the size of the matrix among them."""
+    out, in_, rank = (draw(st.integers(1, 8)) for _ in range(3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    inner = draw(st.integers(0, rank))
+    b = torch.randn(out, inner, generator=generator) @ torch.randn(inner, rank, generator=generator)
+    a = torch.randn(rank, in_, generator=generator)
+    return LoraFactors(orthonormal_rows(a) if draw(st.booleans()) else a, b, 2.0)
+
+
+def check_orthonormal(a: Tensor) -> None:
+    """The first rows are, and those beyond the width are zero."""
+    rank, in_ = a.shape
+    wanted = np.diag([1.0] * min(rank, in_) + [0.0] * max(0, rank - in_))
+    np.testing.assert_allclose(a.double() @ a.double().T, wanted, atol=1e-6)
+
+
+@given(deficient_factors())
+@settings(max_examples=50, deadline=None)
+def test_refactored_is_the_singular_value_decomposition(factors: LoraFactors) -> None:
+    found = refactored(factors)
+    assert (found.a.shape, found.b.shape) == (factors.a.shape, factors.b.shape)
+    assert (found.scale, found.a.dtype) == (factors.scale, torch.float32)
+    dense = factors.b.double().numpy() @ factors.a.double().numpy()
+    size = np.linalg.norm(dense)
+    assert np.linalg.norm(found.b.double().numpy() @ found.a.double().numpy() - dense) <= 1e-6 * size
+    check_orthonormal(found.a)
+    values = np.linalg.svd(dense, compute_uv=False)[: factors.rank]
+    squares = np.zeros(factors.rank)
+    squares[: len(values)] = values**2
+    gram = found.b.double().T @ found.b.double()
+    np.testing.assert_allclose(gram, np.diag(squares), atol=2e-6 * size**2)
+    assert all(column[column.abs().argmax()] >= 0 for column in found.b.T)
+    # The rows span what they spanned, so that a change of B' is one of B, and as long as it where that is.
+    rows = orthonormal_rows(factors.a)
+    change = torch.randn(factors.b.shape, generator=torch.Generator().manual_seed(1))
+    turned = in_rows_of(change, found.a, rows)
+    np.testing.assert_allclose(turned @ rows, change @ found.a, atol=1e-5)
+    assert turned.norm() <= change.norm() * (1 + 1e-6)
+    if factors.rank <= factors.a.shape[1]:
+        assert float(turned.norm()) == pytest.approx(float(change.norm()), rel=1e-5)
+
+
+def test_refactored_keeps_the_rows_of_a_that_a_change_does_not_use() -> None:
+    a = orthonormal_rows(torch.randn(3, 6, generator=torch.Generator().manual_seed(0)))
+    nothing = refactored(LoraFactors(a, torch.zeros(5, 3)))
+    torch.testing.assert_close(nothing.a, a, rtol=0, atol=1e-6)
+    assert not nothing.b.any()
+    b = torch.zeros(5, 3)
+    b[:, 1] = torch.arange(1.0, 6.0)
+    one = refactored(LoraFactors(a, b))
+    torch.testing.assert_close(one.a, a[[1, 0, 2]], rtol=0, atol=1e-6)
+    torch.testing.assert_close(one.b, b[:, [1, 0, 2]])
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (4, 4), (6, 3)])
+def test_orthonormal_rows_are_those_of_gram_and_schmidt(shape: tuple[int, int]) -> None:
+    a = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    found, rows = orthonormal_rows(a), list[np.ndarray]()
+    for row in a.double().numpy()[: shape[1]]:
+        rest = row - sum((one @ row) * one for one in rows)
+        rows.append(rest / np.linalg.norm(rest))
+    np.testing.assert_allclose(found[: shape[1]], np.stack(rows), atol=1e-5)
+    assert not found[shape[1] :].any()
+    torch.testing.assert_close(orthonormal_rows(found), found, rtol=0, atol=1e-6)
+    check_orthonormal(orthonormal_rows(torch.zeros(shape)))
 
 
 @given(clients(), st.floats(0.1, 8))

@@ -115,6 +115,28 @@ def test_candidates_find_members(tiny: dict[str, str], method: str) -> None:
     assert first["client's update: AUC"].epsilon is None
 
 
+def test_gradients_are_compared_with_the_state_in_its_own_coordinates(tiny: dict[str, str]) -> None:
+    """Of a variant that sends its factors in others: one step on one text moves the state along the text's
+    gradient.
+    """
+    run = target(
+        tiny["bert"], "lora", variant="fedsvd",
+        training={"optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.0},
+    )  # fmt: skip
+    method, (name, *_) = run.method, run.data.clients
+    assert isinstance(method, WeightTuning)
+    state = seen(run, 1, list(run.data.clients)[:4]).after
+    (example,) = run.data.clients[name].train[:1]
+    task = method.configure(state, 2, {name: Work(epochs=1)})[name]
+    update = method.execute(task, Client(name, ClientData(name, [example])))
+    after = method.aggregate(state, [Answer(name, task, update)]).state
+    run.knowledge.enter(task)
+    gradient = run.knowledge.gradient(example, list(update.tensors))
+    moved = {n: after.tensors[n] - state.tensors[n] for n in update.tensors}
+    assert likeness(moved, run.knowledge.in_state(gradient, task)) > 0.999
+    assert likeness(moved, gradient) < 0.9
+
+
 def test_candidates_of_noise_are_guesses(tiny: dict[str, str]) -> None:
     run = target(tiny["bert"], "lora")
     view = replace(with_noise(seen(run, 2, list(run.data.clients)[:10])), number=1)

@@ -32,6 +32,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "soft_prompt": {"method": {"name": "soft_prompt", "length": 4}},
     "lora": {"method": {"name": "lora", "rank": 2}, "aggregation": {"server_optimizer": "fedadam"}},
     "lora stacked": {"method": {"name": "lora", "rank": 2, "variant": "flora"}},
+    "lora factored anew": {
+        "method": {"name": "lora", "rank": 2, "variant": "fedsvd"},
+        "aggregation": {"server_optimizer": "fedavgm"},
+    },
     "adapter": {"method": {"name": "adapter"}},
     "ia3 with a fitted head": {
         "method": {"name": "ia3"}, "compression": {"kind": "int8"},

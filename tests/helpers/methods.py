@@ -52,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora dora": {"rank": 4, "dora": True},
     **{
         f"lora {variant}": {"rank": 4, "variant": variant}
-        for variant in ("ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb")
+        for variant in ("ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb", "fedsvd")
     },
 }
 """Every method and variant: the method's name is the first word; with the settings that make it small."""

@@ -128,7 +128,7 @@ def test_what_has_no_guarantee_is_refused_by_its_key(sections: dict[str, Any], k
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("variant", ["fedit", "ffa", "fedsa", "rolora"])
+@pytest.mark.parametrize("variant", ["fedit", "ffa", "fedsa", "rolora", "fedsb", "fedsvd"])
 def test_variants_whose_factors_are_averaged_are_allowed(variant: str) -> None:
     assert recipe(method={"name": "lora", "variant": variant}).client_privacy is not None
 

@@ -77,6 +77,7 @@ def test_what_goes_with_secure_sums() -> None:
     for values in (
         {},
         {"method": {"name": "lora", "variant": "ffa"}},
+        {"method": {"name": "lora", "variant": "fedsvd"}},
         {"method": {"name": "full"}, "aggregation": {"server_optimizer": "fedadam"}},
         {"personalisation": {"keep": ["head"]}},
         {"aggregation": {"weighting": "uniform"}, "secure_sum": {"on": True}},

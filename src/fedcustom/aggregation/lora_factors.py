@@ -111,6 +111,56 @@ def compress_lora(factors: LoraFactors, rank: int) -> LoraFactors:
     return pad_rank(LoraFactors(signs[:, None] * a, b * signs, factors.scale).to(factors.b.dtype), rank)
 
 
+def orthonormal_rows(a: Tensor) -> Tensor:
+    """A matrix (rank, in) whose rows are orthonormal and span those of ``a``: Gram and Schmidt, by QR.
+
+    Of more rows than columns the last are zero. Orthonormal rows stay as they are, to rounding; where rows of
+    ``a`` depend on each other, others take their place. Runs in float64; the result is float32, or float64
+    where ``a`` is.
+    """
+    basis = _positive_qr(a.double().T)[0].T
+    return pad(basis, (0, 0, 0, a.shape[0] - basis.shape[0])).to(at_least_float32(a.dtype))
+
+
+def refactored(factors: LoraFactors) -> LoraFactors:
+    """The same change with orthonormal rows in A and orthogonal columns in B, the longest first (FedSVD, Lee
+    et al. 2025)::
+
+        B A = U S V^T;   B' = U S,  A' = V^T
+
+    The decomposition is that of a small core, as in :func:`compress_lora`, so that no dense matrix is formed.
+    A direction of A in which the change is zero has no singular vector of its own: there A' keeps rows of A,
+    made orthonormal to the others, so that it can be trained. With B = 0 and orthonormal rows A' is A. The
+    rows of A' span what those of A span. Of more rows than columns the last are zero, with their columns of
+    B. The largest entry of each column of B' is positive. Scale and dtype stay.
+
+    Runs in float64; costs O((out + in) rank^2 + rank^3).
+    """
+    basis, triangle = _positive_qr(factors.a.double().T)
+    core = factors.b.double() @ triangle.T
+    u, values, v = torch.linalg.svd(core, full_matrices=False)
+    least = values[0] * max(core.shape) * torch.finfo(torch.float64).eps
+    found = int((values > least).sum())
+    b = u[:, :found] * values[:found]
+    signs = _column_signs(b) if found else b.new_ones(0)
+    directions = signs * v[:found].T
+    # QR of the found directions and of all others turns the latter orthogonal to the former.
+    rest = _positive_qr(torch.cat([directions, torch.eye(len(core.T), dtype=core.dtype)], 1))[0][:, found:]
+    turned = torch.cat([directions, rest], 1)
+    missing = factors.rank - turned.shape[1]
+    a = pad((basis @ turned).T, (0, 0, 0, missing))
+    b = pad(b * signs, (0, factors.rank - found))
+    return replace(factors, a=a.to(factors.a.dtype), b=b.to(factors.b.dtype))
+
+
+def in_rows_of(b: Tensor, a: Tensor, rows: Tensor) -> Tensor:
+    """B of (out, rank) for which ``B rows`` is ``b a``, where the rows of ``a`` lie in the span of ``rows``,
+    which are orthonormal, or zero: ``b (a rows^T)``. Lengths stay where those of ``a`` are too. Runs in
+    float64; the dtype is that of ``b``.
+    """
+    return (b.double() @ (a.double() @ rows.double().T)).to(b.dtype)
+
+
 def change_norm(factors: LoraFactors) -> float:
     """The Frobenius norm of ``scale B A``, from the Gram matrices of the factors::
 
@@ -153,6 +203,15 @@ def frozen_bases(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     signs = _column_signs(b)
     dtype = at_least_float32(weight.dtype)
     return (b * signs).to(dtype), (signs[:, None] * a).to(dtype)
+
+
+def _positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The thin QR decomposition whose R has no negative number on its diagonal, which makes it unique where
+    columns do not depend on each other.
+    """
+    found = torch.linalg.qr(matrix)
+    signs = _signs(found.R.diagonal())
+    return found.Q * signs, signs[:, None] * found.R
 
 
 def _signs(values: Tensor) -> Tensor:

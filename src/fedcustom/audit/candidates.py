@@ -101,7 +101,7 @@ class Candidates:
                 gradient = knowledge.gradient(example, list(change or like))
                 gradient = {name: tensor.cpu() for name, tensor in gradient.items()}
                 scores[0, side, place] = likeness(change, gradient)
-                scores[1, side, place] = likeness(difference, gradient)
+                scores[1, side, place] = likeness(difference, knowledge.in_state(gradient, task))
         scores = scores[:, :, :wanted]
         more = (
             f" ({len(pairs) - wanted} of {len(pairs)} pairs left out for time)" if wanted < len(pairs) else ""

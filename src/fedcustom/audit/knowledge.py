@@ -52,6 +52,10 @@ class Knowledge:
         """The tensors of a task to train that a client is to train, as they are sent to it."""
         return dict(self.parts.ownership.wanted(typed(task, TrainTask)))
 
+    def in_state(self, gradient: Tensors, task: Task) -> Tensors:
+        """A gradient by what a client was sent with a task, in the coordinates of the server's state."""
+        return self.parts.hooks.to_state(gradient, task.tensors)
+
     def comparable(self, change: Mapping[str, Tensor]) -> Tensors:
         """Of a change, the tensors that have the names and shapes in which gradients come."""
         if not self.parts.trainable.corrects:

@@ -146,9 +146,14 @@ class MethodSettingsBase(Settings):
         return None
 
     @property
+    def turns_tensors(self) -> str | None:
+        """The setting by which clients get the state in other coordinates in each round."""
+        return None
+
+    @property
     def redraws_tensors(self) -> bool:
         """Whether a client sends other tensors in each round, so that nothing can be carried over."""
-        return self.replaces_rule is not None
+        return self.replaces_rule is not None or self.turns_tensors is not None
 
     @property
     def changes_base(self) -> str | None:

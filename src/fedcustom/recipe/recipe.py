@@ -265,7 +265,7 @@ class Recipe(Settings):
                 raise ValueError("participation.buffer: does not go with aggregation.rule = 'fltrust'")
             if setting := self.method.needs_same_state:
                 raise ValueError(f"participation.buffer: {setting} needs all at one state")
-        if (setting := self.method.replaces_rule) and self.compression.down:
+        if (setting := self.method.replaces_rule or self.method.turns_tensors) and self.compression.down:
             raise ValueError(f"compression.down: does not go with {setting}")
         if self.method.redraws_tensors and self.compression.error_feedback:
             raise ValueError(

@@ -23,7 +23,7 @@ from fedcustom.recipe.recipe import load_recipe
 from helpers.methods import classification_examples, generation_examples, make
 
 SIZES = {"a": 3, "b": 8, "c": 5}
-EXACT = ("ffa", "rolora", "flora", "fedex", "fedsb")
+EXACT = ("ffa", "rolora", "flora", "fedex", "fedsb", "fedsvd")
 INEXACT = ("fedit", "flexlora", "hetlora")
 
 
@@ -116,7 +116,7 @@ def test_clients_train_at_their_own_rank_and_scale(tiny: dict[str, str]) -> None
         torch.testing.assert_close(ours.tensors[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["fedit", "ffa", "rolora", "fedsa", "flora", "fedex", "fedsb"])
+@pytest.mark.parametrize("variant", ["fedit", "ffa", "rolora", "fedsa", "flora", "fedex", "fedsb", "fedsvd"])
 def test_what_travels(tiny: dict[str, str], variant: str) -> None:
     method = make(tiny["bert"], "lora", variant=variant, rank=4)
     state = method.initialise()
@@ -132,6 +132,7 @@ def test_what_travels(tiny: dict[str, str], variant: str) -> None:
         "rolora": [{"lora_B"}, {"lora_A"}],
         "fedsa": [{"lora_A"}] * 2,
         "fedsb": [{"lora_R"}] * 2,
+        "fedsvd": [{"lora_B"}] * 2,
     }.get(variant, [{"lora_A", "lora_B"}] * 2)
     assert up == expected
 
@@ -202,7 +203,7 @@ def test_rules_of_their_own_admit_no_other(tiny: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", ["ffa", "rolora", "fedsa", "flora", "fedex", "flexlora", "hetlora", "fedsb"]
+    "variant", ["ffa", "rolora", "fedsa", "flora", "fedex", "flexlora", "hetlora", "fedsb", "fedsvd"]
 )
 def test_runs_export_and_reload(small: dict[str, Any], tmp_path: Path, variant: str) -> None:
     recipe = {**small, "method": {"name": "lora", "variant": variant, "rank": 4}}

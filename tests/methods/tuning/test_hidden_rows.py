@@ -197,7 +197,14 @@ def test_passes_are_cut_to_the_memory_of_row_gradients(
     [
         *(
             (name, "bert")
-            for name in ("lora", "lora hetlora", "lora fedsa", "lora fedsb", "prefix memory stacked")
+            for name in (
+                "lora",
+                "lora hetlora",
+                "lora fedsa",
+                "lora fedsb",
+                "lora fedsvd",
+                "prefix memory stacked",
+            )
         ),
         *((name, "llama") for name in ("prefix", "prefix memory", "soft_prompt", "adapter", "ia3", "bitfit")),
     ],

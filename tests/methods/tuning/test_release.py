@@ -89,7 +89,7 @@ def test_without_noise_it_is_the_mean_of_unit_changes(tiny: dict[str, str]) -> N
 
 
 @pytest.mark.parametrize("clip", ["unit", 1e-3])
-@pytest.mark.parametrize("which", ["prefix", "lora", "lora ffa", "bitfit"])
+@pytest.mark.parametrize("which", ["prefix", "lora", "lora ffa", "lora fedsvd", "bitfit"])
 def test_no_client_moves_the_state_by_more_than_its_bound(
     tiny: dict[str, str], clip: str | float, which: str
 ) -> None:

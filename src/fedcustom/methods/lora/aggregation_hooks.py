@@ -12,10 +12,16 @@ fedex      A, B                  means, and adds what they miss to the base: exa
 flexlora   A, B, mixed ranks     best approximation of the ideal at a rank (Bai et al. 2024)
 hetlora    A, B, mixed ranks     zero-padded, weighted by norm, truncated (Cho et al. 2024)
 fedsb      R (rank x rank)       mean of R between fixed B and A: exact (Singhal et al. 2025)
+fedsvd     B                     mean of B; factors B A anew, A = V^T: exact (Lee et al. 2025)
 =========  ====================  ===================================================================
 
 ``flora`` and ``fedex`` change the base, so what goes down holds a dense change of every adapted matrix: a
 client need not have been there before.
+
+In ``fedsvd`` only what is sent down is factored anew. The state is B in the rows of A at its start, which
+span those of every later A, since no client trains A. A client's change is turned into these rows when it
+arrives. So the sum of changes, noise that is correlated over rounds, moments of a server optimiser and late
+changes are all of one coordinate system, and of B A itself, as the rows are orthonormal.
 """
 
 from __future__ import annotations
@@ -38,7 +44,7 @@ from ...aggregation.lora import (
     stacked_lora,
     truncated_lora,
 )
-from ...aggregation.lora_factors import LoraFactors, truncate_rank, with_scale
+from ...aggregation.lora_factors import LoraFactors, in_rows_of, refactored, truncate_rank, with_scale
 from ...core.seeds import name_seed
 from ...core.tensors import Tensors
 from ..protocol import State, Values
@@ -96,6 +102,8 @@ class LoraAggregation(AggregationHooks):
         self.personal = ("lora_B",) if variant == "fedsa" else ()
         if settings.private_rank:
             self.personal = (PRIVATE,)
+        self.turns = f"lora variant {variant}" if settings.turns_tensors else ""
+        self._refactored: tuple[list[Tensor], Tensors] = ([], {})
 
     def rank_of(self, client: str) -> int:
         """The client's rank: a draw by its name."""
@@ -108,10 +116,11 @@ class LoraAggregation(AggregationHooks):
         return ranks[min(position, len(ranks) - 1)]
 
     def initialise(self, tensors: Tensors) -> Tensors:
-        """In ``flora`` the state is the changed base; A and B begin anew in each round."""
-        if self.settings.variant != "flora":
-            return tensors
-        return {n: t for n, t in tensors.items() if ".lora_A." not in n and ".lora_B." not in n}
+        """In ``flora`` the state is the changed base; A and B begin anew in each round. In ``fedsvd`` it has
+        no A, which stays what it was.
+        """
+        absent = {"flora": (".lora_A.", ".lora_B."), "fedsvd": (".lora_A.",)}.get(self.settings.variant, ())
+        return {n: t for n, t in tensors.items() if not any(part in n for part in absent)}
 
     def down(self, tensors: Tensors, client: str, round_number: int) -> Tensors:
         """The state, with A and B at the client's rank and scale."""
@@ -126,6 +135,8 @@ class LoraAggregation(AggregationHooks):
                 ]
                 own[matrix.b_name] = torch.zeros_like(matrix.b[:, :rank])
             return {**tensors, **own}
+        if settings.variant == "fedsvd":
+            return {**tensors, **self._factored_anew(tensors)}
         if rank == settings.rank:
             return tensors
         own = {}
@@ -136,14 +147,40 @@ class LoraAggregation(AggregationHooks):
         return {**tensors, **own}
 
     def trains(self, name: str, round_number: int) -> bool:
-        """In ``rolora``, B in odd rounds and A in even ones."""
+        """In ``rolora``, B in odd rounds and A in even ones; in ``fedsvd`` B alone."""
+        if self.settings.variant == "fedsvd":
+            return ".lora_A." not in name
         if self.settings.variant != "rolora":
             return True
         return (".lora_A." if round_number % 2 else ".lora_B.") not in name
 
+    def to_state(self, change: Tensors, sent: Tensors) -> Tensors:
+        """In ``fedsvd``, the change of B in the rows of A at its start."""
+        if not self.turns:
+            return change
+        own = {
+            m.b_name: in_rows_of(change[m.b_name], sent[m.a_name], m.a)
+            for m in self.matrices
+            if m.b_name in change
+        }
+        return {**change, **own}
+
     def round(self, state: State) -> RoundAggregator:
         """Begin to merge a round."""
         return LoraRoundAggregator(self, state.tensors)
+
+    def _factored_anew(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """A and B that are sent in place of a state's B; computed once for a whole cohort."""
+        given = [tensors[matrix.b_name] for matrix in self.matrices]
+        known, found = self._refactored
+        if len(known) == len(given) and all(a is b for a, b in zip(known, given, strict=True)):
+            return found
+        found = {}
+        for matrix, b in zip(self.matrices, given, strict=True):
+            best = refactored(LoraFactors(matrix.a.to(b.dtype), b))
+            found |= {matrix.a_name: best.a.contiguous(), matrix.b_name: best.b.contiguous()}
+        self._refactored = (given, found)
+        return found
 
     def factors(self, matrix: Matrix, tensors: Mapping[str, Tensor]) -> LoraFactors:
         """A matrix's factors in a state; those that the state lacks are as they were initialised."""

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...aggregation.lora_factors import LoraFactors, frozen_bases, layer_layout, pad_rank
+from ...aggregation.lora_factors import (
+    LoraFactors,
+    frozen_bases,
+    layer_layout,
+    orthonormal_rows,
+    pad_rank,
+)
 from ...core.errors import ModelError
 from ...core.tensors import Tensors
 from ...models.load import Base
@@ -31,7 +37,8 @@ from .settings import CHANGES_BASE, OWN_RULE, LoraSettings
 class Lora:
     """LoRA; ``variant`` says what travels and how it is merged (see :mod:`.aggregation_hooks`).
 
-    A of (rank, in) starts at the same random values for every client, B of (out, rank) at zero.
+    A of (rank, in) starts at the same random values for every client, in ``fedsvd`` with orthonormal rows; B
+    of (out, rank) at zero.
     """
 
     def __init__(self, settings: LoraSettings) -> None:
@@ -73,6 +80,10 @@ class Lora:
         elif settings.variant == "fedsb":
             for layer in layers.values():
                 _train_between(layer, settings.rank)
+        elif settings.variant == "fedsvd":
+            for layer in layers.values():
+                inner = layer.lora_A["default"].weight
+                inner.data.copy_(orthonormal_rows(inner.detach()))
         trainable = peft_tuned(base, model)
         if settings.variant == "fedsb":
             trainable.parameters = {

@@ -10,7 +10,9 @@ from ...models.size_class import Rates
 from ..registry import register
 from ..settings import UpperLayersSettings
 
-Variant = Literal["fedit", "ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb"]
+Variant = Literal[
+    "fedit", "ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb", "fedsvd"
+]
 
 MIXED_RANKS = ("flora", "flexlora", "hetlora")
 """Variants in which clients may have different ranks."""
@@ -102,6 +104,11 @@ class LoraSettings(UpperLayersSettings):
         if self.dropout:
             return f"method.dropout = {self.dropout}"
         return "method.dora = true" if self.dora else None
+
+    @property
+    def turns_tensors(self) -> str | None:
+        """The variant that factors the change anew in each round."""
+        return self._named if self.variant == "fedsvd" else None
 
     @property
     def changes_base(self) -> str | None:

@@ -52,12 +52,15 @@ class AggregationHooks:
     """All of the state goes down, all that was trained comes up, and the recipe's rule combines the changes.
 
     ``own_rule`` names the rule of a method that does not follow the recipe's, ``personal`` the parts of
-    tensors' names that stay with each client, ``update`` is the class of what :meth:`pack` gives.
+    tensors' names that stay with each client, ``update`` is the class of what :meth:`pack` gives. ``turns``
+    names a method that sends its state in other coordinates in each round (:meth:`to_state`), so that no
+    client can keep what it measured in them.
     """
 
     update: type[TrainUpdate] = TrainUpdate
 
     own_rule: str = ""
+    turns: str = ""
     personal: tuple[str, ...] = ()
 
     def initialise(self, tensors: Tensors) -> Tensors:
@@ -83,6 +86,12 @@ class AggregationHooks:
             UpdateError: it is not what was asked for.
         """
         return update.tensors
+
+    def to_state(self, change: Tensors, sent: Tensors) -> Tensors:
+        """A change of what a client was ``sent`` as one of the state that :meth:`down` made that from. It is
+        linear, and no norm of tensors grows, so that bounds of changes stay.
+        """
+        return change
 
     def round(self, state: State) -> RoundAggregator:
         """Begin to merge a round."""

@@ -313,7 +313,12 @@ class WeightTuning:
 
     def sizes(self, state: State) -> tuple[int, int]:
         """How many numbers are trained: the method's own, and the head's."""
-        tensors = without(self.trainable.forms(), BASE_CHANGE)
+        rounds = range(1, self.context.rounds + 1)
+        tensors = {
+            name: tensor
+            for name, tensor in without(self.trainable.forms(), BASE_CHANGE).items()
+            if any(self.hooks.trains(name, number) for number in rounds)
+        }
         head = count(tensor for name, tensor in tensors.items() if name in self.trainable.head)
         return count(tensors.values()) - head, head
 

@@ -37,6 +37,11 @@ class Ownership:
                 f"personalisation.keep = {list(keep)}: {self.hooks.own_rule} merges all but the head; "
                 "allowed: head"
             )
+        if any(wanted != "head" for wanted in keep) and self.hooks.turns:
+            raise RecipeError(
+                f"personalisation.keep = {list(keep)}: {self.hooks.turns} sends its factors in other "
+                "coordinates in each round, in which none that is kept would fit; allowed: head"
+            )
         available = self.trainable.forms().keys()
         for wanted in [*keep, *self.hooks.personal]:
             found = (

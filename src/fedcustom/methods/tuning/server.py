@@ -210,6 +210,7 @@ class TuningServer:
         change = parts.hooks.unpack(update, parts.ownership.wanted(typed(answer.task, TrainTask)))
         weight = update.weight if parts.aggregation.weighting == "examples" else 1.0
         sent = without(answer.task.tensors, CONTROL)
+        change = parts.hooks.to_state(change, sent)
         return ClientDelta(answer.client, sent, change, weight, update, answer.discount)
 
     def _root(self, state: State, task: TrainTask) -> ClientDelta:
@@ -241,6 +242,11 @@ def check_rule(aggregation: AggregationSettings, hooks: AggregationHooks, traina
         raise RecipeError(
             f"aggregation.correction = {aggregation.correction!r}: does not fit tensors that a network "
             "gives anew in each round; train them without one"
+        )
+    if aggregation.correction != "none" and hooks.turns:
+        raise RecipeError(
+            f"aggregation.correction = {aggregation.correction!r}: clients would remember gradients in "
+            f"coordinates that {hooks.turns} changes in each round; use 'none'"
         )
     for key in ("rule", "correction", "server_optimizer", "server_learning_rate"):
         default = AggregationSettings.model_fields[key].default
