@@ -63,7 +63,11 @@ class Canaries:
 
     def inapplicable(self, target: Target) -> str | None:
         """Where no server noises what clients sent."""
-        return None if target.private else "no noise hides clients (privacy.unit = 'client')"
+        if target.private is None:
+            return "no noise hides clients (privacy.unit = 'client')"
+        if target.private.mechanism.terms is not None:
+            return "clients add the noise themselves (privacy.noise = 'sum')"
+        return None
 
     def attack(self, target: Target, seen: RoundView, deadline: Deadline) -> list[Finding]:
         """The distance of canaries that took part, in standard deviations, and the epsilon that it implies.
@@ -73,7 +77,7 @@ class Canaries:
             OutOfTime: the releases would take longer than is left.
         """
         private, method = target.private, target.method
-        if private is None or not isinstance(method, WeightTuning):
+        if private is None or private.key is None or not isinstance(method, WeightTuning):
             raise CannotAttack(self.inapplicable(target) or "the method trains no tensors")
         sampled = private.mechanism.participation.probability < 1
         key = NoiseKey.fresh() if private.key.secret else private.key

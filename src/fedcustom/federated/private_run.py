@@ -28,17 +28,30 @@ RECORD = "privacy.json"
 
 @dataclass(frozen=True)
 class PrivateRun:
-    """The mechanism of a run and the key of its noise."""
+    """The mechanism of a run and the key of its noise; None where other parties' sites make it."""
 
     recipe: Recipe
     mechanism: ClientMechanism
-    key: NoiseKey
+    key: NoiseKey | None
 
     @property
-    def release(self) -> ClientRelease:
-        """What the method's server releases by."""
+    def release(self) -> ClientRelease | None:
+        """What the method's server releases by; None where clients add the noise."""
+        if self.mechanism.terms is not None:
+            return None
+        assert self.key is not None
         fits = self.recipe.training.rounds_of_head_fits(self.recipe.rounds.count)
         return ClientRelease(self.mechanism, self.key, fits)
+
+    def client_key(self, client: str) -> NoiseKey:
+        """The key of a client's own noise, in a simulation.
+
+        Raises:
+            RuntimeError: this party has none.
+        """
+        if self.key is None:
+            raise RuntimeError("the keys of the clients' noise are theirs")
+        return self.key.of(client)
 
     def turns(self) -> list[list[int]]:
         """The places of the clients of each round that trains."""
@@ -52,7 +65,7 @@ class PrivateRun:
 
     def write(self, directory: Path) -> None:
         """Put the record, and the key where there is a secret one, into the run's directory."""
-        if self.key.secret and not (directory / KEY).exists():
+        if self.key is not None and self.key.secret and not (directory / KEY).exists():
             write_secret(directory / KEY, self.key.key)
         write_json(directory / RECORD, client_record(self.mechanism))
 
@@ -88,6 +101,7 @@ def planned(recipe: Recipe, clients: int) -> ClientMechanism | None:
         factors=factors,
         momentum=0.0 if aggregation.server_optimizer == "fedavg" else aggregation.momentum,
         head_fits=len(fits),
+        terms=recipe.secure_sum.terms() if settings.place == "sum" and recipe.secure_sum else None,
     )
 
 
@@ -103,9 +117,12 @@ def count_clients(recipe: Recipe) -> int:
     return len(build_data(settings, clients, recipe.seed, recipe.public).clients)
 
 
-def private_run(recipe: Recipe, clients: int, directory: Path) -> PrivateRun | None:
+def private_run(
+    recipe: Recipe, clients: int, directory: Path, *, with_sites: bool = False
+) -> PrivateRun | None:
     """The private run of a complete recipe, begun or resumed in a directory; None where it hides no clients.
-    Nothing is written yet (:meth:`PrivateRun.write`).
+    Nothing is written yet (:meth:`PrivateRun.write`). ``with_sites``: clients are sites of other parties,
+    with keys of their own.
 
     Raises:
         RecipeError: see :func:`planned`.
@@ -116,7 +133,8 @@ def private_run(recipe: Recipe, clients: int, directory: Path) -> PrivateRun | N
         return None
     if (directory / RECORD).exists():  # an optimiser may find other digits elsewhere
         mechanism = _as_recorded(mechanism, read_json(directory / RECORD))
-    return PrivateRun(recipe, mechanism, _key(recipe, directory))
+    own_keys = with_sites and mechanism.terms is not None
+    return PrivateRun(recipe, mechanism, None if own_keys else _key(recipe, directory))
 
 
 def forget_key(directory: Path) -> None:
@@ -136,6 +154,15 @@ def _key(recipe: Recipe, directory: Path) -> NoiseKey:
                 "those before; begin anew with another --out"
             )
         return NoiseKey.fresh()
+    return stored_key(file)
+
+
+def stored_key(file: Path) -> NoiseKey:
+    """A secret key in a file that only its owner can have read.
+
+    Raises:
+        RunError: others can read it, or it is damaged.
+    """
     if stat.S_IMODE(file.stat().st_mode) & 0o077:
         raise RunError(
             f"{file}: others than its owner may have read it (mode "

@@ -23,8 +23,9 @@ class PrivacySettings(Settings):
     noise: NoiseAt | None = Field(
         None,
         description="Where noise is added. server: to the sum of the clients' changes, by a trusted server; "
-        "site: in each local step (unit = 'example'); client, sum: by the clients, so that the server need "
-        "not be trusted; unset: server, for examples site",
+        "site: in each local step (unit = 'example'); sum: by the clients, each a part, to what is summed "
+        "under masks (secure_sum.on), so that the server need not be trusted; client: by each client alone "
+        "(not available yet); unset: server, for examples site",
     )
     epsilon: float | None = Field(
         None, gt=0, le=1000, description="The guarantee's epsilon, to which the noise is calibrated"
@@ -78,7 +79,7 @@ class PrivacySettings(Settings):
         if self.delta is None:
             raise ValueError("delta: must be set; at most 1 / (10 units)")
         if self.unit == "client" and self.noise == "site":
-            raise ValueError("noise = 'site': is for unit = 'example'; allowed for 'client': server")
+            raise ValueError("noise = 'site': is for unit = 'example'; allowed for 'client': server, sum")
         if self.unit == "example" and self.noise not in (None, "site"):
             raise ValueError(f"noise = {self.noise!r}: allowed for unit = 'example': site")
         if self.participation == "poisson" and (self.bands or 1) > 1:

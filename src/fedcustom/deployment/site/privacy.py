@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ...core.errors import PolicyError
+from ...core.files import write_secret
+from ...federated.private_run import stored_key
 from ...privacy.accounting import Event
 from ...privacy.accounting import Ledger as Spending
+from ...privacy.client_mechanism import ClientMechanism, delta_of, integer_event
 from ...privacy.example_mechanism import ExampleMechanism
+from ...privacy.noise import NoiseKey
 from ...recipe.recipe import Recipe
 from .ledger import Ledger, Release
 from .settings import PolicySettings
+
+NOISE_KEY = "noise.key"
+"""The file of a site's key in a run's folder."""
 
 ROUNDING = 1e-9
 """By how much, relative to it, an epsilon that is computed twice may differ."""
@@ -33,8 +42,11 @@ def check_privacy(policy: PolicySettings, recipe: Recipe) -> None:
             f"policy.least_unit = 'example': {said}{'' if unit == 'none' else ', with noise of the server'}; "
             "noise must be made at this site"
         )
-    if policy.max_epsilon is not None and (privacy is None or unit != "example"):
-        raise PolicyError(f"policy.max_epsilon = {policy.max_epsilon}: {said}; allowed: 'example'")
+    if policy.max_epsilon is not None and (unit == "none" or not made_here):
+        raise PolicyError(
+            f"policy.max_epsilon = {policy.max_epsilon}: {said}; allowed: 'example', or 'client' with "
+            "privacy.noise = 'sum'"
+        )
     if privacy is None or unit == "none":
         raise PolicyError(f"policy.minimum_noise = {policy.minimum_noise}: {said}")
     if not privacy.is_valid:
@@ -72,6 +84,68 @@ def check_noise(policy: PolicySettings, mechanism: ExampleMechanism) -> None:
         )
 
 
+def check_own_noise(policy: PolicySettings, mechanism: ClientMechanism) -> None:
+    """Refuse noise that hides this site as a whole below what its policy says.
+
+    Raises:
+        PolicyError: names the line of the policy.
+    """
+    if mechanism.noise_multiplier < policy.minimum_noise:
+        raise PolicyError(
+            f"policy.minimum_noise = {policy.minimum_noise}: for this run's clients privacy.epsilon = "
+            f"{mechanism.settings.epsilon} takes noise of {mechanism.noise_multiplier:.4g}"
+        )
+    promised = mechanism.guarantee().epsilon
+    if policy.max_epsilon is not None and promised > policy.max_epsilon * (1 + ROUNDING):
+        raise PolicyError(
+            f"policy.max_epsilon = {policy.max_epsilon}: the recipe's noise has epsilon {promised:.4g}"
+        )
+
+
+def turns_of(mechanism: ClientMechanism) -> Release:
+    """What all of a site's turns in a run are in its ledger."""
+    return Release(
+        noise_multiplier=mechanism.noise_multiplier,
+        sampling=1.0,
+        delta=delta_of(mechanism.settings),
+        steps=mechanism.participation.turns,
+        unit="client",
+    )
+
+
+def check_turns(policy: PolicySettings, ledger: Ledger, mechanism: ClientMechanism) -> None:
+    """Refuse a run whose turns, with those of the runs before, would spend more than the policy allows. The
+    ledger has all turns of a run from its first on, whether or not they came.
+
+    Raises:
+        PolicyError: names the line of the policy, and what would be spent.
+    """
+    if policy.max_epsilon is None:
+        return
+    before = [release for release in ledger.releases() if release.unit == "client"]
+    if (spent := epsilon_of([*before, turns_of(mechanism)])) > policy.max_epsilon * (1 + ROUNDING):
+        raise PolicyError(
+            f"policy.max_epsilon = {policy.max_epsilon}: this run's {mechanism.participation.turns} turns "
+            f"would spend {spent:.4g} in all runs together"
+        )
+
+
+def site_key(folder: Path, recipe: Recipe, client: str) -> NoiseKey:
+    """The key of this site's own noise in a run, in a file that is made when it is needed first and goes with
+    the run's folder: a round that is repeated has the same noise.
+
+    Raises:
+        RunError: others can read the file, or it is damaged.
+    """
+    assert recipe.privacy is not None
+    if not recipe.privacy.is_valid:
+        return NoiseKey.seeded(recipe.seed).of(client)
+    if not (file := folder / NOISE_KEY).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_secret(file, NoiseKey.fresh().key)
+    return stored_key(file).of(client)
+
+
 def release_of(mechanism: ExampleMechanism, steps: int) -> Release:
     """What so many noised steps are in the site's ledger."""
     return Release(
@@ -101,7 +175,8 @@ def check_spending(
         )
     if policy.max_epsilon is None:
         return
-    if (spent := epsilon_of([*ledger.releases(), release])) > policy.max_epsilon * (1 + ROUNDING):
+    known = [each for each in ledger.releases() if each.unit == release.unit]
+    if (spent := epsilon_of([*known, release])) > policy.max_epsilon * (1 + ROUNDING):
         raise PolicyError(
             f"policy.max_epsilon = {policy.max_epsilon}: {steps} more noised steps would spend {spent:.4g} "
             "in all runs together"
@@ -109,11 +184,14 @@ def check_spending(
 
 
 def epsilon_of(releases: list[Release]) -> float:
-    """What these releases have spent together, at the least of their deltas."""
-    counts: dict[tuple[float, float], int] = {}
+    """What these releases of one unit have spent together, at the least of their deltas."""
+    counts: dict[tuple[float, float, str], int] = {}
     for release in releases:
-        key = release.noise_multiplier, release.sampling
+        key = release.noise_multiplier, release.sampling, release.unit
         counts[key] = counts.get(key, 0) + release.steps
-    events = [Event(noise, count, sampling) for (noise, sampling), count in counts.items()]
+    events = [
+        integer_event(noise, count) if unit == "client" else Event(noise, count, sampling)
+        for (noise, sampling, unit), count in counts.items()
+    ]
     delta = min((release.delta for release in releases), default=1.0)
     return Spending.of(events).epsilon(delta)

@@ -45,7 +45,7 @@ from .policy import (
     check_recipe,
     check_work,
 )
-from .privacy import check_spending, release_of
+from .privacy import check_spending, check_turns, release_of, turns_of
 from .request import Request, read_request
 from .rows import DataChanged, RowRecords, rows_of
 from .secure_sums import MASKED, MESSAGE, Identify, SecureSums, kit_identity, no_identity
@@ -226,6 +226,7 @@ class Resident:
         if mechanism is not None and steps:
             check_spending(policy, self.ledger, request.run, mechanism, steps)
             self.ledger.note_release(request.run, release_of(mechanism, steps))
+        self._reserve_turns(participant, request)
         if begins:
             self.ledger.note_round(request.run, request.digest)
         counted = not queries and not asked.continues
@@ -238,14 +239,25 @@ class Resident:
             assert request.round is not None
             assert request.secure is not None
             digest = task_digest(request.task, request.values, request.layout, request.round, tensors)
-            numbers = participant.change(asked, packed, request.round)
-            masked = secure.mask(request.round, request.secure, digest, numbers)
+            numbers, task = participant.change(
+                asked, packed, request.round, secure.needed(request.round), digest
+            )
+            noised = participant.hidden is not None
+            masked = secure.mask(request.round, request.secure, task, numbers, noised=noised)
             values = {MESSAGE: write_message(masked.receipt).decode()}
             update = Packed({MASKED: torch.from_numpy(masked.numbers.view(np.int32))})
         else:
             update, values = participant.execute(asked, packed, request.round)
         self._log_cuts(participant.take_cuts())
         return values, update
+
+    def _reserve_turns(self, participant: Participant, request: Request) -> None:
+        """Before a site's first noised change of a run, count all that the run may get."""
+        mechanism = participant.hidden
+        if mechanism is None or self.ledger.releases(request.run):
+            return
+        check_turns(self.settings.policy, self.ledger, mechanism)
+        self.ledger.note_release(request.run, turns_of(mechanism))
 
     def _secure_sums(self, participant: Participant) -> SecureSums:
         """This site's part in the run's secure sums.

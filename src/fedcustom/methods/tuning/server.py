@@ -121,8 +121,9 @@ class TuningServer:
             task, answers = peeked(answers)
             if isinstance(task, HeadTask):
                 return self.head_fit.aggregate(task.kind, state, answers)
-        if self.parts.context.privacy is not None:
-            return self._released(state, answers)
+        if (privacy := self.parts.context.privacy) is not None:
+            noised = privacy.place == "sum"
+            return self._noised(state, answers) if noised else self._released(state, answers)
         return self._merged(state, answers)
 
     def _merged(self, state: State, answers: Iterable[Answer]) -> Aggregate:
@@ -184,6 +185,19 @@ class TuningServer:
         )
         state = replace(state, values={**state.values, **bounds})
         return self._stepped(state, change, RoundAggregator(), task.round_number, answered)
+
+    def _noised(self, state: State, answers: Iterable[Answer]) -> Aggregate:
+        """The state after a round whose clients have noised what they sent: their sum is one answer.
+
+        Raises:
+            RuntimeError: what came is a client's own change, without noise.
+        """
+        found = list(answers)
+        if len(found) != 1 or not found[0].summed:
+            raise RuntimeError("privacy.noise = 'sum': changes came that are no noised sum")
+        (answer,) = found
+        change, number = self._arrival(answer).change, typed(answer.task, TrainTask).round_number
+        return self._stepped(state, dict(change), RoundAggregator(), number, answer.clients)
 
     def _stepped(
         self,
