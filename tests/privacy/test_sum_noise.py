@@ -114,7 +114,7 @@ def test_the_mechanism_of_a_run() -> None:
     in_turn = mechanism(clients=20, asked=10)
     assert in_turn.participation.turns == 4
     assert in_turn.noise_multiplier < found.noise_multiplier
-    assert any("at most 1 of the clients" in text for text in found.guarantee().assumptions)
+    assert any("at most 1 help the server" in text for text in found.guarantee().assumptions)
     assert not any("trusted: it sees" in text for text in found.guarantee().assumptions)
 
 
@@ -124,7 +124,7 @@ def test_what_is_said_of_it() -> None:
     assert 6.5 < record["epsilon_if_normal"] < 8
     assert record["against"] == [
         "the server, whether or not it follows the protocol",
-        "the server together with up to 1 clients of a round",
+        "the server together with up to 1 of a round's clients",
         "other clients",
         "whoever has the model",
     ]

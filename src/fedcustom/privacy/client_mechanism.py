@@ -28,8 +28,8 @@ ASSUMPTIONS = (
 """What has to hold for the guarantee."""
 
 SUM_ASSUMPTIONS = (
-    "at most {colluding} of the clients of a round help the server or tell anybody what noise they drew "
-    "(secure_sum.colluding), and all others add theirs",
+    "of a round's clients at most {colluding} help the server or tell anybody what noise they drew "
+    "(secure_sum.colluding); all others add theirs",
     "across sites, whoever has the federation's authority/ makes no certificates for sites that there are "
     "not; a simulation has all parties in one process",
     "each client's own machine is trusted: noise is made there, by a key that never leaves it",
@@ -106,7 +106,7 @@ class ClientMechanism:
         everybody = ("other clients", "whoever has the model")
         if self.terms is None:
             return everybody
-        together = f"the server together with up to {self.terms.colluding} clients of a round"
+        together = f"the server together with up to {self.terms.colluding} of a round's clients"
         server = "the server, whether or not it follows the protocol"
         # Without an allowance for it, a client that knows its own noise knows a part of all.
         return (server, together, *everybody) if self.terms.colluding else (server, "whoever has the model")

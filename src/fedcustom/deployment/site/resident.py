@@ -252,12 +252,18 @@ class Resident:
         return values, update
 
     def _reserve_turns(self, participant: Participant, request: Request) -> None:
-        """Before a site's first noised change of a run, count all that the run may get."""
-        mechanism = participant.hidden
-        if mechanism is None or self.ledger.releases(request.run):
+        """Before a site's first noised change of a run, count all that the run may get; where the server
+        shows another recipe for it, that of this one too.
+        """
+        if participant.hidden is None:
             return
-        check_turns(self.settings.policy, self.ledger, mechanism)
-        self.ledger.note_release(request.run, turns_of(mechanism))
+        release = turns_of(participant.hidden)
+        same = release.model_dump(exclude={"steps"})
+        for known in self.ledger.releases(request.run):
+            if known.model_dump(exclude={"steps"}) == same and known.steps >= release.steps:
+                return
+        check_turns(self.settings.policy, self.ledger, participant.hidden)
+        self.ledger.note_release(request.run, release)
 
     def _secure_sums(self, participant: Participant) -> SecureSums:
         """This site's part in the run's secure sums.
