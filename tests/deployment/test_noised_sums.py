@@ -238,3 +238,44 @@ def test_what_a_site_sends_is_bounded_by_itself(recipe: dict[str, Any], tmp_path
     assert all(set(said["values"]) == {"message"} for said in works)
     assert all(set(safetensors.torch.load_file(said["body"])) == {"masked"} for said in works)
     assert SCALE == 65536
+
+
+def each(recipe: dict[str, Any], **privacy: Any) -> dict[str, Any]:
+    section = {**recipe["privacy"], "noise": "client", "accept_noise": True, **privacy}
+    return {**recipe, "secure_sum": None, "privacy": section}
+
+
+def test_changes_that_each_site_noises_for_itself(recipe: dict[str, Any], tmp_path: Path) -> None:
+    fedcustom.run(each(recipe), out=str(tmp_path / "simulated"))
+    sites = SecureSites(tmp_path / "sites", each(recipe))
+    sites.run(tmp_path / "deployed")
+    assert equal(last(tmp_path / "simulated"), last(tmp_path / "deployed"))
+    works = [said for _, message, said in sites.seen if message["kind"] == "work"]
+    assert len(works) == 8
+    assert not any("loss" in said["values"] for said in works)
+    site = sites.sites["o0"]
+    assert [(one.unit, one.steps, one.integers) for one in site.ledger.releases()] == [("client", 2, False)]
+
+
+def test_a_site_that_is_asked_again_counts_again(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Noise is fresh each time, so that each answer is a release; after the promised turns there is none."""
+    policy = {"least_unit": "client", "max_epsilon": 8.0, "minimum_noise": 0.2}
+    sites = SecureSites(tmp_path / "sites", each(recipe, randomness="secret"), policy=policy)
+    answers: list[torch.Tensor] = []
+
+    def twice(name: str, message: dict[str, Any]) -> dict[str, Any] | None:
+        if name != "o0" or message["kind"] != "work" or message["round"] != 1:
+            return None
+        for _ in range(2):
+            said = sites.sites[name].handle(dict(message))
+            tensors = safetensors.torch.load_file(said["body"])
+            answers.append(torch.cat([tensors[key].reshape(-1) for key in sorted(tensors)]))
+        return said
+
+    sites.trick = twice
+    sites.run(tmp_path / "out")
+    assert abs(float(torch.corrcoef(torch.stack(answers))[0, 1])) < 0.2
+    row = rows_of(tmp_path / "out")[-1]
+    assert set(row["answered"]) == {"o1", "o2", "o3"}
+    assert "2 noised changes of this run were sent from here" in row["left_out"]["o0"]
+    assert not list((tmp_path / "sites").rglob(NOISE_KEY)), "keys are not kept"

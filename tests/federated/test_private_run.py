@@ -249,6 +249,36 @@ def test_what_goes_with_it(private: dict[str, Any], tmp_path: Path, sections: di
     assert rows[-1]["epsilon"] == pytest.approx(run.summary["privacy"]["epsilon"], abs=1e-5)
 
 
+def test_clients_that_noise_what_they_send(private: dict[str, Any], tmp_path: Path) -> None:
+    """For themselves: with an exact curve, without their losses, and bit by bit after a resumption."""
+    private["privacy"] |= {"noise": "client", "randomness": "seeded", "accept_noise": True}
+    whole = fedcustom.run(private, out=tmp_path / "whole")
+    stopped(private, tmp_path / "parts", 3)
+    assert equal(last_state(whole), last_state(fedcustom.run(private, out=tmp_path / "parts", resume=True)))
+    rows = rows_of(whole.directory)
+    expected = [gaussian_epsilon((turns**0.5) / 0.5, 1e-3) for turns in (1, 1, 2, 2, 3)]
+    assert [row["epsilon"] for row in rows] == pytest.approx(expected, abs=1e-5)
+    assert not any(row["left_out"] for row in rows)
+    assert all(row["train_loss"] is None for row in rows)
+    record = json.loads((whole.directory / RECORD).read_text())
+    assert (record["noise"], record["against"][0]) == (
+        "client",
+        "the server, whether or not it follows the protocol",
+    )
+    private["privacy"] |= {"randomness": "secret"}
+    out = tmp_path / "secret"
+    stopped(private, out, 1)
+    assert (out / KEY).exists()
+    fedcustom.run(private, out=out, resume=True)
+    assert not (out / KEY).exists()
+
+
+def test_noise_that_drowns_a_change_has_to_be_accepted(private: dict[str, Any], tmp_path: Path) -> None:
+    private["privacy"] |= {"noise": "client", "noise_multiplier": 30.0}
+    with pytest.raises(RecipeError, match=r"privacy\.noise = 'client'.*times as long.*privacy\.accept_noise"):
+        fedcustom.run(private, out=tmp_path / "run")
+
+
 def test_a_generator_has_no_head_to_bound(generation: dict[str, Any], tmp_path: Path) -> None:
     recipe = {
         **generation,

@@ -78,9 +78,12 @@ def test_its_settings_are_listed() -> None:
     [
         ({"privacy": {"noise": "sum"}}, "privacy.noise"),
         ({"secure_sum": {"on": True}}, "secure_sum.on"),
-        ({"privacy": {"noise": "client"}}, "privacy.noise"),
+        ({"privacy": {"noise": "client"}, "secure_sum": {"on": True}}, "secure_sum.on"),
+        ({"privacy": {"noise": "client"}, "training": {"fit_head_rounds": [1]}}, "training.fit_head_rounds"),
+        ({"privacy": {"accept_noise": True}}, "accept_noise"),
         *[
-            ({"privacy": {"noise": "sum", **more}, "secure_sum": {"on": True}}, f"privacy.{key}")
+            ({"privacy": {"noise": noise, **more}, "secure_sum": {"on": noise == "sum"}}, f"privacy.{key}")
+            for noise in ("sum", "client")
             for key, more in (
                 ("participation", {"participation": "poisson"}),
                 ("bands", {"bands": 2}),
@@ -161,6 +164,7 @@ def test_clients_that_noise_what_is_summed() -> None:
     assert (found.privacy.place, found.aggregation.weighting) == ("sum", "uniform")
     assert found.evaluation.select == "last"
     assert recipe(privacy={"noise": "sum", "clip": 0.5, "bands": 1}, secure_sum={"on": True, "colluding": 3})
+    assert recipe(privacy={"noise": "client", "accept_noise": False}).privacy is not None
 
 
 def test_a_completed_recipe_keeps_what_is_promised() -> None:

@@ -65,8 +65,8 @@ class Canaries:
         """Where no server noises what clients sent."""
         if target.private is None:
             return "no noise hides clients (privacy.unit = 'client')"
-        if target.private.mechanism.terms is not None:
-            return "clients add the noise themselves (privacy.noise = 'sum')"
+        if target.private.mechanism.by_clients:
+            return "clients add the noise themselves (privacy.noise)"
         return None
 
     def attack(self, target: Target, seen: RoundView, deadline: Deadline) -> list[Finding]:
@@ -140,7 +140,7 @@ class ReleaseOf:
         if fits:
             layer = method.client.head.layer
             sums = {"counts": torch.zeros(layer.classes), "totals": torch.zeros(layer.classes, layer.width)}
-        tensors = released_tensors(parts, state)
+        tensors = released_tensors(parts, state.tensors)
         return cls(mechanism, key, tensors, frozenset(parts.trainable.head), factors, fits, sums, seed)
 
     @property

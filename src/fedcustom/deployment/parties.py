@@ -121,7 +121,8 @@ def gather(
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     data, truncation = fitted_data(recipe, recipe.data, base, data)
     transforms = update_transforms(recipe.compression)
-    method = make_method(recipe, base, data, transforms, private.release if private else None)
+    noise = (private.release, private.own_noise) if private is not None else (None, None)
+    method = make_method(recipe, base, data, transforms, *noise)
     origin, parking = method.initialise(), folder / "server" / "fedcustom"
     origin = replace(origin, tensors=parked(origin.tensors, parking))
     if base.device.type == "cpu":

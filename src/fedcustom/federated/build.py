@@ -13,7 +13,7 @@ from ..data.examples import ClientData, Example, FederatedData
 from ..methods import Context, Method, WeightTuning, build_method
 from ..methods.protocol import TransformsUpdates
 from ..methods.tuning.noised_sums import Keys, NoisedSums
-from ..methods.tuning.release import ClientRelease
+from ..methods.tuning.release import ClientRelease, OwnNoise
 from ..methods.tuning.technique import Keeps
 from ..models.configuration import context_length, has_learned_positions, load_configuration
 from ..models.load import Base
@@ -36,9 +36,11 @@ def make_method(
     federation: FederatedData | None = None,
     transforms: Sequence[UpdateTransform] = (),
     release: ClientRelease | None = None,
+    own_noise: OwnNoise | None = None,
 ) -> Method:
     """The recipe's method on a loaded base model; without a federation, to predict only. ``transforms`` act
-    on what its aggregation rule gives; ``release`` is how a server with a key of its own adds noise to it.
+    on what its aggregation rule gives; ``release`` is how a server with a key of its own adds noise to it,
+    ``own_noise`` how each client does to its change.
 
     Raises:
         ModelError: the method does not fit the model.
@@ -66,6 +68,7 @@ def make_method(
         transforms=tuple(transforms),
         privacy=recipe.client_privacy,
         release=release,
+        own_noise=own_noise,
         row_privacy=example_privacy(recipe, federation),
         sums_only=recipe.secure_sum is not None and recipe.secure_sum.on,
     )

@@ -10,7 +10,7 @@ from typing import Any
 from ..core.errors import RecipeError, RunError
 from ..core.files import read_json, write_json, write_secret
 from ..data.build import build_data, with_builtin_columns
-from ..methods.tuning.release import ClientRelease
+from ..methods.tuning.release import ClientRelease, OwnNoise
 from ..privacy.client_mechanism import ClientMechanism, client_mechanism
 from ..privacy.noise import BYTES, NoiseKey
 from ..privacy.record import client_record
@@ -37,11 +37,20 @@ class PrivateRun:
     @property
     def release(self) -> ClientRelease | None:
         """What the method's server releases by; None where clients add the noise."""
-        if self.mechanism.terms is not None:
+        if self.mechanism.by_clients:
             return None
         assert self.key is not None
         fits = self.recipe.training.rounds_of_head_fits(self.recipe.rounds.count)
         return ClientRelease(self.mechanism, self.key, fits)
+
+    @property
+    def own_noise(self) -> OwnNoise | None:
+        """How clients noise their changes, each for itself; None where they do not. A simulation has all of
+        their keys.
+        """
+        if self.mechanism.settings.place != "client":
+            return None
+        return OwnNoise(self.mechanism, None if self.key is None else self.client_key)
 
     def client_key(self, client: str) -> NoiseKey:
         """The key of a client's own noise, in a simulation.
@@ -133,7 +142,7 @@ def private_run(
         return None
     if (directory / RECORD).exists():  # an optimiser may find other digits elsewhere
         mechanism = _as_recorded(mechanism, read_json(directory / RECORD))
-    own_keys = with_sites and mechanism.terms is not None
+    own_keys = with_sites and mechanism.by_clients
     return PrivateRun(recipe, mechanism, None if own_keys else _key(recipe, directory))
 
 

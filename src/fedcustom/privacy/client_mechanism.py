@@ -37,6 +37,12 @@ SUM_ASSUMPTIONS = (
 )
 """The same where clients add the noise."""
 
+CLIENT_ASSUMPTIONS = SUM_ASSUMPTIONS[2:]
+"""The same where each client adds enough noise by itself."""
+
+LONGEST_NOISE = 100.0
+"""Length of one client's own noise, over its bound, above which it has to be accepted by the recipe."""
+
 ROUNDED_TO = 1e-6
 """To a multiple of which a calibrated noise multiplier is rounded up where each client works it out, so that
 all have the same."""
@@ -89,7 +95,7 @@ class ClientMechanism:
         if self.settings.epsilon is not None:  # the calibration stops a trifle below
             epsilon = self.settings.epsilon
         sampled = (SAMPLED,) if self.participation.probability < 1 else ()
-        rests_on = ASSUMPTIONS
+        rests_on: tuple[str, ...] = CLIENT_ASSUMPTIONS if self.by_clients else ASSUMPTIONS
         if self.terms is not None:
             rests_on = tuple(text.format(colluding=self.terms.colluding) for text in SUM_ASSUMPTIONS)
         return Guarantee(
@@ -101,13 +107,18 @@ class ClientMechanism:
         )
 
     @property
+    def by_clients(self) -> bool:
+        """Whether clients add the noise, so that the server need not be trusted."""
+        return self.settings.place != "server"
+
+    @property
     def against(self) -> tuple[str, ...]:
         """Whom the guarantee is against."""
         everybody = ("other clients", "whoever has the model")
-        if self.terms is None:
-            return everybody
-        together = f"the server together with up to {self.terms.colluding} of a round's clients"
         server = "the server, whether or not it follows the protocol"
+        if self.terms is None:
+            return (server, *everybody) if self.by_clients else everybody
+        together = f"the server together with up to {self.terms.colluding} of a round's clients"
         # Without an allowance for it, a client that knows its own noise knows a part of all.
         return (server, together, *everybody) if self.terms.colluding else (server, "whoever has the model")
 
@@ -177,6 +188,8 @@ def client_mechanism(
             "clients; a larger one would allow a client to be published now and then"
         )
     participation = Participation.of(settings.participation, clients, clients_per_round, len(factors))
+    if settings.place == "client":
+        return _with_noise_each(settings, participation, factors, momentum)
     if terms is not None:
         return _with_own_noise(settings, participation, factors, momentum, terms)
     most = min(participation.groups, participation.rounds)
@@ -254,6 +267,21 @@ def _with_own_noise(
     left = multiplier * more * remaining_noise(weights, coefficients)
     share = left * float((weights**2).sum() ** 0.5 / weights.sum()) / participation.expected
     return ClientMechanism(settings, participation, coefficients, multiplier, None, 0, left, share, terms)
+
+
+def _with_noise_each(
+    settings: PrivacySettings, participation: Participation, factors: Sequence[float], momentum: float
+) -> ClientMechanism:
+    """The mechanism of clients each of which adds normal noise that is enough for itself."""
+    if (multiplier := settings.noise_multiplier) is None:
+        assert settings.epsilon is not None
+        turns, delta = participation.turns, delta_of(settings)
+        multiplier = calibrate(lambda z: [Event(z, turns)], settings.epsilon, delta)
+    weights = weights_in_last_state(factors, momentum)
+    coefficients = banded_toeplitz(weights, 1)
+    left = multiplier * math.sqrt(participation.expected) * remaining_noise(weights, coefficients)
+    share = left * float((weights**2).sum() ** 0.5 / weights.sum()) / participation.expected
+    return ClientMechanism(settings, participation, coefficients, multiplier, None, 0, left, share)
 
 
 def integer_event(noise_multiplier: float, count: int) -> Event:

@@ -28,8 +28,9 @@ def client_words(mechanism: ClientMechanism) -> Iterator[tuple[str, str]]:
     guarantee, settings, turns = mechanism.guarantee(), mechanism.settings, mechanism.participation
     factor = math.exp(min(guarantee.epsilon, 700.0))
     released = "the model and of the states sent to clients"
-    if mechanism.terms is not None:
-        released = "the sums, the model and the states sent to clients"
+    if mechanism.by_clients:
+        sent = "the sums" if mechanism.terms is not None else "what clients send"
+        released = f"{sent}, the model and the states sent to clients"
     yield (
         "promise",
         f"epsilon {guarantee.epsilon:.4g}, delta {guarantee.delta:g}, for each client: whatever anybody "
@@ -50,6 +51,8 @@ def client_words(mechanism: ClientMechanism) -> Iterator[tuple[str, str]]:
     yield "mechanism", _mechanism(mechanism)
     if mechanism.terms is not None:
         yield "noise", _own_noise(mechanism, mechanism.terms)
+    elif mechanism.by_clients:
+        yield "noise", "each client's own, enough for it alone; that of all clients of a round adds up"
     if mechanism.head_noise is not None:
         yield (
             "head",

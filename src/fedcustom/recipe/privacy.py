@@ -62,11 +62,7 @@ def check_privacy(recipe: Sections) -> None:
         for reason in (*why_no_example_privacy(recipe), *_evaluation(recipe)):
             raise ValueError(f"{reason} (privacy.unit = 'example')")
         return
-    if privacy.place == "client":
-        raise ValueError(
-            "privacy.noise = 'client': is not available yet; allowed: server, or sum (with secure_sum.on)"
-        )
-    own = _own_noise(recipe) if privacy.place == "sum" else _server_noise(recipe)
+    own = _own_noise(recipe) if privacy.place in ("sum", "client") else _server_noise(recipe)
     for reason in (*own, *_merging(recipe), *_training(recipe), *_evaluation(recipe), *_rounds(recipe)):
         raise ValueError(f"{reason} (privacy.unit = 'client')")
 
@@ -82,13 +78,16 @@ def _server_noise(recipe: Sections) -> list[str]:
 
 
 def _own_noise(recipe: Sections) -> list[str]:
-    """What clients that add noise to what is summed cannot do."""
+    """What clients that add the noise themselves cannot do."""
     privacy, sums, found = recipe.privacy, recipe.secure_sum, list[str]()
     assert privacy is not None
-    where = "with privacy.noise = 'sum'"
-    if sums is None or not sums.on:
+    where = f"with privacy.noise = {privacy.place!r}"
+    on = sums is not None and sums.on
+    if on and privacy.place == "client":
+        return ["secure_sum.on = true: goes with privacy.noise = 'sum', of less noise; use that"]
+    if not on and privacy.place == "sum":
         return ["privacy.noise = 'sum': one client's noise is too little by itself; set secure_sum.on = true"]
-    if sums.bound is not None:
+    if sums is not None and sums.bound is not None:
         found.append(
             f"secure_sum.bound = {sums.bound:g}: has no effect {where}, where each client bounds its change "
             "(privacy.clip); leave it unset"

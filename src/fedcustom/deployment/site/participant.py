@@ -25,6 +25,7 @@ from ...methods import ChecksTasks, Client, CountsCuts, RoundTask, State, Task, 
 from ...methods.protocol import typed
 from ...methods.tuning.hidden_rows import steps_of
 from ...methods.tuning.messages import TrainUpdate
+from ...methods.tuning.release import OwnNoise
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
 from ...privacy.client_mechanism import ClientMechanism
@@ -40,7 +41,7 @@ from ..replies import Part, PartSizes, SiteStatistics
 from .amounts import check_amounts, check_least_examples, check_least_training
 from .memory import RoundMemory
 from .policy import check_content
-from .privacy import check_noise, check_own_noise, site_key
+from .privacy import check_noise, check_own_noise, fresh_key, site_key
 from .settings import PolicySettings
 
 
@@ -120,9 +121,12 @@ class Participant:
         if training.least_texts < least:  # the site's own minimum, whatever the server asks
             training = training.model_copy(update={"fit_head_least_texts": least})
         own_recipe = recipe.model_copy(update={"data": settings, "training": training})
-        self.method = make_method(own_recipe, self.base, federation)
-        self.mechanism = self._mechanism(federation)
         self.hidden = self._hidden()
+        own_noise: OwnNoise | None = None
+        if self.hidden is not None and self.hidden.terms is None:
+            own_noise = OwnNoise(self.hidden, partial(fresh_key, recipe))
+        self.method = make_method(own_recipe, self.base, federation, own_noise=own_noise)
+        self.mechanism = self._mechanism(federation)
         self.noised = noised_sums(self.method, self.hidden, partial(site_key, folder, recipe))
         self.channel = Channel(recipe.compression, self.method.initialise().tensors)
         self.transforms = update_transforms(recipe.compression)
@@ -151,7 +155,7 @@ class Participant:
         Raises:
             PolicyError: names the key that does not fit, or the line of the policy.
         """
-        if self.settled.client_privacy is None or self.settled.client_privacy.place != "sum":
+        if self.settled.client_privacy is None or self.settled.client_privacy.place == "server":
             return None
         try:
             mechanism = planned(self.settled, len(self.names))

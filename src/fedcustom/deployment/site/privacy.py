@@ -45,7 +45,7 @@ def check_privacy(policy: PolicySettings, recipe: Recipe) -> None:
     if policy.max_epsilon is not None and (unit == "none" or not made_here):
         raise PolicyError(
             f"policy.max_epsilon = {policy.max_epsilon}: {said}; allowed: 'example', or 'client' with "
-            "privacy.noise = 'sum'"
+            "privacy.noise = 'sum' or 'client'"
         )
     if privacy is None or unit == "none":
         raise PolicyError(f"policy.minimum_noise = {policy.minimum_noise}: {said}")
@@ -102,15 +102,40 @@ def check_own_noise(policy: PolicySettings, mechanism: ClientMechanism) -> None:
         )
 
 
-def turns_of(mechanism: ClientMechanism) -> Release:
-    """What all of a site's turns in a run are in its ledger."""
+def turns_of(mechanism: ClientMechanism, turns: int | None = None) -> Release:
+    """What so many of a site's turns in a run, or all of them, are in its ledger."""
     return Release(
         noise_multiplier=mechanism.noise_multiplier,
         sampling=1.0,
         delta=delta_of(mechanism.settings),
-        steps=mechanism.participation.turns,
+        steps=mechanism.participation.turns if turns is None else turns,
         unit="client",
+        integers=mechanism.terms is not None,
     )
+
+
+def check_turn(policy: PolicySettings, ledger: Ledger, run: str, mechanism: ClientMechanism) -> None:
+    """Refuse one turn more than the recipe promises or the policy allows, of a site that sends each change
+    with noise of its own. A round that is repeated has other noise, and counts again.
+
+    Raises:
+        PolicyError: names the key, what was spent, and what is allowed.
+    """
+    release, turns = turns_of(mechanism, 1), mechanism.participation.turns
+    own = [each for each in ledger.releases(run) if each.unit == "client"]
+    done = sum(each.steps for each in own)
+    if epsilon_of([*own, release]) > mechanism.epsilon(mechanism.participation.rounds, 0) * (1 + ROUNDING):
+        raise PolicyError(
+            f"privacy.epsilon: {done} noised changes of this run were sent from here, and the recipe's "
+            f"promise is for {turns}"
+        )
+    before = [each for each in ledger.releases() if each.unit == "client"]
+    spent = epsilon_of([*before, release])
+    if policy.max_epsilon is not None and spent > policy.max_epsilon * (1 + ROUNDING):
+        raise PolicyError(
+            f"policy.max_epsilon = {policy.max_epsilon}: one change more would spend {spent:.4g} in all runs "
+            "together"
+        )
 
 
 def check_turns(policy: PolicySettings, ledger: Ledger, mechanism: ClientMechanism) -> None:
@@ -128,6 +153,12 @@ def check_turns(policy: PolicySettings, ledger: Ledger, mechanism: ClientMechani
             f"policy.max_epsilon = {policy.max_epsilon}: this run's {mechanism.participation.turns} turns "
             f"would spend {spent:.4g} in all runs together"
         )
+
+
+def fresh_key(recipe: Recipe, client: str) -> NoiseKey:
+    """The key of one change's noise: another one each time, which nobody keeps."""
+    assert recipe.privacy is not None
+    return NoiseKey.fresh() if recipe.privacy.is_valid else NoiseKey.seeded(recipe.seed).of(client)
 
 
 def site_key(folder: Path, recipe: Recipe, client: str) -> NoiseKey:
@@ -185,13 +216,13 @@ def check_spending(
 
 def epsilon_of(releases: list[Release]) -> float:
     """What these releases of one unit have spent together, at the least of their deltas."""
-    counts: dict[tuple[float, float, str], int] = {}
+    counts: dict[tuple[float, float, bool], int] = {}
     for release in releases:
-        key = release.noise_multiplier, release.sampling, release.unit
+        key = release.noise_multiplier, release.sampling, release.integers
         counts[key] = counts.get(key, 0) + release.steps
     events = [
-        integer_event(noise, count) if unit == "client" else Event(noise, count, sampling)
-        for (noise, sampling, unit), count in counts.items()
+        integer_event(noise, count) if integers else Event(noise, count, sampling)
+        for (noise, sampling, integers), count in counts.items()
     ]
     delta = min((release.delta for release in releases), default=1.0)
     return Spending.of(events).epsilon(delta)

@@ -24,7 +24,6 @@ from ...privacy.sum_noise import SCALE, factor_of, rounded
 from ...training.local import schedule_factor
 from .method import WeightTuning
 from .release import bounds_of
-from .server import released_tensors
 
 Keys = Callable[[str], NoiseKey]
 """The key of a client's noise. Only that client has it; in a simulation, and with ``randomness = "seeded"``,
@@ -56,12 +55,11 @@ class NoisedSums:
     def of(cls, method: WeightTuning, mechanism: ClientMechanism, keys: Keys | None) -> NoisedSums:
         """Those of a method's changes."""
         context, trainable = method.context, method.trainable
-        released = released_tensors(method.server.parts, method.initialise())
 
         def factor(number: int) -> float:
             return schedule_factor(context.training, number, context.rounds)
 
-        count = len(groups_of(released, trainable.head))
+        count = method.server.parts.bounded_groups
         return cls(mechanism, count, trainable.head, factor, keys, context.seed)
 
     def encode(
