@@ -273,6 +273,16 @@ def test_clients_that_noise_what_they_send(private: dict[str, Any], tmp_path: Pa
     assert not (out / KEY).exists()
 
 
+def test_the_number_of_clients_that_add_the_noise_stays(private: dict[str, Any], tmp_path: Path) -> None:
+    private["privacy"] |= {"noise": "client", "accept_noise": True}
+    stopped(private, tmp_path / "run", 1)
+    record = json.loads((tmp_path / "run" / RECORD).read_text())
+    record["participation"]["clients"] = 5
+    (tmp_path / "run" / RECORD).write_text(json.dumps(record))
+    with pytest.raises(RunError, match="began with 5 clients, who add the noise, and there are 4"):
+        fedcustom.run(private, out=tmp_path / "run", resume=True)
+
+
 def test_noise_that_drowns_a_change_has_to_be_accepted(private: dict[str, Any], tmp_path: Path) -> None:
     private["privacy"] |= {"noise": "client", "noise_multiplier": 30.0}
     with pytest.raises(RecipeError, match=r"privacy\.noise = 'client'.*times as long.*privacy\.accept_noise"):

@@ -193,6 +193,12 @@ def _as_recorded(mechanism: ClientMechanism, record: dict[str, Any]) -> ClientMe
     coefficients = tuple(map(float, record["coefficients"]))
     if len(coefficients) != len(mechanism.coefficients):
         raise RunError(f"{RECORD}: {len(coefficients)} bands, not {len(mechanism.coefficients)}: damaged")
+    began, now = record["participation"]["clients"], mechanism.participation.clients
+    if mechanism.by_clients and began != now:  # each works out its own noise, by how many there are
+        raise RunError(
+            f"{RECORD}: the run began with {began} clients, who add the noise, and there are {now}; "
+            "begin anew with another --out"
+        )
     return replace(
         mechanism,
         coefficients=coefficients,

@@ -174,7 +174,7 @@ class Participant:
         if self.hidden is None:
             return
         cohorts, place = self.hidden.participation.cohorts(self.recipe.seed), self.names.index(self.name)
-        if round_number is None or place not in cohorts[round_number - 1]:
+        if round_number is None or round_number < 1 or place not in cohorts[round_number - 1]:
             raise PolicyError(
                 f"privacy.participation: by the recipe round {round_number} is not this site's turn"
             )
