@@ -178,13 +178,22 @@ def test_a_site_takes_its_own_turns_alone(recipe: dict[str, Any], tmp_path: Path
     assert "round 3 is not this site's turn" in said.get("refused", "") + said.get("error", ""), said
 
 
-def test_sites_that_were_told_of_less_noise_do_not_add_up(recipe: dict[str, Any], tmp_path: Path) -> None:
-    """The server shows two of four sites a recipe with hardly any noise, to lay the others bare."""
+@pytest.mark.parametrize("other", [{"epsilon": 1000.0}, {"randomness": "seeded"}, {"noise": None}], ids=str)
+def test_sites_that_were_told_of_less_noise_do_not_add_up(
+    recipe: dict[str, Any], tmp_path: Path, other: dict[str, Any]
+) -> None:
+    """The server shows two of four sites a recipe with hardly any noise, with noise that it can compute, or
+    with none of theirs, to lay the others bare.
+    """
     sites = SecureSites(tmp_path / "sites", secret(recipe, rounds={"count": 1}))
 
     def trick(name: str, message: dict[str, Any]) -> dict[str, Any] | None:
         if message["kind"] == "describe" and name in ("o2", "o3"):
-            message["values"]["recipe"]["privacy"] |= {"epsilon": 1000.0}
+            content = message["values"]["recipe"]
+            if other == {"noise": None}:
+                content.pop("privacy")
+            else:
+                content["privacy"] |= other
         return None
 
     sites.trick = trick

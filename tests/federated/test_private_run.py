@@ -296,3 +296,39 @@ def test_a_generator_has_no_head_to_bound(generation: dict[str, Any], tmp_path: 
         "privacy": {"unit": "client", "noise_multiplier": 0.5, "delta": 1e-3},
     }
     assert fedcustom.run(recipe, out=tmp_path / "run").summary["privacy"]["valid"]
+
+
+@pytest.mark.parametrize(
+    ("noise", "sections"),
+    [
+        ("sum", {"method": {"name": "lora", "variant": "rolora", "rank": 2}}),
+        ("sum", {"personalisation": {"keep": ["head"]}, "aggregation": {"server_optimizer": "fedadam"}}),
+        ("sum", {"participation": {"partial": 0.5, "dropout": 0.2}}),
+        ("client", {"method": {"name": "lora", "variant": "fedsa", "rank": 2}}),
+        ("client", {"compression": {"kind": "int8"}}),
+    ],
+    ids=str,
+)
+def test_what_goes_with_noise_of_clients(
+    private: dict[str, Any], tmp_path: Path, noise: str, sections: dict[str, Any]
+) -> None:
+    """Where clients drop out at random, those that are left may be too few for a sum: then none is opened."""
+    private["rounds"] = {"count": 2, "min_clients": 3}
+    private["secure_sum"] = {"on": noise == "sum"}
+    private["privacy"] |= {"noise": noise} | ({"accept_noise": True} if noise == "client" else {})
+    run = fedcustom.run({**private, **sections}, out=tmp_path / "run")
+    rows = rows_of(run.directory)
+    assert all(len(row["answered"]) >= 3 for row in rows)
+    assert not any("refused" in row for row in rows)
+    assert rows[-1]["epsilon"] == pytest.approx(run.summary["privacy"]["epsilon"], abs=1e-5)
+
+
+def test_a_generator_noises_what_is_summed(generation: dict[str, Any], tmp_path: Path) -> None:
+    """One group of tensors, of which the least noise is accounted for."""
+    recipe = {
+        **generation,
+        "rounds": {"count": 1},
+        "secure_sum": {"on": True},
+        "privacy": {"unit": "client", "noise": "sum", "noise_multiplier": 0.5, "delta": 1e-3},
+    }
+    assert fedcustom.run(recipe, out=tmp_path / "run").summary["privacy"]["valid"]

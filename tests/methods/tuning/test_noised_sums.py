@@ -107,6 +107,7 @@ def test_masks_depend_on_how_much_noise_there_is() -> None:
         sums(),
         sums(z=1.1),
         replace(sums(), groups=1),
+        sums(randomness="seeded"),
         replace(sums(), mechanism=replace(sums().mechanism, terms=Terms(colluding=0))),
         replace(sums(), mechanism=replace(sums().mechanism, terms=Terms(threshold=4))),
     ]

@@ -131,7 +131,8 @@ class NoisedSums:
 
     def bound_to(self, task: bytes) -> bytes:
         """SHA-256 of a task's digest and of all that decides how much noise there is, from which masks are
-        made: changes of sites that were told of less noise do not add up with those of the others.
+        made: changes of sites that were told of less noise, or of noise that everybody knows, do not add up
+        with those of the others.
         """
         mechanism = self.mechanism
         assert mechanism.terms is not None
@@ -141,5 +142,6 @@ class NoisedSums:
             "norm": SCALE,
             "colluding": mechanism.terms.colluding,
             "threshold": mechanism.terms.threshold,
+            "secret": mechanism.settings.is_valid,
         }
         return hashlib.sha256(json.dumps([task.hex(), noise], sort_keys=True).encode()).digest()
