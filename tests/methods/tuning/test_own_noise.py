@@ -96,7 +96,7 @@ def test_no_loss_is_told() -> None:
     task = TrainTask({}, round_number=1, learning_rate_factor=1.0)
     update = TrainUpdate({}, 8.0, loss=None, examples=8, steps=2)
     check_figures(task, update, 4, hides_loss=True)
-    with pytest.raises(UpdateError, match="rows or client are hidden"):
+    with pytest.raises(UpdateError, match="whose client is hidden"):
         check_figures(task, replace(update, loss=1.0), 4, hides_loss=True)
     with pytest.raises(UpdateError, match="training loss None"):
         check_figures(task, update, 4)

@@ -64,7 +64,8 @@ def check_figures(
     loss, steps, examples = update.loss, update.steps, update.examples
     if hides_rows if hides_loss is None else hides_loss:
         if loss is not None:
-            raise UpdateError("a training loss came with an update whose rows or client are hidden")
+            what = "rows are" if hides_rows else "client is"
+            raise UpdateError(f"a training loss came with an update whose {what} hidden")
     elif not isinstance(loss, int | float) or not math.isfinite(loss):
         raise UpdateError(f"training loss {loss!r} is not a finite number")
     bounds = work_bounds(task.work, math.ceil(update.weight), batch_size)
