@@ -79,6 +79,16 @@ def test_releases_of_all_runs_compose(tmp_path: Path) -> None:
         ),
         ({"max_epsilon": 1.0}, None, "policy.max_epsilon = 1.0: the recipe says privacy.unit = 'none'"),
         ({"max_epsilon": 1.0}, {**SECTION, "unit": "client"}, "policy.max_epsilon = 1.0.*'client'"),
+        (
+            {"minimum_noise": 1.5},
+            {"unit": "client", "noise": "sum", "noise_multiplier": 1.0, "delta": 1e-3},
+            "policy.minimum_noise = 1.5.*privacy.noise_multiplier = 1.0",
+        ),
+        (
+            {"max_epsilon": 1.0},
+            {"unit": "client", "noise": "sum", "epsilon": 2.0, "delta": 1e-3},
+            "policy.max_epsilon = 1.0.*privacy.epsilon = 2.0",
+        ),
         ({"max_epsilon": 1.0}, {"unit": "example", "epsilon": 8.0, "delta": 1e-5}, "privacy.epsilon = 8.0"),
         ({"minimum_noise": 0.5}, None, "policy.minimum_noise = 0.5"),
         ({"minimum_noise": 1.5}, SECTION, "policy.minimum_noise = 1.5.*privacy.noise_multiplier = 1.0"),
@@ -95,6 +105,7 @@ def test_what_hides_too_little_is_refused(policy: Any, privacy: Any, reason: str
         "data": {"source": "rows.csv", "text": "{text}", "label": "label"},
         "method": {"name": "lora"},
         **({"privacy": privacy} if privacy else {}),
+        **({"secure_sum": {"on": True}} if privacy and privacy.get("noise") == "sum" else {}),
     }
     recipe = load_recipe(base)
     check_privacy(PolicySettings(), recipe)
@@ -102,12 +113,35 @@ def test_what_hides_too_little_is_refused(policy: Any, privacy: Any, reason: str
         check_privacy(PolicySettings(**policy), recipe)
 
 
-@pytest.mark.parametrize("policy", [{"least_unit": "example"}, {"max_epsilon": 9.0}, {"minimum_noise": 0.9}])
+@pytest.mark.parametrize(
+    "policy",
+    [{"least_unit": "example"}, {"least_unit": "client"}, {"max_epsilon": 9.0}, {"minimum_noise": 0.9}],
+)
 def test_what_hides_enough_is_not(policy: Any) -> None:
     data = {"source": "rows.csv", "text": "{text}", "label": "label"}
+    own = {"unit": "client", "noise": "sum", "noise_multiplier": 1.0, "delta": 1e-3}
+    check_privacy(
+        PolicySettings(**policy),
+        load_recipe({"data": data, "method": {"name": "lora"}, "privacy": own, "secure_sum": {"on": True}}),
+    )
+    if policy.get("least_unit") == "client":
+        return
     check_privacy(
         PolicySettings(**policy), load_recipe({"data": data, "method": {"name": "lora"}, "privacy": SECTION})
     )
+
+
+def test_units_are_counted_apart(tmp_path: Path) -> None:
+    """What hides the site as a whole, and what hides its rows, are promises of two kinds."""
+    ledger = Ledger(tmp_path / "ledger.json")
+    mechanism = mechanism_of(noise_multiplier=None, epsilon=2.0)
+    ledger.note_release(
+        OTHER, Release(noise_multiplier=0.3, sampling=1.0, delta=1e-3, steps=9, unit="client")
+    )
+    check_spending(PolicySettings(max_epsilon=2.5), ledger, RUN, mechanism, 6)
+    assert epsilon_of(ledger.releases()) > 50
+    again = Ledger(tmp_path / "ledger.json").releases()
+    assert [(one.unit, one.steps) for one in again] == [("client", 9)]
 
 
 @pytest.fixture

@@ -249,10 +249,86 @@ def test_what_goes_with_it(private: dict[str, Any], tmp_path: Path, sections: di
     assert rows[-1]["epsilon"] == pytest.approx(run.summary["privacy"]["epsilon"], abs=1e-5)
 
 
+def test_clients_that_noise_what_they_send(private: dict[str, Any], tmp_path: Path) -> None:
+    """For themselves: with an exact curve, without their losses, and bit by bit after a resumption."""
+    private["privacy"] |= {"noise": "client", "randomness": "seeded", "accept_noise": True}
+    whole = fedcustom.run(private, out=tmp_path / "whole")
+    stopped(private, tmp_path / "parts", 3)
+    assert equal(last_state(whole), last_state(fedcustom.run(private, out=tmp_path / "parts", resume=True)))
+    rows = rows_of(whole.directory)
+    expected = [gaussian_epsilon((turns**0.5) / 0.5, 1e-3) for turns in (1, 1, 2, 2, 3)]
+    assert [row["epsilon"] for row in rows] == pytest.approx(expected, abs=1e-5)
+    assert not any(row["left_out"] for row in rows)
+    assert all(row["train_loss"] is None for row in rows)
+    record = json.loads((whole.directory / RECORD).read_text())
+    assert (record["noise"], record["against"][0]) == (
+        "client",
+        "the server, whether or not it follows the protocol",
+    )
+    private["privacy"] |= {"randomness": "secret"}
+    out = tmp_path / "secret"
+    stopped(private, out, 1)
+    assert (out / KEY).exists()
+    fedcustom.run(private, out=out, resume=True)
+    assert not (out / KEY).exists()
+
+
+def test_the_number_of_clients_that_add_the_noise_stays(private: dict[str, Any], tmp_path: Path) -> None:
+    private["privacy"] |= {"noise": "client", "accept_noise": True}
+    stopped(private, tmp_path / "run", 1)
+    record = json.loads((tmp_path / "run" / RECORD).read_text())
+    record["participation"]["clients"] = 5
+    (tmp_path / "run" / RECORD).write_text(json.dumps(record))
+    with pytest.raises(RunError, match="began with 5 clients, who add the noise, and there are 4"):
+        fedcustom.run(private, out=tmp_path / "run", resume=True)
+
+
+def test_noise_that_drowns_a_change_has_to_be_accepted(private: dict[str, Any], tmp_path: Path) -> None:
+    private["privacy"] |= {"noise": "client", "noise_multiplier": 30.0}
+    with pytest.raises(RecipeError, match=r"privacy\.noise = 'client'.*times as long.*privacy\.accept_noise"):
+        fedcustom.run(private, out=tmp_path / "run")
+
+
 def test_a_generator_has_no_head_to_bound(generation: dict[str, Any], tmp_path: Path) -> None:
     recipe = {
         **generation,
         "rounds": {"count": 1},
         "privacy": {"unit": "client", "noise_multiplier": 0.5, "delta": 1e-3},
+    }
+    assert fedcustom.run(recipe, out=tmp_path / "run").summary["privacy"]["valid"]
+
+
+@pytest.mark.parametrize(
+    ("noise", "sections"),
+    [
+        ("sum", {"method": {"name": "lora", "variant": "rolora", "rank": 2}}),
+        ("sum", {"personalisation": {"keep": ["head"]}, "aggregation": {"server_optimizer": "fedadam"}}),
+        ("sum", {"participation": {"partial": 0.5, "dropout": 0.2}}),
+        ("client", {"method": {"name": "lora", "variant": "fedsa", "rank": 2}}),
+        ("client", {"compression": {"kind": "int8"}}),
+    ],
+    ids=str,
+)
+def test_what_goes_with_noise_of_clients(
+    private: dict[str, Any], tmp_path: Path, noise: str, sections: dict[str, Any]
+) -> None:
+    """Where clients drop out at random, those that are left may be too few for a sum: then none is opened."""
+    private["rounds"] = {"count": 2, "min_clients": 3}
+    private["secure_sum"] = {"on": noise == "sum"}
+    private["privacy"] |= {"noise": noise} | ({"accept_noise": True} if noise == "client" else {})
+    run = fedcustom.run({**private, **sections}, out=tmp_path / "run")
+    rows = rows_of(run.directory)
+    assert all(len(row["answered"]) >= 3 for row in rows)
+    assert not any("refused" in row for row in rows)
+    assert rows[-1]["epsilon"] == pytest.approx(run.summary["privacy"]["epsilon"], abs=1e-5)
+
+
+def test_a_generator_noises_what_is_summed(generation: dict[str, Any], tmp_path: Path) -> None:
+    """One group of tensors, of which the least noise is accounted for."""
+    recipe = {
+        **generation,
+        "rounds": {"count": 1},
+        "secure_sum": {"on": True},
+        "privacy": {"unit": "client", "noise": "sum", "noise_multiplier": 0.5, "delta": 1e-3},
     }
     assert fedcustom.run(recipe, out=tmp_path / "run").summary["privacy"]["valid"]

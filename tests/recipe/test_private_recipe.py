@@ -78,7 +78,32 @@ def test_its_settings_are_listed() -> None:
     [
         ({"privacy": {"noise": "sum"}}, "privacy.noise"),
         ({"secure_sum": {"on": True}}, "secure_sum.on"),
-        ({"privacy": {"noise": "client"}}, "privacy.noise"),
+        ({"privacy": {"noise": "client"}, "secure_sum": {"on": True}}, "secure_sum.on"),
+        ({"privacy": {"noise": "client"}, "training": {"fit_head_rounds": [1]}}, "training.fit_head_rounds"),
+        ({"privacy": {"accept_noise": True}}, "accept_noise"),
+        *[
+            ({"privacy": {"noise": noise, **more}, "secure_sum": {"on": noise == "sum"}}, f"privacy.{key}")
+            for noise in ("sum", "client")
+            for key, more in (
+                ("participation", {"participation": "poisson"}),
+                ("bands", {"bands": 2}),
+                ("clip", {"clip": "adaptive"}),
+                ("clip_head", {"clip_head": "adaptive"}),
+            )
+        ],
+        ({"privacy": {"noise": "sum"}, "secure_sum": {"on": True, "bound": 3.0}}, "secure_sum.bound"),
+        (
+            {"privacy": {"noise": "sum"}, "secure_sum": {"on": True}, "compression": {"kind": "int8"}},
+            "compression.kind",
+        ),
+        (
+            {
+                "privacy": {"noise": "sum"},
+                "secure_sum": {"on": True},
+                "training": {"fit_head_rounds": [1]},
+            },
+            "training.fit_head_rounds",
+        ),
         ({"privacy": {"epsilom": 1.0}}, "privacy.epsilom"),
         ({"privacy": {"noise_multiplier": 1.0}}, "epsilon"),
         ({"baseline": "centralised"}, "privacy"),
@@ -131,6 +156,15 @@ def test_what_has_no_guarantee_is_refused_by_its_key(sections: dict[str, Any], k
 @pytest.mark.parametrize("variant", ["fedit", "ffa", "fedsa", "rolora", "fedsb", "fedsvd"])
 def test_variants_whose_factors_are_averaged_are_allowed(variant: str) -> None:
     assert recipe(method={"name": "lora", "variant": variant}).client_privacy is not None
+
+
+def test_clients_that_noise_what_is_summed() -> None:
+    found = recipe(privacy={"noise": "sum"}, secure_sum={"on": True})
+    assert found.privacy is not None
+    assert (found.privacy.place, found.aggregation.weighting) == ("sum", "uniform")
+    assert found.evaluation.select == "last"
+    assert recipe(privacy={"noise": "sum", "clip": 0.5, "bands": 1}, secure_sum={"on": True, "colluding": 3})
+    assert recipe(privacy={"noise": "client", "accept_noise": False}).privacy is not None
 
 
 def test_a_completed_recipe_keeps_what_is_promised() -> None:

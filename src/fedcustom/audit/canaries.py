@@ -63,7 +63,11 @@ class Canaries:
 
     def inapplicable(self, target: Target) -> str | None:
         """Where no server noises what clients sent."""
-        return None if target.private else "no noise hides clients (privacy.unit = 'client')"
+        if target.private is None:
+            return "no noise hides clients (privacy.unit = 'client')"
+        if target.private.mechanism.by_clients:
+            return "clients add the noise themselves (privacy.noise)"
+        return None
 
     def attack(self, target: Target, seen: RoundView, deadline: Deadline) -> list[Finding]:
         """The distance of canaries that took part, in standard deviations, and the epsilon that it implies.
@@ -73,7 +77,7 @@ class Canaries:
             OutOfTime: the releases would take longer than is left.
         """
         private, method = target.private, target.method
-        if private is None or not isinstance(method, WeightTuning):
+        if private is None or private.key is None or not isinstance(method, WeightTuning):
             raise CannotAttack(self.inapplicable(target) or "the method trains no tensors")
         sampled = private.mechanism.participation.probability < 1
         key = NoiseKey.fresh() if private.key.secret else private.key
@@ -136,7 +140,7 @@ class ReleaseOf:
         if fits:
             layer = method.client.head.layer
             sums = {"counts": torch.zeros(layer.classes), "totals": torch.zeros(layer.classes, layer.width)}
-        tensors = released_tensors(parts, state)
+        tensors = released_tensors(parts, state.tensors)
         return cls(mechanism, key, tensors, frozenset(parts.trainable.head), factors, fits, sums, seed)
 
     @property

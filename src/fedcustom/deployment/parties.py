@@ -10,7 +10,7 @@ from pathlib import Path
 from ..core.errors import RecipeError
 from ..data.examples import ClientData, Example, FederatedData, LearningTask
 from ..data.party_data import OwnData, read_own
-from ..federated.build import change_vector, check_fit, make_method
+from ..federated.build import change_vector, check_fit, make_method, noised_sums
 from ..federated.example_run import ExampleRun, example_privacy
 from ..federated.fingerprint import of_server
 from ..federated.private_run import private_run
@@ -80,17 +80,18 @@ def check_private(recipe: Recipe, development: Sequence[Example]) -> None:
     Raises:
         RecipeError: says what to set instead.
     """
-    if recipe.client_privacy is not None and not development:
+    if recipe.client_privacy is not None and recipe.client_privacy.place == "server" and not development:
         raise RecipeError(
             "privacy.unit = 'client': the server needs development data of its own, or sites would see "
             "states before these are checkpointed; name some in federation.toml (data.development)"
         )
-    hidden = recipe.privacy is not None and recipe.privacy.unit == "example"
+    hidden = recipe.privacy is not None and recipe.privacy.unit != "none"
     if hidden and not development and (recipe.evaluation.select != "last" or recipe.evaluation.calibrate):
+        assert recipe.privacy is not None
         raise RecipeError(
-            "privacy.unit = 'example': without development data of the server's own the sites' would choose "
-            "and scale the model; name some in federation.toml (data.development), or set "
-            "evaluation.select = 'last' and evaluation.calibrate = false"
+            f"privacy.unit = {recipe.privacy.unit!r}: without development data of the server's own the "
+            "sites' would choose and scale the model; name some in federation.toml (data.development), or "
+            "set evaluation.select = 'last' and evaluation.calibrate = false"
         )
 
 
@@ -115,11 +116,13 @@ def gather(
     data = _server_view(recipe, settings, own, participants.labels)
     check_generation(recipe, data.test)
     check_private(recipe, data.development)
-    private = private_run(recipe.settled(len(data.clients)), len(data.clients), directory)
+    count = len(data.clients)
+    private = private_run(recipe.settled(count), count, directory, with_sites=True)
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
     data, truncation = fitted_data(recipe, recipe.data, base, data)
     transforms = update_transforms(recipe.compression)
-    method = make_method(recipe, base, data, transforms, private.release if private else None)
+    noise = (private.release, private.own_noise) if private is not None else (None, None)
+    method = make_method(recipe, base, data, transforms, *noise)
     origin, parking = method.initialise(), folder / "server" / "fedcustom"
     origin = replace(origin, tensors=parked(origin.tensors, parking))
     if base.device.type == "cpu":
@@ -128,7 +131,8 @@ def gather(
     memories = RemoteMemories(directory / RUN_FILE, identifier)
     remote = RemoteTransport(method, channel, transforms, connection, participants, memories, min_clients)
     transport: Transport = remote
-    if (vector := change_vector(recipe, len(settings.sites))) is not None:
+    mechanism = private.mechanism if private is not None else None
+    if (vector := change_vector(recipe, count, lambda: noised_sums(method, mechanism, None))) is not None:
         from .nvflare.identity import CertificateVerifier
         from .secure_transport import SecureTransport
 

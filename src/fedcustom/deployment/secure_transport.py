@@ -146,7 +146,8 @@ class SecureTransport:
         packed = {name: channel.pack_down(task) for name, task in tasks.items()}
         for name, task in tasks.items():
             tensors, layout = packed[name].tensors, packed[name].layout
-            digests[name] = task_digest(task.kind, values_of(task), layout, number, tensors)
+            digest = task_digest(task.kind, values_of(task), layout, number, tensors)
+            digests[name] = self.vector.digest(digest)
         first, task = next(iter(digests.values())), next(iter(tasks.values()))
         if any(digest != first for digest in digests.values()):
             raise SecureSumError("the sites' tasks of this round differ, so that their changes do not add up")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -10,13 +10,15 @@ from ..aggregation.combine import offered_rule
 from ..core.errors import ModelError, RecipeError
 from ..data.build import with_builtin_columns
 from ..data.examples import ClientData, Example, FederatedData
-from ..methods import Context, Method, build_method
+from ..methods import Context, Method, WeightTuning, build_method
 from ..methods.protocol import TransformsUpdates
-from ..methods.tuning.release import ClientRelease
+from ..methods.tuning.noised_sums import Keys, NoisedSums
+from ..methods.tuning.release import ClientRelease, OwnNoise
 from ..methods.tuning.technique import Keeps
 from ..models.configuration import context_length, has_learned_positions, load_configuration
 from ..models.load import Base
 from ..models.size_class import architecture_of
+from ..privacy.client_mechanism import ClientMechanism
 from ..recipe.recipe import Baseline, Recipe
 from ..recipe.secure_sum import check_number
 from ..transport.secure import ChangeVector
@@ -34,9 +36,11 @@ def make_method(
     federation: FederatedData | None = None,
     transforms: Sequence[UpdateTransform] = (),
     release: ClientRelease | None = None,
+    own_noise: OwnNoise | None = None,
 ) -> Method:
     """The recipe's method on a loaded base model; without a federation, to predict only. ``transforms`` act
-    on what its aggregation rule gives; ``release`` is how a server with a key of its own adds noise to it.
+    on what its aggregation rule gives; ``release`` is how a server with a key of its own adds noise to it,
+    ``own_noise`` how each client does to its change.
 
     Raises:
         ModelError: the method does not fit the model.
@@ -64,15 +68,18 @@ def make_method(
         transforms=tuple(transforms),
         privacy=recipe.client_privacy,
         release=release,
+        own_noise=own_noise,
         row_privacy=example_privacy(recipe, federation),
         sums_only=recipe.secure_sum is not None and recipe.secure_sum.on,
     )
     return build_method(recipe.method, context)
 
 
-def change_vector(recipe: Recipe, clients: int) -> ChangeVector | None:
+def change_vector(
+    recipe: Recipe, clients: int, noised: Callable[[], NoisedSums | None] = lambda: None
+) -> ChangeVector | None:
     """How changes of a recipe's clients, of whom there are so many, become vectors of integers that are
-    summed; None where it asks for no secure sums.
+    summed; None where it asks for no secure sums. ``noised`` is how clients add noise of their own.
 
     Raises:
         RecipeError: too few or too many clients take part in a round.
@@ -84,7 +91,21 @@ def change_vector(recipe: Recipe, clients: int) -> ChangeVector | None:
     weighted = recipe.aggregation.weighting == "examples"
     most = settings.most_examples if weighted else None
     losses = recipe.privacy is None or recipe.privacy.unit == "none"
-    return ChangeVector(settings.largest, recipe.rounds.cohort(clients), most, recipe.seed, losses)
+    sites = recipe.rounds.cohort(clients)
+    return ChangeVector(settings.largest, sites, most, recipe.seed, losses, noised())
+
+
+def noised_sums(method: Method, mechanism: ClientMechanism | None, keys: Keys | None) -> NoisedSums | None:
+    """How clients add noise to what is summed (``privacy.noise = "sum"``); None where they do not.
+
+    Raises:
+        RecipeError: the method trains no tensors.
+    """
+    if mechanism is None or mechanism.terms is None:
+        return None
+    if not isinstance(method, WeightTuning):
+        raise RecipeError("privacy.noise = 'sum': the method's clients do not send changes of tensors")
+    return NoisedSums.of(method, mechanism, keys)
 
 
 def check_fit(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..core.errors import RecipeError, RunError
 from ..core.files import read_json, write_json, write_secret
 from ..data.build import build_data, with_builtin_columns
-from ..methods.tuning.release import ClientRelease
+from ..methods.tuning.release import ClientRelease, OwnNoise
 from ..privacy.client_mechanism import ClientMechanism, client_mechanism
 from ..privacy.noise import BYTES, NoiseKey
 from ..privacy.record import client_record
@@ -28,17 +28,39 @@ RECORD = "privacy.json"
 
 @dataclass(frozen=True)
 class PrivateRun:
-    """The mechanism of a run and the key of its noise."""
+    """The mechanism of a run and the key of its noise; None where other parties' sites make it."""
 
     recipe: Recipe
     mechanism: ClientMechanism
-    key: NoiseKey
+    key: NoiseKey | None
 
     @property
-    def release(self) -> ClientRelease:
-        """What the method's server releases by."""
+    def release(self) -> ClientRelease | None:
+        """What the method's server releases by; None where clients add the noise."""
+        if self.mechanism.by_clients:
+            return None
+        assert self.key is not None
         fits = self.recipe.training.rounds_of_head_fits(self.recipe.rounds.count)
         return ClientRelease(self.mechanism, self.key, fits)
+
+    @property
+    def own_noise(self) -> OwnNoise | None:
+        """How clients noise their changes, each for itself; None where they do not. A simulation has all of
+        their keys.
+        """
+        if self.mechanism.settings.place != "client":
+            return None
+        return OwnNoise(self.mechanism, None if self.key is None else self.client_key)
+
+    def client_key(self, client: str) -> NoiseKey:
+        """The key of a client's own noise, in a simulation.
+
+        Raises:
+            RuntimeError: this party has none.
+        """
+        if self.key is None:
+            raise RuntimeError("the keys of the clients' noise are theirs")
+        return self.key.of(client)
 
     def turns(self) -> list[list[int]]:
         """The places of the clients of each round that trains."""
@@ -52,7 +74,7 @@ class PrivateRun:
 
     def write(self, directory: Path) -> None:
         """Put the record, and the key where there is a secret one, into the run's directory."""
-        if self.key.secret and not (directory / KEY).exists():
+        if self.key is not None and self.key.secret and not (directory / KEY).exists():
             write_secret(directory / KEY, self.key.key)
         write_json(directory / RECORD, client_record(self.mechanism))
 
@@ -88,6 +110,7 @@ def planned(recipe: Recipe, clients: int) -> ClientMechanism | None:
         factors=factors,
         momentum=0.0 if aggregation.server_optimizer == "fedavg" else aggregation.momentum,
         head_fits=len(fits),
+        terms=recipe.secure_sum.terms() if settings.place == "sum" and recipe.secure_sum else None,
     )
 
 
@@ -103,9 +126,12 @@ def count_clients(recipe: Recipe) -> int:
     return len(build_data(settings, clients, recipe.seed, recipe.public).clients)
 
 
-def private_run(recipe: Recipe, clients: int, directory: Path) -> PrivateRun | None:
+def private_run(
+    recipe: Recipe, clients: int, directory: Path, *, with_sites: bool = False
+) -> PrivateRun | None:
     """The private run of a complete recipe, begun or resumed in a directory; None where it hides no clients.
-    Nothing is written yet (:meth:`PrivateRun.write`).
+    Nothing is written yet (:meth:`PrivateRun.write`). ``with_sites``: clients are sites of other parties,
+    with keys of their own.
 
     Raises:
         RecipeError: see :func:`planned`.
@@ -116,7 +142,8 @@ def private_run(recipe: Recipe, clients: int, directory: Path) -> PrivateRun | N
         return None
     if (directory / RECORD).exists():  # an optimiser may find other digits elsewhere
         mechanism = _as_recorded(mechanism, read_json(directory / RECORD))
-    return PrivateRun(recipe, mechanism, _key(recipe, directory))
+    own_keys = with_sites and mechanism.by_clients
+    return PrivateRun(recipe, mechanism, None if own_keys else _key(recipe, directory))
 
 
 def forget_key(directory: Path) -> None:
@@ -136,6 +163,15 @@ def _key(recipe: Recipe, directory: Path) -> NoiseKey:
                 "those before; begin anew with another --out"
             )
         return NoiseKey.fresh()
+    return stored_key(file)
+
+
+def stored_key(file: Path) -> NoiseKey:
+    """A secret key in a file that only its owner can have read.
+
+    Raises:
+        RunError: others can read it, or it is damaged.
+    """
     if stat.S_IMODE(file.stat().st_mode) & 0o077:
         raise RunError(
             f"{file}: others than its owner may have read it (mode "
@@ -157,6 +193,12 @@ def _as_recorded(mechanism: ClientMechanism, record: dict[str, Any]) -> ClientMe
     coefficients = tuple(map(float, record["coefficients"]))
     if len(coefficients) != len(mechanism.coefficients):
         raise RunError(f"{RECORD}: {len(coefficients)} bands, not {len(mechanism.coefficients)}: damaged")
+    began, now = record["participation"]["clients"], mechanism.participation.clients
+    if mechanism.by_clients and began != now:  # each works out its own noise, by how many there are
+        raise RunError(
+            f"{RECORD}: the run began with {began} clients, who add the noise, and there are {now}; "
+            "begin anew with another --out"
+        )
     return replace(
         mechanism,
         coefficients=coefficients,

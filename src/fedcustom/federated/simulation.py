@@ -26,7 +26,7 @@ from ..transport.secure import SummingTransport
 from ..updates.attack import hostile_clients, simulated_attack
 from ..updates.pipeline import update_transforms
 from ..updates.transform import UpdateTransform
-from .build import change_vector, check_cohort, check_fit, check_transforms, make_method, pooled
+from .build import change_vector, check_cohort, check_fit, check_transforms, make_method, noised_sums, pooled
 from .callbacks import Callback
 from .evaluator import Evaluator, Probes, Result
 from .example_run import ExampleRun, check_rows, example_run
@@ -125,7 +125,8 @@ def simulate(
     hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
     attack = simulated_attack(hostile, recipe.attack, recipe.seed)
     applied = update_transforms(recipe.compression, attack, transforms)
-    method = make_method(recipe, base, data, applied, private.release if private else None)
+    noise = (private.release, private.own_noise) if private is not None else (None, None)
+    method = make_method(recipe, base, data, applied, *noise)
     check_transforms(transforms, recipe, method)
     probes = _probes(recipe, data)
     data = _damaged(recipe, data, hostile)
@@ -147,7 +148,9 @@ def simulate(
     origin = method.initialise()
     channel = Channel(recipe.compression, origin.tensors)
     transport: Transport = InProcessTransport(method, store, channel, applied, callbacks.on_note)
-    if (vector := change_vector(recipe, len(data.clients))) is not None and recipe.secure_sum is not None:
+    mechanism, keys = (private.mechanism, private.client_key) if private is not None else (None, None)
+    vector = change_vector(recipe, len(data.clients), lambda: noised_sums(method, mechanism, keys))
+    if vector is not None and recipe.secure_sum is not None:
         transport = SummingTransport(transport, method, vector, recipe.secure_sum.terms())
     check_visible(transport, applied, recipe.aggregation)
     return Federation(

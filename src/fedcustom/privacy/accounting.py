@@ -3,7 +3,8 @@
 Neighbours differ in one unit, a client or a training row, whose contributions are replaced by zeros. Releases
 of Gaussian noise alone compose exactly, their mu^2 add (Dong et al. 2022, *Gaussian differential privacy*);
 with Poisson sampling the privacy loss distribution is composed by Google's dp-accounting, whose estimate is
-from above.
+from above. Releases of integers with Skellam noise are composed by Renyi divergences
+(:mod:`fedcustom.privacy.renyi`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
 from ..core.errors import RecipeError
+from . import renyi
 
 PRECISE, COARSE = 1e-9, 1e-4
 """Relative precision to which noise is calibrated: of the exact curve, and of loss distributions."""
@@ -31,21 +33,35 @@ MOST_NOISE = 1e6
 @dataclass(frozen=True)
 class Event:
     """``count`` releases of sums with Gaussian noise of ``noise_multiplier`` times the sensitivity to one
-    unit, which takes part in each with probability ``sampling`` (Poisson; 1: always).
+    unit, which takes part in each with probability ``sampling`` (Poisson; 1: always). With ``variance`` the
+    sums are of integers, and the noise is Skellam noise of this variance at least.
     """
 
     noise_multiplier: float
     count: int = 1
     sampling: float = 1.0
+    variance: float | None = None
 
     def __post_init__(self) -> None:
         if not self.noise_multiplier > 0 or self.count < 0 or not 0 < self.sampling <= 1:
             raise ValueError(f"{self}: not an event")
+        if self.variance is not None and not (self.variance > 0 and self.sampling == 1):
+            raise ValueError(f"{self}: not an event")
 
     @property
     def is_gaussian(self) -> bool:
-        """Whether no sampling is involved."""
-        return self.sampling == 1
+        """Whether no sampling is involved, and no integers."""
+        return self.sampling == 1 and self.variance is None
+
+    def renyi(self, orders: renyi.Floats) -> renyi.Floats:
+        """A bound on the Renyi divergence of whole orders, without sampling. Integers are at most as large as
+        their squares, so that one unit moves a vector of them by no more in the 1-norm than in the squared
+        2-norm, however long it is.
+        """
+        if self.variance is None:
+            return self.count * orders / (2 * self.noise_multiplier**2)
+        squared = self.variance / self.noise_multiplier**2
+        return self.count * renyi.skellam_renyi(orders, math.sqrt(squared), squared, self.variance)
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ class Ledger:
 
     @property
     def mu(self) -> float | None:
-        """The mu of Gaussian differential privacy; None where sampling is involved."""
+        """The mu of Gaussian differential privacy; None where sampling or integers are involved."""
         if all(event.is_gaussian for event in self.events):
             return math.sqrt(sum(event.count / event.noise_multiplier**2 for event in self.events))
         return None
@@ -78,8 +94,19 @@ class Ledger:
         """
         if not self.events:
             return 0.0
-        mu = self.mu
-        return _sampled_epsilon(self.events, delta) if mu is None else gaussian_epsilon(mu, delta)
+        if (mu := self.mu) is not None:
+            return gaussian_epsilon(mu, delta)
+        if all(event.sampling == 1 for event in self.events):
+            return renyi.epsilon_of(self._renyi, delta)
+        if any(event.variance is not None for event in self.events):
+            raise ValueError("releases of integers and sampled ones are not composed")
+        return _sampled_epsilon(self.events, delta)
+
+    def _renyi(self, orders: renyi.Floats) -> renyi.Floats:
+        total = orders * 0.0
+        for event in self.events:
+            total += event.renyi(orders)
+        return total
 
 
 @dataclass(frozen=True)
@@ -137,7 +164,7 @@ def calibrate(events: Callable[[float], Iterable[Event]], epsilon: float, delta:
     def enough(z: float) -> bool:
         return Ledger.of(events(z)).epsilon(delta) <= epsilon
 
-    gaussian = all(event.is_gaussian for event in events(1.0))
+    exact = all(event.sampling == 1 for event in events(1.0))
     low = high = 1.0
     while not enough(high):
         low, high = high, 2 * high
@@ -147,7 +174,7 @@ def calibrate(events: Callable[[float], Iterable[Event]], epsilon: float, delta:
         low, high = low / 2, low
         if low < 1 / MOST_NOISE:
             return high
-    while high / low > 1 + (PRECISE if gaussian else COARSE):
+    while high / low > 1 + (PRECISE if exact else COARSE):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high

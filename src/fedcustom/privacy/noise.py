@@ -49,6 +49,10 @@ class NoiseKey:
         """A key that everybody can make from the recipe's seed: for research, without a guarantee."""
         return cls(hashlib.sha256(f"fedcustom noise {seed}".encode()).digest(), secret=False)
 
+    def of(self, client: str) -> NoiseKey:
+        """The key of one client, independent of all others' to whoever lacks this one."""
+        return NoiseKey(self._derived(f"fedcustom client/{client}"), self.secret)
+
     def uniform(self, round_number: int, name: str, count: int) -> Numbers:
         """Independent numbers in (0, 1), (count,)."""
         words = np.frombuffer(self._stream(round_number, name, 8 * count), dtype="<u8")
@@ -71,14 +75,18 @@ class NoiseKey:
         }
 
     def _stream(self, round_number: int, name: str, length: int) -> bytes:
+        sub_key = self._derived(f"fedcustom noise/{round_number}/{name}")
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+        return Cipher(algorithms.AES(sub_key), modes.CTR(bytes(16))).encryptor().update(bytes(length))
+
+    def _derived(self, purpose: str) -> bytes:
+        """A key for one purpose (HKDF-SHA256)."""
         try:
-            from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
             from cryptography.hazmat.primitives.hashes import SHA256
             from cryptography.hazmat.primitives.kdf.hkdf import HKDF
         except ModuleNotFoundError:
             raise RecipeError(
                 "[privacy]: noise needs the package cryptography: pip install 'fedcustom[privacy]'"
             ) from None
-        info = f"fedcustom noise/{round_number}/{name}".encode()
-        sub_key = HKDF(algorithm=SHA256(), length=BYTES, salt=None, info=info).derive(self.key)
-        return Cipher(algorithms.AES(sub_key), modes.CTR(bytes(16))).encryptor().update(bytes(length))
+        return HKDF(algorithm=SHA256(), length=BYTES, salt=None, info=purpose.encode()).derive(self.key)

@@ -64,14 +64,19 @@ class Participation:
         order = np.random.default_rng([seed, STREAM]).permutation(self.clients)
         return [sorted(order[group :: self.groups].tolist()) for group in range(self.groups)]
 
-    def cohorts(self, seed: int, key: NoiseKey) -> list[list[int]]:
+    def cohorts(self, seed: int, key: NoiseKey | None = None) -> list[list[int]]:
         """The places of each training round's clients. Only ``probability`` below 1 uses the key: everybody
         can repeat a draw by the recipe's seed, and amplification by sampling needs a secret one.
+
+        Raises:
+            ValueError: it is needed, and not there.
         """
         members = self.members(seed)
         chosen = [members[number % self.groups] for number in range(self.rounds)]
         if self.probability == 1:
             return chosen
+        if key is None:
+            raise ValueError("who takes part is drawn by a key")
         return [
             [
                 client

@@ -6,6 +6,7 @@ from typing import Any
 
 from .accounting import Guarantee
 from .client_mechanism import ClientMechanism
+from .sum_noise import SCALE
 
 NEVER_PROMISED = (
     "rows of the development and test splits, metrics, losses and norms by client, and predictions",
@@ -32,6 +33,13 @@ def record(guarantee: Guarantee, **details: Any) -> dict[str, Any]:
 def client_record(mechanism: ClientMechanism) -> dict[str, Any]:
     """The record of a run with ``unit = "client"``, with all that is needed to check it: JSON values."""
     settings, participation = mechanism.settings, mechanism.participation
+    by_clients: dict[str, Any] = {}
+    if mechanism.terms is not None:
+        by_clients = {
+            "colluding": mechanism.terms.colluding,
+            "integer_norm": SCALE,
+            "epsilon_if_normal": mechanism.gaussian_epsilon(),
+        }
     return record(
         mechanism.guarantee(),
         noise=settings.place,
@@ -51,4 +59,6 @@ def client_record(mechanism: ClientMechanism) -> dict[str, Any]:
             "turns": participation.turns,
         },
         coefficients=list(mechanism.coefficients),
+        against=list(mechanism.against),
+        **by_clients,
     )

@@ -23,8 +23,9 @@ class PrivacySettings(Settings):
     noise: NoiseAt | None = Field(
         None,
         description="Where noise is added. server: to the sum of the clients' changes, by a trusted server; "
-        "site: in each local step (unit = 'example'); client, sum: by the clients, so that the server need "
-        "not be trusted; unset: server, for examples site",
+        "site: in each local step (unit = 'example'); sum: by the clients, each a part, to what is summed "
+        "under masks (secure_sum.on), so that the server need not be trusted; client: by each client alone, "
+        "enough for itself; unset: server, for examples site",
     )
     epsilon: float | None = Field(
         None, gt=0, le=1000, description="The guarantee's epsilon, to which the noise is calibrated"
@@ -59,6 +60,10 @@ class PrivacySettings(Settings):
     head_clip: float = Field(
         4.0, gt=0, description="Bound of a client's counts and class sums, of rows of length 1"
     )
+    accept_noise: bool | None = Field(
+        None,
+        description="Whether a client's own noise (noise = 'client') may be longer than 100 times its bound",
+    )
     randomness: Literal["secret", "seeded"] = Field(
         "secret",
         description="secret: noise from a key that is deleted at the end; seeded: from the recipe's seed, "
@@ -78,13 +83,17 @@ class PrivacySettings(Settings):
         if self.delta is None:
             raise ValueError("delta: must be set; at most 1 / (10 units)")
         if self.unit == "client" and self.noise == "site":
-            raise ValueError("noise = 'site': is for unit = 'example'; allowed for 'client': server")
+            raise ValueError(
+                "noise = 'site': is for unit = 'example'; allowed for 'client': server, sum, client"
+            )
         if self.unit == "example" and self.noise not in (None, "site"):
             raise ValueError(f"noise = {self.noise!r}: allowed for unit = 'example': site")
         if self.participation == "poisson" and (self.bands or 1) > 1:
             raise ValueError(
                 f"bands = {self.bands}: noise is correlated with participation = 'cyclic' alone; unset it"
             )
+        if self.accept_noise is not None and self.noise != "client":
+            raise ValueError(f"accept_noise = {self.accept_noise}: is for noise = 'client'; leave it unset")
         return self
 
     @property

@@ -9,6 +9,7 @@ from scipy.special import ndtr, ndtri
 
 from .client_mechanism import ClientMechanism
 from .record import NEVER_PROMISED
+from .secure_sum.terms import Terms
 
 NUMBERS = (1_000, 10_000, 100_000, 1_000_000)
 """Sizes of a group of trained tensors for which the noise is told."""
@@ -26,12 +27,18 @@ def client_words(mechanism: ClientMechanism) -> Iterator[tuple[str, str]]:
     """Headings and sentences on a run with ``unit = "client"``."""
     guarantee, settings, turns = mechanism.guarantee(), mechanism.settings, mechanism.participation
     factor = math.exp(min(guarantee.epsilon, 700.0))
+    released = "the model and of the states sent to clients"
+    if mechanism.by_clients:
+        sent = "the sums" if mechanism.terms is not None else "what clients send"
+        released = f"{sent}, the model and the states sent to clients"
     yield (
         "promise",
         f"epsilon {guarantee.epsilon:.4g}, delta {guarantee.delta:g}, for each client: whatever anybody "
-        f"makes of the model and of the states sent to clients is at most {factor:,.4g} times as likely as "
+        f"makes of {released} is at most {factor:,.4g} times as likely as "
         f"if that client had sent nothing, and at least a {factor:,.4g}th, up to {guarantee.delta:g}",
     )
+    for text in mechanism.against:
+        yield "against", text
     ledger = mechanism.ledger(turns.rounds, mechanism.head_fits)
     if ledger.mu is not None:
         yield (
@@ -42,6 +49,10 @@ def client_words(mechanism: ClientMechanism) -> Iterator[tuple[str, str]]:
     if not guarantee.valid:
         yield "NOT VALID", "privacy.randomness = 'seeded': everybody can compute the noise and subtract it"
     yield "mechanism", _mechanism(mechanism)
+    if mechanism.terms is not None:
+        yield "noise", _own_noise(mechanism, mechanism.terms)
+    elif mechanism.by_clients:
+        yield "noise", "each client's own, enough for it alone; that of all clients of a round adds up"
     if mechanism.head_noise is not None:
         yield (
             "head",
@@ -57,6 +68,16 @@ def client_words(mechanism: ClientMechanism) -> Iterator[tuple[str, str]]:
         yield "assumes", text
     for text in NEVER_PROMISED:
         yield "never promised", text
+
+
+def _own_noise(mechanism: ClientMechanism, terms: Terms) -> str:
+    most = math.ceil(mechanism.participation.clients / mechanism.participation.groups)
+    needed = terms.needed(most)
+    return (
+        f"made by the clients, of integers (Skellam): of {most} in a round {needed} have to stay, and the "
+        f"noise of {needed - terms.colluding} of them is enough; normal noise of the same variance would "
+        f"have epsilon {mechanism.gaussian_epsilon():.4g}"
+    )
 
 
 def _mechanism(mechanism: ClientMechanism) -> str:

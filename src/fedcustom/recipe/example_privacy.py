@@ -15,7 +15,7 @@ EXAMPLE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What is filled in where a recipe hides rows and says nothing else."""
 
-FOR_CLIENTS = ("participation", "bands", "head_share", "head_clip")
+FOR_CLIENTS = ("participation", "bands", "head_share", "head_clip", "accept_noise")
 """Settings of ``[privacy]`` that only a run that hides clients has."""
 
 

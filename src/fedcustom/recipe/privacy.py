@@ -62,12 +62,55 @@ def check_privacy(recipe: Sections) -> None:
         for reason in (*why_no_example_privacy(recipe), *_evaluation(recipe)):
             raise ValueError(f"{reason} (privacy.unit = 'example')")
         return
-    if privacy.place != "server":
-        raise ValueError(
-            f"privacy.noise = {privacy.noise!r}: is not available yet (it needs secure sums); allowed: server"
-        )
-    for reason in (*_merging(recipe), *_training(recipe), *_evaluation(recipe), *_rounds(recipe)):
+    own = _own_noise(recipe) if privacy.place in ("sum", "client") else _server_noise(recipe)
+    for reason in (*own, *_merging(recipe), *_training(recipe), *_evaluation(recipe), *_rounds(recipe)):
         raise ValueError(f"{reason} (privacy.unit = 'client')")
+
+
+def _server_noise(recipe: Sections) -> list[str]:
+    """What a server that adds the noise has to see."""
+    if recipe.secure_sum is None or not recipe.secure_sum.on:
+        return []
+    return [
+        "secure_sum.on = true: with privacy.noise = 'server' the trusted server bounds each client's change, "
+        "which it would not see; set it to false, or let clients add the noise (privacy.noise = 'sum')"
+    ]
+
+
+def _own_noise(recipe: Sections) -> list[str]:
+    """What clients that add the noise themselves cannot do."""
+    privacy, sums, found = recipe.privacy, recipe.secure_sum, list[str]()
+    assert privacy is not None
+    where = f"with privacy.noise = {privacy.place!r}"
+    on = sums is not None and sums.on
+    if on and privacy.place == "client":
+        return ["secure_sum.on = true: goes with privacy.noise = 'sum', of less noise; use that"]
+    if not on and privacy.place == "sum":
+        return ["privacy.noise = 'sum': one client's noise is too little by itself; set secure_sum.on = true"]
+    if sums is not None and sums.bound is not None:
+        found.append(
+            f"secure_sum.bound = {sums.bound:g}: has no effect {where}, where each client bounds its change "
+            "(privacy.clip); leave it unset"
+        )
+    if privacy.participation == "poisson":
+        found.append(
+            f"privacy.participation = 'poisson': {where} the server is not trusted, and would know who was "
+            "drawn; use 'cyclic'"
+        )
+    if (privacy.bands or 1) > 1:
+        found.append(
+            f"privacy.bands = {privacy.bands}: {where} each round's noise is independent; leave it unset"
+        )
+    for key in ("clip", "clip_head"):
+        if getattr(privacy, key) == "adaptive":
+            found.append(
+                f"privacy.{key} = 'adaptive': {where} nobody counts the changes within a bound; use 'unit' "
+                "or a number"
+            )
+    if recipe.training.fit_head_rounds or recipe.training.fit_head:
+        key = "fit_head_rounds" if recipe.training.fit_head_rounds else "fit_head"
+        found.append(f"training.{key}: {where} no head is fitted; leave it out, and the head is trained")
+    return found
 
 
 def _merging(recipe: Sections) -> list[str]:
@@ -75,11 +118,6 @@ def _merging(recipe: Sections) -> list[str]:
     aggregation, found = recipe.aggregation, list[str]()
     if setting := recipe.method.needs_single_updates:
         found.append(f"{setting}: one client's part in what the server releases is not bounded")
-    if recipe.secure_sum is not None and recipe.secure_sum.on:
-        found.append(
-            "secure_sum.on = true: the trusted server bounds each client's change, which it would not see; "
-            "set it to false"
-        )
     if aggregation.rule != "mean":
         found.append(f"aggregation.rule = {aggregation.rule!r}: one client can move it at will; use 'mean'")
     if aggregation.weighting != "uniform":

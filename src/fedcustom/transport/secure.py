@@ -13,7 +13,8 @@ from torch import Tensor
 from ..core.errors import RecipeError, SecureSumError, UpdateError
 from ..core.tensors import Tensors
 from ..methods.protocol import Method, SumsChanges, Task, typed
-from ..methods.tuning.messages import TrainUpdate
+from ..methods.tuning.messages import TrainTask, TrainUpdate
+from ..methods.tuning.noised_sums import NoisedSums
 from ..privacy.secure_sum.fixed_point import FixedPoint, counts, rounding_key
 from ..privacy.secure_sum.integers import Numbers, zeros
 from ..privacy.secure_sum.terms import Terms
@@ -42,6 +43,7 @@ class ChangeVector:
         most_examples: Training examples of the largest client; None: all clients weigh the same.
         seed: The recipe's.
         losses: Whether clients tell their loss; not where they hide their rows.
+        noised: How clients add noise of their own to what they send, by which they are hidden.
     """
 
     bound: float
@@ -49,21 +51,31 @@ class ChangeVector:
     most_examples: int | None
     seed: int
     losses: bool = True
+    noised: NoisedSums | None = None
 
     def length(self, forms: Mapping[str, Tensor]) -> int:
         """Numbers of a vector for changes of these names and shapes."""
         return FIGURES + sum(tensor.numel() for tensor in forms.values())
 
     def encode(
-        self, update: TrainUpdate, forms: Mapping[str, Tensor], round_number: int, client: str
+        self,
+        update: TrainUpdate,
+        forms: Mapping[str, Tensor],
+        round_number: int,
+        client: str,
+        needed: int = 0,
     ) -> Numbers:
-        """The vector of a client's update, whose tensors have the names and shapes of ``forms``.
+        """The vector of a client's update, whose tensors have the names and shapes of ``forms``. ``needed``
+        is how many clients have to stay in this secure sum; noise depends on it.
 
         Raises:
             UpdateError: they have not; or a number is beyond its bound, which the message names.
         """
         if update.tensors.keys() != forms.keys():
             raise UpdateError("a change has other tensors than the task asks for")
+        for name, tensor in update.tensors.items():
+            if tensor.shape != forms[name].shape:
+                raise UpdateError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(forms[name].shape)}")
         weight = 1 if self.most_examples is None else round(update.weight)
         if self.most_examples is not None and not 1 <= weight <= self.most_examples:
             raise UpdateError(
@@ -78,23 +90,38 @@ class ChangeVector:
         loss = torch.tensor([share * told], dtype=torch.float64)
         key = rounding_key(self.seed, round_number, client, "")
         result[FIGURES - 1 : FIGURES] = FixedPoint(LARGEST_LOSS, self.sites).encode(loss.numpy(), key)
-        start, fixed = FIGURES, FixedPoint(self.bound, self.sites)
-        for name in sorted(forms):
-            tensor = update.tensors[name]
-            if tensor.shape != forms[name].shape:
-                raise UpdateError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(forms[name].shape)}")
-            values = (tensor.detach().cpu().reshape(-1).double() * share).numpy()
-            try:
-                numbers = fixed.encode(values, rounding_key(self.seed, round_number, client, name))
-            except UpdateError as error:
-                raise UpdateError(f"secure_sum.bound = {self.bound:g}: {name} holds {error}") from None
+        if self.noised is not None:
+            parts = self.noised.encode(update.tensors, round_number, client, needed)
+        else:
+            parts = self._fixed(update.tensors, share, round_number, client)
+        start = FIGURES
+        for numbers in parts:
             result[start : start + len(numbers)] = numbers
             start += len(numbers)
         return result
 
-    def decode(self, total: Numbers, forms: Mapping[str, Tensor], sites: int) -> TrainUpdate:
+    def _fixed(
+        self, tensors: Mapping[str, Tensor], share: float, round_number: int, client: str
+    ) -> Iterator[Numbers]:
+        """The integers of each tensor, without noise."""
+        fixed = FixedPoint(self.bound, self.sites)
+        for name in sorted(tensors):
+            values = (tensors[name].detach().cpu().reshape(-1).double() * share).numpy()
+            try:
+                yield fixed.encode(values, rounding_key(self.seed, round_number, client, name))
+            except UpdateError as error:
+                raise UpdateError(f"secure_sum.bound = {self.bound:g}: {name} holds {error}") from None
+
+    def digest(self, task: bytes) -> bytes:
+        """What masks depend on, of a task's SHA-256."""
+        return task if self.noised is None else self.noised.bound_to(task)
+
+    def decode(
+        self, total: Numbers, forms: Mapping[str, Tensor], sites: int, round_number: int = 1
+    ) -> TrainUpdate:
         """The mean of the updates of so many clients, from the sum of their vectors: its weight and examples
-        are those of all of them, its steps the mean ones.
+        are those of all of them, its steps the mean ones. With noise, the change is the sum over how many
+        clients a round has on average.
 
         Raises:
             UpdateError: it is no such sum.
@@ -104,12 +131,10 @@ class ChangeVector:
             raise UpdateError("the sum of the clients' changes is malformed")
         share = weight / (self.most_examples or 1)
         loss = float(FixedPoint(LARGEST_LOSS, self.sites).decode(total[FIGURES - 1 : FIGURES])[0]) / share
-        start, fixed, tensors = FIGURES, FixedPoint(self.bound, self.sites), Tensors()
-        for name in sorted(forms):
-            like = forms[name]
-            values = torch.from_numpy(fixed.decode(total[start : start + like.numel()])).div_(share)
-            tensors[name] = values.reshape(like.shape).to(like.dtype)
-            start += like.numel()
+        if self.noised is not None:
+            tensors = self.noised.decode(total[FIGURES:], forms, round_number)
+        else:
+            tensors = self._floats(total[FIGURES:], forms, share)
         return TrainUpdate(
             tensors,
             float(weight),
@@ -117,6 +142,15 @@ class ChangeVector:
             examples=examples,
             steps=max(1, round(steps / sites)),
         )
+
+    def _floats(self, total: Numbers, forms: Mapping[str, Tensor], share: float) -> Tensors:
+        start, fixed, tensors = 0, FixedPoint(self.bound, self.sites), Tensors()
+        for name in sorted(forms):
+            like = forms[name]
+            values = torch.from_numpy(fixed.decode(total[start : start + like.numel()])).div_(share)
+            tensors[name] = values.reshape(like.shape).to(like.dtype)
+            start += like.numel()
+        return tensors
 
     def opened(
         self, task: Task, total: Numbers, forms: Mapping[str, Tensor], sites: tuple[str, ...]
@@ -126,7 +160,7 @@ class ChangeVector:
         Raises:
             UpdateError: it is no sum of so many clients' changes.
         """
-        update = self.decode(total, forms, len(sites))
+        update = self.decode(total, forms, len(sites), typed(task, TrainTask).round_number)
         return Reply(SUM, task, update, "", "", 0, 0, 0.0, clients=sites)
 
 
@@ -187,9 +221,9 @@ class SummingTransport:
                 continue
             try:
                 forms = forms or self.method.change_forms(reply.task)
-                update = typed(reply.update, TrainUpdate)
-                numbers = self.vector.encode(update, forms, round_number, reply.client)
-            except UpdateError as error:
+                update, needed = typed(reply.update, TrainUpdate), self.terms.needed(len(tasks))
+                numbers = self.vector.encode(update, forms, round_number, reply.client, needed)
+            except (SecureSumError, UpdateError) as error:
                 replies.append(replace(reply, update=None, reason=str(error), detail=f"{error}\n"))
                 continue
             total = numbers if not len(total) else total + numbers

@@ -25,7 +25,8 @@ Number = Annotated[int, Field(ge=0)]
 
 class Release(BaseModel):
     """Noised optimiser steps: how much noise they had over the bound, with which probability each row was in
-    one, the delta at which the recipe promises its epsilon, and how many they were.
+    one, the delta at which the recipe promises its epsilon, and how many they were. Of ``unit = "client"``
+    they are noised changes that hide the site as a whole; ``integers`` with Skellam noise.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -34,6 +35,8 @@ class Release(BaseModel):
     sampling: float = Field(gt=0, le=1)
     delta: float = Field(gt=0, lt=1)
     steps: int = Field(ge=1)
+    unit: Literal["example", "client"] = "example"
+    integers: bool = False
 
 
 class _Run(BaseModel):

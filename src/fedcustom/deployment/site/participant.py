@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from ...data.party_data import OwnData
 from ...data.settings import ClientSettings
 from ...evaluation.settings import CHOICE_METRIC
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
-from ...federated.build import change_vector, check_fit, make_method
+from ...federated.build import change_vector, check_fit, make_method, noised_sums
 from ...federated.evaluator import development_predictions, predicted
 from ...federated.example_run import example_privacy
+from ...federated.private_run import planned
 from ...federated.truncation import fitted_data
 from ...methods import ChecksTasks, Client, CountsCuts, RoundTask, State, Task, TrainingTask, Update
 from ...methods.protocol import typed
 from ...methods.tuning.hidden_rows import steps_of
 from ...methods.tuning.messages import TrainUpdate
+from ...methods.tuning.release import OwnNoise
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
+from ...privacy.client_mechanism import ClientMechanism
 from ...privacy.example_mechanism import ExampleMechanism
 from ...privacy.secure_sum.integers import Numbers
 from ...recipe.recipe import Recipe
@@ -37,7 +41,7 @@ from ..replies import Part, PartSizes, SiteStatistics
 from .amounts import check_amounts, check_least_examples, check_least_training
 from .memory import RoundMemory
 from .policy import check_content
-from .privacy import check_noise
+from .privacy import check_noise, check_own_noise, fresh_key, site_key
 from .settings import PolicySettings
 
 
@@ -117,8 +121,13 @@ class Participant:
         if training.least_texts < least:  # the site's own minimum, whatever the server asks
             training = training.model_copy(update={"fit_head_least_texts": least})
         own_recipe = recipe.model_copy(update={"data": settings, "training": training})
-        self.method = make_method(own_recipe, self.base, federation)
+        self.hidden = self._hidden()
+        own_noise: OwnNoise | None = None
+        if self.hidden is not None and self.hidden.terms is None:
+            own_noise = OwnNoise(self.hidden, partial(fresh_key, recipe))
+        self.method = make_method(own_recipe, self.base, federation, own_noise=own_noise)
         self.mechanism = self._mechanism(federation)
+        self.noised = noised_sums(self.method, self.hidden, partial(site_key, folder, recipe))
         self.channel = Channel(recipe.compression, self.method.initialise().tensors)
         self.transforms = update_transforms(recipe.compression)
         self.memory = RoundMemory(folder / "memory")
@@ -139,6 +148,36 @@ class Participant:
             raise PolicyError(str(error)) from None
         check_noise(self.policy, mechanism)
         return mechanism
+
+    def _hidden(self) -> ClientMechanism | None:
+        """By what this site hides itself as a whole, where the recipe says that sites do; worked out here.
+
+        Raises:
+            PolicyError: names the key that does not fit, or the line of the policy.
+        """
+        if self.settled.client_privacy is None or self.settled.client_privacy.place == "server":
+            return None
+        try:
+            mechanism = planned(self.settled, len(self.names))
+        except RecipeError as error:
+            raise PolicyError(str(error)) from None
+        assert mechanism is not None
+        check_own_noise(self.policy, mechanism)
+        return mechanism
+
+    def _check_turn(self, round_number: int | None) -> None:
+        """Refuse a round in which it is not this site's turn: its guarantee counts its turns.
+
+        Raises:
+            PolicyError: says which round.
+        """
+        if self.hidden is None:
+            return
+        cohorts, place = self.hidden.participation.cohorts(self.recipe.seed), self.names.index(self.name)
+        if round_number is None or round_number < 1 or place not in cohorts[round_number - 1]:
+            raise PolicyError(
+                f"privacy.participation: by the recipe round {round_number} is not this site's turn"
+            )
 
     def noised_steps(self, asked: Task) -> int:
         """How many noised steps a task takes; 0 where rows are not hidden, or it is none of training."""
@@ -168,6 +207,7 @@ class Participant:
                 f"policy.max_top = {policy.max_top}: the task asks for {asked.documents_asked} documents"
             )
         count = len(self.data.train)
+        self._check_turn(round_number)
         if isinstance(asked, TrainingTask):
             check_least_training(policy, recipe, asked.work, count)
         elif asked.exact_answer:
@@ -204,18 +244,23 @@ class Participant:
         update = self._update(asked, packed, round_number)[0]
         return Packed.of(update), values_of(update)
 
-    def change(self, asked: Task, packed: Packed, round_number: int) -> Numbers:
-        """The vector of a task's update, for a secure sum; the memory changes.
+    def change(
+        self, asked: Task, packed: Packed, round_number: int, needed: int, digest: bytes
+    ) -> tuple[Numbers, bytes]:
+        """The vector of a task's update, for a secure sum, and what its masks are made from; the memory
+        changes. ``needed`` is how many sites have to stay, ``digest`` the task's SHA-256.
 
         Raises:
             RecipeError, UpdateError: the recipe asks for no secure sums, or the update does not fit into one.
         """
-        vector, method = change_vector(self.recipe, len(self.names)), summed_method(self.method)
+        vector = change_vector(self.recipe, len(self.names), lambda: self.noised)
+        method = summed_method(self.method)
         if vector is None:
             raise UpdateError("the recipe asks for no secure sums")
         update, task = self._update(asked, packed, round_number)
         forms = method.change_forms(task)
-        return vector.encode(typed(update, TrainUpdate), forms, round_number, self.name)
+        numbers = vector.encode(typed(update, TrainUpdate), forms, round_number, self.name, needed)
+        return numbers, vector.digest(digest)
 
     def _update(self, asked: Task, packed: Packed, round_number: int | None) -> tuple[Update, Task]:
         """An executed task's update as it travels, and the task as it was unpacked."""

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ...core.errors import PolicyError
+from ...core.files import write_secret
+from ...federated.private_run import stored_key
 from ...privacy.accounting import Event
 from ...privacy.accounting import Ledger as Spending
+from ...privacy.client_mechanism import ClientMechanism, delta_of, integer_event
 from ...privacy.example_mechanism import ExampleMechanism
+from ...privacy.noise import NoiseKey
 from ...recipe.recipe import Recipe
 from .ledger import Ledger, Release
 from .settings import PolicySettings
+
+NOISE_KEY = "noise.key"
+"""The file of a site's key in a run's folder."""
 
 ROUNDING = 1e-9
 """By how much, relative to it, an epsilon that is computed twice may differ."""
@@ -33,8 +42,11 @@ def check_privacy(policy: PolicySettings, recipe: Recipe) -> None:
             f"policy.least_unit = 'example': {said}{'' if unit == 'none' else ', with noise of the server'}; "
             "noise must be made at this site"
         )
-    if policy.max_epsilon is not None and (privacy is None or unit != "example"):
-        raise PolicyError(f"policy.max_epsilon = {policy.max_epsilon}: {said}; allowed: 'example'")
+    if policy.max_epsilon is not None and (unit == "none" or not made_here):
+        raise PolicyError(
+            f"policy.max_epsilon = {policy.max_epsilon}: {said}; allowed: 'example', or 'client' with "
+            "privacy.noise = 'sum' or 'client'"
+        )
     if privacy is None or unit == "none":
         raise PolicyError(f"policy.minimum_noise = {policy.minimum_noise}: {said}")
     if not privacy.is_valid:
@@ -72,6 +84,99 @@ def check_noise(policy: PolicySettings, mechanism: ExampleMechanism) -> None:
         )
 
 
+def check_own_noise(policy: PolicySettings, mechanism: ClientMechanism) -> None:
+    """Refuse noise that hides this site as a whole below what its policy says.
+
+    Raises:
+        PolicyError: names the line of the policy.
+    """
+    if mechanism.noise_multiplier < policy.minimum_noise:
+        raise PolicyError(
+            f"policy.minimum_noise = {policy.minimum_noise}: for this run's clients privacy.epsilon = "
+            f"{mechanism.settings.epsilon} takes noise of {mechanism.noise_multiplier:.4g}"
+        )
+    promised = mechanism.guarantee().epsilon
+    if policy.max_epsilon is not None and promised > policy.max_epsilon * (1 + ROUNDING):
+        raise PolicyError(
+            f"policy.max_epsilon = {policy.max_epsilon}: the recipe's noise has epsilon {promised:.4g}"
+        )
+
+
+def turns_of(mechanism: ClientMechanism, turns: int | None = None) -> Release:
+    """What so many of a site's turns in a run, or all of them, are in its ledger."""
+    return Release(
+        noise_multiplier=mechanism.noise_multiplier,
+        sampling=1.0,
+        delta=delta_of(mechanism.settings),
+        steps=mechanism.participation.turns if turns is None else turns,
+        unit="client",
+        integers=mechanism.terms is not None,
+    )
+
+
+def check_turn(policy: PolicySettings, ledger: Ledger, run: str, mechanism: ClientMechanism) -> None:
+    """Refuse one turn more than the recipe promises or the policy allows, of a site that sends each change
+    with noise of its own. A round that is repeated has other noise, and counts again.
+
+    Raises:
+        PolicyError: names the key, what was spent, and what is allowed.
+    """
+    release, turns = turns_of(mechanism, 1), mechanism.participation.turns
+    own = [each for each in ledger.releases(run) if each.unit == "client"]
+    done = sum(each.steps for each in own)
+    if epsilon_of([*own, release]) > mechanism.epsilon(mechanism.participation.rounds, 0) * (1 + ROUNDING):
+        raise PolicyError(
+            f"privacy.epsilon: {done} noised changes of this run were sent from here, and the recipe's "
+            f"promise is for {turns}"
+        )
+    before = [each for each in ledger.releases() if each.unit == "client"]
+    spent = epsilon_of([*before, release])
+    if policy.max_epsilon is not None and spent > policy.max_epsilon * (1 + ROUNDING):
+        raise PolicyError(
+            f"policy.max_epsilon = {policy.max_epsilon}: one change more would spend {spent:.4g} in all runs "
+            "together"
+        )
+
+
+def check_turns(policy: PolicySettings, ledger: Ledger, mechanism: ClientMechanism) -> None:
+    """Refuse a run whose turns, with those of the runs before, would spend more than the policy allows. The
+    ledger has all turns of a run from its first on, whether or not they came.
+
+    Raises:
+        PolicyError: names the line of the policy, and what would be spent.
+    """
+    if policy.max_epsilon is None:
+        return
+    before = [release for release in ledger.releases() if release.unit == "client"]
+    if (spent := epsilon_of([*before, turns_of(mechanism)])) > policy.max_epsilon * (1 + ROUNDING):
+        raise PolicyError(
+            f"policy.max_epsilon = {policy.max_epsilon}: this run's {mechanism.participation.turns} turns "
+            f"would spend {spent:.4g} in all runs together"
+        )
+
+
+def fresh_key(recipe: Recipe, client: str) -> NoiseKey:
+    """The key of one change's noise: another one each time, which nobody keeps."""
+    assert recipe.privacy is not None
+    return NoiseKey.fresh() if recipe.privacy.is_valid else NoiseKey.seeded(recipe.seed).of(client)
+
+
+def site_key(folder: Path, recipe: Recipe, client: str) -> NoiseKey:
+    """The key of this site's own noise in a run, in a file that is made when it is needed first and goes with
+    the run's folder: a round that is repeated has the same noise.
+
+    Raises:
+        RunError: others can read the file, or it is damaged.
+    """
+    assert recipe.privacy is not None
+    if not recipe.privacy.is_valid:
+        return NoiseKey.seeded(recipe.seed).of(client)
+    if not (file := folder / NOISE_KEY).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_secret(file, NoiseKey.fresh().key)
+    return stored_key(file).of(client)
+
+
 def release_of(mechanism: ExampleMechanism, steps: int) -> Release:
     """What so many noised steps are in the site's ledger."""
     return Release(
@@ -101,7 +206,8 @@ def check_spending(
         )
     if policy.max_epsilon is None:
         return
-    if (spent := epsilon_of([*ledger.releases(), release])) > policy.max_epsilon * (1 + ROUNDING):
+    known = [each for each in ledger.releases() if each.unit == release.unit]
+    if (spent := epsilon_of([*known, release])) > policy.max_epsilon * (1 + ROUNDING):
         raise PolicyError(
             f"policy.max_epsilon = {policy.max_epsilon}: {steps} more noised steps would spend {spent:.4g} "
             "in all runs together"
@@ -109,11 +215,14 @@ def check_spending(
 
 
 def epsilon_of(releases: list[Release]) -> float:
-    """What these releases have spent together, at the least of their deltas."""
-    counts: dict[tuple[float, float], int] = {}
+    """What these releases of one unit have spent together, at the least of their deltas."""
+    counts: dict[tuple[float, float, bool], int] = {}
     for release in releases:
-        key = release.noise_multiplier, release.sampling
+        key = release.noise_multiplier, release.sampling, release.integers
         counts[key] = counts.get(key, 0) + release.steps
-    events = [Event(noise, count, sampling) for (noise, sampling), count in counts.items()]
+    events = [
+        integer_event(noise, count) if integers else Event(noise, count, sampling)
+        for (noise, sampling, integers), count in counts.items()
+    ]
     delta = min((release.delta for release in releases), default=1.0)
     return Spending.of(events).epsilon(delta)

@@ -116,13 +116,14 @@ class PolicySettings(Settings):
         "none",
         description="What a recipe's [privacy] must hide at least. example: each of this site's training "
         "rows, by noise that is made here; client: the site as a whole, by noise that the server may add, "
-        "which then sees this site's changes without it",
+        "which then sees this site's changes without it (secure_sums = true: noise that is made here)",
     )
     max_epsilon: float | None = Field(
         None,
         gt=0,
         description="Most that noised training here may spend, all steps of all runs together, at the least "
-        "delta among them; other training is refused",
+        "delta among them; what hides rows and what hides the whole site is counted apart, and training "
+        "without noise of this site's own is refused",
     )
 
 

@@ -159,6 +159,16 @@ class TuningClient:
         }
         if context.privacy is not None:
             change = clipped_by_client(change, parts.trainable.head, context.privacy, job.factor)
+        if context.own_noise is not None:
+            change = context.own_noise.noised(
+                change,
+                head=parts.trainable.head,
+                groups=parts.bounded_groups,
+                round_number=job.task.round_number,
+                factor=job.factor,
+                client=job.client.name,
+            )
+            update = replace(update, loss=None)
         update = job.hooks.pack(replace(update, tensors=change))
 
         def rate(name: str) -> float:

@@ -16,6 +16,8 @@ from ...data.tokens import TokenizedExample
 from ...models.inference import Predictions
 from ...models.load import Base
 from ...models.quantised_layers import exact_weights
+from ...privacy.client_mechanism import LONGEST_NOISE
+from ...privacy.clipping import groups_of
 from ...training.dpo import DPO
 from ..protocol import (
     Aggregate,
@@ -45,7 +47,7 @@ from .ownership import Ownership
 from .parts import TokenCache, TuningParts
 from .preference_objective import Preference
 from .reference_model import ReferenceModel
-from .server import TuningServer, check_rule
+from .server import TuningServer, check_rule, released_tensors
 from .technique import Context, Technique, TrainableModel, prepare_precision
 from .trial import trial_pass, trial_rows
 
@@ -141,6 +143,8 @@ class WeightTuning:
             ownership=self.ownership,
             head_rounds=head_rounds,
         )
+        if context.privacy is not None:
+            self._bound(parts)
         head = HeadClient(
             context.training,
             layer,
@@ -153,6 +157,27 @@ class WeightTuning:
         )
         self.client = TuningClient(parts, self.local, head, self._tokens)
         self.server = TuningServer(parts, self.head_fit, self.client.execute)
+
+    def _bound(self, parts: TuningParts) -> None:
+        """Note in how many groups tensors are bounded, and refuse noise of clients that drowns a change.
+
+        Raises:
+            RecipeError: the noise is too long, and the recipe does not accept it.
+        """
+        context, head = self.context, self.trainable.head
+        released = released_tensors(parts, self.trainable.forms())
+        groups = groups_of(released, head)
+        parts.bounded_groups = len(groups)
+        if (noise := context.own_noise) is None or noise.mechanism.settings.accept_noise:
+            return
+        for group, names in groups.items():
+            numbers = sum(released[name].numel() for name in names)
+            if (length := noise.length(numbers, len(groups))) > LONGEST_NOISE:
+                raise RecipeError(
+                    f"privacy.noise = 'client': in the group {group!r} of {numbers:,} numbers the noise of "
+                    f"one client is {length:,.0f} times as long as its bound, above {LONGEST_NOISE:g}; train "
+                    "fewer numbers, use 'sum', or set privacy.accept_noise = true"
+                )
 
     def remarks(self) -> list[str]:
         """What users should know of how this model trains with this method."""

@@ -25,7 +25,8 @@ class TuningParts:
 
     ``base`` is the context's base model once it is known how the method's rows share a batch, ``aggregation``
     the recipe's settings of that name (for a baseline, those that merge nothing by rules), ``head_rounds``
-    the rounds in which clients fit the head.
+    the rounds in which clients fit the head, ``bounded_groups`` in how many groups the tensors are bounded
+    that are released where clients are hidden.
     """
 
     context: Context
@@ -37,6 +38,7 @@ class TuningParts:
     correction: Correction
     ownership: Ownership
     head_rounds: frozenset[int]
+    bounded_groups: int = 2
 
 
 class TokenCache:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...aggregation.private_mean import bounded_sum, private_mean
+from ...core.errors import UpdateError
 from ...core.tensors import Tensors
 from ...privacy.client_mechanism import ClientMechanism
-from ...privacy.clipping import FIRST, HEAD, OWN, Bound, Groups, clipped, groups_of, next_bound
+from ...privacy.clipping import FIRST, HEAD, OWN, Bound, Groups, bounded, clipped, groups_of, next_bound
 from ...privacy.noise import NoiseKey
 from ...privacy.settings import PrivacySettings
 from ...privacy.strategy import CorrelatedNoise
@@ -55,6 +58,70 @@ def clipped_by_client(
 def clipped_sums(sums: Tensors, settings: PrivacySettings) -> Tensors:
     """A client's sums for the head as it sends them, within ``privacy.head_clip``."""
     return clipped(sums, {SUMS: list(sums)}, {SUMS: Bound(settings.head_clip)})
+
+
+@dataclass(frozen=True)
+class OwnNoise:
+    """Noise that each client adds to its own change, enough for itself (``privacy.noise = "client"``). A
+    party without ``keys`` makes none.
+    """
+
+    mechanism: ClientMechanism
+    keys: Callable[[str], NoiseKey] | None
+
+    def length(self, numbers: int, groups: int) -> float:
+        """Of the noise in a group of so many numbers, over the bound."""
+        return self.mechanism.noise_multiplier * math.sqrt(groups * numbers)
+
+    def noised(
+        self,
+        change: Tensors,
+        *,
+        head: Collection[str],
+        groups: int,
+        round_number: int,
+        factor: float,
+        client: str,
+    ) -> Tensors:
+        """A change within its bounds, with noise in each number.
+
+        Args:
+            change: What the client would send.
+            head: Names of the head's tensors.
+            groups: In how many groups the run's tensors are bounded.
+            round_number: From 1.
+            factor: The schedule's, to which bound and noise are in proportion.
+            client: Whose key is used.
+
+        Raises:
+            UpdateError: this party has no key.
+        """
+        if self.keys is None:
+            raise UpdateError("privacy.noise = 'client': this party has no key to draw noise from")
+        names = groups_of(change, head)
+        bounds = bounds_of(self.mechanism.settings, factor)
+        found = bounded(change, names, bounds).tensors
+        noise = self.keys(client).normal_like(round_number, "own", change)
+        return private_mean(
+            found,
+            noise,
+            names,
+            {group: bound.size for group, bound in bounds.items()},
+            deviation=self.mechanism.sum_noise(groups),
+            expected=1.0,
+        )
+
+    def mean(self, changes: Iterable[Mapping[str, Tensor]]) -> Tensors:
+        """What clients sent, added up, over how many a round has on average. Their noise is in it: a change
+        is not bounded again.
+        """
+        total: Tensors = {}
+        for change in changes:
+            for name, tensor in change.items():
+                total[name] = tensor.double() if name not in total else total[name].add_(tensor)
+            del change  # before the next one is made
+        expected = self.mechanism.participation.expected
+        return {name: (tensor / expected).to(torch.float32) for name, tensor in total.items()}
 
 
 class ClientRelease:

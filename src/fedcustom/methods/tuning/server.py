@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from ...aggregation.combine import Change, combine
 from ...aggregation.settings import AggregationSettings
 from ...core.errors import RecipeError, UpdateError
@@ -29,6 +31,7 @@ from .drift_corrections import CONTROL
 from .head_fit import LABEL_COUNTS, HeadFit
 from .messages import FitHeadTask, HeadTask, TrainTask, TrainUpdate
 from .parts import RATE_FACTOR, TuningParts
+from .release import OwnNoise
 from .technique import TrainableModel
 from .update_checks import check_figures, check_forms
 
@@ -104,8 +107,9 @@ class TuningServer:
         wanted = parts.ownership.wanted(asked)
         change = parts.hooks.unpack(trained, wanted)
         check_forms(change, wanted)
-        hides_rows = parts.context.row_privacy is not None
-        check_figures(asked, trained, parts.context.training.batch_size, hides_rows=hides_rows)
+        hides_rows, hides = parts.context.row_privacy is not None, parts.context.own_noise is not None
+        size = parts.context.training.batch_size
+        check_figures(asked, trained, size, hides_rows=hides_rows, hides_loss=hides_rows or hides)
 
     def aggregate(self, state: State, answers: Iterable[Answer]) -> Aggregate:
         """One change for the cohort by the recipe's rule or the method's own, then the server optimiser, or
@@ -121,8 +125,10 @@ class TuningServer:
             task, answers = peeked(answers)
             if isinstance(task, HeadTask):
                 return self.head_fit.aggregate(task.kind, state, answers)
-        if self.parts.context.privacy is not None:
-            return self._released(state, answers)
+        if (privacy := self.parts.context.privacy) is not None:
+            if privacy.place == "server":
+                return self._released(state, answers)
+            return self._noised(state, answers)
         return self._merged(state, answers)
 
     def _merged(self, state: State, answers: Iterable[Answer]) -> Aggregate:
@@ -172,7 +178,7 @@ class TuningServer:
                 yield self._arrival(answer).change
                 del answer
 
-        travelling = released_tensors(parts, state)
+        travelling = released_tensors(parts, state.tensors)
         change, bounds = release.mean(
             changes(),
             state,
@@ -184,6 +190,36 @@ class TuningServer:
         )
         state = replace(state, values={**state.values, **bounds})
         return self._stepped(state, change, RoundAggregator(), task.round_number, answered)
+
+    def _noised(self, state: State, answers: Iterable[Answer]) -> Aggregate:
+        """The state after a round whose clients have noised what they sent, in part before it was summed:
+        then their sum is one answer.
+
+        Raises:
+            RuntimeError: what came is a client's own change, without enough noise.
+        """
+        if (noise := self.parts.context.own_noise) is not None:
+            return self._with_own_noise(noise, state, answers)
+        found = list(answers)
+        if len(found) != 1 or not found[0].summed:
+            raise RuntimeError("privacy.noise = 'sum': changes came that are no noised sum")
+        (answer,) = found
+        change, number = self._arrival(answer).change, typed(answer.task, TrainTask).round_number
+        return self._stepped(state, dict(change), RoundAggregator(), number, answer.clients)
+
+    def _with_own_noise(self, noise: OwnNoise, state: State, answers: Iterable[Answer]) -> Aggregate:
+        answered, newest = list[str](), 0
+
+        def changes() -> Iterator[Mapping[str, Tensor]]:
+            nonlocal newest
+            for answer in answers:
+                answered.append(answer.client)
+                newest = typed(answer.task, TrainTask).round_number
+                yield self._arrival(answer).change
+                del answer
+
+        change = noise.mean(changes())
+        return self._stepped(state, change, RoundAggregator(), newest, answered)
 
     def _stepped(
         self,
@@ -224,9 +260,9 @@ class TuningServer:
         return replace(self._arrival(Answer(ROOT, own, self.train(own, client))), weight=0.0)
 
 
-def released_tensors(parts: TuningParts, state: State) -> Tensors:
+def released_tensors(parts: TuningParts, tensors: Mapping[str, Tensor]) -> Tensors:
     """The tensors that are noised where clients are hidden: all that travel and are trained in some round."""
-    travelling = parts.ownership.travelling(state.tensors)
+    travelling = parts.ownership.travelling(dict(tensors))
     if (parts.context.training.freeze_head_rounds or 0) >= parts.context.rounds:
         return {n: t for n, t in travelling.items() if n not in parts.trainable.head}
     return travelling

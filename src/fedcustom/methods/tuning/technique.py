@@ -22,7 +22,7 @@ from ...privacy.settings import PrivacySettings
 from ...training.settings import TrainingSettings
 from ..protocol import AggregateTransform
 from .aggregation_hooks import AggregationHooks
-from .release import ClientRelease
+from .release import ClientRelease, OwnNoise
 
 Keeps = Literal["nothing", "optimizer", "everything"]
 
@@ -38,7 +38,8 @@ class Context:
     the server itself trains on where a rule asks for that, ``public`` texts that everybody may see. ``model``
     says how ``base`` was loaded, for methods that load others like it; ``transforms`` act on what the
     aggregation rule gives, in their order. ``privacy`` is the recipe's section where it hides clients, and
-    ``release`` how the server, which alone has the key of the noise, releases what they send. With
+    ``release`` how the server, which alone has the key of the noise, releases what they send, or
+    ``own_noise`` how each client noises what it sends. With
     ``row_privacy`` clients hide each of their training rows. ``sums_only`` is whether the server is shown the
     sum of the clients' changes, and no client's own.
     """
@@ -60,6 +61,7 @@ class Context:
     transforms: tuple[AggregateTransform, ...] = ()
     privacy: PrivacySettings | None = None
     release: ClientRelease | None = None
+    own_noise: OwnNoise | None = None
     row_privacy: ExamplePrivacy | None = None
     sums_only: bool = False
 

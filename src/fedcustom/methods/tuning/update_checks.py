@@ -44,9 +44,17 @@ def check_state(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor])
             raise UpdateError(f"{name} has shape {shapes}, in what the client was sent or remembers")
 
 
-def check_figures(task: TrainTask, update: TrainUpdate, batch_size: int, *, hides_rows: bool = False) -> None:
+def check_figures(
+    task: TrainTask,
+    update: TrainUpdate,
+    batch_size: int,
+    *,
+    hides_rows: bool = False,
+    hides_loss: bool | None = None,
+) -> None:
     """Refuse a weight, a loss, and numbers of steps and examples that training cannot have had. A client that
-    hides its rows tells no loss, and its last batch of a task is as large as the others.
+    hides its rows, or itself, tells no loss (``hides_loss``; unset: as its rows), and where it hides its rows
+    its last batch of a task is as large as the others.
 
     Raises:
         UpdateError: names the figure, and what the task asked for.
@@ -54,9 +62,10 @@ def check_figures(task: TrainTask, update: TrainUpdate, batch_size: int, *, hide
     if not (isinstance(update.weight, int | float) and 0 < update.weight < 1e12):
         raise UpdateError(f"weight {update.weight!r} is not a positive number")
     loss, steps, examples = update.loss, update.steps, update.examples
-    if hides_rows:
+    if hides_rows if hides_loss is None else hides_loss:
         if loss is not None:
-            raise UpdateError("a training loss came with an update whose rows are hidden")
+            what = "rows are" if hides_rows else "client is"
+            raise UpdateError(f"a training loss came with an update whose {what} hidden")
     elif not isinstance(loss, int | float) or not math.isfinite(loss):
         raise UpdateError(f"training loss {loss!r} is not a finite number")
     bounds = work_bounds(task.work, math.ceil(update.weight), batch_size)

@@ -57,7 +57,7 @@ class FixedPoint:
         """
         result = zeros(len(values), self.bits)
         signed = _signed(result)
-        draws = _draws(key, len(values))
+        drawn = draws(key, len(values))
         for start in range(0, len(values), STEP):
             some = values[start : start + STEP].astype(np.float64)
             size = float(np.abs(some).max(initial=0.0))
@@ -66,7 +66,7 @@ class FixedPoint:
             some *= self.scale
             whole = np.floor(some)
             # Beyond 2^52 a float has no fraction left, and this adds 0.
-            whole += next(draws) < some - whole
+            whole += next(drawn) < some - whole
             signed[start : start + STEP] = whole
         return result
 
@@ -102,8 +102,8 @@ def _signed(numbers: Numbers) -> NDArray[Any]:
     return numbers.view(np.int32 if numbers.itemsize == 4 else np.int64)
 
 
-def _draws(key: bytes, count: int) -> Iterator[NDArray[np.float64]]:
-    """Numbers from 0 to below 1 for :data:`STEP` values after another, the same on every machine."""
+def draws(key: bytes, count: int) -> Iterator[NDArray[np.float64]]:
+    """Random numbers from 0 to below 1 for :data:`STEP` values after another, the same on every machine."""
     for number, start in enumerate(range(0, count, STEP)):
         size = min(STEP, count - start)
         stream = hashlib.shake_128(key + number.to_bytes(8, "little")).digest(4 * size)

@@ -100,6 +100,11 @@ class SiteRound:
         self._held: dict[str, _Shares] = {}
         self._survivors: tuple[str, ...] = ()
 
+    @property
+    def threshold(self) -> int:
+        """How many sites have to stay (t); 0 before the roster is known."""
+        return self._threshold
+
     def keys(self) -> KeyOffer:
         """Fresh public keys, signed.
 
