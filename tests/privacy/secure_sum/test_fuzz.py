@@ -20,7 +20,6 @@ from fedcustom.privacy.secure_sum.messages import (
     KeyOffer,
     Masked,
     Proof,
-    Receipt,
     Reveal,
     Roster,
     SealedShares,
@@ -98,7 +97,8 @@ def spoiled(data: Any, sent: Any) -> Any:
         case SealedShares():
             return SealedShares(sent.sealed[:-1])
         case Masked():
-            return Masked(Receipt(garbage), sent.numbers)
+            part = data.draw(st.sampled_from(["task", "vector"]))
+            return Masked(replace(sent.receipt, **{part: garbage}), sent.numbers)
         case Agreement():
             return Agreement(garbage)
     return Reveal((garbage, *sent.shares[1:]))

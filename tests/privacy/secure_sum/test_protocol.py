@@ -17,6 +17,7 @@ from fedcustom.privacy.secure_sum.messages import (
     Delivery,
     KeyOffer,
     Proof,
+    Receipt,
     Reveal,
     Roster,
     SealedShares,
@@ -24,10 +25,10 @@ from fedcustom.privacy.secure_sum.messages import (
     read_message,
     write_message,
 )
-from fedcustom.privacy.secure_sum.protocol import RoundId
+from fedcustom.privacy.secure_sum.protocol import RoundId, vector_digest
 from fedcustom.privacy.secure_sum.site import Opening
 from fedcustom.privacy.secure_sum.terms import Terms
-from helpers.secure_sums import ROUND, Party, names, plain_sum, signer, vector
+from helpers.secure_sums import ROUND, TASK, Party, names, plain_sum, signer, vector
 
 STAGES = ("keys", "shares", "work", "agree", "unmask")
 
@@ -157,6 +158,27 @@ def test_a_site_that_received_another_task_is_lost() -> None:
     assert "site-1 worked on another task than it was sent" in party.errors["site-1"]
 
 
+def test_a_vector_of_another_site_or_round_is_refused() -> None:
+    """A network that confuses names or delays answers makes no wrong sum."""
+    party, other = Party(names(3)), Party(names(3), round_id=RoundId(ROUND.run, 4))
+    for one in (party, other):
+        one.ask(one.sites, lambda name, one=one: one.members[name].keys(), one.server.take_keys)
+        roster = one.server.roster()
+        one.ask(
+            one.sites,
+            lambda name, one=one, roster=roster: one.members[name].shares(roster),
+            one.server.take_shares,
+        )
+    delivered, earlier = party.server.deliveries(), other.server.deliveries()
+    first, second, _ = party.sites
+    own = party.members[first].mask(delivered[first], TASK, vector(first))
+    old = other.members[second].mask(earlier[second], TASK, vector(second))
+    for sent in (own, old):
+        with pytest.raises(SecureSumError, match="site-1 sent another round's vector, or another site's"):
+            party.server.take_masked(second, sent)
+    party.server.take_masked(first, own)
+
+
 def test_forged_keys_shares_and_signatures_lose_their_site() -> None:
     party = Party(names(4))
     server, members = party.server, party.members
@@ -260,7 +282,8 @@ class Attacked(Party):
         for name, delivery in self.delivered().items():
             masked = self.members[name].mask(delivery, self.tasks.get(name, self.task), vector(name))
             if self.tasks:
-                masked = replace(masked, receipt=replace(masked.receipt, task=self.task))  # the server's lie
+                expected = vector_digest(self.server._work, name)
+                masked = replace(masked, receipt=Receipt(self.task, expected))  # the server's lie
             self.server.take_masked(name, masked)
         return self.server.survivors()
 

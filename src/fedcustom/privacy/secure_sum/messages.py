@@ -91,9 +91,12 @@ class Delivery(Message):
 
 @dataclass(frozen=True)
 class Receipt(Message):
-    """What a site says beside its masked vector: the SHA-256 of the task that it received."""
+    """What a site says beside its masked vector: the SHA-256 of the task that it received, and whose vector
+    of which round it is (:func:`~.protocol.vector_digest`).
+    """
 
     task: Digest
+    vector: Digest
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ def work_digest(roster: bytes, senders: Sequence[str], task: bytes, bits: Bits, 
     return hashlib.sha256(_statement(*parts)).digest()
 
 
+def vector_digest(work: bytes, name: str) -> bytes:
+    """SHA-256 of what tells a masked vector from those of other rounds and sites."""
+    return hashlib.sha256(_statement("vector", work.hex(), name)).digest()
+
+
 def survivor_statement(work: bytes, survivors: Sequence[str]) -> bytes:
     """What a site signs of the survivors."""
     return _statement("survivors", work.hex(), list(survivors))

@@ -33,6 +33,7 @@ from .protocol import (
     roster_digest,
     self_purpose,
     survivor_statement,
+    vector_digest,
     work_digest,
 )
 from .shares import PRIME, coefficients_at_zero, join
@@ -165,6 +166,8 @@ class ServerRound:
         self._expect("work", site, self._senders, self._arrived)
         if masked.receipt.task != self.task:
             raise SecureSumError(f"{self.round_id}: {site} worked on another task than it was sent")
+        if masked.receipt.vector != vector_digest(self._work, site):
+            raise SecureSumError(f"{self.round_id}: {site} sent another round's vector, or another site's")
         numbers: Any = masked.numbers
         if numbers.dtype != self._total.dtype or numbers.shape != self._total.shape:
             raise SecureSumError(

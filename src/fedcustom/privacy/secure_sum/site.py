@@ -33,6 +33,7 @@ from .protocol import (
     self_purpose,
     share_purpose,
     survivor_statement,
+    vector_digest,
     work_digest,
 )
 from .shares import PRIME, SIZE, Random, draw_secret, seal, split, unseal
@@ -192,7 +193,7 @@ class SiteRound:
         for pair in pairs:
             add_mask(numbers, pair.seed, subtract=pair.subtract)
         self._seed = self._masking_key = self._sealing_key = b""  # only shares of them are needed any more
-        return Masked(Receipt(task), numbers)
+        return Masked(Receipt(task, vector_digest(work, self.name)), numbers)
 
     def agree(self, survivors: Survivors) -> Agreement:
         """This site's signature on the sites whose vectors arrived.
