@@ -15,13 +15,17 @@ from ..methods import Method, State, Task, Work
 from ..methods.protocol import Update
 from ..recipe import Recipe
 from .knowledge import Knowledge
-from .results import Finding, View
+from .results import Finding, NotRun, View
 
 RoundKind = Literal["training", "fitting the head", "finished"]
 """What clients do in a round; ``finished`` is no round, but all that was released when the run is over."""
 
 SPARE = 0.9
 """Of the time that is left, what an attack plans to use."""
+
+
+LATE = "no time; raise --minutes"
+"""Why an attack that began in vain, or a round, is missing."""
 
 
 class OutOfTime(Exception):
@@ -160,8 +164,8 @@ class Attack(Protocol):
     def inapplicable(self, target: Target) -> str | None:
         """Why the attack does not apply to a run; None where it does."""
 
-    def attack(self, target: Target, seen: RoundView, deadline: Deadline) -> list[Finding]:
-        """What the attack finds in one round.
+    def attack(self, target: Target, seen: RoundView, deadline: Deadline) -> Sequence[Finding | NotRun]:
+        """What the attack finds in one round, and which part of it could not be made.
 
         Raises:
             CannotAttack: the round has nothing that it could attack; says why.

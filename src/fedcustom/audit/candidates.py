@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from ..core.tensors import Tensors, norm, subtract
+from ..core.tensors import Tensors
 from ..data.examples import Example
 from .attack import CannotAttack, Deadline, OutOfTime, RoundKind, RoundView, Target
+from .changes import state_difference
 from .results import Finding, View
 from .statistics import auc, bootstrap, epsilon_bound, true_positives
 
@@ -75,7 +76,7 @@ class Candidates:
         changes = {name: change for name, change in changes.items() if change}
         common = seen.task(target)
         like = next(iter(changes.values()), None) or knowledge.comparable(knowledge.wanted(common))
-        difference = _difference(seen, like)
+        difference = state_difference(seen, like)
         inside = list(changes) if seen.received else list(seen.answered)
         pairs = matched_pairs(target, inside, seen.answered)
         if not pairs or not (changes or difference):
@@ -141,19 +142,6 @@ def matched_pairs(target: Target, clients: Sequence[str], answered: Sequence[str
 
 def _texts(target: Target, client: str) -> list[str]:
     return [example.text for example in target.data.clients[client].train]
-
-
-def _difference(seen: RoundView, like: Mapping[str, Tensor]) -> Tensors:
-    """The difference of the global states, where it has the names and shapes of a client's change; empty
-    where nothing moved.
-    """
-    before, after = seen.before.tensors, seen.after.tensors
-    names = [
-        n for n, t in like.items()
-        if n in before and n in after and before[n].shape == t.shape == after[n].shape
-    ]  # fmt: skip
-    found = subtract({n: after[n] for n in names}, {n: before[n] for n in names})
-    return found if norm(found) else {}
 
 
 def likeness(change: Tensors, gradient: Tensors) -> float:
