@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .attack import Attack
+from .backdoor import Backdoor
 from .canaries import Canaries
 from .candidates import Candidates
 from .inversion import Inversion
@@ -13,7 +14,7 @@ from .names import NAMES, check_names
 from .sums import Sums
 from .tokens import Tokens
 
-_ALL: list[Attack] = [Sums(), Tokens(), Candidates(), Inversion(), Canaries(), Membership()]
+_ALL: list[Attack] = [Sums(), Tokens(), Candidates(), Inversion(), Backdoor(), Canaries(), Membership()]
 
 ATTACKS: dict[str, Attack] = {name: next(each for each in _ALL if each.name == name) for name in NAMES}
 """Every attack by its name."""

@@ -24,7 +24,7 @@ def audit(
     attacks: Annotated[
         str,
         typer.Option(
-            help="Attacks, separated by commas: sums, tokens, candidates, inversion, canaries, "
+            help="Attacks, separated by commas: sums, tokens, candidates, inversion, backdoor, canaries, "
             "membership (default: all)"
         ),
     ] = "",
