@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fedcustom.audit.attack import CannotAttack, Deadline, Keeper, OutOfTime, Received, RoundView, Target
 from fedcustom.audit.candidates import Candidates, likeness, matched_pairs
+from fedcustom.audit.changes import summed_change
+from fedcustom.audit.results import Finding
 from fedcustom.audit.sums import Sums
 from fedcustom.audit.tokens import Tokens, changed_rows
 from fedcustom.methods.protocol import Update
@@ -112,6 +114,34 @@ def test_a_gradient_is_that_of_autograd(tiny: dict[str, str]) -> None:
         assert torch.allclose(found[name], wanted, atol=1e-7)
     model.zero_grad()
     assert {name: p.requires_grad for name, p in parameters.items()} == before
+
+
+def test_the_sum_is_attacked_where_it_says_something_else(tiny: dict[str, str]) -> None:
+    """The mean of the cohort's changes by its examples; not where the state moved along just that."""
+    run = target(tiny["bert"], "lora", training={"optimizer": "sgd", "learning_rate": 0.1})
+    view = seen(run, 2, list(run.data.clients)[:5])
+    assert summed_change(run, view) == {}
+    assert {f.view for f in Candidates().attack(run, view, LATER) if isinstance(f, Finding)} == {
+        "client's update", "state difference",
+    }  # fmt: skip
+    turned = {n: t + torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for n, t in
+              view.after.tensors.items()}  # fmt: skip
+    other = replace(view, after=replace(view.after, tensors=turned))
+    total = summed_change(run, other)
+    for name, tensor in total.items():
+        expected = sum(m.update.weight * m.update.tensors[name] for m in view.received)
+        expected = expected / sum(m.update.weight for m in view.received)
+        assert torch.allclose(tensor, expected, atol=1e-7)  # type: ignore[arg-type]
+        moved = view.after.tensors[name] - view.before.tensors[name]
+        assert torch.allclose(tensor, moved, atol=1e-6)  # plain FedAvg
+    found = by_measure(Candidates().attack(run, other, LATER))
+    assert "which secure sums would leave the server" in found["sum of clients: AUC"].meaning
+    plain = by_measure(Candidates().attack(run, view, LATER))
+    assert found["sum of clients: AUC"].success == pytest.approx(
+        plain["state difference: AUC"].success, abs=0.01
+    )
+    assert summed_change(run, replace(other, unseen=1)) == {}
+    assert summed_change(run, replace(other, received=[])) == {}
 
 
 # --- tokens ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .attack import LATE, CannotAttack, Deadline, OutOfTime, RoundKind, RoundView, Target
+from .attack import LATE, UNSEEN, CannotAttack, Deadline, OutOfTime, RoundKind, RoundView, Target
 from .auxiliary import auxiliary_findings
 from .changes import single_changes
 from .results import Finding, NotRun, View
@@ -25,6 +25,8 @@ class Inversion:
 
     def inapplicable(self, target: Target) -> str | None:
         """Where no changes of trained tensors are sent, or gradients have another form than these."""
+        if target.sums_only:
+            return UNSEEN
         try:
             corrects = target.knowledge.parts.trainable.corrects
         except CannotAttack as error:

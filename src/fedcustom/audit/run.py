@@ -31,6 +31,7 @@ from .attack import (
     Received,
     RoundKind,
     RoundView,
+    Summed,
     Target,
 )
 from .promise import promised_delta, promised_epsilon
@@ -101,7 +102,11 @@ def audit_run(
 
     def seen(number: int, reply: Reply) -> None:
         deadline.check()
-        if (keeper := keepers.get(number)) is not None and reply.update is not None:
+        if (keeper := keepers.get(number)) is None or reply.update is None:
+            return
+        if reply.clients:
+            keeper.take_sum(Summed(reply.clients, reply.task, reply.update))
+        else:
             keeper.take(Received(reply.client, reply.task, reply.update))
 
     found = _Progress()
@@ -139,7 +144,7 @@ def audit_run(
                 unseen += source.left_out(number)
             view = RoundView(
                 number, kind, round_.before, round_.after, keepers.pop(number).messages,
-                list(keeper.answered) or target.cohorts.get(number, []), unseen,
+                list(keeper.answered) or target.cohorts.get(number, []), unseen, keeper.summed,
             )  # fmt: skip
             for attack in ready:
                 told.on_phase(f"round {number}: attack {attack.name}")
