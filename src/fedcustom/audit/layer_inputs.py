@@ -81,7 +81,7 @@ def _pass(model: Any, layer: nn.Module, ids: Tensor) -> tuple[Tensor, list[Any]]
     ids = ids.to(next(model.parameters()).device)
     with _watching(layer) as (seen, modules), suppress(_Passed):
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return seen[0].float().cpu(), modules
+    return (seen[0].float().cpu() if seen else torch.zeros(*ids.shape, 0)), modules
 
 
 @contextmanager
@@ -94,6 +94,8 @@ def _watching(layer: nn.Module) -> Iterator[tuple[list[Tensor], list[Any]]]:
     given: list[Tensor] = []
 
     def enter(module: Any, arguments: tuple[Any, ...]) -> None:
+        if not arguments:
+            return
         if not seen:
             seen.append(arguments[0])
         if arguments[0] is seen[0]:

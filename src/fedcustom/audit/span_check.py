@@ -206,39 +206,45 @@ def _findings(check: SpanCheck, seen: RoundView, view: View, reads: Sequence[Rea
     ]  # fmt: skip
     if not open_:
         return found
-    seed, usual = check.target.seed, _usual(check)
-    precision, recall, exact, chance = [], [], [], []
-    texts = rebuilt = named = 0
+    usual = _usual(check)
+    shares: dict[str, list[float]] = {"recall": [], "precision": [], "texts": []}
+    guesses: dict[str, list[float]] = {"recall": [], "precision": [], "texts": [0.0]}
+    texts = rebuilt = named = right_pairs = hits = said_pairs = 0
     for each in reads:
-        pairs, right = check.right(each.seen.client)
-        hits = len(each.pairs & pairs)
-        recall.append(hits / len(pairs))
-        chance.append(len(set(usual[: len(each.pairs)]) & pairs) / len(pairs))
+        right, whole = check.right(each.seen.client)
+        both, guessed = len(each.pairs & right), len(set(usual[: len(each.pairs)]) & right)
+        shares["recall"].append(both / len(right))
+        guesses["recall"].append(guessed / len(right))
         if each.pairs:
-            precision.append(hits / len(each.pairs))
-        exact.append(len(each.texts & right) / len(right))
-        texts, rebuilt = texts + len(right), rebuilt + len(each.texts & right)
+            shares["precision"].append(both / len(each.pairs))
+            guesses["precision"].append(guessed / len(each.pairs))
+        shares["texts"].append(len(each.texts & whole) / len(whole))
+        hits, right_pairs, said_pairs = hits + both, right_pairs + len(right), said_pairs + len(each.pairs)
+        texts, rebuilt = texts + len(whole), rebuilt + len(each.texts & whole)
         named += len(each.texts)
     what = "tokens with their positions" if check.positions else "tokens"
     size = len(check.target.knowledge.parts.base.model.get_input_embeddings().weight)
     many = size * (check.length if check.positions else 1)
-    rows = [
-        (f"{what}: recall", recall, float(np.mean(chance)), "of a client's are found; chance: usual ones"),
-        (f"{what}: precision", precision, None, "of those that are found are a client's"),
-        (
-            "texts rebuilt exactly", exact, 0.0,
+    meanings = {
+        "recall": (
+            f"{what}: recall",
+            f"{hits} of {right_pairs} are found; chance: as many of the usual ones",
+        ),
+        "precision": (f"{what}: precision", f"{hits} of the {said_pairs} that are found are a client's"),
+        "texts": (
+            "texts rebuilt exactly",
             f"{rebuilt} of {texts} texts, from the pairs and the second layer; {named} are named in all",
         ),
-    ]  # fmt: skip
-    for measure, values, guess, meaning in rows:
-        if not values:
+    }
+    for key, (measure, meaning) in meanings.items():
+        if not shares[key]:
             continue
-        low, high = share_interval(np.array(values), seed)
-        share = float(np.mean(values))
+        share, guess = float(np.mean(shares[key])), float(np.mean(guesses[key]))
+        low, high = share_interval(np.array(shares[key]), check.target.seed)
         found.append(
             Finding(
-                "inversion", view, seen.number, measure, share, guess, len(values), many,
-                meaning if guess == 0.0 else f"{share:.1%} {meaning}", min(low, share), max(high, share),
+                "inversion", view, seen.number, measure, share, guess, len(shares[key]), many, meaning,
+                min(low, share), max(high, share),
             )
         )  # fmt: skip
     return found
