@@ -15,6 +15,7 @@ from fedcustom.audit.auxiliary import AuxiliaryTexts, f1, likenesses, weights_by
 from fedcustom.audit.candidates import likeness
 from fedcustom.audit.inversion import Inversion
 from fedcustom.audit.layer_inputs import LayerInputs
+from fedcustom.audit.leading import leading_directions, nearness
 from fedcustom.audit.results import NotRun
 from fedcustom.audit.span import Span
 from fedcustom.privacy.example_mechanism import ExamplePrivacy
@@ -160,8 +161,54 @@ def test_what_has_no_span(tiny: dict[str, str]) -> None:
     each = found(run)
     span = each["client's update: clients whose change has a span"]
     assert (span.success, span.trials) == (0.0, 3)
-    assert "of 3 the change has every direction" in span.meaning
+    assert "of 3 Adam has divided the gradient" in span.meaning
     assert not [name for name in each if "tokens" in name and "auxiliary" not in name]
+
+
+def test_signs_lie_near_the_inputs() -> None:
+    """Of a sum of ten products, all inputs are nearer to the leading directions of its signs than others."""
+    draw = torch.Generator().manual_seed(0)
+    inputs, others = torch.randn(10, 64, generator=draw), torch.randn(500, 64, generator=draw)
+    rows = torch.randn(200, 10, generator=draw) @ inputs
+    directions = leading_directions(1e-3 * rows.sign(), 10)
+    assert directions.shape == (10, 64)
+    assert torch.allclose(directions @ directions.T, torch.eye(10), atol=1e-5)
+    near = nearness(torch.stack([inputs, inputs.flip(0)], dim=1), directions)
+    assert float(near.min()) > float(nearness(others[:, None], directions).max())
+    assert leading_directions(rows, 1000).shape == (32, 64)
+    assert leading_directions(rows[:3], 10).shape == (3, 64)
+
+
+def test_noise_has_every_direction(tiny: dict[str, str]) -> None:
+    run = target(tiny["bert"], "full", per_client=1, training=SGD)
+    view = seen(run, 2, ["c00", "c01"])
+    noise = [
+        replace(m.update, tensors={n: torch.randn(t.shape) for n, t in m.update.tensors.items()})
+        for m in view.received
+    ]
+    received = [replace(m, update=update) for m, update in zip(view.received, noise, strict=True)]
+    each = by_measure(Inversion().attack(run, replace(view, received=received), LATER))
+    span = each["client's update: clients whose change has a span"]
+    assert span.success == 0.0
+    assert "of 2 the change has every direction" in span.meaning
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_adam_hides_no_tokens(tiny: dict[str, str], method: str) -> None:
+    """The table of embeddings, which is the output layer too, tells nothing here."""
+    run = target(tiny["llama"], method, "generation", per_client=1, training={"optimizer": "adamw"})
+    names = list(run.data.clients)
+    view = seen(run, 1, names)
+    each = by_measure(Inversion().attack(run, seen(run, 2, names, view.after), LATER))
+    assert each["client's update: clients whose change has a span"].success == 0.0
+    tokens = each["client's update: token F1, by leading directions"]
+    assert tokens.chance is not None
+    assert tokens.low is not None
+    assert tokens.low > tokens.chance
+    noise = {n: torch.randn(t.shape) for n, t in view.received[0].update.tensors.items()}
+    received = [replace(m, update=replace(m.update, tensors=noise)) for m in view.received]
+    each = by_measure(Inversion().attack(run, replace(view, received=received), LATER))
+    assert each["client's update: token F1, by leading directions"].success < tokens.success - 0.1
 
 
 def test_the_state_of_a_client_alone_is_its_change(tiny: dict[str, str]) -> None:

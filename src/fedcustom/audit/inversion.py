@@ -13,7 +13,8 @@ class Inversion:
     """Reads a client's tokens and texts from its change, without candidate texts.
 
     Where attention of the first layer is trained, tokens with their positions and whole texts by the span of
-    its change (:mod:`.span_check`). For every method, tokens by public texts whose gradients resemble the
+    its change (:mod:`.span_check`), or where there is no exact one, tokens by its leading directions
+    (:mod:`.leading`). For every method, tokens by public texts whose gradients resemble the
     change (:mod:`.auxiliary`), which gives a bag of words at best. Attacks that search for texts by matching
     gradients (LAMP, Balunovic et al. 2022, arXiv 2202.08827) are not made.
     """

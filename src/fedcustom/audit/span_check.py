@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .attack import CannotAttack, Deadline, OutOfTime, RoundView, Target
+from .auxiliary import f1
 from .changes import OneChange
 from .layer_inputs import LayerInputs
+from .leading import leading_directions, nearness
 from .rebuild import Text, combined, grown, is_causal
 from .results import Finding, View
 from .span import Span
 from .statistics import share_interval
 from .tokens import changed_rows
+from .usual import Pair, Usual, pairs_of
 
 PIECE = 256
 """Tokens whose inputs are computed at a time, at every position."""
-
-Pair = tuple[int, int]
-"""A token and its position; position 0 stands for all where the model's inputs do not tell them apart."""
 
 
 @dataclass
@@ -32,19 +33,27 @@ class Read:
     Attributes:
         seen: The change.
         span: That of the first layer, None where nothing moved.
-        pairs: Tokens and positions that are in it.
+        exact: Whether steps add gradients up, or multiply them as matrices, so that the span is the inputs'.
+        known: The tokens whose embeddings changed, where these are trained and tell.
+        pairs: Tokens and positions that are in the span.
         texts: What was rebuilt of them.
+        directions: Where the span tells nothing and no tokens are known, the leading ones of the signs.
+        near: How near each token of the vocabulary is to these, (tokens,).
     """
 
     seen: OneChange
     span: Span | None
+    exact: bool
+    known: frozenset[int] | None = None
     pairs: set[Pair] = field(default_factory=set)
     texts: set[Text] = field(default_factory=set)
+    directions: Tensor | None = None
+    near: list[Tensor] = field(default_factory=list)
 
     @property
     def visible(self) -> bool:
         """Whether the span says anything."""
-        return self.span is not None and self.span.visible
+        return self.exact and self.span is not None and self.span.visible
 
 
 @dataclass(frozen=True)
@@ -56,13 +65,15 @@ class SpanCheck:
 
     It holds as long as steps add gradients up (SGD, with momentum too), and as there are more rows, and
     vectors have more numbers, than the client has different inputs. Adam divides gradients number by number
-    and leaves no span.
+    and leaves no exact span; then tokens are ranked by the leading directions of the change's signs
+    (:mod:`.leading`).
 
     Attributes:
         first: The first layer's inputs.
         second: The second layer's; None where its matrices are not trained.
         length: Positions that are tried.
         positions: Whether an input depends on its position.
+        usual: What texts usually have.
     """
 
     target: Target
@@ -70,6 +81,7 @@ class SpanCheck:
     second: LayerInputs | None
     length: int
     positions: bool
+    usual: Usual
 
     @classmethod
     def of(cls, target: Target, seen: OneChange) -> SpanCheck | None:
@@ -89,7 +101,9 @@ class SpanCheck:
         limit = getattr(base.model.config, "max_position_embeddings", None)
         length = min(length, limit - 2) if limit else length  # some number positions from 2
         one, other = first.of_tokens([knowledge.texts(target.texts[0])[0][0]], 2)[0]
-        return cls(target, first, LayerInputs.of(parts.trainable, 1), length, not bool((one == other).all()))
+        positions = not torch.equal(one, other)
+        usual = Usual.of(target, positions=positions)
+        return cls(target, first, LayerInputs.of(parts.trainable, 1), length, positions, usual)
 
     def read(self, changes: Sequence[OneChange], deadline: Deadline) -> list[Read]:
         """What the changes of clients say that all had the same state.
@@ -97,48 +111,59 @@ class SpanCheck:
         Raises:
             OutOfTime: the vocabulary would take longer than is left.
         """
-        found = [Read(each, self._span(self.first, each)) for each in changes]
-        open_ = [each for each in found if each.visible]
-        if not open_:
-            return found
-        self._find(open_, deadline)
-        for each in open_:
-            each.texts = self._texts(each, deadline)
+        exact = self.target.knowledge.parts.context.training.optimizer != "adamw"
+        found = [Read(each, self._span(self.first, each), exact, self._known(each)) for each in changes]
+        for each in found:
+            if each.span is not None and not each.visible and each.known is None:
+                train = self.target.data.clients[each.seen.client].train  # of how many rows, is told
+                rows = self.first.rows(each.seen.change)
+                each.directions = leading_directions(rows, self.usual.numbers(len(train))[0])
+        looked = [each for each in found if each.visible or each.directions is not None]
+        if looked:
+            self._look(looked, deadline)
+        for each in looked:
+            if each.visible:
+                each.texts = self._texts(each, deadline)
         return found
 
     def _span(self, layer: LayerInputs, seen: OneChange) -> Span | None:
         names = {n: t for n, t in seen.change.items() if n in layer.matrices and n in seen.task.tensors}
         return Span.of(layer.rows(names), layer.rows({n: seen.task.tensors[n] for n in names}))
 
-    def _find(self, reads: Sequence[Read], deadline: Deadline) -> None:
-        """The pairs in the spans, among the tokens whose embeddings changed, or all of the vocabulary."""
+    def _known(self, seen: OneChange) -> frozenset[int] | None:
         knowledge = self.target.knowledge
         table = None if knowledge.ties_embeddings() else knowledge.embedding()
-        known = [
-            changed_rows(each.seen.change[table], each.seen.task.tensors[table])
-            if table is not None and table in each.seen.change
-            else None
-            for each in reads
-        ]
-        size = len(knowledge.parts.base.model.get_input_embeddings().weight)
-        wanted = range(size) if None in known else sorted(set[int]().union(*(k for k in known if k)))
-        length = self.length if self.positions else 1
-        began = time.monotonic()
+        if table is None or table not in seen.change:
+            return None
+        return changed_rows(seen.change[table], seen.task.tensors[table])
+
+    def _look(self, reads: Sequence[Read], deadline: Deadline) -> None:
+        """Look at the inputs of the tokens that are known, or of the whole vocabulary, at every position."""
+        known, length = [each.known for each in reads], self.length if self.positions else 1
+        wanted = range(self.size) if None in known else sorted(set[int]().union(*(k for k in known if k)))
+        began, pieces = time.monotonic(), -(-len(wanted) // PIECE)
         for start in range(0, len(wanted), PIECE):
             deadline.check()
             tokens = list(wanted[start : start + PIECE])
             inputs = self.first.of_tokens(tokens, length)
-            for each, allowed in zip(reads, known, strict=True):
+            for each in reads:
+                if each.directions is not None:
+                    each.near.append(nearness(inputs, each.directions))
+                    continue
                 assert each.span is not None
                 inside = each.span.holds(inputs.flatten(0, 1)).reshape(len(tokens), length)
                 each.pairs |= {
                     (tokens[row], position)
                     for row, position in inside.nonzero().tolist()
-                    if allowed is None or tokens[row] in allowed
+                    if each.known is None or tokens[row] in each.known
                 }
-            pieces = -(-len(wanted) // PIECE)
             if start == 0 and deadline.fitting(time.monotonic() - began, pieces) < pieces:
                 raise OutOfTime
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are."""
+        return len(self.target.knowledge.parts.base.model.get_input_embeddings().weight)
 
     def _texts(self, read: Read, deadline: Deadline) -> set[Text]:
         """The texts that the pairs make."""
@@ -160,10 +185,7 @@ class SpanCheck:
         data, writes = self.target.data, self.target.data.task.kind != "classification"
         texts = [t for e in data.clients[client].train for t in self.target.knowledge.texts(e)]
         texts = [text[:-1] if writes else text for text in texts]
-        pairs = {
-            (token, place if self.positions else 0) for text in texts for place, token in enumerate(text)
-        }
-        return pairs, {tuple(text) for text in texts}
+        return set(pairs_of(texts, positions=self.positions)), {tuple(text) for text in texts}
 
 
 def span_findings(
@@ -188,10 +210,12 @@ def span_findings(
 def _findings(check: SpanCheck, seen: RoundView, view: View, reads: Sequence[Read]) -> list[Finding]:
     count, open_ = len(reads), sum(each.visible for each in reads)
     still = sum(each.span is None for each in reads)
-    full = sum(each.span is not None and each.span.full for each in reads)
-    limited = count - open_ - still - full
+    divided = 0 if all(each.exact for each in reads) else count - still
+    full = sum(each.exact and each.span is not None and each.span.full for each in reads)
+    limited = count - open_ - still - divided - full
     reasons = [
-        (full, "the change has every direction, as after Adam, noise, codes or too many tokens"),
+        (divided, "Adam has divided the gradient number by number"),
+        (full, "the change has every direction, as after noise, codes, Muon or too many tokens"),
         (limited, "there are as many directions as rows of the trained matrices, too few for the tokens"),
         (still, "the matrices did not move, as LoRA's first factor while the second is zero"),
     ]
@@ -204,9 +228,10 @@ def _findings(check: SpanCheck, seen: RoundView, view: View, reads: Sequence[Rea
             f"{f'; {said}' if said else ''}{more}",
         )
     ]  # fmt: skip
+    found += _by_directions(check, seen, view, reads)
     if not open_:
         return found
-    usual = _usual(check)
+    usual = check.usual.pairs
     shares: dict[str, list[float]] = {"recall": [], "precision": [], "texts": []}
     guesses: dict[str, list[float]] = {"recall": [], "precision": [], "texts": [0.0]}
     texts = rebuilt = named = right_pairs = hits = said_pairs = 0
@@ -223,8 +248,7 @@ def _findings(check: SpanCheck, seen: RoundView, view: View, reads: Sequence[Rea
         texts, rebuilt = texts + len(whole), rebuilt + len(each.texts & whole)
         named += len(each.texts)
     what = "tokens with their positions" if check.positions else "tokens"
-    size = len(check.target.knowledge.parts.base.model.get_input_embeddings().weight)
-    many = size * (check.length if check.positions else 1)
+    many = check.size * (check.length if check.positions else 1)
     meanings = {
         "recall": (
             f"{what}: recall",
@@ -250,12 +274,29 @@ def _findings(check: SpanCheck, seen: RoundView, view: View, reads: Sequence[Rea
     return found
 
 
-def _usual(check: SpanCheck) -> list[Pair]:
-    """Pairs by how many of a thousand texts have them, the most frequent first."""
-    target = check.target
-    order = np.random.default_rng([target.seed, 36]).permutation(len(target.texts))[:1000]
-    counts = Counter[Pair]()
-    for place in order:
-        for text in target.knowledge.texts(target.texts[int(place)]):
-            counts.update({(t, p if check.positions else 0) for p, t in enumerate(text)})
-    return sorted(counts, key=lambda pair: (-counts[pair], pair))
+def _by_directions(check: SpanCheck, seen: RoundView, view: View, reads: Sequence[Read]) -> list[Finding]:
+    """What the leading directions say of the tokens of clients whose change has no span."""
+    attacked, guessed = [], []
+    for each in reads:
+        if not each.near:
+            continue
+        train = check.target.data.clients[each.seen.client].train
+        right = frozenset(token for token, _ in check.right(each.seen.client)[0]) - check.usual.special
+        count = check.usual.numbers(len(train))[1]
+        near = torch.cat(each.near)
+        near[list(check.usual.special)] = -1
+        attacked.append(f1(frozenset(near.argsort(descending=True)[:count].tolist()), right))
+        guessed.append(f1(frozenset(check.usual.tokens[:count]), right))
+    if not attacked:
+        return []
+    values, chance = np.array(attacked), float(np.mean(guessed))
+    low, high = share_interval(values, check.target.seed)
+    least, most = share_interval(values - np.array(guessed), check.target.seed)
+    return [
+        Finding(
+            "inversion", view, seen.number, "token F1, by leading directions", float(values.mean()), chance,
+            len(values), check.size,
+            "tokens near the leading directions of the change's signs, where it has no exact span; against "
+            f"the usual tokens {float(values.mean()) - chance:+.3f} ({least:+.3f} to {most:+.3f})", low, high,
+        )
+    ]  # fmt: skip
