@@ -22,8 +22,8 @@ from .statistics import share_interval
 from .tokens import changed_rows
 from .usual import Pair, Usual, pairs_of
 
-PIECE = 256
-"""Tokens whose inputs are computed at a time, at every position."""
+PIECE, NUMBERS = 256, 2**23
+"""Tokens whose inputs are computed at a time, at every position, and numbers of these inputs, at most."""
 
 
 @dataclass
@@ -141,10 +141,12 @@ class SpanCheck:
         """Look at the inputs of the tokens that are known, or of the whole vocabulary, at every position."""
         known, length = [each.known for each in reads], self.length if self.positions else 1
         wanted = range(self.size) if None in known else sorted(set[int]().union(*(k for k in known if k)))
-        began, pieces = time.monotonic(), -(-len(wanted) // PIECE)
-        for start in range(0, len(wanted), PIECE):
+        width = self.first.of_tokens([0], 1).shape[-1]
+        piece = min(PIECE, max(1, NUMBERS // (length * width)))
+        began, pieces = time.monotonic(), -(-len(wanted) // piece)
+        for start in range(0, len(wanted), piece):
             deadline.check()
-            tokens = list(wanted[start : start + PIECE])
+            tokens = list(wanted[start : start + piece])
             inputs = self.first.of_tokens(tokens, length)
             for each in reads:
                 if each.directions is not None:
