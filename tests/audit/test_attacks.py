@@ -13,62 +13,14 @@ from torch import Tensor
 
 from fedcustom.audit.attack import CannotAttack, Deadline, Keeper, OutOfTime, Received, RoundView, Target
 from fedcustom.audit.candidates import Candidates, likeness, matched_pairs
+from fedcustom.audit.changes import summed_change
 from fedcustom.audit.results import Finding
 from fedcustom.audit.sums import Sums
 from fedcustom.audit.tokens import Tokens, changed_rows
-from fedcustom.data.examples import ClientData, Example, FederatedData, LearningTask
-from fedcustom.methods import Answer, Client, WeightTuning, Work
-from fedcustom.methods.protocol import UNFINISHED, Update
+from fedcustom.methods.protocol import Update
 from fedcustom.recipe.recipe import load_recipe
+from helpers.audit import LATER, PER_CLIENT, by_measure, seen, target
 from helpers.methods import LABELS, make
-from helpers.rows import make_rows
-
-PER_CLIENT = 4
-CLIENTS = 20
-LATER = Deadline(float("inf"))
-
-
-def examples(count: int) -> list[Example]:
-    """Examples of which no two have one text."""
-    rows = {row["text"]: row for row in make_rows(4 * count, 3)}
-    return [Example(text, label=LABELS.index(row["label"])) for text, row in rows.items()][:count]
-
-
-def target(folder: str, method: str, **settings: Any) -> Target:
-    """Twenty clients of four texts each, iid."""
-    pool = examples(CLIENTS * PER_CLIENT)
-    parts = {f"c{n:02}": pool[PER_CLIENT * n : PER_CLIENT * (n + 1)] for n in range(CLIENTS)}
-    training = settings.pop("training", {})
-    built = make(folder, method, clients=CLIENTS, training=training, **settings)
-    recipe = load_recipe(
-        {
-            "model": {"base": folder},
-            "data": {"source": "x.jsonl"},
-            "clients": {"partition": "iid", "count": CLIENTS},
-            "method": {"name": method},
-        }
-    )
-    clients = {name: ClientData(name, part) for name, part in parts.items()}
-    data = FederatedData(LearningTask("classification", LABELS), clients, [], [], False)
-    return Target(recipe, data, built)
-
-
-def seen(target: Target, number: int, names: list[str]) -> RoundView:
-    """A round of these clients from the first state, with all its exchanges."""
-    method = target.method
-    assert isinstance(method, WeightTuning)
-    before = state = method.initialise()
-    clients = {name: Client(name, target.data.clients[name]) for name in names}
-    messages: list[Received] = []
-    while True:
-        tasks = method.configure(state, number, {name: Work(epochs=1) for name in names})
-        answers = [Answer(name, task, method.execute(task, clients[name])) for name, task in tasks.items()]
-        messages += [Received(a.client, a.task, a.update) for a in answers]
-        state = method.aggregate(state, answers).state
-        if UNFINISHED not in state.values:
-            break
-    kind = "fitting the head" if number in method.server.parts.head_rounds else "training"
-    return RoundView(number, kind, before, state, messages, names)  # type: ignore[arg-type]
 
 
 def with_noise(view: RoundView, kept: Callable[[str], bool] = lambda name: False) -> RoundView:
@@ -88,12 +40,6 @@ def with_noise(view: RoundView, kept: Callable[[str], bool] = lambda name: False
         received=[replace(message, update=noisy(message.update)) for message in view.received],
         after=replace(view.after, tensors=after),
     )
-
-
-def by_measure(found: list[Finding]) -> dict[str, Finding]:
-    assert all(0 <= f.success <= 1 for f in found)
-    assert all(f.low is None or f.high is None or f.low <= f.success <= f.high for f in found)
-    return {f"{f.view}: {f.measure}": f for f in found}
 
 
 # --- candidates ---
@@ -190,6 +136,34 @@ def test_a_gradient_is_that_of_autograd(tiny: dict[str, str]) -> None:
         assert torch.allclose(found[name], wanted, atol=1e-7)
     model.zero_grad()
     assert {name: p.requires_grad for name, p in parameters.items()} == before
+
+
+def test_the_sum_is_attacked_where_it_says_something_else(tiny: dict[str, str]) -> None:
+    """The mean of the cohort's changes by its examples; not where the state moved along just that."""
+    run = target(tiny["bert"], "lora", training={"optimizer": "sgd", "learning_rate": 0.1})
+    view = seen(run, 2, list(run.data.clients)[:5])
+    assert summed_change(run, view) == {}
+    assert {f.view for f in Candidates().attack(run, view, LATER) if isinstance(f, Finding)} == {
+        "client's update", "state difference",
+    }  # fmt: skip
+    turned = {n: t + torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for n, t in
+              view.after.tensors.items()}  # fmt: skip
+    other = replace(view, after=replace(view.after, tensors=turned))
+    total = summed_change(run, other)
+    for name, tensor in total.items():
+        expected = sum(m.update.weight * m.update.tensors[name] for m in view.received)
+        expected = expected / sum(m.update.weight for m in view.received)
+        assert torch.allclose(tensor, expected, atol=1e-7)  # type: ignore[arg-type]
+        moved = view.after.tensors[name] - view.before.tensors[name]
+        assert torch.allclose(tensor, moved, atol=1e-6)  # plain FedAvg
+    found = by_measure(Candidates().attack(run, other, LATER))
+    assert "which secure sums would leave the server" in found["sum of clients: AUC"].meaning
+    plain = by_measure(Candidates().attack(run, view, LATER))
+    assert found["sum of clients: AUC"].success == pytest.approx(
+        plain["state difference: AUC"].success, abs=0.01
+    )
+    assert summed_change(run, replace(other, unseen=1)) == {}
+    assert summed_change(run, replace(other, received=[])) == {}
 
 
 # --- tokens ---

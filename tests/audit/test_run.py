@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import fedcustom
+from fedcustom.audit.attack import UNSEEN
 from fedcustom.audit.results import Audit, read_audit
-from fedcustom.audit.run import audit_run, rounds_to_attack
+from fedcustom.audit.run import audit_run, rounds_to_attack, run_to_audit
 from fedcustom.core.errors import RunError
 from fedcustom.recipe.recipe import load_recipe
 
@@ -71,3 +72,38 @@ def test_which_rounds() -> None:
 def test_minutes(tmp_path: Path, minutes: float) -> None:
     with pytest.raises(RunError, match="must be a positive number"):
         audit_run(tmp_path, minutes=minutes)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_of_secure_sums_the_sum_alone_is_attacked(
+    small: dict[str, Any], tmp_path: Path, hidden: bool
+) -> None:
+    """What a client sends on its own is not what the server sees; rows that are hidden too are recorded."""
+    recipe = {
+        **small,
+        "clients": {"partition": "iid", "count": 20},
+        "method": {"name": "bitfit" if hidden else "full"},
+        "rounds": {"count": 2, "clients_per_round": 4},
+        "training": {"batch_size": 8, "fit_head": False, "logit_adjustment": 0},
+        "aggregation": {"weighting": "uniform"},
+        "secure_sum": {"on": True},
+        **({"privacy": {"unit": "example", "epsilon": 8.0, "delta": 1e-3}} if hidden else {}),
+    }
+    directory = tmp_path / "run"
+    run_to_audit(load_recipe(recipe), directory)
+    found = audit_run(directory, attacks=["tokens", "candidates", "inversion"], minutes=5)
+    assert {f.view for f in found.findings} == {"sum of clients", "state difference"}
+    sums = {(f.attack, f.round, f.measure): f for f in found.findings if f.view == "sum of clients"}
+    assert {(attack, number) for attack, number, _ in sums} >= {("candidates", 1), ("candidates", 2)}
+    reasons = {(left.attack, left.round): left.reason for left in found.not_run}
+    assert reasons["candidates", 1] == f"a client's update: {UNSEEN}"
+    assert reasons["inversion", None] == UNSEEN
+    if hidden:
+        epsilon = {f.view: f.epsilon for f in found.findings if f.measure == "AUC" and f.round == 1}
+        assert epsilon["state difference"] is None
+        assert epsilon["sum of clients"] is not None
+        assert found.broken == []
+    else:
+        exact = sums["tokens", 1, "exact set of tokens"]
+        assert (exact.success, exact.trials) == (1.0, 1)
+        assert "of the sum of 4 clients the set of tokens is read exactly" in exact.meaning

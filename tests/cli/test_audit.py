@@ -50,7 +50,8 @@ def test_a_recipe_is_run_and_audited(command: Any, small: dict[str, Any], tmp_pa
         (["."], "holds no run (no recipe.toml)"),
         (
             [".", "--attacks", "sum"],
-            "--attacks: no attack 'sum'; allowed: sums, tokens, candidates, canaries, membership",
+            "--attacks: no attack 'sum'; allowed: sums, tokens, candidates, inversion, backdoor, canaries, "
+            "membership",
         ),
         ([".", "--minutes", "0"], "--minutes 0: must be a positive number"),
         ([".", "--minutes", "nan"], "--minutes nan: must be a positive number"),

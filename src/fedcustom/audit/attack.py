@@ -15,13 +15,20 @@ from ..methods import Method, State, Task, Work
 from ..methods.protocol import Update
 from ..recipe import Recipe
 from .knowledge import Knowledge
-from .results import Finding, View
+from .results import Finding, NotRun, View
 
 RoundKind = Literal["training", "fitting the head", "finished"]
 """What clients do in a round; ``finished`` is no round, but all that was released when the run is over."""
 
+UNSEEN = "secure sums: the server sees the sum of the clients' changes, and no client's own"
+"""Why a client's update is not attacked where a run has secure sums."""
+
 SPARE = 0.9
 """Of the time that is left, what an attack plans to use."""
+
+
+LATE = "no time; raise --minutes"
+"""Why an attack that began in vain, or a round, is missing."""
 
 
 class OutOfTime(Exception):
@@ -79,6 +86,11 @@ class Target:
         """That of the recipe, by which candidates are drawn."""
         return self.recipe.seed
 
+    @property
+    def sums_only(self) -> bool:
+        """Whether the server is shown sums of clients' changes, and no client's own."""
+        return self.recipe.secure_sum is not None and self.recipe.secure_sum.on
+
     @cached_property
     def knowledge(self) -> Knowledge:
         """What anybody who has the base model can compute from a state and a text.
@@ -108,11 +120,21 @@ class Received:
 
 
 @dataclass(frozen=True)
+class Summed:
+    """The mean of these clients' updates, in place of which the server gets none under secure sums."""
+
+    clients: tuple[str, ...]
+    task: Task
+    update: Update
+
+
+@dataclass(frozen=True)
 class RoundView:
     """What can be seen of one round.
 
     ``answered`` are all clients whose messages came; ``received`` has the messages of as many as there was
-    memory for, the others count as ``unseen``; it is empty where a trusted server's view is not looked at.
+    memory for, the others count as ``unseen``; it is empty where a trusted server's view is not looked at,
+    and under secure sums, of which ``summed`` is what the server gets.
     ``before`` and ``after`` are the global states; of a run that is ``finished``, number 0, the first one
     and the one that is released.
     """
@@ -124,6 +146,7 @@ class RoundView:
     received: Sequence[Received]
     answered: Sequence[str] = ()
     unseen: int = 0
+    summed: Summed | None = None
 
     @cached_property
     def by_client(self) -> Mapping[str, list[Received]]:
@@ -141,6 +164,8 @@ class RoundView:
         """
         if self.received:
             return self.received[0].task
+        if self.summed is not None:
+            return self.summed.task
         if not self.answered:
             raise CannotAttack("nobody took part in the round")
         name = self.answered[0]
@@ -160,8 +185,8 @@ class Attack(Protocol):
     def inapplicable(self, target: Target) -> str | None:
         """Why the attack does not apply to a run; None where it does."""
 
-    def attack(self, target: Target, seen: RoundView, deadline: Deadline) -> list[Finding]:
-        """What the attack finds in one round.
+    def attack(self, target: Target, seen: RoundView, deadline: Deadline) -> Sequence[Finding | NotRun]:
+        """What the attack finds in one round, and which part of it could not be made.
 
         Raises:
             CannotAttack: the round has nothing that it could attack; says why.
@@ -175,8 +200,14 @@ class Keeper:
 
     room: int
     messages: list[Received] = field(default_factory=list)
+    summed: Summed | None = None
     answered: dict[str, None] = field(default_factory=dict)
     unseen: dict[str, None] = field(default_factory=dict)
+
+    def take_sum(self, summed: Summed) -> None:
+        """Keep the sum of some clients' updates."""
+        self.summed = summed
+        self.answered |= dict.fromkeys(summed.clients)
 
     def take(self, message: Received) -> None:
         """Keep a message, or note that there is no room; a client is kept with all its messages or none."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from ..core.tensors import Tensors, norm, subtract
+from ..core.tensors import Tensors
 from ..data.examples import Example
-from .attack import CannotAttack, Deadline, OutOfTime, RoundKind, RoundView, Target
-from .results import Finding, View
+from .attack import UNSEEN, CannotAttack, Deadline, OutOfTime, RoundKind, RoundView, Target
+from .changes import state_difference, summed_change
+from .results import Finding, NotRun, View
 from .statistics import auc, bootstrap, epsilon_bound, true_positives
 
 MOST_MEMBERS = 200
@@ -23,6 +24,13 @@ FALSE_POSITIVES = 0.01
 
 GUESSED = 0.2
 """The share of the pairs, the surest, of which the bound on epsilon guesses the member."""
+
+WORDS: dict[View, str] = {
+    "client's update": "a client's update",
+    "state difference": "two global states, as any client sees them,",
+    "sum of clients": "the sum of the clients' changes",
+}
+"""What a view is, in a sentence."""
 
 FIRST_PAIRS, LEAST_PAIRS = 5, 20
 """Pairs by which the time of all is estimated, and the least that are worth it."""
@@ -49,7 +57,7 @@ class Candidates:
     """
 
     name = "candidates"
-    views: tuple[View, ...] = ("client's update", "state difference")
+    views: tuple[View, ...] = ("client's update", "state difference", "sum of clients")
     kinds: tuple[RoundKind, ...] = ("training",)
     source = "gradient matching (Geiping et al. 2020, arXiv 2003.14053), of given texts"
 
@@ -65,8 +73,10 @@ class Candidates:
             )
         return None
 
-    def attack(self, target: Target, seen: RoundView, deadline: Deadline) -> list[Finding]:
-        """AUC and true positives at 1 % false positives, by a client's update and by the state difference."""
+    def attack(self, target: Target, seen: RoundView, deadline: Deadline) -> list[Finding | NotRun]:
+        """AUC and true positives at 1 % false positives, by a client's update, by the state difference, and
+        by the sum of the clients' changes where it says something else.
+        """
         knowledge = target.knowledge
         updates = {m.client: m for m in seen.received}
         changes = {
@@ -75,12 +85,12 @@ class Candidates:
         changes = {name: change for name, change in changes.items() if change}
         common = seen.task(target)
         like = next(iter(changes.values()), None) or knowledge.comparable(knowledge.wanted(common))
-        difference = _difference(seen, like)
+        difference, total = state_difference(seen, like), summed_change(target, seen)
         inside = list(changes) if seen.received else list(seen.answered)
         pairs = matched_pairs(target, inside, seen.answered)
-        if not pairs or not (changes or difference):
+        if not pairs or not (changes or difference or total):
             raise CannotAttack("no client of the round sent what a gradient can be compared with")
-        scores = np.zeros((2, 2, len(pairs)))  # view, member or other, pair
+        scores = np.zeros((3, 2, len(pairs)))  # view, member or other, pair
         entered: Tensor | None = None
         wanted, began = len(pairs), time.monotonic()
         for place, pair in enumerate(pairs):
@@ -102,12 +112,18 @@ class Candidates:
                 gradient = {name: tensor.cpu() for name, tensor in gradient.items()}
                 scores[0, side, place] = likeness(change, gradient)
                 scores[1, side, place] = likeness(difference, knowledge.in_state(gradient, task))
+                scores[2, side, place] = likeness(total, gradient)
         scores = scores[:, :, :wanted]
         more = (
             f" ({len(pairs) - wanted} of {len(pairs)} pairs left out for time)" if wanted < len(pairs) else ""
         )
-        found = _findings(target, seen, "client's update", scores[0], more) if changes else []
-        return found + (_findings(target, seen, "state difference", scores[1], more) if difference else [])
+        found: list[Finding | NotRun] = []
+        for view, known, of in zip(self.views, (changes, difference, total), scores, strict=True):
+            if known:
+                found += _findings(target, seen, view, of, more)
+        if target.sums_only:
+            found.append(NotRun(self.name, f"a client's update: {UNSEEN}", seen.number))
+        return found
 
 
 def matched_pairs(target: Target, clients: Sequence[str], answered: Sequence[str]) -> list[Pair]:
@@ -143,19 +159,6 @@ def _texts(target: Target, client: str) -> list[str]:
     return [example.text for example in target.data.clients[client].train]
 
 
-def _difference(seen: RoundView, like: Mapping[str, Tensor]) -> Tensors:
-    """The difference of the global states, where it has the names and shapes of a client's change; empty
-    where nothing moved.
-    """
-    before, after = seen.before.tensors, seen.after.tensors
-    names = [
-        n for n, t in like.items()
-        if n in before and n in after and before[n].shape == t.shape == after[n].shape
-    ]  # fmt: skip
-    found = subtract({n: after[n] for n in names}, {n: before[n] for n in names})
-    return found if norm(found) else {}
-
-
 def likeness(change: Tensors, gradient: Tensors) -> float:
     """The mean over tensors of the cosine of a change with minus a gradient; one that is zero counts as 0."""
     found = []
@@ -173,7 +176,9 @@ def _findings(
     count, many = len(members), len(members) + len(others)
     area, seed = auc(members, others), target.seed
     low, high = bootstrap(auc, members, others, seed)
-    of = "a client's update" if view == "client's update" else "two global states, as any client sees them,"
+    of = WORDS[view]
+    if view == "sum of clients" and not target.sums_only:
+        of += ", which secure sums would leave the server,"
     verdict = "does not tell" if low <= 0.5 <= high else f"tells with AUC {area:.3f}"
     said = f"{of} {verdict} whether a text with a known label was trained on in the round{more}"
     if seen.unseen:
@@ -184,7 +189,8 @@ def _findings(
 
     share = at_one_percent(members, others)
     least, most = bootstrap(at_one_percent, members, others, seed)
-    promised: View = "client's update" if target.recipe.example_privacy else "state difference"
+    shown: View = "sum of clients" if target.sums_only else "client's update"
+    promised: View = shown if target.recipe.example_privacy else "state difference"
     epsilon = _epsilon(target, seen, scores) if view == promised else None
     return [
         Finding(

@@ -36,11 +36,18 @@ class Knowledge:
         """What goes into the head's last layer for each example, (examples, width)."""
         return self.method.client.head.inputs(self.parts.objective.tokens(examples))
 
+    def texts(self, example: Example) -> list[list[int]]:
+        """The texts that training passes through the model for an example, as tokens without padding."""
+        (tokens,) = self.parts.objective.tokens([example])
+        batch, found = self.parts.objective.collate([tokens]), list[list[int]]()
+        for ids, mask in (("input_ids", "attention_mask"), ("passage_ids", "passage_mask")):
+            for row, kept in zip(batch.get(ids, []), batch.get(mask, []), strict=True):
+                found.append(row[kept.bool()].tolist())
+        return found
+
     def tokens(self, example: Example) -> frozenset[int]:
         """The numbers of the tokens that training passes through the model for an example."""
-        (tokens,) = self.parts.objective.tokens([example])
-        batch = self.parts.objective.collate([tokens])
-        return frozenset(batch["input_ids"][batch["attention_mask"].bool()].flatten().tolist())
+        return frozenset(token for text in self.texts(example) for token in text)
 
     def change(self, task: Task, update: Update) -> Tensors:
         """The change of a client's tensors, in full shape, as the server reads it from its message."""

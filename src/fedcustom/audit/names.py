@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..core.errors import RunError, nearest
 
-NAMES = ("sums", "tokens", "candidates", "canaries", "membership")
+NAMES = ("sums", "tokens", "candidates", "inversion", "backdoor", "canaries", "membership")
 """Every attack, the quickest first."""
 
 

@@ -21,16 +21,25 @@ from ..methods import State
 from ..recipe import Recipe
 from ..transport.protocol import Reply
 from ..updates.transform import UpdateTransform
-from .attack import Attack, CannotAttack, Deadline, Keeper, OutOfTime, Received, RoundKind, RoundView, Target
+from .attack import (
+    LATE,
+    Attack,
+    CannotAttack,
+    Deadline,
+    Keeper,
+    OutOfTime,
+    Received,
+    RoundKind,
+    RoundView,
+    Summed,
+    Target,
+)
 from .promise import promised_delta, promised_epsilon
 from .registry import chosen
 from .results import Audit, CheckedRound, Finding, NotRun, write_audit
 
 MINUTES = 5.0
 """How long an audit may take, unless told otherwise."""
-
-LATE = "no time; raise --minutes"
-"""Why an attack that began in vain, or a round, is missing."""
 
 KEPT_SHARE = 0.25
 """Of the free memory: what the messages of a round may take."""
@@ -93,7 +102,11 @@ def audit_run(
 
     def seen(number: int, reply: Reply) -> None:
         deadline.check()
-        if (keeper := keepers.get(number)) is not None and reply.update is not None:
+        if (keeper := keepers.get(number)) is None or reply.update is None:
+            return
+        if reply.clients:
+            keeper.take_sum(Summed(reply.clients, reply.task, reply.update))
+        else:
             keeper.take(Received(reply.client, reply.task, reply.update))
 
     found = _Progress()
@@ -131,7 +144,7 @@ def audit_run(
                 unseen += source.left_out(number)
             view = RoundView(
                 number, kind, round_.before, round_.after, keepers.pop(number).messages,
-                list(keeper.answered) or target.cohorts.get(number, []), unseen,
+                list(keeper.answered) or target.cohorts.get(number, []), unseen, keeper.summed,
             )  # fmt: skip
             for attack in ready:
                 told.on_phase(f"round {number}: attack {attack.name}")
@@ -202,7 +215,8 @@ def _make(attack: Attack, target: Target, view: RoundView, deadline: Deadline, f
     """Make one attack on one round, or note why it was not."""
     try:
         deadline.check()
-        found.findings += attack.attack(target, view, deadline)
+        for each in attack.attack(target, view, deadline):
+            found.findings.append(each) if isinstance(each, Finding) else found.not_run.append(each)
     except OutOfTime:
         found.not_run.append(NotRun(attack.name, LATE, view.number or None))
     except (CannotAttack, UpdateError) as error:

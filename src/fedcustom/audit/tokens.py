@@ -20,11 +20,14 @@ class Tokens:
     """Reads a client's set of tokens from the change of the embedding table: the gradient has rows for the
     tokens of the texts alone, so that all other rows stay, or shrink by one common factor (weight decay).
 
+    Of a sum of clients' changes, which is all that a server has under secure sums, it reads the tokens of all
+    of them together.
+
     The first step of DAGER (Petrov et al. 2024, arXiv 2405.15586); its span check is not made here.
     """
 
     name = "tokens"
-    views: tuple[View, ...] = ("client's update",)
+    views: tuple[View, ...] = ("client's update", "sum of clients")
     kinds: tuple[RoundKind, ...] = ("training",)
     source = "changed embedding rows (DAGER, Petrov et al. 2024, arXiv 2405.15586, without its span check)"
 
@@ -44,15 +47,17 @@ class Tokens:
         """How many clients' sets of tokens are read exactly, and how near the others come."""
         name = target.knowledge.embedding()
         exact, overlaps, guesses, size = 0, [], [], 0
-        usual = self._usual(target)
-        for message in seen.received:
+        usual, total = self._usual(target), seen.summed
+        view: View = "sum of clients" if total else "client's update"
+        sent = [((m.client,), m.task, m.update) for m in seen.received]
+        for clients, task, update in [(total.clients, total.task, total.update)] if total else sent:
             deadline.check()
-            change = target.knowledge.change(message.task, message.update).get(name or "")
+            change = target.knowledge.change(task, update).get(name or "")
             if change is None:
                 continue
             size = len(change)
-            found = changed_rows(change, message.task.tensors[name or ""])
-            train = target.data.clients[message.client].train
+            found = changed_rows(change, task.tensors[name or ""])
+            train = [example for client in clients for example in target.data.clients[client].train]
             right = frozenset[int]().union(*map(target.knowledge.tokens, train))
             exact += found == right
             overlaps.append(_overlap(found, right))
@@ -65,16 +70,18 @@ class Tokens:
         more = (
             f" ({seen.unseen} clients left out: their updates are too large to keep)" if seen.unseen else ""
         )
+        whose = f"the sum of {len(total.clients)} clients" if total else f"{exact} of {count} clients"
+        said = "is not read" if total and not exact else "is read"
         return [
             Finding(
-                self.name, self.views[0], seen.number, "exact set of tokens", exact / count, 0.0, count, size,
-                f"of {exact} of {count} clients the set of tokens is read exactly{more}", low, high,
+                self.name, view, seen.number, "exact set of tokens", exact / count, 0.0, count, size,
+                f"of {whose} the set of tokens {said} exactly{more}", low, high,
             ),
             Finding(
-                self.name, self.views[0], seen.number, "overlap of sets (Jaccard)", float(values.mean()),
+                self.name, view, seen.number, "overlap of sets (Jaccard)", float(values.mean()),
                 float(np.mean(guesses)), count, size,
-                "what is read and what the client has; chance: as many of the most frequent tokens",
-                least, most,
+                f"what is read and what the client{'s have' if total else ' has'}; chance: as many of the "
+                "most frequent tokens", least, most,
             ),
         ]  # fmt: skip
 

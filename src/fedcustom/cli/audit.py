@@ -24,7 +24,8 @@ def audit(
     attacks: Annotated[
         str,
         typer.Option(
-            help="Attacks, separated by commas: sums, tokens, candidates, canaries, membership (default: all)"
+            help="Attacks, separated by commas: sums, tokens, candidates, inversion, backdoor, canaries, "
+            "membership (default: all)"
         ),
     ] = "",
     minutes: Annotated[

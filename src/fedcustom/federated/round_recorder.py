@@ -79,6 +79,7 @@ class RoundRecorder(Callback):
         tensors = named(reply.task.tensors, "task/") | named(reply.update.tensors, "update/")
         values = {
             "client": reply.client,
+            "clients": list(reply.clients),
             "kind": reply.task.kind,
             "task": values_of(reply.task),
             "update": values_of(reply.update),
@@ -175,4 +176,5 @@ class RecordedRounds:
         tensors, values = decode(file.read_bytes())
         task = read_task(messages, values["kind"], values["task"], part(tensors, "task/"))
         update = read_update(messages, task, values["update"], part(tensors, "update/"))
-        return Reply(values["client"], task, update, "", "", 0, 0, 0.0)
+        clients = tuple(values.get("clients", ()))
+        return Reply(values["client"], task, update, "", "", 0, 0, 0.0, clients=clients)
