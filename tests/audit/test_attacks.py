@@ -17,6 +17,8 @@ from fedcustom.audit.changes import summed_change
 from fedcustom.audit.results import Finding
 from fedcustom.audit.sums import Sums
 from fedcustom.audit.tokens import Tokens, changed_rows
+from fedcustom.data.examples import ClientData
+from fedcustom.methods import Answer, Client, WeightTuning, Work
 from fedcustom.methods.protocol import Update
 from fedcustom.recipe.recipe import load_recipe
 from helpers.audit import LATER, PER_CLIENT, by_measure, seen, target

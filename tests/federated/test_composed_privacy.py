@@ -38,6 +38,16 @@ def test_gaussian_releases_compose_by_the_root_of_their_number(small: dict[str, 
     assert epsilon == pytest.approx(gaussian_epsilon(mu, 1e-4), rel=1e-3)
 
 
+def test_sampled_releases_and_integers_add(small: dict[str, Any]) -> None:
+    """No accountant composes them; each run is calibrated to epsilon 8 from above."""
+    many = {"clients__count": 80, "rounds__clients_per_round": 40}
+    poisson = private(small, privacy__participation="poisson", **many)
+    sums = private(small, privacy__noise="sum", secure_sum__on=True, secure_sum__most_examples=40, **many)
+    (line,) = lines(poisson, sums)
+    epsilon = float(re.search(r"compose to epsilon ([\d.]+) at delta 0.0002", line)[1])  # type: ignore[index]
+    assert 15.9 < epsilon <= 16.0
+
+
 def test_other_clients_are_apart(small: dict[str, Any]) -> None:
     """By the seed that divides the rows, the division, and runs without privacy."""
     assert lines(private(small)) == []

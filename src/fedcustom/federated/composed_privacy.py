@@ -61,8 +61,9 @@ def _sentence(group: Sequence[Recipe], clients_of: Callable[[Recipe], int], know
     if first.client_privacy is not None:
         delta = max(delta_of(recipe.privacy) for recipe in group if recipe.privacy)
         events = [event for recipe in group for event in _events(recipe, clients_of, known)]
-        epsilon = Ledger.of(events).epsilon(delta)
-        how = f"compose to epsilon {epsilon:.4g} at delta {delta:g}"
+        parts = _composable(events)
+        epsilon = math.fsum(part.epsilon(delta) for part in parts)
+        how = f"compose to epsilon {epsilon:.4g} at delta {len(parts) * delta:g}"
     else:
         epsilons = [recipe.privacy.epsilon for recipe in group if recipe.privacy]
         total = math.fsum(e for e in epsilons if e is not None)
@@ -75,10 +76,21 @@ def _sentence(group: Sequence[Recipe], clients_of: Callable[[Recipe], int], know
     )
 
 
+def _composable(events: Sequence[Event]) -> list[Ledger]:
+    """Ledgers that are each composed as one, whose epsilons and deltas add: sampled releases and those of
+    integers have no accountant in common.
+    """
+    sampled = [event for event in events if event.sampling < 1]
+    others = [event for event in events if event.sampling == 1]
+    if sampled and any(event.variance is not None for event in others):
+        return [Ledger.of(sampled), Ledger.of(others)]
+    return [Ledger.of(events)]
+
+
 def _events(recipe: Recipe, clients_of: Callable[[Recipe], int], known: Mechanisms) -> tuple[Event, ...]:
     """The releases of a run that hides clients. Recipes that differ in nothing else share the calculation."""
     fits = recipe.training.rounds_of_head_fits(recipe.rounds.count)
-    key = repr((recipe.privacy, recipe.rounds, sorted(fits), clients_of(recipe)))
+    key = repr((recipe.privacy, recipe.secure_sum, recipe.rounds, sorted(fits), clients_of(recipe)))
     if key not in known:
         mechanism = planned(recipe, clients_of(recipe))
         assert mechanism is not None
