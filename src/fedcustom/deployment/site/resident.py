@@ -45,7 +45,7 @@ from .policy import (
     check_recipe,
     check_work,
 )
-from .privacy import check_spending, release_of
+from .privacy import check_spending, releases_of
 from .request import Request, read_request
 from .rows import DataChanged, RowRecords, rows_of
 from .secure_sums import MASKED, MESSAGE, Identify, SecureSums, kit_identity, no_identity
@@ -222,10 +222,11 @@ class Resident:
         secure = self._secure_work(participant, request)
         queries, policy = asked.queries_asked, self.settings.policy
         check_work(policy, self.ledger, participant.settled, request, begins=begins, queries=queries)
-        mechanism, steps = participant.mechanism, participant.noised_steps(asked)
-        if mechanism is not None and steps:
-            check_spending(policy, self.ledger, request.run, mechanism, steps)
-            self.ledger.note_release(request.run, release_of(mechanism, steps))
+        mechanism, wanted = participant.mechanism, participant.releases(asked)
+        if mechanism is not None and wanted:
+            check_spending(policy, self.ledger, request.run, mechanism, wanted)
+            for release in releases_of(mechanism, wanted):
+                self.ledger.note_release(request.run, release)
         if begins:
             self.ledger.note_round(request.run, request.digest)
         counted = not queries and not asked.continues
