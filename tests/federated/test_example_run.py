@@ -116,11 +116,15 @@ def test_each_client_is_calibrated_and_epsilon_does_not_add(hidden: dict[str, An
 def fitting(hidden: dict[str, Any]) -> dict[str, Any]:
     """The same, whose head is fitted first."""
     more = {"fit_head_rounds": [1], "head_learning_rate": 0.01}
-    return {**hidden, "model": {**hidden["model"], "pooling": "mean", "normalize": True}, "training": hidden["training"] | more}
+    return {
+        **hidden,
+        "model": {**hidden["model"], "pooling": "mean", "normalize": True},
+        "training": hidden["training"] | more,
+    }
 
 
 def test_a_head_is_fitted_within_epsilon(fitting: dict[str, Any], tmp_path: Path) -> None:
-    """By all clients in the first round; with the steps it spends epsilon, and that of the first round is its."""
+    """By all clients in the first round; with the steps it spends epsilon, in the first round its own."""
     fitting["privacy"] = {"unit": "example", "epsilon": 3.0, "delta": 1e-3, "head_share": 0.2}
     fitting["rounds"] = {"count": 3}
     run = fedcustom.run(fitting, out=tmp_path / "run")
@@ -135,7 +139,9 @@ def test_a_head_is_fitted_within_epsilon(fitting: dict[str, Any], tmp_path: Path
         assert rows[0]["epsilon"] == pytest.approx(Ledger((head,)).epsilon(1e-3), rel=1e-4)
     assert "noised sums of 4 clients" in rows[0]["method"]["head"]
     assert rows[0]["epsilon"] < rows[1]["epsilon"] < rows[2]["epsilon"] == 3.0
-    assert not [name for name in Checkpoints(run.directory / "checkpoints").load(3).state.server if "label" in name]
+    assert not [
+        name for name in Checkpoints(run.directory / "checkpoints").load(3).state.server if "label" in name
+    ]
 
 
 def test_a_run_with_a_fitted_head_is_resumed(fitting: dict[str, Any], tmp_path: Path) -> None:
@@ -154,13 +160,11 @@ def test_a_head_on_vectors_of_any_length_is_refused_before_the_model(
 ) -> None:
     monkeypatch.setattr("fedcustom.federated.simulation.load_base", None)
     fitting["model"]["normalize"] = False
-    with pytest.raises(RecipeError, match="set model.normalize = true, or fit_head_rounds"):
+    with pytest.raises(RecipeError, match=r"set model\.normalize = true, or fit_head_rounds"):
         fedcustom.run(fitting, out=tmp_path / "run")
 
 
-def test_the_command_says_what_the_head_spends(
-    fitting: dict[str, Any], tmp_path: Path, command: Any
-) -> None:
+def test_the_command_says_what_the_head_spends(fitting: dict[str, Any], tmp_path: Path, command: Any) -> None:
     from fedcustom.recipe.recipe import load_recipe, to_toml
 
     (tmp_path / "recipe.toml").write_text(to_toml(load_recipe(fitting)))

@@ -202,7 +202,7 @@ def test_a_client_that_only_helps_to_fit_spends_less() -> None:
 
 
 def test_noised_sums_have_white_noise_of_the_deviation_that_is_told() -> None:
-    """Of one key, the noise of counts and totals is independent, and that of steps; of another it is other."""
+    """Of one key, the noise of counts, totals and steps is independent; of another key it is other noise."""
     mechanism = with_head(100, 10, 5)
     assert mechanism.head_noise is not None
     sums = {"counts": torch.full((6000,), 3.0), "totals": torch.zeros(30, 200)}

@@ -127,9 +127,7 @@ def _fitting(
     down = _lengths(list(tasks.values()), lambda task: _down(channel, task))
     sums = [head_sums(method, data.clients[name].train) for name in tasks]
     deviation = DEVIATION if method.head_fit.hides_rows else None
-    up = [
-        update_length(HeadSumsUpdate(own, float(own["counts"].sum()), deviation=deviation)) for own in sums
-    ]
+    up = [update_length(HeadSumsUpdate(own, float(own["counts"].sum()), deviation=deviation)) for own in sums]
     counted = [int(own["counted"].sum()) if "counted" in own else 0 for own in sums]
     scale, step = _steps(method.head_fit, number)
     scaled = sum(count > 0 for count in counted)

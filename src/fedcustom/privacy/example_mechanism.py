@@ -2,8 +2,9 @@
 
 Each optimiser step draws every training row by itself with probability q, bounds the gradient of each row,
 and adds Gaussian noise to their sum (Abadi et al. 2016, *Deep learning with differential privacy*, arXiv
-1607.00133). Before training a client may send noised counts and sums of its vectors by label, of which a head is
-fitted. What a client makes of noised gradients, and the server of all that it gets, is post-processing.
+1607.00133). Before training a client may send noised counts and sums of its vectors by label, of which a
+head is fitted. What a client makes of noised gradients, and the server of all that it gets, is
+post-processing.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def example_mechanism(
     """The noise by which the recipe's guarantee holds for a client's rows.
 
     Fits of the head take ``head_share`` of the mu^2 of the whole (epsilon, delta), whatever the client's rows
-    and steps; the steps are calibrated to what is left. Where the recipe says the steps' ``noise_multiplier``,
-    the head's noise is such that it has the same share.
+    and steps; the steps are calibrated to what is left. Where the recipe gives the ``noise_multiplier`` of
+    the steps, the head's noise is such that it has the same share.
 
     Args:
         settings: The recipe's section, with ``unit = "example"``.

@@ -83,8 +83,8 @@ def example_words(
     yield (
         "clients",
         f"{len(mechanisms)}, of {_range([m.rows for m in mechanisms.values()])} rows, in "
-        f"{_range([m.planned.steps for m in mechanisms.values()])} steps, each row in one step with probability "
-        f"{_range([m.rate for m in mechanisms.values()])}",
+        f"{_range([m.planned.steps for m in mechanisms.values()])} steps, each row in one step with "
+        f"probability {_range([m.rate for m in mechanisms.values()])}",
     )
     if heads := [m.head_noise for m in mechanisms.values() if m.head_noise is not None]:
         yield (

@@ -98,7 +98,10 @@ def _head(recipe: Sections) -> Iterator[str]:
             "use [1] or []"
         )
     if rounds and training.fit_head_steps:
-        yield f"training.fit_head_steps = {training.fit_head_steps}: each exchange would have to be noised; use 0"
+        yield (
+            f"training.fit_head_steps = {training.fit_head_steps}: each exchange would have to be noised; "
+            "use 0"
+        )
     if rounds and training.fit_head_least_texts is not None:
         yield (
             f"training.fit_head_least_texts = {training.fit_head_least_texts}: noise hides rows, and all of "

@@ -66,13 +66,11 @@ def test_a_row_moves_all_sums_together_by_its_norm(seed: int, place: int, size: 
 
 
 def test_nothing_leaves_but_noised_counts_and_sums(sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All rows are in them, also those of labels with few texts, which are withheld where there is no noise."""
+    """All rows are in them, also those of labels with few texts, which are withheld without noise."""
     method = method_of(sentence)
     true: list[Any] = []
     plain = head_client.private_sums
-    monkeypatch.setattr(
-        head_client, "private_sums", lambda *given: true.append(plain(*given)) or true[-1]
-    )
+    monkeypatch.setattr(head_client, "private_sums", lambda *given: true.append(plain(*given)) or true[-1])
     answers, clients = answers_of(method, method.initialise())
     noise = math.sqrt(2) / (math.sqrt(0.13) * gaussian_mu(8.0, 1e-3))
     for answer, sums in zip(answers, true, strict=True):

@@ -153,7 +153,7 @@ def test_more_noise_is_never_worse_than_the_majority(skew: float, apart: float) 
 
 
 def test_labels_that_noise_hides_have_the_centre_as_mean() -> None:
-    """So that they differ by their shares alone: the head as it failed before, with one of rare labels first."""
+    """So that they differ by their shares alone, where means of noise would be chosen for all texts."""
     rows, drawn = mixture(1, 6, 3.0, 0.8)
     sums = private_sums(rows, drawn, 6)
     weight, bias = solved(*noised(sums, 20.0, 0), 20.0)

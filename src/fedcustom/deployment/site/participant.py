@@ -143,8 +143,8 @@ class Participant:
         return mechanism
 
     def releases(self, asked: Task) -> Releases:
-        """What an answer to a task releases with noise; nothing where rows are not hidden, or of them nothing is
-        sent.
+        """What an answer to a task releases with noise; nothing where rows are not hidden, or the answer has
+        nothing of them.
         """
         if self.mechanism is not None and isinstance(asked, FitHeadTask):
             return Releases(head_fits=1)

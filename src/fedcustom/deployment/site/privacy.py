@@ -93,8 +93,8 @@ def releases_of(mechanism: ExampleMechanism, wanted: Releases) -> list[Release]:
 def check_spending(
     policy: PolicySettings, ledger: Ledger, run: str, mechanism: ExampleMechanism, wanted: Releases
 ) -> None:
-    """Refuse noised releases beyond what the recipe promises or the policy allows. Those that were made before
-    count even where the run went back to an earlier round and asks for them again.
+    """Refuse noised releases beyond what the recipe promises or the policy allows. Those that were made
+    before count even where the run went back to an earlier round and asks for them again.
 
     Raises:
         PolicyError: names the key, what was spent, and what is asked for.

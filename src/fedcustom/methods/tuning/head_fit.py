@@ -90,8 +90,8 @@ class HeadFit:
 
     Where clients are hidden from whoever sees the states (``privacy.unit = "client"``), there is one
     exchange: each client sends counts and sums of its vectors, divided by their lengths, and the trusted
-    server adds noise to what they add up to. Where clients hide their rows (``"example"``), each adds noise to
-    its own counts and sums, and withholds nothing besides.
+    server adds noise to what they add up to. Where clients hide their rows (``"example"``), each adds noise
+    to its own counts and sums, and withholds nothing besides.
 
     Discloses: what is named above. The rules of :mod:`~.head_disclosure` are applied by the client: examples
     of a label with few texts enter nothing but the label's count, so no difference of what is sent has them;
@@ -309,8 +309,8 @@ class HeadFit:
         return self._with_noised(state, found, deviation, answered)
 
     def _added(self, state: State, answers: Iterable[Answer]) -> Aggregate:
-        """The state with a head of the sum of what clients noised themselves, which hides each row. Where fewer
-        than half of those asked answered, the head is as it was.
+        """The state with a head of the sum of what clients noised themselves, which hides each row. Where
+        fewer than half of those asked answered, the head is as it was.
         """
         layer, answered, variance = self.layer, 0, 0.0
         found = {
@@ -323,9 +323,7 @@ class HeadFit:
             for name, total in found.items():
                 total += answer.update.tensors[name]
         if 2 * answered < self.clients:
-            return Aggregate(
-                state, {"head": f"not fitted: {answered} of {self.clients} clients answered"}
-            )
+            return Aggregate(state, {"head": f"not fitted: {answered} of {self.clients} clients answered"})
         return self._with_noised(state, found, math.sqrt(variance), answered)
 
     def _with_noised(self, state: State, sums: Tensors, deviation: float, answered: int) -> Aggregate:

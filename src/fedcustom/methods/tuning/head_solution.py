@@ -65,13 +65,14 @@ def private_head(layer: HeadLayer, counts: Tensor, totals: Tensor, deviation: fl
     """The layer's weight and bias as a discriminant of noised sums of vectors of length 1, whose covariance
     is a public constant, :data:`SPREAD` / width for every number, in the directions of the labels' means.
 
-    Of a label with mean centre + d, the sums give d + e, where e is noise. What is known of d beforehand is
-    the variance of its numbers, t, which is that most likely by the sums of all labels (empirical Bayes; James
-    and Stein 1961): the expected d is then b (d + e) with b = n^2 t / (n^2 t + deviation^2) for n examples. The
-    logit is the discriminant of one number, (d + e) x, between a mean at the centre and one at b |d + e|^2 from
-    there. Along d this number varies by SPREAD / width, but along e, whose direction is any, only by 1 / width,
-    for vectors of length 1. So the weight is that without noise times a = b / (b + (1 - b) / SPREAD), and a
-    label with few examples for the noise is left with its share. Without noise a and b are 1.
+    Of a label whose mean is the centre of all plus d, the sums give d + e, where e is noise. All that is
+    known of d beforehand is the variance t of its numbers, which the sums of all labels tell (empirical
+    Bayes; James and Stein 1961). With n examples the expected d is b (d + e), where
+    b = n^2 t / (n^2 t + deviation^2). The label's logit is the discriminant of one number, (d + e) x, between
+    the centre and the mean that is b (d + e) away. Vectors vary by SPREAD / width along d, but along e, whose
+    direction is any, by 1 / width at most. So the weight is that without noise times
+    a = b / (b + (1 - b) / SPREAD). A label with few examples for the noise is left with its share; without
+    noise a and b are 1.
 
     Args:
         layer: Where the head is.
@@ -106,11 +107,12 @@ def _expected_counts(counts: Tensor, deviation: float) -> Tensor:
     density = -(scaled.square() + math.log(2 * math.pi)) / 2
     return deviation * (scaled + torch.exp(density - torch.special.log_ndtr(scaled))).clamp(min=0)
 
+
 def _likely_variance(totals: Tensor, sizes: Tensor, noise: Tensor) -> float:
     """The variance t that is likely where ``totals`` of (vectors, width) are ``sizes`` v, with noise of
-    variances ``noise`` of (vectors,), and the numbers of all v are normal around 0 with variance t: up to 1 / width, since no
-    v is longer than 1. It is two standard errors below the most likely one, so that noise alone rarely passes
-    for a difference.
+    variances ``noise`` of (vectors,), and the numbers of all v are normal around 0 with variance t: up to
+    1 / width, since no v is longer than 1. It is :data:`CAUTION` standard errors below the most likely one,
+    so that noise alone rarely passes for a difference.
     """
     width = totals.shape[1]
     if not noise.all():
@@ -134,8 +136,9 @@ def _ridge(totals: Tensor, sizes: Tensor, noise: Tensor, variance: float) -> Ten
 
     size t total / (size^2 t + noise)
     """
-    factors = sizes * variance / (sizes.square() * variance + noise)
-    return torch.where(sizes > 0, factors, 0.0)[:, None] * totals
+    whole = sizes.square() * variance + noise
+    factors: Tensor = torch.where(sizes > 0, sizes * variance / whole, 0.0)[:, None]
+    return totals * factors
 
 
 def _within_ball(vectors: Tensor) -> Tensor:

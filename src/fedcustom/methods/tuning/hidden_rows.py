@@ -13,8 +13,8 @@ from ...privacy.example_mechanism import ExamplePrivacy, Releases, RowPrivacy
 from ..protocol import Memory, Values, Work
 
 STEPS, HEAD_FITS = "private_steps", "private_head_fits"
-"""The numbers in a client's memory of the noised steps that it has made, and of the fits of the head for which it
-sent noised sums."""
+"""The numbers in a client's memory of the noised steps that it has made, and of the fits of the head that it
+sent noised sums for."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def hidden_rows(
 def noised_sums(
     privacy: ExamplePrivacy, client: str, rows: int, sums: Tensors, memory: Memory, round_number: int
 ) -> tuple[Tensors, float]:
-    """What a client with so many ``rows`` sends of counts and sums by label, and the standard deviation of the
-    noise in each number. The client's memory counts it.
+    """What a client with so many ``rows`` sends of counts and sums by label, and the standard deviation of
+    the noise in each number. The client's memory counts it.
 
     Raises:
         UpdateError: the task asks once more than is planned, which would exceed epsilon.

@@ -91,8 +91,8 @@ class HeadGradientTask(HeadTask):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSumsUpdate(Update):
-    """Sums over a client's vectors; the weight is its number of examples. Where the client hides its rows, its
-    noise has this standard ``deviation`` in each number.
+    """Sums over a client's vectors; the weight is its number of examples. Where the client hides its rows,
+    its noise has this standard ``deviation`` in each number.
     """
 
     deviation: float | None = None

@@ -60,7 +60,7 @@ class WeightTuning:
     examples and its mean training loss. Changes of trained tensors can reveal training data to a server that
     attacks them. In rounds of ``training.fit_head_rounds`` it sends what
     :class:`~fedcustom.methods.tuning.head_fit.HeadFit` says instead. With ``privacy.unit = "example"`` the
-    change is made of noised gradients, which hide each training row, and no loss is sent; sums are noised too.
+    change is made of noised gradients, which hide each training row, sums are noised, and no loss is sent.
     """
 
     def __init__(
