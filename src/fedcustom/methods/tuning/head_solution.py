@@ -143,7 +143,7 @@ def _ridge(totals: Tensor, sizes: Tensor, noise: Tensor, variance: float) -> Ten
 
 def _within_ball(vectors: Tensor) -> Tensor:
     """Vectors, (vectors, width), of which those that are longer than 1 have length 1."""
-    return vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1.0)
+    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=1.0)
 
 
 def logistic_fit(layer: HeadLayer, sums: Sums, training: TrainingSettings) -> LogisticFit:
