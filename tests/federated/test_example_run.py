@@ -156,12 +156,18 @@ def test_a_run_with_a_fitted_head_is_resumed(fitting: dict[str, Any], tmp_path: 
 
 
 def test_a_head_on_vectors_of_any_length_is_refused_before_the_model(
-    fitting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fitting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
 ) -> None:
+    from fedcustom.recipe.recipe import load_recipe, to_toml
+
     monkeypatch.setattr("fedcustom.federated.simulation.load_base", None)
     fitting["model"]["normalize"] = False
     with pytest.raises(RecipeError, match=r"set model\.normalize = true, or fit_head_rounds"):
         fedcustom.run(fitting, out=tmp_path / "run")
+    (tmp_path / "recipe.toml").write_text(to_toml(load_recipe(fitting)))
+    said = command("privacy", tmp_path / "recipe.toml")
+    assert said.code == 2
+    assert "model.normalize" in said.error
 
 
 def test_the_command_says_what_the_head_spends(fitting: dict[str, Any], tmp_path: Path, command: Any) -> None:

@@ -64,6 +64,7 @@ def example_run(recipe: Recipe, data: FederatedData) -> ExampleRun | None:
     Raises:
         RecipeError: names the key of the recipe that does not fit.
     """
+    check_rows(recipe, data)
     privacy = example_privacy(recipe, data)
     if privacy is None:
         return None

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from fedcustom.core.errors import UpdateError, WireError
 from fedcustom.methods import Answer, Client, State, WeightTuning, Work
 from fedcustom.methods.tuning import head_client
-from fedcustom.methods.tuning.head_messages import check_private_sums, private_sums
+from fedcustom.methods.tuning.head_messages import POINT, check_private_sums, private_sums
 from fedcustom.methods.tuning.head_solution import private_head
 from fedcustom.methods.tuning.hidden_rows import HEAD_FITS, STEPS
-from fedcustom.methods.tuning.messages import HeadSumsUpdate
+from fedcustom.methods.tuning.messages import HeadGradientTask, HeadSumsUpdate, ScaleHeadTask
 from fedcustom.privacy.accounting import gaussian_mu
 from fedcustom.privacy.example_mechanism import ROW_NORM, ExamplePrivacy, Releases
 from fedcustom.privacy.settings import PrivacySettings
@@ -107,6 +107,17 @@ def test_a_fit_that_is_asked_for_again_has_other_noise_or_none(sentence: str) ->
     again = method.execute(task, client)
     assert not torch.equal(again.tensors["counts"], first[0].update.tensors["counts"])
     assert STEPS not in client.memory.values
+
+
+@pytest.mark.parametrize("kind", [ScaleHeadTask, HeadGradientTask])
+def test_no_losses_and_no_gradients_follow(sentence: str, kind: Any) -> None:
+    """Whatever a server asks: a client that sent noised sums keeps no vectors to answer from."""
+    method = method_of(sentence)
+    answers, clients = answers_of(method, method.initialise())
+    layer = method.head_fit.layer
+    task = kind({POINT: torch.zeros(layer.classes, layer.width + 1)}, round_number=1)
+    with pytest.raises(UpdateError, match="vectors of this round are gone"):
+        method.execute(task, clients[answers[0].client])
 
 
 def test_the_server_solves_for_the_noise_of_those_who_answered(sentence: str) -> None:

@@ -143,7 +143,8 @@ def _ridge(totals: Tensor, sizes: Tensor, noise: Tensor, variance: float) -> Ten
 
 def _within_ball(vectors: Tensor) -> Tensor:
     """Vectors, (vectors, width), of which those that are longer than 1 have length 1."""
-    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=1.0)
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / lengths.clamp(min=1.0)
 
 
 def logistic_fit(layer: HeadLayer, sums: Sums, training: TrainingSettings) -> LogisticFit:
