@@ -25,7 +25,7 @@ from fedcustom.methods.tuning.method import WeightTuning
 from fedcustom.methods.tuning.technique import Context
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
-from fedcustom.privacy.example_mechanism import ExamplePrivacy
+from fedcustom.privacy.example_mechanism import ExamplePrivacy, Releases
 from fedcustom.privacy.settings import PrivacySettings
 from fedcustom.training.settings import TrainingSettings
 
@@ -54,7 +54,7 @@ def measure(
     # A whole batch for both, so that both pass the same rows.
     parts = {f"c{i}": rows[i * batch_size : (i + 1) * batch_size] for i in range(clients)}
     section = PrivacySettings(unit="example", noise_multiplier=1.0, delta=1e-4)
-    privacy = ExamplePrivacy(section, batch_size, 0, dict.fromkeys(parts, 10**6))
+    privacy = ExamplePrivacy(section, batch_size, 0, dict.fromkeys(parts, Releases(10**6)))
     for name in methods:
         made = {kind: _method(name, labels, batch_size, given) for kind, given in
                 (("plain", None), ("private", privacy))}  # fmt: skip

@@ -11,11 +11,11 @@ import pytest
 
 from fedcustom.core.errors import DeploymentError, PolicyError
 from fedcustom.deployment.site.ledger import Ledger, Release
-from fedcustom.deployment.site.privacy import check_privacy, check_spending, epsilon_of, release_of
+from fedcustom.deployment.site.privacy import check_privacy, check_spending, epsilon_of, releases_of
 from fedcustom.deployment.site.settings import PolicySettings
 from fedcustom.privacy.accounting import Event
 from fedcustom.privacy.accounting import Ledger as Spending
-from fedcustom.privacy.example_mechanism import example_mechanism
+from fedcustom.privacy.example_mechanism import Releases, example_mechanism
 from fedcustom.privacy.settings import PrivacySettings
 from fedcustom.recipe.recipe import load_recipe
 from helpers.malicious import Server
@@ -26,9 +26,9 @@ RUN, OTHER = "0" * 16, "1" * 16
 SECTION: dict[str, Any] = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-3}
 
 
-def mechanism_of(**more: Any) -> Any:
+def mechanism_of(*, head_fits: int = 0, **more: Any) -> Any:
     section = PrivacySettings(**{**SECTION, **more})
-    return example_mechanism(section, rows=80, batch_size=8, steps=6)
+    return example_mechanism(section, rows=80, batch_size=8, planned=Releases(6, head_fits))
 
 
 def test_steps_count_once_more_when_they_are_asked_for_again(tmp_path: Path) -> None:
@@ -36,15 +36,43 @@ def test_steps_count_once_more_when_they_are_asked_for_again(tmp_path: Path) -> 
     mechanism = mechanism_of(noise_multiplier=None, epsilon=2.0)
     for _ in range(3):
         ledger = Ledger(tmp_path / "ledger.json")
-        check_spending(PolicySettings(), ledger, RUN, mechanism, 2)
-        ledger.note_release(RUN, release_of(mechanism, 2))
+        check_spending(PolicySettings(), ledger, RUN, mechanism, Releases(2))
+        ledger.note_release(RUN, *releases_of(mechanism, Releases(2)))
     ledger = Ledger(tmp_path / "ledger.json")
     assert [release.steps for release in ledger.releases(RUN)] == [6]
     with pytest.raises(PolicyError, match="6 noised steps of this run were made here, and 1 more would"):
-        check_spending(PolicySettings(), ledger, RUN, mechanism, 1)
-    check_spending(PolicySettings(), ledger, OTHER, mechanism, 6)
+        check_spending(PolicySettings(), ledger, RUN, mechanism, Releases(1))
+    check_spending(PolicySettings(), ledger, OTHER, mechanism, Releases(6))
     with pytest.raises(PolicyError, match=r"policy.max_epsilon = 2.5: 6 more noised steps would spend"):
-        check_spending(PolicySettings(max_epsilon=2.5), ledger, OTHER, mechanism, 6)
+        check_spending(PolicySettings(max_epsilon=2.5), ledger, OTHER, mechanism, Releases(6))
+
+
+def test_a_fit_of_the_head_is_spent_whenever_it_is_begun(tmp_path: Path) -> None:
+    """It counts like any release of its noise: begun too often it takes the steps' place, then is refused."""
+    mechanism = mechanism_of(head_fits=1, noise_multiplier=None, epsilon=2.0, head_share=0.3)
+    fit, steps = Releases(head_fits=1), Releases(6)
+    ledger = Ledger(tmp_path / "ledger.json")
+    for wanted in (fit, steps):
+        check_spending(PolicySettings(max_epsilon=2.0), ledger, RUN, mechanism, wanted)
+        for release in releases_of(mechanism, wanted):
+            ledger.note_release(RUN, release)
+    assert epsilon_of(ledger.releases(RUN)) == pytest.approx(2.0, rel=1e-3)
+    with pytest.raises(
+        PolicyError, match="7 noised steps and sums for the head of this run were made here, and 1"
+    ):
+        check_spending(PolicySettings(), ledger, RUN, mechanism, fit)
+    for _ in range(3):  # of a share of 0.3 of mu squared each
+        check_spending(PolicySettings(), ledger, OTHER, mechanism, fit)
+        ledger.note_release(OTHER, *releases_of(mechanism, fit))
+    with pytest.raises(PolicyError, match=r"privacy\.epsilon: 3 noised steps and sums"):
+        check_spending(PolicySettings(), ledger, OTHER, mechanism, fit)
+    assert epsilon_of(ledger.releases(OTHER)) < 2.0
+    with pytest.raises(PolicyError, match=r"privacy\.epsilon: 3 noised"):
+        check_spending(PolicySettings(), ledger, OTHER, mechanism, steps)
+    with pytest.raises(
+        PolicyError, match=r"max_epsilon = 2\.5: 1 more noised steps and sums for the head would"
+    ):
+        check_spending(PolicySettings(max_epsilon=2.5), ledger, "2" * 16, mechanism, fit)
 
 
 def test_releases_of_all_runs_compose(tmp_path: Path) -> None:
@@ -186,6 +214,49 @@ def test_a_server_that_goes_back_spends_twice(make: Callable[..., Server], recip
     assert "6 noised steps of this run were made here, and 3 more would spend" in said["refused"]
     assert "values" in server.begin(recipe, run=1)
     assert "values" in server.train(1, steps=3)
+
+
+@pytest.fixture
+def fitting(recipe: dict[str, Any]) -> dict[str, Any]:
+    recipe["model"] |= {"pooling": "mean", "normalize": True}
+    recipe["training"] |= {"fit_head_rounds": [1], "head_learning_rate": 0.01}
+    recipe["privacy"] = {"unit": "example", "epsilon": 2.0, "delta": 1e-3}
+    return recipe
+
+
+def test_a_site_notes_sums_for_the_head_before_it_sends_them(
+    make: Callable[..., Server], fitting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On disk, even where it then fails; all its rows are in the sums, however few a label has."""
+    server = make(least_unit="example", max_epsilon=100.0, least_label_examples=1000, sums=True)
+    assert "values" in server.begin(fitting), server.site.last_reply
+    participant = server.site.participant
+    assert participant is not None
+    assert participant.withheld.examples == 0
+    execute = participant.execute
+    monkeypatch.setattr(participant, "execute", lambda *given: 1 / 0)
+    assert "error" in server.train(1, steps=3)
+    (noted,) = Ledger(server.own / "ledger.json").releases()
+    assert participant.mechanism is not None
+    expected = (participant.mechanism.head_noise, 1.0, 1e-3, 1)
+    assert (noted.noise_multiplier, noted.sampling, noted.delta, noted.steps) == expected
+    monkeypatch.setattr(participant, "execute", execute)
+    said = server.train(1, steps=3)
+    assert "values" in said, said
+    assert said["values"].keys() == {"weight", "deviation"}
+    assert said["values"]["weight"] == len(participant.data.train)
+    assert said["values"]["deviation"] == pytest.approx(2**0.5 * noted.noise_multiplier)
+    assert [each.steps for each in server.site.ledger.releases()] == [2]
+    assert "values" in server.train(1, steps=3)
+    for _ in range(9):
+        said = server.train(1, steps=3)
+    assert "noised steps and sums for the head of this run were made here" in said["refused"], said
+
+
+def test_noise_of_sums_for_the_head_is_checked(make: Callable[..., Server], fitting: dict[str, Any]) -> None:
+    fitting["privacy"] |= {"epsilon": 8.0, "head_share": 0.9}
+    refused = make(minimum_noise=0.6, sums=True).begin(fitting)["refused"]
+    assert "policy.minimum_noise = 0.6: sums for the head have noise of 0.5" in refused, refused
 
 
 def test_noise_for_this_sites_rows_is_checked(make: Callable[..., Server], recipe: dict[str, Any]) -> None:

@@ -112,6 +112,75 @@ def test_each_client_is_calibrated_and_epsilon_does_not_add(hidden: dict[str, An
         assert 2.97 < Ledger((event,)).epsilon(1e-3) <= 3.0
 
 
+@pytest.fixture
+def fitting(hidden: dict[str, Any]) -> dict[str, Any]:
+    """The same, whose head is fitted first."""
+    more = {"fit_head_rounds": [1], "head_learning_rate": 0.01}
+    return {
+        **hidden,
+        "model": {**hidden["model"], "pooling": "mean", "normalize": True},
+        "training": hidden["training"] | more,
+    }
+
+
+def test_a_head_is_fitted_within_epsilon(fitting: dict[str, Any], tmp_path: Path) -> None:
+    """By all clients in the first round; with the steps it spends epsilon, in the first round its own."""
+    fitting["privacy"] = {"unit": "example", "epsilon": 3.0, "delta": 1e-3, "head_share": 0.2}
+    fitting["rounds"] = {"count": 3}
+    run = fedcustom.run(fitting, out=tmp_path / "run")
+    record, rows = record_of(tmp_path / "run"), rows_of(run.directory)
+    assert record["epsilon"] == 3.0
+    for client in record["clients"].values():
+        assert client["planned_head_fits"] == client["head_fits"] == 1
+        assert client["planned_steps"] == client["steps"] == 6
+        head = Event(client["head_noise_multiplier"])
+        whole = Ledger((head, Event(client["noise_multiplier"], 6, client["sampling"])))
+        assert 2.97 < whole.epsilon(1e-3) <= 3.0
+        assert rows[0]["epsilon"] == pytest.approx(Ledger((head,)).epsilon(1e-3), rel=1e-4)
+    assert "noised sums of 4 clients" in rows[0]["method"]["head"]
+    assert rows[0]["epsilon"] < rows[1]["epsilon"] < rows[2]["epsilon"] == 3.0
+    assert not [
+        name for name in Checkpoints(run.directory / "checkpoints").load(3).state.server if "label" in name
+    ]
+
+
+def test_a_run_with_a_fitted_head_is_resumed(fitting: dict[str, Any], tmp_path: Path) -> None:
+    """From after the fit, which is not spent again."""
+    fitting["privacy"]["randomness"] = "seeded"
+    whole = last_state(fedcustom.run(fitting, out=tmp_path / "one"))
+    with pytest.raises(RuntimeError, match="stopped"):
+        fedcustom.run(fitting, out=tmp_path / "two", callbacks=[StopAt(2)])
+    assert equal(whole, last_state(fedcustom.run(fitting, out=tmp_path / "two", resume=True)))
+    assert record_of(tmp_path / "two") == record_of(tmp_path / "one")
+    assert all(client["head_fits"] == 1 for client in record_of(tmp_path / "two")["clients"].values())
+
+
+def test_a_head_on_vectors_of_any_length_is_refused_before_the_model(
+    fitting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
+) -> None:
+    from fedcustom.recipe.recipe import load_recipe, to_toml
+
+    monkeypatch.setattr("fedcustom.federated.simulation.load_base", None)
+    fitting["model"]["normalize"] = False
+    with pytest.raises(RecipeError, match=r"set model\.normalize = true, or fit_head_rounds"):
+        fedcustom.run(fitting, out=tmp_path / "run")
+    (tmp_path / "recipe.toml").write_text(to_toml(load_recipe(fitting)))
+    said = command("privacy", tmp_path / "recipe.toml")
+    assert said.code == 2
+    assert "model.normalize" in said.error
+
+
+def test_the_command_says_what_the_head_spends(fitting: dict[str, Any], tmp_path: Path, command: Any) -> None:
+    from fedcustom.recipe.recipe import load_recipe, to_toml
+
+    (tmp_path / "recipe.toml").write_text(to_toml(load_recipe(fitting)))
+    said = command("privacy", tmp_path / "recipe.toml")
+    assert said.code == 0, said
+    assert "counts and sums of vectors of length 1 by label once" in said.out
+    told = json.loads(command("privacy", tmp_path / "recipe.toml", "--json").out)
+    assert all(client["planned_head_fits"] == 1 for client in told["clients"].values())
+
+
 def test_a_delta_too_large_is_refused_before_the_model(
     hidden: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,17 @@ def test_defaults() -> None:
     assert own.evaluation.select == type(own.evaluation)().select
 
 
+def test_a_noised_fit_of_the_head_is_one_exchange() -> None:
+    recipe = load_recipe(BASE, {"training.fit_head_rounds": [1], "privacy.head_share": 0.5})
+    assert recipe.training.fit_head_steps == 0
+    assert load_recipe(BASE).training.fit_head_steps == type(recipe.training)().fit_head_steps
+    for key, value in (("fit_head_steps", 3), ("fit_head_least_texts", 2)):
+        with pytest.raises(RecipeError, match=key):
+            load_recipe(BASE, {"training.fit_head_rounds": [1], f"training.{key}": value})
+    with pytest.raises(RecipeError, match="secure_sum"):
+        load_recipe(BASE, {"training.fit_head_rounds": [1], "secure_sum.on": True})
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -53,7 +64,8 @@ def test_defaults() -> None:
         ("training.label_skew", "balance"),
         ("training.logit_adjustment", 1.0),
         ("training.fit_head", True),
-        ("training.fit_head_rounds", [1]),
+        ("training.fit_head_rounds", [2]),
+        ("training.fit_head_rounds", [1, -1]),
         ("training.dropout", True),
         ("model.compile", True),
         ("evaluation.select", "best"),

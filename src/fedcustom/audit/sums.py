@@ -44,7 +44,8 @@ class Sums:
     candidates that lie in the span of the rows are its texts, as long as it has fewer than the vectors have
     numbers (factor) or than it sends rows (gradients). Head sums are those of
     :class:`~fedcustom.methods.tuning.head_fit.HeadFit`; whichever labels' sums it withholds are not attacked.
-    Where clients' messages are not looked at, the released head is attacked (:mod:`.released_head`).
+    Where clients' messages are not looked at, or their sums are noised, the released head is attacked
+    (:mod:`.released_head`).
 
     Nearest-neighbour inversion of embeddings; the span check is that of DAGER (Petrov et al. 2024, arXiv
     2405.15586) on the head's inputs.
@@ -67,7 +68,8 @@ class Sums:
         """The share of texts and of sums that are named, for each kind of figures that clients sent."""
         sent = {name: _Sent.of(name, messages) for name, messages in seen.by_client.items()}
         clients = [each for each in sent.values() if each is not None]
-        if not clients and (seen.received or not seen.answered):
+        noised = any(getattr(message.update, "deviation", None) is not None for message in seen.received)
+        if not clients and not noised and (seen.received or not seen.answered):
             raise CannotAttack("no client of the round sent sums")
         task = next((m.task for m in seen.received if isinstance(m.task, FitHeadTask)), seen.task(target))
         asked = [each.client for each in clients] or list(seen.answered)

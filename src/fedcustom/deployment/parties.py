@@ -11,7 +11,7 @@ from ..core.errors import RecipeError
 from ..data.examples import ClientData, Example, FederatedData, LearningTask
 from ..data.party_data import OwnData, read_own
 from ..federated.build import change_vector, check_fit, make_method, noised_sums
-from ..federated.example_run import ExampleRun, example_privacy
+from ..federated.example_run import ExampleRun, check_rows, example_privacy
 from ..federated.fingerprint import of_server
 from ..federated.private_run import private_run
 from ..federated.simulation import Federation
@@ -116,6 +116,7 @@ def gather(
     data = _server_view(recipe, settings, own, participants.labels)
     check_generation(recipe, data.test)
     check_private(recipe, data.development)
+    check_rows(recipe, data)
     count = len(data.clients)
     private = private_run(recipe.settled(count), count, directory, with_sites=True)
     base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)

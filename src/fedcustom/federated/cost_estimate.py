@@ -30,7 +30,7 @@ from ..updates.transform import ClientContext, UpdateTransform
 from .callbacks import Outline
 from .schedule import Assignment, Plan
 
-LOSS, EXAMPLES = 1.0123456789012345, 16
+LOSS, DEVIATION, EXAMPLES = 1.0123456789012345, 1.0123456789012345, 16
 """Figures of about as many letters as those that clients send."""
 
 
@@ -126,7 +126,8 @@ def _fitting(
     tasks = method.configure(state, number, {name: Work() for name in asked})
     down = _lengths(list(tasks.values()), lambda task: _down(channel, task))
     sums = [head_sums(method, data.clients[name].train) for name in tasks]
-    up = [update_length(HeadSumsUpdate(own, float(own["counts"].sum()))) for own in sums]
+    deviation = DEVIATION if method.head_fit.hides_rows else None
+    up = [update_length(HeadSumsUpdate(own, float(own["counts"].sum()), deviation=deviation)) for own in sums]
     counted = [int(own["counted"].sum()) if "counted" in own else 0 for own in sums]
     scale, step = _steps(method.head_fit, number)
     scaled = sum(count > 0 for count in counted)
@@ -139,7 +140,7 @@ def _fits(method: WeightTuning, asked: Collection[str], data: FederatedData) -> 
     sites, where that is not known, it is taken to.
     """
     sums = [head_sums(method, data.clients[name].train) for name in asked if data.clients[name].train]
-    if not sums or method.head_fit.privacy is not None:
+    if not sums or method.head_fit.noised:
         return True
     counts, counted = (sum(own[name] for own in sums) for name in ("counts", "counted"))
     return fits_fully(torch.as_tensor(counts), torch.as_tensor(counted))
@@ -150,7 +151,7 @@ def _steps(fit: HeadFit, number: int) -> tuple[int, int]:
     the losses, and of all gradients.
     """
     steps = fit.training.fit_head_steps
-    if not steps or fit.privacy is not None:
+    if not steps or fit.noised:
         return 0, 0
     head = _zeros(torch.zeros(fit.layer.classes, fit.layer.width + 1))
     scale = task_length(ScaleHeadTask({POINT: head}, round_number=number))
@@ -163,7 +164,7 @@ def _steps(fit: HeadFit, number: int) -> tuple[int, int]:
 def head_sums(method: WeightTuning, examples: list[Example]) -> Tensors:
     """Tensors of the forms that a client with these examples sends for the head to be fitted."""
     fit = method.head_fit
-    if fit.privacy is not None:
+    if fit.noised:
         classes, width = fit.layer.classes, fit.layer.width
         return {"counts": torch.zeros(1).expand(classes), "totals": torch.zeros(1).expand(classes, width)}
     labels = torch.tensor([example.label for example in examples], dtype=torch.long)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import RecipeError
 from ..core.files import write_json
 from ..data.examples import FederatedData
-from ..methods.tuning.hidden_rows import STEPS, steps_of
+from ..methods.protocol import Work
+from ..methods.tuning.hidden_rows import done_of, steps_of
 from ..privacy.accounting import Guarantee
-from ..privacy.example_mechanism import ExampleMechanism, ExamplePrivacy, check_delta
+from ..privacy.example_mechanism import ExampleMechanism, ExamplePrivacy, Releases, check_delta
 from ..privacy.example_record import example_guarantee, example_record
 from ..recipe import Recipe
 from .private_run import RECORD
@@ -25,28 +27,25 @@ MOST_TOLD = 8
 @dataclass(frozen=True)
 class ExampleRun:
     """The mechanisms of the clients that train, by name; across sites, each of which calibrates for itself,
-    none is known. ``steps`` are how many each client makes in each planned round.
+    none is known. ``planned`` is what each client releases in each round.
     """
 
     privacy: ExamplePrivacy
     mechanisms: dict[str, ExampleMechanism] = field(default_factory=dict)
-    steps: list[dict[str, int]] = field(default_factory=list)
+    planned: list[dict[str, Releases]] = field(default_factory=list)
 
     def spent(self, round_number: int) -> float:
         """The largest epsilon of a client after the first rounds up to this one, as planned; 0 where none is
         known.
         """
-        done: dict[str, int] = {}
-        for steps in self.steps[:round_number]:
-            for name, count in steps.items():
-                done[name] = done.get(name, 0) + count
+        done = _total(self.planned[:round_number])
         first = sorted(done, key=lambda name: -self._weight(name, done[name]))
         return max((self.mechanisms[name].epsilon(done[name]) for name in first[:MOST_TOLD]), default=0.0)
 
-    def _weight(self, name: str, steps: int) -> float:
-        """What so many of a client's steps spend, roughly: by the central limit, mu^2 of subsampled noise."""
-        mechanism = self.mechanisms[name]
-        return steps * (mechanism.rate / mechanism.noise_multiplier) ** 2
+    def _weight(self, name: str, done: Releases) -> float:
+        """What a client's releases spend, roughly: by the central limit, mu^2 of subsampled noise."""
+        events = self.mechanisms[name].events(done)
+        return sum(event.count * (event.sampling / event.noise_multiplier) ** 2 for event in events)
 
     def guarantee(self) -> Guarantee | None:
         """The largest of the clients'; None where each site knows its own alone."""
@@ -55,7 +54,7 @@ class ExampleRun:
 
     def write(self, directory: Path, memories: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """Put the record into the run's directory; by what clients remember, it says what they have spent."""
-        done = {name: int(values.get(STEPS, 0)) for name, values in (memories or {}).items()}
+        done = {name: done_of(dict(values)) for name, values in (memories or {}).items()}
         write_json(directory / RECORD, example_record(self.privacy.settings, self.mechanisms, done))
 
 
@@ -65,42 +64,60 @@ def example_run(recipe: Recipe, data: FederatedData) -> ExampleRun | None:
     Raises:
         RecipeError: names the key of the recipe that does not fit.
     """
+    check_rows(recipe, data)
     privacy = example_privacy(recipe, data)
     if privacy is None:
         return None
     sizes = {name: len(client.train) for name, client in data.clients.items()}
-    mechanisms = {name: privacy.mechanism(name, sizes[name]) for name in privacy.steps}
+    mechanisms = {name: privacy.mechanism(name, sizes[name]) for name in privacy.planned}
     return ExampleRun(privacy, mechanisms, _planned(recipe.settled(len(sizes)), data))
 
 
 def example_privacy(recipe: Recipe, data: FederatedData | None) -> ExamplePrivacy | None:
-    """What clients hide their rows by, with the steps that each is to make; None where they do not. Clients
-    whose rows are not known, those of other sites, are left out.
+    """What clients hide their rows by, with what each is to release; None where they do not. Clients whose
+    rows are not known, those of other sites, are left out.
     """
     if (settings := recipe.example_privacy) is None:
         return None
-    total: dict[str, int] = {}
-    for steps in _planned(recipe.settled(len(data.clients)), data) if data is not None else []:
-        for name, count in steps.items():
-            total[name] = total.get(name, 0) + count
-    return ExamplePrivacy(settings, recipe.training.batch_size, recipe.seed, total)
+    planned = _planned(recipe.settled(len(data.clients)), data) if data is not None else []
+    return ExamplePrivacy(settings, recipe.training.batch_size, recipe.seed, _total(planned))
 
 
 def check_rows(recipe: Recipe, data: FederatedData) -> None:
-    """Refuse a delta that is too large for one of the clients, before anything is loaded.
+    """Refuse a delta that is too large for one of the clients, and a head that does not go with vectors of
+    length 1, before anything is loaded.
 
     Raises:
-        RecipeError: names the key, and the largest delta.
+        RecipeError: names the key, and what is allowed.
     """
-    if (settings := recipe.example_privacy) is not None:
-        check_delta(settings, max((len(client.train) for client in data.clients.values()), default=0) or 1)
+    if (settings := recipe.example_privacy) is None:
+        return
+    check_delta(settings, max((len(client.train) for client in data.clients.values()), default=0) or 1)
+    if (rounds := recipe.training.fit_head_rounds) and not recipe.model.normalize:
+        raise RecipeError(
+            f"training.fit_head_rounds = {rounds}: with privacy.unit = 'example' the head is fitted to "
+            "vectors of length 1; set model.normalize = true, or fit_head_rounds = []"
+        )
 
 
-def _planned(recipe: Recipe, data: FederatedData) -> list[dict[str, int]]:
-    """How many steps each client makes in each round."""
-    size = recipe.training.batch_size
+def _planned(recipe: Recipe, data: FederatedData) -> list[dict[str, Releases]]:
+    """What each client that has rows releases in each round."""
+    size, fits = recipe.training.batch_size, recipe.training.rounds_of_head_fits(recipe.rounds.count)
     rows = {name: len(client.train) for name, client in data.clients.items()}
+
+    def of(name: str, number: int, work: Work) -> Releases:
+        return Releases(head_fits=1) if number in fits else Releases(steps_of(work, rows[name], size))
+
     return [
-        {name: steps_of(a.amount, rows[name], size) for name, a in cohort.items() if rows[name]}
-        for cohort in plan_rounds(recipe, data)
+        {name: of(name, number, a.amount) for name, a in cohort.items() if rows[name]}
+        for number, cohort in enumerate(plan_rounds(recipe, data), start=1)
     ]
+
+
+def _total(rounds: Iterable[Mapping[str, Releases]]) -> dict[str, Releases]:
+    """What each client releases in these rounds together."""
+    total: dict[str, Releases] = {}
+    for releases in rounds:
+        for name, own in releases.items():
+            total[name] = total.get(name, Releases()) + own
+    return total

@@ -2,7 +2,9 @@
 
 Each optimiser step draws every training row by itself with probability q, bounds the gradient of each row,
 and adds Gaussian noise to their sum (Abadi et al. 2016, *Deep learning with differential privacy*, arXiv
-1607.00133). What a client makes of the noised gradients, and the server of its change, is post-processing.
+1607.00133). Before training a client may send noised counts and sums of its vectors by label, of which a
+head is fitted. What a client makes of noised gradients, and the server of all that it gets, is
+post-processing.
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ from torch import Tensor
 
 from ..core.errors import RecipeError
 from ..core.tensors import Tensors
-from .accounting import Event, Guarantee, Ledger, calibrate
+from .accounting import Event, Guarantee, Ledger, calibrate, gaussian_mu
 from .clipping import HEAD, OWN, Bound, Groups
 from .noise import NoiseKey
 from .settings import Clip, PrivacySettings
 
-INCLUSION, GRADIENT = "inclusion", "gradient"
+INCLUSION, GRADIENT, HEAD_SUMS = "inclusion", "gradient", "head sums"
 """The names under which a key draws batches and noise."""
+
+ROW_NORM = math.sqrt(2)
+"""By how much a row moves counts and sums by label: by 1 in the count of its label, and by a vector of length
+1 at most in the sum."""
 
 ASSUMPTIONS = (
     "each client's own machine is trusted: batches and noise are made there, by a key that never leaves it "
@@ -37,17 +43,33 @@ ASSUMPTIONS = (
 
 
 @dataclass(frozen=True)
+class Releases:
+    """So many noised optimiser ``steps``, and so many times noised sums for a head."""
+
+    steps: int = 0
+    head_fits: int = 0
+
+    def __add__(self, other: Releases) -> Releases:
+        return Releases(self.steps + other.steps, self.head_fits + other.head_fits)
+
+    def __bool__(self) -> bool:
+        return bool(self.steps or self.head_fits)
+
+
+@dataclass(frozen=True)
 class ExampleMechanism:
-    """What one client with so many training ``rows`` releases in ``steps`` planned optimiser steps: in each
+    """What one client with so many training ``rows`` releases by what is ``planned``: in each optimiser step
     the sum of the bounded gradients of the rows that were drawn, with noise of ``noise_multiplier`` times the
-    root of the number of groups times the bound.
+    root of the number of groups times the bound; in each fit of the head counts and sums by label, with noise
+    of ``head_noise`` times :data:`ROW_NORM` in each number.
     """
 
     settings: PrivacySettings
     rows: int
     batch_size: int
-    steps: int
+    planned: Releases
     noise_multiplier: float
+    head_noise: float | None = None
 
     @property
     def rate(self) -> float:
@@ -64,44 +86,67 @@ class ExampleMechanism:
         """The recipe's delta."""
         return delta_of(self.settings)
 
-    def event(self, steps: int) -> Event:
-        """What so many steps release."""
-        return Event(self.noise_multiplier, steps, self.rate)
+    def events(self, done: Releases) -> list[Event]:
+        """What was released by what is ``done``, of each kind that there is."""
+        found = [Event(self.noise_multiplier, done.steps, self.rate)] if done.steps else []
+        if done.head_fits:
+            if self.head_noise is None:
+                raise ValueError("the mechanism has no release for a head")
+            found.append(Event(self.head_noise, done.head_fits))
+        return found
 
-    def epsilon(self, steps: int) -> float:
-        """What so many steps have spent, at the recipe's delta."""
-        if self.settings.epsilon is not None and steps == self.steps:  # the calibration stops a trifle below
-            return self.settings.epsilon
-        return _epsilon(self.noise_multiplier, self.rate, steps, self.delta)
+    def epsilon(self, done: Releases) -> float:
+        """What this has spent, at the recipe's delta."""
+        if self.settings.epsilon is not None and done == self.planned and done.steps:
+            return self.settings.epsilon  # the calibration stops a trifle below
+        return _epsilon(tuple(self.events(done)), self.delta)
+
+    @property
+    def planned_epsilon(self) -> float:
+        """What all that is planned spends."""
+        return self.epsilon(self.planned)
 
     def guarantee(self) -> Guarantee:
-        """Of all planned steps, for this client's rows."""
-        return Guarantee("example", self.epsilon(self.steps), self.delta, self.settings.is_valid, ASSUMPTIONS)
+        """Of all that is planned, for this client's rows."""
+        return Guarantee("example", self.planned_epsilon, self.delta, self.settings.is_valid, ASSUMPTIONS)
 
 
 def example_mechanism(
-    settings: PrivacySettings, *, rows: int, batch_size: int, steps: int
+    settings: PrivacySettings, *, rows: int, batch_size: int, planned: Releases
 ) -> ExampleMechanism:
     """The noise by which the recipe's guarantee holds for a client's rows.
+
+    Fits of the head take ``head_share`` of the mu^2 of the whole (epsilon, delta), whatever the client's rows
+    and steps; the steps are calibrated to what is left. Where the recipe gives the ``noise_multiplier`` of
+    the steps, the head's noise is such that it has the same share.
 
     Args:
         settings: The recipe's section, with ``unit = "example"``.
         rows: The client's training rows.
         batch_size: Rows of a step on average; a client with fewer takes all of them.
-        steps: The optimiser steps that it makes in all planned rounds.
+        planned: What it releases in all planned rounds.
 
     Raises:
         RecipeError: names the key that does not fit.
     """
-    if rows < 1 or steps < 1:
-        raise ValueError(f"{rows} rows in {steps} steps")
+    if rows < 1 or not planned:
+        raise ValueError(f"{rows} rows, {planned}")
     check_delta(settings, rows)
-    multiplier = settings.noise_multiplier
-    if multiplier is None:
+    rate, delta, fits = sampling_rate(rows, batch_size), delta_of(settings), planned.head_fits
+    steps = max(1, planned.steps)  # a client that only helps to fit the head has noise as if for one step
+    multiplier, share = settings.noise_multiplier, settings.head_share
+    head_noise: float | None = None
+    if multiplier is not None:
+        if fits:
+            mu = gaussian_mu(_epsilon((Event(multiplier, steps, rate),), delta), delta)
+            head_noise = math.sqrt(fits * (1 - share) / share) / mu
+    else:
         assert settings.epsilon is not None
-        rate = sampling_rate(rows, batch_size)
-        multiplier = _calibrated(settings.epsilon, delta_of(settings), rate, steps)
-    return ExampleMechanism(settings, rows, batch_size, steps, multiplier)
+        if fits:
+            head_noise = math.sqrt(fits / share) / gaussian_mu(settings.epsilon, delta)
+        head = () if head_noise is None else (Event(head_noise, fits),)
+        multiplier = _calibrated(settings.epsilon, delta, rate, steps, head)
+    return ExampleMechanism(settings, rows, batch_size, planned, multiplier, head_noise)
 
 
 def check_delta(settings: PrivacySettings, rows: int) -> None:
@@ -130,8 +175,9 @@ def delta_of(settings: PrivacySettings) -> float:
 
 @dataclass(frozen=True)
 class RowPrivacy:
-    """One task's randomness and bounds: the batches of its steps, counted from 0, and their noise. The same
-    key must never serve two tasks: the difference of two answers with the same noise has none.
+    """One task's randomness and bounds: the batches of its steps, counted from 0, and their noise, or that of
+    its sums. The same key must never serve two tasks: the difference of two answers with the same noise has
+    none.
     """
 
     mechanism: ExampleMechanism
@@ -160,28 +206,39 @@ class RowPrivacy:
         drawn = self.key.normal_like(step, GRADIENT, tensors)
         return {name: tensor.mul_(scales[name]) for name, tensor in drawn.items()}
 
+    def noised_sums(self, sums: Mapping[str, Tensor]) -> tuple[Tensors, float]:
+        """Counts and sums by label with noise, in float32, and the standard deviation of the noise in each of
+        their numbers. A row may move all of them together by :data:`ROW_NORM`.
+        """
+        if self.mechanism.head_noise is None:
+            raise ValueError("the mechanism has no release for a head")
+        deviation = self.mechanism.head_noise * ROW_NORM
+        drawn = self.key.normal_like(0, HEAD_SUMS, sums)
+        found = {name: (tensor.double() + deviation * drawn[name]).float() for name, tensor in sums.items()}
+        return found, deviation
+
 
 @dataclass(frozen=True)
 class ExamplePrivacy:
-    """What the clients of a run need: the recipe's section and batch size, and how many ``steps`` each client
-    makes in all planned rounds, by name. Where clients are sites, each knows its own alone.
+    """What the clients of a run need: the recipe's section and batch size, and what each client releases in
+    all ``planned`` rounds, by name. Where clients are sites, each knows its own alone.
     """
 
     settings: PrivacySettings
     batch_size: int
     seed: int
-    steps: Mapping[str, int]
+    planned: Mapping[str, Releases]
 
     def mechanism(self, client: str, rows: int) -> ExampleMechanism:
         """That of one client.
 
         Raises:
-            RecipeError: the recipe plans no step of this client, or names a key that does not fit.
+            RecipeError: the recipe plans nothing of this client, or names a key that does not fit.
         """
-        planned = self.steps.get(client, 0)
-        if planned < 1:
+        planned = self.planned.get(client, Releases())
+        if not planned:
             raise RecipeError(f"privacy.unit = 'example': client {client!r} trains in no planned round")
-        return example_mechanism(self.settings, rows=rows, batch_size=self.batch_size, steps=planned)
+        return example_mechanism(self.settings, rows=rows, batch_size=self.batch_size, planned=planned)
 
     def begin(self, client: str, rows: int, round_number: int) -> RowPrivacy:
         """The randomness of one task: a fresh key of the operating system's, so that a task that is done
@@ -204,10 +261,10 @@ def _bound(clip: Clip) -> Bound:
 
 
 @lru_cache(maxsize=4096)
-def _calibrated(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    return calibrate(lambda z: [Event(z, steps, rate)], epsilon, delta)
+def _calibrated(epsilon: float, delta: float, rate: float, steps: int, others: tuple[Event, ...]) -> float:
+    return calibrate(lambda z: [Event(z, steps, rate), *others], epsilon, delta)
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
-    return Ledger.of([Event(noise_multiplier, steps, rate)]).epsilon(delta)
+def _epsilon(events: tuple[Event, ...], delta: float) -> float:
+    return Ledger.of(events).epsilon(delta)

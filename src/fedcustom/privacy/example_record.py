@@ -8,30 +8,32 @@ from statistics import median
 from typing import Any
 
 from .accounting import Guarantee
-from .example_mechanism import ASSUMPTIONS, ExampleMechanism, delta_of
+from .example_mechanism import ASSUMPTIONS, ROW_NORM, ExampleMechanism, Releases, delta_of
 from .record import NEVER_PROMISED, record
 from .settings import PrivacySettings
 
 
 def example_record(
-    settings: PrivacySettings, mechanisms: Mapping[str, ExampleMechanism], done: Mapping[str, int]
+    settings: PrivacySettings, mechanisms: Mapping[str, ExampleMechanism], done: Mapping[str, Releases]
 ) -> dict[str, Any]:
     """What stands in ``privacy.json`` of a run with ``unit = "example"``: JSON values.
 
     Args:
         settings: The recipe's section.
         mechanisms: Those of the clients, by name; none across sites, whose noise is their own.
-        done: The noised steps that clients have made so far.
+        done: What clients have released so far.
     """
+    nothing = Releases()
     clients = {
         name: {
             "rows": mechanism.rows,
             "sampling": mechanism.rate,
             "noise_multiplier": mechanism.noise_multiplier,
-            "planned_steps": mechanism.steps,
-            "steps": done.get(name, 0),
-            "planned_epsilon": mechanism.epsilon(mechanism.steps),
-            "epsilon": mechanism.epsilon(done.get(name, 0)),
+            "planned_steps": mechanism.planned.steps,
+            "steps": done.get(name, nothing).steps,
+            **_head(mechanism, done.get(name, nothing)),
+            "planned_epsilon": mechanism.planned_epsilon,
+            "epsilon": mechanism.epsilon(done.get(name, nothing)),
         }
         for name, mechanism in mechanisms.items()
     }
@@ -41,7 +43,7 @@ def example_record(
         epsilon=guarantee.epsilon if math.isfinite(guarantee.epsilon) else None,  # each site knows its own
         noise=settings.place,
         randomness=settings.randomness,
-        neighbours="one training row's gradients replaced by zeros",
+        neighbours="one training row's gradients, and its part in sums for a head, replaced by zeros",
         clip=settings.clip,
         clip_head=settings.clip_head,
         withheld=["training losses"],
@@ -81,9 +83,16 @@ def example_words(
     yield (
         "clients",
         f"{len(mechanisms)}, of {_range([m.rows for m in mechanisms.values()])} rows, in "
-        f"{_range([m.steps for m in mechanisms.values()])} steps, each row in one step with probability "
-        f"{_range([m.rate for m in mechanisms.values()])}",
+        f"{_range([m.planned.steps for m in mechanisms.values()])} steps, each row in one step with "
+        f"probability {_range([m.rate for m in mechanisms.values()])}",
     )
+    if heads := [m.head_noise for m in mechanisms.values() if m.head_noise is not None]:
+        yield (
+            "head",
+            "before training each client sends counts and sums of vectors of length 1 by label once, with "
+            f"noise of {_range(z * ROW_NORM for z in heads)} in each number, made by the client; a row moves "
+            f"them by {ROW_NORM:.4g}, so that this alone has epsilon {_range(_of_head(mechanisms))}",
+        )
     most = [m.noise_multiplier * math.sqrt(1000) / m.expected for m in mechanisms.values()]
     yield (
         "noise over signal",
@@ -100,9 +109,26 @@ def example_guarantee(settings: PrivacySettings, mechanisms: Mapping[str, Exampl
     """The largest of the clients'; where none is known, what each is calibrated to (infinite: by its own
     rows alone).
     """
-    promised = [mechanism.epsilon(mechanism.steps) for mechanism in mechanisms.values()]
+    promised = [mechanism.planned_epsilon for mechanism in mechanisms.values()]
     epsilon = max(promised, default=math.inf if settings.epsilon is None else settings.epsilon)
     return Guarantee("example", epsilon, delta_of(settings), settings.is_valid, ASSUMPTIONS)
+
+
+def _head(mechanism: ExampleMechanism, done: Releases) -> dict[str, float | int]:
+    """What the record says of a client's sums for the head; nothing where it sends none."""
+    if mechanism.head_noise is None:
+        return {}
+    return {
+        "head_noise_multiplier": mechanism.head_noise,
+        "planned_head_fits": mechanism.planned.head_fits,
+        "head_fits": done.head_fits,
+    }
+
+
+def _of_head(mechanisms: Mapping[str, ExampleMechanism]) -> list[float]:
+    """What the clients' sums for the head spend alone."""
+    planned = [(m, Releases(head_fits=m.planned.head_fits)) for m in mechanisms.values()]
+    return [mechanism.epsilon(fits) for mechanism, fits in planned if fits]
 
 
 def _spread(values: Iterable[float]) -> dict[str, float] | None:

@@ -15,7 +15,7 @@ EXAMPLE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What is filled in where a recipe hides rows and says nothing else."""
 
-FOR_CLIENTS = ("participation", "bands", "head_share", "head_clip", "accept_noise")
+FOR_CLIENTS = ("participation", "bands", "head_clip", "accept_noise")
 """Settings of ``[privacy]`` that only a run that hides clients has."""
 
 
@@ -79,12 +79,40 @@ def _training(recipe: Sections) -> Iterator[str]:
             f"training.logit_adjustment = {training.logit_adjustment}: a row's loss would depend on the "
             "labels of the others; use 0"
         )
-    for key in ("fit_head_rounds", "fit_head"):
-        if value := getattr(training, key):
-            yield (
-                f"training.{key} = {_plain(value)}: the sums that a head is fitted from have no noise of the "
-                "client's own yet; leave it out, and the head is trained"
-            )
+    yield from _head(recipe)
+
+
+def _head(recipe: Sections) -> Iterator[str]:
+    """What of a fit of the head is not accounted for, and what would have no effect."""
+    training, privacy = recipe.training, recipe.privacy
+    assert privacy is not None
+    if training.fit_head:
+        yield (
+            "training.fit_head = true: would fit the head after training too, where clients' own rows choose "
+            "between two heads; use fit_head_rounds = [1]"
+        )
+    rounds = training.fit_head_rounds
+    if rounds not in (None, [], [1]):
+        yield (
+            f"training.fit_head_rounds = {rounds}: a head is fitted to noised sums once, before training; "
+            "use [1] or []"
+        )
+    if rounds and training.fit_head_steps:
+        yield (
+            f"training.fit_head_steps = {training.fit_head_steps}: each exchange would have to be noised; "
+            "use 0"
+        )
+    if rounds and training.fit_head_least_texts is not None:
+        yield (
+            f"training.fit_head_least_texts = {training.fit_head_least_texts}: noise hides rows, and all of "
+            "them are in the sums; leave it unset"
+        )
+    share = type(privacy).model_fields["head_share"].default
+    if not rounds and privacy.head_share != share:
+        yield (
+            f"privacy.head_share = {privacy.head_share}: has no effect while no head is fitted; set "
+            "training.fit_head_rounds = [1]"
+        )
 
 
 def _server(recipe: Sections) -> Iterator[str]:
@@ -112,7 +140,3 @@ def _server(recipe: Sections) -> Iterator[str]:
             f"participation.buffer = {recipe.participation.buffer}: who answers first decides how often a "
             "client trains; leave it unset"
         )
-
-
-def _plain(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -27,8 +27,8 @@ FEWEST_DRAWN = 40
 
 def with_private_defaults(values: Any) -> Any:
     """A recipe's content with the defaults of its ``privacy.unit``: the last round's state, no calibration
-    on clients' rows and no head fit; where clients are hidden also weights of one and plain gradient steps,
-    where rows are, no further clipping of noised gradients.
+    on clients' rows and no head fit, or one of a single exchange; where clients are hidden also weights of
+    one and plain gradient steps, where rows are, no further clipping of noised gradients.
     """
     if not isinstance(values, Mapping):
         return values
@@ -46,6 +46,8 @@ def with_private_defaults(values: Any) -> Any:
     if isinstance(training, Mapping) and training.get("fit_head") is None:
         rounds = training.get("fit_head_rounds")
         filled["training"] = {**training, "fit_head_rounds": [] if rounds is None else rounds}
+        if rounds and privacy["unit"] == "example":
+            filled["training"] = {"fit_head_steps": 0, **filled["training"]}
     return filled
 
 

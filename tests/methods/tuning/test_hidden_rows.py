@@ -24,7 +24,7 @@ from fedcustom.methods.tuning.batching.trainer import Work as Steps
 from fedcustom.methods.tuning.batching.trainer import train_together
 from fedcustom.methods.tuning.hidden_rows import STEPS, steps_of
 from fedcustom.methods.tuning.messages import TrainUpdate
-from fedcustom.privacy.example_mechanism import ExampleMechanism, ExamplePrivacy, RowPrivacy
+from fedcustom.privacy.example_mechanism import ExampleMechanism, ExamplePrivacy, Releases, RowPrivacy
 from fedcustom.privacy.noise import NoiseKey
 from fedcustom.privacy.settings import PrivacySettings
 from fedcustom.training.settings import TrainingSettings
@@ -33,7 +33,7 @@ from helpers.conversations import chat_llama, conversations
 from helpers.methods import ALONE, MODELS, SETTINGS, SINGLE, examples_for, make
 from helpers.rounds import SIZES, distance, rounds
 
-NAMES = {f"c{number}": 999 for number in range(len(SIZES))}
+NAMES = {f"c{number}": Releases(999) for number in range(len(SIZES))}
 
 
 def privacy(batch_size: int = 3, **more: Any) -> ExamplePrivacy:
@@ -254,7 +254,7 @@ def steps(privacies: Sequence[RowPrivacy], features: Sequence[Tensor], **trainin
 
 def rows_of(rows: int, batch_size: int, seed: int = 0, z: float = 1.0, **more: Any) -> RowPrivacy:
     section = PrivacySettings(unit="example", noise_multiplier=z, delta=1e-3, **more)
-    return RowPrivacy(ExampleMechanism(section, rows, batch_size, 3, z), NoiseKey.seeded(seed))
+    return RowPrivacy(ExampleMechanism(section, rows, batch_size, Releases(3), z), NoiseKey.seeded(seed))
 
 
 def test_noise_of_empty_batches_is_that_of_the_mechanism() -> None:
@@ -308,7 +308,7 @@ def test_a_step_is_the_sum_over_the_rows_on_average() -> None:
 
 
 def test_a_client_that_asks_for_more_than_is_planned(tiny: dict[str, str]) -> None:
-    given = replace(privacy(), steps={"c0": 3})
+    given = replace(privacy(), planned={"c0": Releases(3)})
     method = make(tiny["bert"], "lora", **{**options("lora"), "row_privacy": given})
     client = Client("c0", ClientData("c0", examples_for("classification")))
     state = method.initialise()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedcustom.core.errors import UpdateError
 from fedcustom.core.tensors import norm, subtract
 from fedcustom.methods import Answer, State, WeightTuning, Work
 from fedcustom.methods.tuning.head_messages import private_sums
-from fedcustom.methods.tuning.head_solution import private_head
+from fedcustom.methods.tuning.head_solution import SPREAD, _expected_counts, private_head
 from fedcustom.methods.tuning.release import ClientRelease, clipped_sums
 from fedcustom.privacy.client_mechanism import client_mechanism
 from fedcustom.privacy.noise import NoiseKey
@@ -22,10 +25,10 @@ from helpers.methods import make, skewed
 
 
 def release_of(noise: float = 1e-6, **more: Any) -> ClientRelease:
-    settings = PrivacySettings.model_validate(
+    section = PrivacySettings.model_validate(
         {"unit": "client", "noise_multiplier": noise, "delta": 1e-3} | more
     )
-    mechanism = client_mechanism(settings, clients=3, clients_per_round=3, factors=[1.0], head_fits=1)
+    mechanism = client_mechanism(section, clients=3, clients_per_round=3, factors=[1.0], head_fits=1)
     return ClientRelease(mechanism, NoiseKey.seeded(0), {1})
 
 
@@ -57,11 +60,11 @@ def test_sums_are_of_unit_vectors_and_cut_to_the_bound() -> None:
     rows = vectors / vectors.norm(dim=1, keepdim=True)
     assert sums["counts"].tolist() == [3, 4, 2, 0]
     torch.testing.assert_close(sums["totals"][1], rows[2:6].sum(dim=0))
-    settings = release_of(head_clip=2.0).mechanism.settings
-    assert norm(clipped_sums(sums, settings)) == pytest.approx(2.0, rel=1e-5)
+    section = release_of(head_clip=2.0).mechanism.settings
+    assert norm(clipped_sums(sums, section)) == pytest.approx(2.0, rel=1e-5)
     one = private_sums(vectors[:1], labels[:1], 4)
     assert norm(one) == pytest.approx(2**0.5)
-    assert norm(clipped_sums(one, settings)) == pytest.approx(2**0.5)
+    assert norm(clipped_sums(one, section)) == pytest.approx(2**0.5)
 
 
 def test_without_noise_the_head_is_the_discriminant_of_the_means() -> None:
@@ -71,10 +74,6 @@ def test_without_noise_the_head_is_the_discriminant_of_the_means() -> None:
     rows = centres[labels] + 0.5 * generator.normal(size=(90, 16))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     sums = private_sums(torch.from_numpy(rows).float(), torch.from_numpy(labels), 3)
-
-    class Layer:
-        weight, bias = "w", "b"
-
     head = private_head(Layer, sums["counts"], sums["totals"], 0.0)  # type: ignore[arg-type]
     logits = rows @ head["w"].numpy().T + head["b"].numpy()
     means = np.stack([rows[labels == c].mean(axis=0) for c in range(3)])
@@ -83,6 +82,97 @@ def test_without_noise_the_head_is_the_discriminant_of_the_means() -> None:
     difference = logits - expected
     assert np.ptp(difference, axis=1) == pytest.approx(0, abs=1e-4)
     assert (logits.argmax(axis=1) == labels).mean() > 0.95
+
+
+class Layer:
+    weight, bias = "w", "b"
+
+
+def solved(counts: torch.Tensor, totals: torch.Tensor, deviation: float) -> tuple[np.ndarray, np.ndarray]:
+    head = private_head(Layer, counts, totals, deviation)  # type: ignore[arg-type]
+    return head["w"].double().numpy(), head["b"].double().numpy()
+
+
+def mixture(seed: int, labels: int, skew: float, apart: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors of length 1 around one mean for each label, all of which are around a common one."""
+    generator = np.random.default_rng(seed)
+    shares = np.arange(1.0, labels + 1) ** -skew
+    drawn = generator.choice(labels, size=3000, p=shares / shares.sum())
+    centre = generator.normal(size=64) / 8
+    means = centre / 2 + apart * generator.normal(size=(labels, 64)) / 8
+    rows = means[drawn] + generator.normal(size=(3000, 64)) / 10
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return torch.from_numpy(rows), torch.from_numpy(drawn)
+
+
+def noised(sums: Any, deviation: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(  # type: ignore[return-value]
+        sums[name].double() + deviation * torch.randn(sums[name].shape, generator=generator).double()
+        for name in ("counts", "totals")
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    labels=st.integers(2, 12),
+    skew=st.sampled_from([0.0, 1.0, 3.0]),
+    deviation=st.sampled_from([1e-6, 0.5, 3.0, 30.0, 300.0, 1e5]),
+)
+def test_no_noise_makes_a_head_large(seed: int, labels: int, skew: float, deviation: float) -> None:
+    """All is finite; weights and biases are at most those that vectors of length 1 can have: a row of the
+    weights is at most SPREAD times a difference of two means, by which much noise may stand out.
+    """
+    rows, drawn = mixture(seed, labels, skew, 0.6)
+    weight, bias = solved(*noised(private_sums(rows, drawn, labels), deviation, seed), deviation)
+    strength = 64 / SPREAD
+    assert np.isfinite(weight).all()
+    assert np.isfinite(bias).all()
+    assert np.linalg.norm(weight, axis=1).max() <= 2 * strength
+    assert np.ptp(bias) <= math.log(1 + 3000 / 0.5 + 10 * deviation) + 6 * strength
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("apart", [0.3, 0.8])
+def test_more_noise_is_never_worse_than_the_majority(skew: float, apart: float) -> None:
+    """Accuracy falls from that of the plain discriminant to the majority's share, and not below, as long as
+    noise leaves the most frequent label to be seen.
+    """
+    rows, drawn = mixture(0, 6, skew, apart)
+    sums = private_sums(rows, drawn, 6)
+    accuracy = {}
+    for deviation in (0.0, 1e-3, 3.0, 30.0):
+        heads = [solved(*noised(sums, deviation, seed), deviation) for seed in range(8)]
+        right = [((rows.numpy() @ w.T + b).argmax(axis=1) == drawn.numpy()).mean() for w, b in heads]
+        accuracy[deviation] = float(np.mean(right))
+    majority = float(sums["counts"].max()) / 3000
+    assert accuracy[1e-3] == pytest.approx(accuracy[0.0], abs=2e-3)
+    assert accuracy[3.0] > majority + 0.8 * (accuracy[0.0] - majority)
+    assert accuracy[30.0] >= majority - (0.02 if skew else 0.03)
+
+
+def test_labels_that_noise_hides_have_the_centre_as_mean() -> None:
+    """So that they differ by their shares alone, where means of noise would be chosen for all texts."""
+    rows, drawn = mixture(1, 6, 3.0, 0.8)
+    sums = private_sums(rows, drawn, 6)
+    weight, bias = solved(*noised(sums, 20.0, 0), 20.0)
+    assert float(sums["counts"][5]) < 20
+    lengths = np.linalg.norm(weight, axis=1)
+    assert lengths[5] < 0.2 * lengths[0]
+    logits = rows.numpy() @ weight.T + bias
+    assert (logits.argmax(axis=1) == 5).mean() < 0.01
+
+
+def test_expected_counts_are_those_of_a_cut_normal_distribution() -> None:
+    from scipy import stats
+
+    given_ = torch.tensor([-300.0, -5.0, 0.0, 3.0, 500.0], dtype=torch.float64)
+    found = _expected_counts(given_, 10.0)
+    for value, expected in zip(given_.tolist(), found.tolist(), strict=True):
+        cut = stats.truncnorm(-value / 10, np.inf, loc=value, scale=10)
+        assert expected == pytest.approx(cut.mean(), rel=1e-3)
+    assert _expected_counts(given_, 0.0).tolist() == [0, 0, 0, 3, 500]
 
 
 def test_a_client_moves_the_sums_by_its_bound(sentence: str) -> None:

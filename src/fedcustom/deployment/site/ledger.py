@@ -24,9 +24,10 @@ Number = Annotated[int, Field(ge=0)]
 
 
 class Release(BaseModel):
-    """Noised optimiser steps: how much noise they had over the bound, with which probability each row was in
-    one, the delta at which the recipe promises its epsilon, and how many they were. Of ``unit = "client"``
-    they are noised changes that hide the site as a whole; ``integers`` with Skellam noise.
+    """Noised optimiser steps, or noised sums for a head, in which every row is: how much noise they had over
+    the bound, with which probability each row was in one, the delta at which the recipe promises its epsilon,
+    and how many they were. Of ``unit = "client"`` they are noised changes that hide the site as a whole;
+    ``integers`` with Skellam noise.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -107,18 +108,18 @@ class Ledger:
 
     def run(self, run: str) -> dict[str, Any]:
         """What was counted in a run: ``rounds`` and ``evaluations`` are digests of the requests, ``releases``
-        noised steps.
+        noised ones.
         """
         known: dict[str, Any] = self.content["runs"].get(run, {})
         return {"rounds": [], "evaluations": {}, "tasks": 0, "bytes": 0, "queries": 0, "releases": []} | known
 
     def releases(self, run: str | None = None) -> list[Release]:
-        """The noised steps that were made in a run; in all runs, where none is named."""
+        """What was released with noise in a run; in all runs, where none is named."""
         runs = self.content["runs"] if run is None else {run: self.run(run)}
         return [Release.model_validate(each) for one in runs.values() for each in one.get("releases", [])]
 
     def note_release(self, run: str, release: Release) -> None:
-        """Count noised steps, before they are made, and write the ledger: what was begun may have left."""
+        """Count noised releases, before they are made, and write the ledger: what was begun may have left."""
         known = self.releases(run)
         same = release.model_dump(exclude={"steps"})
         before = sum(each.steps for each in known if each.model_dump(exclude={"steps"}) == same)

@@ -24,12 +24,12 @@ from ...federated.truncation import fitted_data
 from ...methods import ChecksTasks, Client, CountsCuts, RoundTask, State, Task, TrainingTask, Update
 from ...methods.protocol import typed
 from ...methods.tuning.hidden_rows import steps_of
-from ...methods.tuning.messages import TrainUpdate
+from ...methods.tuning.messages import FitHeadTask, TrainUpdate
 from ...methods.tuning.release import OwnNoise
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
 from ...privacy.client_mechanism import ClientMechanism
-from ...privacy.example_mechanism import ExampleMechanism
+from ...privacy.example_mechanism import ExampleMechanism, Releases
 from ...privacy.secure_sum.integers import Numbers
 from ...recipe.recipe import Recipe
 from ...transport.channel import Channel, Packed
@@ -116,7 +116,9 @@ class Participant:
         federation, self.truncation = fitted_data(recipe, settings, self.base, federation)
         self.data = federation.clients[data.name]
         least = max(policy.least_label_examples, recipe.training.least_texts)
-        self.data_for_sums, self.withheld = without_rare_labels(self.data, least)
+        self.data_for_sums, self.withheld = self.data, Withheld()
+        if recipe.example_privacy is None:  # else noise hides rows, and what is left out would be data too
+            self.data_for_sums, self.withheld = without_rare_labels(self.data, least)
         training = recipe.training
         if training.least_texts < least:  # the site's own minimum, whatever the server asks
             training = training.model_copy(update={"fit_head_least_texts": least})
@@ -134,13 +136,13 @@ class Participant:
         self.disk = folder / "disk"
 
     def _mechanism(self, federation: FederatedData) -> ExampleMechanism | None:
-        """By what this site hides its training rows, where the recipe says so and has it train.
+        """By what this site hides its training rows, where the recipe says so and has it take part.
 
         Raises:
             PolicyError: names the key that does not fit this site's rows.
         """
         privacy = example_privacy(self.recipe, federation)
-        if privacy is None or self.name not in privacy.steps:
+        if privacy is None or self.name not in privacy.planned:
             return None
         try:
             mechanism = privacy.mechanism(self.name, len(self.data.train))
@@ -179,11 +181,15 @@ class Participant:
                 f"privacy.participation: by the recipe round {round_number} is not this site's turn"
             )
 
-    def noised_steps(self, asked: Task) -> int:
-        """How many noised steps a task takes; 0 where rows are not hidden, or it is none of training."""
-        if self.mechanism is None or not isinstance(asked, TrainingTask):
-            return 0
-        return steps_of(asked.work, self.mechanism.rows, self.mechanism.batch_size)
+    def releases(self, asked: Task) -> Releases:
+        """What an answer to a task releases with noise; nothing where rows are not hidden, or the answer has
+        nothing of them.
+        """
+        if self.mechanism is not None and isinstance(asked, FitHeadTask):
+            return Releases(head_fits=1)
+        if self.mechanism is not None and isinstance(asked, TrainingTask):
+            return Releases(steps_of(asked.work, self.mechanism.rows, self.mechanism.batch_size))
+        return Releases()
 
     def sizes(self) -> PartSizes:
         """How many examples each part has; 0 for a part with too few of them to evaluate on."""

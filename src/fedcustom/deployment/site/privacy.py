@@ -1,4 +1,4 @@
-"""Privacy at a site: what its policy asks of a recipe's noise, and what noised steps may spend."""
+"""Privacy at a site: what its policy asks of a recipe's noise, and what noised releases may spend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...federated.private_run import stored_key
 from ...privacy.accounting import Event
 from ...privacy.accounting import Ledger as Spending
 from ...privacy.client_mechanism import ClientMechanism, delta_of, integer_event
-from ...privacy.example_mechanism import ExampleMechanism
+from ...privacy.example_mechanism import ExampleMechanism, Releases
 from ...privacy.noise import NoiseKey
 from ...recipe.recipe import Recipe
 from .ledger import Ledger, Release
@@ -81,6 +81,11 @@ def check_noise(policy: PolicySettings, mechanism: ExampleMechanism) -> None:
         raise PolicyError(
             f"policy.minimum_noise = {policy.minimum_noise}: for this site's rows privacy.epsilon = "
             f"{mechanism.settings.epsilon} takes noise of {mechanism.noise_multiplier:.4g}"
+        )
+    if mechanism.head_noise is not None and mechanism.head_noise < policy.minimum_noise:
+        raise PolicyError(
+            f"policy.minimum_noise = {policy.minimum_noise}: sums for the head have noise of "
+            f"{mechanism.head_noise:.4g} by privacy.head_share = {mechanism.settings.head_share}"
         )
 
 
@@ -177,40 +182,44 @@ def site_key(folder: Path, recipe: Recipe, client: str) -> NoiseKey:
     return stored_key(file).of(client)
 
 
-def release_of(mechanism: ExampleMechanism, steps: int) -> Release:
-    """What so many noised steps are in the site's ledger."""
-    return Release(
-        noise_multiplier=mechanism.noise_multiplier,
-        sampling=mechanism.rate,
-        delta=mechanism.delta,
-        steps=steps,
-    )
+def releases_of(mechanism: ExampleMechanism, wanted: Releases) -> list[Release]:
+    """What these noised releases are in the site's ledger."""
+    return [
+        Release(
+            noise_multiplier=event.noise_multiplier,
+            sampling=event.sampling,
+            delta=mechanism.delta,
+            steps=event.count,
+        )
+        for event in mechanism.events(wanted)
+    ]
 
 
 def check_spending(
-    policy: PolicySettings, ledger: Ledger, run: str, mechanism: ExampleMechanism, steps: int
+    policy: PolicySettings, ledger: Ledger, run: str, mechanism: ExampleMechanism, wanted: Releases
 ) -> None:
-    """Refuse noised steps beyond what the recipe promises or the policy allows. Those that were made before
-    count even where the run went back to an earlier round and asks for them again.
+    """Refuse noised releases beyond what the recipe promises or the policy allows. Those that were made
+    before count even where the run went back to an earlier round and asks for them again.
 
     Raises:
         PolicyError: names the key, what was spent, and what is asked for.
     """
-    release = release_of(mechanism, steps)
-    own, promised = ledger.releases(run), mechanism.epsilon(mechanism.steps)
-    done = sum(earlier.steps for earlier in own)
-    if (spent := epsilon_of([*own, release])) > promised * (1 + ROUNDING):
+    more = releases_of(mechanism, wanted)
+    own, promised = ledger.releases(run), mechanism.planned_epsilon
+    done, asked = (sum(each.steps for each in releases) for releases in (own, more))
+    kind = "noised steps" if mechanism.head_noise is None else "noised steps and sums for the head"
+    if (spent := epsilon_of([*own, *more])) > promised * (1 + ROUNDING):
         raise PolicyError(
-            f"privacy.epsilon: {done} noised steps of this run were made here, and {steps} more would spend "
+            f"privacy.epsilon: {done} {kind} of this run were made here, and {asked} more would spend "
             f"{spent:.4g} in all; the recipe promises {promised:.4g}"
         )
     if policy.max_epsilon is None:
         return
-    known = [each for each in ledger.releases() if each.unit == release.unit]
-    if (spent := epsilon_of([*known, release])) > policy.max_epsilon * (1 + ROUNDING):
+    known = [each for each in ledger.releases() if each.unit == "example"]
+    if (spent := epsilon_of([*known, *more])) > policy.max_epsilon * (1 + ROUNDING):
         raise PolicyError(
-            f"policy.max_epsilon = {policy.max_epsilon}: {steps} more noised steps would spend {spent:.4g} "
-            "in all runs together"
+            f"policy.max_epsilon = {policy.max_epsilon}: {asked} more {kind} would spend {spent:.4g} in all "
+            "runs together"
         )
 
 

@@ -46,7 +46,7 @@ from .policy import (
     check_recipe,
     check_work,
 )
-from .privacy import check_spending, check_turn, check_turns, release_of, turns_of
+from .privacy import check_spending, check_turn, check_turns, releases_of, turns_of
 from .request import Request, read_request
 from .rows import DataChanged, RowRecords, rows_of
 from .secure_sums import MASKED, MESSAGE, Identify, SecureSums, kit_identity, no_identity
@@ -223,10 +223,11 @@ class Resident:
         secure = self._secure_work(participant, request)
         queries, policy = asked.queries_asked, self.settings.policy
         check_work(policy, self.ledger, participant.settled, request, begins=begins, queries=queries)
-        mechanism, steps = participant.mechanism, participant.noised_steps(asked)
-        if mechanism is not None and steps:
-            check_spending(policy, self.ledger, request.run, mechanism, steps)
-            self.ledger.note_release(request.run, release_of(mechanism, steps))
+        mechanism, wanted = participant.mechanism, participant.releases(asked)
+        if mechanism is not None and wanted:
+            check_spending(policy, self.ledger, request.run, mechanism, wanted)
+            for release in releases_of(mechanism, wanted):
+                self.ledger.note_release(request.run, release)
         if participant.hidden is not None and isinstance(asked, TrainingTask):
             self._count_turns(participant.hidden, request.run)
         if begins:

@@ -232,10 +232,10 @@ class TuningClient:
         if not examples:
             raise DataError(f"client {client.name!r} has no examples to fit the head to")
         if not isinstance(task, FitHeadTask):
-            return self.head.execute(task, client.name, examples, [])
+            return self.head.execute(task, client.name, examples, [], memory)
         if client.name not in self.head.read:
             parts.trainable.write(parts.ownership.complete(without(task.tensors, CONTROL), memory))
-        update = self.head.execute(task, client.name, examples, self.tokens.of(examples))
+        update = self.head.execute(task, client.name, examples, self.tokens.of(examples), memory)
         moments = part(memory.tensors, "moments/")
         moments = {
             name: m for name, m in moments.items() if name.partition("/")[2] not in self.head.layer.names

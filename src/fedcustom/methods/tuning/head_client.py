@@ -16,13 +16,15 @@ from ...data.examples import Example
 from ...data.tokens import TokenizedExample, by_length
 from ...models.forward import classification_logits
 from ...models.load import Base
+from ...privacy.example_mechanism import ExamplePrivacy
 from ...privacy.settings import PrivacySettings
 from ...training.settings import TrainingSettings
-from ..protocol import Update
+from ..protocol import Memory, Update
 from .head_disclosure import counted_rows, sends_gradient, text_numbers
 from .head_layer import HeadLayer
 from .head_messages import POINT, TEMPERATURES, private_sums, sums_of
 from .head_solution import local_head
+from .hidden_rows import noised_sums
 from .messages import (
     FitHeadTask,
     HeadGradientUpdate,
@@ -77,8 +79,9 @@ class HeadClient:
         least: int,
         batch_size: int = 64,
         privacy: PrivacySettings | None = None,
+        row_privacy: ExamplePrivacy | None = None,
     ) -> None:
-        self.least, self.privacy = least, privacy
+        self.least, self.privacy, self.row_privacy = least, privacy, row_privacy
         self.training, self.trainable, self.objective, self.base = training, trainable, objective, base
         self.batch_size = batch_size
         self.rows: dict[str, Rows] = {}
@@ -89,19 +92,31 @@ class HeadClient:
             self.layer = layer
 
     def execute(
-        self, task: HeadTask, name: str, examples: Sequence[Example], tokens: Sequence[TokenizedExample]
+        self,
+        task: HeadTask,
+        name: str,
+        examples: Sequence[Example],
+        tokens: Sequence[TokenizedExample],
+        memory: Memory,
     ) -> Update:
-        """A client's answer to a task about the head; for the first the model holds the state.
+        """A client's answer to a task about the head; for the first the model holds the state. The client's
+        memory counts noised sums.
 
         Raises:
             UpdateError: its vectors are gone, since its process was started anew within the round; or more
-                steps are asked for than the recipe says.
+                steps, or noised sums, are asked for than the recipe says.
         """
         number = float(len(examples))
         if isinstance(task, FitHeadTask):
             labels = torch.tensor([example.label for example in examples])
             vectors = self.read.pop(name) if name in self.read else self.inputs(tokens)
-            if self.privacy is not None:  # nothing follows: the vectors are not kept
+            if self.row_privacy is not None:  # nothing follows: the vectors are not kept
+                sums = private_sums(vectors, labels, self.layer.classes)
+                noised, deviation = noised_sums(
+                    self.row_privacy, name, len(examples), sums, memory, task.round_number
+                )
+                return HeadSumsUpdate(noised, number, deviation=deviation)
+            if self.privacy is not None:
                 sums = private_sums(vectors, labels, self.layer.classes)
                 return HeadSumsUpdate(clipped_sums(sums, self.privacy), number)
             texts, classes = text_numbers(tokens), self.layer.classes

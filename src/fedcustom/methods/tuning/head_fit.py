@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -26,7 +27,13 @@ from .head_messages import (
     has_scatter,
 )
 from .head_solution import discriminant_head, head_of, logistic_fit, private_head, with_shares
-from .messages import FitHeadTask, HeadGradientTask, HeadGradientUpdate, ScaleHeadTask
+from .messages import (
+    FitHeadTask,
+    HeadGradientTask,
+    HeadGradientUpdate,
+    HeadSumsUpdate,
+    ScaleHeadTask,
+)
 from .release import ClientRelease
 from .update_checks import check_forms
 
@@ -83,7 +90,8 @@ class HeadFit:
 
     Where clients are hidden from whoever sees the states (``privacy.unit = "client"``), there is one
     exchange: each client sends counts and sums of its vectors, divided by their lengths, and the trusted
-    server adds noise to what they add up to.
+    server adds noise to what they add up to. Where clients hide their rows (``"example"``), each adds noise
+    to its own counts and sums, and withholds nothing besides.
 
     Discloses: what is named above. The rules of :mod:`~.head_disclosure` are applied by the client: examples
     of a label with few texts enter nothing but the label's count, so no difference of what is sent has them;
@@ -108,13 +116,19 @@ class HeadFit:
         least: int = 1,
         privacy: PrivacySettings | None = None,
         release: ClientRelease | None = None,
+        hides_rows: bool = False,
     ) -> None:
         self.training, self.clients, self.least = training, clients, least
-        self.privacy, self.release = privacy, release
+        self.privacy, self.release, self.hides_rows = privacy, release, hides_rows
         self.names: frozenset[str] = frozenset()
         self.fitting: _Fit | None = None
         if layer is not None:
             self.layer, self.names = layer, layer.names
+
+    @property
+    def noised(self) -> bool:
+        """Whether the head is fitted to noised sums, in one exchange."""
+        return self.privacy is not None or self.hides_rows
 
     def tasks(self, state: State, names: Iterable[str], round_number: int) -> dict[str, Task]:
         """What is asked after the first exchange of a round; nothing of clients that withheld everything."""
@@ -144,8 +158,8 @@ class HeadFit:
         Raises:
             UpdateError: says what is wrong.
         """
-        if sent and self.privacy is not None:
-            check_private_sums(update, self.layer.classes, self.layer.width)
+        if sent and self.noised:
+            check_private_sums(update, self.layer.classes, self.layer.width, noised=self.hides_rows)
         elif sent:
             check_answer(task, update, self.layer.classes, self.layer.width)
         else:
@@ -157,6 +171,8 @@ class HeadFit:
         regression.
         """
         if kind == FIT_HEAD:
+            if self.hides_rows:
+                return self._added(state, answers)
             return self._begin(state, answers) if self.privacy is None else self._noised(state, answers)
         assert self.fitting is not None
         fitting = self.fitting
@@ -290,8 +306,30 @@ class HeadFit:
         forms = {"counts": torch.empty(layer.classes), "totals": torch.empty(layer.classes, layer.width)}
         number = typed(first, FitHeadTask).round_number
         found, deviation = self.release.head_sums(sums(), forms, number)
-        fitted = private_head(layer, found["counts"], found["totals"], deviation)
-        counts = [max(0, round(count)) for count in found["counts"].tolist()]
+        return self._with_noised(state, found, deviation, answered)
+
+    def _added(self, state: State, answers: Iterable[Answer]) -> Aggregate:
+        """The state with a head of the sum of what clients noised themselves, which hides each row. Where
+        fewer than half of those asked answered, the head is as it was.
+        """
+        layer, answered, variance = self.layer, 0, 0.0
+        found = {
+            "counts": torch.zeros(layer.classes, dtype=torch.float64),
+            "totals": torch.zeros(layer.classes, layer.width, dtype=torch.float64),
+        }
+        for answer in answers:
+            answered += 1
+            variance += (typed(answer.update, HeadSumsUpdate).deviation or 0.0) ** 2
+            for name, total in found.items():
+                total += answer.update.tensors[name]
+        if 2 * answered < self.clients:
+            return Aggregate(state, {"head": f"not fitted: {answered} of {self.clients} clients answered"})
+        return self._with_noised(state, found, math.sqrt(variance), answered)
+
+    def _with_noised(self, state: State, sums: Tensors, deviation: float, answered: int) -> Aggregate:
+        """The state with the head of noised sums of so many clients, with noise of this deviation."""
+        fitted = private_head(self.layer, sums["counts"], sums["totals"], deviation)
+        counts = [max(0, round(count)) for count in sums["counts"].tolist()]
         server = _at_rest(state.server, self.names)
         said = f"fitted to noised sums of {answered} clients, about {sum(counts)} examples"
         values = {**state.values, LABEL_COUNTS: counts}

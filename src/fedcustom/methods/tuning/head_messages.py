@@ -14,7 +14,7 @@ from ...core.errors import UpdateError
 from ...core.tensors import Tensors, is_finite
 from ..protocol import Task, Update, typed
 from .head_disclosure import counted_rows, sends_scatter
-from .messages import FitHeadTask, HeadGradientTask, HeadGradientUpdate, ScaleHeadTask
+from .messages import FitHeadTask, HeadGradientTask, HeadGradientUpdate, HeadSumsUpdate, ScaleHeadTask
 from .update_checks import check_forms
 
 FIT_HEAD = FitHeadTask.kind
@@ -34,6 +34,9 @@ LARGEST_SQUARE = 1e8
 
 ROUNDING = 1e-5
 """Of the sum of all squares: what float32 sums may lack in a direction."""
+
+MOST_DEVIATIONS = 9.0
+"""The largest number that noise has (:class:`~fedcustom.privacy.noise.NoiseKey`), over its deviation."""
 
 TEMPERATURES = tuple(0.02 * 1.25**power for power in range(24))
 """By which the discriminant's logits are tried to be multiplied, 0.02 to 3.4."""
@@ -119,17 +122,20 @@ def sums_of(vectors: Tensor, labels: Tensor, texts: Tensor, classes: int, least:
 
 
 def private_sums(vectors: Tensor, labels: Tensor, classes: int) -> Tensors:
-    """What a client sends where a trusted server adds noise: ``counts`` of (classes,) and ``totals`` of
-    (classes, width), the sums of its vectors divided by their lengths, of every label that it has.
+    """What is sent with noise: ``counts`` of (classes,) and ``totals`` of (classes, width), the sums of a
+    client's vectors divided by their lengths, of every label that it has. A vector that is not finite counts
+    as zeros, so that no row moves a total by more than 1.
     """
     rows = torch.nn.functional.normalize(vectors.double(), dim=1)
+    rows = torch.where(rows.isfinite().all(dim=1, keepdim=True), rows, 0.0)
     totals = torch.zeros(classes, rows.shape[1], dtype=torch.float64).index_add_(0, labels, rows)
     counts = torch.bincount(labels, minlength=classes)
     return {"counts": counts.float(), "totals": totals.float()}
 
 
-def check_private_sums(update: Update, classes: int, width: int) -> None:
-    """Refuse what has not the forms of :func:`private_sums`; how large the numbers are is no matter.
+def check_private_sums(update: Update, classes: int, width: int, *, noised: bool = False) -> None:
+    """Refuse what has not the forms of :func:`private_sums`. How large the numbers are is no matter where the
+    server bounds them; where they are ``noised`` by the client, so many rows must be able to have given them.
 
     Raises:
         UpdateError: says what is wrong.
@@ -137,6 +143,19 @@ def check_private_sums(update: Update, classes: int, width: int) -> None:
     if not is_finite(update.tensors):
         raise UpdateError("an update holds numbers that are not finite")
     check_forms(update.tensors, {"counts": torch.empty(classes), "totals": torch.empty(classes, width)})
+    deviation = typed(update, HeadSumsUpdate).deviation
+    if (deviation is not None) != noised:
+        raise UpdateError(f"deviation {deviation!r}: sums are {'' if noised else 'not '}noised by the client")
+    if deviation is None:
+        return
+    if not isinstance(deviation, int | float) or not 0 < deviation < math.inf:
+        raise UpdateError(f"deviation {deviation!r}: must be above 0")
+    number = update.weight
+    if not (isinstance(number, int | float) and 0 < number < 1e12 and number == int(number)):
+        raise UpdateError(f"weight {number!r} is not the number of examples")
+    largest = number + MOST_DEVIATIONS * deviation
+    if any(float(tensor.abs().max()) > largest * (1 + ROUNDING) for tensor in update.tensors.values()):
+        raise UpdateError(f"sums are larger than those of {number:g} vectors of length 1 with this noise")
 
 
 def check_answer(task: Task, update: Update, classes: int, width: int) -> None:

@@ -91,7 +91,11 @@ class HeadGradientTask(HeadTask):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSumsUpdate(Update):
-    """Sums over a client's vectors; the weight is its number of examples."""
+    """Sums over a client's vectors; the weight is its number of examples. Where the client hides its rows,
+    its noise has this standard ``deviation`` in each number.
+    """
+
+    deviation: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

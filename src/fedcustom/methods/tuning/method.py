@@ -62,7 +62,7 @@ class WeightTuning:
     examples and its mean training loss. Changes of trained tensors can reveal training data to a server that
     attacks them. In rounds of ``training.fit_head_rounds`` it sends what
     :class:`~fedcustom.methods.tuning.head_fit.HeadFit` says instead. With ``privacy.unit = "example"`` the
-    change is made of noised gradients, which hide each training row, and no loss is sent.
+    change is made of noised gradients, which hide each training row, sums are noised, and no loss is sent.
     """
 
     def __init__(
@@ -98,11 +98,6 @@ class WeightTuning:
             raise RecipeError(f"secure_sum.on = true: {self.hooks.own_rule} needs each client's own change")
         self.ownership = Ownership(context, self.trainable, self.hooks)
         head_rounds = context.training.rounds_of_head_fits(context.rounds)
-        if context.row_privacy is not None and head_rounds:
-            raise RecipeError(
-                "training.fit_head_rounds: with privacy.unit = 'example' no head is fitted, since its sums "
-                "have no noise of the client's own"
-            )
         layer = last_layer(self.trainable, self.base) if head_rounds else None
         asked = context.training.clients_of_head_fits(context.clients) if federated else 1
         least = context.training.least_texts if federated else 1  # a baseline's data stay in one place
@@ -113,6 +108,7 @@ class WeightTuning:
             least=least,
             privacy=context.privacy,
             release=context.release,
+            hides_rows=context.row_privacy is not None,
         )
         if self.ownership.personal & self.head_fit.names:
             raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")
@@ -154,6 +150,7 @@ class WeightTuning:
             least=least,
             batch_size=context.evaluation.batch_size,
             privacy=context.privacy,
+            row_privacy=context.row_privacy,
         )
         self.client = TuningClient(parts, self.local, head, self._tokens)
         self.server = TuningServer(parts, self.head_fit, self.client.execute)
