@@ -166,7 +166,7 @@ def test_units_are_counted_apart(tmp_path: Path) -> None:
     ledger.note_release(
         OTHER, Release(noise_multiplier=0.3, sampling=1.0, delta=1e-3, steps=9, unit="client")
     )
-    check_spending(PolicySettings(max_epsilon=2.5), ledger, RUN, mechanism, 6)
+    check_spending(PolicySettings(max_epsilon=2.5), ledger, RUN, mechanism, Releases(6))
     assert epsilon_of(ledger.releases()) > 50
     again = Ledger(tmp_path / "ledger.json").releases()
     assert [(one.unit, one.steps) for one in again] == [("client", 9)]
