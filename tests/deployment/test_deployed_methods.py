@@ -22,7 +22,8 @@ from helpers.rows import make_rows, write_jsonl
 ENGINE = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
 """Marks of what takes the engine, and many seconds a job."""
 
-pytestmark = pytest.mark.xdist_group("loopback")  # one worker makes the kits
+LOOPBACK = pytest.mark.xdist_group("loopback")
+"""Mark of what shares kits: one worker makes them."""
 
 PROMPTS = ["{label}", "a text about {label}", "the {label} is here"]
 
@@ -162,6 +163,7 @@ def compare(
     assert summary["bytes"]["up_total"] == pytest.approx(here.summary["bytes"]["up_total"], rel=1e-2)
 
 
+@LOOPBACK
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_method_is_the_same_across_sites(
     kits: Bed, recipe: dict[str, Any], tiny: dict[str, str], tmp_path: Path, name: str

@@ -84,14 +84,15 @@ def test_the_recipes_columns_do_not_count(make: Make, recipe: dict[str, Any], da
     server = make()
     said = server.begin({**recipe, "data": {**recipe["data"], **data}})
     assert said["values"]["sizes"] == {"train": 48, "development": 6, "test": 6}
-    assert server.site.data is not None
-    assert {name for row in server.site.data.train for name in row} == {"text", "label"}
+    assert server.site.runs._described is not None
+    _, complete, rows = server.site.runs._described
+    assert {name for row in rows.train for name in row} == {"text", "label"}
     labels = server.site.handle(
         {
             "kind": "describe",
             "run": "1" * 16,
-            "values": {"recipe": server.site.recipe.model_dump(mode="json")},
-        }  # type: ignore[union-attr]
+            "values": {"recipe": complete.model_dump(mode="json")},
+        }
     )
     assert labels["values"]["labels"] == ["animal", "food", "place"]
     without_secrets(server, said, labels)

@@ -479,7 +479,7 @@ def test_a_restarted_site_goes_on_with_its_memory(resident: Any, tmp_path: Path)
     work(made, tmp_path, 1)
     expected = work(made, tmp_path, 2)
     tensors = safetensors.torch.load_file(expected["body"])
-    again = Resident(made.name, made.settings, made.base, made.folder)
+    again = Resident(made.name, made.settings, made.runs.base, made.folder)
     body = tmp_path / "in.safetensors"
     message = {"kind": "work", "run": RUN, "task": "train", "round": 2, "body": str(body)}
     assert made.participant is not None
@@ -606,7 +606,7 @@ def test_texts_are_not_labels() -> None:
 def test_work_goes_to_the_run_that_is_open(resident: Any, tmp_path: Path) -> None:
     made, _ = resident()
     opened(made)
-    content = json.loads(made.recipe.model_dump_json(exclude_none=True))
+    content = json.loads(made.participant.recipe.model_dump_json(exclude_none=True))
     other = "f" * 16
     assert "values" in made.handle({"kind": "describe", "run": other, "values": {"recipe": content}})
     said = made.handle({"kind": "work", "run": other, "task": "train", "round": 1, "values": {}})

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -15,48 +14,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...core.errors import DataError, FedcustomError, PolicyError, UpdateError, WireError
-from ...core.files import read_json, write_json, write_tensors
+from ...core.errors import FedcustomError, PolicyError, UpdateError, WireError
+from ...core.files import write_tensors
 from ...core.tensors import Tensors
 from ...core.text import printable
-from ...data.party_data import OwnData
-from ...data.truncation import in_words
-from ...federated.resolve import resolved
 from ...methods import Task, TrainingTask
 from ...privacy.client_mechanism import ClientMechanism
 from ...privacy.secure_sum.messages import write_message
-from ...recipe.recipe import Recipe, load_recipe
 from ...transport import gate, wire
 from ...transport.channel import Packed
 from ..nvflare.bridge import Bridge, BridgeError, BridgeListener
-from ..replies import MAX_LABELS, LabelList
 from ..task_digest import task_digest
 from .audit import LONGEST_TEXT, AuditLog, digest
-from .data import read_site, told_labels
 from .ledger import Ledger
 from .limits import CANCEL_FILE, TaskStopped, limit_memory, stoppable
-from .participant import Division, Participant, refuse_retrieval_without_server
+from .opening import Openings
+from .participant import Participant, refuse_retrieval_without_server
 from .policy import (
     MAX_ATTEMPTS,
     check_content,
     check_evaluation,
-    check_opening,
-    check_opening_limits,
     check_outgoing,
-    check_recipe,
     check_work,
 )
 from .privacy import check_spending, check_turn, check_turns, releases_of, turns_of
 from .request import Request, read_request
-from .rows import DataChanged, RowRecords, rows_of
+from .rows import DataChanged
 from .secure_sums import MASKED, MESSAGE, Identify, SecureSums, kit_identity, no_identity
 from .settings import SiteSettings
 
 Result = tuple[dict[str, Any], Packed]
 """Values and tensors of a reply, before the policy has been applied to it."""
-
-MAX_STORED_RUNS = 3
-"""Runs whose memory stays on a site's disk."""
 
 
 class Resident:
@@ -88,20 +76,16 @@ class Resident:
     ) -> None:
         self.identify = identify
         self.secure_sums: SecureSums | None = None
-        self.name, self.settings, self.base, self.folder = name, settings, base, folder
+        self.name, self.settings, self.folder = name, settings, folder
         self.own_process = own_process
         self.audit = AuditLog(folder / "audit.jsonl")
         self.ledger = Ledger(folder / "ledger.json")
-        self.row_records = RowRecords(self.audit, data_changed)
+        self.runs = Openings(name, settings, base, folder, self.audit, self.ledger, data_changed)
         self.spool = folder / "spool"
         (self.spool / "passing").mkdir(parents=True, exist_ok=True)
         for stale in [self.spool / "answer.safetensors", *self.spool.glob("passing/*.out")]:
             stale.unlink(missing_ok=True)  # requests (*.in) stay: they have yet to be answered
-        self.run_id, self.described, self.open_run_id = "", "", ""  # of this request, the recipe, the method
-        self.recipe: Recipe | None = None
-        self.data: OwnData | None = None
-        self.participant: Participant | None = None
-        self.load_count = 0
+        self.run_id = ""  # of this request
         self.last_reply: tuple[str, dict[str, Any]] = ("", {})  # with the request's identifier
         self.outgoing: dict[str, Any] = {}  # what the audit log says of the last reply when it is sent
         self.audit.write("started", site=name, process=os.getpid())
@@ -180,8 +164,9 @@ class Resident:
     def _reply(self, request: Request) -> dict[str, Any]:
         """Execute one request within the site's limits; what it did is counted whatever comes of it."""
         self.run_id, sent = request.run, 0
-        if request.kind in ("work", "evaluate") and self._opening.exists():
-            request = replace(request, opening=digest("", self._opening))
+        opening = self.runs.record(request.run)
+        if request.kind in ("work", "evaluate") and opening.exists():
+            request = replace(request, opening=digest("", opening))
         if self.ledger.attempts(request.digest) >= MAX_ATTEMPTS:
             raise PolicyError(f"the request has ended this site's process {MAX_ATTEMPTS} times")
         self.ledger.begin(request.run, request.digest)
@@ -192,7 +177,7 @@ class Resident:
                 reply, facts = self._released(request, values, packed)
             sent = int(reply["bytes"])
         except TaskStopped:
-            self.participant, self.open_run_id = None, ""  # it is built again from what is on disk
+            self.runs.close()  # it is built again from what is on disk
             raise
         finally:
             self.ledger.finish(request.run, request.digest, sent)
@@ -201,10 +186,10 @@ class Resident:
 
     def _execute(self, request: Request) -> Result:
         if request.kind == "describe":
-            return self._describe(request)
+            return self.runs.describe(request.run, request.values.get("recipe")), Packed({})
         if request.kind == "open":
-            return self._open(request)
-        participant = self._participant_of(request.run)
+            return self.runs.open(request.run, request.values), Packed({})
+        participant = self.runs.participant_of(request.run)
         if request.kind == "secure":
             return self._secure_sums(participant).answer(request.values), Packed({})
         asked = participant.task(request.task, request.values) if request.kind == "work" else None
@@ -251,7 +236,7 @@ class Resident:
             update = Packed({MASKED: torch.from_numpy(masked.numbers.view(np.int32))})
         else:
             update, values = participant.execute(asked, packed, request.round)
-        self._log_cuts(participant.take_cuts())
+        self.runs.log_cuts(request.run, participant.take_cuts())
         return values, update
 
     def _count_turns(self, mechanism: ClientMechanism, run: str) -> None:
@@ -316,147 +301,13 @@ class Resident:
         self.ledger.note_evaluation(request.run, request.part, request.digest)
         self.ledger.add(request.run)
         found = participant.evaluate(request.part, tensors, request.values, request.after)
-        self._log_cuts(participant.take_cuts())
+        self.runs.log_cuts(request.run, participant.take_cuts())
         return found.to_values(), Packed({})
 
-    # --- opening ---
-
-    def _describe(self, request: Request) -> Result:
-        """Check the recipe against the policy, and reply with the labels that this site declares."""
-        self.described, self.recipe, self.data = "", None, None
-        recipe = self._checked_recipe(request.values.get("recipe"))
-        if self.ledger.is_new(request.run):
-            check_opening_limits(self.settings.policy, self.ledger)
-            self.ledger.note_run(request.run)
-        data = self._rows_for(recipe)
-        labels = told_labels(self.settings.data, data)
-        self.described, self.recipe, self.data = request.run, recipe, data
-        return LabelList(labels, len(data.train)).to_values(), Packed({})
-
-    def _open(self, request: Request) -> Result:
-        """Build the method, and save what is needed to do so again."""
-        if self.recipe is None or self.data is None or request.run != self.described:
-            raise WireError("a run is opened before it was described")
-        names, labels = check_opening(request.values.get("names"), request.values.get("labels"), MAX_LABELS)
-        if self.name not in names:
-            raise WireError(f"the run's clients are {', '.join(names[:5])}; this site is {self.name}")
-        division = self._division(self.recipe, names)
-        participant = self._build(self.recipe, self.data, names, labels, division, opens=True)
-        state = {"recipe": self.recipe.model_dump(mode="json"), "names": names, "labels": labels}
-        write_json(self._opening, {**state, "division": division.to_values()})
-        self._remove_old_runs()
-        sizes = participant.sizes()
-        for part, count in (("development", sizes.development), ("test", sizes.test)):
-            if held := len(getattr(participant.data, part)) - count:
-                self.audit.write("withheld", run=self.run_id, kind=f"the {part} part", examples=held)
-        return sizes.to_values(), Packed({})
-
-    def _participant_of(self, run_id: str) -> Participant:
-        """The participant of a run; after a restart it is built again from what is on disk."""
-        if self.participant is not None and run_id == self.open_run_id:
-            return self.participant
-        if not self._opening.exists():
-            raise WireError("the run is not open here")
-        saved = read_json(self._opening)
-        recipe = self._checked_recipe(saved["recipe"])
-        data = read_site(self.settings.data, self.base, recipe.data, recipe.public)
-        names, labels = saved["names"], saved["labels"]
-        division = self._division(recipe, names)
-        return self._build(recipe, data, names, labels, division, opens=False)
-
-    def _rows_for(self, recipe: Recipe) -> OwnData:
-        """This site's rows for a recipe. Where the run was opened here before, they are compared with those
-        that it began with, before anything is told of them.
-        """
-        data = read_site(self.settings.data, self.base, recipe.data, recipe.public)
-        self.row_records.check_kept(self._run_folder, used=self._used)
-        if self._opening.exists():
-            saved = read_json(self._opening)
-            try:
-                labels = saved["labels"]
-                own = self._division(recipe, saved["names"]).examples(self.name, labels, data)
-            except DataError as error:  # a label, say, that the run does not have
-                self.row_records.check_unreadable(self._run_folder, error)
-            else:
-                self.row_records.check(self._run_folder, rows_of(own, data.public, labels), opens=True)
-        return data
-
-    def _division(self, recipe: Recipe, names: list[str]) -> Division:
-        """How this site's rows are divided: as when the run began here, even where other members have left
-        since, so that no row that was held out is trained on.
-        """
-        saved = read_json(self._opening) if self._opening.exists() else {}
-        if "division" in saved:
-            return Division.from_values(saved["division"])
-        number = saved.get("names", names).index(self.name)
-        return Division(number, recipe.seed, recipe.clients)
-
     @property
-    def _used(self) -> bool:
-        """Whether this site has worked in the run, by its ledger."""
-        known = self.ledger.run(self.run_id)
-        return any(known[key] for key in ("rounds", "evaluations", "tasks", "queries"))
-
-    def _checked_recipe(self, content: Any) -> Recipe:
-        """A recipe that the policy allows. It is checked before it is completed, which may look up its model,
-        and again afterwards.
-        """
-        if not isinstance(content, dict):  # a text would be taken for the path of a file
-            raise WireError("a message's recipe must be an object")
-        recipe = load_recipe(content)
-        check_recipe(self.settings.policy, recipe)
-        recipe = resolved(recipe)
-        check_recipe(self.settings.policy, recipe)
-        return recipe
-
-    def _build(
-        self,
-        recipe: Recipe,
-        own: OwnData,
-        names: list[str],
-        labels: list[str],
-        division: Division,
-        *,
-        opens: bool,
-    ) -> Participant:
-        self.participant, self.open_run_id = None, ""  # only one base model at a time
-        folder, policy = self._run_folder, self.settings.policy
-        try:
-            data = division.examples(self.name, labels, own)
-        except DataError as error:
-            self.row_records.check_unreadable(folder, error)
-            raise
-        rows = rows_of(data, own.public, labels)
-        self.row_records.check_kept(folder, used=self._used)
-        self.row_records.check(folder, rows, opens=opens)
-        participant = Participant(recipe, names, labels, data, own, folder, policy, self._log_load)
-        self.row_records.record(folder, rows)
-        self.participant, self.open_run_id = participant, self.run_id
-        self._log_cuts(in_words(participant.truncation))
-        return participant
-
-    def _log_cuts(self, texts: list[str]) -> None:
-        for text in texts:
-            self.audit.write("truncated", run=self.run_id, text=text)
-
-    def _log_load(self) -> None:
-        self.load_count += 1
-        self.audit.write("base model loaded", run=self.run_id, times=self.load_count, process=os.getpid())
-
-    @property
-    def _run_folder(self) -> Path:
-        return self.folder / "runs" / self.run_id
-
-    @property
-    def _opening(self) -> Path:
-        """What this run was opened with: recipe, names of clients, and labels."""
-        return self._run_folder / "run.json"
-
-    def _remove_old_runs(self) -> None:
-        """Delete the memory of old runs; what they sent stays in the ledger."""
-        runs = sorted((self.folder / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
-        for folder in runs[:-MAX_STORED_RUNS]:
-            shutil.rmtree(folder, ignore_errors=True)
+    def participant(self) -> Participant | None:
+        """This site in the run that was opened last."""
+        return self.runs.participant
 
     # --- replies ---
 
