@@ -166,7 +166,8 @@ def check_spending(
         PolicyError: names the key, what was spent, and what is asked for.
     """
     more = releases_of(mechanism, wanted)
-    own, promised = ledger.releases(run), mechanism.planned_epsilon
+    own = [each for each in ledger.releases(run) if each.unit == "example"]
+    promised = mechanism.planned_epsilon
     done, asked = (sum(each.steps for each in releases) for releases in (own, more))
     kind = "noised steps" if mechanism.head_noise is None else "noised steps and sums for the head"
     if (spent := epsilon_of([*own, *more])) > promised * (1 + ROUNDING):
