@@ -156,8 +156,8 @@ def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
         *(
             (
                 {"training.fit_head_rounds": [1], "privacy": privacy},
-                "all clients fit the head in round 1, and it rests otherwise; the sums of the fit are noised, "
-                "and no label is withheld",
+                "all clients fit the head in round 1, and it rests otherwise; "
+                "the sums of the fit are noised, and no label is withheld",
             )
             for privacy in (
                 {"unit": "client", "epsilon": 8.0, "delta": 1e-3},

@@ -20,8 +20,9 @@ def composed(recipes: Iterable[Recipe], clients_of: Callable[[Recipe], int]) -> 
     are hidden, if there are several.
 
     Runs are on the same rows if they have the same data, and on the same clients if they have the same
-    division too; that of a simulation depends on the seed, unless it is the data's own. Releases of runs that hide clients compose as those of one run do; the
-    epsilons and deltas of runs that hide rows add, which is an upper bound.
+    division too; that of a simulation depends on the seed, unless it is the data's own. Releases of runs that
+    hide clients compose as those of one run do; the epsilons and deltas of runs that hide rows add, which is
+    an upper bound.
 
     Args:
         recipes: The runs, trials included. No model is loaded for them.
