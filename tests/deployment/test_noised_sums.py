@@ -5,7 +5,6 @@ drop-outs, a site's checks of what it is asked, and a dishonest server.
 from __future__ import annotations
 
 import json
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ import fedcustom
 from fedcustom.core.errors import DeploymentError, RunError
 from fedcustom.core.tensors import equal
 from fedcustom.deployment import parties
-from fedcustom.deployment.site.privacy import NOISE_KEY
 from fedcustom.federated.private_run import KEY, RECORD
+from fedcustom.federated.resolve import resolved
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.privacy.sum_noise import SCALE
+from fedcustom.recipe.recipe import load_recipe
 from helpers.rows import make_rows, write_jsonl
 from helpers.runs import StopAt
 from helpers.secure_sites import SecureSites
@@ -89,7 +89,6 @@ def test_with_the_same_keys_deployment_and_simulation_are_equal(
     assert [row["epsilon"] for row in rows] == [row["epsilon"] for row in rows_of(tmp_path / "simulated")]
     assert 0 < rows[0]["epsilon"] < rows[1]["epsilon"] <= 8.0
     assert "train_loss" not in rows[-1] or rows[-1]["train_loss"] is None
-    assert not list((tmp_path / "sites").rglob(NOISE_KEY)), "seeded"
 
 
 def test_the_noise_is_what_was_promised_whoever_is_lost(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -108,18 +107,10 @@ def test_the_noise_is_what_was_promised_whoever_is_lost(recipe: dict[str, Any], 
     )
     # Three of four answered, of which two suffice, divided by four.
     expected = z * 2**0.5 * (3 / 2) ** 0.5 / 4
-    assert float(apart.std()) == pytest.approx(expected, rel=0.08)
+    assert float(apart.std()) == pytest.approx(expected, rel=0.16)  # five standard errors
     assert abs(float(apart.mean())) < 5 * expected / len(apart) ** 0.5
     assert rows_of(tmp_path / "noised")[-1]["answered"] == ["o0", "o1", "o2"]
-    keys = sorted((tmp_path / "sites").rglob(NOISE_KEY))
-    assert len(keys) == 3, "o3 never worked"
-    assert all(stat.S_IMODE(key.stat().st_mode) == 0o600 for key in keys)
-    assert len({key.read_bytes() for key in keys}) == 3
-    assert not (tmp_path / "noised" / KEY).exists()
-    # What the sites say of it, which no server sees: the secret nowhere else.
-    content = keys[0].read_bytes()
-    for path in tmp_path.rglob("*"):
-        assert path.is_dir() or path in keys or content not in path.read_bytes()
+    assert not (tmp_path / "noised" / KEY).exists(), "the sites draw keys, and keep none"
 
 
 def test_a_simulation_is_resumed_bit_by_bit_and_forgets_its_key(
@@ -137,24 +128,46 @@ def test_a_simulation_is_resumed_bit_by_bit_and_forgets_its_key(
     assert not (one.directory / KEY).exists()
 
 
-def test_a_sum_is_opened_again_with_the_same_noise_only(
+def test_a_round_that_is_asked_for_again_counts_again(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After restarts of all sites the run's key is read again; with another one no sum of it is opened."""
+    """Also where its sum was not opened, as far as a site knows, and after a restart: the others may have
+    opened it. After the promised turns a site masks nothing.
+    """
     monkeypatch.setattr(parties, "run_id", lambda directory: RUN)
-    sites = SecureSites(tmp_path / "sites", secret(recipe, rounds={"count": 1}))
+    sites = SecureSites(tmp_path / "sites", secret(recipe), trick=lost("o0", "unmask"))
     sites.run(tmp_path / "out")
+    opened = json.loads((sites.folder / "o0" / "fedcustom" / "secure_sums" / f"{RUN}.json").read_text())
+    assert list(opened) == ["2.1"], "the others have opened the first sum, of which o0 is one"
+    assert rows_of(tmp_path / "out")[0]["answered"] == sites.names
     for name in sites.names:
         sites.start(name)
-    sites.run(tmp_path / "same")
-    assert equal(last(tmp_path / "out"), last(tmp_path / "same"))
-    noted = json.loads((sites.folder / "o0" / "fedcustom" / "secure_sums" / f"{RUN}.json").read_text())
-    assert len(noted["1.1"]["vector"]) == 64
-    for name in sites.names:
-        (sites.folder / name / "fedcustom" / "runs" / RUN / NOISE_KEY).unlink()
+        assert [one.steps for one in sites.sites[name].ledger.releases(RUN)] == [2]
     with pytest.raises(RunError, match="0 of 4 clients answered"):
-        sites.run(tmp_path / "other")
-    assert "was unmasked before with another vector of this site" in sites.seen_by("o0")[-1]
+        sites.run(tmp_path / "again")
+    refused = [str(said["refused"]) for _, _, said in sites.seen if "refused" in said]
+    assert len(refused) == 4
+    assert all("2 noised changes of this run were sent from here" in reason for reason in refused)
+
+
+def test_other_turns_of_the_same_run_are_no_more_turns(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server opens a run again with a seed by which the two groups have each other's turns."""
+    monkeypatch.setattr(parties, "run_id", lambda directory: RUN)
+    rows = [{**row, "owner": f"o{number % 8}"} for number, row in enumerate(make_rows(160, 0))]
+    write_jsonl(tmp_path / "rows" / "train.jsonl", rows)
+    content = secret(recipe, rounds={"count": 4, "clients_per_round": 4})
+    sites = SecureSites(tmp_path / "sites", content)
+    sites.run(tmp_path / "out")
+    sites.recipe = resolved(load_recipe({**content, "seed": 209}))
+    with pytest.raises(RunError, match="0 of 4 clients answered"):
+        sites.run(tmp_path / "again")
+    (first, *_) = rows_of(tmp_path / "out")
+    asked = {name for name, message, said in sites.seen if "refused" in said}
+    assert asked.isdisjoint(first["cohort"]), "they have unmasked no sum of round 1 yet"
+    for name in sites.names:
+        assert sum(one.steps for one in sites.sites[name].ledger.releases(RUN)) == 2
 
 
 def test_a_site_takes_its_own_turns_alone(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -287,4 +300,3 @@ def test_a_site_that_is_asked_again_counts_again(recipe: dict[str, Any], tmp_pat
     row = rows_of(tmp_path / "out")[-1]
     assert set(row["answered"]) == {"o1", "o2", "o3"}
     assert "2 noised changes of this run were sent from here" in row["left_out"]["o0"]
-    assert not list((tmp_path / "sites").rglob(NOISE_KEY)), "keys are not kept"

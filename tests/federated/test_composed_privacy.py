@@ -68,3 +68,28 @@ def test_epsilons_of_rows_add(small: dict[str, Any]) -> None:
     rows = {"privacy__unit": "example", "privacy__delta": 1e-5}
     (line,) = lines(private(small, **rows), private(small, privacy__epsilon=3.0, **rows))
     assert "add up to epsilon 11 and delta 2e-05 at most" in line
+
+
+def test_rows_are_the_same_at_whichever_client(small: dict[str, Any]) -> None:
+    rows = {"privacy__unit": "example", "privacy__delta": 1e-5}
+    more = {"clients__partition": "dirichlet", "clients__alpha": 0.5}
+    (line,) = lines(private(small, **rows), private(small, seed=1, **rows), private(small, **rows, **more))
+    assert "3 runs on the same rows of" in line
+    assert "add up to epsilon 24 and delta 3e-05" in line
+
+
+def test_models_of_runs_without_privacy_are_not_looked_up(small: dict[str, Any]) -> None:
+    absent = load_recipe({**small, "model": {"base": "/nowhere/model"}})
+    assert lines(absent, absent) == []
+
+
+def test_natural_clients_are_counted_once(small: dict[str, Any]) -> None:
+    asked = list[Recipe]()
+
+    def count(recipe: Recipe) -> int:
+        asked.append(recipe)
+        return 40
+
+    natural = {"clients__partition": "natural", "clients__column": "site"}
+    assert len(list(composed([private(small, seed=seed, **natural) for seed in range(5)], count))) == 1
+    assert len(asked) == 1, "it reads the data"

@@ -107,3 +107,26 @@ def test_messages_of_clients_that_hide_their_rows(private: dict[str, Any], tmp_p
         (view, n) for view in ("client's update", "state difference") for n in (1, 3, 4)
     }
     assert [(f.view, f.round) for f in found.findings if f.epsilon is not None] == [("client's update", 1)]
+
+
+@pytest.mark.parametrize("noise", ["client", "sum"])
+def test_messages_of_clients_that_hide_themselves(
+    private: dict[str, Any], tmp_path: Path, noise: str
+) -> None:
+    """The server is not trusted, so that the promise covers what it sees: each message, or sums alone."""
+    private["rounds"] = {"count": 1, "clients_per_round": 5}
+    private["privacy"] |= {"noise": noise}
+    private |= {"secure_sum": {"on": True}} if noise == "sum" else {}
+    private["privacy"] |= {"accept_noise": True} if noise == "client" else {}
+    run_to_audit(load_recipe(private), tmp_path / "run")
+    seen: list[Reply] = []
+    with RecordedRounds(tmp_path / "run", lambda _, reply: seen.append(reply)) as source:
+        source.round(1)
+        cohort = tuple(source.rows[1]["cohort"])
+    if noise == "sum":
+        assert [set(reply.clients) for reply in seen] == [set(cohort)]
+    else:
+        assert sorted(reply.client for reply in seen) == sorted(cohort)
+    found = audit_run(tmp_path / "run", attacks=["candidates"], minutes=5)
+    view = "sum of clients" if noise == "sum" else "client's update"
+    assert view in {each.view for each in found.findings}

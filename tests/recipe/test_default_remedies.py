@@ -153,6 +153,17 @@ def test_progress_says_which_rounds_fit_the_head(small: dict[str, Any]) -> None:
             "all clients fit the head in round 1; "
             "labels of which a client has fewer than 3 texts are withheld from the fit",
         ),
+        *(
+            (
+                {"training.fit_head_rounds": [1], "privacy": privacy},
+                "all clients fit the head in round 1, and it rests otherwise; "
+                "the sums of the fit are noised, and no label is withheld",
+            )
+            for privacy in (
+                {"unit": "client", "epsilon": 8.0, "delta": 1e-3},
+                {"unit": "example", "epsilon": 8.0, "delta": 1e-3},
+            )
+        ),
         ({"training.logit_adjustment": 0.5}, "logits are adjusted by each client's labels"),
         ({"training.logit_adjustment": 0}, None),
         (

@@ -64,8 +64,9 @@ def summed_change(target: Target, seen: RoundView) -> Tensors:
         weights += weight
     mean = scale(total, 1 / weights)
     moved = state_difference(seen, mean)
-    sizes = norm(mean) * norm(moved)
-    same = moved.keys() == mean.keys() and sizes > 0 and dot(mean, moved) > (1 - PARALLEL) * sizes
+    turned = knowledge.in_state(mean, seen.received[0].task)
+    sizes = norm(turned) * norm(moved)
+    same = moved.keys() == turned.keys() and sizes > 0 and dot(turned, moved) > (1 - PARALLEL) * sizes
     return {} if same or not norm(mean) else mean
 
 

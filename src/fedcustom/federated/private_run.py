@@ -163,15 +163,6 @@ def _key(recipe: Recipe, directory: Path) -> NoiseKey:
                 "those before; begin anew with another --out"
             )
         return NoiseKey.fresh()
-    return stored_key(file)
-
-
-def stored_key(file: Path) -> NoiseKey:
-    """A secret key in a file that only its owner can have read.
-
-    Raises:
-        RunError: others can read it, or it is damaged.
-    """
     if stat.S_IMODE(file.stat().st_mode) & 0o077:
         raise RunError(
             f"{file}: others than its owner may have read it (mode "

@@ -1,8 +1,8 @@
 """The recorder of rounds of a private run: what others see of them, kept while the run goes.
 
 The key of a private run's noise is deleted at its end, so that no round can be repeated. What is kept is what
-the run's promise covers, and nothing else: the states that were sent, and with ``unit = "example"`` the
-messages of clients, which are noised before they leave.
+the run's promise covers, and nothing else: the states that were sent and, unless the server adds the noise,
+the messages of clients or their sums, which are noised before the server sees them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class RoundRecorder(Callback):
     ) -> Federation:
         """The parties of the run (:func:`~.simulation.simulate`), whose messages are kept."""
         federation = simulate(recipe, directory, memories, callbacks, transforms)
-        if recipe.example_privacy is None:
+        if recipe.privacy is None or recipe.privacy.place == "server":
             return federation
         return replace(federation, transport=Watched(federation.transport, self._seen))
 

@@ -247,8 +247,8 @@ def _with_own_noise(
         needed = {count: terms.needed(count) for count in (least, most)}
     except SecureSumError as error:
         raise RecipeError(
-            f"rounds.clients_per_round: {participation.clients} clients in {participation.groups} groups, "
-            f"the smallest of {least}: {error}; at least {LEAST_SITES} clients have to be in each"
+            f"rounds.clients_per_round: of {participation.clients} clients the smallest round has {least}: "
+            f"{error}; privacy.noise = 'sum' needs at least {LEAST_SITES} in each"
         ) from None
     if (multiplier := settings.noise_multiplier) is None:
         assert settings.epsilon is not None

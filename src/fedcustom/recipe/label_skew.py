@@ -173,7 +173,9 @@ def in_words(recipe: Sections) -> str | None:
         parts.append("cohorts have nearly everybody's labels, and clients as many batches as each other")
     if training.logit_adjustment:
         parts.append("logits are adjusted by each client's labels")
-    if fits and recipe.baseline == "federated":
+    if fits and recipe.privacy is not None and recipe.privacy.unit != "none":
+        parts.append("the sums of the fit are noised, and no label is withheld")
+    elif fits and recipe.baseline == "federated":
         least = training.least_texts
         parts.append(
             f"labels of which a client has fewer than {least} texts are withheld from the fit"

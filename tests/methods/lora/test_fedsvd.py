@@ -18,6 +18,7 @@ from fedcustom.data.examples import ClientData
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.methods import Answer, Client, State, WeightTuning, Work
 from fedcustom.methods.lora.aggregation_hooks import LoraAggregation
+from fedcustom.methods.tuning.server import released_tensors
 from fedcustom.recipe.recipe import load_recipe
 from helpers.methods import classification_examples, make
 from helpers.runs import StopAt
@@ -177,6 +178,8 @@ def test_a_rank_above_the_width_of_the_matrix(tiny: dict[str, str]) -> None:
 def test_a_is_not_counted_among_what_is_trained(tiny: dict[str, str]) -> None:
     ours, fixed = (make(tiny["bert"], "lora", variant=variant, rank=4) for variant in ("fedsvd", "ffa"))
     assert ours.sizes(ours.initialise()) == fixed.sizes(fixed.initialise())
+    released = [released_tensors(each.server.parts, each.trainable.forms()) for each in (ours, fixed)]
+    assert released[0].keys() == released[1].keys(), "to which noise is added"
 
 
 @pytest.mark.parametrize("correction", ["scaffold", "feddyn"])

@@ -41,7 +41,7 @@ from ..replies import Part, PartSizes, SiteStatistics
 from .amounts import check_amounts, check_least_examples, check_least_training
 from .memory import RoundMemory
 from .policy import check_content
-from .privacy import check_noise, check_own_noise, fresh_key, site_key
+from .privacy import check_noise, check_own_noise, fresh_key
 from .settings import PolicySettings
 
 
@@ -129,7 +129,7 @@ class Participant:
             own_noise = OwnNoise(self.hidden, partial(fresh_key, recipe))
         self.method = make_method(own_recipe, self.base, federation, own_noise=own_noise)
         self.mechanism = self._mechanism(federation)
-        self.noised = noised_sums(self.method, self.hidden, partial(site_key, folder, recipe))
+        self.noised = noised_sums(self.method, self.hidden, partial(fresh_key, recipe))
         self.channel = Channel(recipe.compression, self.method.initialise().tensors)
         self.transforms = update_transforms(recipe.compression)
         self.memory = RoundMemory(folder / "memory")

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ...core.errors import PolicyError
-from ...core.files import write_secret
-from ...federated.private_run import stored_key
 from ...privacy.accounting import Event
 from ...privacy.accounting import Ledger as Spending
 from ...privacy.client_mechanism import ClientMechanism, delta_of, integer_event
@@ -15,9 +11,6 @@ from ...privacy.noise import NoiseKey
 from ...recipe.recipe import Recipe
 from .ledger import Ledger, Release
 from .settings import PolicySettings
-
-NOISE_KEY = "noise.key"
-"""The file of a site's key in a run's folder."""
 
 ROUNDING = 1e-9
 """By how much, relative to it, an epsilon that is computed twice may differ."""
@@ -107,26 +100,27 @@ def check_own_noise(policy: PolicySettings, mechanism: ClientMechanism) -> None:
         )
 
 
-def turns_of(mechanism: ClientMechanism, turns: int | None = None) -> Release:
-    """What so many of a site's turns in a run, or all of them, are in its ledger."""
+def turn_of(mechanism: ClientMechanism) -> Release:
+    """What one noised change, by which a site hides itself, is in its ledger."""
     return Release(
         noise_multiplier=mechanism.noise_multiplier,
         sampling=1.0,
         delta=delta_of(mechanism.settings),
-        steps=mechanism.participation.turns if turns is None else turns,
+        steps=1,
         unit="client",
         integers=mechanism.terms is not None,
     )
 
 
 def check_turn(policy: PolicySettings, ledger: Ledger, run: str, mechanism: ClientMechanism) -> None:
-    """Refuse one turn more than the recipe promises or the policy allows, of a site that sends each change
-    with noise of its own. A round that is repeated has other noise, and counts again.
+    """Refuse one noised change more than the recipe promises or the policy allows. A round that is repeated
+    has other noise, and counts again: a masked change too, since the others can open its sum without this
+    site.
 
     Raises:
         PolicyError: names the key, what was spent, and what is allowed.
     """
-    release, turns = turns_of(mechanism, 1), mechanism.participation.turns
+    release, turns = turn_of(mechanism), mechanism.participation.turns
     own = [each for each in ledger.releases(run) if each.unit == "client"]
     done = sum(each.steps for each in own)
     if epsilon_of([*own, release]) > mechanism.epsilon(mechanism.participation.rounds, 0) * (1 + ROUNDING):
@@ -143,43 +137,10 @@ def check_turn(policy: PolicySettings, ledger: Ledger, run: str, mechanism: Clie
         )
 
 
-def check_turns(policy: PolicySettings, ledger: Ledger, mechanism: ClientMechanism) -> None:
-    """Refuse a run whose turns, with those of the runs before, would spend more than the policy allows. The
-    ledger has all turns of a run from its first on, whether or not they came.
-
-    Raises:
-        PolicyError: names the line of the policy, and what would be spent.
-    """
-    if policy.max_epsilon is None:
-        return
-    before = [release for release in ledger.releases() if release.unit == "client"]
-    if (spent := epsilon_of([*before, turns_of(mechanism)])) > policy.max_epsilon * (1 + ROUNDING):
-        raise PolicyError(
-            f"policy.max_epsilon = {policy.max_epsilon}: this run's {mechanism.participation.turns} turns "
-            f"would spend {spent:.4g} in all runs together"
-        )
-
-
 def fresh_key(recipe: Recipe, client: str) -> NoiseKey:
     """The key of one change's noise: another one each time, which nobody keeps."""
     assert recipe.privacy is not None
     return NoiseKey.fresh() if recipe.privacy.is_valid else NoiseKey.seeded(recipe.seed).of(client)
-
-
-def site_key(folder: Path, recipe: Recipe, client: str) -> NoiseKey:
-    """The key of this site's own noise in a run, in a file that is made when it is needed first and goes with
-    the run's folder: a round that is repeated has the same noise.
-
-    Raises:
-        RunError: others can read the file, or it is damaged.
-    """
-    assert recipe.privacy is not None
-    if not recipe.privacy.is_valid:
-        return NoiseKey.seeded(recipe.seed).of(client)
-    if not (file := folder / NOISE_KEY).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_secret(file, NoiseKey.fresh().key)
-    return stored_key(file).of(client)
 
 
 def releases_of(mechanism: ExampleMechanism, wanted: Releases) -> list[Release]:
@@ -205,7 +166,8 @@ def check_spending(
         PolicyError: names the key, what was spent, and what is asked for.
     """
     more = releases_of(mechanism, wanted)
-    own, promised = ledger.releases(run), mechanism.planned_epsilon
+    own = [each for each in ledger.releases(run) if each.unit == "example"]
+    promised = mechanism.planned_epsilon
     done, asked = (sum(each.steps for each in releases) for releases in (own, more))
     kind = "noised steps" if mechanism.head_noise is None else "noised steps and sums for the head"
     if (spent := epsilon_of([*own, *more])) > promised * (1 + ROUNDING):

@@ -19,7 +19,6 @@ from ...core.files import write_tensors
 from ...core.tensors import Tensors
 from ...core.text import printable
 from ...methods import Task, TrainingTask
-from ...privacy.client_mechanism import ClientMechanism
 from ...privacy.secure_sum.messages import write_message
 from ...transport import gate, wire
 from ...transport.channel import Packed
@@ -37,7 +36,7 @@ from .policy import (
     check_outgoing,
     check_work,
 )
-from .privacy import check_spending, check_turn, check_turns, releases_of, turns_of
+from .privacy import check_spending, check_turn, releases_of, turn_of
 from .request import Request, read_request
 from .rows import DataChanged
 from .secure_sums import MASKED, MESSAGE, Identify, SecureSums, kit_identity, no_identity
@@ -214,7 +213,8 @@ class Resident:
             for release in releases_of(mechanism, wanted):
                 self.ledger.note_release(request.run, release)
         if participant.hidden is not None and isinstance(asked, TrainingTask):
-            self._count_turns(participant.hidden, request.run)
+            check_turn(policy, self.ledger, request.run, participant.hidden)
+            self.ledger.note_release(request.run, turn_of(participant.hidden))
         if begins:
             self.ledger.note_round(request.run, request.digest)
         counted = not queries and not asked.continues
@@ -230,31 +230,13 @@ class Resident:
             numbers, task = participant.change(
                 asked, packed, request.round, secure.needed(request.round), digest
             )
-            noised = participant.noised is not None
-            masked = secure.mask(request.round, request.secure, task, numbers, noised=noised)
+            masked = secure.mask(request.round, request.secure, task, numbers)
             values = {MESSAGE: write_message(masked.receipt).decode()}
             update = Packed({MASKED: torch.from_numpy(masked.numbers.view(np.int32))})
         else:
             update, values = participant.execute(asked, packed, request.round)
         self.runs.log_cuts(request.run, participant.take_cuts())
         return values, update
-
-    def _count_turns(self, mechanism: ClientMechanism, run: str) -> None:
-        """Count a noised change. Of those that are summed, of which a round has one, all that the run may get
-        are counted before the first; where the server shows another recipe for it, that of this one too.
-        """
-        policy = self.settings.policy
-        if mechanism.terms is None:
-            check_turn(policy, self.ledger, run, mechanism)
-            self.ledger.note_release(run, turns_of(mechanism, 1))
-            return
-        release = turns_of(mechanism)
-        same = release.model_dump(exclude={"steps"})
-        for known in self.ledger.releases(run):
-            if known.model_dump(exclude={"steps"}) == same and known.steps >= release.steps:
-                return
-        check_turns(policy, self.ledger, mechanism)
-        self.ledger.note_release(run, release)
 
     def _secure_sums(self, participant: Participant) -> SecureSums:
         """This site's part in the run's secure sums.

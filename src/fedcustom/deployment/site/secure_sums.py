@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +50,8 @@ class Unmasked:
 
     folder: Path
 
-    def note(self, opening: Opening, vector: str | None = None) -> None:
-        """Write down what is about to be unmasked, with the SHA-256 of the site's own ``vector`` where that
-        is noised: two sums of one round with other noise would be two releases.
+    def note(self, opening: Opening) -> None:
+        """Write down what is about to be unmasked.
 
         Raises:
             SecureSumError: another sum of the same round was unmasked before, or the file is damaged.
@@ -66,13 +64,11 @@ class Unmasked:
         if not isinstance(known, dict):
             raise SecureSumError("this site's list of unmasked sums is damaged")
         key = f"{opening.round_id.number}.{opening.round_id.exchange}"
-        entry: dict[str, Any] = {"task": opening.task.hex(), "sites": sorted(opening.survivors)}
-        if vector is not None:
-            entry["vector"] = vector
-        if (before := known.setdefault(key, entry)) != entry:
-            same = all(before.get(part) == entry[part] for part in ("task", "sites"))
-            what = "with another vector of this site" if same else "for other sites or another task"
-            raise SecureSumError(f"{opening.round_id}: was unmasked before {what}, and is not again")
+        entry = {"task": opening.task.hex(), "sites": sorted(opening.survivors)}
+        if known.setdefault(key, entry) != entry:
+            raise SecureSumError(
+                f"{opening.round_id}: was unmasked before for other sites or another task, and is not again"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(file, known)
 
@@ -88,7 +84,6 @@ class SecureSums:
         self.name, self.run, self.clients, self.terms = name, run, list(clients), terms
         self.identify, self.unmasked = identify, Unmasked(folder)
         self.round: SiteRound | None = None
-        self.vector: str | None = None  # of this round, where it is noised
 
     def answer(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values of the answer to a request of one exchange.
@@ -106,14 +101,8 @@ class SecureSums:
     def _answer(self, stage: AskedStage, number: int, payload: bytes) -> Message:
         if stage == "keys":
             identity, round_id = self.identify(), RoundId(self.run, number)
-            self.vector = None
             self.round = SiteRound(
-                self.name,
-                round_id,
-                self.terms,
-                self.clients,
-                *identity,
-                lambda opening: self.unmasked.note(opening, self.vector),
+                self.name, round_id, self.terms, self.clients, *identity, self.unmasked.note
             )
             return self.round.keys()
         current = self.of(number)
@@ -146,14 +135,8 @@ class SecureSums:
         """How many sites have to stay in a round (t), by its roster as this site knows it."""
         return self.of(number).threshold
 
-    def mask(
-        self, number: int, delivery: str, task: bytes, numbers: Numbers, *, noised: bool = False
-    ) -> Masked:
-        """A vector, masked in place, with the shares of the others that came with the task. If it is
-        ``noised``, it is unmasked with this noise alone.
-        """
-        if noised:
-            self.vector = hashlib.sha256(numbers.tobytes()).hexdigest()
+    def mask(self, number: int, delivery: str, task: bytes, numbers: Numbers) -> Masked:
+        """A vector, masked in place, with the shares of the others that came with the task."""
         return self.of(number).mask(read_message(Delivery, delivery.encode()), task, numbers)
 
 

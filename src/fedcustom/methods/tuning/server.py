@@ -262,7 +262,12 @@ class TuningServer:
 
 def released_tensors(parts: TuningParts, tensors: Mapping[str, Tensor]) -> Tensors:
     """The tensors that are noised where clients are hidden: all that travel and are trained in some round."""
-    travelling = parts.ownership.travelling(dict(tensors))
+    rounds = range(1, parts.context.rounds + 1)
+    travelling = {
+        name: tensor
+        for name, tensor in parts.ownership.travelling(dict(tensors)).items()
+        if any(parts.hooks.trains(name, number) for number in rounds)
+    }
     if (parts.context.training.freeze_head_rounds or 0) >= parts.context.rounds:
         return {n: t for n, t in travelling.items() if n not in parts.trainable.head}
     return travelling
