@@ -18,7 +18,7 @@ from fedcustom.audit.layer_inputs import LayerInputs
 from fedcustom.audit.leading import leading_directions, nearness
 from fedcustom.audit.results import NotRun
 from fedcustom.audit.span import Span
-from fedcustom.privacy.example_mechanism import ExamplePrivacy
+from fedcustom.privacy.example_mechanism import ExamplePrivacy, Releases
 from fedcustom.privacy.settings import PrivacySettings
 from helpers.audit import LATER, by_measure, seen, target
 
@@ -287,7 +287,7 @@ def test_too_few_auxiliary_texts_are_said(tiny: dict[str, str]) -> None:
 def test_hidden_rows_tell_nothing(tiny: dict[str, str]) -> None:
     """Prefix memory whose clients noise each step, at an epsilon of 1."""
     privacy = PrivacySettings(unit="example", epsilon=1.0, delta=1e-3, randomness="seeded")
-    steps = {f"c{n:02}": 2 for n in range(20)}
+    steps = {f"c{n:02}": Releases(2) for n in range(20)}
     run = target(
         tiny["bert"], "prefix", per_client=4, held=200, training=SGD, length=8, kind="memory",
         row_privacy=ExamplePrivacy(privacy, 4, 0, steps),

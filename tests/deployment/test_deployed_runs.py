@@ -217,8 +217,8 @@ def test_a_site_dies_for_good_and_another_day_comes_back(
     federation: Bed, tmp_path: Path, record_property: Any
 ) -> None:
     name = federation.names[2]
-    watcher = Watcher({2: lambda: federation.kill_site(name), 5: lambda: federation.start(name)})
-    federation.run(tmp_path / "run", watcher, rounds__count=40, training__local_steps=40)
+    watcher = Watcher({2: lambda: federation.kill_site(name), 4: lambda: federation.start_and_wait(name)})
+    federation.run(tmp_path / "run", watcher, rounds__count=9)
     rows = [row for row in metrics(tmp_path / "run") if row["round"]]
     missed = [row["round"] for row in rows if name in row["left_out"]]
     assert missed[0] == 3, "the round in which it died closes without it"
@@ -261,10 +261,10 @@ def test_a_site_that_joins_late(tmp_path: Path, recipe: dict[str, Any], record_p
 
         def join() -> None:
             joined.append(time.monotonic())
-            made.start(late)
+            made.start_and_wait(late)
 
         watcher = Watcher({1: join})
-        made.run(tmp_path / "run", watcher, rounds__count=40, training__local_steps=60)
+        made.run(tmp_path / "run", watcher, rounds__count=6)
         rows = [row for row in metrics(tmp_path / "run") if row["round"]]
         assert late in rows[0]["left_out"]
         assert rows[-1]["answered"] == made.names

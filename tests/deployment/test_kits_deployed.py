@@ -47,11 +47,7 @@ def test_a_site_with_its_own_key_joins_and_is_revoked(
             signed = tmp_path / f"{name}.signed.zip"
             authority.sign(folder, file, signed, fingerprint=colons(key))
             requests.install(kit, signed)
-            made.start(name)
-            log, until = folder / "server" / "fedcustom" / "engine.log", time.monotonic() + 180
-            while f"New client {name}@" not in log.read_text(errors="replace"):
-                assert time.monotonic() < until, "the site does not connect"
-                time.sleep(0.5)
+            made.start_and_wait(name)
 
         def revoke() -> None:
             authority.revoke(folder, name)

@@ -113,6 +113,16 @@ class Bed:
             self.sites[name] = SupervisedProcess(command, self.own(name) / "site.log")
             self.sites[name].start()
 
+    def start_and_wait(self, name: str, seconds: float = 180.0) -> None:
+        """Start a site while a run goes on, and wait until it has registered with the server."""
+        log, said = self.folder / "server" / "fedcustom" / "engine.log", f"New client {name}@"
+        before = log.read_text(errors="replace").count(said)
+        self.start(name)
+        until = time.monotonic() + seconds
+        while log.read_text(errors="replace").count(said) == before:
+            assert time.monotonic() < until, f"{name} does not connect"
+            time.sleep(0.2)
+
     def engine(self, name: str) -> list[int]:
         """The engine's process at a site that stays."""
         return processes("client_train", f"uid={name}", str(self.folder))

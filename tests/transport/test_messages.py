@@ -73,7 +73,11 @@ MESSAGES: dict[type[Task], tuple[dict[str, Any], type[Update], dict[str, Any]]] 
         TrainUpdate,
         trained,
     ),
-    tuning.FitHeadTask: (paced, tuning.HeadSumsUpdate, {"weight": finite}),
+    tuning.FitHeadTask: (
+        paced,
+        tuning.HeadSumsUpdate,
+        {"weight": finite, "deviation": st.none() | finite},
+    ),
     tuning.ScaleHeadTask: (asked, tuning.HeadLossesUpdate, {"weight": finite}),
     tuning.HeadGradientTask: (asked, tuning.HeadGradientUpdate, {"weight": finite, "objective": finite}),
     DistilTask: ({**paced, "model": whole}, DistilUpdate, trained),
