@@ -83,6 +83,11 @@ def test_models_of_runs_without_privacy_are_not_looked_up(small: dict[str, Any])
     assert lines(absent, absent) == []
 
 
+def test_other_lengths_of_texts_are_no_other_clients(small: dict[str, Any]) -> None:
+    (line,) = lines(private(small), private(small, data__max_length=16))
+    assert "2 runs on the same clients" in line
+
+
 def test_natural_clients_are_counted_once(small: dict[str, Any]) -> None:
     asked = list[Recipe]()
 

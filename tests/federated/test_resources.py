@@ -38,6 +38,17 @@ def test_figures_are_those_of_a_run(small: dict[str, Any], name: str, tmp_path: 
     assert found.run_seconds >= found.round_seconds > 0
 
 
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_rows_that_are_hidden_by_noise_for_few_steps(small: dict[str, Any], steps: int) -> None:
+    """No more steps are measured than the noise is for."""
+    small["training"] |= {"local_steps": steps}
+    small["rounds"] = {"count": 1}
+    small["privacy"] = {"unit": "example", "epsilon": 8.0, "delta": 1e-3}
+    found = measure_resources(load_recipe(small))
+    assert found.round_seconds is not None
+    assert found.round_seconds > 0
+
+
 def test_a_batch_needs_less_memory_with_checkpointing(
     small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

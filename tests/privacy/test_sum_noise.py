@@ -124,7 +124,7 @@ def test_what_is_said_of_it() -> None:
     assert 6.5 < record["epsilon_if_normal"] < 8
     assert record["against"] == [
         "the server, whether or not it follows the protocol",
-        "the server together with up to 1 of a round's clients",
+        "the server with clients that help it, up to 1 in a round",
         "other clients",
         "whoever has the model",
     ]

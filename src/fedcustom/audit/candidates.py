@@ -88,8 +88,12 @@ class Candidates:
         difference, total = state_difference(seen, like), summed_change(target, seen)
         inside = list(changes) if seen.received else list(seen.answered)
         pairs = matched_pairs(target, inside, seen.answered)
-        if not pairs or not (changes or difference or total):
+        if not (changes or difference or total):
             raise CannotAttack("no client of the round sent what a gradient can be compared with")
+        if not pairs:
+            raise CannotAttack(
+                "no text of a client in the round has another of its label, of a client that was not in it"
+            )
         scores = np.zeros((3, 2, len(pairs)))  # view, member or other, pair
         entered: Tensor | None = None
         wanted, began = len(pairs), time.monotonic()

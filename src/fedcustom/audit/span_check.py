@@ -219,7 +219,7 @@ def _findings(check: SpanCheck, seen: RoundView, view: View, reads: Sequence[Rea
         (divided, "Adam has divided the gradient number by number"),
         (full, "the change has every direction, as after noise, codes, Muon or too many tokens"),
         (limited, "there are as many directions as rows of the trained matrices, too few for the tokens"),
-        (still, "the matrices did not move, as LoRA's first factor while the second is zero"),
+        (still, "the matrices did not move: LoRA's first factor while the second is zero, or where it rests"),
     ]
     said = "; ".join(f"of {number} {reason}" for number, reason in reasons if number)
     more = f" ({seen.unseen} clients left out: their updates are too large to keep)" if seen.unseen else ""

@@ -14,6 +14,13 @@ from .resolve import resolved
 
 Mechanisms = dict[str, tuple[Event, ...]]
 
+ROWS = ("source", "subset", "train")
+"""Settings of ``[data]`` that say where a run's rows are from; others leave some out, or say what is made of
+them."""
+
+DIVIDED = (*ROWS, "development", "test", "limit")
+"""Those that decide which rows a client has, with the division."""
+
 
 def composed(recipes: Iterable[Recipe], clients_of: Callable[[Recipe], int]) -> Iterator[str]:
     """A sentence for each group of private runs that have their clients in common, or their rows where these
@@ -47,10 +54,11 @@ def _division(recipe: Recipe) -> str:
     client has it.
     """
     if recipe.example_privacy is not None:
-        return json.dumps(["rows", recipe.data.model_dump(mode="json")], sort_keys=True)
+        return json.dumps(["rows", recipe.data.model_dump(mode="json", include=set(ROWS))], sort_keys=True)
+    rows = recipe.data.model_dump(mode="json", include=set(DIVIDED))
     clients = recipe.clients
     seed = None if clients.partition == "natural" else recipe.seed
-    parts = [recipe.data.model_dump(mode="json"), clients.model_dump(mode="json"), seed]
+    parts = [rows, clients.model_dump(mode="json"), seed]
     return json.dumps(parts, sort_keys=True)
 
 

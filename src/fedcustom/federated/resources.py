@@ -27,7 +27,8 @@ from .schedule import Plan, plan_rounds
 from .simulation import Federation, simulate
 
 STEPS = 2
-"""Steps of each client that are measured, after one that is not."""
+"""Steps of each client that are measured, after one that is not; fewer where rows are hidden by noise for
+fewer."""
 
 FLOAT = 4
 """Bytes of a trained number, which is float32."""
@@ -183,8 +184,15 @@ def _seconds(recipe: Recipe, federation: Federation, plan: Plan) -> tuple[float,
                 seen += examples(reply.client, amounts[reply.client])
         return time.perf_counter() - begun, seen
 
-    trained(1)
-    seconds, seen = trained(STEPS)
+    steps = STEPS
+    if federation.hidden is not None:  # no more than are planned, which is what their noise is for
+        planned = [one.planned.steps for one in federation.hidden.mechanisms.values()]
+        steps = min(STEPS, *planned)
+        if min(planned) > STEPS:
+            trained(1)
+    else:
+        trained(1)
+    seconds, seen = trained(steps)
     each = [sum(examples(name, a.amount) for name, a in plan[n - 1].items() if not a.absent) for n in numbers]
     return seconds / seen * each[0], seconds / seen * sum(each)
 

@@ -28,8 +28,8 @@ ASSUMPTIONS = (
 """What has to hold for the guarantee."""
 
 SUM_ASSUMPTIONS = (
-    "of a round's clients at most {colluding} help the server or tell anybody what noise they drew "
-    "(secure_sum.colluding); all others add theirs",
+    "secure_sum.colluding = {colluding}: no more of a round's clients than that help the server, or tell "
+    "anybody what noise they drew; all others add theirs",
     "across sites, whoever has the federation's authority/ makes no certificates for sites that there are "
     "not; a simulation has all parties in one process",
     "each client's own machine is trusted: noise is made there, by a key that never leaves it",
@@ -118,7 +118,7 @@ class ClientMechanism:
         server = "the server, whether or not it follows the protocol"
         if self.terms is None:
             return (server, *everybody) if self.by_clients else everybody
-        together = f"the server together with up to {self.terms.colluding} of a round's clients"
+        together = f"the server with clients that help it, up to {self.terms.colluding} in a round"
         # Without an allowance for it, a client that knows its own noise knows a part of all.
         return (server, together, *everybody) if self.terms.colluding else (server, "whoever has the model")
 
