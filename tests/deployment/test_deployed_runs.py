@@ -276,7 +276,7 @@ def test_too_few_sites_is_an_error_and_nothing_is_lost(federation: Bed, tmp_path
     from fedcustom.core.errors import FedcustomError
 
     name = federation.names[1]
-    federation.patience(quorum_seconds=25.0, grace_seconds=2.0)
+    federation.patience(quorum_seconds=75.0, grace_seconds=2.0)  # in which a job must start, too
     out = tmp_path / "run"
     try:
         with pytest.raises(FedcustomError, match=r"2 of 3 clients answered, rounds.min_clients = 3"):

@@ -114,7 +114,7 @@ def test_the_mechanism_of_a_run() -> None:
     in_turn = mechanism(clients=20, asked=10)
     assert in_turn.participation.turns == 4
     assert in_turn.noise_multiplier < found.noise_multiplier
-    assert any("at most 1 help the server" in text for text in found.guarantee().assumptions)
+    assert any("secure_sum.colluding = 1: no more" in text for text in found.guarantee().assumptions)
     assert not any("trusted: it sees" in text for text in found.guarantee().assumptions)
 
 
