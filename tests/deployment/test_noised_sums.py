@@ -18,12 +18,11 @@ from fedcustom.core.tensors import equal
 from fedcustom.deployment import parties
 from fedcustom.federated.private_run import KEY, RECORD
 from fedcustom.federated.resolve import resolved
-from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.privacy.sum_noise import SCALE
 from fedcustom.recipe.recipe import load_recipe
 from helpers.rows import make_rows, write_jsonl
 from helpers.runs import StopAt
-from helpers.secure_sites import SecureSites
+from helpers.secure_sites import SecureSites, failing, last, rows_of
 
 RUN = "0123456789abcdef"
 
@@ -55,25 +54,6 @@ def secret(recipe: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {**recipe, "privacy": {**recipe["privacy"], "randomness": "secret"}, **more}
 
 
-def last(out: Path) -> dict[str, torch.Tensor]:
-    checkpoints = Checkpoints(out / "checkpoints")
-    return dict(checkpoints.load(max(checkpoints.rounds())).state.tensors)
-
-
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def lost(site: str, kind: str, number: int = 1) -> Any:
-    def trick(name: str, message: dict[str, Any]) -> dict[str, Any] | None:
-        values = message.get("values", {})
-        stage = values.get("stage") if message["kind"] == "secure" else message["kind"]
-        found = values.get("round") if message["kind"] == "secure" else message.get("round")
-        return {"error": "lost"} if (name, stage, found) == (site, kind, number) else None
-
-    return trick
-
-
 def test_with_the_same_keys_deployment_and_simulation_are_equal(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -93,11 +73,11 @@ def test_with_the_same_keys_deployment_and_simulation_are_equal(
 
 def test_the_noise_is_what_was_promised_whoever_is_lost(recipe: dict[str, Any], tmp_path: Path) -> None:
     """Of the sum that the server opens, with keys that it does not know."""
-    sites = SecureSites(tmp_path / "sites", secret(recipe, rounds={"count": 1}), trick=lost("o3", "work"))
+    sites = SecureSites(tmp_path / "sites", secret(recipe, rounds={"count": 1}), trick=failing("o3", "work"))
     sites.run(tmp_path / "noised")
     quiet = {**recipe["privacy"], "epsilon": None, "noise_multiplier": 1e-5, "randomness": "seeded"}
     still = SecureSites(
-        tmp_path / "still", {**recipe, "rounds": {"count": 1}, "privacy": quiet}, trick=lost("o3", "work")
+        tmp_path / "still", {**recipe, "rounds": {"count": 1}, "privacy": quiet}, trick=failing("o3", "work")
     )
     still.run(tmp_path / "plain")
     record = json.loads((tmp_path / "noised" / RECORD).read_text())
@@ -135,7 +115,7 @@ def test_a_round_that_is_asked_for_again_counts_again(
     opened it. After the promised turns a site masks nothing.
     """
     monkeypatch.setattr(parties, "run_id", lambda directory: RUN)
-    sites = SecureSites(tmp_path / "sites", secret(recipe), trick=lost("o0", "unmask"))
+    sites = SecureSites(tmp_path / "sites", secret(recipe), trick=failing("o0", "unmask"))
     sites.run(tmp_path / "out")
     opened = json.loads((sites.folder / "o0" / "fedcustom" / "secure_sums" / f"{RUN}.json").read_text())
     assert list(opened) == ["2.1"], "the others have opened the first sum, of which o0 is one"

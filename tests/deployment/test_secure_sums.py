@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from fedcustom.core.tensors import equal
 from fedcustom.deployment import parties
 from fedcustom.deployment.nvflare.identity import CertificateVerifier, KitSigner
 from fedcustom.deployment.task_digest import task_digest
-from fedcustom.federated.run_directory import Checkpoints
 from helpers.rows import make_rows, write_jsonl
-from helpers.secure_sites import Authority, SecureSites
+from helpers.secure_sites import Authority, SecureSites, failing, last, rows_of
 
 
 @pytest.fixture
@@ -45,27 +43,6 @@ def recipe(tiny: dict[str, str], tmp_path: Path) -> dict[str, Any]:
         "evaluation": {"batch_size": 32},
         "secure_sum": {"on": True, "most_examples": 40},
     }
-
-
-def last(out: Path) -> dict[str, torch.Tensor]:
-    checkpoints = Checkpoints(out / "checkpoints")
-    return dict(checkpoints.load(max(checkpoints.rounds())).state.tensors)
-
-
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def failing(site: str, stage: str, number: int = 1) -> Callable[[str, dict[str, Any]], Any]:
-    """A site that is lost in one exchange of one round."""
-
-    def trick(name: str, message: dict[str, Any]) -> dict[str, Any] | None:
-        values = message.get("values", {})
-        kind = values.get("stage") if message["kind"] == "secure" else message["kind"]
-        found = values.get("round") if message["kind"] == "secure" else message.get("round")
-        return {"error": "lost"} if (name, kind, found) == (site, stage, number) else None
-
-    return trick
 
 
 def test_a_deployed_run_is_equal_to_the_simulation_to_the_last_bit(

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import safetensors.torch
+import torch
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -27,6 +28,7 @@ from fedcustom.deployment.site.secure_sums import kit_identity
 from fedcustom.deployment.site.settings import load_site
 from fedcustom.federated.resolve import resolved
 from fedcustom.federated.run import run_recipe
+from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport.channel import Packed
 
@@ -142,3 +144,24 @@ class SecureSites:
             return gather(recipe, settings, messenger.folder, fake, directory)
 
         return run_recipe(self.recipe, out, gather=parties, **more)
+
+
+def last(out: Path) -> dict[str, torch.Tensor]:
+    checkpoints = Checkpoints(out / "checkpoints")
+    return dict(checkpoints.load(max(checkpoints.rounds())).state.tensors)
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def failing(site: str, stage: str, number: int = 1) -> Callable[[str, dict[str, Any]], Any]:
+    """A site that is lost in one exchange of one round."""
+
+    def trick(name: str, message: dict[str, Any]) -> dict[str, Any] | None:
+        values = message.get("values", {})
+        kind = values.get("stage") if message["kind"] == "secure" else message["kind"]
+        found = values.get("round") if message["kind"] == "secure" else message.get("round")
+        return {"error": "lost"} if (name, kind, found) == (site, stage, number) else None
+
+    return trick

@@ -104,6 +104,17 @@ class Target:
             raise CannotAttack(f"method {self.recipe.method.name} sends no changes of trained tensors")
         return Knowledge(self.method)
 
+    @property
+    def no_gradients(self) -> str | None:
+        """Why changes cannot be compared with gradients of texts; None where they can."""
+        try:
+            corrects = self.knowledge.parts.trainable.corrects
+        except CannotAttack as error:
+            return str(error)
+        if corrects:
+            return None
+        return "what travels is made by a network from what is trained, so that gradients have another form"
+
     @cached_property
     def texts(self) -> list[Example]:
         """All training examples of all clients."""

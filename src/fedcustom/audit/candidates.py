@@ -63,15 +63,7 @@ class Candidates:
 
     def inapplicable(self, target: Target) -> str | None:
         """Where no changes of trained tensors are sent, or gradients have another form than these."""
-        try:
-            corrects = target.knowledge.parts.trainable.corrects
-        except CannotAttack as error:
-            return str(error)
-        if not corrects:
-            return (
-                "what travels is made by a network from what is trained, so that gradients have another form"
-            )
-        return None
+        return target.no_gradients
 
     def attack(self, target: Target, seen: RoundView, deadline: Deadline) -> list[Finding | NotRun]:
         """AUC and true positives at 1 % false positives, by a client's update, by the state difference, and

@@ -26,17 +26,7 @@ class Inversion:
 
     def inapplicable(self, target: Target) -> str | None:
         """Where no changes of trained tensors are sent, or gradients have another form than these."""
-        if target.sums_only:
-            return UNSEEN
-        try:
-            corrects = target.knowledge.parts.trainable.corrects
-        except CannotAttack as error:
-            return str(error)
-        if not corrects:
-            return (
-                "what travels is made by a network from what is trained, so that gradients have another form"
-            )
-        return None
+        return UNSEEN if target.sums_only else target.no_gradients
 
     def attack(self, target: Target, seen: RoundView, deadline: Deadline) -> list[Finding | NotRun]:
         """What the changes of single clients say; of each part that cannot be made, why.

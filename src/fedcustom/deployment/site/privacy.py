@@ -70,15 +70,21 @@ def check_noise(policy: PolicySettings, mechanism: ExampleMechanism) -> None:
     Raises:
         PolicyError: names the line of the policy.
     """
-    if mechanism.noise_multiplier < policy.minimum_noise:
-        raise PolicyError(
-            f"policy.minimum_noise = {policy.minimum_noise}: for this site's rows privacy.epsilon = "
-            f"{mechanism.settings.epsilon} takes noise of {mechanism.noise_multiplier:.4g}"
-        )
+    _check_least_noise(policy, mechanism, "this site's rows")
     if mechanism.head_noise is not None and mechanism.head_noise < policy.minimum_noise:
         raise PolicyError(
             f"policy.minimum_noise = {policy.minimum_noise}: sums for the head have noise of "
             f"{mechanism.head_noise:.4g} by privacy.head_share = {mechanism.settings.head_share}"
+        )
+
+
+def _check_least_noise(
+    policy: PolicySettings, mechanism: ExampleMechanism | ClientMechanism, whose: str
+) -> None:
+    if mechanism.noise_multiplier < policy.minimum_noise:
+        raise PolicyError(
+            f"policy.minimum_noise = {policy.minimum_noise}: for {whose} privacy.epsilon = "
+            f"{mechanism.settings.epsilon} takes noise of {mechanism.noise_multiplier:.4g}"
         )
 
 
@@ -88,11 +94,7 @@ def check_own_noise(policy: PolicySettings, mechanism: ClientMechanism) -> None:
     Raises:
         PolicyError: names the line of the policy.
     """
-    if mechanism.noise_multiplier < policy.minimum_noise:
-        raise PolicyError(
-            f"policy.minimum_noise = {policy.minimum_noise}: for this run's clients privacy.epsilon = "
-            f"{mechanism.settings.epsilon} takes noise of {mechanism.noise_multiplier:.4g}"
-        )
+    _check_least_noise(policy, mechanism, "this run's clients")
     promised = mechanism.guarantee().epsilon
     if policy.max_epsilon is not None and promised > policy.max_epsilon * (1 + ROUNDING):
         raise PolicyError(
