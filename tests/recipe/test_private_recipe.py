@@ -81,6 +81,8 @@ def test_its_settings_are_listed() -> None:
         ({"privacy": {"noise": "client"}, "secure_sum": {"on": True}}, "secure_sum.on"),
         ({"privacy": {"noise": "client"}, "training": {"fit_head_rounds": [1]}}, "training.fit_head_rounds"),
         ({"privacy": {"accept_noise": True}}, "accept_noise"),
+        ({"privacy": {"head_share": 0.3}}, "privacy.head_share"),
+        ({"privacy": {"head_clip": 2.0}}, "privacy.head_clip"),
         *[
             ({"privacy": {"noise": noise, **more}, "secure_sum": {"on": noise == "sum"}}, f"privacy.{key}")
             for noise in ("sum", "client")

@@ -83,9 +83,8 @@ def _training(recipe: Sections) -> Iterator[str]:
 
 
 def _head(recipe: Sections) -> Iterator[str]:
-    """What of a fit of the head is not accounted for, and what would have no effect."""
-    training, privacy = recipe.training, recipe.privacy
-    assert privacy is not None
+    """What of a fit of the head is not accounted for."""
+    training = recipe.training
     if training.fit_head:
         yield (
             "training.fit_head = true: would fit the head after training too, where clients' own rows choose "
@@ -106,12 +105,6 @@ def _head(recipe: Sections) -> Iterator[str]:
         yield (
             f"training.fit_head_least_texts = {training.fit_head_least_texts}: noise hides rows, and all of "
             "them are in the sums; leave it unset"
-        )
-    share = type(privacy).model_fields["head_share"].default
-    if not rounds and privacy.head_share != share:
-        yield (
-            f"privacy.head_share = {privacy.head_share}: has no effect while no head is fitted; set "
-            "training.fit_head_rounds = [1]"
         )
 
 

@@ -61,12 +61,27 @@ def check_privacy(recipe: Sections) -> None:
     if privacy is None or privacy.unit == "none":
         return
     if privacy.unit == "example":
-        for reason in (*why_no_example_privacy(recipe), *_evaluation(recipe)):
+        for reason in (*why_no_example_privacy(recipe), *_head_without_fit(recipe), *_evaluation(recipe)):
             raise ValueError(f"{reason} (privacy.unit = 'example')")
         return
     own = _own_noise(recipe) if privacy.place in ("sum", "client") else _server_noise(recipe)
+    own += _head_without_fit(recipe)
     for reason in (*own, *_merging(recipe), *_training(recipe), *_evaluation(recipe), *_rounds(recipe)):
         raise ValueError(f"{reason} (privacy.unit = 'client')")
+
+
+def _head_without_fit(recipe: Sections) -> list[str]:
+    """Settings of a fit of the head that would have no effect."""
+    privacy, training = recipe.privacy, recipe.training
+    assert privacy is not None
+    if training.fit_head_rounds or training.fit_head:
+        return []
+    return [
+        f"privacy.{key} = {getattr(privacy, key)}: has no effect while no head is fitted; set "
+        "training.fit_head_rounds = [1]"
+        for key in ("head_share", "head_clip")
+        if getattr(privacy, key) != type(privacy).model_fields[key].default
+    ]
 
 
 def _server_noise(recipe: Sections) -> list[str]:
