@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix memory matched": {"length": 8, "kind": "memory", "merging": "matched"},
     "prefix memory stacked": {"length": 8, "kind": "memory", "merging": "stacked"},
     "prefix memory alternate": {"length": 8, "kind": "memory", "merging": "alternate"},
+    "prefix shifts": {"length": 12, "kind": "memory", "query_shifts": True},
     "prefix frozen": {"length": 8, "kind": "memory", "keys": "frozen", "linear": True},
     "soft_prompt": {"length": 4},
     "soft_prompt p-tuning": {"length": 4, "encoder": "mlp"},

@@ -51,13 +51,14 @@ def rounds_alike(model: Any) -> bool:
 
 
 @ON_MODELS
-def test_the_start_is_the_base_model_to_the_last_bit(tiny: dict[str, str], model: str) -> None:
+@pytest.mark.parametrize("shifts", [False, True])
+def test_the_start_is_the_base_model_to_the_last_bit(tiny: dict[str, str], model: str, shifts: bool) -> None:
     kind = MODELS[model]
     batch = plain_batch(tiny[model], kind, model, examples_for(kind)[:4])
     task = LearningTask(kind, LABELS if kind == "classification" else ())  # type: ignore[arg-type]
     base = load_base(ModelSettings(base=tiny[model]), task, seed=0)
     expected = logits(base.model.eval(), batch)
-    ours = logits(memory(tiny, model).trainable.model.eval(), batch)
+    ours = logits(memory(tiny, model, query_shifts=shifts).trainable.model.eval(), batch)
     if rounds_alike(base.model):
         assert torch.equal(ours, expected)
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
@@ -69,7 +70,8 @@ def parallel_adapters(base: Any, model: str, tensors: dict[str, Tensor]) -> None
 
         U act(D x + c)   D_h = K_h W_q,h / sqrt(d)   c_h = K_h b_q,h / sqrt(d)   U_h = W_o,h V_h^T
 
-    added to the output matrix's output, and feed-forward slots as a wider network's extra units.
+    added to the output matrix's output. Shifts of queries are those of the same units times S_h, added to the
+    query matrix's output.
     """
     act = ACT2FN[{"bert": "gelu", "llama": "silu", "gpt2": "gelu_new", "bart": "gelu"}[model]]
     places = sorted(n.removesuffix(".slots.keys") for n in tensors if n.endswith(".slots.keys"))
@@ -90,6 +92,16 @@ def parallel_adapters(base: Any, model: str, tensors: dict[str, Tensor]) -> None
             own = query.bias[: heads * size].view(heads, size)
             bias = torch.einsum("hsd,hd->hs", keys, own).flatten() / math.sqrt(size)
         up = torch.einsum("ohe,hse->ohs", out, values).flatten(1)
+        if f"{name}.slots.shifts" in tensors:
+            shifts = torch.block_diag(*tensors[f"{name}.slots.shifts"])  # (heads * slots, heads * size)
+
+            def shifted(
+                _: Any, inputs: Any, given: Tensor, down: Any = down, bias: Any = bias, shifts: Any = shifts
+            ) -> Tensor:
+                shift = act(inputs[0] @ down.T + bias) @ shifts
+                return given + torch.nn.functional.pad(shift, (0, given.shape[-1] - shift.shape[-1]))
+
+            query.register_forward_hook(shifted)
         kept: list[Tensor] = []
         query.register_forward_pre_hook(lambda _, inputs, kept=kept: kept.append(inputs[0]))
         output.register_forward_hook(
@@ -100,9 +112,10 @@ def parallel_adapters(base: Any, model: str, tensors: dict[str, Tensor]) -> None
 
 
 @ON_MODELS
-def test_attention_slots_are_parallel_adapters(tiny: dict[str, str], model: str) -> None:
+@pytest.mark.parametrize("shifts", [False, True])
+def test_attention_slots_are_parallel_adapters(tiny: dict[str, str], model: str, shifts: bool) -> None:
     kind = MODELS[model]
-    method = memory(tiny, model, feed_forward_slots=0)
+    method = memory(tiny, model, feed_forward_slots=0, query_shifts=shifts)
     tensors = filled(method)
     method.trainable.write(tensors)
     batch = plain_batch(tiny[model], kind, model, examples_for(kind)[:4])
@@ -115,20 +128,24 @@ def test_attention_slots_are_parallel_adapters(tiny: dict[str, str], model: str)
 
 
 @ON_MODELS
-def test_the_budget_is_that_of_key_value_pairs(tiny: dict[str, str], model: str) -> None:
+@pytest.mark.parametrize("shifts", [False, True])
+def test_the_budget_is_that_of_key_value_pairs(tiny: dict[str, str], model: str, shifts: bool) -> None:
     """At most as many numbers as pairs of that length beside every attention block, and nearly as many."""
-    method = memory(tiny, model)
+    method = memory(tiny, model, query_shifts=shifts)
     count = sum(t.numel() for n, t in method.initialise().tensors.items() if n not in method.trainable.head)
     heads = {"bert": 2 * 4, "llama": 2 * 2, "gpt2": 2 * 4, "bart": 6 * 4}[model]
     assert 0.5 * (budget := heads * 2 * 4 * 8) < count <= budget
 
 
 @ON_MODELS
-def test_a_folder_loads_with_transformers_alone(tiny: dict[str, str], model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shifts", [False, True])
+def test_a_folder_loads_with_transformers_alone(
+    tiny: dict[str, str], model: str, shifts: bool, tmp_path: Path
+) -> None:
     import transformers as t
 
     kind = MODELS[model]
-    method = memory(tiny, model)
+    method = memory(tiny, model, query_shifts=shifts)
     state = State(filled(method))
     method.export(state, tmp_path / "model")
     batch = plain_batch(tiny[model], kind, model, examples_for(kind)[:4])
@@ -139,7 +156,7 @@ def test_a_folder_loads_with_transformers_alone(tiny: dict[str, str], model: str
         loader.from_pretrained(tmp_path / "model", trust_remote_code=False)
     theirs = loader.from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
     torch.testing.assert_close(exact(theirs, batch), ours, rtol=1e-6, atol=1e-6)
-    again = memory(tiny, model)
+    again = memory(tiny, model, query_shifts=shifts)
     again.trainable.write(again.ownership.complete(again.open(tmp_path / "model").tensors))
     torch.testing.assert_close(exact(again.trainable.model.eval(), batch), ours, rtol=1e-6, atol=1e-6)
 
@@ -161,7 +178,8 @@ def test_feed_forward_slots_alone_are_a_plain_model(tiny: dict[str, str], model:
 def test_frozen_keys_do_not_travel(tiny: dict[str, str], model: str) -> None:
     method = memory(tiny, model, keys="frozen", linear=True)
     names = set(method.initialise().tensors) - method.trainable.head
-    assert {n.rpartition(".slots.")[2] for n in names if ".slots." in n} == {"values", "linear"}
+    writers = {"values", "linear"} | (set() if model == "bert" else {"shifts"})  # not by default in encoders
+    assert {n.rpartition(".slots.")[2] for n in names if ".slots." in n} == writers
     assert not any("adapter.bias" in n for n in names)
     whole = memory(tiny, model, linear=True).initialise().tensors
     assert len(names) < len(whole)

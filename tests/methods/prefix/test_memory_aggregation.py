@@ -75,6 +75,9 @@ def added(method: WeightTuning, tensors: Tensors) -> Tensor:
                     total += act(x @ key / keys.shape[2] ** 0.5)[:, None] * value
                 if (linear := name.replace("keys", "linear")) in own:
                     total += (x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()) @ own[linear][head]
+                if (shifts := name.replace("keys", "shifts")) in own:
+                    units = torch.stack([act(x @ key / keys.shape[2] ** 0.5) for key in keys[head]], 1)
+                    total = torch.cat([total, units @ own[shifts][head]], 1)
                 found.append(total.flatten())
         if name.endswith("intermediate.dense.adapter.weight"):
             x = probes(ERROR_PROBES, own[name].shape[1] + 1, biased=True).float()[:, :-1]
@@ -93,12 +96,14 @@ def slots_of(method: WeightTuning) -> set[str]:
 
 
 @ON_MODELS
+@pytest.mark.parametrize("shifts", [False, True])
 @pytest.mark.parametrize("merging", ["mean", "matched", "stacked", "alternate", "frozen"])
 def test_the_reported_error_is_the_distance_from_the_mean_of_functions(
-    tiny: dict[str, str], model: str, merging: str
+    tiny: dict[str, str], model: str, merging: str, shifts: bool
 ) -> None:
     frozen: dict[str, Any] = {"keys": "frozen", "linear": True, "length": 16}
-    method = memory(tiny, model, **(frozen if merging == "frozen" else {"merging": merging}))
+    settings = frozen if merging == "frozen" else {"merging": merging}
+    method = memory(tiny, model, query_shifts=shifts, **settings)
     state = filled(method)
     for number in (1, 2):
         answers = answers_of(method, state, model, number)
@@ -116,10 +121,12 @@ def test_the_reported_error_is_the_distance_from_the_mean_of_functions(
 def test_alternation_trains_readers_in_odd_rounds_and_writers_in_even_ones(
     tiny: dict[str, str], model: str
 ) -> None:
-    method = memory(tiny, model, merging="alternate", linear=True, length=16)
+    method = memory(tiny, model, merging="alternate", linear=True, length=16, query_shifts=True)
     state = filled(method)
     writers = {
-        name for name in slots_of(method) if any(part in name for part in ("values", ".linear", "down_proj"))
+        name
+        for name in slots_of(method)
+        if any(part in name for part in ("values", "shifts", ".linear", "down_proj"))
     } | {name for name in slots_of(method) if "output.dense.adapter" in name}
     readers = slots_of(method) - writers
     assert all(any(part in n for part in ("keys", "intermediate", "gate", "up_proj")) for n in readers)
@@ -138,11 +145,13 @@ def shuffled(method: WeightTuning, tensors: Tensors) -> Tensors:
     result, generator = dict(tensors), torch.Generator().manual_seed(3)
     for name in slots_of(method):
         if name.endswith(".keys"):
-            for other in (name, name.replace("keys", "values")):
+            parts = [name, name.replace("keys", "values"), name.replace("keys", "shifts")]
+            parts = [other for other in parts if other in tensors]
+            for other in parts:
                 result[other] = torch.empty_like(tensors[other])
             for head in range(len(tensors[name])):
                 order = torch.randperm(tensors[name].shape[1], generator=generator)
-                for other in (name, name.replace("keys", "values")):
+                for other in parts:
                     result[other][head] = tensors[other][head, order]
         if name.endswith(("intermediate.dense.adapter.weight", "gate_proj.adapter.weight")):
             order = torch.randperm(len(tensors[name]), generator=generator)
@@ -155,12 +164,17 @@ def shuffled(method: WeightTuning, tensors: Tensors) -> Tensors:
 
 
 @ON_MODELS
-def test_matching_does_not_see_the_order_of_a_clients_slots(tiny: dict[str, str], model: str) -> None:
-    method = memory(tiny, model, merging="matched")
+@pytest.mark.parametrize("shifts", [False, True])
+def test_matching_does_not_see_the_order_of_a_clients_slots(
+    tiny: dict[str, str], model: str, shifts: bool
+) -> None:
+    method = memory(tiny, model, merging="matched", length=16, query_shifts=shifts)
     state = filled(method)
     answers = answers_of(method, state, model)
     own = shuffled(method, after(state, answers[1]))
-    torch.testing.assert_close(added(method, own), added(method, after(state, answers[1])), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        added(method, own), added(method, after(state, answers[1])), rtol=1e-6, atol=1e-5
+    )
     change = {n: own[n] - state.tensors[n] for n in answers[1].update.tensors}
     assert any(not torch.allclose(change[n], answers[1].update.tensors[n]) for n in slots_of(method))
     turned = [answers[0], replace(answers[1], update=replace(answers[1].update, tensors=change)), answers[2]]
@@ -173,8 +187,11 @@ def test_matching_does_not_see_the_order_of_a_clients_slots(tiny: dict[str, str]
 
 
 @ON_MODELS
-def test_stacking_identical_clients_gives_their_function(tiny: dict[str, str], model: str) -> None:
-    method = memory(tiny, model, merging="stacked", linear=True, length=16)
+@pytest.mark.parametrize("shifts", [False, True])
+def test_stacking_identical_clients_gives_their_function(
+    tiny: dict[str, str], model: str, shifts: bool
+) -> None:
+    method = memory(tiny, model, merging="stacked", linear=True, length=16, query_shifts=shifts)
     state = filled(method)
     one = answers_of(method, state, model)[0]
     own = shuffled(method, after(state, one))

@@ -21,7 +21,7 @@ TRAINING = {"batch_size": 3, "clip_norm": 1.0, "optimizer": "sgd", "learning_rat
 
 NAMES = [
     "full", "adapter", "ia3", "bitfit", "ln_tuning", "prefix", "prefix reparametrised", "prefix memory",
-    "prefix frozen", "soft_prompt", "soft_prompt lstm", "lora", "lora dora", "lora fedsb",
+    "prefix shifts", "prefix frozen", "soft_prompt", "soft_prompt lstm", "lora", "lora dora", "lora fedsb",
 ]  # fmt: skip
 """What passes through the model in a way of its own; other variants differ in what the server does."""
 

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use"),
 ]
 
-METHODS = ["lora", "prefix memory", "prefix", "adapter", "ia3", "bitfit", "soft_prompt"]
+METHODS = ["lora", "prefix memory", "prefix shifts", "prefix", "adapter", "ia3", "bitfit", "soft_prompt"]
 TRAINING = {"batch_size": 3, "clip_norm": 1.0, "optimizer": "sgd", "learning_rate": 0.1}
 CLOSE = {"float32": 1e-4, "bfloat16": 2e-2}
 """How far a cohort may be from its clients alone: kernels of other shapes sum in another order."""

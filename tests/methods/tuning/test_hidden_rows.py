@@ -114,14 +114,23 @@ def one_step(method: WeightTuning, examples: list[Example]) -> None:
 
 ENCODER = (
     "lora", "lora ffa", "lora fedsa", "lora private", "lora hetlora", "prefix", "prefix memory",
-    "prefix frozen", "soft_prompt", "adapter", "ia3", "bitfit", "ln_tuning",
+    "prefix frozen", "prefix shifts", "soft_prompt", "adapter", "ia3", "bitfit", "ln_tuning",
 )  # fmt: skip
 
 CASES = [
     *((name, "bert") for name in ENCODER),
     *(
         (name, "llama")
-        for name in ("lora", "prefix", "prefix memory", "soft_prompt", "adapter", "ia3", "bitfit")
+        for name in (
+            "lora",
+            "prefix",
+            "prefix memory",
+            "prefix shifts",
+            "soft_prompt",
+            "adapter",
+            "ia3",
+            "bitfit",
+        )
     ),
     *((name, "gpt2") for name in ("lora", "prefix", "bitfit")),
     *((name, "bart") for name in ("lora", "adapter")),

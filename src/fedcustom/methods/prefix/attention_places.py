@@ -37,10 +37,9 @@ class Place:
     step: int
     cached: int
 
-    @property
-    def slot_size(self) -> int:
-        """How many numbers a slot beside the block has."""
-        return self.heads * (self.size + self.value_size)
+    def slot_size(self, *, shifts: bool) -> int:
+        """How many numbers a slot beside the block has, with or without a shift of the query."""
+        return self.heads * (self.size + self.value_size + shifts * self.size)
 
     def entry(self) -> dict[str, Any]:
         """The place in a configuration."""

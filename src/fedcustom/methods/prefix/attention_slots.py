@@ -20,41 +20,58 @@ SETTING = "prefix_memory"
 
 
 class AttentionSlots(nn.Module):
-    """What the slots of one attention block add to the output of each head h, with its query q_h::
+    """What the slots of one attention block add to the output and to the query of each head h::
 
-        sum_j act(q_h . k_hj / sqrt(d)) v_hj  +  M_h^T q_h / rms(q_h)
+        o_h += sum_j act(q_h . k_hj / sqrt(d)) v_hj  +  M_h^T q_h / rms(q_h)
+        q_h += sum_j act(q_h . k_hj / sqrt(d)) u_hj
 
-    ``keys`` are (heads, slots, d), ``values`` (heads, slots, e), where e is the size of a head's output. M of
-    (heads, d, e) is there if ``linear``. Keys are drawn from N(0, 1), values and M are zero at first: nothing
-    is added. Queries are those of the block's matrix, before any rotation and normalisation of heads.
+    ``keys`` k are (heads, slots, d), ``values`` v (heads, slots, e), where e is the size of a head's output.
+    ``shifts`` u of (heads, slots, d) are there if asked for, and so is M, ``linear``, of (heads, d, e). Keys
+    are drawn from N(0, 1), all others are zero at first: nothing is added. Queries q are those of the block's
+    matrix, before any rotation and normalisation of heads. Attention itself sees the shifted queries.
     """
 
     def __init__(
-        self, heads: int, slots: int, size: int, value_size: int, activation: str, *, linear: bool = False
+        self,
+        heads: int,
+        slots: int,
+        size: int,
+        value_size: int,
+        activation: str,
+        *,
+        linear: bool = False,
+        shifts: bool = False,
     ) -> None:
         super().__init__()
         self.activation = ACT2FN[activation]
         self.keys = nn.Parameter(torch.randn(heads, slots, size))
         self.values = nn.Parameter(torch.zeros(heads, slots, value_size))
+        if shifts:
+            self.shifts = nn.Parameter(torch.zeros(heads, slots, size))
         if linear:
             self.linear = nn.Parameter(torch.zeros(heads, size, value_size))
 
-    def forward(self, query: Tensor) -> Tensor:
-        """Queries (rows, tokens, heads, d) to what is added, (rows, tokens, heads, e)."""
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries (rows, tokens, heads, d) to what is added to the outputs, (rows, tokens, heads, e), and to
+        the queries themselves, (rows, tokens, heads, d), or None.
+        """
         return self.read(query, dict(self.named_parameters(recurse=False)), "h")
 
-    def read(self, query: Tensor, own: Mapping[str, Tensor], axes: str) -> Tensor:
+    def read(self, query: Tensor, own: Mapping[str, Tensor], axes: str) -> tuple[Tensor, Tensor | None]:
         """The same with these tensors, whose dimensions but for the last two are ``axes``: h, heads, or rh,
         rows and heads.
         """
-        keys = (own["keys"] / math.sqrt(query.shape[-1])).to(query.dtype)
-        values = own["values"].to(query.dtype)
-        scores = torch.einsum(f"rthd,{axes}sd->rths", query, keys)
-        result = torch.einsum(f"rths,{axes}se->rthe", self.activation(scores), values)
+        own = {name: tensor.to(query.dtype) for name, tensor in own.items() if name != "keys"} | {
+            "keys": (own["keys"] / math.sqrt(query.shape[-1])).to(query.dtype)
+        }
+        strengths = self.activation(torch.einsum(f"rthd,{axes}sd->rths", query, own["keys"]))
+        added = torch.einsum(f"rths,{axes}se->rthe", strengths, own["values"])
         if "linear" in own:
             unit = query * torch.rsqrt(query.float().square().mean(-1, keepdim=True) + 1e-6).to(query.dtype)
-            result = result + torch.einsum(f"rthd,{axes}de->rthe", unit, own["linear"].to(query.dtype))
-        return result
+            added = added + torch.einsum(f"rthd,{axes}de->rthe", unit, own["linear"])
+        if "shifts" not in own:
+            return added, None
+        return added, torch.einsum(f"rths,{axes}sd->rthd", strengths, own["shifts"])
 
 
 class Passing(threading.local):
@@ -69,9 +86,10 @@ class Passing(threading.local):
 def add_slots(model: nn.Module, memory: Mapping[str, Any]) -> dict[str, AttentionSlots]:
     """Put slots beside the attention blocks of a model, in place; by the names of their modules.
 
-    ``memory`` has ``slots``, ``activation``, ``linear`` and ``places``: of each block the module ``query``,
-    whose output holds the queries, and the module ``output``, whose input is the heads' outputs; ``heads``
-    of ``size`` and ``value_size``; head h's query begins at ``first + h * step`` of the query's output.
+    ``memory`` has ``slots``, ``activation``, ``linear``, ``shifts`` and ``places``: of each block the module
+    ``query``, whose output holds the queries, and the module ``output``, whose input is the heads' outputs;
+    ``heads`` of ``size`` and ``value_size``; head h's query begins at ``first + h * step`` of the query's
+    output.
     Both modules see (rows, tokens, width).
     """
     added = {}
@@ -79,7 +97,7 @@ def add_slots(model: nn.Module, memory: Mapping[str, Any]) -> dict[str, Attentio
         query, output = (model.get_submodule(place[key]) for key in ("query", "output"))
         slots = AttentionSlots(
             place["heads"], memory["slots"], place["size"], place["value_size"], memory["activation"],
-            linear=memory["linear"],
+            linear=memory["linear"], shifts=memory.get("shifts", False),
         )  # fmt: skip
         query.add_module("slots", slots)
         passing = Passing()
@@ -106,13 +124,23 @@ def _around(one: str, other: str) -> str:
     return ".".join(shared)
 
 
-def _read(passing: Passing, place: Mapping[str, Any], module: Any, _: Any, output: Tensor) -> None:
+def _read(passing: Passing, place: Mapping[str, Any], module: Any, _: Any, output: Tensor) -> Tensor | None:
+    """Let the slots see the queries in a matrix's output; the output with shifted queries, if they are."""
     heads, size, first, step = (place[key] for key in ("heads", "size", "first", "step"))
+    added, shift = module.slots(_queries(output, heads, size, first, step))
+    passing.added = added.flatten(-2)
+    if shift is None:
+        return None
+    shifted = output.clone()
+    _queries(shifted, heads, size, first, step).add_(shift)
+    return shifted
+
+
+def _queries(output: Tensor, heads: int, size: int, first: int, step: int) -> Tensor:
+    """The view (rows, tokens, heads, size) of the queries in a matrix's output."""
     if step == size:
-        query = output[..., first : first + heads * size].reshape(*output.shape[:-1], heads, size)
-    else:
-        query = output.reshape(*output.shape[:-1], heads, step)[..., first : first + size]
-    passing.added = module.slots(query).flatten(-2)
+        return output[..., first : first + heads * size].unflatten(-1, (heads, size))
+    return output.unflatten(-1, (heads, step))[..., first : first + size]
 
 
 def _add(passing: Passing, _: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -35,7 +35,8 @@ def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableM
     """Put slots beside the attention blocks and feed-forward networks of ``base.model``, in place.
 
     What travels: ``keys`` of (heads, slots, d) and ``values`` of (heads, slots, e) of each attention block,
-    the rows and columns of the feed-forward slots (as in :class:`~..adapter.method.Adapter`), and the head.
+    with ``query_shifts`` also ``shifts`` of (heads, slots, d); the rows and columns of the feed-forward slots
+    (as in :class:`~..adapter.method.Adapter`), and the head.
     With ``keys = "frozen"`` keys and rows are those of the seed and do not travel.
 
     Raises:
@@ -43,6 +44,7 @@ def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableM
     """
     model = base.model
     found = find_feed_forward(base)
+    shifts = shifts_queries(settings, base)
     places: list[Place] = []
     missed: list[str] = []
     if settings.slots != 0 or settings.feed_forward_slots is None or settings.linear:
@@ -64,6 +66,7 @@ def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableM
                 "slots": sizes.attention,
                 "activation": activation_of(model.config),
                 "linear": settings.linear,
+                "shifts": shifts,
                 "places": [place.entry() for place in places],
             }
             for name, slots in add_slots(model, memory).items():
@@ -85,6 +88,11 @@ def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableM
     wider, activation = found if widening else None, activation_of(model.config)
     trainable.hooks = memory_hooks(base, settings.merging, trainable, memory, wider, activation)
     return trainable
+
+
+def shifts_queries(settings: PrefixSettings, base: Base) -> bool:
+    """Whether slots shift queries: as the recipe says, or else in decoders (docs/prefix.md: measured)."""
+    return base.architecture != "encoder" if settings.query_shifts is None else settings.query_shifts
 
 
 def slots_for(
@@ -110,7 +118,7 @@ def slots_for(
             "allowed: 1 or more"
         )
     budget = settings.length * sum(place.cached for place in places)
-    beside_attention = sum(place.slot_size for place in places)
+    beside_attention = sum(place.slot_size(shifts=shifts_queries(settings, base)) for place in places)
     if settings.linear:
         budget -= sum(place.heads * place.size * place.value_size for place in places)
     beside_others = 0 if found is None else unit_size(base.model, found)

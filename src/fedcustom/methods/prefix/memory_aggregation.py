@@ -11,8 +11,9 @@ matched    all slots                   mean of slots that were put into the orde
 stacked    all slots                   all clients' slots (exact), brought back to the state's number
 =========  ==========================  =============================================================
 
-Readers are keys, and rows and biases into feed-forward slots (D, c); writers are values, and columns out of
-them (U). The linear memory M goes with the writers; its mean is exact, and every variant takes it.
+Readers are keys, and rows and biases into feed-forward slots (D, c). Writers are values with the shifts of
+queries, and columns out of feed-forward slots (U). The linear memory M goes with the writers; its mean is
+exact, and every variant takes it.
 """
 
 from __future__ import annotations
@@ -61,38 +62,44 @@ class Block:
     """The slots of one attention block or feed-forward network, by the names of their tensors.
 
     ``readers`` names the keys, or the matrix into the units (gated: two); ``biases`` is empty, or names one
-    for each or nothing. ``writers`` names the values or the matrix out of the units, ``linear`` the linear
-    memory or nothing. ``reading`` is None where it is not known how the units read.
+    for each or nothing. ``writers`` names the values, with the shifts if there are any, or the matrix out of
+    the units; ``linear`` the linear memory or nothing. ``reading`` is None where it is not known how the
+    units read.
     """
 
     readers: tuple[str, ...]
     biases: tuple[str, ...]
-    writers: str
+    writers: tuple[str, ...]
     linear: str
     heads: bool
     reading: Reading | None
+    shift: int = 0
 
     @property
     def names(self) -> set[str]:
         """The tensors of the slots."""
-        return {*self.readers, *filter(None, self.biases), self.writers}
+        return {*self.readers, *filter(None, self.biases), *self.writers}
 
     def slots(self, tensors: Mapping[str, Tensor]) -> Slots:
         """The slots: a group for each head, or one group for a network."""
         if self.heads:
-            return Slots(tensors[self.readers[0]][:, :, None], tensors[self.writers])
+            writers = torch.cat([tensors[name] for name in self.writers], -1)
+            return Slots(tensors[self.readers[0]][:, :, None], writers)
         parts = [tensors[name] for name in self.readers]
         if self.biases:
             biases = [tensors[name] if name else torch.zeros(len(parts[0])) for name in self.biases]
             parts = [torch.cat([part, b[:, None]], 1) for part, b in zip(parts, biases, strict=True)]
-        return Slots(torch.stack(parts, 1)[None], tensors[self.writers].T[None])
+        return Slots(torch.stack(parts, 1)[None], tensors[self.writers[0]].T[None])
 
     def tensors(self, slots: Slots) -> Tensors:
         """The inverse of :meth:`slots`."""
         if self.heads:
-            return {self.readers[0]: slots.readers[:, :, 0].contiguous(), self.writers: slots.writers}
+            sizes = [slots.writers.shape[-1] - self.shift, self.shift][: len(self.writers)]
+            written = zip(self.writers, slots.writers.split(sizes, -1), strict=True)
+            found = {name: part.contiguous() for name, part in written}
+            return found | {self.readers[0]: slots.readers[:, :, 0].contiguous()}
         rows = slots.readers[0].unbind(1)
-        found = {self.writers: slots.writers[0].T.contiguous()}
+        found = {self.writers[0]: slots.writers[0].T.contiguous()}
         if self.biases:
             biases = {name: part[:, -1] for name, part in zip(self.biases, rows, strict=True) if name}
             found |= {name: bias.contiguous() for name, bias in biases.items()}
@@ -110,15 +117,15 @@ class MemoryAggregation(AggregationHooks):
         sqrt(sum |merged(x) - f(x)|^2) / sqrt(sum |f(x)|^2)
 
     A function is what a block's memory adds at equal inputs: slots and linear memory before the output
-    projection, for each head; the feed-forward slots' units times U. The server holds one sum of such
-    outputs, and no client's tensors unless the rule needs them.
+    projection and to the query, for each head; the feed-forward slots' units times U. The server holds one
+    sum of such outputs, and no client's tensors unless the rule needs them.
     """
 
     def __init__(self, merging: str, blocks: Sequence[Block], resting: Tensors, *, measured: bool) -> None:
         self.merging, self.blocks, self.resting, self.measured = merging, blocks, resting, measured
         self.own_rule = f"prefix merging {merging}" if merging in OWN_RULE else ""
         self.slots = {name for block in blocks for name in block.names}
-        self.writers = {name for block in blocks for name in (block.writers, block.linear) if name}
+        self.writers = {name for block in blocks for name in (*block.writers, block.linear) if name}
         self.readers = self.slots - self.writers
 
     def trains(self, name: str, round_number: int) -> bool:
@@ -137,7 +144,7 @@ class MemoryAggregation(AggregationHooks):
         alike: dict[Any, list[tuple[Block, Slots]]] = defaultdict(list)
         for block in self.blocks:
             slots = block.slots(whole)
-            form = block.reading, bool(block.biases), bool(block.linear), slots.readers.shape[2:]
+            form = block.reading, bool(block.biases), bool(block.linear), block.shift, slots.readers.shape[2:]
             alike[form, slots.writers.shape[1:]].append((block, slots))
         return [_outputs(pairs, whole) for pairs in alike.values()]
 
@@ -206,7 +213,8 @@ def _outputs(alike: Sequence[tuple[Block, Slots]], tensors: Mapping[str, Tensor]
     added = block.reading.outputs(joined, inputs)
     if block.linear:
         unit = inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + 1e-6)
-        added = added + unit @ torch.cat([tensors[each.linear] for each, _ in alike]).float()
+        linear = torch.cat([tensors[each.linear] for each, _ in alike]).float()
+        added = added + torch.nn.functional.pad(unit @ linear, (0, block.shift))
     return added
 
 
@@ -248,15 +256,18 @@ def memory_hooks(
         slots = f"{place['query']}.slots"
         linear = f"{slots}.linear" if f"{slots}.linear" in named else ""
         scaled = reading(activation, place["size"] ** -0.5)
-        blocks.append(Block((f"{slots}.keys",), (), f"{slots}.values", linear, True, scaled))
+        shifts = (f"{slots}.shifts",) if f"{slots}.shifts" in named else ()
+        writers = (f"{slots}.values", *shifts)
+        shift = place["size"] if shifts else 0
+        blocks.append(Block((f"{slots}.keys",), (), writers, linear, True, scaled, shift))
     networks = () if found is None else hidden_units(base, found, activation)
     for network in networks or ():
         weights = tuple(f"{name}.adapter.weight" for name in network.inputs)
         present = [f"{name}.adapter.bias" for name in network.inputs]
         biases = tuple(name if name in named else "" for name in present)
         units = reading(network.activation) if network.activation else None
-        writers = f"{network.output}.adapter.weight"
-        blocks.append(Block(weights, biases if any(biases) else (), writers, "", False, units))
+        columns = (f"{network.output}.adapter.weight",)
+        blocks.append(Block(weights, biases if any(biases) else (), columns, "", False, units))
     measured = networks is not None and all(block.reading is not None for block in blocks)
     if (networks is None and merging != "mean") or (merging == "stacked" and not measured):
         raise ModelError(
@@ -276,4 +287,4 @@ def memory_hooks(
 
 def _has_slots(tensors: Mapping[str, Tensor]) -> Callable[[Block], bool]:
     """Whether a block has any slots in these tensors."""
-    return lambda block: tensors[block.writers].numel() > 0
+    return lambda block: tensors[block.writers[0]].numel() > 0

@@ -15,7 +15,7 @@ TEXT = (
     "and then give the answer that a person who knows this field well would give."
 )
 
-MEMORY_ONLY = ("slots", "feed_forward_slots", "keys", "linear")
+MEMORY_ONLY = ("slots", "feed_forward_slots", "keys", "linear", "query_shifts")
 KV_ONLY = (
     "init", "init_text", "reparametrise", "compression", "public_text", "distil_steps",
     "distil_learning_rate", "layers_sent",
@@ -64,6 +64,11 @@ class PrefixSettings(TuningSettings):
     )
     linear: bool = Field(
         False, description="Also add a matrix times each head's normalised query (memory; Katharopoulos 2020)"
+    )
+    query_shifts: bool | None = Field(
+        None,
+        description="Slots beside attention also shift the query that they read, which changes what "
+        "attention looks at (memory); unset: in decoders and not in encoders",
     )
     init: Literal["auto", "random", "zero", "text"] = Field(
         "auto",

@@ -216,13 +216,13 @@ class ClientScale(ClientModule):
 class ClientSlots(ClientModule):
     """Attention slots of each client's own."""
 
-    def forward(self, query: Tensor) -> Tensor:
-        """Queries (rows, tokens, heads, size) to what is added to the heads' outputs."""
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries (rows, tokens, heads, size) to what is added to the heads' outputs and to the queries."""
         slots: Any = self.module
         frozen = {n: p for n, p in slots.named_parameters(recurse=False) if n not in self.own}
         own = {name: tensor[self.given.owners] for name, tensor in self.own.items()}
         own |= {name: p.expand(len(query), *p.shape) for name, p in frozen.items()}
-        result: Tensor = slots.read(query, own, "rh")
+        result: tuple[Tensor, Tensor | None] = slots.read(query, own, "rh")
         return result
 
 
