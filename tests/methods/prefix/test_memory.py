@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from fedcustom.core.errors import RecipeError
 from fedcustom.data.examples import LearningTask
 from fedcustom.methods import State
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
+from fedcustom.recipe.recipe import load_recipe
 from helpers.methods import LABELS, MODELS, examples_for, make
 from helpers.plain import logits, plain, plain_batch
 
@@ -183,3 +185,47 @@ def test_frozen_keys_do_not_travel(tiny: dict[str, str], model: str) -> None:
     assert not any("adapter.bias" in n for n in names)
     whole = memory(tiny, model, linear=True).initialise().tensors
     assert len(names) < len(whole)
+
+
+@pytest.mark.parametrize("model", ["bert", "llama", "gpt2"])
+def test_keys_of_a_text_are_those_that_its_tokens_have_alone(tiny: dict[str, str], model: str) -> None:
+    """Read off the key matrices of the plain model, one token at a time."""
+    text, kind = "the cat sees a dog", MODELS[model]
+    method = memory(tiny, model, init="text", init_text=text, slots=6)
+    tensors = method.initialise().tensors
+    base = plain(tiny[model], kind, model).eval()
+    tokens = method.base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    names = [n.removesuffix(".slots.keys") for n in tensors if n.endswith(".slots.keys")]
+    assert len(names) == 2
+    for name in names:
+        heads, slots, size = tensors[f"{name}.slots.keys"].shape
+        last = {"bert": ("query", "key"), "llama": ("q_proj", "k_proj"), "gpt2": ("", "")}[model]
+        matrix = base.get_submodule(name.removesuffix(last[0]) + last[1])
+        seen: list[Tensor] = []
+        hook = matrix.register_forward_hook(lambda _, __, given, seen=seen: seen.append(given[0, 0]))
+        with torch.no_grad():
+            for token in tokens:
+                base(input_ids=torch.tensor([[token]]))
+        hook.remove()
+        width = heads * size
+        keys = torch.stack([given[width : 2 * width] if model == "gpt2" else given for given in seen])
+        keys = keys.unflatten(1, (-1, size))
+        keys = keys.repeat_interleave(heads // keys.shape[1], 1).transpose(0, 1)
+        expected = torch.cat([keys] * slots, 1)[:, :slots]
+        torch.testing.assert_close(tensors[f"{name}.slots.keys"], expected, rtol=1e-5, atol=1e-6)
+        assert not tensors[f"{name}.slots.values"].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init": "zero"}, "keys of zero are never trained"),
+        ({"init_text": "A text."}, "init_text: has no effect with init = 'auto'"),
+        ({"init": "text", "slots": 0}, "has no effect with slots = 0"),
+        ({"kind": "kv", "query_shifts": True}, "query_shifts = True: has no effect with kind = 'kv'"),
+        ({"slots": 0, "query_shifts": True}, "query_shifts = true: has no effect with slots = 0"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe({"method": {"name": "prefix", "kind": "memory", **settings}})

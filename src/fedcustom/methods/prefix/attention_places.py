@@ -47,8 +47,8 @@ class Place:
 
 
 @dataclass
-class _Call:
-    """A matrix's pass (``module``, ``values`` in or out) or that of an attention block."""
+class Call:
+    """The pass of a matrix."""
 
     module: nn.Module
     inputs: Tensor
@@ -56,9 +56,14 @@ class _Call:
 
 
 @dataclass
-class _Attention:
+class Attention:
+    """The pass of an attention block over rows of one token: the first row's ``query``, (heads, size), and
+    ``output``, and all rows' ``keys``, (rows, key-value heads, size).
+    """
+
     module: nn.Module
     query: Tensor
+    keys: Tensor
     cached: int
     output: Tensor
 
@@ -77,12 +82,12 @@ def attention_places(base: Base) -> tuple[list[Place], list[str]]:
         ModelError: there is no block of which both matrices can be told.
     """
     names = {module: name for name, module in base.model.named_modules()}
-    records = _trial(base)
+    records = trial_records(base, [trial_ids(base)[1][:1]])
     found: dict[str, Place] = {}
     missed: dict[str, None] = {}
     seen: set[nn.Module] = set()
     for at, record in enumerate(records):
-        if isinstance(record, _Attention) and record.module in names:
+        if isinstance(record, Attention) and record.module in names:
             seen.update(record.module.modules())
             place = _seen(record, records[:at], records[at + 1 :], names) or _named(
                 record.module, names, record
@@ -116,18 +121,18 @@ def attention_places(base: Base) -> tuple[list[Place], list[str]]:
     return sorted(found.values(), key=lambda place: order[place.query]), sorted(missed, key=order.__getitem__)
 
 
-def _trial(base: Base) -> list[_Call | _Attention]:
-    """The passes of matrices and attention blocks over one token."""
-    records: list[_Call | _Attention] = []
+def trial_records(base: Base, rows: list[list[int]]) -> list[Call | Attention]:
+    """The passes of matrices and attention blocks over rows of one token each, in their order."""
+    records: list[Call | Attention] = []
 
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-            records.append(_Call(module, inputs[0].detach(), output.detach()))
+            records.append(Call(module, inputs[0].detach(), output.detach()))
 
     hooks = [m.register_forward_hook(note) for m in base.model.modules() if _is_matrix(m)]
     try:
         with _recorded(records):
-            pass_one_token(base)
+            _pass(base, rows)
     finally:
         for hook in hooks:
             hook.remove()
@@ -209,7 +214,7 @@ def _take_turns(calls: Sequence[tuple[str, torch.Size]]) -> bool:
 
 
 @contextmanager
-def _recorded(records: list[_Call | _Attention]) -> Iterator[None]:
+def _recorded(records: list[Call | Attention]) -> Iterator[None]:
     """Meanwhile attention gives each query the value of the one token that there is, and is noted."""
 
     def attend(
@@ -217,7 +222,9 @@ def _recorded(records: list[_Call | _Attention]) -> Iterator[None]:
     ) -> tuple[Tensor, None]:
         states = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2).contiguous()
         cached = (key.numel() + value.numel()) // key.shape[2]
-        records.append(_Attention(module, query.detach()[0, :, 0], cached, states[0, 0]))
+        records.append(
+            Attention(module, query.detach()[0, :, 0], key.detach()[:, :, 0], cached, states[0, 0])
+        )
         return states, None
 
     mapping: dict[str, Any] = AttentionInterface._global_mapping
@@ -234,9 +241,9 @@ def _recorded(records: list[_Call | _Attention]) -> Iterator[None]:
 
 
 def _seen(
-    attention: _Attention,
-    before: Sequence[_Call | _Attention],
-    after: Sequence[_Call | _Attention],
+    attention: Attention,
+    before: Sequence[Call | Attention],
+    after: Sequence[Call | Attention],
     names: dict[nn.Module, str],
 ) -> Place | None:
     """The block by the numbers of its queries and outputs."""
@@ -245,14 +252,14 @@ def _seen(
         (
             call.module
             for call in after
-            if isinstance(call, _Call)
+            if isinstance(call, Call)
             and call.inputs.numel() == attention.output.numel()
             and torch.equal(call.inputs.flatten(), attention.output.flatten())
         ),
         None,
     )
     for call in reversed(before):
-        if isinstance(call, _Attention) or output is None:
+        if isinstance(call, Attention) or output is None:
             break
         place = _layout(call.output.flatten(), attention.query)
         if place is not None:
@@ -290,7 +297,7 @@ def _proportional(one: Tensor, other: Tensor) -> bool:
 
 
 def _named(
-    module: nn.Module, names: dict[nn.Module, str], attention: _Attention | None, heads: int | None = None
+    module: nn.Module, names: dict[nn.Module, str], attention: Attention | None, heads: int | None = None
 ) -> Place | None:
     """The block by the names of its matrices: both in ``module``, or the output's in the one around it."""
     children = dict(module.named_children())

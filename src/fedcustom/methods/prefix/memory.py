@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.errors import ModelError
 from ...models.load import Base
@@ -21,6 +21,7 @@ from .attention_slots import add_slots
 from .memory_aggregation import memory_hooks
 from .memory_export import export_with_code, require_library_code
 from .settings import PrefixSettings
+from .text_keys import text_keys
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableM
     chosen: set[str] = set()
     memory: dict[str, Any] | None = None
     trained = settings.keys == "trained"
+    starts: dict[str, Tensor] = {}
+    if settings.init == "text" and sizes.attention:
+        starts = text_keys(base, places, settings.init_text, sizes.attention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if sizes.attention or settings.linear:
@@ -70,6 +74,8 @@ def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableM
                 "places": [place.entry() for place in places],
             }
             for name, slots in add_slots(model, memory).items():
+                if starts:
+                    slots.keys.data.copy_(starts[name.removesuffix(".slots")])
                 slots.to(device_of(model.get_submodule(name.removesuffix(".slots"))))
                 parts = {key for key, _ in slots.named_parameters() if trained or key != "keys"}
                 chosen |= {f"{name}.{part}" for part in parts}

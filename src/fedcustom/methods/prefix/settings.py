@@ -17,7 +17,7 @@ TEXT = (
 
 MEMORY_ONLY = ("slots", "feed_forward_slots", "keys", "linear", "query_shifts")
 KV_ONLY = (
-    "init", "init_text", "reparametrise", "compression", "public_text", "distil_steps",
+    "reparametrise", "compression", "public_text", "distil_steps",
     "distil_learning_rate", "layers_sent",
 )  # fmt: skip
 """Settings that one kind alone reads."""
@@ -73,9 +73,12 @@ class PrefixSettings(TuningSettings):
     init: Literal["auto", "random", "zero", "text"] = Field(
         "auto",
         description="kv: random: normal; zero: nearly no effect at first; text: keys and values of "
-        "init_text. auto: text; memory: random keys, and values of zero",
+        "init_text; auto: text. memory: random (auto): normal keys; text: keys of init_text's tokens, beside "
+        "attention; values are zero",
     )
-    init_text: str = Field(TEXT, min_length=1, description="Text for init = text, repeated to length")
+    init_text: str = Field(
+        TEXT, min_length=1, description="Text for init = text, repeated to length or to the number of slots"
+    )
     reparametrise: bool = Field(
         False, description="Train through a small network at the client, as in the paper; it is never sent"
     )
@@ -118,6 +121,15 @@ class PrefixSettings(TuningSettings):
         for key in MEMORY_ONLY if self.kind == "kv" else KV_ONLY:
             if getattr(self, key) != defaults[key].default:
                 raise ValueError(f"{key} = {getattr(self, key)!r}: has no effect with kind = {self.kind!r}")
+        if self.kind == "memory" and self.init == "zero":
+            raise ValueError("init = 'zero': keys of zero are never trained; memory allows random and text")
+        from_text = self.init == "text" or (self.init == "auto" and self.kind == "kv")
+        if self.init_text != TEXT and not from_text:
+            raise ValueError(f"init_text: has no effect with init = {self.init!r}")
+        if self.slots == 0 and self.query_shifts:
+            raise ValueError("query_shifts = true: has no effect with slots = 0")
+        if self.slots == 0 and self.kind == "memory" and self.init == "text":
+            raise ValueError("init = 'text': has no effect with slots = 0")
         if self.slots == 0 and self.feed_forward_slots == 0 and not self.linear:
             raise ValueError("slots = 0 and feed_forward_slots = 0: leave nothing to train")
         self._check_merging()
