@@ -25,6 +25,7 @@ from fedcustom.models.settings import ModelSettings
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": 8},
     "prefix memory": {"name": "prefix", "kind": "memory"},
+    "  with query shifts": {"name": "prefix", "kind": "memory", "query_shifts": True},
     "  attention slots alone": {"name": "prefix", "kind": "memory", "feed_forward_slots": 0},
     "  feed-forward slots alone": {"name": "prefix", "kind": "memory", "slots": 0},
     "key-value pairs": {"name": "prefix", "kind": "kv"},

@@ -139,8 +139,8 @@ def _read(passing: Passing, place: Mapping[str, Any], module: Any, _: Any, outpu
 def _queries(output: Tensor, heads: int, size: int, first: int, step: int) -> Tensor:
     """The view (rows, tokens, heads, size) of the queries in a matrix's output."""
     if step == size:
-        return output[..., first : first + heads * size].unflatten(-1, (heads, size))
-    return output.unflatten(-1, (heads, step))[..., first : first + size]
+        return output[..., first : first + heads * size].view(*output.shape[:-1], heads, size)
+    return output.view(*output.shape[:-1], heads, step)[..., first : first + size]
 
 
 def _add(passing: Passing, _: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -94,10 +94,10 @@ class Block:
     def tensors(self, slots: Slots) -> Tensors:
         """The inverse of :meth:`slots`."""
         if self.heads:
-            sizes = [slots.writers.shape[-1] - self.shift, self.shift][: len(self.writers)]
-            written = zip(self.writers, slots.writers.split(sizes, -1), strict=True)
-            found = {name: part.contiguous() for name, part in written}
-            return found | {self.readers[0]: slots.readers[:, :, 0].contiguous()}
+            size = slots.writers.shape[-1] - self.shift
+            parts = [slots.writers[..., :size], slots.writers[..., size:]][: len(self.writers)]
+            written = {name: part.contiguous() for name, part in zip(self.writers, parts, strict=True)}
+            return written | {self.readers[0]: slots.readers[:, :, 0].contiguous()}
         rows = slots.readers[0].unbind(1)
         found = {self.writers[0]: slots.writers[0].T.contiguous()}
         if self.biases:
