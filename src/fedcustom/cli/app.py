@@ -32,6 +32,7 @@ from .console import (
 )
 from .estimate import estimate
 from .experiment import experiment
+from .new import new
 from .privacy import privacy
 
 
@@ -41,9 +42,9 @@ class InOrder(TyperGroup):
     def list_commands(self, context: Any) -> list[str]:
         """Their names, for ``--help``."""
         order = (
-            "run", "compare", "experiment", "estimate", "privacy", "report", "audit", "predict", "chat",
-            "export",
-            "recipe", "index", "ask", "deploy", "site", "cache",
+            "new", "check", "run", "compare", "experiment", "estimate", "privacy", "report", "audit", "predict",
+            "chat", "export",
+            "recipe", "index", "ask", "deploy", "site", "doctor", "cache",
         )  # fmt: skip
         return sorted(self.commands, key=order.index)
 
@@ -55,6 +56,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(new)
 app.command()(experiment)
 app.command()(estimate)
 app.command()(privacy)
