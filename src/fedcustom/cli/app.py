@@ -18,6 +18,7 @@ from ..core.library_errors import in_one_line, while_loading
 from .answers import ask, chat, index, predict
 from .audit import audit
 from .certificates import deploy, site
+from .check import check
 from .console import (
     Overrides,
     Quiet,
@@ -57,6 +58,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(new)
+app.command()(check)
 app.command()(experiment)
 app.command()(estimate)
 app.command()(privacy)
