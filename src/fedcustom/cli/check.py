@@ -22,7 +22,7 @@ LONGEST_EXAMPLE = 2000
 OPENED, CLOSED = "[[", "]]"
 """What stands around text whose tokens are learnt."""
 
-WIDTH = 18
+WIDTH = 22
 
 
 def check(
@@ -39,7 +39,9 @@ def check(
 ) -> None:
     """Show what a recipe resolves to, before it runs: settings that it leaves open, rows, clients, training
     examples with the learnt tokens between [[ and ]], tokens that are cut, what is sent, what a site's policy
-    has to allow, memory and time. Nothing is kept. Example: fedcustom check recipes/docstrings.toml
+    has to allow, memory and time. Nothing is kept.
+
+    Example: fedcustom check recipes/docstrings.toml
     """
     from ..recipe.recipe import load_recipe
 
@@ -71,6 +73,8 @@ def in_words(recipe: Recipe, found: RecipeCheck) -> Iterator[tuple[str, str]]:
     if found.resources is None:
         yield "run", asked(recipe, found.outline)
     for key, value in found.filled.items():
+        if value in (None, 0, []):  # off, as where it is unset
+            continue
         yield "filled in", f"{key} = {value!r}"
     parts = ", ".join(f"{count:,} {name}" for name, count in found.rows.items())
     yield "rows", parts + (" (the clients' own test parts)" if found.test_is_pooled else "")
@@ -159,7 +163,7 @@ def _policy(found: RecipeCheck) -> Iterator[tuple[str, str]]:
         return
     if found.refused is not None:
         yield "site's policy", f"no site takes part: {found.refused}"
-    for need in found.policy:
+    for need in found.policy:  # lines as they stand in site.toml
         yield "site's policy", f"{need.setting} = {json.dumps(need.value)} is needed: {need.reason}"
     if not found.policy and found.refused is None:
         yield "site's policy", "the defaults of site.toml allow this recipe"

@@ -24,7 +24,8 @@ def new(
     ],
     out: Annotated[Path, typer.Option(help="The recipe's file")] = Path("recipe.toml"),
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Ask nothing: take what the data suggest (no terminal is needed)")
+        bool,
+        typer.Option("--yes", "-y", help="Ask nothing: take what the data suggest (no terminal is needed)"),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the recipe's file")] = False,
     task: Annotated[
@@ -45,24 +46,26 @@ def new(
         str | None,
         typer.Option(help="Column that says whose a row is; none: rows are dealt out at random"),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Base model: built in, a hub id or a folder")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model: built in, a hub id or a folder")] = None,
     train: Annotated[str | None, typer.Option(help="Training split, where several are there")] = None,
-    subset: Annotated[str | None, typer.Option(help="Configuration of a hub data set that has several")] = None,
+    subset: Annotated[
+        str | None, typer.Option(help="Configuration of a hub data set that has several")
+    ] = None,
 ) -> None:
     """Propose a recipe for data, and write it: the task by columns and values, clients by a column that says
     whose a row is, lengths by the tokens of the data, a base model that fits into the memory of this machine.
     On a terminal each choice is asked; Enter takes the proposal. The recipe is checked as a run would check
-    it before it is written. Example: fedcustom new reviews.csv --out reviews.toml
+    it before it is written.
+
+    Example: fedcustom new reviews.csv --out reviews.toml
     """
     if not yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise FedcustomError("there is no terminal to ask on: add --yes to take what the data suggest")
 
+    from ..data.truncation import in_words
     from ..proposal import Choices, propose
     from ..proposal.questions import take_proposals
     from ..proposal.write import refuse_existing, write_proposal
-    from ..data.truncation import in_words
 
     refuse_existing(out, force=force)
     choices = Choices(task, text, label, prompt, target, client, base, train, subset)
@@ -89,7 +92,9 @@ def ask(question: Question) -> str:
         answer = found.replace("\\n", "\n")
         if question.allows(answer):
             return answer
-        err_console.print(f"{found!r} is no answer; allowed: {', '.join(question.candidates)}", soft_wrap=True)
+        err_console.print(
+            f"{found!r} is no answer; allowed: {', '.join(question.candidates)}", soft_wrap=True
+        )
 
 
 def _escaped(text: str) -> str:

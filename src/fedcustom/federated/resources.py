@@ -123,7 +123,7 @@ def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Reso
 
 
 def untrained(recipe: Recipe) -> str:
-    """Why there are no steps to measure, in a sentence, where a recipe's method trains no tensors by rounds."""
+    """Why there are no steps to measure, in a sentence, where a method trains no tensors."""
     return (
         f"method.name = {recipe.method.name!r}: trains no tensors, so that there are no steps to "
         "measure; fedcustom run says before its first round what it sends"

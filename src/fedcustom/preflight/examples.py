@@ -74,7 +74,7 @@ def _shown(client: str, example: Example, data: DataSettings, base: Base, learns
 
 
 def segments(tokenizer: Any, ids: Sequence[int], marks: Sequence[bool]) -> tuple[Segment, ...]:
-    """The text of tokens, in pieces whose tokens are all learnt or all not; special tokens are written out."""
+    """The text of tokens, in pieces that are learnt or not; special tokens are written out."""
 
     def text(stop: int) -> str:
         return str(

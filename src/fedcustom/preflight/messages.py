@@ -37,6 +37,8 @@ def message_kinds(
         measured = {kind: round(mean(each)) for kind, each in lengths.items()}
     found = []
     for kind, pair in method.messages.items():
+        if not recipe.method.exchanges(kind):
+            continue
         if trained and not (fits if issubclass(pair.task, HeadTask) else len(fits) < len(plan)):
             continue
         training = trained and not issubclass(pair.task, HeadTask)
@@ -62,7 +64,7 @@ def _fields(message: type[Task] | type[Update]) -> tuple[str, ...]:
 
 
 def _first_sentence(message: type) -> str:
-    """The first sentence of a message's docstring, without references."""
-    text = " ".join((message.__doc__ or "").split())
+    """The first sentence of a message's docstring, without marks and references."""
+    text = " ".join((message.__doc__ or "").split()).replace("``", "")
     sentence, stop, _ = text.partition(". ")
     return sentence.rstrip(".").partition(" (:class:")[0] if stop or text else ""

@@ -148,9 +148,7 @@ def _filled(given: Recipe, recipe: Recipe) -> dict[str, Any]:
     """Settings, by their dotted names, that are other than the recipe says."""
     before, after = (_flat(one.model_dump(mode="json")) for one in (given, recipe))
     paths = {"model.base", "data.source", "public.source", "data.chat_template"}
-    return {
-        key: value for key, value in after.items() if value != before.get(key) and key not in paths
-    }
+    return {key: value for key, value in after.items() if value != before.get(key) and key not in paths}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,14 +9,16 @@ from ..models import smollm2
 ENCODER = "builtin:minilm"
 
 CHAT_MEMORY = 4 * 10**9
-"""Bytes that training SmolLM2-135M takes with some room to spare: 2.8 GB were measured for 8 rows of 128 tokens
-(docs/memory.md)."""
+"""Bytes that training SmolLM2-135M takes with some room to spare: 2.8 GB were measured for 8 rows of 128
+tokens (docs/memory.md)."""
 
 DECODER_MEMORY = 10**9
 """Bytes below which the smallest decoder is proposed."""
 
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + '\\n' + message['content'] + eos_token + '\\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ message['role'] + '\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
 )
 """A chat template for models that have none of their own: roles on lines of their own, and an end token."""

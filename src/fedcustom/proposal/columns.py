@@ -12,7 +12,9 @@ import numpy as np
 
 from ..data.cells import NUMBER, Row, place_of, text_of
 
-Kind = Literal["empty", "constant", "category", "number", "date", "identifier", "text", "messages", "container"]
+Kind = Literal[
+    "empty", "constant", "category", "number", "date", "identifier", "text", "messages", "container"
+]
 
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}([T ].*)?|\d{1,2}[./]\d{1,2}[./](\d{4}|\d{2})")
 INTEGER = re.compile(r"[+-]?\d+(\.0+)?")
@@ -43,7 +45,6 @@ class Column:
         where_missing: the first of them, as ``line 8``.
         distinct: how many different values there are.
         words: mean number of words of a value.
-        smallest: how many rows the rarest value has.
         integral: whether all values are whole numbers.
     """
 
@@ -54,12 +55,10 @@ class Column:
     where_missing: str = ""
     distinct: int = 0
     words: float = 0.0
-    smallest: int = 0
     integral: bool = False
 
     def named(self, words: Iterable[str]) -> bool:
-        """Whether one of the words of the column's name is among these (``userId`` has ``user`` and ``id``).
-        """
+        """Whether a word of the column's name is among these (``userId`` has ``user`` and ``id``)."""
         return bool({part.lower() for part in WORD.findall(self.name)} & set(words))
 
     @property
@@ -102,9 +101,7 @@ def _column(name: str, rows: Sequence[Mapping[str, Any]]) -> Column:
     integral = all(INTEGER.fullmatch(value) for value in counts)
     words = sum(len(value.split()) * count for value, count in counts.items()) / len(values)
     kind = _kind(counts, len(values), words, integral=integral)
-    return Column(
-        name, kind, distinct=len(counts), words=words, smallest=min(counts.values()), integral=integral, **common
-    )  # fmt: skip
+    return Column(name, kind, distinct=len(counts), words=words, integral=integral, **common)
 
 
 def _is_conversation(value: object) -> bool:

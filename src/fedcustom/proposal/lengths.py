@@ -22,7 +22,10 @@ SHARE = 0.98
 """Part of the sampled texts that a proposed length holds whole."""
 
 STEP = 8
-LEAST = 16
+
+LEAST, LEAST_TARGET, LEAST_CHAT = 32, 32, 256
+"""Tokens at least: new inputs may be longer than those of the sample, and a length that no text has costs
+nothing. Conversations grow with every turn."""
 
 LONGEST_INPUT, LONGEST_TARGET = 512, 256
 """Tokens at most that are proposed: a processor takes long for more."""
@@ -66,13 +69,14 @@ def measure_lengths(
             texts += [example.rejected for example in some if example.rejected]
             found = encode_targets(base.tokenizer, texts, UNCUT, base.token_rules)
             targets = [len(one.ids) for one in found]
-    target = _holding(targets, LONGEST_TARGET) if targets else None
+    target = _holding(targets, LEAST_TARGET, LONGEST_TARGET) if targets else None
     most = LONGEST_INPUT
     if positions is not None:
         half = positions // 2
         target = min(target, half) if target is not None and data.writes else target
         most = min(most, positions - (target or 0) if data.writes else positions)
-    return Lengths(_holding(given, most), max(given), len(some), target, max(targets, default=0))
+    least = LEAST_CHAT if base.chat is not None else LEAST
+    return Lengths(_holding(given, least, most), max(given), len(some), target, max(targets, default=0))
 
 
 def evenly(examples: Sequence[Example], count: int) -> list[Example]:
@@ -81,9 +85,9 @@ def evenly(examples: Sequence[Example], count: int) -> list[Example]:
     return [examples[int(place)] for place in places]
 
 
-def _holding(lengths: Sequence[int], most: int) -> int:
+def _holding(lengths: Sequence[int], least: int, most: int) -> int:
     """A length that holds nearly all of some texts: all, where the longest is not much longer."""
     ordered = sorted(lengths)
     share = ordered[min(len(ordered) - 1, int(SHARE * len(ordered)))]
     wanted = ordered[-1] if ordered[-1] <= 1.25 * share else share
-    return min(most, max(LEAST, -(-wanted // STEP) * STEP))
+    return min(most, max(least, -(-wanted // STEP) * STEP))

@@ -35,6 +35,7 @@ from .readings import (
     choose_written,
     conversations,
     first_pair,
+    no_label,
 )  # fmt: skip
 
 TEMPLATES = ("text", "prompt", "target")
@@ -143,8 +144,8 @@ def propose(source: str, choices: Choices | None = None, decide: Decide = take_p
     rows = read_rows(reads, train)
     if len(rows) < LEAST_ROWS:
         raise DataError(
-            f"{source}: split {train!r} has {len(rows)} row{'s' * (len(rows) != 1)}; at least {LEAST_ROWS} are "
-            "needed, for two clients with one each to train on, to select by and to be tested on"
+            f"{source}: split {train!r} has {len(rows)} row{'s' * (len(rows) != 1)}; at least {LEAST_ROWS} "
+            "are needed, for two clients with one each to train on, to select by and to be tested on"
         )
     columns = profile(rows)
     decide = _decided(choices, decide)
@@ -170,7 +171,9 @@ def propose(source: str, choices: Choices | None = None, decide: Decide = take_p
         for key, value in settings.items():
             draft.set(f"{section}.{key}", value)
     if data.texts_are_scored:
-        draft.set("evaluation.generate_limit", 20, "test inputs that are answered in words; the loss is of all")
+        draft.set(
+            "evaluation.generate_limit", 20, "test inputs that are answered in words; the loss is of all"
+        )
     left = [name for name in columns if name not in used and name != owner]
     if left:
         draft.notes.append(f"columns that are not used: {', '.join(left[:20])}{', ...' * (len(left) > 20)}")
@@ -210,8 +213,8 @@ def _set_columns(
         draft.set("data.text", text)
         draft.set("data.label", label, f"{columns[label].distinct} labels")
         used = [*fields(text), label]
-        if columns[label].distinct < 2:
-            raise DataError(f"{source}: column {label!r} has one value only; classification needs two or more")
+        if columns[label].distinct in (1, columns[label].rows):
+            raise DataError(f"{source}: {no_label(columns[label])}")
     else:
         draft.set("data.task", task)
         if task == "preference":

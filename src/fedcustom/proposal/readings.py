@@ -111,7 +111,7 @@ def choose_task(columns: Columns, source: str, decide: Decide) -> TaskKind:
     if len(tied) > 1:
         ways = " and ".join(f"{one.task} ({one.reason})" for one in tied)
         reason = f"{source}: can be read as {ways}"
-    allowed = ("classification", "generation", "chat", "preference", "retrieval")
+    allowed: tuple[TaskKind, ...] = ("classification", "generation", "chat", "preference", "retrieval")
     question = Question(
         "task",
         f"Task ({found[0].task}: {found[0].reason})" if found else "Task",
@@ -135,7 +135,9 @@ def conversations(columns: Columns) -> list[str]:
 
 def first_pair(columns: Columns, pairs: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
     """The first pair of names that both are columns with values, whatever their case."""
-    known = {name.lower(): name for name, column in columns.items() if column.kind not in ("empty", "container")}
+    known = {
+        name.lower(): name for name, column in columns.items() if column.kind not in ("empty", "container")
+    }
     for one, other in pairs:
         if one in known and other in known:
             return known[one], known[other]
@@ -154,23 +156,30 @@ def label_candidates(columns: Columns) -> list[str]:
     ]
 
 
+def no_label(column: Column) -> str | None:
+    """Why a column is none of labels, as a sentence; None where it may be one."""
+    name = f"column {column.name!r}"
+    if column.missing:
+        return f"{name} {column.problem}; a label is needed in every row"
+    if column.distinct == 1:
+        return f"{name} has one value only; classification needs two or more"
+    if column.distinct == column.rows:
+        return f"{name} has another value in each of {column.rows} rows, so that it is no label"
+    if column.kind == "number":
+        return f"{name} holds numbers ({column.distinct} different ones), and no labels"
+    if column.kind in ("date", "text", "identifier"):
+        return f"{name} has {column.distinct} different values in {column.rows} rows, which are too many"
+    return None
+
+
 def why_unlabelled(columns: Columns) -> str:
     """Why no column is one of labels, as a sentence."""
-    for name, column in columns.items():
-        if not column.named(LABELS):
-            continue
-        if column.kind == "constant":
-            return f"column {name!r} has one value only; classification needs two or more"
-        if column.missing:
-            return f"column {name!r} {column.problem}; a label is needed in every row"
-        if column.distinct == column.rows:
-            return f"column {name!r} has another value in each of {column.rows} rows, so that it is no label"
-        if column.kind == "number":
-            return f"column {name!r} holds numbers ({column.distinct} different ones), and no labels"
-        if 2 * column.distinct > column.rows:
-            return (
-                f"column {name!r} has {column.distinct} different values in {column.rows} rows, too many for labels"
-            )
+    named = [column for column in columns.values() if column.named(LABELS)]
+    reason = next(filter(None, map(no_label, named)), None)
+    if reason is not None:
+        return reason
+    if labels := label_candidates(columns):
+        return _no_text(columns, labels[0])
     kinds = ", ".join(f"{name} ({column.kind})" for name, column in list(columns.items())[:12])
     return f"no column looks like a label, and none like messages or a text to be written; columns: {kinds}"
 
@@ -218,7 +227,9 @@ def choose_text(columns: Columns, label: str, source: str, decide: Decide) -> st
         named = [name for wanted in TEXTS for name in found if name.lower() == wanted]
         best = named[:1] or (found if len(found) == 1 else [])
         proposal = f"{{{best[0]}}}" if best else None
-    reason = f"{source}: {len(found)} columns hold texts" if found else f"{source}: {_no_text(columns, label)}"
+    reason = (
+        f"{source}: {len(found)} columns hold texts" if found else f"{source}: {_no_text(columns, label)}"
+    )
     offered = tuple(f"{{{name}}}" for name in found)
     return decide(Question("text", "Template of the input", offered, proposal, reason, free=True))
 
@@ -304,5 +315,3 @@ def known_column(name: str, columns: Columns, option: str) -> str:
     if name not in columns:
         raise DataError(f"--{option} {name}: no such column{nearest(name, list(columns))}")
     return name
-
-

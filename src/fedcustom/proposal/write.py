@@ -59,7 +59,11 @@ def to_text(proposal: Proposal, name: str) -> str:
             section = line.section
             lines += ["", f"[{section}]"]
         setting = tomli_w.dumps({line.key: line.value}).strip()
-        lines.append(f"{setting:<{COMMENT_AT}}# {line.comment}".rstrip() if line.comment else setting)
+        comment = f"# {' '.join(line.comment.split())}" if line.comment else ""
+        if comment and len(setting) >= COMMENT_AT:
+            lines += [comment, setting]
+        else:
+            lines.append(f"{setting:<{COMMENT_AT}}{comment}".rstrip())
     return "\n".join(lines) + "\n"
 
 
