@@ -32,7 +32,9 @@ def reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_a_terminal(command: Any, reviews: Path, tmp_path: Path, tiny: dict[str, str]) -> None:
     said = command("new", reviews)
     assert said.code == 2
-    assert said.error.strip() == "error: there is no terminal to ask on: add --yes to take what the data suggest"
+    assert (
+        said.error.strip() == "error: there is no terminal to ask on: add --yes to take what the data suggest"
+    )
     said = command("new", reviews, "--yes")
     assert said.code == 2
     assert "2 columns may be the label; say it by --label (one of: stars, topic)" in said.error

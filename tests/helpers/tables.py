@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-WORDS = "room hotel food service staff breakfast clean dirty noisy quiet view sea old near warm cold".split()
+WORDS = (
+    "room", "hotel", "food", "service", "staff", "breakfast", "clean", "dirty", "noisy", "quiet", "view", "sea",
+)  # fmt: skip
 
 
 def phrase(draw: random.Random, least: int = 5, most: int = 12) -> str:

