@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 WORDS = (
-    "room", "hotel", "food", "service", "staff", "breakfast", "clean", "dirty", "noisy", "quiet", "view", "sea",
+    "room", "hotel", "food", "service", "staff", "breakfast", "clean", "dirty", "noisy", "quiet", "view",
+    "sea",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -174,6 +175,8 @@ def propose(source: str, choices: Choices | None = None, decide: Decide = take_p
         draft.set(
             "evaluation.generate_limit", 20, "test inputs that are answered in words; the loss is of all"
         )
+    if task == "retrieval" and importlib.util.find_spec("lancedb") is None:
+        draft.notes.append("a run keeps documents in LanceDB: pip install 'fedcustom[retrieval]'")
     left = [name for name in columns if name not in used and name != owner]
     if left:
         draft.notes.append(f"columns that are not used: {', '.join(left[:20])}{', ...' * (len(left) > 20)}")
