@@ -88,7 +88,9 @@ TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=[pytest.mark.slow] * (task == "retrieval")) for task in TASKS]
+)
 def test_each_task_runs(task: str, tmp_path: Path) -> None:
     """One round of what is proposed, on the smallest built-in models."""
     rows, settings = TASKS[task]
@@ -126,6 +128,18 @@ def test_names_of_prompts_and_targets(
     found = propose(str(source), Choices(base="builtin:lm-small")).recipe()
     assert (found.data.task, found.data.prompt) == (task, prompt)
     assert found.clients.partition == "iid"
+
+
+def test_standing_of_names(tmp_path: Path, tiny: dict[str, str]) -> None:
+    """``label`` before ``fine_label``; a pair of names before a column that may be something else."""
+    rows = table(24, text=lambda n, d: phrase(d), fine_label=lambda n, d: n % 4, label=lambda n, d: n % 2)
+    found = propose(str(write_table(tmp_path / "a.jsonl", rows)), Choices(base=tiny["bert"])).recipe()
+    assert (found.data.task, found.data.label) == ("classification", "label")
+    rows = table(
+        24, instruction=lambda n, d: phrase(d), response=lambda n, d: phrase(d), category=lambda n, d: n % 2
+    )
+    found = propose(str(write_table(tmp_path / "b.jsonl", rows)), Choices(base="builtin:lm-small")).recipe()
+    assert found.data.task == "chat"
 
 
 def test_an_instruction_with_gaps_in_its_input(tmp_path: Path) -> None:

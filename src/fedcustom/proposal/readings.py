@@ -24,6 +24,9 @@ LABELS = {
 }  # fmt: skip
 """Words in names of columns of labels."""
 
+CERTAIN = ("label", "labels", "class")
+"""Names that no other column than one of labels has."""
+
 PAIRS = (
     ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2"),
     ("title", "body"), ("title", "text"), ("title", "description"),
@@ -95,8 +98,9 @@ def _readings(columns: Columns) -> Iterator[Reading]:
     labels = label_candidates(columns)
     if labels and inputs(columns, labels):
         named = [name for name in labels if columns[name].named(LABELS)]
-        written = f"column {named[0] if named else labels[0]!r} holds few different values"
-        yield Reading("classification", written, 3 if named else 1)
+        certain = any(name.lower() in CERTAIN for name in named)
+        written = f"column {(named or labels)[0]!r} holds few different values"
+        yield Reading("classification", written, 3 if certain else 2 if named else 1)
 
 
 def choose_task(columns: Columns, source: str, decide: Decide) -> TaskKind:
@@ -185,14 +189,15 @@ def why_unlabelled(columns: Columns) -> str:
 
 
 def choose_label(columns: Columns, source: str, decide: Decide) -> str:
-    """The column of labels: one that is named so, or the only one with few different values.
+    """The column of labels: the one that is named so, or the only one with few different values.
 
     Raises:
         DataError: there is none, or several, and nobody is asked.
     """
     found = label_candidates(columns)
     named = [name for name in found if columns[name].named(LABELS)]
-    tied = named or found
+    exact = [name for name in named if name.lower() in LABELS]  # and not fine_label, say
+    tied = exact or named or found
     reason = f"{source}: {len(tied)} columns may be the label"
     if not tied:
         reason = f"{source}: {why_unlabelled(columns)}"
