@@ -63,7 +63,8 @@ def options(words: list[str]) -> tuple[set[str], list[str]]:
     command = command_line()
     while hasattr(command, "commands") and words and words[0] in command.commands:
         command, words = command.commands[words[0]], words[1:]
-    assert not hasattr(command, "commands") or not words or words[0] == "...", f"no command {words}"
+    unnamed = hasattr(command, "commands") and words and words[0] != "..." and words[0][0] != "-"
+    assert not unnamed, f"no command {words}"
     known = {name for each in getattr(command, "params", []) for name in each.opts}
     return known | {"--help", "-h", "--help-all"}, words
 

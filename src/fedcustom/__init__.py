@@ -13,9 +13,14 @@ if TYPE_CHECKING:
     from .api import Run, load, run
     from .core.errors import FedcustomError
     from .federated.callbacks import Callback
+    from .preflight import RecipeCheck, check
+    from .proposal import propose
     from .recipe.recipe import Recipe, load_recipe
 
-__all__ = ["Callback", "FedcustomError", "Recipe", "Run", "load", "load_recipe", "run"]
+__all__ = [
+    "Callback", "FedcustomError", "Recipe", "RecipeCheck", "Run", "check", "load", "load_recipe", "propose",
+    "run",
+]  # fmt: skip
 
 _HOMES = {
     "Run": "api",
@@ -24,6 +29,9 @@ _HOMES = {
     "Callback": "federated.callbacks",
     "FedcustomError": "core.errors",
     "Recipe": "recipe",
+    "RecipeCheck": "preflight",
+    "check": "preflight",
+    "propose": "proposal",
     "load_recipe": "recipe",
 }
 

@@ -26,6 +26,8 @@ def predict(
     """Ask the customised model: one text, or a file; a file's answers are JSON, a line each in the file's
     order, with probabilities of four decimals. A blank line of a text file has null for an answer. Of a
     model of conversations, a text is one turn of a user.
+
+    Example: fedcustom predict runs/first "The room was cold."
     """
     from .. import api
     from .predictions import answers, is_empty, note_cuts, reason
@@ -52,6 +54,8 @@ def chat(directory: RunDirectory) -> None:
     """Talk to a model that was customised on conversations. Answers appear as they are written, and the
     conversation is kept: /reset forgets it; /quit or Ctrl-D ends. Where standard input is no terminal, each
     line of it is a turn, and answers alone are printed.
+
+    Example: fedcustom chat runs/assistant
     """
     from .. import api
     from .chat import converse
@@ -64,7 +68,10 @@ def index(
     out: Annotated[Path, typer.Option(help="Folder of the index; one that is there is updated")],
     overrides: Overrides = None,
 ) -> None:
-    """Build or update the clients' document indexes of a retrieval recipe."""
+    """Build or update the clients' document indexes of a retrieval recipe.
+
+    Example: fedcustom index recipes/medquad.toml --out indexes/medquad
+    """
     from .. import library
 
     found = library.index(recipe, out, overrides or [], note=note)
@@ -78,7 +85,10 @@ def ask(
     question: Annotated[str, typer.Argument(help="The question")],
     top: Annotated[int | None, typer.Option(min=1, help="Passages to show (default: the recipe's)")] = None,
 ) -> None:
-    """Ask the clients' documents: passages with their owners and scores, and an answer."""
+    """Ask the clients' documents: passages with their owners and scores, and an answer.
+
+    Example: fedcustom ask runs/medquad "What is gout?"
+    """
     from .. import library
 
     reply = library.ask(directory, question, top=top, note=note)

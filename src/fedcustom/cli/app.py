@@ -18,6 +18,7 @@ from ..core.library_errors import in_one_line, while_loading
 from .answers import ask, chat, index, predict
 from .audit import audit
 from .certificates import deploy, site
+from .check import check
 from .console import (
     Overrides,
     Quiet,
@@ -30,8 +31,10 @@ from .console import (
     out_console,
     write_any_text,
 )
+from .doctor import doctor
 from .estimate import estimate
 from .experiment import experiment
+from .new import new
 from .privacy import privacy
 
 
@@ -41,9 +44,8 @@ class InOrder(TyperGroup):
     def list_commands(self, context: Any) -> list[str]:
         """Their names, for ``--help``."""
         order = (
-            "run", "compare", "experiment", "estimate", "privacy", "report", "audit", "predict", "chat",
-            "export",
-            "recipe", "index", "ask", "deploy", "site", "cache",
+            "new", "check", "run", "compare", "experiment", "estimate", "privacy", "report", "audit",
+            "predict", "chat", "export", "recipe", "index", "ask", "deploy", "site", "doctor", "cache",
         )  # fmt: skip
         return sorted(self.commands, key=order.index)
 
@@ -55,12 +57,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(new)
+app.command()(check)
 app.command()(experiment)
 app.command()(estimate)
 app.command()(privacy)
 app.command()(audit)
 app.command()(predict)
 app.command()(chat)
+app.command()(doctor)
 app.command()(index)
 app.command()(ask)
 app.add_typer(deploy, name="deploy")
@@ -144,7 +149,10 @@ def run(
     no_check: NoCheck = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a recipe: customise a model with its clients' data."""
+    """Run a recipe: customise a model with its clients' data.
+
+    Example: fedcustom run recipe.toml --out runs/first
+    """
     from ..recipe.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or [])  # before what imports torch, which takes seconds
@@ -193,6 +201,8 @@ def compare(
 ) -> None:
     """Compare methods and baselines on one recipe; finished runs are not run again. Classifiers are held
     against a probe: logistic regression on the frozen model's vectors.
+
+    Example: fedcustom compare recipe.toml --methods prefix,lora --seeds 3 --out runs/compared
     """
     from ..recipe.recipe import load_recipe
 
@@ -254,7 +264,10 @@ def report(
         Path | None, typer.Option(help="The page (default: report.html in the first directory)")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page about runs, and print their table."""
+    """Write one self-contained HTML page about runs, and print their table.
+
+    Example: fedcustom report runs/first
+    """
     from ..report import comparison_table, write_report
 
     page = write_report(directories, out or directories[0] / "report.html")
@@ -285,7 +298,10 @@ def export(
     ] = None,
     no_check: NoCheck = False,
 ) -> None:
-    """Copy the customised model to a folder, to be loaded by peft or transformers without this package."""
+    """Copy the customised model to a folder, to be loaded by peft or transformers without this package.
+
+    Example: fedcustom export runs/first --to my-adapter
+    """
     from .. import api
 
     folder = api.load(directory).export(to, form=form, text=text, slots=slots, check=not no_check, note=note)
@@ -306,7 +322,10 @@ def recipe(
         typer.Option("--help-all", help="List every setting with its default, or those of one section"),
     ] = False,
 ) -> None:
-    """Check a recipe and print it complete; without one, print a recipe to start from."""
+    """Check a recipe and print it complete; without one, print a recipe to start from.
+
+    Example: fedcustom recipe --help-all training
+    """
     from ..recipe.help import section_help, settings_help
     from ..recipe.recipe import Recipe, load_recipe, to_toml
 
@@ -346,6 +365,8 @@ def cache(
 ) -> None:
     """Show or clear the cache folder: parsed docstrings of installed packages, and converted models. No
     client's data are in it.
+
+    Example: fedcustom cache --clear
     """
     from ..core.cache import cache_folder, cache_size, clear_cache
 

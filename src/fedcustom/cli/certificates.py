@@ -36,6 +36,8 @@ def sign(
     signing with --fingerprint or before sending the signed file. A request of a site that has a certificate
     gives it another one; the earlier one stays valid until it expires, or until 'fedcustom deploy revoke'.
     A new member takes part from the next run on; a site named by 'deploy init' may join a run under way.
+
+    Example: fedcustom deploy sign north.request.zip --fingerprint AB:CD:...
     """
     from ..deployment.nvflare.kits import require_nvflare
 
@@ -67,6 +69,8 @@ def revoke(
     A run under way goes on with the other sites, and no new connection is accepted. The same key is never
     signed again; to return, the site makes another (fedcustom site request SITE --force). The name stays in
     federation.toml: remove it there to leave the site out of the next runs' cohorts too.
+
+    Example: fedcustom deploy revoke north
     """
     from ..deployment import run as deployed
     from ..deployment.nvflare.kits import require_nvflare
@@ -87,6 +91,8 @@ def renew(names: Names = None, folder: Folder = Path("federation"), days: Days =
     The server and the administrator get a new key and certificate, while no run is under way. For a site a
     signed file is written, for the key that the site has: it installs the file with 'fedcustom site install'
     while it works, and uses the new certificate from its next start on.
+
+    Example: fedcustom deploy renew
     """
     from ..deployment import run as deployed
     from ..deployment.nvflare.kits import require_nvflare
@@ -109,7 +115,10 @@ def renew(names: Names = None, folder: Folder = Path("federation"), days: Days =
 
 @deploy.command("check")
 def check_federation(folder: Folder = Path("federation")) -> None:
-    """List all certificates with the day on which they expire, and say what has to be renewed."""
+    """List all certificates with the day on which they expire, and say what has to be renewed.
+
+    Example: fedcustom deploy check
+    """
     from ..deployment.nvflare.kits import require_nvflare
 
     require_nvflare()
@@ -145,6 +154,8 @@ def make_request(
     The private key stays in the kit, readable by its owner only. NAME.request.zip holds the public key; it
     may travel by any way, but tell the administrator the fingerprint over a channel that both trust (a call).
     For a site that is at work this prepares a change of its key.
+
+    Example: fedcustom site request north
     """
     from ..deployment.nvflare.kits import require_nvflare
 
@@ -167,7 +178,10 @@ def install(
         typer.Option(help="The authority's fingerprint as its administrator says it; no other is trusted"),
     ] = "",
 ) -> None:
-    """Complete this site's kit with the signed certificate, or renew the certificate of a kit in use."""
+    """Complete this site's kit with the signed certificate, or renew the certificate of a kit in use.
+
+    Example: fedcustom site install north north.signed.zip
+    """
     from ..deployment.nvflare.kits import require_nvflare
 
     require_nvflare()

@@ -37,6 +37,8 @@ def init(
     """Make the authority and the server's kit, and check that the recipe can be deployed.
 
     Sites make their own keys: each runs 'fedcustom site request NAME', and 'fedcustom deploy sign' answers.
+
+    Example: fedcustom deploy init recipe.toml --sites north,south --server fl.example.org
     """
     from ..deployment.nvflare.kits import provision, require_nvflare
     from ..deployment.parties import check_deployable
@@ -89,7 +91,10 @@ def run(
     ] = "refuse",
     quiet: Quiet = False,
 ) -> None:
-    """Start the server on this machine and run a recipe with the sites that are there."""
+    """Start the server on this machine and run a recipe with the sites that are there.
+
+    Example: fedcustom deploy run recipe.toml --federation federation
+    """
     from ..recipe.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or [])  # before what imports torch
@@ -116,7 +121,10 @@ def local(
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
-    """Try a deployment out: a server and all sites on this machine, each with a client's part of the data."""
+    """Try a deployment out: a server and all sites on this machine, each with a client's part of the data.
+
+    Example: fedcustom deploy local recipes/deploy_trec.toml
+    """
     from ..recipe.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or [])  # before what imports torch
@@ -135,7 +143,10 @@ def local(
 
 @deploy.command()
 def status(folder: Folder = Path("federation")) -> None:
-    """Whether a run is under way, and which sites are connected."""
+    """Whether a run is under way, and which sites are connected.
+
+    Example: fedcustom deploy status
+    """
     from ..deployment import run as deployed
 
     found = deployed.status(folder)
@@ -153,7 +164,10 @@ def status(folder: Folder = Path("federation")) -> None:
 
 @deploy.command()
 def stop(folder: Folder = Path("federation")) -> None:
-    """Stop the run that is under way, so that it can be resumed."""
+    """Stop the run that is under way, so that it can be resumed.
+
+    Example: fedcustom deploy stop
+    """
     from ..deployment import run as deployed
 
     said = "the run was told to stop" if deployed.stop(folder) else "no run is under way"
@@ -169,7 +183,10 @@ def start(
         typer.Option(help="What to do where this site's rows are not those that it began a run with"),
     ] = "refuse",
 ) -> None:
-    """Take part in a federation until stopped (Ctrl-C); what dies meanwhile is started again."""
+    """Take part in a federation until stopped (Ctrl-C); what dies meanwhile is started again.
+
+    Example: fedcustom site start north --data site.toml
+    """
     from ..deployment.site.process import start_site
 
     stopped = threading.Event()
@@ -180,7 +197,10 @@ def start(
 
 @site.command()
 def check(data: Annotated[Path, typer.Option("--data", help="The file to check (site.toml)")]) -> None:
-    """Check a site's file and its data: list every setting, what is read, and what the server is told."""
+    """Check a site's file and its data: list every setting, what is read, and what the server is told.
+
+    Example: fedcustom site check --data site.toml
+    """
     from ..deployment.site.check import site_report
     from ..deployment.site.settings import describe, load_site
 
@@ -195,7 +215,10 @@ def check(data: Annotated[Path, typer.Option("--data", help="The file to check (
 
 @site.command()
 def cancel(kit: Annotated[Path, typer.Argument(help="This site's start-up kit, a folder")]) -> None:
-    """Stop the task that the site is working on; the server is told that it was cancelled."""
+    """Stop the task that the site is working on; the server is told that it was cancelled.
+
+    Example: fedcustom site cancel north
+    """
     from ..deployment.site.process import cancel_task
 
     cancel_task(kit)
@@ -204,7 +227,10 @@ def cancel(kit: Annotated[Path, typer.Argument(help="This site's start-up kit, a
 
 @site.command()
 def ledger(kit: Annotated[Path, typer.Argument(help="This site's start-up kit, a folder")]) -> None:
-    """Show what the site has answered and sent over all runs, as the limits of its policy count it."""
+    """Show what the site has answered and sent over all runs, as the limits of its policy count it.
+
+    Example: fedcustom site ledger north
+    """
     from ..deployment.nvflare.kits import site_name
     from ..deployment.site.check import ledger_report
 

@@ -20,7 +20,9 @@ def estimate(
     quiet: Quiet = False,
 ) -> None:
     """Estimate what a recipe needs before it runs: parameters, bytes, memory, and time by two measured steps
-    of the clients of a round. Example: fedcustom estimate recipes/docstrings.toml
+    of the clients of a round.
+
+    Example: fedcustom estimate recipes/docstrings.toml
     """
     from ..recipe.recipe import load_recipe
 

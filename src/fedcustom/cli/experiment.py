@@ -35,7 +35,10 @@ def experiment(
         Path | None, typer.Option(help="Folder of the results (default: results/<name>)")
     ] = None,
 ) -> None:
-    """Run a grid of recipes: what is done is not run again; one that fails does not stop the others."""
+    """Run a grid of recipes: what is done is not run again; one that fails does not stop the others.
+
+    Example: fedcustom experiment experiments/protocol.toml --jobs 2
+    """
     from ..experiment.experiment import open_experiment
     from ..experiment.grid import parse_only
     from ..experiment.page import write_tables

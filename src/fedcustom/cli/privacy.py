@@ -16,7 +16,9 @@ def privacy(
     json: Annotated[bool, typer.Option("--json", help="Print one line of JSON")] = False,
 ) -> None:
     """Say what a recipe promises of privacy, before anything is loaded: to whom, on which assumptions, at how
-    much noise. Example: fedcustom privacy recipes/trec_private.toml
+    much noise.
+
+    Example: fedcustom privacy recipes/trec_private.toml
     """
     from ..core.errors import RecipeError
     from ..recipe.recipe import load_recipe

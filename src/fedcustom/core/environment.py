@@ -49,7 +49,7 @@ def peak_memory() -> int:
 
     Where the system cannot restart the measurement, since the process began.
     """
-    if (found := _kernel_says("/proc/self/status", "VmHWM:")) is not None:
+    if (found := kernel_says("/proc/self/status", "VmHWM:")) is not None:
         return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -59,18 +59,18 @@ def held_memory(device: torch.device) -> int:
     """Bytes that this process holds on a device now; 0 on a system that does not say."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    return _kernel_says("/proc/self/status", "VmRSS:") or 0
+    return kernel_says("/proc/self/status", "VmRSS:") or 0
 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken on a device; on a system that does not say, two gigabytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    found = _kernel_says("/proc/meminfo", "MemAvailable:")
+    found = kernel_says("/proc/meminfo", "MemAvailable:")
     return 2 * 2**30 if found is None else found
 
 
-def _kernel_says(path: str, key: str) -> int | None:
+def kernel_says(path: str, key: str) -> int | None:
     """A number of bytes from a file in which Linux gives kilobytes."""
     with contextlib.suppress(OSError):
         for line in Path(path).read_text(encoding="ascii").splitlines():

@@ -119,24 +119,40 @@ def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Reso
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         environment.restart_peak_memory()
-        federation = simulate(recipe, place, place / "clients", told)
-        method = federation.method
-        if not isinstance(method, WeightTuning):
-            raise RecipeError(
-                f"method.name = {recipe.method.name!r}: trains no tensors, so that there are no steps to "
-                "measure; fedcustom run says before its first round what it sends"
-            )
-        state = federation.origin
-        model_bytes = stored_bytes(federation.base.model)
-        held, available = _memory(federation.base)
-        settled = recipe.settled(len(federation.data.clients))
-        turns = federation.private.turns() if federation.private else None
-        plan = plan_rounds(settled, federation.data, client_labels(state), turns)
-        cost = outline(settled, federation.data, method, state, plan)
-        told.on_phase("measuring steps")
-        seconds = _seconds(settled, federation, plan)
-        activations = _activations(settled, federation, method)
-        told.on_phase("")
+        return resources_of(recipe, simulate(recipe, place, place / "clients", told), told)
+
+
+def untrained(recipe: Recipe) -> str:
+    """Why there are no steps to measure, in a sentence, where a method trains no tensors."""
+    return (
+        f"method.name = {recipe.method.name!r}: trains no tensors, so that there are no steps to "
+        "measure; fedcustom run says before its first round what it sends"
+    )
+
+
+def resources_of(recipe: Recipe, federation: Federation, callbacks: Callback) -> Resources:
+    """The same of parties that are there, whose memories are of no further use.
+
+    Args:
+        recipe: the complete recipe of the federation.
+
+    Raises:
+        RecipeError: the method trains no tensors.
+    """
+    method = federation.method
+    if not isinstance(method, WeightTuning):
+        raise RecipeError(untrained(recipe))
+    state = federation.origin
+    model_bytes = stored_bytes(federation.base.model)
+    held, available = _memory(federation.base)
+    settled = recipe.settled(len(federation.data.clients))
+    turns = federation.private.turns() if federation.private else None
+    plan = plan_rounds(settled, federation.data, client_labels(state), turns)
+    cost = outline(settled, federation.data, method, state, plan)
+    callbacks.on_phase("measuring steps")
+    seconds = _seconds(settled, federation, plan)
+    activations = _activations(settled, federation, method)
+    callbacks.on_phase("")
     trained, head = method.sizes(state)
     one, whole = (None, None) if seconds is None else seconds
     return Resources(

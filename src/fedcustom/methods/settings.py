@@ -99,6 +99,10 @@ class MethodSettingsBase(Settings):
         """
         return usual
 
+    def exchanges(self, kind: str) -> bool:
+        """Whether a run may ask its clients for this ``kind`` of task, of those that the method has."""
+        return True
+
     def check_limits(self) -> None:
         """Refuse settings with which a client would fill its memory; called at a site.
 

@@ -237,6 +237,21 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
     return replace(base, padding=padding_of(base, classifies=classifies))
 
 
+def has_chat_template(settings: ModelSettings) -> bool:
+    """Whether the model's tokenizer brings a template of conversations.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded.
+    """
+    import transformers
+
+    with loading_errors(settings.base), quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            locate(settings.base), revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    return bool(tokenizer.chat_template)
+
+
 def _read_as_texts(task: LearningTask, tokenizer: Any, architecture: Architecture, name: str) -> LearningTask:
     """The task; one of preferences without conversations where the model has no template of them.
 

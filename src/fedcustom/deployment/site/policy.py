@@ -5,6 +5,7 @@ of each message before it leaves.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ...core.errors import PolicyError
@@ -12,7 +13,7 @@ from ...data.settings import is_template
 from ...methods.contents import MEANING, Content
 from ...recipe.recipe import Recipe
 from .ledger import Count, Ledger
-from .models import check_model
+from .models import check_model, is_local
 from .privacy import check_privacy
 from .request import Request
 from .settings import PolicySettings
@@ -76,6 +77,42 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
             f"{recipe.training.local_steps}"
         )
     check_privacy(policy, recipe)
+
+
+@dataclass(frozen=True)
+class PolicyNeed:
+    """A line that ``[policy]`` of a ``site.toml`` must have for a recipe, which by default it has not: the
+    setting, the value that allows the recipe, and the recipe's setting that asks for it.
+    """
+
+    setting: str
+    value: bool | int | list[str]
+    reason: str
+
+
+def needed_policy(recipe: Recipe) -> list[PolicyNeed]:
+    """What a site has to allow beyond its defaults to take part in a complete recipe. What no policy allows
+    is left to :func:`check_recipe`.
+    """
+    default, found = PolicySettings(), list[PolicyNeed]()
+    for content, setting in recipe.method.needed_contents(recipe.training, recipe.data.task).items():
+        if not getattr(default, content):
+            found.append(PolicyNeed(content, True, f"{setting} sends {MEANING[content]}"))
+    template = recipe.data.chat_template
+    if template is not None and is_template(template):
+        found.append(PolicyNeed("chat_templates", True, "data.chat_template"))
+    names = [f"{name}@{revision}" if revision else name for name, revision in models_of(recipe)]
+    if any(is_local(name) for name, _ in models_of(recipe)):
+        found.append(PolicyNeed("base_models", names, "model.base is a folder"))
+    trains = "training" not in recipe.method.not_for and not recipe.method.only_fits
+    for setting, asked in (
+        ("least_batch_size", recipe.training.batch_size),
+        ("least_steps", recipe.training.local_steps),
+    ):
+        if trains and asked is not None and asked < getattr(default, setting):
+            key = "batch_size" if setting == "least_batch_size" else "local_steps"
+            found.append(PolicyNeed(setting, asked, f"training.{key} = {asked}"))
+    return found
 
 
 def models_of(recipe: Recipe) -> list[tuple[str, str | None]]:

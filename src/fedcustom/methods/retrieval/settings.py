@@ -113,6 +113,12 @@ class RetrievalSettings(MethodSettingsBase):
         """Training sends vectors of passages too, where these are shared."""
         return (*usual, "vectors") if kind == "train" and self.sends_texts else usual
 
+    def exchanges(self, kind: str) -> bool:
+        """Routes where they are learnt; answers where a client writes some."""
+        if kind in ("route", "calibrate"):
+            return self.routing == "learned"
+        return kind != "answer" or "answer" in (self.share, *self.share_of.values())
+
     def needed_contents(self, training: TrainingSettings, task: str) -> dict[Content, str]:
         """Vectors and what training and routing send. Passages and answers are not needed: a site that keeps
         them takes part in the search all the same.
