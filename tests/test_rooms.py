@@ -19,7 +19,7 @@ LAYERS = [
     {"experiment"},
     {"report"},
     {"deployment"},
-    {"api", "library"},
+    {"api", "library", "trainers"},
     {"exporting", "audit"},
     {"federated"},
     {"recipe"},

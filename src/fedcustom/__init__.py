@@ -14,8 +14,19 @@ if TYPE_CHECKING:
     from .core.errors import FedcustomError
     from .federated.callbacks import Callback
     from .recipe.recipe import Recipe, load_recipe
+    from .trainers.federate import FederatedTrainer, federate
 
-__all__ = ["Callback", "FedcustomError", "Recipe", "Run", "load", "load_recipe", "run"]
+__all__ = [
+    "Callback",
+    "FedcustomError",
+    "FederatedTrainer",
+    "Recipe",
+    "Run",
+    "federate",
+    "load",
+    "load_recipe",
+    "run",
+]
 
 _HOMES = {
     "Run": "api",
@@ -25,6 +36,8 @@ _HOMES = {
     "FedcustomError": "core.errors",
     "Recipe": "recipe",
     "load_recipe": "recipe",
+    "FederatedTrainer": "trainers.federate",
+    "federate": "trainers.federate",
 }
 
 
