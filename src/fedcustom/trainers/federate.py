@@ -96,7 +96,7 @@ def federate(
     All clients live in this process. Each sends the change of the trained parameters, its number of rows, its
     mean training loss and its numbers of steps and examples.
 
-    Example:
+    Examples:
         >>> trainer = transformers.Trainer(model, arguments, data_collator=collate, eval_dataset=held_out)
         >>> result = fedcustom.federate(trainer, clients={"a": data_a, "b": data_b}, rounds=5, out="runs/own")
         >>> result.summary["metrics"]["loss"], result.history
