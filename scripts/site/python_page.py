@@ -11,8 +11,8 @@ PACKAGE = ROOT / "src" / "fedcustom"
 
 BEGINNING = """# Python names
 
-What `import fedcustom` offers. [Python interface](../python.md) shows how the names are used together; parts of other modules
-that plug-ins need are described in [architecture](../architecture.md) and
+What `import fedcustom` offers. [Python interface](../python.md) shows how the names are used together;
+parts of other modules that plug-ins need are described in [architecture](../architecture.md) and
 [contributing](../repository/CONTRIBUTING.md).
 """
 

@@ -7,9 +7,10 @@ from fedcustom.recipe.recipe import Recipe
 
 BEGINNING = """# Recipe settings
 
-A recipe is a TOML file. This page is made from the settings classes, as is `fedcustom recipe --help-all`. Ranges and choices
-are what is allowed; *unset* means that the text says what happens. A key such as `training.batch_size` is the line `batch_size`
-in the section `[training]`; on the command line it is `--set training.batch_size=32`.
+A recipe is a TOML file. This page is made from the settings classes, as is `fedcustom recipe --help-all`.
+Ranges and choices are what is allowed; *unset* means that the text says what happens. A key such as
+`training.batch_size` is the line `batch_size` in the section `[training]`; on the command line it is
+`--set training.batch_size=32`.
 """
 
 HEADER = "| setting | type | default | effect |\n|---|---|---|---|\n"

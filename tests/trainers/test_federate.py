@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,15 @@ from helpers.rows import make_rows
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 SIZES = {"north": 12, "south": 7, "west": 5}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_objects() -> Iterator[None]:
+    """``Trainer.train`` collects garbage each time, which takes half a second with all libraries loaded."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class WeightedLoss(Trainer):
