@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from helpers.notebooks import as_script, problems
 from helpers.pages import ROOT, run_python
 

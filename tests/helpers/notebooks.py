@@ -44,4 +44,6 @@ def as_script(path: Path) -> str:
     """The code cells of a notebook as one Python file, each after a line that names it."""
     content = json.loads(path.read_text(encoding="utf-8"))
     cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
-    return "\n".join(f"print('--- cell {number}')\n{''.join(c['source'])}\n" for number, c in enumerate(cells))
+    return "\n".join(
+        f"print('--- cell {number}')\n{''.join(c['source'])}\n" for number, c in enumerate(cells)
+    )
