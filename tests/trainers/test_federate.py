@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 import fedcustom
 from fedcustom.core.errors import FedcustomError, RunError
 from fedcustom.core.seeds import name_seed
+from fedcustom.report import write_report
 from helpers.rows import make_rows
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
@@ -156,6 +157,8 @@ def test_run_directory_and_model(tmp_path: Path) -> None:
     other = Trainer(again, trainer.args, data_collator=collate, eval_dataset=held_out)
     assert other.evaluate()["eval_loss"] == pytest.approx(result.summary["metrics"]["loss"], abs=1e-6)
     assert not list((tmp_path / "run").rglob("*.bin"))
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{result.summary['metrics']['loss']:.3f}" in page
 
 
 def test_resumes_to_the_same_numbers(tmp_path: Path) -> None:
