@@ -19,7 +19,7 @@ LAYERS = [
     {"experiment"},
     {"report", "preflight"},
     {"deployment"},
-    {"api", "library"},
+    {"api", "library", "trainers"},
     {"exporting", "audit", "proposal", "doctor"},
     {"federated"},
     {"recipe"},

@@ -16,11 +16,22 @@ if TYPE_CHECKING:
     from .preflight import RecipeCheck, check
     from .proposal import propose
     from .recipe.recipe import Recipe, load_recipe
+    from .trainers.federate import FederatedTrainer, federate
 
 __all__ = [
-    "Callback", "FedcustomError", "Recipe", "RecipeCheck", "Run", "check", "load", "load_recipe", "propose",
+    "Callback",
+    "FedcustomError",
+    "FederatedTrainer",
+    "Recipe",
+    "RecipeCheck",
+    "Run",
+    "check",
+    "federate",
+    "load",
+    "load_recipe",
+    "propose",
     "run",
-]  # fmt: skip
+]
 
 _HOMES = {
     "Run": "api",
@@ -33,6 +44,8 @@ _HOMES = {
     "check": "preflight",
     "propose": "proposal",
     "load_recipe": "recipe",
+    "FederatedTrainer": "trainers.federate",
+    "federate": "trainers.federate",
 }
 
 

@@ -36,7 +36,7 @@ class Outline:
 class Callback:
     """Base class of callbacks: override the events of interest, the others do nothing.
 
-    Example:
+    Examples:
         >>> class PrintLoss(fedcustom.Callback):
         ...     def on_round_end(self, row):
         ...         print(row["round"], row["train_loss"])

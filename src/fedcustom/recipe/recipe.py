@@ -343,8 +343,7 @@ def load_recipe(
 
     Raises:
         RecipeError: the file cannot be read, is not TOML, or holds an unknown key or an impossible value. The
-        message
-            names the key, the value, what is allowed and the nearest right name.
+            message names the key, the value, what is allowed and the nearest right name.
     """
     where = "recipe"
     if isinstance(source, Recipe):
