@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from .api import Run, load, run
     from .core.errors import FedcustomError
     from .federated.callbacks import Callback
-    from .preflight import RecipeCheck, check
-    from .proposal import propose
+    from .preflight.recipe_check import check
+    from .preflight.report import RecipeCheck
+    from .proposal.propose import propose
     from .recipe.recipe import Recipe, load_recipe
     from .trainers.federate import FederatedTrainer, federate
 
@@ -40,9 +41,9 @@ _HOMES = {
     "Callback": "federated.callbacks",
     "FedcustomError": "core.errors",
     "Recipe": "recipe",
-    "RecipeCheck": "preflight",
-    "check": "preflight",
-    "propose": "proposal",
+    "RecipeCheck": "preflight.report",
+    "check": "preflight.recipe_check",
+    "propose": "proposal.propose",
     "load_recipe": "recipe",
     "FederatedTrainer": "trainers.federate",
     "federate": "trainers.federate",

@@ -55,7 +55,8 @@ def check(
     nothing is sent.
 
     Args:
-        recipe, overrides: as :func:`fedcustom.run` takes them.
+        recipe: as :func:`fedcustom.run` takes it.
+        overrides: settings in place of the recipe's, likewise.
         examples: how many training examples are shown.
         measure: whether memory and time are estimated, for which the clients of a round train two steps that
             are thrown away.
