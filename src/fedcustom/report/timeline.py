@@ -20,7 +20,7 @@ State = Literal["answered", "late", "absent"]
 
 SYMBOLS: Mapping[State, str] = {"answered": "square", "late": "diamond", "absent": "x"}
 """What tells states apart beside their colours."""
-MOST_SYMBOLS = 60
+MOST_SYMBOLS = 30
 """Rounds up to which each has its symbol; of more, spans of rounds are bars."""
 ROW = 26
 LONGEST_NAME = 16

@@ -15,6 +15,10 @@ from ..report.read import Baseline, Round, Run, Summary, parse_round, read_recip
 
 State = Literal["not started", "starting", "running", "stopped", "finished"]
 
+ORDER: tuple[State, ...] = ("running", "starting", "not started", "stopped", "finished")
+"""The order of runs on the page."""
+READ = ("metrics.jsonl", "recipe.toml", "summary.json", "warnings.log", "run_id")
+"""Files of a run that are read or looked for."""
 MOST_RUNS = 60
 """Runs that are shown; of more, those that changed last."""
 LONGEST_LOG = 20_000
@@ -58,11 +62,22 @@ class Watched:
         self._histories: dict[Path, _History] = {}
 
     def runs(self) -> tuple[list[LiveRun], int]:
-        """All runs as they are now, in the order of their names, and how many more there are."""
+        """All runs as they are now, and how many more there are: those under way, then the others, each in
+        the order of their names.
+        """
         places = dict(self._places())
         chosen = sorted(places, key=_last_change, reverse=True)[:MOST_RUNS]
-        shown = [place for place in places if place in chosen]
-        return [self._read(place, places[place]) for place in shown], len(places) - len(shown)
+        shown = [self._read(place, places[place]) for place in places if place in chosen]
+        return sorted(shown, key=lambda live: ORDER.index(live.state)), len(places) - len(shown)
+
+    def signature(self) -> object:
+        """A value that stays the same for as long as nothing of the runs changes."""
+        found = []
+        for place, _ in self._places():
+            begun = (place / "recipe.toml").exists()
+            files = [_stamp(place / name) for name in READ]
+            found.append((place, _state(place, begun=begun), files))
+        return found
 
     def _places(self) -> Iterator[tuple[Path, str]]:
         """Run directories with the names under which they are shown. A root without a run is one that has not
@@ -71,10 +86,11 @@ class Watched:
         for root in self.roots:
             found = list(_runs_below(root))
             if not found:
-                yield root, str(root)
+                yield root, root.name or str(root)
             for place in found:
                 alone = len(self.roots) == 1 and place != root
-                yield place, place.relative_to(root).as_posix() if alone else str(place)
+                base = root if alone else root.parent
+                yield place, place.relative_to(base).as_posix()
 
     def _read(self, place: Path, name: str) -> LiveRun:
         history = self._histories.setdefault(place, _History(place / "metrics.jsonl"))
@@ -152,6 +168,15 @@ def _runs_below(root: Path) -> Iterator[Path]:
         if {"recipe.toml", "metrics.jsonl", "summary.json", LOCK} & {*files}:
             yield Path(folder)
             inner.clear()
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes with a file's content; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _last_change(place: Path) -> float:

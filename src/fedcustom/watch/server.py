@@ -41,6 +41,7 @@ class WatchServer(ThreadingHTTPServer):
         self.watched = Watched(roots)
         self.title = "Runs" if len(roots) > 1 else f"Runs in {roots[0].name or roots[0]}"
         self._lock = threading.Lock()
+        self._drawn: tuple[object, dict[str, str]] | None = None
         super().__init__((ADDRESS, port), _Handler)
 
     @property
@@ -49,9 +50,12 @@ class WatchServer(ThreadingHTTPServer):
         return f"http://{ADDRESS}:{self.server_port}/"
 
     def parts(self) -> dict[str, str]:
-        """The page's parts as they are now."""
+        """The page's parts as they are now; drawn anew where something has changed."""
         with self._lock:
-            return parts(*self.watched.runs())
+            signature = self.watched.signature()
+            if self._drawn is None or self._drawn[0] != signature:
+                self._drawn = signature, parts(*self.watched.runs())
+            return self._drawn[1]
 
     def report(self) -> str:
         """The report of the finished runs.

@@ -297,3 +297,52 @@ def test_figures_that_are_no_numbers_are_left_out() -> None:
     assert found["bytes_up"] == 7
     lacking = {"train_loss", "refused", "method/head", "method/on", "norms", "norms/a", "seconds/train"}
     assert not found.keys() & lacking
+
+
+def test_runs_of_a_comparison_stand_under_one_run(small: dict[str, Any], tmp_path: Path) -> None:
+    from fedcustom.experiment.compare import comparison_cells, run_comparison, run_directory
+
+    store, out = tmp_path / "mlruns", tmp_path / "compared"
+    tracking = {"to": ["mlflow", "tensorboard"], "uri": str(store), "project": "mine", "timeout": 300.0}
+    cells = comparison_cells(load_recipe({**small, "tracking": tracking}), ["prefix", "lora"], seeds=1)
+    assert not run_comparison(cells, out)
+    runs = {run.info.run_name: run for run in mlflow_runs(store, "mine")}
+    assert set(runs) == {"compared", "prefix, seed 0", "lora, seed 0"}
+    parent = runs.pop("compared")
+    for cell in cells:
+        place = run_directory(cell, out)
+        run = runs[f"{cell.recipe.method.name}, seed 0"]
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["fedcustom.group"] == "compared"
+        check(in_mlflow(store, run), place)
+        check(in_event_files(place), place)
+    more = comparison_cells(load_recipe({**small, "tracking": tracking}), ["bitfit"], seeds=1)
+    assert not run_comparison([*cells, *more], out)  # those that are finished stay as they are
+    assert len(mlflow_runs(store, "mine")) == 4
+    (added,) = [run for run in mlflow_runs(store, "mine") if run.info.run_name == "bitfit, seed 0"]
+    assert added.data.tags["mlflow.parentRunId"] == parent.info.run_id
+
+
+def test_a_comparison_whose_server_is_dead_says_so_once(small: dict[str, Any], tmp_path: Path) -> None:
+    from fedcustom.federated.tracking.group import Group
+
+    said: list[str] = []
+    settings = load_recipe(
+        {**small, "tracking": {"to": ["mlflow"], "uri": f"http://127.0.0.1:{free_port()}", "timeout": 2.0}}
+    ).tracking
+    group = Group(tmp_path, "compared", said.append)
+    named = [group.named(settings, name) for name in ("a", "b")]
+    assert [(each.name, each.group, each.parent) for each in named if each] == [
+        ("a", "compared", None),
+        ("b", "compared", None),
+    ]
+    assert len(said) == 1
+    assert said[0].endswith("the runs of compared have no parent there")
+    assert group.named(None, "c") is None
+
+
+def test_sites_are_not_told_of_trackers(small: dict[str, Any]) -> None:
+    from fedcustom.deployment.participants import shown_recipe
+
+    shown = shown_recipe(load_recipe({**small, "tracking": {"to": ["mlflow"], "uri": "http://host:5000"}}))
+    assert "tracking" not in shown
