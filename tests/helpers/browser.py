@@ -19,9 +19,9 @@ needs_chromium = pytest.mark.skipif(
 )
 
 
-def found_by(probe: str, folder: Path, *options: str) -> Any:
-    """What the script of a page writes as JSON into ``data-found`` of its body. The page is a file in
-    ``folder`` and may read files beside it. Nothing may be said on the console.
+def found_by(probe: str, folder: Path, *options: str, url: str = "") -> Any:
+    """What the script of a page writes as JSON into ``data-found`` of its body. The page is written as a file
+    into ``folder`` and may read files beside it, or it is at ``url``. Nothing may be said on the console.
     """
     (folder / "probe.html").write_text(probe)
     assert CHROMIUM is not None
@@ -32,13 +32,14 @@ def found_by(probe: str, folder: Path, *options: str) -> Any:
             *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
             f"--user-data-dir={folder / 'profile'}",
             "--allow-file-access-from-files",
+            "--virtual-time-budget=20000",
             "--hide-scrollbars",
             "--enable-logging=stderr",
             "--v=0",
             "--window-size=1400,900",
             *options,
             "--dump-dom",
-            (folder / "probe.html").as_uri(),
+            url or (folder / "probe.html").as_uri(),
         ],
         capture_output=True,
         text=True,
