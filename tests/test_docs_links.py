@@ -64,7 +64,7 @@ def options(words: list[str]) -> tuple[set[str], list[str]]:
     while hasattr(command, "commands") and words and words[0] in command.commands:
         command, words = command.commands[words[0]], words[1:]
     assert not hasattr(command, "commands") or not words or words[0] == "...", f"no command {words}"
-    known = {name for each in getattr(command, "params", []) for name in each.opts}
+    known = {name for each in getattr(command, "params", []) for name in (*each.opts, *each.secondary_opts)}
     return known | {"--help", "-h", "--help-all"}, words
 
 

@@ -19,64 +19,7 @@ from fedcustom.core.errors import FedcustomError
 from fedcustom.experiment.grid import digest
 from fedcustom.recipe import load_recipe
 from helpers.runs import StopAt, rows_of
-
-Points = dict[str, dict[int, list[float]]]
-"""Every value that a tracker has, by name and step."""
-
-
-def expected(directory: Path) -> dict[str, dict[int, float]]:
-    """The numbers of ``metrics.jsonl``, counted here in another way than the package does."""
-    found: dict[str, dict[int, float]] = {}
-
-    def add(name: str, step: int, value: Any) -> None:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found.setdefault(name, {})[step] = value
-
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        step = row["round"]
-        for name in ("cohort", "answered", "left_out", "late"):
-            add(name, step, len(row.get(name, ())))
-        for name in ("bytes_up", "bytes_down"):
-            add(name, step, sum(row.get(name, {}).values()))
-        for name in ("bytes_up_total", "bytes_down_total"):
-            add(name, step, row.get(name, 0))
-        for name in ("round", "learning_rate", "train_loss", "examples", "peak_memory_bytes", "epsilon"):
-            add(name, step, row.get(name))
-        for table in ("development", "seconds", "method"):
-            for name, value in row.get(table, {}).items():
-                add(f"{table}/{name}", step, value)
-    return found
-
-
-def check(points: Points, directory: Path) -> None:
-    """All numbers of all rounds are there, once each, and none besides but those of the summary."""
-    rounds = {name: steps for name, steps in points.items() if not name.startswith("final/")}
-    assert {name: set(steps) for name, steps in rounds.items()} == {
-        name: set(steps) for name, steps in expected(directory).items()
-    }
-    for name, steps in expected(directory).items():
-        for step, value in steps.items():
-            assert points[name][step] == [value], (name, step)
-    summary = json.loads((directory / "summary.json").read_text())
-    for name, value in summary["metrics"].items():
-        assert list(points[f"final/test/{name}"].values()) == [[value]]
-    assert points["final/total/bytes/up_total"] == {summary["rounds"]: [summary["bytes"]["up_total"]]}
-
-
-def in_event_files(directory: Path) -> Points:
-    """What the event files have, record by record: a point that is there twice counts twice."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-    from tensorboard.util import tensor_util
-
-    found: Points = {}
-    for file in sorted((directory / "tensorboard").glob("events.*")):
-        for event in EventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                if value.metadata.plugin_data.plugin_name == "scalars" or value.tag in found:
-                    number = tensor_util.make_ndarray(value.tensor).item()
-                    found.setdefault(value.tag, {}).setdefault(event.step, []).append(number)
-    return found
+from helpers.tracking import Points, check, check_event_files, expected
 
 
 def mlflow_client(store: Path) -> Any:
@@ -155,7 +98,7 @@ def test_a_run_that_goes_on_is_one_run_with_each_point_once(recipe: dict[str, An
     known = json.loads((run / "tracking.json").read_text())
     fedcustom.run(recipe, out=run, resume=True)
 
-    check(in_event_files(run), run)
+    check_event_files(run)
     (tracked,) = mlflow_runs(store)
     assert (tracked.info.run_name, tracked.info.status) == ("first", "FINISHED")
     assert tracked.info.run_id == known["mlflow"]["run_id"]
@@ -185,7 +128,7 @@ def test_trackers_are_no_part_of_a_run_s_identity(small: dict[str, Any], tmp_pat
         fedcustom.run(small, out=run, callbacks=[StopAt(1)])
     tracked = {**small, "tracking": {"to": ["tensorboard"]}}
     fedcustom.run(tracked, out=run, resume=True)
-    check(in_event_files(run), run)  # the rounds before too
+    check_event_files(run)  # the rounds before too
     assert digest(load_recipe(tracked)) == digest(load_recipe(small))
     assert not (tmp_path / "mlruns").exists()
 
@@ -196,7 +139,7 @@ def test_a_finished_run_is_delivered_to_a_tracker_that_lacks_it(
     run = tmp_path / "run"
     fedcustom.run(small, out=run)
     fedcustom.run({**small, "tracking": {"to": ["tensorboard"]}}, out=run)
-    check(in_event_files(run), run)
+    check_event_files(run)
 
 
 class Notes(fedcustom.Callback):
@@ -257,7 +200,7 @@ def test_a_server_that_does_not_answer_costs_a_warning_and_bounded_time(
     rounds = len(rows_of(run))
     assert fact.startswith(f"tracking: mlflow lacks {rounds} of {rounds} rounds and the result")
     assert "tracking: mlflow" in (run / "warnings.log").read_text()
-    check(in_event_files(run), run)  # the other tracker is not held up
+    check_event_files(run)  # the other tracker is not held up
 
     store = tmp_path / "store"  # the server is back, or another one
     fedcustom.run({**small, "tracking": {"to": ["mlflow"], "uri": str(store)}}, out=run)
@@ -315,7 +258,7 @@ def test_runs_of_a_comparison_stand_under_one_run(small: dict[str, Any], tmp_pat
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["fedcustom.group"] == "compared"
         check(in_mlflow(store, run), place)
-        check(in_event_files(place), place)
+        check_event_files(place)
     more = comparison_cells(load_recipe({**small, "tracking": tracking}), ["bitfit"], seeds=1)
     assert not run_comparison([*cells, *more], out)  # those that are finished stay as they are
     assert len(mlflow_runs(store, "mine")) == 4

@@ -40,11 +40,11 @@ class EventFiles:
         return {"begun": True}
 
     def log(self, step: int, scalars: Scalars) -> None:
-        """Write the figures that are not there yet, with all their digits."""
+        """Write the figures that are not there yet, in single precision."""
         for name, value in scalars.items():
             steps = self._steps.setdefault(name, set())
             if step not in steps:
-                self._writer.add_scalar(name, value, step, new_style=True, double_precision=True)
+                self._writer.add_scalar(name, value, step)  # its server shows no float64
                 steps.add(step)
         self._writer.flush()
 
@@ -73,8 +73,8 @@ def written_steps(folder: Path) -> dict[str, set[int]]:
     """The steps of each scalar that the event files in a folder have."""
     if not folder.is_dir():
         return {}
-    from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-    found = EventAccumulator(str(folder), size_guidance={TENSORS: 0})
+    found = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
     found.Reload()
-    return {tag: {event.step for event in found.Tensors(tag)} for tag in found.Tags()["tensors"]}
+    return {tag: {event.step for event in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
