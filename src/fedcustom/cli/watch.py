@@ -33,17 +33,15 @@ def watch(
         server = WatchServer(runs, port)
     except OSError as error:
         raise RunError(f"--port {port}: {error.strerror or error}; 0 takes a free one") from None
-    with server:
-        out_console.print(
-            f"watching {', '.join(map(str, runs))}: {server.url} (Ctrl-C ends it)", soft_wrap=True
-        )
-        if open_:
-            _open(server.url)
-        try:
+    try:
+        with server:
+            names = ", ".join(map(str, runs))
+            out_console.print(f"watching {names}: {server.url} (Ctrl-C ends it)", soft_wrap=True)
+            if open_:
+                _open(server.url)
             server.serve_forever(poll_interval=0.2)
-        except KeyboardInterrupt:
-            err_console.print("stopped watching; the runs go on", soft_wrap=True)
-            raise typer.Exit(0) from None
+    except KeyboardInterrupt:
+        err_console.print("stopped watching; the runs go on", soft_wrap=True)
 
 
 def _open(url: str) -> None:

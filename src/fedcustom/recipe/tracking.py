@@ -19,8 +19,8 @@ class TrackingSettings(Settings):
     """Trackers that follow a run. They change no result, so a run may go on with others."""
 
     to: list[TrackerName] = Field(
-        min_length=1,
-        description="tensorboard: event files in the run's directory; mlflow: a local folder or a server; "
+        default_factory=list,
+        description="Empty: none. tensorboard: event files in the run's directory; mlflow: a local folder or a server; "
         "wandb: Weights & Biases. Each is an extra of the same name",
     )
     name: str | None = Field(

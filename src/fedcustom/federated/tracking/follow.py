@@ -30,7 +30,7 @@ def followed(
         RecipeError: a tracker's package is missing.
     """
     settings = recipe.tracking
-    if settings is None:
+    if settings is None or not settings.to:
         yield
         return
 
