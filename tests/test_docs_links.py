@@ -68,7 +68,7 @@ def options(words: list[str]) -> tuple[set[str], list[str]]:
         command, words = command.commands[words[0]], words[1:]
     unnamed = hasattr(command, "commands") and words and words[0] != "..." and words[0][0] != "-"
     assert not unnamed, f"no command {words}"
-    known = {name for each in getattr(command, "params", []) for name in each.opts}
+    known = {name for each in getattr(command, "params", []) for name in (*each.opts, *each.secondary_opts)}
     return known | {"--help", "-h", "--help-all"}, words
 
 

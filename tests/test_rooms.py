@@ -16,6 +16,7 @@ TESTS = Path(__file__).parent
 LAYERS = [
     {"__main__"},
     {"cli", "__init__"},
+    {"watch"},
     {"experiment"},
     {"report", "preflight"},
     {"deployment"},

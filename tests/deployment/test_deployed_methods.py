@@ -12,12 +12,15 @@ import pytest
 
 import fedcustom
 from fedcustom.federated.run_directory import Checkpoints
+from fedcustom.watch.page import parts
+from fedcustom.watch.runs import Watched
 from helpers.chat import template
 from helpers.conversations import chat_llama, chat_recipe
 from helpers.deployed import Bed, bed
 from helpers.loopback import run_in_loopback
 from helpers.preferences import preference_recipe
 from helpers.rows import make_rows, write_jsonl
+from helpers.tracking import check_event_files
 
 ENGINE = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
 """Marks of what takes the engine, and many seconds a job."""
@@ -169,6 +172,19 @@ def test_every_method_is_the_same_across_sites(
     kits: Bed, recipe: dict[str, Any], tiny: dict[str, str], tmp_path: Path, name: str
 ) -> None:
     compare(kits, changed(recipe, tiny, VARIANTS[name]), tmp_path)
+
+
+@LOOPBACK
+def test_a_deployed_run_is_tracked_and_watched(kits: Bed, recipe: dict[str, Any], tmp_path: Path) -> None:
+    kits.recipe = {**recipe, "tracking": {"to": ["tensorboard"], "timeout": 300.0}}
+    run_in_loopback(kits, tmp_path / "run")
+    check_event_files(tmp_path / "run")
+    for name in kits.names:
+        records = [file for file in kits.own(name).rglob("*.json") if "tensorboard" in file.read_text()]
+        assert not records, name  # sites are not told of it
+    details = parts(*Watched([tmp_path / "run"]).runs())["details"]
+    assert "Sites of run" in details
+    assert details.count("answered in round 3") == len(kits.names)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from fedcustom.report import formatting as words
 from fedcustom.report.groups import group_runs, mean_and_interval
 from fedcustom.report.read import read_runs
 from fedcustom.report.traffic import traffic
+from helpers.browser import found_by, needs_chromium
 from helpers.report import METHODS, PACKAGES, Tags, classified, generated, lines, small_run, write_run
 
 
@@ -181,7 +180,7 @@ def test_page_holds_everything_itself(tmp_path: Path) -> None:
     assert "@import" not in (tmp_path / "deep" / "report.html").read_text().split("</style>")[0]
     assert len(page.scripts) == 1
     assert (tmp_path / "deep" / "report.html").stat().st_size < 400_000
-    assert page.plots() == {"rounds", "bytes", "clients", "reliability"}
+    assert page.plots() == {"rounds", "bytes", "clients", "reliability", "timeline"}
     assert page.headings[0] == 1
     assert all(after - before <= 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
     assert sum(tag == "table" for tag, _ in page.tags) == sum(tag == "caption" for tag, _ in page.tags)
@@ -335,7 +334,6 @@ def test_words() -> None:
     assert words.rounds([9, 2, 3, 4]) == "2–4, 9"
 
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 PROBE = """<!doctype html><body><iframe id="page" src="{name}" style="border:0" width="{width}" height="800">
 </iframe><script>
 onload = () => setTimeout(() => {{
@@ -359,42 +357,18 @@ onload = () => setTimeout(() => {{
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH (or in CHROMIUM)")
+@needs_chromium
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("case", ["comparison", "hostile"])
 def test_page_in_a_browser(tmp_path: Path, width: int, case: str) -> None:
     runs = tmp_path / "runs"
     write_comparison(runs, seeds=2) if case == "comparison" else hostile(runs)
     write_report([runs], tmp_path / "report.html")
-    (tmp_path / "probe.html").write_text(PROBE.format(name="report.html", width=width))
-    assert CHROMIUM is not None
-    result = subprocess.run(
-        [
-            CHROMIUM,
-            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--allow-file-access-from-files",
-            "--hide-scrollbars",
-            "--enable-logging=stderr",
-            "--v=0",
-            "--window-size=1400,900",
-            "--virtual-time-budget=20000",
-            "--dump-dom",
-            (tmp_path / "probe.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert "CONSOLE" not in result.stderr, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
-    match = re.search('data-found="([^"]*)"', result.stdout)
-    assert match is not None, result.stdout[-2000:]
-    found = json.loads(match[1].replace("&quot;", '"'))
+    probe = PROBE.format(name="report.html", width=width)
+    found = found_by(probe, tmp_path)
     assert found.pop("tip").endswith("round 0: 2.200 ± 0.000" if case == "comparison" else "round 0: 2.200")
     assert found == {
-        "overflow": 0, "width": width, "plots": 4, "injected": None, "outside": 0, "hints": width < 600,
+        "overflow": 0, "width": width, "plots": 5, "injected": None, "outside": 0, "hints": width < 600,
     }  # fmt: skip
 
 

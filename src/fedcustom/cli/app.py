@@ -36,6 +36,7 @@ from .estimate import estimate
 from .experiment import experiment
 from .new import new
 from .privacy import privacy
+from .watch import watch
 
 
 class InOrder(TyperGroup):
@@ -44,7 +45,7 @@ class InOrder(TyperGroup):
     def list_commands(self, context: Any) -> list[str]:
         """Their names, for ``--help``."""
         order = (
-            "new", "check", "run", "compare", "experiment", "estimate", "privacy", "report", "audit",
+            "new", "check", "run", "compare", "experiment", "estimate", "privacy", "watch", "report", "audit",
             "predict", "chat", "export", "recipe", "index", "ask", "deploy", "site", "doctor", "cache",
         )  # fmt: skip
         return sorted(self.commands, key=order.index)
@@ -62,6 +63,7 @@ app.command()(check)
 app.command()(experiment)
 app.command()(estimate)
 app.command()(privacy)
+app.command()(watch)
 app.command()(audit)
 app.command()(predict)
 app.command()(chat)
@@ -243,7 +245,9 @@ def compare(
         "--jobs": jobs if jobs != 1 else None,
     }
     with display(command_line("compare", recipe, overrides=overrides, options=options), quiet) as make:
-        failed = run_comparison(cells, folder, jobs, progress_for=make, tell=None if quiet else note)
+        failed = run_comparison(
+            cells, folder, jobs, progress_for=make, tell=None if quiet else note, warn=note
+        )
     finished = [run_directory(cell, folder) for cell in cells if label(cell) not in failed]
     if finished:
         page = write_report([folder], folder / "report.html")

@@ -124,8 +124,12 @@ def _with_too_many_labels(described: Mapping[str, LabelList]) -> list[str]:
 
 
 def shown_recipe(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as sites are shown it: complete, without the paths of anybody's data."""
-    content: dict[str, Any] = json.loads(json.dumps(recipe.model_dump(mode="json", exclude_none=True)))
+    """A recipe as sites are shown it: complete, without the paths of anybody's data and the server's
+    trackers.
+    """
+    content: dict[str, Any] = json.loads(
+        json.dumps(recipe.untracked.model_dump(mode="json", exclude_none=True))
+    )
     content["data"].pop("source", None)
     if recipe.public.source is not None or recipe.public.fraction:
         content["public"] |= {"source": "each party's own file", "fraction": 0.0}

@@ -107,5 +107,5 @@ def probe_recipe(recipe: Recipe, baseline: Baseline) -> Recipe:
 
 def _probe(recipe: Recipe, name: str) -> Recipe:
     baseline: Baseline = "federated" if name == "federated-probe" else "centralised"
-    values = recipe.model_dump(include={*SECTIONS, "seed"}, exclude_none=True)
+    values = recipe.model_dump(include={*SECTIONS, "seed", "tracking"}, exclude_none=True)
     return probe_recipe(load_recipe({**values, "rounds": {"count": 1}}), baseline)

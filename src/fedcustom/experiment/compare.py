@@ -12,11 +12,12 @@ from typing import cast
 from ..core.errors import RecipeError, RunError, nearest
 from ..core.files import read_json
 from ..federated.callbacks import Callback
+from ..federated.tracking.group import Group
 from ..methods.probe.settings import PROBE
 from ..recipe.recipe import Baseline, Recipe
 from .baselines import probe_recipe
 from .grid import Cell, Points, grid
-from .runner import Job, run_jobs
+from .runner import Job, run_jobs, tracked
 
 BASELINES: tuple[Baseline, ...] = ("centralised", "local")
 PROBED: tuple[Baseline, ...] = ("centralised", "federated")
@@ -110,6 +111,7 @@ def run_comparison(
     *,
     progress_for: Callable[[str], Callback] | None = None,
     tell: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, str]:
     """Run all cells; finished ones are not run again, unfinished ones go on where they stopped.
 
@@ -119,10 +121,12 @@ def run_comparison(
         at_once: Runs at the same time. With more than one, each is a process with its share of the cores.
         progress_for: Makes what is told of a run's progress, from its label; for runs in this process.
         tell: Told of each line that a run of another process shows of its progress.
+        warn: Told where a tracker of all runs together does not answer.
 
     Returns the labels of cells that failed, with the reason; the others are not held up by them.
     """
     failed: dict[str, str] = {}
+    group = Group(out, out.name, warn)
 
     def done(job: Job, reason: str | None) -> None:
         if reason is not None:
@@ -134,7 +138,10 @@ def run_comparison(
         tell(f"{job.name}: {line.removeprefix(own)}")
 
     run_jobs(
-        [Job(label(cell), cell.recipe, run_directory(cell, out)) for cell in cells],
+        [
+            Job(label(cell), tracked(cell.recipe, group, label(cell)), run_directory(cell, out))
+            for cell in cells
+        ],
         at_once,
         done,
         progress_for=None if progress_for is None else lambda job: progress_for(job.name),

@@ -13,12 +13,13 @@ from ..core.files import held, holder, read_json, write_json
 from ..evaluation.degenerate import in_words
 from ..federated.composed_privacy import composed
 from ..federated.private_run import count_clients
+from ..federated.tracking.group import Group
 from ..report import formatting as words
 from .baselines import added_cells
 from .estimate import Rates, total
 from .grid import Cell, experiment_cells, group_of
 from .results import Result, collect, has_result, read_result, result_paths, write_result
-from .runner import Job, drop_weights, run_jobs
+from .runner import Job, drop_weights, run_jobs, tracked
 from .search import Trial, choose, chosen_tables, trials
 from .settings import ExperimentSettings, Match, check_metric, load_experiment, nested
 
@@ -203,8 +204,10 @@ class Experiment:
             say(f"{ended}/{len(todo)} {job.name}: {_said(result, kind)}")
 
         folder = self.runs if kind == "cells" else self.runs / "search"
+        group = Group(folder, self.name if kind == "cells" else f"{self.name} search", say)
         each = [
-            Job(name, cell.recipe, folder / f"{name}-{cell.digest[:6]}") for name, (cell, _) in todo.items()
+            Job(name, tracked(cell.recipe, group, name), folder / f"{name}-{cell.digest[:6]}")
+            for name, (cell, _) in todo.items()
         ]
         run_jobs(each, jobs, done)
         return failed

@@ -19,6 +19,7 @@ from ..core.errors import FedcustomError
 from ..core.files import write_text
 from ..federated.callbacks import Callback
 from ..federated.run import run_recipe
+from ..federated.tracking.group import Group
 from ..recipe.paths import absolute
 from ..recipe.recipe import Recipe, to_toml
 
@@ -40,6 +41,11 @@ Done = Callable[[Job, str | None], None]
 
 Tell = Callable[[Job, str], None]
 """Told of each line that a job of another process shows of its progress."""
+
+
+def tracked(recipe: Recipe, group: Group, name: str) -> Recipe:
+    """The recipe of a run whose trackers, if it has any, know it by this name in its group."""
+    return recipe.model_copy(update={"tracking": group.named(recipe.tracking, name)})
 
 
 def run_jobs(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ class Callbacks(Callback):
             if not isinstance(callback, Callback):
                 raise TypeError(f"callbacks: {callback!r} is no instance of fedcustom.Callback")
         self.failure: Exception | None = None
+
+    @contextlib.contextmanager
+    def joined(self, other: Callback) -> Iterator[None]:
+        """Tell another one too, for as long as this is open."""
+        self.callbacks.append(other)
+        try:
+            yield
+        finally:
+            self.callbacks.remove(other)
 
     def raise_failure(self) -> None:
         """Raise what a callback has raised, if one did."""

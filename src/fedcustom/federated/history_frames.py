@@ -32,7 +32,7 @@ def round_frame(rows: Sequence[Row]) -> pd.DataFrame:
     and steps of single clients are left out (:func:`client_frame` has them); other figures that are nested
     have dotted names, and are NaN in rounds that lack them.
     """
-    return pd.DataFrame([_flat(row) for row in rows])
+    return pd.DataFrame([round_figures(row) for row in rows])
 
 
 def client_frame(rows: Sequence[Row]) -> pd.DataFrame:
@@ -57,7 +57,10 @@ def client_frame(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(records, columns=list(CLIENT_COLUMNS))
 
 
-def _flat(row: Row) -> dict[str, Any]:
+def round_figures(row: Row) -> dict[str, Any]:
+    """The figures of a round's line by dotted name, as many for a thousand clients as for two
+    (:func:`round_frame`).
+    """
     flat: dict[str, Any] = {"round": row["round"]} | dict.fromkeys((*COUNTED, *SUMMED, *TOTALS), 0)
     for key, value in row.items():
         if key in (NORMS, STEPS):

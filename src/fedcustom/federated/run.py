@@ -28,6 +28,7 @@ from .resources import memory_warning
 from .run_directory import RunDirectory
 from .simulation import Federation, Gather, has_one_model, simulate
 from .summary import summarise
+from .tracking.follow import followed
 
 
 def run_recipe(
@@ -72,6 +73,9 @@ def run_recipe(
         if text := fingerprint.check_finished(directory, recipe, accept=accept):
             told.on_note(f"{directory}: {text}")
         told.on_note(f"{directory} holds this run already; nothing to do")
+        if recipe.tracking is not None:
+            with place.locked(), followed(recipe, place, told, finished):
+                pass
         told.raise_failure()
         return finished
     with place.locked():
@@ -79,9 +83,10 @@ def run_recipe(
         if finished is not None:
             return finished
         try:
-            summary = _run(
-                recipe, place, told, gather, transforms, identities, accept=accept, check=check_export
-            )
+            with followed(recipe, place, told):
+                summary = _run(
+                    recipe, place, told, gather, transforms, identities, accept=accept, check=check_export
+                )
         except BaseException as error:
             told.on_phase("")
             if told.failure is not None:

@@ -70,10 +70,9 @@ class RunDirectory:
             raise RunError(f"{path}: is a file; name a folder")
         if written.exists():
             old = absolute(recorded_recipe(written))
-            if old != recipe:
-                raise RunError(
-                    f"{path}: holds another recipe's run ({_difference(old, recipe)}); name another --out"
-                )
+            if old.untracked != recipe.untracked:
+                difference = _difference(old.untracked, recipe.untracked)
+                raise RunError(f"{path}: holds another recipe's run ({difference}); name another --out")
             begun = read_json(path / TRANSFORMS) if (path / TRANSFORMS).exists() else []
             if begun != list(transforms):
                 raise RunError(

@@ -22,8 +22,12 @@ NAMED = {
 }
 """Settings that hold a path or another name: a hub id, or something built in."""
 
-FILES = {"data": ("chat_template",), "method": ("instructions_file", "public_text")}
-"""Settings that hold a file's path and nothing else."""
+FILES = {
+    "data": ("chat_template",),
+    "method": ("instructions_file", "public_text"),
+    "tracking": ("uri",),
+}
+"""Settings that hold a path, or an address with its scheme, and nothing else."""
 
 
 def beside(values: Mapping[str, Any], folder: Path, where: str, *, from_here: bool = False) -> dict[str, Any]:
@@ -92,6 +96,8 @@ def absolute(recipe: Recipe) -> Recipe:
     """
     changed: dict[str, Any] = {}
     for section in {*NAMED, *FILES}:
+        if getattr(recipe, section) is None:
+            continue
         # iter: dict alone takes a setting called keys for the method of mappings.
         before = {section: dict(iter(getattr(recipe, section)))}
         after = existing(before)
@@ -112,6 +118,8 @@ def _changed(values: Mapping[str, Any], resolve: Any) -> dict[str, Any]:
                 value, full = table.get(key), f"{section}.{key}"
                 if isinstance(value, str) and is_template(value):
                     continue  # the chat template itself
+                if isinstance(value, str) and is_file and "://" in value:
+                    continue
                 if isinstance(value, str) and value and not value.startswith("builtin:"):
                     table[key] = resolve(full, value, is_file)
                 elif isinstance(value, list):

@@ -38,6 +38,7 @@ from .paths import beside, existing
 from .privacy import check_privacy, with_private_defaults
 from .sections import PersonalisationSettings, RoundSettings
 from .secure_sum import check_secure_sum
+from .tracking import TrackingSettings
 
 Baseline = Literal["federated", "centralised", "local"]
 
@@ -113,6 +114,7 @@ class Recipe(Settings):
     )
     privacy: PrivacySettings | None = Field(None, description="Differential privacy")
     secure_sum: SecureSumSettings | None = Field(None, description="Secure sums")
+    tracking: TrackingSettings | None = Field(None, description="Trackers that follow the run")
     compare: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="What differs in a comparison: [compare.<method or baseline>.<section>]",
@@ -288,6 +290,13 @@ class Recipe(Settings):
     def metric(self) -> str:
         """The metric by which the best round is chosen."""
         return self.evaluation.metric or DEFAULT_METRIC[self.data.task]
+
+    @property
+    def untracked(self) -> Recipe:
+        """This recipe without its trackers, which change no result: two runs whose recipes are the same
+        otherwise are the same.
+        """
+        return self if self.tracking is None else self.model_copy(update={"tracking": None})
 
     def settled(self, clients: int) -> Recipe:
         """This recipe, complete, as it is run where there are so many ``clients``

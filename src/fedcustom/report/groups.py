@@ -120,7 +120,11 @@ def measured_on_clients(groups: Sequence[Group], metric: str) -> bool:
 
 def _compared(run: Run) -> dict[str, str]:
     settings = run.settings or {"model": run.summary.model, "data": run.summary.data}
-    return {key: value for key, value in settings.items() if key.rpartition(".")[2] not in NOT_COMPARED}
+    return {
+        key: value
+        for key, value in settings.items()
+        if key.rpartition(".")[2] not in NOT_COMPARED and not key.startswith("tracking.")
+    }
 
 
 def _variants(runs: Sequence[Run]) -> list[str]:

@@ -26,6 +26,7 @@ from .plots import BOX_FROM, ENDS, MOST_POINTS, Plots, colour, figures
 from .read import Prediction, Run, Runs, Summary, read_predictions, read_runs
 from .rows import TableSection, comparison_columns, comparison_sections
 from .svg import definitions
+from .timeline import timelines
 from .traffic import traffic
 
 STYLES = ("palette.css", "style.css", "print.css")
@@ -319,11 +320,12 @@ def _facts(groups: Sequence[Group], runs: Runs) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value]
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file of the page: style, script or template."""
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _script(text: str) -> tuple[Markup, str]:
+def script_with_hash(text: str) -> tuple[Markup, str]:
     """A trusted script, and the hash by which the page's policy lets it run and no other."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -341,7 +343,7 @@ def render(runs: Runs) -> str:
     plots = figures(groups, metrics)
     captions = _captions(plots, metrics)
     predictions = list(read_predictions(primary.runs[0]))
-    script, script_hash = _script(_asset("page.js"))
+    script, script_hash = script_with_hash(asset("page.js"))
     most_clients = max(len(run.summary.clients) for run in runs.finished)
     columns = comparison_columns(groups, metrics)
     headings = [
@@ -351,7 +353,7 @@ def render(runs: Runs) -> str:
     sections: list[TableSection] = comparison_sections(groups, columns)
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(_asset("page.html"))
+    ).from_string(asset("page.html"))
     return template.render(
         title=_page_title(runs.finished),
         facts=_facts(groups, runs),
@@ -384,6 +386,7 @@ def render(runs: Runs) -> str:
         examples=_examples(groups, primary),
         left_out=_left_out(groups),
         private=_private(groups),
+        timelines=timelines(groups),
         traffic=traffic(groups),
         audits=audit_tables(groups, metrics[0]),
         unfinished=runs.unfinished,
@@ -395,7 +398,7 @@ def render(runs: Runs) -> str:
         ],
         recipes=[(words.capitalised(group.label), group.runs) for group in groups],
         environment=_environment(runs.finished),
-        style=Markup(palette() + "".join(map(_asset, STYLES))),
+        style=Markup(palette() + "".join(map(asset, STYLES))),
         script=script,
         hash=script_hash,
     )

@@ -60,13 +60,13 @@ def _metric_axis(curves: Sequence[pd.DataFrame], metric: str) -> Axis:
     return linear(*value_range(list(together["mean"]), metric, list(together["interval"])))
 
 
-def _band(chart: Chart, curve: pd.DataFrame, metric: str, paint: str) -> None:
-    """The 95% interval around a curve, where two rounds at least have one."""
+def _band(chart: Chart, curve: pd.DataFrame, metric: str, paint: str, along: str = "round") -> None:
+    """The 95% interval around a curve, where two points at least have one."""
     certain = curve.dropna()
     if len(certain) > 1:
         low = (certain["mean"] - certain["interval"]).clip(*limits(metric))
         high = (certain["mean"] + certain["interval"]).clip(*limits(metric))
-        chart.band(list(certain["round"]), list(low), list(high), paint)
+        chart.band(list(certain[along]), list(low), list(high), paint)
 
 
 def _curve(
@@ -149,6 +149,8 @@ def by_bytes(groups: Sequence[Group], metric: str) -> Markup | None:
         title, x = f"{title} (log scale)", logarithmic(least, most, words.byte_count)
     y_title = words.capitalised(words.metric_name(metric))
     chart = Chart(x, _metric_axis(shown, metric), title, y_title)
+    for group, curve in zip(groups, shown, strict=True):
+        _band(chart, curve, metric, colour(group.method, groups), along="bytes")
     for group, curve in zip(groups, shown, strict=True):
         if curve.empty:
             continue

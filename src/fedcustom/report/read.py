@@ -106,11 +106,14 @@ class Round:
     development: Scores = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     cohort: list[str] = field(default_factory=list)
+    late: dict[str, int] = field(default_factory=dict)
     bytes_up: dict[str, Number] = field(default_factory=dict)
     bytes_down: dict[str, Number] = field(default_factory=dict)
     bytes_up_total: Number = 0.0
     bytes_down_total: Number = 0.0
     epsilon: float | None = None
+    train_loss: Number = math.nan
+    seconds: dict[str, Number] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,7 @@ class Run:
     settings: dict[str, str]
     environment: dict[str, str]
     warnings: str
+    deployed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +184,22 @@ def _content(path: Path) -> bytes:
         raise RunError(f"{path}: {error.strerror}") from None
 
 
-def _lines(adapter: TypeAdapter[T], path: Path) -> Iterator[T]:
+def parse_round(line: bytes, where: str) -> Round:
+    """A line of ``metrics.jsonl``.
+
+    Raises:
+        RunError: it is malformed; the message begins with ``where``.
+    """
+    return _parse(_ROUND, line, where)
+
+
+def _lines(adapter: TypeAdapter[T], path: Path, *, growing: bool = False) -> Iterator[T]:
+    """The lines of a file. Of one that is ``growing`` a last line that is half written is left out."""
     if not path.exists():
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            if line.strip() and (line.endswith(b"\n") or not growing):
                 yield _parse(adapter, line, f"{path}, line {number}")
 
 
@@ -232,15 +246,36 @@ def _with_perplexity(summary: Summary) -> Summary:
     return replace(summary, metrics=added(summary.metrics), untuned=added(summary.untuned))
 
 
-def _read_run(directory: Path, name: str) -> Run | UnfinishedRun:
-    history = list(_lines(_ROUND, directory / "metrics.jsonl"))
+def read_summary(directory: Path) -> Summary:
+    """The summary of a finished run.
+
+    Raises:
+        RunError: it is malformed.
+    """
     result = directory / "summary.json"
-    if not result.exists():
-        return UnfinishedRun(directory, name, max((line.round for line in history), default=None))
     summary = _with_perplexity(_parse(_SUMMARY, _content(result), str(result)))
     if not summary.metrics:
         raise RunError(f"{result}: metrics: none was measured")
-    recipe = _content(directory / "recipe.toml").decode(errors="replace")
+    return summary
+
+
+def read_recipe(directory: Path) -> tuple[str, dict[str, str]]:
+    """The recipe of a run, and its settings by dotted name; both empty where there is none.
+
+    Raises:
+        RunError: it is not TOML.
+    """
+    place = directory / "recipe.toml"
+    text = _content(place).decode(errors="replace")
+    return text, _settings(text, place)
+
+
+def _read_run(directory: Path, name: str) -> Run | UnfinishedRun:
+    history = list(_lines(_ROUND, directory / "metrics.jsonl", growing=True))
+    if not (directory / "summary.json").exists():
+        return UnfinishedRun(directory, name, max((line.round for line in history), default=None))
+    summary = read_summary(directory)
+    recipe, settings = read_recipe(directory)
     place = directory / "environment.json"
     environment: dict[str, Any] = _parse(_OBJECT, _content(place) or b"{}", str(place))
     return Run(
@@ -249,9 +284,10 @@ def _read_run(directory: Path, name: str) -> Run | UnfinishedRun:
         summary=summary,
         history=history,
         recipe=recipe,
-        settings=_settings(recipe, directory / "recipe.toml"),
+        settings=settings,
         environment=flatten(environment),
         warnings=_content(directory / "warnings.log").decode(errors="replace"),
+        deployed=(directory / "run_id").exists(),
     )
 
 

@@ -40,12 +40,16 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class TableCell:
-    """What stands in one cell: a value, its interval below it, and whether it is the best of its column."""
+    """What stands in one cell: a value, its interval below it, and whether it is the best of its column.
+    ``value`` and ``half`` are the same with all digits, empty where there is none.
+    """
 
     text: str
     interval: str = ""
     best: bool = False
     metric: str = ""
+    value: str = ""
+    half: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class TableRow:
     """One group."""
 
     name: str
+    label: str
     note: str
     paint: str
     cells: list[TableCell]
@@ -139,11 +144,15 @@ def comparison_sections(groups: Sequence[Group], columns: Sequence[Column]) -> l
             text = column.show(float(values[column.key]))
             half = float(values[f"{column.key}_interval"]) if column.measured else math.nan
             is_best = compared[place] and bool(best[column.key]) and text == best[column.key]
-            cells.append(TableCell(text, words.interval(half, column.measured), is_best, column.metric))
+            interval = words.interval(half, column.measured)
+            digits = (_digits(float(values[column.key])), _digits(half))
+            cells.append(TableCell(text, interval, is_best, column.metric, *digits))
         section = sections.setdefault(group.baseline, TableSection(SECTION_NAMES[group.baseline], []))
         note = f"{words.plural(len(group.runs), 'seed')}, {words.plural(int(values['rounds']), 'round')}"
         section.rows.append(
-            TableRow(words.capitalised(group.method_name), note, colour(group.method, groups), cells)
+            TableRow(
+                words.capitalised(group.method_name), group.label, note, colour(group.method, groups), cells
+            )
         )
     references = [_reference(groups, columns, "untuned", "Untuned model", "before any training")]
     if any(run.summary.copy for group in groups for run in group.runs):
@@ -161,7 +170,13 @@ def _reference(
     cells = []
     for column in columns:
         if column.measured and not column.metric:
-            cells.append(TableCell(column.show(trivial_metric(groups, kind, column.measured))))
+            value = trivial_metric(groups, kind, column.measured)
+            cells.append(TableCell(column.show(value), value=_digits(value)))
         else:
             cells.append(TableCell("", metric=column.metric))
-    return TableRow(name, note, "", cells)
+    return TableRow(name, kind, note, "", cells)
+
+
+def _digits(value: float) -> str:
+    """A number with all its digits, empty where it is none."""
+    return "" if math.isnan(value) else repr(value)

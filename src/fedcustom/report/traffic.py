@@ -32,11 +32,12 @@ def traffic(groups: Sequence[Group]) -> list[Traffic]:
         for group in groups
         if group.baseline == "federated"
         for run in group.runs
-        for line in _lines(f"{words.capitalised(group.label)}, seed {run.summary.seed}", run)
+        for line in traffic_of(f"{words.capitalised(group.label)}, seed {run.summary.seed}", run)
     ]
 
 
-def _lines(title: str, run: Run) -> list[Traffic]:
+def traffic_of(title: str, run: Run) -> list[Traffic]:
+    """A line for each client of a run with few of them; none where they are many."""
     clients = sorted({client for line in run.history for client in line.cohort})
     if len(clients) > MOST_CLIENTS:
         return []

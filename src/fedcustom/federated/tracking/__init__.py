@@ -1,0 +1,1 @@
+"""Trackers that follow a run: TensorBoard, MLflow, Weights & Biases. None can stop or hold up the run."""
