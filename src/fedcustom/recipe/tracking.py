@@ -20,8 +20,8 @@ class TrackingSettings(Settings):
 
     to: list[TrackerName] = Field(
         default_factory=list,
-        description="Empty: none. tensorboard: event files in the run's directory; mlflow: a local folder or "
-        "a server; wandb: Weights & Biases. Each is an extra of the same name",
+        description="Empty: none. tensorboard: event files in the run's directory; mlflow: a local folder "
+        "or a server; wandb: Weights & Biases. Each is an extra of the same name",
     )
     name: str | None = Field(
         None,
