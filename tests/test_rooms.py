@@ -18,7 +18,7 @@ LAYERS = [
     {"cli", "__init__"},
     {"experiment"},
     {"report"},
-    {"deployment"},
+    {"deployment", "serving"},
     {"api", "library"},
     {"exporting", "audit"},
     {"federated"},

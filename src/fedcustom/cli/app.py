@@ -33,6 +33,7 @@ from .console import (
 from .estimate import estimate
 from .experiment import experiment
 from .privacy import privacy
+from .serve import serve
 
 
 class InOrder(TyperGroup):
@@ -42,7 +43,7 @@ class InOrder(TyperGroup):
         """Their names, for ``--help``."""
         order = (
             "run", "compare", "experiment", "estimate", "privacy", "report", "audit", "predict", "chat",
-            "export",
+            "serve", "export",
             "recipe", "index", "ask", "deploy", "site", "cache",
         )  # fmt: skip
         return sorted(self.commands, key=order.index)
@@ -61,6 +62,7 @@ app.command()(privacy)
 app.command()(audit)
 app.command()(predict)
 app.command()(chat)
+app.command()(serve)
 app.command()(index)
 app.command()(ask)
 app.add_typer(deploy, name="deploy")
