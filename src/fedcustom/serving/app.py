@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -51,7 +51,12 @@ class Limits:
 
 
 def make_app(
-    served: Served, worker: Worker, limits: Limits, *, api_key: str | None = None, loopback: bool = True
+    served: Served,
+    worker: Worker,
+    limits: Limits,
+    *,
+    api_key: str | None = None,
+    hosts: Sequence[str] | None = LOOPBACK,
 ) -> FastAPI:
     """The application.
 
@@ -60,8 +65,8 @@ def make_app(
         worker: its thread.
         limits: what one caller may take.
         api_key: what callers must send as a bearer token; None: nothing.
-        loopback: whether callers are on this machine. Then requests that name another host are refused: a web
-            page that has its own name point at this machine sends such.
+        hosts: the names by which requests may call this server; None: any. A web page whose own name points
+            at this machine sends that name.
     """
 
     @asynccontextmanager
@@ -87,7 +92,7 @@ def make_app(
     def admit(request: Request) -> None:
         """Refuse a caller that may not ask."""
         host = request.headers.get("host", "")
-        if loopback and not any(host == name or host.startswith(f"{name}:") for name in LOOPBACK):
+        if hosts is not None and not any(host == name or host.startswith(f"{name}:") for name in hosts):
             raise ApiError("the request names another host than this machine", status=403, code="wrong_host")
         if wanted_key is None:
             return

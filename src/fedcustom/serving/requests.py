@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -87,7 +87,6 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    where: ClassVar[str] = "the request"
     model: str | None = None
 
 
@@ -220,9 +219,7 @@ def parsed(kind: type[R], body: bytes) -> R:
     for name, neutral in NEUTRAL.items():
         if name in given and name not in kind.model_fields:
             value = given.pop(name)
-            if not any(
-                value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral
-            ):
+            if not any(_same(value, each) for each in neutral):
                 allowed = " or ".join(map(repr, neutral))
                 raise ApiError(
                     f"{name}: is not supported; allowed: {allowed}, or nothing",
@@ -235,6 +232,11 @@ def parsed(kind: type[R], body: bytes) -> R:
         return kind.model_validate(given)
     except ValidationError as error:
         raise _refusal(kind, error) from None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are equal; a boolean is no number."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _without_nulls(message: Any) -> Any:

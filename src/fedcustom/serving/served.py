@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import api
-from ..core.errors import DataError, RunError
-from ..data.truncation import in_words
+from ..core.errors import DataError, RunError, TooLongError
 from ..library import INDEX, Library, Reply
 from ..models.writing import Decoding
 from .errors import ApiError
@@ -29,6 +28,8 @@ ROUTES: Mapping[Kind, tuple[str, ...]] = {
 
 TOO_LONG = "context_length_exceeded"
 """OpenAI's name of the error of an input that is too long."""
+
+CUT = "with truncation = 'auto' it is cut as in training"
 
 
 class Served:
@@ -125,17 +126,14 @@ class Served:
         run = self._known_run
         try:
             prompt = run.prompt(given)
+        except TooLongError as error:
+            raise ApiError(str(error), param=param, code=TOO_LONG) from None
         except DataError as error:
-            long = "data.max_length" in str(error)
-            raise ApiError(str(error), param=param, code=TOO_LONG if long else None) from None
-        notes = run.take_cuts()
-        longest = run.recipe.data.max_length
-        if asked.truncation == "disabled" and (prompt.cut or notes):
-            what = (
-                f"is {prompt.cut} tokens longer than data.max_length = {longest}" if prompt.cut else notes[0]
-            )
+            raise ApiError(str(error), param=param) from None
+        if prompt.cut and asked.truncation == "disabled":
+            longest = run.recipe.data.max_length
             raise ApiError(
-                f"{param}: {what}; with truncation = 'auto' it is cut as in training",
+                f"{param}: is {prompt.cut} tokens longer than data.max_length = {longest}; {CUT}",
                 param=param,
                 code=TOO_LONG,
             )
@@ -143,7 +141,8 @@ class Served:
         how = asked.decoding(usual, self._tokens(asked, usual.max_new_tokens, len(prompt.ids), prompt.room))
         job.tell(Accepted())
         said = run.write(prompt, how, lambda text: job.tell(Piece(text)), job.stopped)
-        return Answer(said.text, said.ended, (said.prompt_tokens, said.tokens), prompt.cut, notes)
+        usage = said.prompt_tokens, said.tokens
+        return Answer(said.text, said.ended, usage, prompt.cut, run.take_cuts())
 
     def _tokens(self, asked: WritingRequest, usual: int, length: int, room: int | None) -> int:
         """The longest answer, for which the model must have positions."""
@@ -166,7 +165,8 @@ class Served:
         cuts = run.count_cuts(inputs)
         if cuts.inputs and asked.truncation == "disabled":
             raise ApiError(
-                f"input: {in_words({'given': cuts})[0]}; with truncation = 'auto' they are cut as in training",
+                f"input: {cuts.inputs} of {cuts.examples} are longer than data.max_length = "
+                f"{run.recipe.data.max_length}; {CUT}",
                 param="input",
                 code=TOO_LONG,
             )

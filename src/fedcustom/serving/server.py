@@ -10,12 +10,17 @@ from types import FrameType
 
 import uvicorn
 
-from .app import Limits, make_app
+from .app import LOOPBACK, Limits, make_app
 from .served import ROUTES, Served
 from .worker import Worker
 
 SHUTDOWN_SECONDS = 10
 """How long callers may take to read what they were sent when the server stops."""
+
+
+OPEN = (
+    "and there is no TLS: what is asked and answered can be read on the way; put a proxy with TLS before it"
+)
 
 
 class StoppingServer(uvicorn.Server):
@@ -62,15 +67,14 @@ def serve(
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listening:
         served.warm()
-        if not is_loopback(host):
-            note(
-                f"warning: {host} can be reached from other machines, and there is no TLS: what is asked and "
-                "answered can be read on the way; put a proxy with TLS before it"
-            )
+        shown = f"[{host}]" if ":" in host else host
+        here = is_loopback(host)
+        if not here:
+            note(f"warning: {host} is open to other machines, {OPEN}")
             if api_key is None:
                 note("warning: no API key is asked for: whoever reaches this address can use the model")
         worker = Worker(limits.waiting, limits.seconds, note)
-        app = make_app(served, worker, limits, api_key=api_key, loopback=is_loopback(host))
+        app = make_app(served, worker, limits, api_key=api_key, hosts=(*LOOPBACK, shown) if here else None)
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -79,7 +83,6 @@ def serve(
             proxy_headers=False,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
-        shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listening.getsockname()[1]}"
         note(f"{served.name} answers {' and '.join(ROUTES[served.kind])} at {address}; Ctrl-C ends")
         try:
