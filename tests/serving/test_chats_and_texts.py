@@ -103,9 +103,10 @@ def test_max_tokens_ends_an_answer(run: Run, client: openai.OpenAI) -> None:
         assert said.choices[0].message.content == run.tokenizer().decode(ids[:3]).strip()
 
 
-@pytest.mark.parametrize("stop", ["number", ["zebra", " has"], ["The cat has number 0."], "T"])
+@pytest.mark.parametrize("stop", ["number", ["zebra", " has"], ["the whole"], "T"])
 def test_stop_texts_end_an_answer_before_them(run: Run, client: openai.OpenAI, stop: str | list[str]) -> None:
     text = run.chat(FIRST).text
+    stop = [text] if stop == ["the whole"] else stop
     places = [text.find(each) for each in ([stop] if isinstance(stop, str) else stop) if each in text]
     assert places
     said = client.chat.completions.create(model="assistant", messages=FIRST, stop=stop)
@@ -234,7 +235,7 @@ def test_what_is_no_request_is_refused(server: Any) -> None:
 def test_a_long_conversation_loses_its_oldest_exchanges_where_that_is_asked_for(
     run: Run, client: openai.OpenAI
 ) -> None:
-    turn = [{"role": "user", "content": "cat " * 20}, {"role": "assistant", "content": "The cat."}]
+    turn = [{"role": "user", "content": "cat " * 40}, {"role": "assistant", "content": "The cat."}]
     messages: Any = [*turn * 4, *FIRST]
     wanted = run.chat(messages)
     assert wanted.dropped

@@ -26,7 +26,7 @@ WRITERS: dict[str, dict[str, Any]] = {
     "soft prompt": {"name": "soft_prompt", "length": 3},
     "full": {"name": "full"},
     "ia3": {"name": "ia3"},
-    "distillation": {"name": "distillation"},
+    "distillation": {"name": "distillation", "top_k": 4},
     "selection": {"name": "prompt_engineering", "examples": 6, "instructions": ["{input} :", "text {input}"]},
     "in context": {"name": "prompt_engineering", "strategy": "in_context", "demonstrations": 2},
     "black box": {
@@ -39,10 +39,8 @@ WRITERS: dict[str, dict[str, Any]] = {
 def checked(server: Any, run: fedcustom.Run, inputs: list[Any]) -> None:
     """The server's texts are the run's own, whole and in pieces."""
     for given, wanted in zip(inputs, run.predict(inputs), strict=True):
-        asked: dict[str, Any] = (
-            {"prompt": given} if isinstance(given, str) else {"extra_body": {"row": given}}
-        )
-        body = {"model": "run", "prompt": "", **asked}
+        row = {"extra_body": {"row": given}}
+        body: Any = {"model": "run", "prompt": "", **({"prompt": given} if isinstance(given, str) else row)}
         client = server.client()
         said = client.completions.create(**body, temperature=0)
         assert said.choices[0].text == wanted["text"]
@@ -51,7 +49,8 @@ def checked(server: Any, run: fedcustom.Run, inputs: list[Any]) -> None:
         assert pieces[-1].choices[0].finish_reason == said.choices[0].finish_reason
         short = client.completions.create(**body, max_tokens=2)
         assert short.usage.completion_tokens <= 2
-        assert wanted["text"].startswith(short.choices[0].text)
+        if run.recipe.evaluation.beams == 1:
+            assert wanted["text"].startswith(short.choices[0].text)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -71,7 +70,10 @@ def test_models_that_write(
     if method.get("strategy") == "in_context":
         recipe["method"] = {**method, "retriever": tiny["bert"]}
     if kind in ("in context", "distillation"):
-        write_jsonl(tmp_path / "public.jsonl", make_rows(8, 5))
+        write_jsonl(
+            tmp_path / "public.jsonl",
+            [{"source": f"public river number {i}", "target": "."} for i in range(6)],
+        )
         recipe["public"] = {"source": str(tmp_path / "public.jsonl")}
     run = fedcustom.run(recipe, changes, out=tmp_path / "run")
     texts = [row["source"] for row in make_rows(2, 7)]

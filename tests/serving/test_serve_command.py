@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -9,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +62,27 @@ def test_a_signal_ends_it_while_the_model_writes(directory: Path, number: signal
         assert model["id"] == "mine"
         assert httpx.get(f"{url}/v1/models").status_code == 401
         body = {"model": "mine", "prompt": "a cat", "temperature": 2, "max_tokens": 40, "stream": True}
-        got: list[Any] = []
+        got, begun = list[str](), threading.Event()
 
         def ask() -> None:
-            with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as said:
-                got.extend(said.iter_lines())
+            with (
+                contextlib.suppress(httpx.HTTPError),
+                httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as said,
+            ):
+                for line in said.iter_lines():
+                    got.append(line)
+                    begun.set()
 
         thread = threading.Thread(target=ask)
         thread.start()
-        time.sleep(0.05)
+        begun.wait(20)
         process.send_signal(number)
         _, error = process.communicate(timeout=30)
         thread.join(10)
     finally:
         process.kill()
     assert process.returncode == 0
+    assert got
     assert error.strip() == "stopped"
     assert "Traceback" not in error
 
@@ -92,7 +98,7 @@ def test_refusals(directory: Path, tmp_path: Path, command: Any, monkeypatch: py
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     said = command("serve", directory)
     assert said.code == 2
-    assert "pip install 'fedcustom[serve]'" in said.error
+    assert "serve: needs FastAPI and uvicorn: pip install" in said.error
 
 
 def test_other_machines_are_warned_of(directory: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:

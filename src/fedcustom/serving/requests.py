@@ -82,6 +82,10 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+PLACES = frozenset(name for kind in (Message, Part, StreamOptions) for name in kind.model_fields)
+"""Fields inside of others."""
+
+
 class Request(BaseModel):
     """A request: unknown fields are refused, and values are not converted between types."""
 
@@ -247,20 +251,23 @@ def _without_nulls(message: Any) -> Any:
 
 
 def _refusal(kind: type[Request], error: ValidationError) -> ApiError:
-    """The first thing that is wrong, in one line."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = [str(part) for part in first["loc"]]
-    name = place[0] if place else ""
-    where = ".".join(place[:3])
-    if first["type"] == "extra_forbidden":
+    """One thing that is wrong, in one line: the first field's, and of alternatives that of which the type is
+    right.
+    """
+    errors = error.errors(include_url=False, include_input=False)
+    name = str(errors[0]["loc"][0]) if errors[0]["loc"] else ""
+    same = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]
+    chosen = next((each for each in same if not each["type"].endswith("_type")), same[0])
+    # Of the places in between, pydantic names alternatives too, by their types.
+    parts = [str(part) for part in chosen["loc"] if isinstance(part, int) or part in PLACES or part == name]
+    where = printable(".".join(parts), lines=False, longest=60)
+    if chosen["type"] == "extra_forbidden":
+        if name in kind.model_fields:
+            unknown = printable(str(chosen["loc"][-1]), lines=False, longest=60)
+            return ApiError(f"{where}: {unknown} is not a known field", param=name, code="unknown_parameter")
         allowed = ", ".join(sorted(kind.model_fields))
-        unknown = f"{printable(where, lines=False, longest=60)}: is not a known field"
-        return ApiError(
-            f"{unknown}; allowed: {allowed}" if len(place) == 1 else unknown,
-            param=name,
-            code="unknown_parameter",
-        )
-    if first["type"] == "missing":
+        said = f"{where}: is not a known field; allowed: {allowed}"
+        return ApiError(said, param=name, code="unknown_parameter")
+    if chosen["type"] == "missing":
         return ApiError(f"{where}: is missing", param=name, code="missing_required_parameter")
-    said = first["msg"][:1].lower() + first["msg"][1:]
-    return ApiError(f"{printable(where, lines=False, longest=60)}: {said}", param=name)
+    return ApiError(f"{where}: {chosen['msg'][:1].lower()}{chosen['msg'][1:]}", param=name)
