@@ -17,7 +17,8 @@ from .data.inputs import input_example
 from .data.settings import MESSAGES
 from .data.truncation import EXCHANGES, CutCount
 from .evaluation.calibration import softmax
-from .exporting import RunExport
+from .exporting.hub import check_repository, push, refuse_local_names
+from .exporting.run_export import RunExport
 from .federated.build import make_method
 from .federated.callbacks import Callback
 from .federated.history_frames import client_frame, round_frame
@@ -326,6 +327,7 @@ class Run:
         form: Literal["model", "feed-forward"] = "model",
         text: str | Path | None = None,
         slots: int | None = None,
+        merge: bool = False,
         check: bool = True,
         note: Callable[[str], None] = lambda text: None,
     ) -> Path:
@@ -340,6 +342,7 @@ class Run:
                 That of a prefix memory is distilled on public texts; ``note`` is told what that costs.
             text: A file of unlabelled texts, one a line, for that.
             slots: Units in each network of it; unset: such that it has as many numbers.
+            merge: Add an adapter (LoRA, IA3) to the base model's weights, for a plain model in float32.
 
         Raises:
             RunError: the run has no single model, the folder is not empty or lies in the model's own, the
@@ -347,7 +350,25 @@ class Run:
         """
         self._require_model()
         exporting = RunExport(self.directory, self.recipe, self._task, lambda: self._method, note)
-        return exporting.write(Path(to), form, text, slots, check=check)
+        return exporting.write(Path(to), form, text, slots, check=check, merge=merge)
+
+    def push_to_hub(
+        self,
+        folder: str | Path,
+        repository: str,
+        *,
+        public: bool = False,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> str:
+        """Upload a folder that :meth:`export` wrote to a repository of the hub, a private one by default. The
+        token is that of ``hf auth login``. Returns the repository's address.
+
+        Raises:
+            RunError: the name is no repository's, a file names a folder of this machine, or the hub refuses.
+        """
+        check_repository(repository)
+        refuse_local_names(Path(folder), self.recipe.model.base)
+        return push(Path(folder), repository, public=public, note=note)
 
     def _require_model(self) -> None:
         if not (self.directory / "model").is_dir():
