@@ -146,7 +146,7 @@ def test_a_promise_of_privacy_is_in_the_card(small: dict[str, Any], tmp_path: Pa
         "method": {"name": "lora", "rank": 2},
         "training": {"batch_size": 8, "fit_head": False},
     }
-    private = {"unit": "client", "epsilon": 8.0, "delta": 0.02, "accept_noise": True}
+    private = {"unit": "client", "epsilon": 8.0, "delta": 0.02}
     changes = {"rounds.count": 2, "rounds.clients_per_round": 2, "training.local_steps": 1}
     run = fedcustom.run({**recipe, "privacy": private}, changes, out=tmp_path / "run")
     text = (run.export(tmp_path / "model", check=False) / "README.md").read_text()
