@@ -35,6 +35,10 @@ BODY_SECONDS = 30
 """How long a caller may take to send a request."""
 
 
+GONE = ApiError("the caller has left", status=499)
+"""The end of a request whose caller has closed the connection, and does not read it."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one caller may take.
@@ -165,7 +169,9 @@ def make_app(
         if not asked.stream:
             return JSONResponse(shape.whole(await result(request, job)))
         events = followed(request, job)
-        first = await anext(events)
+        first = await anext(events, None)
+        if first is None:
+            raise GONE
         if isinstance(first, ApiError):  # before anything is sent, so that it has a status of its own
             raise first
         lines = stream(first, events, shape, usage=asked.usage_in_stream)
@@ -231,7 +237,7 @@ async def result(request: Request, job: Job) -> Any:
             raise event
         if isinstance(event, Finished):
             return event.result
-    raise ApiError("the caller has left", status=499)  # which nobody reads
+    raise GONE
 
 
 async def stream(
