@@ -35,10 +35,6 @@ BODY_SECONDS = 30
 """How long a caller may take to send a request."""
 
 
-GONE = ApiError("the caller has left", status=499)
-"""The end of a request whose caller has closed the connection, and does not read it."""
-
-
 @dataclass(frozen=True)
 class Limits:
     """What one caller may take.
@@ -171,7 +167,7 @@ def make_app(
         events = followed(request, job)
         first = await anext(events, None)
         if first is None:
-            raise GONE
+            raise gone()
         if isinstance(first, ApiError):  # before anything is sent, so that it has a status of its own
             raise first
         lines = stream(first, events, shape, usage=asked.usage_in_stream)
@@ -184,6 +180,11 @@ def refusal(error: ApiError) -> Response:
     """An error as a response."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
     return JSONResponse(error.content(), error.status, headers)
+
+
+def gone() -> ApiError:
+    """The end of a request whose caller has closed the connection, and does not read it."""
+    return ApiError("the caller has left", status=499)
 
 
 async def body_of(request: Request, limit: int) -> bytes:
@@ -237,7 +238,7 @@ async def result(request: Request, job: Job) -> Any:
             raise event
         if isinstance(event, Finished):
             return event.result
-    raise GONE
+    raise gone()
 
 
 async def stream(
