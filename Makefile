@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run check test docs test-matrix bench sbom hashes clean
+.PHONY: run check test docs test-matrix bench sbom hashes dist clean
 
 run: .venv/ready
 	$(BIN)/fedcustom compare recipes/docstrings.toml --methods full,lora,prefix --baselines centralised --jobs 2 --out runs/docstrings
@@ -47,6 +47,16 @@ sbom: .venv/ready-dev
 # constraints-hashes.txt from constraints.txt, by pip and from the index that is configured.
 hashes: .venv/ready
 	$(BIN)/python scripts/hash_constraints.py
+
+# Wheel and source distribution in dist/; the wheel is installed with its dependencies into an empty environment and run.
+dist: .venv/ready-dev
+	rm -rf dist build/dist-venv build/dist-run
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(PYTHON) -m venv build/dist-venv
+	build/dist-venv/bin/pip install --quiet --constraint constraints.txt torch
+	build/dist-venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build && dist-venv/bin/fedcustom run ../recipes/docstrings.toml --out dist-run --set model.base=builtin:lm-small \
+	  --set rounds.count=1 --set training.local_steps=1
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

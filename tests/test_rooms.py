@@ -19,7 +19,7 @@ LAYERS = [
     {"watch"},
     {"experiment"},
     {"report", "preflight"},
-    {"deployment"},
+    {"deployment", "serving"},
     {"api", "library", "trainers"},
     {"exporting", "audit", "proposal", "doctor"},
     {"federated"},

@@ -17,7 +17,8 @@ from .data.inputs import input_example
 from .data.settings import MESSAGES
 from .data.truncation import EXCHANGES, CutCount
 from .evaluation.calibration import softmax
-from .exporting import RunExport
+from .exporting.hub import check_repository, push, refuse_local_names
+from .exporting.run_export import RunExport
 from .federated.build import make_method
 from .federated.callbacks import Callback
 from .federated.history_frames import client_frame, round_frame
@@ -25,11 +26,12 @@ from .federated.resolve import resolved
 from .federated.run import run_recipe
 from .federated.run_directory import History
 from .federated.truncation import count_parts
-from .methods import CountsCuts, Method, State, WeightTuning
+from .methods import CountsCuts, Method, State, WeightTuning, WritesTexts
 from .methods.prefix.memory_export import FILE as CODE
 from .methods.tuning.peft_support import leave_out_virtual_tokens
-from .models.inference import write
+from .models.configuration import context_length
 from .models.load import Base, load_base
+from .models.writing import Decoding, Written, write
 from .recipe.recipe import Recipe, load_recipe, read_toml, recorded_recipe
 from .updates.transform import UpdateTransform
 
@@ -49,6 +51,25 @@ class ChatReply:
     text: str
     ended: bool
     dropped: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a run's model is to go on from.
+
+    Attributes:
+        model: the customised model.
+        base: the base model that it is made of, with its tokenizer.
+        ids: token ids, without those of virtual tokens.
+        cut: tokens of the input that are left out, since it is longer than ``data.max_length``.
+        room: the longest text in tokens for which the model has positions; None where they are not bounded.
+    """
+
+    model: Any
+    base: Base
+    ids: list[int]
+    cut: int
+    room: int | None
 
 
 class Run:
@@ -189,6 +210,23 @@ class Run:
         method, _ = self._method
         return method.take_cuts() if isinstance(method, CountsCuts) else []
 
+    @property
+    def converses(self) -> bool:
+        """Whether the model answers conversations (:meth:`check_chat` says why not). Loads it."""
+        try:
+            self.check_chat()
+        except RunError:
+            return False
+        return True
+
+    def load_model(self) -> None:
+        """Load the model now, and not when it is first asked.
+
+        Raises:
+            RunError: the run has one model for each client.
+        """
+        _ = self._method
+
     def check_chat(self) -> None:
         """Refuse a run whose model answers no conversations.
 
@@ -236,8 +274,48 @@ class Run:
         example = input_example(data.model_copy(update={"messages": MESSAGES}), row, 0)
         (asked,) = template.encode([example], data, self._base.token_rules)
         model = method.with_state(state).eval()
-        text, ended = write(model, self._base, asked.prompt, self.recipe.evaluation, on_text)
-        return ChatReply(text, ended, asked.lost.get(EXCHANGES, 0))
+        how = Decoding.of(self.recipe.evaluation)
+        said = write(model, self._base, asked.prompt, how, on_text)
+        return ChatReply(said.text, said.ended, asked.lost.get(EXCHANGES, 0))
+
+    def prompt(self, asked: str | Mapping[str, Any]) -> Prompt:
+        """The prompt of one input of :meth:`predict`, for :meth:`write`. It holds until the next call of
+        another method of this run that uses the model.
+
+        Raises:
+            RunError: the run's model writes no texts.
+            DataError: see :meth:`predict`.
+        """
+        method, state = self._method
+        if not self.recipe.data.writes or not isinstance(method, WritesTexts):
+            raise RunError(f"{self.directory}: its model writes no texts (data.task, method.name)")
+        examples = self._examples([asked])
+        found = method.prompts(state, examples)
+        base, (ids,) = found.base, found.sources
+        cut = count_parts(self.recipe, self.recipe.data, self._base, {"public": [("", examples)]})["public"]
+        room = context_length(base.model.config)
+        if room is not None:
+            own = self.recipe.method.context_tokens + (0 if base.sequence_to_sequence else len(ids))
+            room -= own
+        return Prompt(found.model, base, ids, sum(cut.tokens.values()), room)
+
+    def write(
+        self,
+        prompt: Prompt,
+        how: Decoding | None = None,
+        on_text: Callable[[str], None] = lambda text: None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Written:
+        """The text that the model writes after a prompt. Without ``how`` it is that of :meth:`predict`.
+
+        Args:
+            prompt: of :meth:`prompt`.
+            how: the longest text, beams or a temperature, texts to stop at.
+            on_text: is told of each piece of the text as it is written (of a beam search, of all at once).
+            stopped: is asked after each token whether to end.
+        """
+        how = how or Decoding.of(self.recipe.evaluation)
+        return write(prompt.model, prompt.base, prompt.ids, how, on_text, stopped)
 
     def _examples(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[Example]:
         return [input_example(self.recipe.data, item, number) for number, item in enumerate(inputs)]
@@ -249,6 +327,7 @@ class Run:
         form: Literal["model", "feed-forward"] = "model",
         text: str | Path | None = None,
         slots: int | None = None,
+        merge: bool = False,
         check: bool = True,
         note: Callable[[str], None] = lambda text: None,
     ) -> Path:
@@ -263,6 +342,7 @@ class Run:
                 That of a prefix memory is distilled on public texts; ``note`` is told what that costs.
             text: A file of unlabelled texts, one a line, for that.
             slots: Units in each network of it; unset: such that it has as many numbers.
+            merge: Add an adapter (LoRA, IA3) to the base model's weights, for a plain model in float32.
 
         Raises:
             RunError: the run has no single model, the folder is not empty or lies in the model's own, the
@@ -270,7 +350,25 @@ class Run:
         """
         self._require_model()
         exporting = RunExport(self.directory, self.recipe, self._task, lambda: self._method, note)
-        return exporting.write(Path(to), form, text, slots, check=check)
+        return exporting.write(Path(to), form, text, slots, check=check, merge=merge)
+
+    def push_to_hub(
+        self,
+        folder: str | Path,
+        repository: str,
+        *,
+        public: bool = False,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> str:
+        """Upload a folder that :meth:`export` wrote to a repository of the hub, a private one by default. The
+        token is that of ``hf auth login``. Returns the repository's address.
+
+        Raises:
+            RunError: the name is no repository's, a file names a folder of this machine, or the hub refuses.
+        """
+        check_repository(repository)
+        refuse_local_names(Path(folder), self.recipe.model.base)
+        return push(Path(folder), repository, public=public, note=note)
 
     def _require_model(self) -> None:
         if not (self.directory / "model").is_dir():

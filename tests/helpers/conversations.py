@@ -49,6 +49,30 @@ def chat_llama(folder: Path, name: str = "smollm2", *, padded_by_end: bool = Tru
     return str(folder)
 
 
+def taught_llama(folder: Path, steps: int = 100) -> str:
+    """The same model after full-batch training on the conversations, so that it repeats their answers."""
+    import transformers
+
+    chat_llama(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in conversations()]
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
+    for _ in range(steps):
+        labels = ids.masked_fill(mask == 0, -100)
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.eval().save_pretrained(folder)
+    return str(folder)
+
+
 def chat_recipe(folder: Path, base: str, **data: Any) -> dict[str, Any]:
     """A recipe on the conversations, which are written to ``folder``; all of them are tested."""
     write_jsonl(folder / "train.jsonl", conversations())

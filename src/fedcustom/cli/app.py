@@ -36,6 +36,7 @@ from .estimate import estimate
 from .experiment import experiment
 from .new import new
 from .privacy import privacy
+from .serve import serve
 from .watch import watch
 
 
@@ -46,7 +47,8 @@ class InOrder(TyperGroup):
         """Their names, for ``--help``."""
         order = (
             "new", "check", "run", "compare", "experiment", "estimate", "privacy", "watch", "report", "audit",
-            "predict", "chat", "export", "recipe", "index", "ask", "deploy", "site", "doctor", "cache",
+            "predict", "chat", "serve", "export", "recipe", "index", "ask", "deploy", "site", "doctor",
+            "cache",
         )  # fmt: skip
         return sorted(self.commands, key=order.index)
 
@@ -68,6 +70,7 @@ app.command()(audit)
 app.command()(predict)
 app.command()(chat)
 app.command()(doctor)
+app.command()(serve)
 app.command()(index)
 app.command()(ask)
 app.add_typer(deploy, name="deploy")
@@ -300,16 +303,40 @@ def export(
             min=1, help="Extra units in each network for --as feed-forward (default: as many numbers)"
         ),
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add a LoRA or IA3 adapter to the base model's weights")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPOSITORY",
+            help="Upload the folder to this repository of the Hugging Face hub (after: hf auth login)",
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push-to-hub: for everybody to see (default: private)")
+    ] = False,
     no_check: NoCheck = False,
 ) -> None:
-    """Copy the customised model to a folder, to be loaded by peft or transformers without this package.
+    """Write the customised model to a folder, to be loaded by peft or transformers without this package, with
+    a model card.
 
-    Example: fedcustom export runs/first --to my-adapter
+    Example: fedcustom export runs/first --to my-model --merge
     """
     from .. import api
+    from ..exporting.hub import check_repository
 
-    folder = api.load(directory).export(to, form=form, text=text, slots=slots, check=not no_check, note=note)
+    if public and push_to_hub is None:
+        raise FedcustomError("--public: has an effect with --push-to-hub alone")
+    finished = api.load(directory)
+    if push_to_hub is not None:
+        check_repository(push_to_hub)  # before what takes long
+    folder = finished.export(
+        to, form=form, text=text, slots=slots, merge=merge, check=not no_check, note=note
+    )
     out_console.print(f"model: {folder} (its README.md shows how to load it)", soft_wrap=True)
+    if push_to_hub is not None:
+        out_console.print(f"hub: {finished.push_to_hub(folder, push_to_hub, public=public, note=note)}")
 
 
 @app.command()

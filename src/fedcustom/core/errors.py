@@ -20,6 +20,10 @@ class DataError(FedcustomError):
     """A source cannot be read, a row is malformed, a client has nothing to train on."""
 
 
+class TooLongError(DataError):
+    """A conversation is longer than ``data.max_length`` with its last exchange alone, which is never cut."""
+
+
 class ModelError(FedcustomError):
     """A base model cannot be loaded, or a method does not fit it."""
 

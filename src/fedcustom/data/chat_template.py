@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..core.errors import DataError, ModelError
+from ..core.errors import DataError, ModelError, TooLongError
 from ..core.library_errors import in_one_line
 from .conversations import Message, Messages, as_rows, exchanges
 from .encode import NO_RULES, TARGET, TextError, TokenRules
@@ -112,7 +112,8 @@ class ChatTemplate:
                 if example.where:
                     row = isinstance(refused, _TooLong) and example.target  # and no turn that is typed
                     hint = " (data.too_long = 'leave-out' leaves such rows out)" if row else ""
-                    raise DataError(f"{example.where}: the conversation {refused}{hint}") from None
+                    kind = TooLongError if isinstance(refused, _TooLong) else DataError
+                    raise kind(f"{example.where}: the conversation {refused}{hint}") from None
                 raise TextError(position, len(examples), str(refused)) from None
             yield found
 

@@ -14,6 +14,7 @@ from ..core.errors import UpdateError
 from ..core.tensors import Tensors
 from ..data.examples import ClientData, Example
 from ..models.inference import Predictions
+from ..models.load import Base
 from .contents import CONTENTS, Content
 
 M = TypeVar("M")
@@ -308,6 +309,29 @@ class ChecksTasks(Protocol):
         Raises:
             PolicyError: names what is too long, or too many.
         """
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a model goes on from when it writes.
+
+    Attributes:
+        model: the model in a state, which is in it until the method is given another.
+        base: the base model that it is made of, with its tokenizer.
+        sources: the token ids of each prompt, without virtual tokens.
+    """
+
+    model: Any
+    base: Base
+    sources: list[list[int]]
+
+
+@runtime_checkable
+class WritesTexts(Protocol):
+    """A method whose model can write a text token by token (:mod:`fedcustom.models.writing`)."""
+
+    def prompts(self, state: State, examples: Sequence[Example]) -> Prompts:
+        """The prompts after which :meth:`Method.predict` writes its texts, and the model that does."""
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,79 +129,37 @@ def generate(
     for positions in _of_one_length(sources, settings.batch_size):
         ids = torch.from_numpy(np.stack([sources[i] for i in positions]).astype(np.int64))
         batch = to_device({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, base.device)
-        output = _written(model, base, batch, settings)
+        output = generated(
+            model,
+            base,
+            batch,
+            max_new_tokens=settings.max_new_tokens,
+            num_beams=settings.beams,
+            do_sample=False,
+        )
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
         if base.chat is not None:  # whose end token need not be a special one
-            texts = [_decoded(base, row.tolist()) for row in output]
+            texts = [decoded(base, row.tolist()) for row in output]
         for position, text in zip(positions, texts, strict=True):
             written[position] = text.strip()
     return written
 
 
-@torch.inference_mode()
-def write(
-    model: Any,
-    base: Base,
-    source: Sequence[int],
-    settings: EvaluationSettings,
-    on_text: Callable[[str], None],
-) -> tuple[str, bool]:
-    """The text that a decoder writes after a prompt, told piece by piece, and whether it ended by itself."""
-    ids = torch.tensor([list(source)])
-    batch = to_device({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, base.device)
-    stream = _Stream(base, on_text)
-    output = _written(model, base, batch, settings, stream if settings.beams == 1 else None)[0].tolist()
-    text = _decoded(base, output).strip()
-    stream.tell(text)
-    return text, any(token in base.stops for token in output)
-
-
-class _Stream:
-    """Tells of a text as its tokens come (a streamer of ``transformers``)."""
-
-    def __init__(self, base: Base, on_text: Callable[[str], None]) -> None:
-        self._base, self._on_text = base, on_text
-        self._ids, self._told, self._begun = list[int](), "", False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, and after that each token."""
-        if self._begun:
-            self._ids += value.flatten().tolist()
-            text = _decoded(self._base, self._ids).strip()
-            if not text.endswith("\ufffd"):  # a character of which a part has come
-                self.tell(text)
-        self._begun = True
-
-    def end(self) -> None:
-        """There is no more; :func:`write` tells the rest."""
-
-    def tell(self, text: str) -> None:
-        """Tell what is new of a text."""
-        if text.startswith(self._told) and len(text) > len(self._told):
-            self._on_text(text[len(self._told) :])
-            self._told = text
-
-
-def _written(
-    model: Any, base: Base, batch: Batch, settings: EvaluationSettings, streamer: _Stream | None = None
-) -> torch.Tensor:
-    """The tokens that the model writes after prompts of one length, (prompts, tokens)."""
+def generated(model: Any, base: Base, batch: Batch, **options: Any) -> torch.Tensor:
+    """The tokens that the model writes after prompts of one length, (prompts, tokens); those of an
+    encoder-decoder begin with the token that all of its texts begin with. ``options`` are those of
+    ``generate`` of ``transformers``.
+    """
     with base.autocast(), warnings.catch_warnings():
         # Without padding, none are needed.
         warnings.filterwarnings("ignore", "Position ids are not supported")
         output: torch.Tensor = model.generate(
-            **batch,
-            max_new_tokens=settings.max_new_tokens,
-            num_beams=settings.beams,
-            do_sample=False,
-            pad_token_id=base.tokenizer.pad_token_id,
-            eos_token_id=base.stops,
-            streamer=streamer,
+            **batch, pad_token_id=base.tokenizer.pad_token_id, eos_token_id=base.stops, **options
         )
     return output if base.sequence_to_sequence else output[:, batch["input_ids"].shape[1] :]
 
 
-def _decoded(base: Base, ids: list[int]) -> str:
+def decoded(base: Base, ids: Sequence[int]) -> str:
     """The text of an answer, up to the first token by which it ends."""
     stop = next((place for place, token in enumerate(ids) if token in base.stops), len(ids))
     return str(base.tokenizer.decode(ids[:stop], skip_special_tokens=True))

@@ -12,7 +12,7 @@ from ...core.tensors import Tensors
 from ...data.examples import Example
 from ...models.inference import Predictions
 from ...training.local import schedule_factor
-from ..protocol import Aggregate, Answer, Client, State, Task, Update, Work, typed
+from ..protocol import Aggregate, Answer, Client, Prompts, State, Task, Update, Work, typed
 from ..sequential_clients import SequentialClients
 from ..tuning.export_check import Reference
 from ..tuning.technique import Context
@@ -166,6 +166,10 @@ class Distillation(SequentialClients):
             return self.models.server.predict(State(state.tensors), examples, texts=texts)
         learner = self.models.of(self.models.number_of(client.name))
         return learner.predict(State({}), examples, client, texts=texts)
+
+    def prompts(self, state: State, examples: Sequence[Example]) -> Prompts:
+        """The examples' inputs, and the server's model."""
+        return self.models.server.prompts(State(state.tensors), examples)
 
     def keeps_parts(self) -> bool:
         """Clients have models of their own."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ...data.tokens import TokenizedExample, example_order, pad
 from ...models.configuration import HUB_NAMES, context_length
 from ...models.forward import pooled
 from ...models.inference import Predictions, to_device
-from ..protocol import Aggregate, Answer, Client, State, Task, Update, Values, Work, typed
+from ..protocol import Aggregate, Answer, Client, Prompts, State, Task, Update, Values, Work, typed
 from ..tuning.technique import Context
 from .black_box_checks import WORST, check_search_update
 from .black_box_page import soft_prompt_page
@@ -164,6 +164,12 @@ class BlackBox(PromptMethod):
             return Predictions(self._logits(prefix, examples))
         prompts = [self.candidate.fill(text) for text in self.scorer.inputs(examples)]
         return self.scorer.predict_texts(prompts, examples, texts=texts, model=self._with(prefix))
+
+    def prompts(self, state: State, examples: Sequence[Example]) -> Prompts:
+        """The examples in the template, for the base model with the mean's soft prompt."""
+        texts = [self.candidate.fill(text) for text in self.scorer.inputs(list(examples))]
+        model = self._with(self.soft_prompt(_mean(state)))
+        return Prompts(model, self.base, self.scorer.sources(texts))
 
     def sizes(self, state: State) -> tuple[int, int]:
         """The numbers that are searched."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ...core.errors import DataError, ModelError, RecipeError, UpdateError
+from ...core.per_list import PerList
 from ...data.encode import input_cut
 from ...data.examples import Example, LearningTask
 from ...data.truncation import CutTally
@@ -20,7 +21,7 @@ from ...models.embedding import embed
 from ...models.inference import Predictions, generate
 from ...models.likelihood import prompt_ids
 from ...models.load import load_base
-from ..protocol import Aggregate, Answer, Client, State, Task, Update, Values, Work, typed
+from ..protocol import Aggregate, Answer, Client, Prompts, State, Task, Update, Values, Work, typed
 from ..tuning.technique import Context
 from .answers import medoid, nearest, pooled_log_probabilities, similarity_weights
 from .messages import IN_CONTEXT, AnswerQueriesTask, AnswerQueriesUpdate
@@ -66,7 +67,7 @@ class InContext(PromptMethod):
         self.scorer.check(whole, "method.preamble" if settings.preamble else "method.instructions")
         model = context.model.model_copy(update={"base": settings.retriever, "revision": None})
         self.retriever = load_base(model, LearningTask("classification"), context.seed, head=False)
-        self._vectors: dict[int, tuple[list[Example], Matrix]] = {}
+        self._vectors = PerList[Matrix]()
         self._embedded, self._shown, self._left_out = CutTally(), 0, 0
 
     # --- server ---
@@ -182,13 +183,22 @@ class InContext(PromptMethod):
         self, state: State, examples: list[Example], client: Client | None = None, *, texts: bool
     ) -> Predictions:
         """Answers with the nearest answered queries in context; without answers zero-shot."""
-        count = self.settings.demonstrations
-        prompts = self._prompts(self._shared(state, examples, count=count), examples)
+        prompts = self._asked(state, examples)
         if self.scorer.generates:
             return self.scorer.predict_texts(prompts, examples, texts=texts)
         return Predictions(self._logits(prompts))
 
+    def prompts(self, state: State, examples: Sequence[Example]) -> Prompts:
+        """The examples with the nearest answered queries in context, for the base model."""
+        sources = self.scorer.sources(self._asked(state, list(examples)))
+        return Prompts(self.base.model, self.base, sources)
+
     # --- parts ---
+
+    def _asked(self, state: State, examples: list[Example]) -> list[str]:
+        """The examples with the nearest answered queries in context."""
+        shown = self._shared(state, examples, count=self.settings.demonstrations)
+        return self._prompts(shown, examples)
 
     def prompt(self, state: State) -> dict[str, Any]:
         """The answered queries as demonstrations; those in the message are the surest of each label."""
@@ -321,10 +331,9 @@ class InContext(PromptMethod):
 
     def _embed(self, examples: list[Example]) -> Matrix:
         """Vectors of a list's texts, computed once a list."""
-        key = id(examples)
-        if key not in self._vectors:
-            self._vectors[key] = (examples, self._embed_inputs(examples))
-        return self._vectors[key][1]
+        if examples not in self._vectors:
+            self._vectors[examples] = self._embed_inputs(examples)
+        return self._vectors[examples]
 
     @property
     def _retriever_length(self) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ...core.errors import RecipeError
+from ...core.per_list import PerList
 from ...data.encode import input_cut, shorten
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample, tokenize
@@ -39,7 +40,7 @@ class Scorer:
         self.encoder = context.base.architecture == "encoder"
         self.calibrate = not self.encoder if settings.calibrate is None else settings.calibrate
         self.temperature = settings.temperature
-        self._embedded: dict[int, tuple[list[Example], Matrix]] = {}
+        self._embedded = PerList[Matrix]()
         self._described: dict[tuple[str, tuple[str, ...]], Matrix] = {}
         self._free: dict[tuple[str, tuple[str, ...]], Matrix] = {}
 
@@ -128,16 +129,19 @@ class Scorer:
         tokens = self._tokenized(prompts, examples)
         return predict(model or self.base.model, self.base, tokens, self.context.evaluation, texts=texts)
 
+    def sources(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The token ids of prompts as :meth:`predict_texts` reads them."""
+        return [row.source.tolist() for row in self._tokenized(prompts, [Example("")] * len(prompts))]
+
     def inputs(self, examples: list[Example]) -> list[str]:
         """The examples' texts, cut to ``data.max_length`` tokens by ``data.truncate``."""
         return [text for text, _ in shorten(self.base.tokenizer, examples, input_cut(self.context.data))]
 
     def embedded(self, examples: list[Example]) -> Matrix:
         """Vectors of the examples' texts, computed once a list."""
-        key = id(examples)
-        if key not in self._embedded:  # the list is kept alive, so that its id stays its own
-            self._embedded[key] = (examples, self.vectors(examples))
-        return self._embedded[key][1]
+        if examples not in self._embedded:
+            self._embedded[examples] = self.vectors(examples)
+        return self._embedded[examples]
 
     def vectors(self, examples: list[Example]) -> Matrix:
         """Vectors of the examples' texts, (examples, width)."""

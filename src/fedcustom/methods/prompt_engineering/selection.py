@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,7 @@ from ...core.seeds import name_seed
 from ...data.examples import Example
 from ...data.tokens import example_order
 from ...models.inference import Predictions
-from ..protocol import Aggregate, Answer, Client, State, Task, Update, Values, Work, typed
+from ..protocol import Aggregate, Answer, Client, Prompts, State, Task, Update, Values, Work, typed
 from ..tuning.technique import Context
 from . import bandit
 from .bandit import Tally
@@ -205,6 +205,12 @@ class Selection(PromptMethod):
     ) -> Predictions:
         """What the model says under the best candidate."""
         return self.scorer.predict(self.candidate(state, self.best(state)), examples, texts=texts)
+
+    def prompts(self, state: State, examples: Sequence[Example]) -> Prompts:
+        """The examples in the best candidate, for the base model."""
+        candidate = self.candidate(state, self.best(state))
+        texts = [candidate.fill(text) for text in self.scorer.inputs(list(examples))]
+        return Prompts(self.base.model, self.base, self.scorer.sources(texts))
 
     # --- parts ---
 

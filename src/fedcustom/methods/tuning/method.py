@@ -26,6 +26,7 @@ from ..protocol import (
     Memory,
     MessagePair,
     Messages,
+    Prompts,
     State,
     Task,
     Update,
@@ -295,6 +296,11 @@ class WeightTuning:
         if not names or not names <= state.tensors.keys():
             return None
         return replace(state, tensors={n: t * factor if n in names else t for n, t in state.tensors.items()})
+
+    def prompts(self, state: State, examples: Sequence[Example]) -> Prompts:
+        """The examples' inputs, cut to the recipe's lengths, and the model of this state."""
+        sources = [row.source.tolist() for row in self.objective.tokens(examples)]
+        return Prompts(self.with_state(state).eval(), self.base, sources)
 
     def with_state(self, state: State) -> Any:
         """Put a state into the model, and return that."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...aggregation.settings import AggregationSettings
+from ...core.per_list import PerList
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample
 from ...models.load import Base
@@ -46,18 +47,18 @@ class TokenCache:
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        self._tokens: dict[int, tuple[list[Example], list[TokenizedExample]]] = {}
+        self._tokens = PerList[list[TokenizedExample]]()
 
     def of(self, examples: list[Example]) -> list[TokenizedExample]:
         """The tokens of one list."""
         self.add([examples])
-        return self._tokens[id(examples)][1]
+        return self._tokens[examples]
 
     def add(self, lists: Sequence[list[Example]]) -> None:
         """Have the tokens of all these lists, with one call to the tokenizer, which many small ones slow."""
         unique = {id(examples): examples for examples in lists}
-        new = [examples for key, examples in unique.items() if key not in self._tokens]
+        new = [examples for examples in unique.values() if examples not in self._tokens]
         rest = self.objective.tokens([example for examples in new for example in examples])
-        for examples in new:  # a list is kept alive, so that its id stays its own
-            self._tokens[id(examples)] = (examples, rest[: len(examples)])
+        for examples in new:
+            self._tokens[examples] = rest[: len(examples)]
             rest = rest[len(examples) :]

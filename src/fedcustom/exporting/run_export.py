@@ -1,4 +1,4 @@
-"""Exports of finished runs: a copy of the model, or a plain model that is distilled from it."""
+"""The export of a finished run: a copy of the model, a merged one, or one that is distilled from it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .core.errors import ExportError, RunError
-from .core.folders import fill_folder, usable_folder
-from .data.conversations import Message
-from .data.examples import Example, LearningTask
-from .evaluation.calibration import softmax
-from .methods import Method, State, WeightTuning
-from .methods.prefix.memory_export import FILE as CODE
-from .methods.tuning.export_check import (
+from ..core.errors import ExportError, RunError
+from ..core.files import read_json, write_text
+from ..core.folders import fill_folder, usable_folder
+from ..data.conversations import Message
+from ..data.examples import Example, LearningTask
+from ..evaluation.calibration import softmax
+from ..methods import Method, State, WeightTuning
+from ..methods.prefix.memory_export import FILE as CODE
+from ..methods.tuning.export_check import (
     ROWS,
     UNCHECKED,
     ComparesExport,
@@ -28,10 +29,12 @@ from .methods.tuning.export_check import (
     some,
     wanted,
 )
-from .methods.tuning.model_card import bundle
-from .models.load import load_base
-from .models.quantised_layers import exact_weights
-from .recipe.recipe import Recipe
+from ..methods.tuning.model_card import bundle
+from ..models.load import load_base
+from ..models.quantised_layers import exact_weights
+from ..recipe.recipe import Recipe
+from .card import with_card
+from .merge import ADAPTER, merges, write_merged
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,14 @@ class RunExport:
     note: Callable[[str], None]
 
     def write(
-        self, target: Path, form: str, text: str | Path | None, slots: int | None, *, check: bool
+        self,
+        target: Path,
+        form: str,
+        text: str | Path | None,
+        slots: int | None,
+        *,
+        check: bool,
+        merge: bool = False,
     ) -> Path:
         """Write the model in one of its forms (:meth:`fedcustom.api.Run.export`).
 
@@ -57,6 +67,9 @@ class RunExport:
         source = self.directory / "model"
         if usable_folder(target).is_relative_to(source.resolve()):
             raise RunError(f"{target}: lies in the run's own model folder; name a folder elsewhere")
+        if merge and form != "model":
+            raise RunError(f"{self.directory}: --merge and --as {form} are two forms; choose one")
+        merge = merge and self._merges()
         if self._folds(form, text, slots):
             return self._write_folded(target, Path(str(text)), slots, check=wanted(check))
         expected = self._reference() if wanted(check) else None
@@ -64,13 +77,40 @@ class RunExport:
             self.note("the exported model is not compared with the trained one: switched off")
 
         def fill(folder: Path) -> None:
-            shutil.copytree(source, folder, dirs_exist_ok=True)
-            bundle(folder, self.recipe.model.base)
+            if merge:
+                write_merged(self.directory, self.recipe, self.task, folder)
+            else:
+                shutil.copytree(source, folder, dirs_exist_ok=True)
+                bundle(folder, self.recipe.model.base)
+            self._write_card(folder)
             if expected is not None and (text := check_export(folder, expected)):
                 self.note(text)
 
         fill_folder(target, fill, last=("README.md", "adapter_config.json", "config.json"))
         return target
+
+    def _merges(self) -> bool:
+        """Whether there is something to merge; ``note`` is told where there is not."""
+        if merges(self.directory, self.recipe):
+            return True
+        self.note("--merge: the run's model is whole already, and is copied")
+        return False
+
+    def _write_card(self, folder: Path) -> None:
+        """Make a model card of an exported folder's page, where it has one."""
+        page = folder / "README.md"
+        if not page.exists():
+            return
+        summary = read_json(self.directory / "summary.json")
+        method, _ = self.built()
+        text = page.read_text(encoding="utf-8")
+        base = Path(self.recipe.model.base)
+        if base.is_absolute() and not (folder / ADAPTER).exists():  # only the heading names the base then
+            text = text.replace(str(base), base.name)
+        card = with_card(text, folder, self.directory, self.recipe, summary, method)
+        write_text(page, card)
+        if "license" not in card.partition("\n---\n")[0]:
+            self.note(f"the licence of {self.recipe.model.base} is not known here; the card leaves it out")
 
     def _folds(self, form: str, text: str | Path | None, slots: int | None) -> bool:
         """Whether an export needs a model that is distilled from the run's own.
@@ -98,7 +138,7 @@ class RunExport:
 
     def _write_folded(self, target: Path, text: Path, slots: int | None, *, check: bool) -> Path:
         """The run's prefix memory as a plain model with wider feed-forward networks."""
-        from .methods.prefix.fold import fold, read_texts, write_folded
+        from ..methods.prefix.fold import fold, read_texts, write_folded
 
         texts = read_texts(text)
         method, state = self.built()
@@ -113,6 +153,7 @@ class RunExport:
 
         def fill(folder: Path) -> None:
             write_folded(folded, base, folder)
+            self._write_card(folder)
             if check and (said := check_export(folder, expected)):
                 self.note(said)
 
