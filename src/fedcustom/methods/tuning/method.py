@@ -61,9 +61,9 @@ class WeightTuning:
     Discloses: each round, every client sends the change of its trained tensors, its number of training
     examples and its mean training loss. Changes of trained tensors can reveal training data to a server that
     attacks them. In rounds of ``training.fit_head_rounds`` it sends what
-    :class:`~fedcustom.methods.tuning.head_fit.HeadFit` says instead, and in a further exchange of a method's own
-    rule what that says. With ``privacy.unit = "example"`` the
-    change is made of noised gradients, which hide each training row, sums are noised, and no loss is sent.
+    :class:`~fedcustom.methods.tuning.head_fit.HeadFit` says instead, and what a further exchange of a
+    method's own rule says beside it. With ``privacy.unit = "example"`` the change is made of noised
+    gradients, which hide each training row, sums are noised, and no loss is sent.
     """
 
     def __init__(
