@@ -49,7 +49,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-dora": {"name": "lora", "rank": 4, "dora": True},
     **{
         f"lora-{variant}": {"name": "lora", "rank": 4, "variant": variant}
-        for variant in ("ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb", "fedsvd")
+        for variant in (
+            "ffa",
+            "flora",
+            "fedex",
+            "rolora",
+            "fedsa",
+            "flexlora",
+            "hetlora",
+            "fedsb",
+            "fedsvd",
+            "fedask",
+        )
     },
     "probe": {"name": "probe"},
 }

@@ -40,6 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "method": {"name": "lora", "rank": 2, "variant": "fedsvd"},
         "aggregation": {"server_optimizer": "fedavgm"},
     },
+    "lora sketched": {
+        "method": {"name": "lora", "rank": 2, "variant": "fedask", "oversampling": 2},
+        "compression": {"kind": "int8"},
+    },
     "adapter": {"method": {"name": "adapter"}},
     "ia3 with a fitted head": {
         "method": {"name": "ia3"}, "compression": {"kind": "int8"},

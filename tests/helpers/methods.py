@@ -55,6 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         f"lora {variant}": {"rank": 4, "variant": variant}
         for variant in ("ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb", "fedsvd")
     },
+    "lora fedask": {"rank": 4, "variant": "fedask", "oversampling": 4},
 }
 """Every method and variant: the method's name is the first word; with the settings that make it small."""
 

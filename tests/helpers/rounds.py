@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from fedcustom.data.examples import ClientData
-from fedcustom.methods import Answer, Client, Update, WeightTuning, Work
+from fedcustom.methods import UNFINISHED, Answer, Client, State, Update, WeightTuning, Work
 from fedcustom.methods.tuning.messages import TrainUpdate
 from helpers.methods import examples_for
 
@@ -29,8 +30,21 @@ def two_rounds(method: WeightTuning, kind: str) -> tuple[Any, set[str]]:
             method.check(task, update)
             came |= update.tensors.keys()
             answers.append(Answer(name, task, update))
-        state = method.aggregate(state, answers).state
+        state = finished(method, method.aggregate(state, answers).state, number, clients)
     return state, came
+
+
+def finished(method: WeightTuning, state: State, number: int, clients: Mapping[str, Client]) -> State:
+    """The state after the further exchanges of a round, if it has any."""
+    while UNFINISHED in state.values:
+        tasks = method.configure(state, number, {name: Work() for name in clients})
+        answers = []
+        for name, task in tasks.items():
+            update = method.execute(task, clients[name])
+            method.check(task, update)
+            answers.append(Answer(name, task, update))
+        state = method.aggregate(state, answers).state
+    return state
 
 
 def rounds(
@@ -61,6 +75,7 @@ def rounds(
         state = method.aggregate(
             state, [Answer(name, tasks[name], update) for name, update in updates.items()]
         ).state
+        state = finished(method, state, number, clients)
         result.append(updates)
     return result
 

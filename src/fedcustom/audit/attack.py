@@ -108,10 +108,12 @@ class Target:
     def no_gradients(self) -> str | None:
         """Why changes cannot be compared with gradients of texts; None where they can."""
         try:
-            corrects = self.knowledge.parts.trainable.corrects
+            parts = self.knowledge.parts
         except CannotAttack as error:
             return str(error)
-        if corrects:
+        if packs := parts.hooks.packs:
+            return f"clients send {packs}, whose coordinates are not those of gradients"
+        if parts.trainable.corrects:
             return None
         return "what travels is made by a network from what is trained, so that gradients have another form"
 

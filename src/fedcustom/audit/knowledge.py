@@ -50,10 +50,14 @@ class Knowledge:
         return frozenset(token for text in self.texts(example) for token in text)
 
     def change(self, task: Task, update: Update) -> Tensors:
-        """The change of a client's tensors, in full shape, as the server reads it from its message."""
-        wanted = self.parts.ownership.wanted(typed(task, TrainTask))
+        """The change of a client's tensors, in full shape, as the server reads it from its message; of what a
+        method sends in place of some, or in a further exchange of a round, none.
+        """
+        if not isinstance(task, TrainTask):
+            return {}
+        wanted = self.parts.ownership.wanted(task)
         found = self.parts.hooks.unpack(typed(update, TrainUpdate), wanted)
-        return without(found, CONTROL)
+        return {name: tensor for name, tensor in without(found, CONTROL).items() if name in wanted}
 
     def wanted(self, task: Task) -> Tensors:
         """The tensors of a task to train that a client is to train, as they are sent to it."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from ..core.errors import UpdateError
 from ..methods import State, Task
 from ..methods.tuning.head_fit import without_label_counts
+from ..privacy.secure_sum.protocol import RoundId
 from ..transport.channel import Packed
 from ..transport.messages import values_of
 from .nvflare.messenger import Messenger, Request, SiteReply
@@ -96,12 +97,13 @@ class SiteConnection:
         return self.messenger.request(requests, min_replies)
 
     def secure(
-        self, messages: Mapping[str, str], stage: str, round_number: int, min_replies: int
+        self, messages: Mapping[str, str], stage: str, round_id: RoundId, min_replies: int
     ) -> Iterator[tuple[str, SiteReply]]:
-        """Have sites answer one exchange of a secure sum beside its work; the replies are raw."""
+        """Have sites answer one stage of a secure sum beside its work; the replies are raw."""
         requests = {}
         for name, message in messages.items():
-            values = {"stage": stage, "round": round_number, "message": message}
+            values: dict[str, Any] = {"stage": stage, "round": round_id.number, "message": message}
+            values |= {"exchange": round_id.exchange} if round_id.exchange > 1 else {}
             requests[name] = Request(self._head("secure") | {"values": values})
         return self.messenger.request(requests, min(min_replies, len(requests))) if requests else iter(())
 

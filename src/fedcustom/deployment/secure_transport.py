@@ -13,6 +13,7 @@ import torch
 from ..core.errors import SecureSumError, UpdateError
 from ..core.files import read_json, write_json
 from ..methods import Task
+from ..methods.tuning.messages import TrainTask
 from ..privacy.secure_sum.identity import Verifier
 from ..privacy.secure_sum.integers import Numbers
 from ..privacy.secure_sum.messages import (
@@ -31,7 +32,7 @@ from ..privacy.secure_sum.server import ServerRound, Sum
 from ..recipe.recipe import Recipe
 from ..transport.messages import values_of
 from ..transport.protocol import Reply
-from ..transport.secure import ChangeVector, closed, summed_method
+from ..transport.secure import ChangeVector, check_same_clients, closed, summed_method
 from .nvflare.messenger import SiteReply
 from .site.secure_sums import MASKED, MESSAGE
 from .task_digest import task_digest
@@ -68,7 +69,8 @@ class SecureTransport:
     :mod:`fedcustom.privacy.secure_sum` with the sites of ``remote``.
 
     Before a sum is opened, ``file`` says of which sites: a round that is repeated after that, since the run
-    was stopped, is made with the same ones, for these open no other sum of it.
+    was stopped, is made with the same ones, for these open no other sum of it. A further exchange of a round
+    is a secure sum of its own, of the same sites, or it is not opened.
 
     Discloses to the server: the sum of the sites' weighted changes, losses, steps and examples, and who took
     part.
@@ -106,6 +108,7 @@ class SecureTransport:
         found: Sum | None = None
         if asked:
             try:
+                check_same_clients(next(iter(tasks.values())), tasks, asked)
                 found = self._summed(asked, round_number, traffic)
             except SecureSumError as error:
                 remote.connection.note(str(error))
@@ -151,8 +154,9 @@ class SecureTransport:
         first, task = next(iter(digests.values())), next(iter(tasks.values()))
         if any(digest != first for digest in digests.values()):
             raise SecureSumError("the sites' tasks of this round differ, so that their changes do not add up")
-        count = self.vector.length(self.method.change_forms(channel.down(task)[0]))
-        round_id = RoundId(self.remote.connection.run_id, number)
+        forms = self.method.change_forms(channel.down(task)[0])
+        count = self.vector.length(forms, trains=isinstance(task, TrainTask))
+        round_id = RoundId(self.remote.connection.run_id, number, task.exchange)
         server = ServerRound(round_id, self.terms, list(tasks), first, count, self.verifier)
         this = _Round(server, number, {name: traffic[name] for name in tasks})
         self._ask(this, "keys", dict.fromkeys(this.left), KeyOffer, server.take_keys)
@@ -168,9 +172,11 @@ class SecureTransport:
             self._take(this, name, reply, lambda name, reply: server.take_masked(name, _masked(reply)))
             del reply  # before the next one is read
         survivors = server.survivors()
+        check_same_clients(task, tasks, survivors.names)
         self._ask(this, "agree", dict.fromkeys(survivors.names, survivors), Agreement, server.take_agreement)
         proof = server.proof()
         opening = {"run": round_id.run, "round": number, "sites": list(survivors.names)}
+        opening |= {"exchange": task.exchange} if task.continues else {}
         write_json(self.file, opening)
         self._ask(this, "unmask", dict.fromkeys(this.left, proof), Reveal, server.take_reveal)
         return server.opened()
@@ -186,7 +192,7 @@ class SecureTransport:
         """One exchange: what sites answer is taken, and those that fail are lost from then on."""
         texts = {name: _text(message) if message is not None else "" for name, message in messages.items()}
         needed = this.server.threshold or self.terms.needed(len(texts))
-        for name, reply in self.remote.connection.secure(texts, stage, this.number, needed):
+        for name, reply in self.remote.connection.secure(texts, stage, this.server.round_id, needed):
             self._take(this, name, reply, lambda name, reply: take(name, read_message(form, _payload(reply))))
 
     def _take(

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 
 from ..core.errors import UpdateError
 from ..methods import Asked, AsksClients, Method, Task, Update
-from ..methods.tuning.messages import TrainUpdate
+from ..methods.protocol import ChangeUpdate
 from ..transport.channel import Channel, task_length
 from ..transport.messages import read_update
 from ..transport.protocol import Reply
@@ -101,15 +101,15 @@ class RemoteTransport:
         return Reply(name, sent, update, "", "", down, reply.size, reply.seconds)
 
     def _check_weight(self, name: str, update: Update) -> None:
-        """Refuse a weight above the number of training examples that the site announced at the start; of
-        training, which sees all of them, any other: bounds of its steps follow from the weight.
+        """Refuse a weight above the number of training examples that the site announced at the start; of what
+        comes of training, which sees all of them, any other: bounds of its steps follow from the weight.
 
         Raises:
             UpdateError: says both.
         """
         sizes = self.participants.sizes.get(name)
         most = max(1, sizes.train) if sizes is not None else 1
-        if update.weight > most or (isinstance(update, TrainUpdate) and update.weight != most):
+        if update.weight > most or (isinstance(update, ChangeUpdate) and update.weight != most):
             raise UpdateError(
                 f"weight {update.weight:g}: the site announced {most} training examples when the run began"
             )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.tensors import Tensors
 from ..data.examples import Example, FederatedData
-from ..methods.protocol import Memory, Method, State, Task, Work, typed
+from ..methods.protocol import ChangeUpdate, Memory, Method, State, Task, Work, typed
 from ..methods.tuning.head_disclosure import text_numbers
 from ..methods.tuning.head_fit import HeadFit, as_if_fitted, fits_fully
 from ..methods.tuning.head_messages import POINT, TEMPERATURES, factor_size, has_scatter, sums_of
@@ -77,11 +77,17 @@ def _training(
     number: int,
     cohort: Mapping[str, Assignment],
 ) -> tuple[float, float]:
-    """The mean bytes to and from a client of a cohort that trains."""
+    """The mean bytes to and from a client of a cohort that trains, in all exchanges of the round."""
     tasks = list(method.configure(state, number, {name: a.amount for name, a in cohort.items()}).values())
     down = _lengths(tasks, lambda task: _down(channel, task))
     up = _lengths(tasks, lambda task: _up(method, transforms, task))
-    return sum(down) / len(tasks), sum(up) / len(tasks)
+    more_down = more_up = 0
+    if (further := method.server.parts.further) is not None:
+        task = further.first_task(tasks[0].tensors, number)
+        more_down = _down(channel, task)
+        answer = ChangeUpdate(further.forms(task), 16.0)
+        more_up = update_length(on_client(transforms, answer, ClientContext("", task, Memory())))
+    return sum(down) / len(tasks) + more_down, sum(up) / len(tasks) + more_up
 
 
 def _lengths(tasks: Sequence[Task], length: Callable[[Task], int]) -> list[int]:
@@ -103,9 +109,10 @@ def _down(channel: Channel, task: Task) -> int:
 
 def _up(method: WeightTuning, transforms: Sequence[UpdateTransform], task: Task) -> int:
     """The bytes of an answer to a task that trains: of a change that is zero everywhere."""
-    asked = method.ownership.wanted(typed(task, TrainTask))
-    change = {name: _zeros(tensor) for name, tensor in asked.items()}
-    update = method.hooks.pack(TrainUpdate(change, 16.0, loss=LOSS, examples=EXAMPLES, steps=1))
+    asked = typed(task, TrainTask)
+    change = {name: _zeros(tensor) for name, tensor in method.ownership.wanted(asked).items()}
+    update = TrainUpdate(change, 16.0, loss=LOSS, examples=EXAMPLES, steps=1)
+    update = method.hooks.pack(update, asked, Memory())
     return update_length(on_client(transforms, update, ClientContext("", task, Memory())))
 
 

@@ -103,7 +103,8 @@ class FedAvg:
         return self.federation.transport.exchange(tasks, record.number, absent)
 
     def aggregate(self, record: RoundRecord, replies: Iterator[Reply], asked: int) -> list[Aggregate]:
-        """What the round may end with: one state, or two after a round that fits the head.
+        """What the round may end with: one state, or two after a round that fits the head. Where it needs a
+        further exchange, only those count that answered in all of them.
 
         Raises:
             RunError: fewer than ``rounds.min_clients`` of the clients ``asked`` answered.
@@ -124,12 +125,18 @@ class FedAvg:
             )
         candidates = [following]
         while UNFINISHED in following.state.values:
+            waits = not following.may_end
             try:
                 following = self._next_exchange(record, following.state)
+                if waits and len(record.answered) < needed:
+                    raise AggregationError(
+                        f"{len(record.answered)} clients answered in all exchanges, "
+                        f"rounds.min_clients = {needed}"
+                    )
             except (AggregationError, UpdateError) as error:
                 following = self._refused(record, state, error)
                 candidates = [following]
-            if following.state.tensors is not candidates[-1].state.tensors:
+            if not waits and following.state.tensors is not candidates[-1].state.tensors:
                 candidates = [candidates[-1], following]
             candidates[-1] = following
         record.elapsed += time.perf_counter()

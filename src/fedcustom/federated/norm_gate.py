@@ -16,6 +16,7 @@ from ..aggregation.norm_limit import (
     too_large,
 )
 from ..aggregation.settings import AggregationSettings
+from ..methods.protocol import ChangeUpdate
 from ..methods.tuning.messages import TrainUpdate
 from ..transport.protocol import Reply
 from .run_directory import Row
@@ -38,6 +39,9 @@ class NormGate:
     is hundreds of times the median.
 
     ``alone``: a change is not compared with others, only with ``max_norm``.
+
+    What a client sends in a further exchange of a round of training is held to the same limits, and is not
+    itself a measure of others; its steps are those of the training.
     """
 
     def __init__(
@@ -59,8 +63,8 @@ class NormGate:
         self._end_round()
         for reply in replies:
             update = reply.update
-            if isinstance(update, TrainUpdate) and "updates" in reply.task.contents and update.tensors:
-                size = change_size(update.tensors, update.steps)
+            if isinstance(update, ChangeUpdate) and "updates" in reply.task.contents and update.tensors:
+                size = change_size(update.tensors, self._steps(reply.client, update))
                 others = list(self.sizes.values())
                 reason = too_large(
                     size,
@@ -70,10 +74,10 @@ class NormGate:
                     max_ratio=self.max_ratio,
                     least=self.least,
                 )
-                if reason is None:
+                if reason is None and isinstance(update, TrainUpdate):
                     self._note(reply.client, size)
                     merged[reply.client] = size
-                else:
+                elif reason is not None:
                     reply = replace(reply, update=None, reason=reason, detail=f"{reason}\n")
             yield reply
             del reply, update  # before the next one comes
@@ -82,6 +86,12 @@ class NormGate:
         """Take the last round's measure as the least one from now on, if it is larger than before."""
         if len(self.sizes) >= FEWEST_TO_COMPARE:
             self.least = self.least.largest(Median.of(list(self.sizes.values())))
+
+    def _steps(self, client: str, update: ChangeUpdate) -> int:
+        """The optimiser steps that a client's tensors come of."""
+        if isinstance(update, TrainUpdate):
+            return update.steps
+        return self.sizes[client].steps if client in self.sizes else 1
 
     def _note(self, client: str, size: ChangeSize) -> None:
         self.sizes.pop(client, None)

@@ -13,7 +13,7 @@ from ..aggregation.norm_limit import ChangeSize
 from ..core.errors import AggregationError, DeploymentError, RunError, UpdateError
 from ..core.files import read_json
 from ..evaluation.metrics import is_better
-from ..methods import Answer, State, peeked
+from ..methods import UNFINISHED, Answer, State, peeked
 from ..methods.tuning.parts import RATE_FACTOR
 from ..recipe.recipe import Recipe
 from ..training.settings import TRIAL_ROUNDS
@@ -139,32 +139,34 @@ def _round(
     needed: int,
     gate: NormGate,
 ) -> State:
-    """One round of a trial, as the loop makes one: far too large changes do not pass the ``gate``. Bytes up
-    and down are added to ``spent``.
+    """One round of a trial, as the loop makes one, with all its exchanges: far too large changes do not pass
+    the ``gate``. Bytes up and down are added to ``spent``.
 
     Raises:
         RunError: fewer clients answered than are ``needed``.
         AggregationError, UpdateError: the aggregate cannot be trained from.
     """
     present = {name: a.amount for name, a in cohort.items() if not a.absent}
-    tasks = parties.method.configure(state, number, present)
-
-    answered = 0
+    answered: list[str] = []
 
     def sound(replies: Iterator[Reply]) -> Iterator[Answer]:
-        nonlocal answered
         merged: dict[str, ChangeSize] = {}
         for reply in gate.passed(replies, merged):
             spent[0] += reply.bytes_up
             spent[1] += reply.bytes_down
             if reply.update is not None:
-                answered += 1
+                answered.extend(reply.clients or (reply.client,))
                 yield Answer(reply.client, reply.task, reply.update, summed=reply.clients)
 
-    first, answers = peeked(sound(parties.transport.exchange(tasks, number)))
-    if first is not None:
-        state = parties.method.aggregate(state, answers).state
-        check_aggregate(state)
-    if answered < max(1, min(needed, len(cohort))):
-        raise RunError(f"round {number}: {answered} clients answered")
-    return state
+    while True:
+        tasks = parties.method.configure(state, number, present)
+        answered.clear()
+        first, answers = peeked(sound(parties.transport.exchange(tasks, number)))
+        if first is not None or UNFINISHED in state.values:
+            state = parties.method.aggregate(state, answers).state
+            check_aggregate(state)
+        if len(answered) < max(1, min(needed, len(cohort))):
+            raise RunError(f"round {number}: {len(answered)} clients answered")
+        if UNFINISHED not in state.values:
+            return state
+        present = {name: present[name] for name in answered}

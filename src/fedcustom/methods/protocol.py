@@ -24,7 +24,9 @@ Values = dict[str, Any]
 
 
 UNFINISHED = "unfinished"
-"""The value of a state that says that its round is not over: the same clients are to be asked again."""
+"""The value of a state that says that its round is not over: the same clients are to be asked again, by a
+task of the kind that it names.
+"""
 
 
 Whole = Annotated[int, Field(ge=0, lt=2**53)]
@@ -65,17 +67,23 @@ class Task:
     ``exact_answer`` says that the answer's tensors must arrive as they are, since they are no change of the
     state but figures to compute with: they are neither falsified nor compressed. ``exact_tensors`` says the
     same of the task's own tensors, where these are no state. ``contents`` are the kinds of content that the
-    answer may hold, anything unless a class says less. ``continues`` says that the task is a
-    further exchange of a round that has begun.
+    answer may hold, anything unless a class says less. ``exchange`` is the place of the task in its round: 1
+    begins one, any other is a further exchange of a round that has begun. Of the answers of one place there
+    is one secure sum in a round.
     """
 
     kind: ClassVar[str]
     exact_answer: ClassVar[bool] = False
     exact_tensors: ClassVar[bool] = False
     contents: ClassVar[tuple[Content, ...]] = CONTENTS
-    continues: ClassVar[bool] = False
+    exchange: ClassVar[int] = 1
 
     tensors: Tensors = field(default_factory=dict)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the task is a further exchange of a round that has begun."""
+        return self.exchange > 1
 
     @property
     def queries_asked(self) -> int:
@@ -116,6 +124,13 @@ class Update:
 
     tensors: Tensors = field(default_factory=dict)
     weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeUpdate(Update):
+    """An update whose tensors come of the client's training, so that they are merged with a weight: its
+    number of training examples.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,11 +248,13 @@ class Aggregate:
     """What a method makes of a round's answers: the next state, and what it reports of the round.
 
     The ``report`` holds figures and short texts for the round's row of metrics (``method`` there). It is not
-    sent, and the next round does not see it.
+    sent, and the next round does not see it. ``may_end`` is whether the round may end with this state: not
+    where it waits for a further exchange (:data:`UNFINISHED`) without which it is nothing.
     """
 
     state: State
     report: Values = field(default_factory=dict)
+    may_end: bool = True
 
 
 @dataclass

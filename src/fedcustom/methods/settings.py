@@ -138,6 +138,13 @@ class MethodSettingsBase(Settings):
         return f"method.name = {self.name!r}"
 
     @property
+    def unbounded(self) -> str | None:
+        """The setting by which one client's part in what the server releases has no bound, so that clients
+        cannot be hidden (``privacy.unit = "client"``).
+        """
+        return self.needs_single_updates
+
+    @property
     def unsliced(self) -> str | None:
         """The setting by which a row of a batch has no gradient of its own in training, so that none can be
         bounded (``privacy.unit = "example"``).

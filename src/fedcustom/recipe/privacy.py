@@ -133,7 +133,7 @@ def _own_noise(recipe: Sections) -> list[str]:
 def _merging(recipe: Sections) -> list[str]:
     """What of the server's side has no bounded sensitivity."""
     aggregation, found = recipe.aggregation, list[str]()
-    if setting := recipe.method.needs_single_updates:
+    if setting := recipe.method.unbounded:
         found.append(f"{setting}: one client's part in what the server releases is not bounded")
     if aggregation.rule != "mean":
         found.append(f"aggregation.rule = {aggregation.rule!r}: one client can move it at will; use 'mean'")

@@ -38,13 +38,15 @@ class ClientStore:
 
     def close(self, client: Client, round_number: int) -> None:
         """Keep what the client remembers after a round, whose number makes the file's name new."""
-        if client.memory.values:
+        if client.memory.values or client.name in self.memories:
             self.memories[client.name] = client.memory.values
         if client.memory.tensors:
             digest = hashlib.sha256(client.name.encode()).hexdigest()[:16]
             file = f"{digest}-{round_number:06d}.safetensors"
             write_tensors(self.folder / file, client.memory.tensors)
             self.files[client.name] = file
+        else:
+            self.files.pop(client.name, None)
 
     def snapshot(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         """What a checkpoint holds of it: private numbers, and names of files with private tensors."""

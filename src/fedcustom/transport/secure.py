@@ -4,7 +4,7 @@ simulation that sums such vectors as sites across organisations do, without mask
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.errors import RecipeError, SecureSumError, UpdateError
 from ..core.tensors import Tensors
-from ..methods.protocol import Method, SumsChanges, Task, typed
+from ..methods.protocol import ChangeUpdate, Method, RoundTask, SumsChanges, Task, typed
 from ..methods.tuning.messages import TrainTask, TrainUpdate
 from ..methods.tuning.noised_sums import NoisedSums
 from ..privacy.secure_sum.fixed_point import FixedPoint, counts, rounding_key
@@ -24,7 +24,9 @@ SUM = "(sum)"
 """The name under which a sum of clients' changes arrives."""
 
 FIGURES = 4
-"""Numbers of a vector before those of the change: weight, steps, examples, weighted loss."""
+"""Numbers of a vector before those of the change: weight, steps, examples, weighted loss; of a further
+exchange, which does not train, the weight alone.
+"""
 
 LARGEST_LOSS = 1024.0
 
@@ -32,7 +34,8 @@ LARGEST_LOSS = 1024.0
 @dataclass(frozen=True)
 class ChangeVector:
     """How a client's change, weight, loss and numbers of steps and examples become one vector of integers,
-    the same wherever the client is, and how their sum is read.
+    the same wherever the client is, and how their sum is read. What answers a further exchange of a round has
+    no loss, steps and examples.
 
     Weights are shares of ``most_examples``, or 1 where that is None. The tensors of a change stand in the
     order of their names, each number times the client's weight.
@@ -53,13 +56,13 @@ class ChangeVector:
     losses: bool = True
     noised: NoisedSums | None = None
 
-    def length(self, forms: Mapping[str, Tensor]) -> int:
-        """Numbers of a vector for changes of these names and shapes."""
-        return FIGURES + sum(tensor.numel() for tensor in forms.values())
+    def length(self, forms: Mapping[str, Tensor], *, trains: bool = True) -> int:
+        """Numbers of a vector for changes of these names and shapes, of a task that ``trains`` or not."""
+        return _figures(trains) + sum(tensor.numel() for tensor in forms.values())
 
     def encode(
         self,
-        update: TrainUpdate,
+        update: ChangeUpdate,
         forms: Mapping[str, Tensor],
         round_number: int,
         client: str,
@@ -82,19 +85,23 @@ class ChangeVector:
                 f"secure_sum.most_examples = {self.most_examples}: a client has {weight} training examples"
             )
         share = weight / (self.most_examples or 1)
-        result = zeros(self.length(forms), 32)
-        result[: FIGURES - 1] = counts([weight, update.steps, update.examples], self.sites)
-        told = (update.loss or 0.0) if self.losses else 0.0
-        if not abs(told) <= LARGEST_LOSS:
-            raise UpdateError(f"a training loss is beyond {LARGEST_LOSS:g}")
-        loss = torch.tensor([share * told], dtype=torch.float64)
-        key = rounding_key(self.seed, round_number, client, "")
-        result[FIGURES - 1 : FIGURES] = FixedPoint(LARGEST_LOSS, self.sites).encode(loss.numpy(), key)
+        trains = isinstance(update, TrainUpdate)
+        result = zeros(self.length(forms, trains=trains), 32)
+        if isinstance(update, TrainUpdate):
+            result[: FIGURES - 1] = counts([weight, update.steps, update.examples], self.sites)
+            told = (update.loss or 0.0) if self.losses else 0.0
+            if not abs(told) <= LARGEST_LOSS:
+                raise UpdateError(f"a training loss is beyond {LARGEST_LOSS:g}")
+            loss = torch.tensor([share * told], dtype=torch.float64)
+            key = rounding_key(self.seed, round_number, client, "")
+            result[FIGURES - 1 : FIGURES] = FixedPoint(LARGEST_LOSS, self.sites).encode(loss.numpy(), key)
+        else:
+            result[:1] = counts([weight], self.sites)
         if self.noised is not None:
             parts = self.noised.encode(update.tensors, round_number, client, needed)
         else:
             parts = self._fixed(update.tensors, share, round_number, client)
-        start = FIGURES
+        start = _figures(trains)
         for numbers in parts:
             result[start : start + len(numbers)] = numbers
             start += len(numbers)
@@ -117,19 +124,30 @@ class ChangeVector:
         return task if self.noised is None else self.noised.bound_to(task)
 
     def decode(
-        self, total: Numbers, forms: Mapping[str, Tensor], sites: int, round_number: int = 1
-    ) -> TrainUpdate:
+        self,
+        total: Numbers,
+        forms: Mapping[str, Tensor],
+        sites: int,
+        round_number: int = 1,
+        *,
+        trains: bool = True,
+    ) -> ChangeUpdate:
         """The mean of the updates of so many clients, from the sum of their vectors: its weight and examples
         are those of all of them, its steps the mean ones. With noise, the change is the sum over how many
-        clients a round has on average.
+        clients a round has on average. Of a task that ``trains`` it is a
+        :class:`~fedcustom.methods.tuning.messages.TrainUpdate`.
 
         Raises:
             UpdateError: it is no such sum.
         """
-        weight, steps, examples = (int(number) for number in total[: FIGURES - 1])
-        if len(total) != self.length(forms) or not min(weight, steps, examples) >= sites:
+        told = [int(number) for number in total[: FIGURES - 1 if trains else 1]]
+        if len(total) != self.length(forms, trains=trains) or not min(told) >= sites:
             raise UpdateError("the sum of the clients' changes is malformed")
+        weight = told[0]
         share = weight / (self.most_examples or 1)
+        if not trains:
+            return ChangeUpdate(self._floats(total[1:], forms, share), float(weight))
+        _, steps, examples = told
         loss = float(FixedPoint(LARGEST_LOSS, self.sites).decode(total[FIGURES - 1 : FIGURES])[0]) / share
         if self.noised is not None:
             tensors = self.noised.decode(total[FIGURES:], forms, round_number)
@@ -160,8 +178,27 @@ class ChangeVector:
         Raises:
             UpdateError: it is no sum of so many clients' changes.
         """
-        update = self.decode(total, forms, len(sites), typed(task, TrainTask).round_number)
+        number, trains = typed(task, RoundTask).round_number, isinstance(task, TrainTask)
+        update = self.decode(total, forms, len(sites), number, trains=trains)
         return Reply(SUM, task, update, "", "", 0, 0, 0.0, clients=sites)
+
+
+def _figures(trains: bool) -> int:
+    return FIGURES if trains else 1
+
+
+def check_same_clients(task: Task, asked: Collection[str], sites: Collection[str]) -> None:
+    """Refuse the sum of a further exchange of a round that is not of all clients of the sum before, which are
+    those ``asked``: of two sums of different clients, the difference would show something of single ones.
+
+    Raises:
+        SecureSumError: says how many are missing.
+    """
+    if task.continues and set(sites) != set(asked):
+        raise SecureSumError(
+            f"exchange {task.exchange} of the round: {len(asked) - len(sites)} clients of the sum before did "
+            "not answer, and a sum of the others would show something of their own; it is not opened"
+        )
 
 
 def summed_method(method: Method) -> SumsChanges:
@@ -197,7 +234,8 @@ def closed(replies: list[Reply], opened: Callable[[tuple[str, ...]], Reply]) -> 
 
 class SummingTransport:
     """Transport of a simulation that shows sums only (:class:`~.protocol.SumTransport`): another transport's
-    updates as integers (``vector``), added up. A sum of fewer clients than the ``terms`` say is not made.
+    updates as integers (``vector``), added up. A sum of fewer clients than the ``terms`` say is not made, nor
+    in a further exchange of a round one of others than in the first.
     """
 
     def __init__(self, inner: Transport, method: Method, vector: ChangeVector, terms: Terms) -> None:
@@ -221,7 +259,7 @@ class SummingTransport:
                 continue
             try:
                 forms = forms or self.method.change_forms(reply.task)
-                update, needed = typed(reply.update, TrainUpdate), self.terms.needed(len(tasks))
+                update, needed = typed(reply.update, ChangeUpdate), self.terms.needed(len(tasks))
                 numbers = self.vector.encode(update, forms, round_number, reply.client, needed)
             except (SecureSumError, UpdateError) as error:
                 replies.append(replace(reply, update=None, reason=str(error), detail=f"{error}\n"))
@@ -236,4 +274,5 @@ class SummingTransport:
         needed = self.terms.needed(len(tasks))
         if len(sites) < needed:
             raise SecureSumError(f"{len(sites)} clients have sent their changes, {needed} are needed")
+        check_same_clients(tasks[sites[0]], tasks, sites)
         return self.vector.opened(tasks[sites[0]], total, forms, sites)

@@ -203,7 +203,8 @@ def test_rules_of_their_own_admit_no_other(tiny: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", ["ffa", "rolora", "fedsa", "flora", "fedex", "flexlora", "hetlora", "fedsb", "fedsvd"]
+    "variant",
+    ["ffa", "rolora", "fedsa", "flora", "fedex", "flexlora", "hetlora", "fedsb", "fedsvd", "fedask"],
 )
 def test_runs_export_and_reload(small: dict[str, Any], tmp_path: Path, variant: str) -> None:
     recipe = {**small, "method": {"name": "lora", "variant": variant, "rank": 4}}

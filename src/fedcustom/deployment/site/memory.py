@@ -36,7 +36,7 @@ class RoundMemory:
         return Memory(read_tensors(tensors) if tensors.exists() else {}, read_json(folder / "memory.json"))
 
     def save(self, round_number: int, memory: Memory) -> None:
-        """Save the memory after a round."""
+        """Save the memory after a round, or after one of its exchanges."""
         saved = copy.copy(memory)
 
         def fill(folder: Path) -> None:

@@ -22,9 +22,9 @@ from ...federated.example_run import example_privacy
 from ...federated.private_run import planned
 from ...federated.truncation import fitted_data
 from ...methods import ChecksTasks, Client, CountsCuts, RoundTask, State, Task, TrainingTask, Update
-from ...methods.protocol import typed
+from ...methods.protocol import ChangeUpdate, typed
 from ...methods.tuning.hidden_rows import steps_of
-from ...methods.tuning.messages import FitHeadTask, TrainUpdate
+from ...methods.tuning.messages import FitHeadTask
 from ...methods.tuning.release import OwnNoise
 from ...models.inference import Predictions, measure
 from ...models.load import load_base
@@ -265,13 +265,18 @@ class Participant:
             raise UpdateError("the recipe asks for no secure sums")
         update, task = self._update(asked, packed, round_number)
         forms = method.change_forms(task)
-        numbers = vector.encode(typed(update, TrainUpdate), forms, round_number, self.name, needed)
+        numbers = vector.encode(typed(update, ChangeUpdate), forms, round_number, self.name, needed)
         return numbers, vector.digest(digest)
 
     def _update(self, asked: Task, packed: Packed, round_number: int | None) -> tuple[Update, Task]:
         """An executed task's update as it travels, and the task as it was unpacked."""
         task = self.channel.unpack_down(packed, asked)
-        before = self.memory.before(round_number) if round_number is not None else self.memory.after(2**31)
+        if round_number is None:
+            before = self.memory.after(2**31)
+        elif asked.continues:
+            before = self.memory.after(round_number)
+        else:
+            before = self.memory.before(round_number)
         data = self.data_for_sums if asked.exact_answer else self.data
         client = Client(self.name, data, before, self.disk)
         update = self.method.execute(task, client)

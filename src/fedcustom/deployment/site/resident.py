@@ -204,7 +204,7 @@ class Resident:
         asked = replace(asked, tensors=tensors)
         participant.check_task(asked, request.round)
         begins = request.round is not None and not asked.continues
-        secure = self._secure_work(participant, request)
+        secure = self._secure_work(participant, request, asked)
         queries, policy = asked.queries_asked, self.settings.policy
         check_work(policy, self.ledger, participant.settled, request, begins=begins, queries=queries)
         mechanism, wanted = participant.mechanism, participant.releases(asked)
@@ -228,9 +228,9 @@ class Resident:
             assert request.secure is not None
             digest = task_digest(request.task, request.values, request.layout, request.round, tensors)
             numbers, task = participant.change(
-                asked, packed, request.round, secure.needed(request.round), digest
+                asked, packed, request.round, secure.needed(request.round, asked.exchange), digest
             )
-            masked = secure.mask(request.round, request.secure, task, numbers)
+            masked = secure.mask(request.round, request.secure, task, numbers, asked.exchange)
             values = {MESSAGE: write_message(masked.receipt).decode()}
             update = Packed({MASKED: torch.from_numpy(masked.numbers.view(np.int32))})
         else:
@@ -253,7 +253,7 @@ class Resident:
             self.secure_sums = SecureSums(self.name, self.run_id, names, terms, self.identify, folder)
         return self.secure_sums
 
-    def _secure_work(self, participant: Participant, request: Request) -> SecureSums | None:
+    def _secure_work(self, participant: Participant, request: Request, asked: Task) -> SecureSums | None:
         """What masks the answer to a task; None where it is sent as it is.
 
         Raises:
@@ -270,7 +270,7 @@ class Resident:
         if not on or request.round is None:
             return None
         found = self._secure_sums(participant)
-        found.expect_work(request.round)
+        found.expect_work(request.round, asked.exchange)
         return found
 
     def _evaluate(self, participant: Participant, request: Request, tensors: Tensors) -> Result:

@@ -30,6 +30,9 @@ AskedStage = Literal["keys", "shares", "agree", "unmask"]
 
 STAGES: tuple[AskedStage, ...] = ("keys", "shares", "agree", "unmask")
 
+MOST_EXCHANGES = 16
+"""Exchanges of one round."""
+
 MESSAGE, MASKED = "message", "masked"
 """Keys of a message: its text, and the tensor of a masked vector."""
 
@@ -46,7 +49,9 @@ Identify = Callable[[], Identity]
 
 @dataclass
 class Unmasked:
-    """What a site has unmasked, in one file a run, which is never deleted: of each round one sum."""
+    """What a site has unmasked, in one file a run, which is never deleted: of each exchange of a round one
+    sum, and of the same sites in all exchanges of a round.
+    """
 
     folder: Path
 
@@ -54,7 +59,8 @@ class Unmasked:
         """Write down what is about to be unmasked.
 
         Raises:
-            SecureSumError: another sum of the same round was unmasked before, or the file is damaged.
+            SecureSumError: another sum of the same exchange was unmasked before, or the exchange before it
+                was unmasked for other sites or not at all, or the file is damaged.
         """
         file = self.folder / f"{opening.round_id.run}.json"
         try:
@@ -63,8 +69,15 @@ class Unmasked:
             raise SecureSumError("this site's list of unmasked sums is damaged") from None
         if not isinstance(known, dict):
             raise SecureSumError("this site's list of unmasked sums is damaged")
-        key = f"{opening.round_id.number}.{opening.round_id.exchange}"
-        entry = {"task": opening.task.hex(), "sites": sorted(opening.survivors)}
+        number, exchange = opening.round_id.number, opening.round_id.exchange
+        key = f"{number}.{exchange}"
+        before, sites = known.get(f"{number}.{exchange - 1}", {}), sorted(opening.survivors)
+        if exchange > 1 and before.get("sites") != sites:
+            raise SecureSumError(
+                f"{opening.round_id}: the exchange before it was not unmasked for the same sites, and what "
+                "sums of different sites show together is more than a sum"
+            )
+        entry = {"task": opening.task.hex(), "sites": sites}
         if known.setdefault(key, entry) != entry:
             raise SecureSumError(
                 f"{opening.round_id}: was unmasked before for other sites or another task, and is not again"
@@ -74,8 +87,8 @@ class Unmasked:
 
 
 class SecureSums:
-    """A site in the secure sums of one run. One round is under way at a time: asked for keys, a site forgets
-    all of the round before.
+    """A site in the secure sums of one run. One sum is under way at a time: asked for keys, a site forgets
+    all of the one before. A sum is that of one exchange of a round.
     """
 
     def __init__(
@@ -92,52 +105,57 @@ class SecureSums:
             SecureSumError: it is not what the protocol allows.
         """
         stage, number, text = values.get("stage"), values.get("round"), values.get(MESSAGE, "")
+        exchange = values.get("exchange", 1)
         if stage not in STAGES or type(number) is not int or not 1 <= number < 2**31:
             raise SecureSumError("a request of a secure sum names no exchange or no round")
+        if type(exchange) is not int or not 1 <= exchange <= MOST_EXCHANGES:
+            raise SecureSumError("a request of a secure sum names no exchange of its round")
         if not isinstance(text, str):
             raise SecureSumError("a request of a secure sum holds no message")
-        return {MESSAGE: write_message(self._answer(stage, number, text.encode())).decode()}
+        round_id = RoundId(self.run, number, exchange)
+        return {MESSAGE: write_message(self._answer(stage, round_id, text.encode())).decode()}
 
-    def _answer(self, stage: AskedStage, number: int, payload: bytes) -> Message:
+    def _answer(self, stage: AskedStage, round_id: RoundId, payload: bytes) -> Message:
         if stage == "keys":
-            identity, round_id = self.identify(), RoundId(self.run, number)
             self.round = SiteRound(
-                self.name, round_id, self.terms, self.clients, *identity, self.unmasked.note
+                self.name, round_id, self.terms, self.clients, *self.identify(), self.unmasked.note
             )
             return self.round.keys()
-        current = self.of(number)
+        current = self.of(round_id.number, round_id.exchange)
         if stage == "shares":
             return current.shares(read_message(Roster, payload))
         if stage == "agree":
             return current.agree(read_message(Survivors, payload))
         return current.unmask(read_message(Proof, payload))
 
-    def of(self, number: int) -> SiteRound:
-        """The round under way, if it is that one.
+    def of(self, number: int, exchange: int = 1) -> SiteRound:
+        """The sum under way, if it is that of this exchange of this round.
 
         Raises:
             SecureSumError: it is another one, or none.
         """
-        if self.round is None or self.round.round_id.number != number:
-            raise SecureSumError(f"no secure sum of round {number} is under way here")
+        wanted = RoundId(self.run, number, exchange)
+        if self.round is None or self.round.round_id != wanted:
+            raise SecureSumError(f"no {wanted} is under way here")
         return self.round
 
-    def expect_work(self, number: int) -> None:
-        """Refuse a task before the work on it begins, where its answer could not be masked.
+    def expect_work(self, number: int, exchange: int = 1) -> None:
+        """Refuse a task before the work on it begins, where its answer could not be masked. ``exchange`` is
+        the place of the task in its round, by its kind, whatever the server says.
 
         Raises:
-            SecureSumError: the sites have not exchanged keys and shares for this round.
+            SecureSumError: the sites have not exchanged keys and shares for this sum.
         """
-        if self.of(number).next != "work":
+        if self.of(number, exchange).next != "work":
             raise SecureSumError(f"round {number}: a task came before its keys and shares, or a second time")
 
-    def needed(self, number: int) -> int:
-        """How many sites have to stay in a round (t), by its roster as this site knows it."""
-        return self.of(number).threshold
+    def needed(self, number: int, exchange: int = 1) -> int:
+        """How many sites have to stay in a sum (t), by its roster as this site knows it."""
+        return self.of(number, exchange).threshold
 
-    def mask(self, number: int, delivery: str, task: bytes, numbers: Numbers) -> Masked:
+    def mask(self, number: int, delivery: str, task: bytes, numbers: Numbers, exchange: int = 1) -> Masked:
         """A vector, masked in place, with the shares of the others that came with the task."""
-        return self.of(number).mask(read_message(Delivery, delivery.encode()), task, numbers)
+        return self.of(number, exchange).mask(read_message(Delivery, delivery.encode()), task, numbers)
 
 
 def kit_identity(kit: Path, peers: Collection[str]) -> Identify:

@@ -13,6 +13,7 @@ flexlora   A, B, mixed ranks     best approximation of the ideal at a rank (Bai 
 hetlora    A, B, mixed ranks     zero-padded, weighted by norm, truncated (Cho et al. 2024)
 fedsb      R (rank x rank)       mean of R between fixed B and A: exact (Singhal et al. 2025)
 fedsvd     B                     mean of B; factors B A anew, A = V^T: exact (Lee et al. 2025)
+fedask     sketches of B A       best approximation of the ideal, in two exchanges (arXiv 2507.09990)
 =========  ====================  ===================================================================
 
 ``flora`` and ``fedex`` change the base, so what goes down holds a dense change of every adapted matrix: a
@@ -22,13 +23,14 @@ In ``fedsvd`` only what is sent down is factored anew. The state is B in the row
 span those of every later A, since no client trains A. A client's change is turned into these rows when it
 arrives. So the sum of changes, noise that is correlated over rounds, moments of a server optimiser and late
 changes are all of one coordinate system, and of B A itself, as the rows are orthonormal.
+
+A round of ``fedask`` has two exchanges, both of which add up (:mod:`.sketch_exchange`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,51 +47,16 @@ from ...aggregation.lora import (
     truncated_lora,
 )
 from ...aggregation.lora_factors import LoraFactors, in_rows_of, refactored, truncate_rank, with_scale
+from ...aggregation.settings import AggregationSettings
 from ...core.seeds import name_seed
-from ...core.tensors import Tensors
-from ..protocol import State, Values
-from ..tuning.aggregation_hooks import BASE_CHANGE, AggregationHooks, ClientDelta, RoundAggregator
+from ...core.tensors import Tensors, part, without
+from ..protocol import Aggregate, Memory, State, Update, Values
+from ..tuning.aggregation_hooks import AggregationHooks, ClientDelta, RoundAggregator
+from ..tuning.further_exchange import FurtherExchange
+from ..tuning.messages import TrainTask, TrainUpdate
+from .matrix import PRIVATE, Matrix
 from .settings import CHANGES_BASE, OWN_RULE, LoraSettings
-
-PRIVATE = "_private."
-"""Part of the names of tensors of a client's own adapter."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """An adapted matrix: the names of its tensors, and A and B as they are initialised.
-
-    ``a`` and ``b`` are those of the start; where a variant fixes them, they never change.
-    """
-
-    name: str
-    a: Tensor
-    b: Tensor
-
-    @property
-    def a_name(self) -> str:
-        """The name of A of (rank, in)."""
-        return f"{self.name}.lora_A.weight"
-
-    @property
-    def b_name(self) -> str:
-        """The name of B of (out, rank)."""
-        return f"{self.name}.lora_B.weight"
-
-    @property
-    def r_name(self) -> str:
-        """The name of R of (rank, rank), where that is what is trained."""
-        return f"{self.name}.lora_R.weight"
-
-    @property
-    def private_names(self) -> tuple[str, str]:
-        """The names of A and B of a client's own adapter."""
-        return f"{self.name}.lora_A{PRIVATE}weight", f"{self.name}.lora_B{PRIVATE}weight"
-
-    @property
-    def base_name(self) -> str:
-        """The name of the dense change of the base, (out, in)."""
-        return f"{BASE_CHANGE}{self.name}.weight"
+from .sketch_exchange import SKETCH, SketchExchange
 
 
 class LoraAggregation(AggregationHooks):
@@ -99,6 +66,9 @@ class LoraAggregation(AggregationHooks):
         self.settings, self.matrices, self.seed = settings, matrices, seed
         variant = settings.variant
         self.own_rule = f"lora variant {variant}" if variant in OWN_RULE else ""
+        self.sketches = SketchExchange(settings, matrices, seed) if variant == "fedask" else None
+        self.linear = self.sketches is not None
+        self.packs = "sketches of products B A" if self.sketches is not None else ""
         self.personal = ("lora_B",) if variant == "fedsa" else ()
         if settings.private_rank:
             self.personal = (PRIVATE,)
@@ -154,6 +124,16 @@ class LoraAggregation(AggregationHooks):
             return True
         return (".lora_A." if round_number % 2 else ".lora_B.") not in name
 
+    def pack(self, update: TrainUpdate, task: TrainTask, memory: Memory) -> TrainUpdate:
+        """In ``fedask``, a sketch of each product in place of its factors."""
+        if self.sketches is None:
+            return update
+        return self.sketches.pack(update, task.tensors, task.round_number, memory)
+
+    def forms(self, wanted: Tensors, task: TrainTask) -> Tensors:
+        """Those of what :meth:`pack` gives."""
+        return wanted if self.sketches is None else self.sketches.sketch_forms(wanted)
+
     def to_state(self, change: Tensors, sent: Tensors) -> Tensors:
         """In ``fedsvd``, the change of B in the rows of A at its start."""
         if not self.turns:
@@ -167,7 +147,19 @@ class LoraAggregation(AggregationHooks):
 
     def round(self, state: State) -> RoundAggregator:
         """Begin to merge a round."""
+        if self.sketches is not None:
+            return SketchRoundAggregator(self.sketches)
         return LoraRoundAggregator(self, state.tensors)
+
+    def further(self, settings: AggregationSettings) -> FurtherExchange | None:
+        """In ``fedask``, the exchange in which products are projected."""
+        if self.sketches is None:
+            return None
+
+        def weight(update: Update) -> float:
+            return update.weight if settings.weighting == "examples" else 1.0
+
+        return SketchExchange(self.settings, self.matrices, self.seed, weight)
 
     def _factored_anew(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """A and B that are sent in place of a state's B; computed once for a whole cohort."""
@@ -282,3 +274,26 @@ class LoraRoundAggregator(RoundAggregator):
             return {matrix.a_name: torch.where(empty[:, None], matrix.a, best.a), matrix.b_name: best.b}
         padded = padded_lora(updates, settings.rank, scale)
         return {matrix.a_name: padded.a, matrix.b_name: padded.b}
+
+
+class SketchRoundAggregator(RoundAggregator):
+    """The first exchange of a round of ``fedask``: the mean of the clients' sketches."""
+
+    def __init__(self, sketches: SketchExchange) -> None:
+        self.sketches = sketches
+        self.moved: Tensors = {}
+        self.weight = 0.0
+        self.round_number = 0
+
+    def take(self, delta: ClientDelta) -> Tensors:
+        """Add the client's sketches; the rest is for the recipe's rule."""
+        for name, tensor in part(delta.change, SKETCH).items():
+            more = tensor.double() * delta.weight
+            self.moved[name] = self.moved[name].add_(more) if name in self.moved else more
+        self.weight, self.round_number = self.weight + delta.weight, delta.round_number
+        return without(delta.change, SKETCH)
+
+    def ended(self, state: State, report: Values) -> Aggregate:
+        """The state that waits for the projections."""
+        mean = {name: tensor / self.weight for name, tensor in self.moved.items()}
+        return self.sketches.unfinished(state, mean, self.round_number)

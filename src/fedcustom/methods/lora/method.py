@@ -30,8 +30,9 @@ from ..tuning.peft_support import (
     upper,
 )
 from ..tuning.technique import TrainableModel
-from .aggregation_hooks import LoraAggregation, Matrix
-from .settings import CHANGES_BASE, OWN_RULE, LoraSettings
+from .aggregation_hooks import LoraAggregation
+from .matrix import Matrix
+from .settings import CHANGES_BASE, MIXED_RANKS, LoraSettings
 
 
 class Lora:
@@ -98,7 +99,7 @@ class Lora:
             for name, layer in layers.items()
         ]
         trainable.hooks = LoraAggregation(settings, matrices, seed)
-        if settings.variant in OWN_RULE:
+        if settings.variant in (*MIXED_RANKS, *CHANGES_BASE):
             _fit_ranks(trainable, model, layers, matrices, settings, base)
         if settings.variant == "fedsb":
             _save_as_lora(trainable, layers)

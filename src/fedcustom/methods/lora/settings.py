@@ -11,17 +11,30 @@ from ..registry import register
 from ..settings import UpperLayersSettings
 
 Variant = Literal[
-    "fedit", "ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb", "fedsvd"
+    "fedit",
+    "ffa",
+    "flora",
+    "fedex",
+    "rolora",
+    "fedsa",
+    "flexlora",
+    "hetlora",
+    "fedsb",
+    "fedsvd",
+    "fedask",
 ]
 
 MIXED_RANKS = ("flora", "flexlora", "hetlora")
 """Variants in which clients may have different ranks."""
 
-OWN_RULE = ("flora", "fedex", "flexlora", "hetlora")
+OWN_RULE = ("flora", "fedex", "flexlora", "hetlora", "fedask")
 """Variants that merge what the factors make together, by a rule of their own."""
 
 CHANGES_BASE = ("flora", "fedex")
 """Variants that change the base model's matrices."""
+
+OVERSAMPLING = 8
+"""Columns of a sketch beyond the rank, by default (Halko et al. 2011 recommend 5 or 10)."""
 
 WITH_DORA = ("fedit", "ffa", "rolora", "fedsa")
 """Variants that average what was trained as it is, and claim nothing about the merged weight."""
@@ -43,6 +56,13 @@ class LoraSettings(UpperLayersSettings):
     )
     client_rank_shares: list[float] | None = Field(
         None, description="Share of clients with each of client_ranks; unset: equal shares"
+    )
+    oversampling: int | None = Field(
+        None,
+        ge=0,
+        le=4096,
+        description="Columns of a round's sketches beyond rank (fedask): the more, the nearer to the best "
+        f"approximation; unset: {OVERSAMPLING}",
     )
     private_rank: int = Field(
         0, ge=0, le=4096, description="Rank of a second adapter of each client's own, never sent (fedit)"
@@ -75,6 +95,8 @@ class LoraSettings(UpperLayersSettings):
             raise ValueError(
                 f"client_rank_shares = {shares}: must be one number of at least 0 for each of client_ranks"
             )
+        if self.oversampling is not None and self.variant != "fedask":
+            raise ValueError(f"oversampling = {self.oversampling}: needs variant 'fedask'")
         if self.private_rank and (self.variant != "fedit" or self.dora):
             raise ValueError(f"private_rank = {self.private_rank}: needs variant 'fedit' without dora")
         if self.dora and self.variant not in WITH_DORA:
@@ -87,6 +109,23 @@ class LoraSettings(UpperLayersSettings):
     def scale(self, rank: int) -> float:
         """What B A is multiplied by at a rank: alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023)."""
         return self.alpha / (rank**0.5 if self.rank_stabilised else rank)
+
+    @property
+    def columns_beyond_rank(self) -> int:
+        """How many columns a sketch has beyond ``rank``."""
+        return OVERSAMPLING if self.oversampling is None else self.oversampling
+
+    @property
+    def needs_single_updates(self) -> str | None:
+        """Variants with a rule of their own, but for the one whose rule only needs sums."""
+        return None if self.variant == "fedask" else super().needs_single_updates
+
+    @property
+    def unbounded(self) -> str | None:
+        """The variant of whose answers none has the bound of a change: the product of two factors is not
+        linear in them.
+        """
+        return self._named if self.variant == "fedask" else super().unbounded
 
     @property
     def replaces_rule(self) -> str | None:

@@ -10,9 +10,9 @@ from ...aggregation.prefix import barycentre, matched_mean, mean_of_selected, se
 from ...aggregation.prefix_stacking import Stacked, cluster_slots, stack_prefixes
 from ...core.errors import UpdateError
 from ...core.tensors import Tensors
-from ..protocol import State, Values, typed
+from ..protocol import Memory, State, Values, typed
 from ..tuning.aggregation_hooks import AggregationHooks, ClientDelta, RoundAggregator
-from ..tuning.messages import TrainUpdate
+from ..tuning.messages import TrainTask, TrainUpdate
 from .messages import PrefixUpdate
 from .settings import PrefixSettings
 
@@ -46,7 +46,7 @@ class PrefixAggregation(AggregationHooks):
             self.distil = self.make_distil()
         return self.distil
 
-    def pack(self, update: TrainUpdate) -> TrainUpdate:
+    def pack(self, update: TrainUpdate, task: TrainTask, memory: Memory) -> TrainUpdate:
         """With ``layers_sent``, the layers that changed most, and which ones they are."""
         count = self.settings.layers_sent
         if count is None:

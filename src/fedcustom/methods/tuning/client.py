@@ -17,6 +17,7 @@ from ...training.local import LocalResult, learning_rate
 from ..protocol import Client, Task, Update, typed
 from .aggregation_hooks import AggregationHooks
 from .drift_corrections import CONTROL, Correction
+from .further_exchange import FurtherExchange
 from .head_client import HeadClient
 from .hidden_rows import STEPS, hidden_rows
 from .local_training import Job, LocalTraining, batch_ranges
@@ -36,12 +37,14 @@ class TuningClient:
 
     def execute(self, task: Task, client: Client) -> Update:
         """Train on the client's own examples and return the change of the tensors that travel; or, in a round
-        that fits the head, the sums from which that is done.
+        that fits the head, the sums from which that is done; or what a further exchange of a round asks for.
 
         Raises:
             DataError: the client has nothing to train on.
             UpdateError: the training loss is not finite, or the task is none.
         """
+        if (further := self._further(task)) is not None:
+            return further.execute(task, client)
         asked = self._asked(task)
         if isinstance(asked, HeadTask):
             return self._head_sums(asked, client)
@@ -56,6 +59,9 @@ class TuningClient:
         self._read_together([(task, client) for task, client in pairs if isinstance(task, FitHeadTask)])
         for task, client in pairs:
             try:
+                if (further := self._further(task)) is not None:
+                    jobs.append(further.execute(task, client))
+                    continue
                 asked = self._asked(task)
                 if isinstance(asked, HeadTask):
                     jobs.append(self._head_sums(asked, client))
@@ -169,7 +175,7 @@ class TuningClient:
                 client=job.client.name,
             )
             update = replace(update, loss=None)
-        update = job.hooks.pack(replace(update, tensors=change))
+        update = job.hooks.pack(replace(update, tensors=change), job.task, memory)
 
         def rate(name: str) -> float:
             return job.factor * learning_rate(context.training, head=name in parts.trainable.head)
@@ -195,6 +201,11 @@ class TuningClient:
             prior_count=training.prior_count,
             overall=overall,
         )
+
+    def _further(self, task: Task) -> FurtherExchange | None:
+        """The exchange of the method's own rule that the task belongs to, if it is one of that."""
+        further = self.parts.further
+        return further if further is not None and task.kind in further.messages else None
 
     def _asked(self, task: Task) -> TrainTask | HeadTask:
         """The task as one of training, or of fitting the head.

@@ -117,7 +117,9 @@ class HeadFit:
         privacy: PrivacySettings | None = None,
         release: ClientRelease | None = None,
         hides_rows: bool = False,
+        sent: bool = True,
     ) -> None:
+        self.sent = sent
         self.training, self.clients, self.least = training, clients, least
         self.privacy, self.release, self.hides_rows = privacy, release, hides_rows
         self.names: frozenset[str] = frozenset()
@@ -152,15 +154,15 @@ class HeadFit:
         """
         return examples >= (self.least * self.layer.classes if self.least > 1 else 1)
 
-    def check(self, task: Task, update: Update, *, sent: bool = True) -> None:
-        """Refuse what cannot be an answer to a task about the head; or any, unless they are to be ``sent``.
+    def check(self, task: Task, update: Update) -> None:
+        """Refuse what cannot be an answer to a task about the head; or any, unless they are to be sent.
 
         Raises:
             UpdateError: says what is wrong.
         """
-        if sent and self.noised:
+        if self.sent and self.noised:
             check_private_sums(update, self.layer.classes, self.layer.width, noised=self.hides_rows)
-        elif sent:
+        elif self.sent:
             check_answer(task, update, self.layer.classes, self.layer.width)
         else:
             check_forms(update.tensors, {})

@@ -10,6 +10,7 @@ from pydantic import Field
 from ..contents import Content
 from ..protocol import (
     INLINE,
+    ChangeUpdate,
     Positive,
     RoundTask,
     TrainingTask,
@@ -41,7 +42,7 @@ class TrainTask(TrainingTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainUpdate(Update):
+class TrainUpdate(ChangeUpdate):
     """The change of the trained tensors, with the mean training loss over the examples of so many optimiser
     steps. Where rows are hidden there is no loss, and the examples are those on average.
     """
@@ -75,7 +76,7 @@ class ScaleHeadTask(HeadTask):
 
     kind: ClassVar[str] = "scale head"
     contents: ClassVar[tuple[Content, ...]] = ("sums",)
-    continues: ClassVar[bool] = True
+    exchange: ClassVar[int] = 2
     exact_tensors: ClassVar[bool] = True
 
 
@@ -85,7 +86,7 @@ class HeadGradientTask(HeadTask):
 
     kind: ClassVar[str] = "head gradient"
     contents: ClassVar[tuple[Content, ...]] = ("sums",)
-    continues: ClassVar[bool] = True
+    exchange: ClassVar[int] = 3
     exact_tensors: ClassVar[bool] = True
 
 
@@ -109,6 +110,9 @@ class HeadGradientUpdate(Update):
 
     objective: float
 
+
+HEAD_KINDS = tuple(task.kind for task in (FitHeadTask, ScaleHeadTask, HeadGradientTask))
+"""The kinds of tasks of which a head is fitted."""
 
 MESSAGES = message_kinds(
     (TrainTask, TrainUpdate),

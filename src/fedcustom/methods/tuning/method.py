@@ -62,8 +62,9 @@ class WeightTuning:
     Discloses: each round, every client sends the change of its trained tensors, its number of training
     examples and its mean training loss. Changes of trained tensors can reveal training data to a server that
     attacks them. In rounds of ``training.fit_head_rounds`` it sends what
-    :class:`~fedcustom.methods.tuning.head_fit.HeadFit` says instead. With ``privacy.unit = "example"`` the
-    change is made of noised gradients, which hide each training row, sums are noised, and no loss is sent.
+    :class:`~fedcustom.methods.tuning.head_fit.HeadFit` says instead, and what a further exchange of a
+    method's own rule says beside it. With ``privacy.unit = "example"`` the change is made of noised
+    gradients, which hide each training row, sums are noised, and no loss is sent.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class WeightTuning:
                 f"privacy.unit = 'client': {self.hooks.own_rule} merges by a rule of its own, in which one "
                 "client's part has no bound"
             )
-        if context.sums_only and self.hooks.own_rule:
+        if context.sums_only and self.hooks.own_rule and not self.hooks.linear:
             raise RecipeError(f"secure_sum.on = true: {self.hooks.own_rule} needs each client's own change")
         self.ownership = Ownership(context, self.trainable, self.hooks)
         head_rounds = context.training.rounds_of_head_fits(context.rounds)
@@ -110,6 +111,7 @@ class WeightTuning:
             privacy=context.privacy,
             release=context.release,
             hides_rows=context.row_privacy is not None,
+            sent=context.keeps != "everything",
         )
         if self.ownership.personal & self.head_fit.names:
             raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")
@@ -139,6 +141,7 @@ class WeightTuning:
             correction=correction,
             ownership=self.ownership,
             head_rounds=head_rounds,
+            further=self.hooks.further(aggregation),
         )
         if context.privacy is not None:
             self._bound(parts)
@@ -212,8 +215,12 @@ class WeightTuning:
 
     @property
     def messages(self) -> Messages:
-        """Training, with what the method's hooks answer, and fitting the head."""
-        return {**MESSAGES, TrainTask.kind: MessagePair(TrainTask, self.hooks.update)}
+        """Training, with what the method's hooks answer, fitting the head, and the exchange that the hooks
+        need beside these.
+        """
+        further = self.server.parts.further
+        own = further.messages if further is not None else {}
+        return {**MESSAGES, TrainTask.kind: MessagePair(TrainTask, self.hooks.update), **own}
 
     # --- server ---
 
@@ -277,12 +284,17 @@ class WeightTuning:
         )
 
     def change_forms(self, task: Task) -> Tensors:
-        """Names, shapes and dtypes of what a client's answer to a task to train changes.
+        """Names, shapes and dtypes of what a client's answer to a task to train, or to a further exchange by
+        the method's own rule, adds up to.
 
         Raises:
             UpdateError: the task is another one.
         """
-        return self.ownership.wanted(typed(task, TrainTask))
+        further = self.server.parts.further
+        if further is not None and task.kind in further.messages:
+            return further.forms(task)
+        asked = typed(task, TrainTask)
+        return self.hooks.forms(self.ownership.wanted(asked), asked)
 
     def keeps_parts(self) -> bool:
         """Whether clients keep tensors to themselves, while others are merged."""

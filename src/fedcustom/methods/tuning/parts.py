@@ -12,6 +12,7 @@ from ...data.tokens import TokenizedExample
 from ...models.load import Base
 from .aggregation_hooks import AggregationHooks
 from .drift_corrections import Correction
+from .further_exchange import FurtherExchange
 from .objective import Objective
 from .ownership import Ownership
 from .technique import Context, TrainableModel
@@ -26,7 +27,8 @@ class TuningParts:
 
     ``base`` is the context's base model once it is known how the method's rows share a batch, ``aggregation``
     the recipe's settings of that name (for a baseline, those that merge nothing by rules), ``head_rounds``
-    the rounds in which clients fit the head, ``bounded_groups`` in how many groups the tensors are bounded
+    the rounds in which clients fit the head, ``further`` the exchange that the method's own rule needs after
+    that of training, ``bounded_groups`` in how many groups the tensors are bounded
     that are released where clients are hidden.
     """
 
@@ -39,6 +41,7 @@ class TuningParts:
     correction: Correction
     ownership: Ownership
     head_rounds: frozenset[int]
+    further: FurtherExchange | None = None
     bounded_groups: int = 2
 
 

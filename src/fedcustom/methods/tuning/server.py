@@ -28,8 +28,9 @@ from ..protocol import (
 )
 from .aggregation_hooks import AggregationHooks, ClientDelta, RoundAggregator
 from .drift_corrections import CONTROL
+from .further_exchange import ServerExchange
 from .head_fit import LABEL_COUNTS, HeadFit
-from .messages import FitHeadTask, HeadTask, TrainTask, TrainUpdate
+from .messages import HEAD_KINDS, FitHeadTask, HeadTask, TrainTask, TrainUpdate
 from .parts import RATE_FACTOR, TuningParts
 from .release import OwnNoise
 from .technique import TrainableModel
@@ -48,6 +49,9 @@ class TuningServer:
         self, parts: TuningParts, head_fit: HeadFit, train: Callable[[Task, Client], Update]
     ) -> None:
         self.parts, self.head_fit, self.train = parts, head_fit, train
+        self.exchanges: dict[str, ServerExchange] = dict.fromkeys(HEAD_KINDS, head_fit)
+        if (further := parts.further) is not None:
+            self.exchanges |= dict.fromkeys(further.messages, further)
 
     def initialise(self) -> State:
         """The tensors as the technique initialises them."""
@@ -57,13 +61,13 @@ class TuningServer:
 
     def configure(self, state: State, round_number: int, work: Mapping[str, Work]) -> dict[str, Task]:
         """Train from the global state, for as long as ``work`` says (``epochs``, ``steps`` or ``examples``);
-        or send what the head is fitted from.
+        or send what the head is fitted from; or, in a round that is not over, what is asked next.
         """
         parts, context = self.parts, self.parts.context
         factor = schedule_factor(context.training, round_number, context.rounds)
         factor *= float(state.values.get(RATE_FACTOR, 1.0))
         if UNFINISHED in state.values:
-            return self.head_fit.tasks(state, work, round_number)
+            return self.exchanges[str(state.values[UNFINISHED])].tasks(state, work, round_number)
         label_counts: tuple[int, ...] | None = None
         head_unfitted = False
         due = min(parts.head_rounds, default=round_number) < round_number
@@ -98,15 +102,15 @@ class TuningServer:
         steps that are not positive.
         """
         parts = self.parts
-        if isinstance(task, HeadTask):
-            self.head_fit.check(task, update, sent=parts.context.keeps != "everything")
+        if (exchange := self.exchanges.get(task.kind)) is not None:
+            exchange.check(task, update)
             return
         if not is_finite(update.tensors):
             raise UpdateError("an update holds numbers that are not finite")
         asked, trained = typed(task, TrainTask), typed(update, TrainUpdate)
         wanted = parts.ownership.wanted(asked)
         change = parts.hooks.unpack(trained, wanted)
-        check_forms(change, wanted)
+        check_forms(change, parts.hooks.forms(wanted, asked))
         hides_rows, hides = parts.context.row_privacy is not None, parts.context.own_noise is not None
         size = parts.context.training.batch_size
         check_figures(asked, trained, size, hides_rows=hides_rows, hides_loss=hides_rows or hides)
@@ -120,7 +124,8 @@ class TuningServer:
                 pass
             return Aggregate(state)
         if UNFINISHED in state.values:  # of whose clients none may have gone on
-            return self.head_fit.aggregate(str(state.values[UNFINISHED]), state, answers)
+            kind = str(state.values[UNFINISHED])
+            return self.exchanges[kind].aggregate(kind, state, answers)
         if self.parts.head_rounds:
             task, answers = peeked(answers)
             if isinstance(task, HeadTask):
@@ -135,8 +140,9 @@ class TuningServer:
         """The state after a round that trains."""
         parts = self.parts
         settings = parts.aggregation
-        # What hooks report is of single clients' changes; a sum has none.
-        gathered = RoundAggregator() if parts.context.sums_only else parts.hooks.round(state)
+        # What hooks report is of single clients' changes, which a sum has not, unless a sum is all they need.
+        alone = parts.context.sums_only and not parts.hooks.linear
+        gathered = RoundAggregator() if alone else parts.hooks.round(state)
         answered: list[str] = []
         newest = 0
 
@@ -238,16 +244,17 @@ class TuningServer:
         tensors, kept = parts.correction.step(current, change, relevant, len(answered))
         own, report = gathered.merged({**state.tensors, **tensors})
         following = State({**state.tensors, **tensors, **own}, {**state.server, **kept}, dict(state.values))
-        return Aggregate(following, report)
+        return gathered.ended(following, report)
 
     def _arrival(self, answer: Answer) -> ClientDelta:
         parts = self.parts
         update = typed(answer.update, TrainUpdate)
-        change = parts.hooks.unpack(update, parts.ownership.wanted(typed(answer.task, TrainTask)))
+        task = typed(answer.task, TrainTask)
+        change = parts.hooks.unpack(update, parts.ownership.wanted(task))
         weight = update.weight if parts.aggregation.weighting == "examples" else 1.0
-        sent = without(answer.task.tensors, CONTROL)
+        sent = without(task.tensors, CONTROL)
         change = parts.hooks.to_state(change, sent)
-        return ClientDelta(answer.client, sent, change, weight, update, answer.discount)
+        return ClientDelta(answer.client, sent, change, weight, update, answer.discount, task.round_number)
 
     def _root(self, state: State, task: TrainTask) -> ClientDelta:
         """What the server's own examples would change (FLTrust)."""

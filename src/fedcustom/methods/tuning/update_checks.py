@@ -44,6 +44,16 @@ def check_state(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor])
             raise UpdateError(f"{name} has shape {shapes}, in what the client was sent or remembers")
 
 
+def check_weight(weight: float) -> None:
+    """Refuse a weight that is no positive number, or far too large for one.
+
+    Raises:
+        UpdateError: names it.
+    """
+    if not (isinstance(weight, int | float) and 0 < weight < 1e12):
+        raise UpdateError(f"weight {weight!r} is not a positive number")
+
+
 def check_figures(
     task: TrainTask,
     update: TrainUpdate,
@@ -59,8 +69,7 @@ def check_figures(
     Raises:
         UpdateError: names the figure, and what the task asked for.
     """
-    if not (isinstance(update.weight, int | float) and 0 < update.weight < 1e12):
-        raise UpdateError(f"weight {update.weight!r} is not a positive number")
+    check_weight(update.weight)
     loss, steps, examples = update.loss, update.steps, update.examples
     if hides_rows if hides_loss is None else hides_loss:
         if loss is not None:
