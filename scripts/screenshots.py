@@ -20,7 +20,7 @@ from fedcustom.watch.server import WatchServer
 
 
 class Picture(NamedTuple):
-    """A picture's file, the page's path, its size in CSS pixels, and whether the reader prefers dark pages."""
+    """A picture's file, the page's path, its size in CSS pixels, and whether a reader prefers dark pages."""
 
     name: str
     path: str

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import fedcustom
+from fedcustom.watch.page import parts
 from fedcustom.watch.runs import Watched
 from fedcustom.watch.server import WatchServer
 from helpers.browser import found_by, needs_chromium
@@ -86,6 +87,17 @@ def test_states_of_runs(tmp_path: Path) -> None:
     assert more == 0
     (later,), _ = Watched([tmp_path / "later"]).runs()
     assert (later.name, later.state) == ("later", "not started")
+
+
+def test_metrics_that_rounds_have_come_before_those_of_the_final_test(tmp_path: Path) -> None:
+    """Texts are written for the test alone: a run is watched by its loss."""
+    scores = {"rouge_l": 40.0, "loss": 1.5}
+    place = write_run(tmp_path / "run", recipe=RECIPE, task="generation", metrics=scores)
+    rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({**row, "development": {"loss": 2.0}}) + "\n" for row in rows)
+    (place / "metrics.jsonl").write_text(text)
+    chooser = parts(*Watched([tmp_path]).runs())["chooser"]
+    assert chooser.index("Loss") < chooser.index("ROUGE-L")
 
 
 def test_a_file_that_grows_is_read_on(tmp_path: Path) -> None:

@@ -129,9 +129,11 @@ def page(parts: dict[str, str], title: str) -> tuple[str, str]:
 
 
 def _metrics(runs: Sequence[LiveRun]) -> list[str]:
+    """The metrics to choose from; those that only the final test has, which have no curve, come last."""
     scored = [live.run for live in runs if live.run.summary.metrics]
-    found = metric_names(scored) if scored else []
-    trained = any(TRAIN_LOSS in line.development for live in runs for line in live.run.history)
+    by_round = {name for live in runs for line in live.run.history for name in line.development}
+    found = sorted(metric_names(scored) if scored else [], key=lambda name: name not in by_round)
+    trained = TRAIN_LOSS in by_round
     return [*found, *([TRAIN_LOSS] if trained and TRAIN_LOSS not in found else [])]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,17 @@ def test_what_cannot_be_folded_is_refused(folders: dict[str, str], tmp_path: Pat
         read_texts(tmp_path / "one.txt")
     with pytest.raises(DataError, match="cannot be read"):
         read_texts(tmp_path / "none.txt")
+
+
+def test_a_folder_written_without_shifts_is_told(folders: dict[str, str], tmp_path: Path) -> None:
+    """As runs of decoders are that were finished before memories had any."""
+    before, state = memory(folders["llama"], "llama", query_shifts=False)
+    before.export(state, tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    values = json.loads(file.read_text())
+    del values["prefix_memory"]["shifts"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="was written with method.query_shifts = false; set that"):
+        memory(folders["llama"], "llama")[0].open(tmp_path / "model")
+    again = before.open(tmp_path / "model").tensors
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.tensors.items())

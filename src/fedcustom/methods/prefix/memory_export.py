@@ -96,6 +96,8 @@ def export_with_code(
         _add_code(base, folder)
 
     def load(folder: Path) -> None:
+        if memory is not None:
+            _check_shifts(folder, memory)
         saved = _loaded(type(model), folder, slots=memory is not None)
         if widening:
             widening.take(saved, folder, "feed_forward_slots")
@@ -106,6 +108,15 @@ def export_with_code(
                     parameter.copy_(weights[name])
 
     trainable.save, trainable.load = save, load
+
+
+def _check_shifts(folder: Path, memory: dict[str, Any]) -> None:
+    """See that a folder's slots shift queries as the recipe's do; memories once had no shifts."""
+    written = read_json(folder / "config.json").get(SETTING, {}).get("shifts", False)
+    if written != memory["shifts"]:
+        raise ModelError(
+            f"{folder}: was written with method.query_shifts = {str(written).lower()}; set that in the recipe"
+        )
 
 
 def _loaded(kind: Any, folder: Path, *, slots: bool) -> Any:
