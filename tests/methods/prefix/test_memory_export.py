@@ -152,7 +152,7 @@ def test_a_folder_written_without_shifts_is_told(folders: dict[str, str], tmp_pa
     values = json.loads(file.read_text())
     del values["prefix_memory"]["shifts"]
     file.write_text(json.dumps(values))
-    with pytest.raises(ModelError, match="was written with method.query_shifts = false; set that"):
+    with pytest.raises(ModelError, match=r"was written with method\.query_shifts = false; set that"):
         memory(folders["llama"], "llama")[0].open(tmp_path / "model")
     again = before.open(tmp_path / "model").tensors
     assert all(torch.equal(again[name], tensor) for name, tensor in state.tensors.items())
