@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -279,6 +280,28 @@ onload = async () => {
   document.body.setAttribute("data-found", JSON.stringify(found));
 };
 </script></body>"""
+
+
+def test_a_browser_that_leaves_is_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with WatchServer([tmp_path]) as server:
+        monkeypatch.setattr(server, "parts", lambda: {"plots": "x" * 2**24})  # more than a socket buffers
+        here, there = socket.socketpair()
+        there.sendall(f"GET /data HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode())
+        there.close()
+        server.process_request_thread(here, ("127.0.0.1", 1))
+        assert capsys.readouterr().err == ""
+
+        def fails() -> dict[str, str]:
+            raise ValueError("a bug")
+
+        monkeypatch.setattr(server, "parts", fails)
+        here, there = socket.socketpair()
+        there.sendall(f"GET /data HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode())
+        server.process_request_thread(here, ("127.0.0.1", 1))
+        there.close()
+        assert "ValueError: a bug" in capsys.readouterr().err
 
 
 @pytest.mark.slow

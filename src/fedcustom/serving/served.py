@@ -29,6 +29,9 @@ ROUTES: Mapping[Kind, tuple[str, ...]] = {
 TOO_LONG = "context_length_exceeded"
 """OpenAI's name of the error of an input that is too long."""
 
+AT_ONCE = 64
+"""Inputs that are classified before it is looked whether the caller still waits."""
+
 CUT = "with truncation = 'auto' it is cut as in training"
 
 
@@ -114,7 +117,7 @@ class Served:
 
     def classify(self, asked: ClassifyRequest) -> Callable[[Job], dict[str, Any]]:
         """The labels of inputs, as :meth:`fedcustom.api.Run.predict` gives them."""
-        return lambda job: self._classify(asked)
+        return lambda job: self._classify(asked, job)
 
     def ask(self, asked: AskRequest) -> Callable[[Job], dict[str, Any]]:
         """Passages for a question, with their owners, and an answer that cites them."""
@@ -160,7 +163,7 @@ class Served:
             return usual if room is None else min(usual, room)
         return wanted
 
-    def _classify(self, asked: ClassifyRequest) -> dict[str, Any]:
+    def _classify(self, asked: ClassifyRequest, job: Job) -> dict[str, Any]:
         run, inputs = self._known_run, asked.inputs()
         cuts = run.count_cuts(inputs)
         if cuts.inputs and asked.truncation == "disabled":
@@ -170,7 +173,11 @@ class Served:
                 param="input",
                 code=TOO_LONG,
             )
-        said = run.predict(inputs)
+        said = list[dict[str, Any]]()
+        for start in range(0, len(inputs), AT_ONCE):
+            if job.stopped():
+                raise job.reason()
+            said += run.predict(inputs[start : start + AT_ONCE])
         found = [{"index": place, **each} for place, each in enumerate(said)]
         beside = said_of_cuts(sum(cuts.tokens.values()), run.take_cuts())
         return {"object": "list", "model": self.name, "data": found, **beside}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -56,6 +57,11 @@ class WatchServer(ThreadingHTTPServer):
             if self._drawn is None or self._drawn[0] != signature:
                 self._drawn = signature, parts(*self.watched.runs())
             return self._drawn[1]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print a traceback, but not where a browser closed the connection before it had read the answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def report(self) -> str:
         """The report of the finished runs.

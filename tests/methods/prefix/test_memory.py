@@ -222,6 +222,8 @@ def test_keys_of_a_text_are_those_that_its_tokens_have_alone(tiny: dict[str, str
         ({"init": "zero"}, "keys of zero are never trained"),
         ({"init_text": "A text."}, "init_text: has no effect with init = 'auto'"),
         ({"init": "text", "slots": 0}, "has no effect with slots = 0"),
+        ({"init": "text", "init_text": " \n"}, "init_text: is blank"),
+        ({"kind": "kv", "init_text": " "}, "init_text: is blank"),
         ({"kind": "kv", "query_shifts": True}, "query_shifts = True: has no effect with kind = 'kv'"),
         ({"slots": 0, "query_shifts": True}, "query_shifts = true: has no effect with slots = 0"),
     ],

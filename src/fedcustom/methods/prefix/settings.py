@@ -123,6 +123,8 @@ class PrefixSettings(TuningSettings):
                 raise ValueError(f"{key} = {getattr(self, key)!r}: has no effect with kind = {self.kind!r}")
         if self.kind == "memory" and self.init == "zero":
             raise ValueError("init = 'zero': keys of zero are never trained; memory allows random and text")
+        if not self.init_text.strip():
+            raise ValueError("init_text: is blank; give a text with at least one word")
         from_text = self.init == "text" or (self.init == "auto" and self.kind == "kv")
         if self.init_text != TEXT and not from_text:
             raise ValueError(f"init_text: has no effect with init = {self.init!r}")
