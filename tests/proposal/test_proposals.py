@@ -171,17 +171,17 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "two labels": (
         table(20, **TEXT, sentiment=lambda n, d: n % 2, topic=lambda n, d: n % 3),
-        "2 columns may be the label; say it by --label (one of: sentiment, topic)",
+        "2 columns may be the label; pass --label (one of: sentiment, topic)",
     ),
     "two texts": (
         table(20, one=lambda n, d: phrase(d), two=lambda n, d: phrase(d), label=lambda n, d: n % 2),
-        "2 columns hold texts; say it by --text",
+        "2 columns hold texts; pass --text",
     ),
     "two owners": (
         table(
             24, **TEXT, label=lambda n, d: n % 2, hospital=lambda n, d: n % 3, ward=lambda n, d: f"w{n % 4}"
         ),
-        "2 columns may say whose a row is; say it by --client",
+        "2 columns may say whose a row is; pass --client",
     ),
     "two tasks": (
         table(20, question=lambda n, d: phrase(d), answer=lambda n, d: phrase(d), label=lambda n, d: n % 2),

@@ -192,6 +192,8 @@ LONG = "cat " * 300
         ({"max_tokens": 5000}, 400, "max_tokens", "at most 4096"),
         ({"max_tokens": 250}, 400, "max_tokens", "the model has positions for"),
         ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
+        ({"top_p": 0.5}, 400, "top_p", "top_p: "),
+        ({"top_p": 0.5, "temperature": 0}, 400, "top_p", "with a temperature above 0 alone"),
         ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop", "at most 4"),
         ({"stop": ""}, 400, "stop", "at least 1 character"),
         ({"beams": 4}, 400, "beams", "beams: is not a known field; allowed: "),

@@ -44,7 +44,7 @@ def new(
     ] = None,
     client: Annotated[
         str | None,
-        typer.Option(help="Column that says whose a row is; none: rows are dealt out at random"),
+        typer.Option(help="Column that says whose a row is; none: rows are assigned to clients at random"),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model: built in, a hub id or a folder")] = None,
     train: Annotated[str | None, typer.Option(help="Training split, where several are there")] = None,

@@ -46,7 +46,7 @@ LEAST_ROWS = 6
 """Rows of two clients that each have one to train on, one to select by and one to be tested on."""
 
 CLIENTS, ROWS_OF_A_CLIENT = 10, 20
-"""Clients that rows are dealt out to at most, and rows that each has then at least, if there are so many."""
+"""Clients that rows are assigned to at most, and rows that each has then at least, if there are so many."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def propose(source: str, choices: Choices | None = None, decide: Decide = take_p
     base = _choose_base(task, decide)
     draft.set("seed", 0)
     draft.set("model.base", *base)
-    draft.set("data.source", source, f"{len(rows)} rows to train on")
+    draft.set("data.source", source, f"{len(rows)} rows")
     if choices.subset is not None:
         draft.set("data.subset", choices.subset)
     if train != "train":
@@ -294,7 +294,7 @@ def _loaded(name: str, data: DataSettings, labels: Sequence[str]) -> Base:
 def _set_clients(draft: _Draft, rows: Sequence[Row], owner: str | None) -> None:
     if owner is None:
         count = max(2, min(CLIENTS, len(rows) // ROWS_OF_A_CLIENT))
-        comment = "no column says whose a row is: rows are dealt out at random"
+        comment = "no column says whose a row is: rows are assigned to clients at random"
         draft.set("clients.partition", "iid", comment)
         draft.set("clients.count", count)
         return

@@ -48,5 +48,5 @@ def take_proposals(question: Question) -> str:
     if question.proposal is None:
         listed = ", ".join(question.candidates[:12]) + (", ..." if len(question.candidates) > 12 else "")
         among = f" (one of: {listed})" if listed else ""
-        raise DataError(f"{question.reason}; say it by --{question.option}{among}")
+        raise DataError(f"{question.reason}; pass --{question.option}{among}")
     return question.proposal

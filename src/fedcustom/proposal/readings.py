@@ -63,7 +63,7 @@ LEAST_OF_A_CLIENT = 3
 """Rows of a client, on average, below which a column is none of clients: training, selection and test."""
 
 NONE = "none"
-"""The answer that rows are dealt out at random."""
+"""The answer that rows are assigned to clients at random."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def owner_candidates(columns: Columns, used: Sequence[str]) -> list[str]:
 
 
 def choose_client(columns: Columns, used: Sequence[str], source: str, decide: Decide) -> str | None:
-    """The column that says whose a row is; None: rows are dealt out at random.
+    """The column that says whose a row is; None: rows are assigned to clients at random.
 
     Raises:
         DataError: several columns may be that, and nobody is asked.
@@ -306,7 +306,7 @@ def choose_client(columns: Columns, used: Sequence[str], source: str, decide: De
     found = owner_candidates(columns, used)
     proposal = found[0] if len(found) == 1 else None if found else NONE
     reason = f"{source}: {len(found)} columns may say whose a row is"
-    text = "Column that says whose a row is (none: rows are dealt out at random)"
+    text = "Column that says whose a row is (none: rows are assigned to clients at random)"
     answer = decide(Question("client", text, (*found, NONE), proposal, reason, others=tuple(columns)))
     return None if answer == NONE else known_column(answer, columns, "client")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from ..core.bounded_json import read_json
 from ..core.errors import WireError
@@ -106,6 +106,14 @@ class WritingRequest(Request):
     stream: bool = False
     stream_options: StreamOptions | None = None
     truncation: Truncation = "disabled"
+
+    @field_validator("top_p")
+    @classmethod
+    def _draws(cls, top_p: float | None, given: ValidationInfo) -> float | None:
+        """Texts are drawn only where a temperature asks for it, so ``top_p`` alone would do nothing."""
+        if top_p not in (None, 1) and not given.data.get("temperature"):
+            raise ValueError("has an effect with a temperature above 0 alone")
+        return top_p
 
     @property
     def longest(self) -> int | None:

@@ -30,6 +30,7 @@ class WandbRun:
         self._run: Any = None
         self._known: Known = {}
         self._directory = Path()
+        self._recipe = ""
 
     @property
     def place(self) -> str:
@@ -42,7 +43,7 @@ class WandbRun:
         import wandb
 
         self._known = {"id": secrets.token_hex(4), "last": -1, **known}
-        self._directory = start.directory
+        self._directory, self._recipe = start.directory, start.recipe
         self._run = wandb.init(
             project=self.settings.project or PROJECT,
             name=start.name,
@@ -82,7 +83,9 @@ class WandbRun:
 
         self._run.summary.update(dict(scalars))
         files = wandb.Artifact(f"run-{self._known['id']}", type="run")
-        for name in ("recipe.toml", *FILES):
+        with files.new_file("recipe.toml", mode="w", encoding="utf-8") as recipe:
+            recipe.write(self._recipe)  # without trackers, which name other places
+        for name in FILES:
             if (path := self._directory / name).exists():
                 files.add_file(str(path), name)
         self._run.log_artifact(files)
