@@ -352,7 +352,7 @@ onload = () => setTimeout(() => {{
     clientX: box.x + 2, clientY: box.y + 2, bubbles: true}}));
   found.tip = page.document.querySelector(".tip").textContent;
   document.body.setAttribute("data-found", JSON.stringify(found));
-}}, 1500);
+}}, 4000);
 </script></body>"""
 
 
