@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fedcustom.serving.app import result
 from fedcustom.serving.errors import ApiError
 from fedcustom.serving.requests import ClassifyRequest
 from fedcustom.serving.served import AT_ONCE, Served
@@ -53,3 +54,19 @@ def test_a_classification_ends_soon_after_its_caller_has_left() -> None:
         served.classify(ClassifyRequest(input=list(texts)))(job)
     assert [len(part) for part in run.seen] == [AT_ONCE, AT_ONCE]
     loop.close()
+
+
+def test_a_request_that_outlasts_the_servers_end_is_no_error_of_the_program() -> None:
+    """The server cancels it: that ends as an answer, which nobody reads, and not as a traceback."""
+
+    async def cancelled() -> tuple[int, bool]:
+        job = Job(60.0, asyncio.get_running_loop(), threading.Event())
+        waits: Any = SimpleNamespace(is_disconnected=asyncio.Event().wait)
+        task = asyncio.create_task(result(waits, job))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(ApiError) as caught:
+            await task
+        return caught.value.status, job.stopped()
+
+    assert asyncio.run(cancelled()) == (499, True)

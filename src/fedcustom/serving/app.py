@@ -233,11 +233,14 @@ async def result(request: Request, job: Job) -> Any:
     Raises:
         ApiError: nothing, and why.
     """
-    async for event in followed(request, job):
-        if isinstance(event, ApiError):
-            raise event
-        if isinstance(event, Finished):
-            return event.result
+    try:
+        async for event in followed(request, job):
+            if isinstance(event, ApiError):
+                raise event
+            if isinstance(event, Finished):
+                return event.result
+    except asyncio.CancelledError:  # the server ends, and the job has not within its grace
+        raise gone() from None
     raise gone()
 
 
