@@ -343,7 +343,7 @@ def test_an_export_is_compared_and_its_page_begins_with_the_system_message(
     )
     notes: list[str] = []
     run.export(tmp_path / "exported", note=notes.append)
-    assert not notes
+    assert [note for note in notes if "licence" not in note] == []  # of this folder it is not known
     page = (tmp_path / "exported" / "README.md").read_text()
     end = run.tokenizer().eos_token_id
     assert 'messages.insert(0, {"role": "system", "content": \'Say "it".\'})\n' in page

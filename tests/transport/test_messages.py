@@ -17,6 +17,7 @@ from pydantic import Field
 from fedcustom.core.errors import UpdateError, WireError
 from fedcustom.methods import RoundTask, Task, Update, Work, message_kinds
 from fedcustom.methods.distillation.messages import DistilTask, DistilUpdate
+from fedcustom.methods.lora import messages as lora
 from fedcustom.methods.prefix.messages import PrefixUpdate
 from fedcustom.methods.prompt_engineering.messages import (
     AloneTask,
@@ -36,7 +37,7 @@ from fedcustom.transport import wire
 from fedcustom.transport.channel import task_length, update_length
 from fedcustom.transport.messages import read_task, read_update, values_of
 
-MODULES = ("tuning", "prefix", "distillation", "retrieval", "prompt_engineering")
+MODULES = ("tuning", "lora", "prefix", "distillation", "retrieval", "prompt_engineering")
 
 # --- every class, with any values that it allows ---
 
@@ -73,6 +74,7 @@ MESSAGES: dict[type[Task], tuple[dict[str, Any], type[Update], dict[str, Any]]] 
         TrainUpdate,
         trained,
     ),
+    lora.ProjectTask: (asked, lora.ProjectionUpdate, {}),
     tuning.FitHeadTask: (
         paced,
         tuning.HeadSumsUpdate,
