@@ -112,7 +112,10 @@ def export_with_code(
 
 def _check_shifts(folder: Path, memory: dict[str, Any]) -> None:
     """See that a folder's slots shift queries as the recipe's do; memories once had no shifts."""
-    written = read_json(folder / "config.json").get(SETTING, {}).get("shifts", False)
+    config = read_json(folder / "config.json")
+    if SETTING not in config:  # a pooled classifier's folder holds its encoder's configuration
+        config = config.get("encoder", {})
+    written = config.get(SETTING, {}).get("shifts", False)
     if written != memory["shifts"]:
         raise ModelError(
             f"{folder}: was written with method.query_shifts = {str(written).lower()}; set that in the recipe"
