@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedcustom.core.errors import ModelError
 from fedcustom.data.examples import Example
 from fedcustom.models.pooled_classifier import PooledClassifier
 from helpers.methods import ALONE, LABELS, SETTINGS, SINGLE, classification_examples, examples_for, make
@@ -80,6 +81,16 @@ def test_what_is_saved_is_opened(sentence: str, tmp_path: Path, name: str) -> No
     opened = again.open(tmp_path / "model")
     again.trainable.write(again.ownership.complete(opened.tensors))
     torch.testing.assert_close(logits(again.trainable.model.eval(), batch), ours, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_written_without_shifts_is_told(sentence: str, tmp_path: Path) -> None:
+    """And one with them: a pooled classifier's folder holds its encoder's configuration."""
+    for written in (False, True):
+        method = make(sentence, "prefix", length=12, query_shifts=written)
+        method.export(method.initialise(), tmp_path / str(written))
+        other = make(sentence, "prefix", length=12, query_shifts=not written)
+        with pytest.raises(ModelError, match=f"query_shifts = {str(written).lower()}; set that"):
+            other.open(tmp_path / str(written))
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,29 @@ def test_a_signal_ends_it_while_the_model_writes(directory: Path, number: signal
     assert "Traceback" not in error
 
 
+def test_connections_are_limited(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import fedcustom.serving.server as server\nserver.MOST_CONNECTIONS = 3\n"
+    )
+    process, url = started(directory, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    try:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        assert httpx.get(f"{url}/health").status_code == 200
+        with contextlib.ExitStack() as idle:
+            for _ in range(3):
+                idle.enter_context(socket.create_connection(address))
+            assert httpx.get(f"{url}/health").status_code == 503
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+
+
 def test_refusals(directory: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = command("serve", tmp_path)
+    said = command("serve", tmp_path, "--port", 0)
     assert (said.code, said.error.strip()) == (2, f"error: {tmp_path}: holds no run (no recipe.toml)")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        said = command("serve", directory, "--port", port)
+    with socket.create_server(("127.0.0.1", 0)) as taken, monkeypatch.context() as patch:
+        patch.setattr("fedcustom.serving.server.Served", None)  # no model is loaded for a taken address
+        said = command("serve", directory, "--port", taken.getsockname()[1])
     assert said.code == 2
     assert "Address already in use" in said.error
     monkeypatch.setitem(sys.modules, "uvicorn", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -166,6 +167,22 @@ def test_only_its_own_page_is_served_and_only_to_this_machine(tmp_path: Path) ->
         assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
         status, _, text = asked(server, "/report")
         assert (status, text) == (409, "No report: no folder was named: no finished run (no summary.json)\n")
+
+
+def test_connections_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedcustom.watch.server.MOST_CONNECTIONS", 2)
+    with served([tmp_path]) as server:
+        address = ("127.0.0.1", server.server_port)
+        idle = [socket.create_connection(address) for _ in range(2)]
+        with socket.create_connection(address, timeout=20) as third:
+            assert third.recv(1) == b""  # closed
+        for connection in idle:
+            connection.close()
+        for _ in range(100):  # their threads end soon after
+            with contextlib.suppress(ConnectionError, http.client.HTTPException):
+                assert asked(server, "/data")[0] == 200
+                return
+        raise AssertionError("no connection was free again")
 
 
 PAYLOAD = "<img src=x onerror='window.injected = 1'>"

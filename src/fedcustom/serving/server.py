@@ -17,6 +17,8 @@ from .worker import Worker
 SHUTDOWN_SECONDS = 10
 """How long callers may take to read what they were sent when the server stops."""
 
+MOST_CONNECTIONS = 512
+"""Connections that may be open; requests of further ones are refused (503)."""
 
 OPEN = (
     "and there is no TLS: what is asked and answered can be read on the way; put a proxy with TLS before it"
@@ -59,13 +61,15 @@ def serve(
 ) -> None:
     """Serve a finished run until a signal ends it (then raised anew, as ``KeyboardInterrupt`` for Ctrl-C).
 
+    The address is taken before the model is loaded; who calls meanwhile waits.
+
     Raises:
         RunError: see :class:`.served.Served`.
         OSError: the address cannot be listened to.
     """
-    served = Served(directory, name, most_tokens)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listening:
+        served = Served(directory, name, most_tokens)
         served.warm()
         shown = f"[{host}]" if ":" in host else host
         here = is_loopback(host)
@@ -81,6 +85,7 @@ def serve(
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            limit_concurrency=MOST_CONNECTIONS,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
         address = f"http://{shown}:{listening.getsockname()[1]}"

@@ -23,6 +23,8 @@ HOSTS = ("127.0.0.1", "localhost")
 own name to this machine.
 """
 SECONDS_A_REQUEST = 20.0
+MOST_CONNECTIONS = 32
+"""Connections that are answered at a time; more are closed."""
 
 
 class WatchServer(ThreadingHTTPServer):
@@ -43,6 +45,7 @@ class WatchServer(ThreadingHTTPServer):
         self.title = "Runs" if len(roots) > 1 else f"Runs in {roots[0].name or roots[0]}"
         self._lock = threading.Lock()
         self._drawn: tuple[object, dict[str, str]] | None = None
+        self._free = threading.BoundedSemaphore(MOST_CONNECTIONS)
         super().__init__((ADDRESS, port), _Handler)
 
     @property
@@ -57,6 +60,20 @@ class WatchServer(ThreadingHTTPServer):
             if self._drawn is None or self._drawn[0] != signature:
                 self._drawn = signature, parts(*self.watched.runs())
             return self._drawn[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection in a thread of its own, or close it where too many are open."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a connection, and make room for the next."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print a traceback, but not where a browser closed the connection before it had read the answer."""
