@@ -19,6 +19,7 @@ from .data.truncation import EXCHANGES, CutCount
 from .evaluation.calibration import softmax
 from .exporting.hub import check_repository, push, refuse_local_names
 from .exporting.run_export import RunExport
+from .federated.base_model import load_for
 from .federated.build import make_method
 from .federated.callbacks import Callback
 from .federated.history_frames import client_frame, round_frame
@@ -30,7 +31,7 @@ from .methods import CountsCuts, Method, State, WeightTuning, WritesTexts
 from .methods.prefix.memory_export import FILE as CODE
 from .methods.tuning.peft_support import leave_out_virtual_tokens
 from .models.configuration import context_length
-from .models.load import Base, load_base
+from .models.load import Base
 from .models.writing import Decoding, Written, write
 from .recipe.recipe import Recipe, load_recipe, read_toml, recorded_recipe
 from .updates.transform import UpdateTransform
@@ -152,17 +153,16 @@ class Run:
         if (self.directory / "model" / "adapter_config.json").exists():
             from peft import PeftModel
 
-            base = load_base(
-                self.recipe.model, self._task, self.recipe.seed, head=self.recipe.method.with_head
-            )
+            base = load_for(self.recipe, self._task, self.directory)
             adapter = read_json(self.directory / "model" / "adapter_config.json")
             if adapter["peft_type"] == "PROMPT_TUNING":
                 leave_out_virtual_tokens(base.model, adapter["num_virtual_tokens"])
             return PeftModel.from_pretrained(base.model, folder).eval()
-        settings = self.recipe.model
+        recipe = self.recipe
         if (self.directory / "model" / "config.json").exists():  # else the method leaves the weights alone
-            settings = settings.model_copy(update={"base": folder, "revision": None, "quantization": None})
-        return load_base(settings, self._task, self.recipe.seed, head=self.recipe.method.with_head).model
+            whole = {"base": folder, "revision": None, "quantization": None}
+            recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=whole)})
+        return load_for(recipe, self._task, self.directory).model
 
     def predict(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
         """What the customised model says of new inputs: texts, or rows with the recipe's columns. For
@@ -380,8 +380,7 @@ class Run:
 
     @cached_property
     def _base(self) -> Base:
-        recipe = self.recipe
-        return load_base(recipe.model, self._task, recipe.seed, head=recipe.method.with_head)
+        return load_for(self.recipe, self._task, self.directory)
 
     @cached_property
     def _method(self) -> tuple[Method, State]:

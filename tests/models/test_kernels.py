@@ -19,7 +19,7 @@ from fedcustom.data.examples import LearningTask
 from fedcustom.models.first_token import first_token_only
 from fedcustom.models.forward import classification_loss, target_losses
 from fedcustom.models.kernels import fuse_activations
-from fedcustom.models.load import faster, load_base
+from fedcustom.models.load import load_base
 from fedcustom.models.output import output_layer
 from fedcustom.models.settings import ModelSettings
 from helpers.plain import watched
@@ -74,17 +74,6 @@ def test_a_loaded_model_gives_the_same_logits(tiny: dict[str, str]) -> None:
     assert any(isinstance(module, torch.nn.GELU) for module in base.model.modules())
     ids = torch.arange(20).view(2, 10)
     torch.testing.assert_close(base.model(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2", "bart"])
-def test_auto_measures_a_step_in_each_precision(tiny: dict[str, str], kind: str) -> None:
-    task = LearningTask("classification", ("a", "b")) if kind == "bert" else LearningTask("generation")
-    base = load_base(ModelSettings(base=tiny[kind], dtype="auto"), task, 0)
-    assert set(base.measured) == {"float32", "bfloat16"}
-    assert all(seconds > 0 for seconds in base.measured.values())
-    assert base.precision == faster(base.measured)
-    assert all(p.grad is None and p.dtype == torch.float32 for p in base.model.parameters())
-    assert not load_base(ModelSettings(base=tiny[kind]), task, 0).measured
 
 
 SIZE = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -144,11 +133,6 @@ def test_the_last_layer_is_computed_for_the_first_token(kind: str) -> None:
     # All other passes give all tokens.
     states = model.base_model(**inputs).last_hidden_state
     torch.testing.assert_close(states, plain.base_model(**inputs).last_hidden_state, rtol=1e-5, atol=1e-5)
-
-
-def test_bfloat16_must_win_clearly() -> None:
-    assert faster({"float32": 1.0, "bfloat16": 0.79}) == "bfloat16"
-    assert faster({"float32": 1.0, "bfloat16": 0.81}) == "float32"
 
 
 @pytest.mark.slow

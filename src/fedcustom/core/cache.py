@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-PARTS = ("docstrings", "models")
+PARTS = ("docstrings", "models", "precision")
 """The folders in it, each of one kind of content. Nothing else in the cache folder is ever removed."""
 
 

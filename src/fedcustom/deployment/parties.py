@@ -10,13 +10,13 @@ from pathlib import Path
 from ..core.errors import RecipeError
 from ..data.examples import ClientData, Example, FederatedData, LearningTask
 from ..data.party_data import OwnData, read_own
+from ..federated.base_model import load_for
 from ..federated.build import change_vector, check_fit, make_method, noised_sums
 from ..federated.example_run import ExampleRun, check_rows, example_privacy
 from ..federated.fingerprint import of_server
 from ..federated.private_run import private_run
 from ..federated.simulation import Federation
 from ..federated.truncation import fitted_data
-from ..models.load import load_base
 from ..models.memory_mapping import park, parked
 from ..recipe.recipe import Recipe
 from ..transport.channel import Channel
@@ -119,7 +119,7 @@ def gather(
     check_rows(recipe, data)
     count = len(data.clients)
     private = private_run(recipe.settled(count), count, directory, with_sites=True)
-    base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
+    base = load_for(recipe, data.task, directory)
     data, truncation = fitted_data(recipe, recipe.data, base, data)
     transforms = update_transforms(recipe.compression)
     noise = (private.release, private.own_noise) if private is not None else (None, None)

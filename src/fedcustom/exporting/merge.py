@@ -8,11 +8,11 @@ from typing import Any
 from ..core.errors import RunError
 from ..core.files import read_json
 from ..data.examples import LearningTask
+from ..federated.base_model import load_for
 from ..methods.full.method import SHARD
 from ..methods.prefix.memory_export import FILE as CODE
 from ..methods.tuning.loading_page import loading_page
 from ..methods.tuning.model_card import offline
-from ..models.load import load_base
 from ..recipe.recipe import Recipe
 
 ADAPTER = "adapter_config.json"
@@ -60,7 +60,7 @@ def write_merged(directory: Path, recipe: Recipe, task: LearningTask, folder: Pa
     """
     from peft import PeftModel
 
-    base = load_base(recipe.model, task, recipe.seed, head=recipe.method.with_head)
+    base = load_for(recipe, task, directory)
     base.model.float()  # frozen matrices may be stored in less
     wrapped: Any = PeftModel.from_pretrained(base.model, str(directory / "model"))
     model = wrapped.merge_and_unload(safe_merge=True)

@@ -16,6 +16,7 @@ from ..core.folders import fill_folder, usable_folder
 from ..data.conversations import Message
 from ..data.examples import Example, LearningTask
 from ..evaluation.calibration import softmax
+from ..federated.base_model import load_for
 from ..methods import Method, State, WeightTuning
 from ..methods.prefix.memory_export import FILE as CODE
 from ..methods.tuning.export_check import (
@@ -30,7 +31,6 @@ from ..methods.tuning.export_check import (
     wanted,
 )
 from ..methods.tuning.model_card import bundle
-from ..models.load import load_base
 from ..models.quantised_layers import exact_weights
 from ..recipe.recipe import Recipe
 from .card import with_card
@@ -144,9 +144,9 @@ class RunExport:
         method, state = self.built()
         assert isinstance(method, WeightTuning)
         method.with_state(state)
-        recipe = self.recipe
-        settings = recipe.model.model_copy(update={"quantization": None})
-        base = load_base(settings, self.task, recipe.seed, head=recipe.method.with_head)
+        exact = self.recipe.model.model_copy(update={"quantization": None})
+        recipe = self.recipe.model_copy(update={"model": exact})
+        base = load_for(recipe, self.task, self.directory)
         with exact_weights(method.base.model, method.base.quantised):
             folded = fold(base, method.trainable, texts, slots, recipe.seed, self.note)
         expected = reference(folded.trainable.model, base, chosen := some([]), method.tokens(chosen))

@@ -15,7 +15,7 @@ from ..data.truncation import CutCount
 from ..evaluation.metrics import Metrics
 from ..methods import Method, State
 from ..methods.protocol import HasRemarks
-from ..models.load import Base, load_base
+from ..models.load import Base
 from ..recipe.recipe import Recipe
 from ..simulation.poison import backdoor_probes, poisoned, with_noise
 from ..transport.channel import Channel
@@ -26,6 +26,7 @@ from ..transport.secure import SummingTransport
 from ..updates.attack import hostile_clients, simulated_attack
 from ..updates.pipeline import update_transforms
 from ..updates.transform import UpdateTransform
+from .base_model import load_for
 from .build import change_vector, check_cohort, check_fit, check_transforms, make_method, noised_sums, pooled
 from .callbacks import Callback
 from .evaluator import Evaluator, Probes, Result
@@ -119,7 +120,7 @@ def simulate(
     private = private_run(recipe.settled(len(data.clients)), len(data.clients), directory)
     rows = of_data(recipe, data)
     callbacks.on_phase(f"loading {recipe.model.base}")
-    base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
+    base = load_for(recipe, data.task, directory)
     data, truncation = fitted_data(recipe, settings, base, data)
     hidden = example_run(recipe, data)
     hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)

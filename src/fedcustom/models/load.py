@@ -6,11 +6,10 @@ import contextlib
 import copy
 import importlib.util
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,13 +18,14 @@ from ..core.errors import ModelError
 from ..data.chat_template import ChatTemplate
 from ..data.encode import TokenRules
 from ..data.examples import LearningTask
-from .configuration import context_length, load_configuration, loading_errors, locate, pooling_of
+from .configuration import load_configuration, loading_errors, locate, pooling_of
 from .first_token import first_token_only
 from .kernels import attend_in_float32_on_processors, fuse_activations
 from .loading_report import LoadingReport, load_reported
 from .output import OutputLayer, output_layer
 from .padding import Padding, padding_of
 from .pooled_classifier import PooledClassifier, with_pooling
+from .precision import Precision, faster, step_seconds
 from .quantised_layers import Quantised, quantise
 from .quiet import quiet
 from .settings import ModelSettings
@@ -33,7 +33,8 @@ from .size_class import Architecture, architecture_of
 from .stored_weights import holds_halves, settle, stored_half, widen
 from .tokenizer_check import check_tokenizer, token_rules
 
-Precision = Literal["float32", "bfloat16"]
+FEW = (8, 64)
+"""Rows and tokens of a batch where nobody says more of it."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,20 @@ class Base:
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: bool = True) -> Base:
+def load_base(
+    settings: ModelSettings,
+    task: LearningTask,
+    seed: int,
+    *,
+    head: bool = True,
+    precision: Precision | None = None,
+    batch: tuple[int, int] = FEW,
+) -> Base:
     """Load tokenizer and model once; a classification head is initialised from ``seed``, the same everywhere.
 
     Without ``head`` the model is as it was pretrained, whatever the task: a language model, or the body of an
-    encoder.
+    encoder. With ``model.dtype = "auto"``, ``precision`` is that in which a run was begun; None: the faster
+    for batches of so many rows and tokens (:mod:`.precision`).
 
     Raises:
         ModelError: the model cannot be loaded or does not fit the task.
@@ -213,7 +223,12 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
     if architecture == "encoder" and classifies and reads_first and not settings.compile:
         first_token_only(model)
     plain = architecture == "decoder" and task.kind == "generation" and not settings.compile
-    measured = measure_precision(model, device) if settings.dtype == "auto" else {}
+    measured: dict[Precision, float] = {}
+    if settings.dtype != "auto":
+        precision = settings.dtype
+    elif precision is None:
+        measured = step_seconds(model, device, *batch)
+        precision = faster(measured)
     base = Base(
         model=model,
         tokenizer=tokenizer,
@@ -222,7 +237,7 @@ def load_base(settings: ModelSettings, task: LearningTask, seed: int, *, head: b
         name=settings.base,
         path=path,
         head=head_modules(model) if classifies else (),
-        precision=faster(measured) if settings.dtype == "auto" else settings.dtype,
+        precision=precision,
         device=device,
         measured=measured,
         compile=settings.compile,
@@ -324,30 +339,3 @@ def check_flash_attention(device: torch.device, dtype: str) -> None:
         raise ModelError(f"{said}model.dtype = 'bfloat16'")
     if importlib.util.find_spec("flash_attn") is None:
         raise ModelError(f"{said}the package flash-attn: pip install flash-attn")
-
-
-def measure_precision(model: Any, device: torch.device) -> dict[Precision, float]:
-    """Seconds of a forward and a backward pass through the loaded model in each precision, over 8 rows of 64
-    tokens (or as many as it takes): two steps each, of which the second counts.
-
-    Whole steps, since a fast matrix product says little of what stands between the products.
-    """
-    embed = model.get_input_embeddings()
-    ids = torch.zeros(8, min(64, context_length(model.config) or 64), dtype=torch.long, device=device)
-    other = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    seconds: dict[Precision, float] = {}
-    both: tuple[Precision, Precision] = ("float32", "bfloat16")
-    for precision in both:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            for _ in range(2):
-                begun = time.perf_counter()
-                states = embed(ids).detach().requires_grad_()
-                output = model(inputs_embeds=states, **other)[0].float().sum()
-                torch.autograd.grad(output, states)[0].sum().item()
-                seconds[precision] = time.perf_counter() - begun
-    return seconds
-
-
-def faster(seconds: Mapping[Precision, float]) -> Precision:
-    """bfloat16 where it wins clearly; float32 is the safer choice."""
-    return "bfloat16" if seconds["bfloat16"] < 0.8 * seconds["float32"] else "float32"

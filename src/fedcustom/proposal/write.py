@@ -12,10 +12,10 @@ from ..core.errors import RecipeError
 from ..core.files import write_text
 from ..data.build import build_data, check_first_rows, with_builtin_columns
 from ..data.truncation import CutCount
+from ..federated.base_model import load_for
 from ..federated.build import check_cohort, check_fit
 from ..federated.resolve import resolved
 from ..federated.truncation import fitted_data
-from ..models.load import load_base
 from ..recipe.recipe import Recipe, load_recipe
 from .propose import Line, Proposal
 
@@ -122,7 +122,7 @@ def check_runs(recipe: Recipe) -> Checked:
     check_fit(recipe)
     data = build_data(settings, clients, recipe.seed, recipe.public)
     check_cohort(recipe, data)
-    base = load_base(recipe.model, data.task, recipe.seed, head=recipe.method.with_head)
+    base = load_for(recipe, data.task)
     data, cuts = fitted_data(recipe, settings, base, data)
     train = sum(len(client.train) for client in data.clients.values())
     rows = {"train": train, "development": len(data.development), "test": len(data.test)}

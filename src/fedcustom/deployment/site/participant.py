@@ -16,6 +16,7 @@ from ...data.party_data import OwnData
 from ...data.settings import ClientSettings
 from ...evaluation.settings import CHOICE_METRIC
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
+from ...federated.base_model import load_for
 from ...federated.build import change_vector, check_fit, make_method, noised_sums
 from ...federated.evaluator import development_predictions, predicted
 from ...federated.example_run import example_privacy
@@ -27,7 +28,6 @@ from ...methods.tuning.hidden_rows import steps_of
 from ...methods.tuning.messages import FitHeadTask
 from ...methods.tuning.release import OwnNoise
 from ...models.inference import Predictions, measure
-from ...models.load import load_base
 from ...privacy.client_mechanism import ClientMechanism
 from ...privacy.example_mechanism import ExampleMechanism, Releases
 from ...privacy.secure_sum.integers import Numbers
@@ -106,7 +106,7 @@ class Participant:
         self.recipe, self.name, self.policy, self.data = recipe, data.name, policy, data
         self.settled, self.names = recipe.settled(len(names)), names
         task = LearningTask.of(recipe.data, labels)
-        self.base = load_base(recipe.model, task, recipe.seed, head=recipe.method.with_head)
+        self.base = load_for(recipe, task)
         on_load()
         everyone = {other: ClientData(other, []) for other in names} | {data.name: data}
         federation = FederatedData(task, everyone, [], [], test_is_pooled=True, public=own.public)
