@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,25 @@ def _a(options: Any) -> dict[str, Any]:
 def _b(options: Any) -> dict[str, Any]:
     if not (options.trec / "train.jsonl").exists():
         return {"skipped": f"skipped: no TREC-6 in {options.trec}; name its folder with --trec or TREC=..."}
-    return _compared(
-        lambda folder: cross_device.job(folder, options.trec.resolve()), ["flower", "pfl"], options
-    )
+    trec = options.trec.resolve()
+    found = _compared(lambda folder: cross_device.job(folder, trec), ["flower", "pfl"], options)
+    return {**found, "auto": _precision_by_machine(trec, options)}
+
+
+def _precision_by_machine(trec: Path, options: Any) -> dict[str, Any]:
+    """Ours in the precision that ``model.dtype = "auto"`` chooses, against the bare loop in float32 and in
+    that precision; and in float32.
+    """
+    with tempfile.TemporaryDirectory() as space:
+        plain = cross_device.job(Path(space), trec)
+        chosen = cross_device.job(Path(space), trec, dtype="auto")
+        precision = json.loads((chosen / "work.json").read_text(encoding="utf-8"))["precision"]
+        ours, bare = own_engines()
+        engines = [ours, bare]
+        if precision != "float32":
+            engines += [replace(one, name=f"{one.name}, {precision}", job=chosen) for one in (ours, bare)]
+        measured = alternate(engines, plain, options.repeat, options.threads, limit=options.limit)
+        return {"precision": precision, "engines": compare(measured, engines[-2].name)}
 
 
 def _c(options: Any) -> dict[str, Any]:

@@ -21,12 +21,15 @@ OURS = "fedcustom"
 
 @dataclass(frozen=True)
 class Engine:
-    """Something that does a job: ``command`` is called with the job's folder and the result's."""
+    """Something that does a job: ``command`` is called with the job's folder and the result's. With a ``job``
+    of its own it does that one.
+    """
 
     name: str
     command: tuple[str, ...]
     problem: str = ""
     """Why it cannot run, where that is known already."""
+    job: Path | None = None
 
 
 @dataclass
@@ -83,7 +86,7 @@ def _run(engine: Engine, job: Path, folder: Path, threads: int, found: Measured,
     try:
         with log.open("w", encoding="utf-8") as file:
             code = subprocess.run(
-                [*engine.command, str(job), str(folder)],
+                [*engine.command, str(engine.job or job), str(folder)],
                 env={**os.environ, **variables}, cwd=HERE.parent, stdout=file, stderr=subprocess.STDOUT,
                 timeout=limit, check=False,
             ).returncode  # fmt: skip
@@ -134,9 +137,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high}
 
 
-def compare(measured: Mapping[str, Measured]) -> dict[str, Any]:
-    """For each engine: seconds a round, start-up, and our time over its own, repetition by repetition."""
-    ours = measured[OURS]
+def compare(measured: Mapping[str, Measured], mine: str = OURS) -> dict[str, Any]:
+    """For each engine: seconds a round, start-up, and the time of ``mine`` over its own, repetition by
+    repetition.
+    """
+    ours = measured[mine]
     rows: dict[str, Any] = {}
     for name, found in measured.items():
         if found.problem or not found.rounds:

@@ -8,9 +8,18 @@ from typing import Any
 from ..jobs import write_job
 
 
-def job(folder: Path, data: Path, *, rounds: int = 4, clients: int = 1000, per_round: int = 50) -> Path:
+def job(
+    folder: Path,
+    data: Path,
+    *,
+    rounds: int = 4,
+    clients: int = 1000,
+    per_round: int = 50,
+    dtype: str = "float32",
+) -> Path:
     """A prefix of 16; one epoch in batches of 8 over five questions a client."""
     recipe: dict[str, Any] = {
+        "model": {"dtype": dtype},
         "data": {"source": str(data), "test": "test", "development": "test", "max_length": 48,
                  "test_limit": 8},
         "clients": {"partition": "iid", "count": clients, "test_fraction": 0.0, "minimum_examples": 1},
@@ -19,4 +28,4 @@ def job(folder: Path, data: Path, *, rounds: int = 4, clients: int = 1000, per_r
         "rounds": {"count": rounds, "clients_per_round": per_round},
         "evaluation": {"every": rounds, "untuned": False, "select": "last", "batch_size": 128},
     }  # fmt: skip
-    return write_job(recipe, folder / "job")
+    return write_job(recipe, folder / f"job-{dtype}")
