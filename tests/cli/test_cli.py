@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fedcustom
 from fedcustom import load
@@ -328,6 +329,17 @@ def test_recipe_prints_a_recipe_that_runs(command: Any, tmp_path: Path) -> None:
     everything = command("recipe", "--help-all").out
     for name in ("training.learning_rate", "clients.alpha", "method.length", "aggregation.rule"):
         assert name in everything
+
+
+def test_too_little_memory_is_one_line(
+    command: Any, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedcustom.federated.simulation.load_for", lambda *_: torch.empty(2**50))
+    result = command("run", recipe_file, "--out", tmp_path / "run")
+    assert result.code == 2
+    assert "error: out of memory: " in result.error
+    assert "lower training.batch_size or data.max_length" in result.error
+    assert "Traceback" not in result.error
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from ..core.errors import FedcustomError
 from ..core.library_errors import in_one_line, while_loading
+from ..core.memory_errors import HINT, out_of_memory
 from .answers import ask, chat, index, predict
 from .audit import audit
 from .certificates import deploy, site
@@ -107,6 +108,8 @@ def main() -> NoReturn:
         what = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
         _fail(what, error, debug)
     except Exception as error:
+        if out_of_memory(error):
+            _fail(f"out of memory: {in_one_line(error)[:200]}; {HINT} (docs/memory.md)", error, debug)
         if not while_loading(error):
             raise
         _fail(f"{in_one_line(error)} ({DEBUG} shows where it comes from)", error, debug)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ModelError
 from ..core.library_errors import in_one_line
+from ..core.memory_errors import out_of_memory
 from ..data.tokens import TokenizedExample, collate
 from .forward import classification_logits, pooled, target_losses
 
@@ -48,9 +49,9 @@ def trial(model: nn.Module, refusal: Callable[[str], str]) -> Iterator[None]:
     kept = [(m, dict(m._modules), _plain_values(m)) for m in model.modules()]
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except FAILURES as error:
+        if out_of_memory(error):
+            raise
         raise ModelError(refusal(in_one_line(error))) from error
     finally:
         for module, children, values in kept:

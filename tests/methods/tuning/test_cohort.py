@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -239,7 +240,22 @@ def test_what_a_client_remembers_wrongly_spoils_its_answer_alone(tiny: dict[str,
     assert f"{name} has shape (7,)" in str(answers[1])
 
 
-def test_out_of_memory_halves_the_batch(tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def no_gpu_memory() -> None:
+    raise torch.OutOfMemoryError("none left")
+
+
+def no_memory() -> None:
+    torch.empty(2**50)
+
+
+def no_array() -> None:
+    np.empty(2**50)
+
+
+@pytest.mark.parametrize("fails", [no_gpu_memory, no_memory, no_array])
+def test_out_of_memory_halves_the_batch(
+    tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch, fails: Callable[[], None]
+) -> None:
     options: dict[str, Any] = {"rank": 4, "training": {"batch_size": 3, "optimizer": "sgd"}}
     expected = rounds(make(tiny["bert"], "lora", **options), "classification", together=True)
     method = make(tiny["bert"], "lora", **options)
@@ -248,7 +264,7 @@ def test_out_of_memory_halves_the_batch(tiny: dict[str, str], monkeypatch: pytes
     def scarce(model: Any, batch: Any) -> torch.Tensor:
         sizes.append(len(batch["labels"]))
         if sizes[-1] > 2:
-            raise torch.OutOfMemoryError("none left")
+            fails()
         return plain(model, batch)
 
     monkeypatch.setattr(method.objective, "row_losses", scarce)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core.errors import ModelError
 from ...core.library_errors import in_one_line
+from ...core.memory_errors import out_of_memory
 from ...data.tokens import TokenizedExample
 from ...models.checkpointing import checkpointed_layers, checkpointing
 from ...models.first_token import carry_classifying
@@ -54,9 +55,9 @@ def check_checkpointing(
     with torch.random.fork_rng(devices=[]):
         try:
             wanted, found = gradients(nullcontext()), gradients(checkpointing(model, [carry_classifying]))
-        except torch.OutOfMemoryError:
-            raise
         except FAILURES as error:
+            if out_of_memory(error):
+                raise
             raise ModelError(f"{said}its code fails ({in_one_line(error)[:200]}); leave it off") from error
     gap = size = 0.0
     for parameter, one, other in zip(trainable.parameters.values(), wanted, found, strict=True):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ....core.library_errors import in_one_line
+from ....core.memory_errors import out_of_memory
 from ....core.tensors import Tensors
 from ....data.tokens import TokenizedExample
 from ....models.padding import FAILURES
@@ -59,9 +60,9 @@ def disagreement(
             with modules.in_place():
                 shared = objective.row_losses(model, objective.collate([*first, *second]))
             found = torch.autograd.grad(shared.sum(), list(stacks.values()), allow_unused=True)
-        except torch.OutOfMemoryError:
-            return None  # training makes smaller batches then
-        except FAILURES as error:
+        except (*FAILURES, MemoryError) as error:
+            if out_of_memory(error):
+                return None  # training makes smaller batches then
             return in_one_line(error)[:120]
     finally:
         _put(parameters, kept)

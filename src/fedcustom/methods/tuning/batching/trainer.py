@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ....core.environment import free_memory
 from ....core.errors import UpdateError
+from ....core.memory_errors import out_of_memory
 from ....core.tensors import Tensors
 from ....data.tokens import TokenizedExample, of_one_length
 from ....models.checkpointing import keeping_all
@@ -261,8 +262,8 @@ class _Trainer:
         """Forward and backward for some rows; where memory runs out, for one half after the other."""
         try:
             return [self._whole(parameters, rows)]
-        except (torch.OutOfMemoryError, MemoryError):
-            if len(rows) == 1:
+        except (RuntimeError, MemoryError) as error:
+            if len(rows) == 1 or not out_of_memory(error):
                 raise
         # Not in the handler: the error would keep what the failed pass held.
         half = len(rows) // 2
