@@ -61,8 +61,8 @@ def test_refusals(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("clients", "changes", "message"),
     [
-        (2, {}, "2 clients take part in a round; 3 to 64 are possible"),
-        (65, {"rounds": {"clients_per_round": 65}}, "65 clients take part"),
+        (2, {}, "2 clients take part in a round; 3 to 128 are possible"),
+        (129, {"rounds": {"clients_per_round": 129}}, "129 clients take part"),
         (10, {"rounds": {"clients_per_round": 2}}, "2 clients take part"),
         (4, {"secure_sum": {"on": True, "most_examples": 9, "threshold": 5}}, "secure_sum.threshold = 5"),
         (4, {"secure_sum": {"on": True, "most_examples": 9, "colluding": 3}}, "secure_sum.colluding = 3"),

@@ -51,11 +51,26 @@ def needed_place(wanted: int) -> int:
     return next((place for place, number in enumerate(NEEDED) if number >= wanted), len(NEEDED) - 1)
 
 
-def wanted_examples(texts: Tensor, least: int) -> int:
-    """How many examples of a label all clients must have together, for a client whose own are of ``texts``
-    (numbers that are equal for equal texts), so that none of these is more than one in ``least``.
+def wanted_examples(labels: Tensor, texts: Tensor, least: int) -> dict[int, int]:
+    """How many examples of each of its labels a client wants all clients to have together, so that none of
+    its own texts is more than one in ``least`` of them. ``labels`` and ``texts`` of (rows,) are its rows'
+    labels and numbers that are equal for equal texts.
     """
-    return 1 if least == 1 else least * int(torch.bincount(texts).max())
+    found = {}
+    for label in sorted(set(labels.tolist())):
+        repeated = int(torch.bincount(texts[labels == label]).max())
+        found[label] = 1 if least == 1 else least * repeated
+    return found
+
+
+def repeats_of(wanted: Mapping[int, int], classes: int) -> Tensor:
+    """What a client tells of that: a 1 for each of its labels at the place of the number, (labels,
+    numbers).
+    """
+    repeats = torch.zeros(classes, len(NEEDED), dtype=torch.int64)
+    for label, number in wanted.items():
+        repeats[label, needed_place(number)] = 1
+    return repeats
 
 
 @dataclass(frozen=True)

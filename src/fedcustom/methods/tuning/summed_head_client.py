@@ -33,6 +33,7 @@ from .summed_head import (
     LabelTotals,
     cut_losses,
     needed_place,
+    repeats_of,
     shortened,
     wanted_examples,
 )
@@ -95,14 +96,11 @@ class SummedHeadClient(HeadClient):
         texts = text_numbers(tokens)
         rows = Rows(vectors, labels, texts).only(counted_rows(labels, texts, classes, self.terms.alone))
         self.rows[name], self.earlier[name] = rows, []
-        repeats = torch.zeros(classes, len(NEEDED), dtype=torch.int64)
-        for label, wanted in self._wanted(rows).items():
-            repeats[label, needed_place(wanted)] = 1
         return LabelCountsUpdate(
             {
                 "counts": torch.bincount(labels, minlength=classes),
                 "counted": torch.bincount(rows.labels, minlength=classes),
-                "repeats": repeats,
+                "repeats": repeats_of(wanted_examples(rows.labels, rows.texts, self.least), classes),
             },
             float(len(labels)),
         )
@@ -111,7 +109,7 @@ class SummedHeadClient(HeadClient):
         """Sums over the vectors of labels that are common enough; the others take part no more."""
         totals, rows, classes = LabelTotals.told(task), self.rows[name], self.layer.classes
         own = torch.bincount(rows.labels, minlength=classes).tolist()
-        for label, wanted in self._wanted(rows).items():
+        for label, wanted in wanted_examples(rows.labels, rows.texts, self.least).items():
             place = needed_place(wanted)
             least = NEVER if place == len(NEEDED) - 1 else NEEDED[place]
             if totals.counted[label] < own[label] or totals.needed[label] < least or not totals.owners[label]:
@@ -164,13 +162,6 @@ class SummedHeadClient(HeadClient):
             },
             float(len(rows.labels)),
         )
-
-    def _wanted(self, rows: Rows) -> dict[int, int]:
-        """How many examples of each of its labels a client wants all to have together."""
-        return {
-            label: wanted_examples(rows.texts[rows.labels == label], self.least)
-            for label in sorted(set(rows.labels.tolist()))
-        }
 
 
 def _whole(number: int) -> Tensor:
