@@ -1,5 +1,5 @@
-"""The fit of the head under secure sums: equal to the simulation to the last bit, near the fit of a run without
-them, and what the sites send of it.
+"""The fit of the head under secure sums: equal to the simulation to the last bit, near the fit of a run
+without them, and what the sites send of it.
 """
 
 from __future__ import annotations

@@ -82,6 +82,18 @@ MESSAGES: dict[type[Task], tuple[dict[str, Any], type[Update], dict[str, Any]]] 
     ),
     tuning.ScaleHeadTask: (asked, tuning.HeadLossesUpdate, {"weight": finite}),
     tuning.HeadGradientTask: (asked, tuning.HeadGradientUpdate, {"weight": finite, "objective": finite}),
+    tuning.CountLabelsTask: (paced, tuning.LabelCountsUpdate, {"weight": finite}),
+    tuning.SumVectorsTask: (
+        {**asked, **dict.fromkeys(("counted", "needed", "owners"), st.lists(whole, max_size=3).map(tuple))},
+        tuning.VectorSumsUpdate,
+        {"weight": finite},
+    ),
+    tuning.SumLossesTask: ({**asked, "examples": positive}, tuning.LossSumsUpdate, {"weight": finite}),
+    tuning.SumGradientsTask: (
+        {**asked, "examples": positive, "step": st.integers(1, 1000)},
+        tuning.GradientSumsUpdate,
+        {"weight": finite},
+    ),
     DistilTask: ({**paced, "model": whole}, DistilUpdate, trained),
     retrieval.CountTask: (asked, retrieval.CountUpdate, {"documents": whole}),
     retrieval.IndexTask: ({"encoder": digests}, retrieval.IndexUpdate, {"documents": whole, "chunks": whole}),

@@ -148,6 +148,7 @@ class SumLossesTask(ScaleHeadTask):
     """
 
     kind: ClassVar[str] = "sum losses"
+    contents: ClassVar[tuple[Content, ...]] = ("sums",)
     exchange: ClassVar[int] = 3
 
     examples: Positive
@@ -160,6 +161,7 @@ class SumGradientsTask(HeadGradientTask):
     """
 
     kind: ClassVar[str] = "sum gradients"
+    contents: ClassVar[tuple[Content, ...]] = ("sums", "counts")
     exchange: ClassVar[int] = 4
 
     examples: Positive
