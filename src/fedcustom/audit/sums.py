@@ -73,8 +73,8 @@ class Sums:
         noised = any(getattr(message.update, "deviation", None) is not None for message in seen.received)
         if not clients and not noised and (seen.received or not seen.answered):
             raise CannotAttack("no client of the round sent sums")
-        shown = [m.task for m in (*seen.received, *seen.sums) if isinstance(m.task, FitHeadTask)]
-        task = shown[0] if shown else seen.task(target)
+        shown = [m.task for m in seen.received] + [each.task for each in seen.sums]
+        task = next((each for each in shown if isinstance(each, FitHeadTask)), None) or seen.task(target)
         asked = [each.client for each in clients] or list(seen.answered)
         held = [] if clients else target.data.development
         pool = _Pool.of(target, asked, task, deadline, held)
