@@ -98,3 +98,47 @@ def test_it_is_near_the_fit_of_a_run_without_secure_sums(recipe: dict[str, Any],
     for name, tensor in head(last(tmp_path / "open")).items():
         summed = head(last(tmp_path / "summed"))[name]
         torch.testing.assert_close(summed, tensor, rtol=0, atol=2e-4 * float(tensor.norm()))
+
+
+def test_a_site_that_is_lost_between_the_sums(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Before the vectors are summed the round comes to nothing. Later, the head stays that of the sums: the
+    discriminant, to the last bit that of a simulation that takes no steps.
+    """
+    recipe["training"] |= {"fit_head_least_texts": 1}
+    sites = SecureSites(tmp_path / "sites", recipe, trick=lost_in("o1", 4, "keys"))
+    sites.run(tmp_path / "later")
+    (row,) = rows_of(tmp_path / "later")
+    assert "not all clients went on; kept what was fitted before" in row["method"]["head"]
+    assert list(unmasked(sites, "o0")) == ["1.1", "1.2", "1.3"]
+    assert any("is not opened" in reason for reason in row["left_out"].values())
+    steps = {**recipe, "training": {**recipe["training"], "fit_head_steps": 0}}
+    fedcustom.run(steps, out=str(tmp_path / "simulated"))
+    simulated, deployed = head(last(tmp_path / "simulated")), head(last(tmp_path / "later"))
+    scale = {name: float(deployed[name].norm() / tensor.norm()) for name, tensor in simulated.items()}
+    for name, tensor in simulated.items():
+        assert equal({name: (scale["classifier.weight"] * tensor).sign()}, {name: deployed[name].sign()})
+        torch.testing.assert_close(deployed[name], scale[name] * tensor, rtol=1e-5, atol=1e-7)
+    first = SecureSites(tmp_path / "others", recipe, trick=lost_in("o1", 2, "keys"))
+    first.run(tmp_path / "first")
+    (row,) = rows_of(tmp_path / "first")
+    assert "the clients' vectors were not summed" in row["refused"]
+    assert list(unmasked(first, "o0")) == ["1.1"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "withheld"),
+    [({"least_label_examples": 60}, 0), ({"least_label_examples_alone": 60}, 130)],
+)
+def test_a_sites_own_minimum(
+    recipe: dict[str, Any], tmp_path: Path, policy: dict[str, Any], withheld: int
+) -> None:
+    """Of all sites' texts of a label, or of its own: either way there are too few here."""
+    sites = SecureSites(tmp_path / "sites", recipe, policy=policy)
+    sites.run(tmp_path / "out")
+    (row,) = rows_of(tmp_path / "out")
+    assert row["method"]["head"].startswith("not fitted: labels that fewer than 3 clients have, or of fewer")
+    assert list(unmasked(sites, "o0")) == ["1.1"]
+    files = [sites.folder / name / "fedcustom" / "audit.jsonl" for name in sites.names]
+    events = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    told = [event for event in events if event["event"] == "withheld"]
+    assert bool(told) == bool(withheld)

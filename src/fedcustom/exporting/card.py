@@ -181,7 +181,9 @@ def _privacy(directory: Path, recipe: Recipe, summary: Mapping[str, Any], method
         if recipe.secure_sum is not None and recipe.secure_sum.on:
             fits = recipe.training.fit_head_rounds
             what = "changes, and of what their head was fitted from," if fits else "changes,"
-            lines.append(f"Secure sums: the server was shown the sum of the clients' {what} and no client's own.\n")
+            lines.append(
+                f"Secure sums: the server was shown the sum of the clients' {what} and no client's own.\n"
+            )
     promise, file = summary.get("privacy"), directory / "privacy.json"
     if promise is None or not file.exists():
         return "\n".join(

@@ -182,12 +182,10 @@ def in_words(recipe: Sections) -> str | None:
         least = training.least_texts
         if _summed(recipe):
             assert recipe.secure_sum is not None
-            few = f"fewer than {recipe.secure_sum.least_owners} clients"
-            few += f" or {least} texts" if least > 1 else ""
-            parts.append(
-                "the server sees sums over these clients alone, and labels of which all of them together "
-                f"have {few} are left out"
-            )
+            owners = recipe.secure_sum.least_owners
+            few = f", or of which they have fewer than {least} texts together," if least > 1 else ""
+            parts.append("the server sees sums over these clients alone")
+            parts.append(f"labels that fewer than {owners} of them have{few} are left out")
             return "; ".join(parts)
         parts.append(
             f"labels of which a client has fewer than {least} texts are withheld from the fit"

@@ -168,7 +168,10 @@ def test_labels_that_are_rare_in_all_are_left_out(tiny: dict[str, str]) -> None:
     assert answer.update.tensors["counted"].tolist() == [30, 0, 0]
     after = made.aggregate(first.state, iter([answer]))
     said = after.report["head"]
-    assert "labels of fewer than 3 clients or 3 texts left out: all of 2 labels, 16 of 46 rows" in said
+    assert (
+        "labels that fewer than 3 clients have, or of fewer texts than these ask for, left out: all" in said
+    )
+    assert "all of 2 labels, 16 of 46 rows" in said
     assert "the head is trained further" in said
     alone = summed(tiny, clients=5, owners=2)  # nobody helps the server: two clients are enough
     state = alone.initialise()

@@ -232,10 +232,10 @@ class SummedHeadFit(HeadFit):
         if not left:
             return ""
         labels = int(((fit.counts > 0) & ~admitted).sum())
-        few = f"of fewer than {self.owners} clients"
+        few = f"labels that fewer than {self.owners} clients have"
         if self.least > 1:
-            few += f" or {self.least} texts"
-        return f"labels {few} left out: all of {labels} labels, {left} of {number} rows"
+            few += ", or of fewer texts than these ask for,"
+        return f"{few} left out: all of {labels} labels, {left} of {number} rows"
 
     def _ended(self, state: State, note: str = "", *, fitted: bool = True) -> Aggregate:
         fit, self._fit = self._under_way(), None
