@@ -102,7 +102,7 @@ def test_it_is_near_the_fit_of_a_run_without_secure_sums(recipe: dict[str, Any],
 
 def test_a_site_that_is_lost_between_the_sums(recipe: dict[str, Any], tmp_path: Path) -> None:
     """Before the vectors are summed the round comes to nothing. Later, the head stays that of the sums: the
-    discriminant, to the last bit that of a simulation that takes no steps.
+    discriminant, at its temperature.
     """
     recipe["training"] |= {"fit_head_least_texts": 1}
     sites = SecureSites(tmp_path / "sites", recipe, trick=lost_in("o1", 4, "keys"))
@@ -116,7 +116,6 @@ def test_a_site_that_is_lost_between_the_sums(recipe: dict[str, Any], tmp_path: 
     simulated, deployed = head(last(tmp_path / "simulated")), head(last(tmp_path / "later"))
     scale = {name: float(deployed[name].norm() / tensor.norm()) for name, tensor in simulated.items()}
     for name, tensor in simulated.items():
-        assert equal({name: (scale["classifier.weight"] * tensor).sign()}, {name: deployed[name].sign()})
         torch.testing.assert_close(deployed[name], scale[name] * tensor, rtol=1e-5, atol=1e-7)
     first = SecureSites(tmp_path / "others", recipe, trick=lost_in("o1", 2, "keys"))
     first.run(tmp_path / "first")

@@ -41,13 +41,6 @@ ON = {"secure_sum": {"on": True, "most_examples": 100}}
         ({"method": {"name": "retrieval"}, "data": {"task": "retrieval"}}, r"method.name = 'retrieval'"),
         ({"training": {"learning_rate": "auto"}}, r"training.learning_rate = 'auto': repeats rounds"),
         ({"training": {"label_skew": "balance"}}, r"secure_sum.on = true"),
-        (
-            {
-                "privacy": {"unit": "example", "epsilon": 8.0, "delta": 1e-5},
-                "training": {"fit_head_rounds": [1], "optimizer": "sgd"},
-            },
-            r"training.fit_head_rounds = \[1\]: does not go with secure_sum.on = true, where clients noise",
-        ),
         ({"baseline": "local"}, r"\[secure_sum\]: needs baseline = 'federated'"),
         ({"secure_sum": {"on": True}}, r"secure_sum.most_examples: is needed to weigh by examples"),
         ({"secure_sum": {"on": True, "most_examples": 0}}, r"secure_sum.most_examples = 0: must be greater"),

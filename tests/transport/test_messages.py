@@ -83,6 +83,7 @@ MESSAGES: dict[type[Task], tuple[dict[str, Any], type[Update], dict[str, Any]]] 
     tuning.ScaleHeadTask: (asked, tuning.HeadLossesUpdate, {"weight": finite}),
     tuning.HeadGradientTask: (asked, tuning.HeadGradientUpdate, {"weight": finite, "objective": finite}),
     tuning.CountLabelsTask: (paced, tuning.LabelCountsUpdate, {"weight": finite}),
+    tuning.SumNoisedTask: (paced, tuning.NoisedSumsUpdate, {"weight": finite}),
     tuning.SumVectorsTask: (
         {**asked, **dict.fromkeys(("counted", "needed", "owners"), st.lists(whole, max_size=3).map(tuple))},
         tuning.VectorSumsUpdate,

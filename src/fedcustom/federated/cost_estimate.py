@@ -159,7 +159,7 @@ def _fits(method: WeightTuning, asked: Collection[str], data: FederatedData) -> 
     """Whether enough of what these clients have takes part for the head to rest once it was fitted; across
     sites, where that is not known, it is taken to.
     """
-    if isinstance(method.head_fit, SummedHeadFit):
+    if isinstance(method.head_fit, SummedHeadFit) and not method.head_fit.noised:
         every, totals = label_totals(method, asked, data)
         admitted = totals.admitted(method.head_fit.owners)
         return not every.any() or fits_fully(every, torch.tensor(totals.counted) * admitted)
@@ -191,6 +191,8 @@ def _summed_steps(
     """The bytes to and from a client in the exchanges that follow that of label counts, where the server is
     shown sums alone, if none of them can be spared.
     """
+    if fit.noised:
+        return 0
     counts, totals = label_totals(method, asked, data)
     if not counts.any():  # of sites, whose labels are not known
         every = (1,) * fit.layer.classes

@@ -216,8 +216,6 @@ def why_no_head_fit(recipe: Sections) -> str | None:
         return "does not go with personalisation.keep = ['head']"
     if attack in ("sign_flip", "random", "alie"):
         return f"attack.kind = {attack!r} is defined for changes, not for sums"
-    if _summed(recipe) and recipe.privacy is not None and recipe.privacy.unit == "example":
-        return "does not go with secure_sum.on = true, where clients noise their own sums"
     if setting := recipe.method.trains_every_round:
         return f"{setting} needs every round to train in turn"
     return None

@@ -122,6 +122,16 @@ class CountLabelsTask(FitHeadTask):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SumNoisedTask(FitHeadTask):
+    """Send sums over the vectors of the model in ``tensors`` with noise that hides each row, of which the
+    server is shown the sum over clients.
+    """
+
+    kind: ClassVar[str] = "sum noised vectors"
+    contents: ClassVar[tuple[Content, ...]] = ("sums", "counts")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SumVectorsTask(HeadTask):
     """Send sums over the vectors of labels that are common enough, of which the server is shown the sum over
     clients.
@@ -181,6 +191,13 @@ class LabelCountsUpdate(Update):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoisedSumsUpdate(Update):
+    """Noised counts and sums of vectors by label, and the noise's variance in each number. The weight is the
+    number of examples.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class VectorSumsUpdate(Update):
     """Sums of vectors by label, and of their products, with numbers of examples and of vectors that were
     shortened. The weight is the number of examples in them.
@@ -208,6 +225,7 @@ OPEN_KINDS = message_kinds(
 
 SUMMED_KINDS = message_kinds(
     (CountLabelsTask, LabelCountsUpdate),
+    (SumNoisedTask, NoisedSumsUpdate),
     (SumVectorsTask, VectorSumsUpdate),
     (SumLossesTask, LossSumsUpdate),
     (SumGradientsTask, GradientSumsUpdate),

@@ -43,7 +43,7 @@ from .head_client import HeadClient
 from .head_fit import HeadFit
 from .head_layer import last_layer, output_names
 from .local_training import LocalTraining
-from .messages import OPEN_KINDS, SUMMED_KINDS, HeadTask, TrainTask
+from .messages import OPEN_KINDS, SUMMED_KINDS, HeadTask, SumNoisedTask, TrainTask
 from .objective import Objective, Supervised
 from .ownership import Ownership
 from .parts import TokenCache, TuningParts
@@ -226,7 +226,10 @@ class WeightTuning:
         """
         further = self.server.parts.further
         own = further.messages if further is not None else {}
-        head = SUMMED_KINDS if self.context.sums_only else OPEN_KINDS
+        head = OPEN_KINDS
+        if self.context.sums_only:
+            noised = self.context.row_privacy is not None
+            head = {k: pair for k, pair in SUMMED_KINDS.items() if (pair.task is SumNoisedTask) == noised}
         return {TrainTask.kind: MessagePair(TrainTask, self.hooks.update), **head, **own}
 
     # --- server ---

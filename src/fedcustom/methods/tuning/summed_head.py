@@ -14,13 +14,16 @@ from ...core.errors import UpdateError
 from ...core.tensors import is_finite
 from ..protocol import FigureForm, Task, Update
 from .head_messages import TEMPERATURES, factor_size
-from .messages import CountLabelsTask, SumGradientsTask, SumLossesTask, SumVectorsTask
+from .messages import CountLabelsTask, SumGradientsTask, SumLossesTask, SumNoisedTask, SumVectorsTask
 
 LONGEST = 2.0**12
 """Length of a vector that is summed; a longer one is shortened to it, and counted."""
 
 LARGEST_LOSS = 2.0**20
 """Nats: the most that the sum of a client's losses has for each example."""
+
+LARGEST_NOISED = 2.0**32
+"""The largest size of a noised number, of all clients together."""
 
 SLACK = 1.001
 """Of a bound: room for rounding in floating point."""
@@ -126,6 +129,12 @@ def figure_forms(task: Task, classes: int, width: int, least_owners: int) -> dic
             "counts": FigureForm((classes,)),
             "counted": FigureForm((classes,)),
             "repeats": FigureForm((classes, len(NEEDED))),
+        }
+    if isinstance(task, SumNoisedTask):
+        return {
+            "counts": FigureForm((classes,), LARGEST_NOISED),
+            "totals": FigureForm((classes, width), LARGEST_NOISED),
+            "variance": FigureForm((1,), LARGEST_NOISED),
         }
     if isinstance(task, SumVectorsTask):
         for told in (task.counted, task.needed, task.owners):

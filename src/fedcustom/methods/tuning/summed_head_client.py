@@ -15,15 +15,18 @@ from ...data.tokens import TokenizedExample
 from ..protocol import Memory, Update
 from .head_client import HeadClient, Rows
 from .head_disclosure import counted_rows, sends_gradient, sends_scatter, text_numbers
-from .head_messages import POINT, TEMPERATURES, packed
+from .head_messages import POINT, TEMPERATURES, packed, private_sums
+from .hidden_rows import noised_sums
 from .messages import (
     CountLabelsTask,
     GradientSumsUpdate,
     HeadTask,
     LabelCountsUpdate,
     LossSumsUpdate,
+    NoisedSumsUpdate,
     SumGradientsTask,
     SumLossesTask,
+    SumNoisedTask,
     SumVectorsTask,
     VectorSumsUpdate,
 )
@@ -60,6 +63,10 @@ class SummedHeadClient(HeadClient):
             UpdateError: its vectors are gone; more steps are asked for than the recipe says; or the totals
                 that it is told are less than its own part.
         """
+        if isinstance(task, SumNoisedTask) != (self.row_privacy is not None):
+            raise UpdateError(f"the task {task.kind!r} does not go with the recipe's privacy.unit")
+        if isinstance(task, SumNoisedTask):
+            return self._noised(task, name, examples, tokens, memory)
         if isinstance(task, CountLabelsTask):
             return self._counts(name, examples, tokens)
         if name not in self.rows:
@@ -104,6 +111,25 @@ class SummedHeadClient(HeadClient):
             },
             float(len(labels)),
         )
+
+    def _noised(
+        self,
+        task: SumNoisedTask,
+        name: str,
+        examples: Sequence[Example],
+        tokens: Sequence[TokenizedExample],
+        memory: Memory,
+    ) -> NoisedSumsUpdate:
+        """Noised sums; nothing follows, so that the vectors are not kept."""
+        assert self.row_privacy is not None
+        vectors = self.read.pop(name) if name in self.read else self.inputs(tokens)
+        labels = torch.tensor([example.label for example in examples])
+        sums = private_sums(vectors, labels, self.layer.classes)
+        number = len(examples)
+        noised, deviation = noised_sums(self.row_privacy, name, number, sums, memory, task.round_number)
+        figures = {key: tensor.double() for key, tensor in noised.items()}
+        figures["variance"] = torch.tensor([deviation**2], dtype=torch.float64)
+        return NoisedSumsUpdate(figures, float(number))
 
     def _vectors(self, task: SumVectorsTask, name: str) -> VectorSumsUpdate:
         """Sums over the vectors of labels that are common enough; the others take part no more."""

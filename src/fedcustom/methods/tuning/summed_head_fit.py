@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from ..protocol import UNFINISHED, Aggregate, Answer, FigureForm, State, Task, U
 from .head_fit import LABEL_COUNTS, HeadFit, at_rest, fits_fully
 from .head_messages import POINT, TEMPERATURES, Sums, check_moments, unpacked
 from .head_solution import discriminant_head, head_of, logistic_fit, with_shares
-from .messages import CountLabelsTask, SumGradientsTask, SumLossesTask, SumVectorsTask
+from .messages import CountLabelsTask, SumGradientsTask, SumLossesTask, SumNoisedTask, SumVectorsTask
 from .summed_head import LabelTotals, check_figures, figure_forms, spread_labels
 
 
@@ -49,7 +50,8 @@ class SummedHeadFit(HeadFit):
     most frequent text would be more than one in ``least`` of them. The second exchange sums the vectors of
     the other labels and their second moments, those after it losses and gradients. All are of the same
     clients; where one is lost after the first exchange, no further sum is opened. Where that is the second,
-    the round comes to nothing; where it is a later one, what was fitted before it stays.
+    the round comes to nothing; where it is a later one, what was fitted before it stays. Where clients hide
+    their rows, there is one exchange, of sums that each noises itself.
 
     Discloses: the totals of labels; for each label that is common enough the sum of all clients' vectors; the
     second moments of all of them; and up to ``training.fit_head_steps`` gradients of them. Nothing of this is
@@ -111,6 +113,8 @@ class SummedHeadFit(HeadFit):
         answer = found[0] if found else None
         if answer is not None:
             self.check(answer.task, answer.update)
+        if kind == SumNoisedTask.kind:
+            return self._of_noised(state, answer)
         if kind == CountLabelsTask.kind:
             return self._counted(state, answer)
         if kind == SumVectorsTask.kind:
@@ -124,6 +128,17 @@ class SummedHeadFit(HeadFit):
         return self._scaled(state, answer) if kind == SumLossesTask.kind else self._stepped(state, answer)
 
     # --- the exchanges ---
+
+    def _of_noised(self, state: State, answer: Answer | None) -> Aggregate:
+        """The state with a head of sums that clients noised themselves, which hides each row."""
+        clients = len(answer.clients) if answer is not None else 0
+        if answer is None or 2 * clients < self.clients:
+            return Aggregate(state, {"head": f"not fitted: {clients} of {self.clients} clients answered"})
+        sums = dict(answer.update.tensors)
+        variance = float(sums.pop("variance"))
+        if not variance > 0:
+            raise UpdateError(f"noise with a variance of {variance:g}: must be above 0")
+        return self._with_noised(state, sums, math.sqrt(variance), clients)
 
     def _counted(self, state: State, answer: Answer | None) -> Aggregate:
         """The state, which waits for sums of the labels that are common enough, if there are any."""
