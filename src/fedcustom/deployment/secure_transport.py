@@ -75,8 +75,8 @@ class SecureTransport:
     was stopped, is made with the same ones, for these open no other sum of it. A further exchange of a round
     is a secure sum of its own, of the same sites, or it is not opened.
 
-    Discloses to the server: the sum of the sites' weighted changes, losses, steps and examples, and who took
-    part.
+    Discloses to the server: the sum of the sites' weighted changes, losses, steps and examples, or of the
+    figures of which a head is fitted, and who took part.
     """
 
     def __init__(
