@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedcustom.audit.attack import CannotAttack, Deadline, Keeper, OutOfTime, Received, RoundView, Target
+from fedcustom.audit.attack import (
+    CannotAttack,
+    Deadline,
+    Keeper,
+    OutOfTime,
+    Received,
+    RoundView,
+    Summed,
+    Target,
+)
 from fedcustom.audit.candidates import Candidates, likeness, matched_pairs
 from fedcustom.audit.changes import summed_change
 from fedcustom.audit.results import Finding
@@ -19,7 +28,8 @@ from fedcustom.audit.sums import Sums
 from fedcustom.audit.tokens import Tokens, changed_rows
 from fedcustom.data.examples import ClientData
 from fedcustom.methods import Answer, Client, WeightTuning, Work
-from fedcustom.methods.protocol import Update
+from fedcustom.methods.protocol import UNFINISHED, Update
+from fedcustom.methods.tuning.summed_head import SumTerms
 from fedcustom.recipe.recipe import load_recipe
 from helpers.audit import LATER, PER_CLIENT, by_measure, seen, target
 from helpers.methods import LABELS, make
@@ -337,3 +347,43 @@ def test_a_keeper_keeps_whole_clients() -> None:
     assert list(keeper.answered) == ["a", "b", "c"]
     assert list(keeper.unseen) == ["b"]
     assert keeper.room == 20
+
+
+def test_sums_over_clients(tiny: dict[str, str]) -> None:
+    """Under secure sums no label's sum is of one or two texts; and three clients with fewer texts than
+    vectors have numbers have them named by the second moments of all, as one client would.
+    """
+    training = {"fit_head_rounds": [1], "fit_head_steps": 3}
+    recipe = {"secure_sum": {"on": True}}
+    for asked, named in ((20, None), (3, 1.0)):
+        run = target(tiny["bert"], "probe", training=training, recipe=recipe, sum_terms=SumTerms())
+        names = [f"c{number:02}" for number in range(asked)]
+        view = summed_view(run, names)
+        assert [each.task.kind for each in view.sums[:3]] == ["count labels", "sum vectors", "sum losses"]
+        found = by_measure(Sums().attack(run, view, LATER))
+        single = found["sum of clients: label sums of one or two texts"]
+        assert (single.success, single.trials > 0) == (0.0, True)
+        span = found["sum of clients: texts named by the span of the scatter"]
+        assert span.success == (span.chance if named is None else named)
+        assert any(key.startswith("state difference") for key in found)
+        assert not any(key.startswith("client's update") for key in found)
+
+
+def summed_view(run: Target, names: list[str]) -> RoundView:
+    """A round of which the server is shown sums alone."""
+    method = run.method
+    assert isinstance(method, WeightTuning)
+    method.head_fit.clients = len(names)
+    before = state = method.initialise()
+    clients = {name: Client(name, run.data.clients[name]) for name in names}
+    sums = []
+    while True:
+        tasks = method.configure(state, 1, {name: Work(epochs=1) for name in names})
+        updates = [method.execute(task, clients[name]) for name, task in tasks.items()]
+        total = {key: sum(each.tensors[key] for each in updates) for key in updates[0].tensors}
+        update = replace(updates[0], tensors=total, weight=sum(each.weight for each in updates))
+        task = tasks[names[0]]
+        sums.append(Summed(tuple(names), task, update))
+        state = method.aggregate(state, [Answer("(sum)", task, update, summed=tuple(names))]).state
+        if UNFINISHED not in state.values:
+            return RoundView(1, "fitting the head", before, state, [], names, summed=sums[-1], sums=sums)

@@ -66,3 +66,32 @@ def test_four_sites_of_which_one_is_lost_after_masking(
         Checkpoints(tmp_path / out / "checkpoints").load(3).state.tensors for out in ("simulated", "deployed")
     ]
     assert equal(*states)
+
+
+def test_four_sites_that_fit_a_head(tiny: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", make_rows(120, 0))
+    write_jsonl(folder / "test.jsonl", make_rows(30, 2))
+    recipe = {
+        "model": {"base": tiny["bert"]},
+        "data": {"source": str(folder), "test": "test", "max_length": 16},
+        "clients": {"partition": "iid", "count": 4},
+        "method": {"name": "probe"},
+        "training": {"cohort_width": 1, "fit_head_steps": 3},
+        "evaluation": {"batch_size": 16, "select": "last"},
+        "secure_sum": {"on": True},
+    }
+    fedcustom.run(recipe, out=str(tmp_path / "simulated"))
+    with bed(tmp_path / "federation", recipe) as made:
+        made.run(tmp_path / "deployed")
+        sent = [event for event in made.audit(made.names[0]) if event["event"] == "sent"]
+        works = [event for event in sent if event["kind"] == "work"]
+        assert [event["task"] for event in works] == [
+            "count labels", "sum vectors", "sum losses", *["sum gradients"] * 3,
+        ]  # fmt: skip
+        assert all(event["keys"] == ["message"] for event in works)
+    states = [
+        Checkpoints(tmp_path / out / "checkpoints").load(1).state.tensors for out in ("simulated", "deployed")
+    ]
+    assert equal(*states)

@@ -24,7 +24,7 @@ DTYPES = ["F4", "F8_E8M0", "F32", "BOOL", "I64", "U64", "C64", "F128", ""]
 DIMENSIONS = [0, 1, 2**31, 2**62, 2**63, 2**64, -1]
 
 METHODS: list[Messages] = [
-    *(tuning.MESSAGES, distillation.MESSAGES, retrieval.MESSAGES),
+    *(tuning.MESSAGES, tuning.SUMMED_KINDS, distillation.MESSAGES, retrieval.MESSAGES),
     *(prompt_engineering.SELECTION, prompt_engineering.IN_CONTEXT, prompt_engineering.BLACK_BOX),
 ]
 TASKS: list[dict[str, object]] = [

@@ -10,6 +10,7 @@ from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.data.settings import DataSettings
 from fedcustom.evaluation.settings import EvaluationSettings
 from fedcustom.methods import Client, Context, WeightTuning, build_method, registry
+from fedcustom.methods.tuning.summed_head import SumTerms
 from fedcustom.methods.tuning.technique import Keeps
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings
@@ -93,6 +94,7 @@ def make(
     keeps: Keeps = "nothing",
     model: dict[str, Any] | None = None,
     row_privacy: ExamplePrivacy | None = None,
+    sum_terms: SumTerms | None = None,
     max_length: int = 24,
     **more: Any,
 ) -> WeightTuning:
@@ -117,6 +119,8 @@ def make(
         clients=clients,
         keeps=keeps,
         row_privacy=row_privacy,
+        sums_only=sum_terms is not None,
+        sum_terms=sum_terms or SumTerms(),
     )
     made = build_method(registry.settings_of(method)(**more), context)
     assert isinstance(made, WeightTuning)

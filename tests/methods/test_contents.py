@@ -19,7 +19,7 @@ from fedcustom.training.settings import TrainingSettings
 TASKS = [
     pair.task
     for messages in (
-        *(tuning.MESSAGES, distillation.MESSAGES, retrieval.MESSAGES),
+        *(tuning.MESSAGES, tuning.SUMMED_KINDS, distillation.MESSAGES, retrieval.MESSAGES),
         *(prompt_engineering.SELECTION, prompt_engineering.IN_CONTEXT, prompt_engineering.BLACK_BOX),
     )
     for pair in messages.values()

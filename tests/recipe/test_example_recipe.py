@@ -38,8 +38,8 @@ def test_a_noised_fit_of_the_head_is_one_exchange() -> None:
     for key, value in (("fit_head_steps", 3), ("fit_head_least_texts", 2)):
         with pytest.raises(RecipeError, match=key):
             load_recipe(BASE, {"training.fit_head_rounds": [1], f"training.{key}": value})
-    with pytest.raises(RecipeError, match="secure_sum"):
-        load_recipe(BASE, {"training.fit_head_rounds": [1], "secure_sum.on": True})
+    summed = {"training.fit_head_rounds": [1], "secure_sum.on": True, "secure_sum.most_examples": 100}
+    assert load_recipe(BASE, summed).training.fit_head_rounds == [1]
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,7 @@ ON = {"secure_sum": {"on": True, "most_examples": 100}}
         ({"method": {"name": "distillation"}}, r"method.name = 'distillation': does not send changes"),
         ({"method": {"name": "prompt_engineering"}}, r"method.name = 'prompt_engineering'"),
         ({"method": {"name": "retrieval"}, "data": {"task": "retrieval"}}, r"method.name = 'retrieval'"),
-        ({"method": {"name": "probe"}}, r"method.name = 'probe'"),
         ({"training": {"learning_rate": "auto"}}, r"training.learning_rate = 'auto': repeats rounds"),
-        ({"training": {"fit_head_rounds": [1, -1]}}, r"training.fit_head_rounds = \[1, -1\].*secure_sum.on"),
-        ({"training": {"fit_head": True}}, r"training.fit_head = true: does not go with secure_sum.on"),
         ({"training": {"label_skew": "balance"}}, r"secure_sum.on = true"),
         ({"baseline": "local"}, r"\[secure_sum\]: needs baseline = 'federated'"),
         ({"secure_sum": {"on": True}}, r"secure_sum.most_examples: is needed to weigh by examples"),
@@ -61,8 +58,8 @@ def test_refusals(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("clients", "changes", "message"),
     [
-        (2, {}, "2 clients take part in a round; 3 to 64 are possible"),
-        (65, {"rounds": {"clients_per_round": 65}}, "65 clients take part"),
+        (2, {}, "2 clients take part in a round; 3 to 128 are possible"),
+        (129, {"rounds": {"clients_per_round": 129}}, "129 clients take part"),
         (10, {"rounds": {"clients_per_round": 2}}, "2 clients take part"),
         (4, {"secure_sum": {"on": True, "most_examples": 9, "threshold": 5}}, "secure_sum.threshold = 5"),
         (4, {"secure_sum": {"on": True, "most_examples": 9, "colluding": 3}}, "secure_sum.colluding = 3"),
@@ -83,10 +80,41 @@ def test_what_goes_with_secure_sums() -> None:
         {"aggregation": {"weighting": "uniform"}, "secure_sum": {"on": True}},
     ):
         found = resolved(load_recipe({**ON, **values}))
-        assert found.training.fit_head_rounds == [], "no head is fitted by default"
+        fits = [] if "personalisation" in values else [1, -1]
+        assert found.training.fit_head_rounds == fits
+        assert found.rounds.selection != "balanced", "which is drawn by each client's labels"
         check_number(found, 4)
     off = {**ON, "secure_sum": {"on": False}, "aggregation": {"rule": "median"}}
     check_number(load_recipe(off), 1)
+
+
+@pytest.mark.parametrize(
+    ("clients", "asked"),
+    [(50, None), (100, None), (101, 100), (4000, 128)],
+)
+def test_how_many_clients_fit_the_head_by_default(clients: int, asked: int | None) -> None:
+    """As many as without secure sums, and no more than go into one."""
+    values = {
+        "clients": {"partition": "iid", "count": clients},
+        "rounds": {"count": 40, "clients_per_round": 10},
+    }
+    values["rounds"]["count"] = 20 if clients == 101 else 40
+    found = resolved(load_recipe({**ON, **values}))
+    assert found.training.fit_head_rounds == [1, -1]
+    assert found.training.fit_head_clients == asked
+    check_number(found, clients)
+    with pytest.raises(
+        RecipeError, match=r"129 clients fit the head; 3 to 128 are possible \(training.fit_head_c"
+    ):
+        check_number(resolved(load_recipe({**ON, **values, "training": {"fit_head_clients": 129}})), 4000)
+
+
+def test_a_probe_needs_no_weights() -> None:
+    found = resolved(load_recipe({"secure_sum": {"on": True}, "method": {"name": "probe"}}))
+    assert found.training.fit_head_rounds == [1]
+    check_number(found, 4)
+    with pytest.raises(RecipeError, match="2 clients fit the head"):
+        check_number(found, 2)
 
 
 def test_an_absent_section_leaves_digests_as_they_were() -> None:

@@ -20,7 +20,9 @@ from fedcustom.privacy.secure_sum.integers import zeros
 from fedcustom.privacy.secure_sum.terms import Terms
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport.protocol import Reply, SumTransport, check_visible
-from fedcustom.transport.secure import SUM, ChangeVector, SummingTransport, summed_method
+from fedcustom.transport.secure import SUM, ChangeVector
+from fedcustom.transport.summed import summed_method
+from fedcustom.transport.summing import SummingTransport
 
 FORMS = {
     "b": torch.zeros(3),

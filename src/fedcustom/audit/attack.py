@@ -147,7 +147,7 @@ class RoundView:
 
     ``answered`` are all clients whose messages came; ``received`` has the messages of as many as there was
     memory for, the others count as ``unseen``; it is empty where a trusted server's view is not looked at,
-    and under secure sums, of which ``summed`` is what the server gets.
+    and under secure sums, of which ``sums`` are what the server gets, and ``summed`` the last one.
     ``before`` and ``after`` are the global states; of a run that is ``finished``, number 0, the first one
     and the one that is released.
     """
@@ -160,6 +160,7 @@ class RoundView:
     answered: Sequence[str] = ()
     unseen: int = 0
     summed: Summed | None = None
+    sums: Sequence[Summed] = ()
 
     @cached_property
     def by_client(self) -> Mapping[str, list[Received]]:
@@ -177,6 +178,8 @@ class RoundView:
         """
         if self.received:
             return self.received[0].task
+        if self.sums:
+            return self.sums[0].task
         if self.summed is not None:
             return self.summed.task
         if not self.answered:
@@ -213,13 +216,18 @@ class Keeper:
 
     room: int
     messages: list[Received] = field(default_factory=list)
-    summed: Summed | None = None
+    sums: list[Summed] = field(default_factory=list)
     answered: dict[str, None] = field(default_factory=dict)
     unseen: dict[str, None] = field(default_factory=dict)
 
+    @property
+    def summed(self) -> Summed | None:
+        """The last sum."""
+        return self.sums[-1] if self.sums else None
+
     def take_sum(self, summed: Summed) -> None:
         """Keep the sum of some clients' updates."""
-        self.summed = summed
+        self.sums.append(summed)
         self.answered |= dict.fromkeys(summed.clients)
 
     def take(self, message: Received) -> None:

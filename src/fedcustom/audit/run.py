@@ -144,7 +144,7 @@ def audit_run(
                 unseen += source.left_out(number)
             view = RoundView(
                 number, kind, round_.before, round_.after, keepers.pop(number).messages,
-                list(keeper.answered) or target.cohorts.get(number, []), unseen, keeper.summed,
+                list(keeper.answered) or target.cohorts.get(number, []), unseen, keeper.summed, keeper.sums,
             )  # fmt: skip
             for attack in ready:
                 told.on_phase(f"round {number}: attack {attack.name}")

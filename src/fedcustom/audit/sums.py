@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from ..data.examples import Example
 from ..methods import Task
 from ..methods.tuning.head_messages import unpacked
-from ..methods.tuning.messages import FitHeadTask, HeadGradientUpdate
-from .attack import CannotAttack, Deadline, OutOfTime, Received, RoundKind, RoundView, Target
+from ..methods.tuning.messages import FitHeadTask, HeadGradientUpdate, SumGradientsTask, SumVectorsTask
+from .attack import CannotAttack, Deadline, OutOfTime, Received, RoundKind, RoundView, Summed, Target
 from .released_head import head_findings
 from .results import Finding, View
 from .statistics import share_interval, wilson
@@ -45,14 +45,15 @@ class Sums:
     numbers (factor) or than it sends rows (gradients). Head sums are those of
     :class:`~fedcustom.methods.tuning.head_fit.HeadFit`; whichever labels' sums it withholds are not attacked.
     Where clients' messages are not looked at, or their sums are noised, the released head is attacked
-    (:mod:`.released_head`).
+    (:mod:`.released_head`). Under secure sums both are: the sums over all clients, as if one client had sent
+    them, and the released head.
 
     Nearest-neighbour inversion of embeddings; the span check is that of DAGER (Petrov et al. 2024, arXiv
     2405.15586) on the head's inputs.
     """
 
     name = "sums"
-    views: tuple[View, ...] = ("client's update", "state difference")
+    views: tuple[View, ...] = ("client's update", "state difference", "sum of clients")
     kinds: tuple[RoundKind, ...] = ("fitting the head",)
     source = "nearest candidate; span check after DAGER (Petrov et al. 2024, arXiv 2405.15586)"
 
@@ -68,19 +69,30 @@ class Sums:
         """The share of texts and of sums that are named, for each kind of figures that clients sent."""
         sent = {name: _Sent.of(name, messages) for name, messages in seen.by_client.items()}
         clients = [each for each in sent.values() if each is not None]
+        total = _Sent.of_sum(seen.sums)
         noised = any(getattr(message.update, "deviation", None) is not None for message in seen.received)
         if not clients and not noised and (seen.received or not seen.answered):
             raise CannotAttack("no client of the round sent sums")
-        task = next((m.task for m in seen.received if isinstance(m.task, FitHeadTask)), seen.task(target))
+        shown = [m.task for m in seen.received] + [each.task for each in seen.sums]
+        task = next((each for each in shown if isinstance(each, FitHeadTask)), None) or seen.task(target)
         asked = [each.client for each in clients] or list(seen.answered)
         held = [] if clients else target.data.development
         pool = _Pool.of(target, asked, task, deadline, held)
         if not clients:
             inside = [bool(owner) and owner in set(asked) for owner in pool.owners]
-            return head_findings(target, seen, pool.examples, inside, pool.vectors)
+            released = head_findings(target, seen, pool.examples, inside, pool.vectors)
+            return [*(self._all(target, seen, [total], pool, deadline) if total else []), *released]
+        return self._all(target, seen, clients, pool, deadline)
+
+    def _all(
+        self, target: Target, seen: RoundView, clients: Sequence[_Sent], pool: _Pool, deadline: Deadline
+    ) -> list[Finding]:
+        """What clients' figures tell, or the sum over all clients, as if one had sent it."""
         found = [*self._single(target, seen, clients, pool, deadline)]
         found += self._span(seen, clients, pool, "scatter", target.seed, deadline)
         found += self._span(seen, clients, pool, "gradients", target.seed, deadline)
+        if clients[0].members != (clients[0].client,):
+            return [replace(each, view="sum of clients") for each in found]
         return found
 
     def _single(
@@ -106,7 +118,8 @@ class Sums:
                 deadline.check()
                 guess = pool.nearest(each.totals[label]) if size == 1 else pool.pair(each.totals[label])
                 tried += 1
-                hits += pool.holds(guess, target.data.clients[each.client].train, label)
+                own = [e for name in each.members for e in target.data.clients[name].train]
+                hits += pool.holds(guess, own, label)
             if not tried:
                 continue
             many = len(pool.vectors) if size == 1 else len(pool.vectors) * (len(pool.vectors) + 1) // 2
@@ -137,7 +150,7 @@ class Sums:
             rows = each.scatter if part == "scatter" else each.gradients
             rows = rows[rows.abs().amax(dim=1) > 0] if len(rows) else rows  # zeros are what is withheld
             sent += bool(len(rows))
-            own = pool.places(each.client)
+            own = pool.places(each.members)
             if part == "scatter":
                 own = [place for place in own if pool.examples[place].label in each.totals]
             if not len(rows) or not own:
@@ -148,11 +161,13 @@ class Sums:
             shares.append(len(first & set(pool.group[own].tolist())) / number)
             chances.append(number / len(pool.vectors))
             texts += number
+        alone = clients[0].members == (clients[0].client,)
+        who = "clients that send" if alone else "sums over clients of"
         found = [
             Finding(
-                self.name, self.views[0], seen.number, f"clients that send {WORDS[part]}",
+                self.name, self.views[0], seen.number, f"{who} {WORDS[part]}",
                 sent / len(clients), None, len(clients), 0,
-                f"{sent} of {len(clients)} clients send {WORDS[part]}; of the others it is withheld",
+                f"{sent} of {len(clients)} {who} {WORDS[part]}; of the others it is withheld",
             )
         ]  # fmt: skip
         if not shares:
@@ -165,7 +180,8 @@ class Sums:
             Finding(
                 self.name, self.views[0], seen.number, f"texts named by the span of the {part}",
                 float(values.mean()), float(np.mean(chances)), texts, len(pool.vectors),
-                f"of {whole} of {len(values)} clients every text is named by the {part} that they send",
+                f"of {whole} of {len(values)} {'clients' if alone else 'sums'} every text is named by the "
+                f"{part} that is sent",
                 low, high,
             ),
         ]  # fmt: skip
@@ -175,10 +191,11 @@ class Sums:
 class _Sent:
     """What a client sent: the sum of each label that it did not withhold, and of how many texts it is;
     ``scatter``, rows in the span of its vectors, (rows, width); and ``gradients``, the same with a last
-    column for the biases.
+    column for the biases. ``members`` are the clients whose texts are in it: more than one of a sum.
     """
 
     client: str
+    members: tuple[str, ...]
     totals: Mapping[int, Tensor]
     sizes: Mapping[int, int]
     scatter: Tensor
@@ -200,11 +217,42 @@ class _Sent:
         factor = tensors.get("factor", torch.zeros(0))
         return cls(
             client,
+            (client,),
             dict(zip(labels, totals, strict=True)),
             {label: int(counted[label]) for label in labels},
             unpacked(factor.double(), width),
             torch.cat(gradients).double() if gradients else torch.zeros(0, width + 1, dtype=torch.float64),
         )
+
+    @classmethod
+    def of_sum(cls, sums: Sequence[Summed]) -> _Sent | None:
+        """From the sums over clients that the server was shown of a round; None where there are none of
+        vectors.
+        """
+        first = next((each for each in sums if isinstance(each.task, SumVectorsTask)), None)
+        if first is None:
+            return None
+        tensors = first.update.tensors
+        labels = torch.nonzero(tensors["counted"] > 0).flatten().tolist()
+        totals = tensors["totals"].double()
+        upper = unpacked(tensors["scatter"].double(), totals.shape[1])
+        values, basis = torch.linalg.eigh(upper + upper.T - torch.diag(upper.diagonal()))
+        gradients = [
+            each.update.tensors["gradient"] for each in sums if isinstance(each.task, SumGradientsTask)
+        ]
+        none = torch.zeros(0, totals.shape[1] + 1, dtype=torch.float64)
+        return cls(
+            SUM,
+            first.clients,
+            dict(zip(labels, totals, strict=True)),
+            {label: int(tensors["counted"][label]) for label in labels},
+            values.clamp(min=0).sqrt()[:, None] * basis.T,
+            torch.cat(gradients).double() if gradients else none,
+        )
+
+
+SUM = "(sum)"
+"""The name of a sum over clients."""
 
 
 @dataclass(frozen=True)
@@ -262,9 +310,9 @@ class _Pool:
             examples, [name for name, _ in chosen], vectors, vectors @ vectors.T, same_vectors(vectors)
         )
 
-    def places(self, client: str) -> list[int]:
-        """Which candidates are a client's own."""
-        return [place for place, owner in enumerate(self.owners) if owner == client]
+    def places(self, clients: Collection[str]) -> list[int]:
+        """Which candidates are these clients' own."""
+        return [place for place, owner in enumerate(self.owners) if owner in clients]
 
     def nearest(self, total: Tensor) -> list[int]:
         """The candidate next to a vector."""

@@ -13,7 +13,6 @@ import torch
 from ..core.errors import SecureSumError, UpdateError
 from ..core.files import read_json, write_json
 from ..methods import Task
-from ..methods.tuning.messages import TrainTask
 from ..privacy.secure_sum.identity import Verifier
 from ..privacy.secure_sum.integers import Numbers
 from ..privacy.secure_sum.messages import (
@@ -32,13 +31,17 @@ from ..privacy.secure_sum.server import ServerRound, Sum
 from ..recipe.recipe import Recipe
 from ..transport.messages import values_of
 from ..transport.protocol import Reply
-from ..transport.secure import ChangeVector, check_same_clients, closed, summed_method
+from ..transport.secure import ChangeVector, check_same_clients, closed
+from ..transport.summed import SumVector, sum_vector, summed_method
 from .nvflare.messenger import SiteReply
 from .site.secure_sums import MASKED, MESSAGE
 from .task_digest import task_digest
 from .transport import RemoteTransport
 
 M = TypeVar("M", bound=Message)
+
+UNSIGNED: Mapping[torch.dtype, Any] = {torch.int32: np.uint32, torch.int64: np.uint64}
+"""Integers as they travel, and as they are added up."""
 
 
 @dataclass
@@ -72,8 +75,8 @@ class SecureTransport:
     was stopped, is made with the same ones, for these open no other sum of it. A further exchange of a round
     is a secure sum of its own, of the same sites, or it is not opened.
 
-    Discloses to the server: the sum of the sites' weighted changes, losses, steps and examples, and who took
-    part.
+    Discloses to the server: the sum of the sites' weighted changes, losses, steps and examples, or of the
+    figures of which a head is fitted, and who took part.
     """
 
     def __init__(
@@ -147,17 +150,19 @@ class SecureTransport:
         """
         channel, digests = self.remote.channel, dict[str, bytes]()
         packed = {name: channel.pack_down(task) for name, task in tasks.items()}
-        for name, task in tasks.items():
+        task = next(iter(tasks.values()))
+        vector = self._vector(task)
+        for name, asked in tasks.items():
             tensors, layout = packed[name].tensors, packed[name].layout
-            digest = task_digest(task.kind, values_of(task), layout, number, tensors)
-            digests[name] = self.vector.digest(digest)
-        first, task = next(iter(digests.values())), next(iter(tasks.values()))
+            digest = task_digest(asked.kind, values_of(asked), layout, number, tensors)
+            digests[name] = vector.digest(digest)
+        first = next(iter(digests.values()))
         if any(digest != first for digest in digests.values()):
             raise SecureSumError("the sites' tasks of this round differ, so that their changes do not add up")
-        forms = self.method.change_forms(channel.down(task)[0])
-        count = self.vector.length(forms, trains=isinstance(task, TrainTask))
-        round_id = RoundId(self.remote.connection.run_id, number, task.exchange)
-        server = ServerRound(round_id, self.terms, list(tasks), first, count, self.verifier)
+        round_id = RoundId(self.remote.connection.run_id, number, task.place)
+        server = ServerRound(
+            round_id, self.terms, list(tasks), first, vector.length, self.verifier, vector.bits
+        )
         this = _Round(server, number, {name: traffic[name] for name in tasks})
         self._ask(this, "keys", dict.fromkeys(this.left), KeyOffer, server.take_keys)
         roster = server.roster()
@@ -176,7 +181,7 @@ class SecureTransport:
         self._ask(this, "agree", dict.fromkeys(survivors.names, survivors), Agreement, server.take_agreement)
         proof = server.proof()
         opening = {"run": round_id.run, "round": number, "sites": list(survivors.names)}
-        opening |= {"exchange": task.exchange} if task.continues else {}
+        opening |= {"exchange": task.place} if task.continues else {}
         write_json(self.file, opening)
         self._ask(this, "unmask", dict.fromkeys(this.left, proof), Reveal, server.take_reveal)
         return server.opened()
@@ -213,18 +218,16 @@ class SecureTransport:
     def _opened(self, tasks: Mapping[str, Task], found: Sum | None, sites: tuple[str, ...]) -> Reply:
         """The sum as a reply, whose weight must be that which its sites announced."""
         assert found is not None
-        task = self.remote.channel.down(tasks[sites[0]])[0]
-        reply = self.vector.opened(task, found.numbers, self.method.change_forms(task), found.sites)
-        sizes, update = self.remote.participants.sizes, reply.update
+        vector, sizes = self._vector(tasks[sites[0]]), self.remote.participants.sizes
+        reply = vector.opened(found.numbers, found.sites)
         announced = sum(sizes[name].train if name in sizes else 0 for name in found.sites)
-        wanted = announced if self.vector.most_examples is not None else len(found.sites)
-        if update is None or round(update.weight) != wanted:
-            weight = update.weight if update is not None else 0
-            raise UpdateError(
-                f"the sum of {len(found.sites)} sites has the weight {weight:g}: when the run began they "
-                f"announced {wanted}"
-            )
+        assert reply.update is not None
+        vector.check_weight(reply.update, announced, len(found.sites))
         return reply
+
+    def _vector(self, task: Task) -> SumVector:
+        """How the answers to a task are summed."""
+        return sum_vector(self.method, self.vector, self.remote.channel.down(task)[0])
 
 
 def _text(message: Message) -> str:
@@ -239,9 +242,9 @@ def _payload(reply: SiteReply) -> bytes:
 
 
 def _masked(reply: SiteReply) -> Masked:
-    """A site's masked vector, a tensor of 32-bit integers, and its receipt."""
+    """A site's masked vector, a tensor of 32-bit or 64-bit integers, and its receipt."""
     receipt, tensors = read_message(Receipt, _payload(reply)), reply.packed.tensors
-    if tensors.keys() != {MASKED} or tensors[MASKED].dtype != torch.int32 or tensors[MASKED].dim() != 1:
+    if tensors.keys() != {MASKED} or tensors[MASKED].dtype not in UNSIGNED or tensors[MASKED].dim() != 1:
         raise SecureSumError("an answer of a secure sum holds no masked vector")
-    numbers: Numbers = tensors[MASKED].numpy().view(np.uint32)
+    numbers: Numbers = tensors[MASKED].numpy().view(UNSIGNED[tensors[MASKED].dtype])
     return Masked(receipt, numbers)

@@ -179,8 +179,10 @@ def _privacy(directory: Path, recipe: Recipe, summary: Mapping[str, Any], method
         if said := disclosure(method):
             lines.append(f"What leaves a client: {said}\n")
         if recipe.secure_sum is not None and recipe.secure_sum.on:
+            fits = recipe.training.fit_head_rounds
+            what = "changes, and of what their head was fitted from," if fits else "changes,"
             lines.append(
-                "Secure sums: the server was shown the sum of the clients' changes, and no client's own.\n"
+                f"Secure sums: the server was shown the sum of the clients' {what} and no client's own.\n"
             )
     promise, file = summary.get("privacy"), directory / "privacy.json"
     if promise is None or not file.exists():

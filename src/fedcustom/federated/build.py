@@ -14,6 +14,7 @@ from ..methods import Context, Method, WeightTuning, build_method
 from ..methods.protocol import TransformsUpdates
 from ..methods.tuning.noised_sums import Keys, NoisedSums
 from ..methods.tuning.release import ClientRelease, OwnNoise
+from ..methods.tuning.summed_head import SumTerms
 from ..methods.tuning.technique import Keeps
 from ..models.configuration import context_length, has_learned_positions, load_configuration
 from ..models.load import Base
@@ -37,10 +38,12 @@ def make_method(
     transforms: Sequence[UpdateTransform] = (),
     release: ClientRelease | None = None,
     own_noise: OwnNoise | None = None,
+    alone: int = 1,
 ) -> Method:
     """The recipe's method on a loaded base model; without a federation, to predict only. ``transforms`` act
     on what its aggregation rule gives; ``release`` is how a server with a key of its own adds noise to it,
-    ``own_noise`` how each client does to its change.
+    ``own_noise`` how each client does to its change. Under secure sums a client leaves labels of which it has
+    fewer than ``alone`` different texts out of what it sends for a head to be fitted.
 
     Raises:
         ModelError: the method does not fit the model.
@@ -70,7 +73,8 @@ def make_method(
         release=release,
         own_noise=own_noise,
         row_privacy=example_privacy(recipe, federation),
-        sums_only=recipe.secure_sum is not None and recipe.secure_sum.on,
+        sums_only=recipe.sums_only,
+        sum_terms=SumTerms(recipe.secure_sum.least_owners, alone) if recipe.secure_sum else SumTerms(),
     )
     return build_method(recipe.method, context)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.tensors import Tensors
 from ..data.examples import Example, FederatedData
-from ..methods.protocol import ChangeUpdate, Memory, Method, State, Task, Work, typed
+from ..methods.protocol import ChangeUpdate, Memory, Method, State, Task, Update, Work, typed
 from ..methods.tuning.head_disclosure import text_numbers
 from ..methods.tuning.head_fit import HeadFit, as_if_fitted, fits_fully
 from ..methods.tuning.head_messages import POINT, TEMPERATURES, factor_size, has_scatter, sums_of
@@ -19,10 +19,15 @@ from ..methods.tuning.messages import (
     HeadLossesUpdate,
     HeadSumsUpdate,
     ScaleHeadTask,
+    SumGradientsTask,
+    SumLossesTask,
+    SumVectorsTask,
     TrainTask,
     TrainUpdate,
 )
 from ..methods.tuning.method import WeightTuning
+from ..methods.tuning.summed_head import LabelTotals, repeats_of, wanted_examples
+from ..methods.tuning.summed_head_fit import SummedHeadFit
 from ..recipe.recipe import Recipe
 from ..transport.channel import Channel, task_length, update_length
 from ..updates.pipeline import on_client, update_transforms
@@ -132,6 +137,14 @@ def _fitting(
     """The bytes of a round in which these clients send what the head is fitted from."""
     tasks = method.configure(state, number, {name: Work() for name in asked})
     down = _lengths(list(tasks.values()), lambda task: _down(channel, task))
+    if isinstance(method.head_fit, SummedHeadFit):
+        first = next(iter(tasks.values()))
+        counts = update_length(_figures(method, first))
+        return (
+            sum(down)
+            + len(tasks) * counts
+            + len(tasks) * _summed_steps(method, method.head_fit, number, asked, data)
+        )
     sums = [head_sums(method, data.clients[name].train) for name in tasks]
     deviation = DEVIATION if method.head_fit.hides_rows else None
     up = [update_length(HeadSumsUpdate(own, float(own["counts"].sum()), deviation=deviation)) for own in sums]
@@ -146,6 +159,10 @@ def _fits(method: WeightTuning, asked: Collection[str], data: FederatedData) -> 
     """Whether enough of what these clients have takes part for the head to rest once it was fitted; across
     sites, where that is not known, it is taken to.
     """
+    if isinstance(method.head_fit, SummedHeadFit) and not method.head_fit.noised:
+        every, totals = label_totals(method, asked, data)
+        admitted = totals.admitted(method.head_fit.owners)
+        return not every.any() or fits_fully(every, torch.tensor(totals.counted) * admitted)
     sums = [head_sums(method, data.clients[name].train) for name in asked if data.clients[name].train]
     if not sums or method.head_fit.noised:
         return True
@@ -166,6 +183,57 @@ def _steps(fit: HeadFit, number: int) -> tuple[int, int]:
     step = task_length(HeadGradientTask({POINT: head}, round_number=number))
     step += update_length(HeadGradientUpdate({"gradient": head}, 16.0, objective=LOSS))
     return scale, steps * step
+
+
+def _summed_steps(
+    method: WeightTuning, fit: SummedHeadFit, number: int, asked: Collection[str], data: FederatedData
+) -> int:
+    """The bytes to and from a client in the exchanges that follow that of label counts, where the server is
+    shown sums alone, if none of them can be spared.
+    """
+    if fit.noised:
+        return 0
+    counts, totals = label_totals(method, asked, data)
+    if not counts.any():  # of sites, whose labels are not known
+        every = (1,) * fit.layer.classes
+        totals = LabelTotals(every, every, (fit.owners,) * fit.layer.classes)
+    examples = totals.examples(fit.owners)
+    if not examples:
+        return 0
+    vectors = SumVectorsTask(
+        round_number=number, counted=totals.counted, needed=totals.needed, owners=totals.owners
+    )
+    tasks: list[tuple[Task, int]] = [(vectors, 1)]
+    if steps := fit.training.fit_head_steps:
+        head = {POINT: _zeros(torch.zeros(fit.layer.classes, fit.layer.width + 1))}
+        tasks.append((SumLossesTask(head, round_number=number, examples=examples), 1))
+        step = SumGradientsTask(head, round_number=number, examples=examples, step=1)
+        tasks.append((step, steps if fit.may_step(examples) else 0))
+    return sum(times * (task_length(t) + update_length(_figures(method, t))) for t, times in tasks)
+
+
+def _figures(method: WeightTuning, task: Task) -> Update:
+    """An answer to a task of which a head is fitted from sums alone: zeros, which travel as 64 bits each."""
+    forms = method.figure_forms(task)
+    assert forms is not None
+    zero = torch.zeros(1, dtype=torch.int64)
+    return method.messages[task.kind].update({name: zero.expand(form.shape) for name, form in forms.items()})
+
+
+def label_totals(
+    method: WeightTuning, asked: Collection[str], data: FederatedData
+) -> tuple[Tensor, LabelTotals]:
+    """How many examples of each label these clients have, (labels,), and what the server is told of them."""
+    classes = method.head_fit.layer.classes
+    counts = torch.zeros(classes, dtype=torch.int64)
+    repeats = repeats_of({}, classes)
+    for name in asked:
+        examples = data.clients[name].train
+        labels = torch.tensor([example.label for example in examples], dtype=torch.long)
+        texts = text_numbers(method.tokens(examples))
+        counts += torch.bincount(labels, minlength=classes)
+        repeats += repeats_of(wanted_examples(labels, texts, method.head_fit.least), classes)
+    return counts, LabelTotals.of(counts, repeats)
 
 
 def head_sums(method: WeightTuning, examples: list[Example]) -> Tensors:

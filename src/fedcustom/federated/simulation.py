@@ -22,7 +22,7 @@ from ..transport.channel import Channel
 from ..transport.client_store import ClientStore
 from ..transport.in_process import InProcessTransport
 from ..transport.protocol import Transport, check_visible
-from ..transport.secure import SummingTransport
+from ..transport.summing import SummingTransport
 from ..updates.attack import hostile_clients, simulated_attack
 from ..updates.pipeline import update_transforms
 from ..updates.transform import UpdateTransform

@@ -68,8 +68,8 @@ class Task:
     state but figures to compute with: they are neither falsified nor compressed. ``exact_tensors`` says the
     same of the task's own tensors, where these are no state. ``contents`` are the kinds of content that the
     answer may hold, anything unless a class says less. ``exchange`` is the place of the task in its round: 1
-    begins one, any other is a further exchange of a round that has begun. Of the answers of one place there
-    is one secure sum in a round.
+    begins one, any other is a further exchange of a round that has begun; of a kind that follows itself it is
+    the place of the first (:attr:`place`). Of the answers of one place there is one secure sum in a round.
     """
 
     kind: ClassVar[str]
@@ -84,6 +84,11 @@ class Task:
     def continues(self) -> bool:
         """Whether the task is a further exchange of a round that has begun."""
         return self.exchange > 1
+
+    @property
+    def place(self) -> int:
+        """The place of this task in its round."""
+        return self.exchange
 
     @property
     def queries_asked(self) -> int:
@@ -381,6 +386,28 @@ class SumsChanges(Protocol):
         Raises:
             UpdateError: the task does not ask for a change.
         """
+
+
+@dataclass(frozen=True)
+class FigureForm:
+    """The form of a tensor of exact figures that add up over clients: its shape, and the largest size of one
+    of its numbers in the sum of all clients. Without a ``bound`` they are whole numbers from 0.
+    """
+
+    shape: tuple[int, ...]
+    bound: float | None = None
+
+
+@runtime_checkable
+class SumsFigures(Protocol):
+    """A method some of whose tasks are answered by exact figures, of which a server need only see the sum."""
+
+    @property
+    def messages(self) -> Messages:
+        """Its kinds of tasks and updates."""
+
+    def figure_forms(self, task: Task) -> Mapping[str, FigureForm] | None:
+        """The forms of what answers a task; None where that is a change, or may not be summed."""
 
 
 @runtime_checkable

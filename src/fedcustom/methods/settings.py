@@ -223,8 +223,13 @@ class TuningSettings(MethodSettingsBase):
 
     @property
     def needs_single_updates(self) -> str | None:
+        """A rule of its own."""
+        return self.replaces_rule
+
+    @property
+    def unbounded(self) -> str | None:
         """A rule of its own; and the method, where nothing is trained by steps."""
-        return f"method.name = {self.name!r}" if self.only_fits else self.replaces_rule
+        return f"method.name = {self.name!r}" if self.only_fits else self.needs_single_updates
 
     @property
     def unsliced(self) -> str | None:

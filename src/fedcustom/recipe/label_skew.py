@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..core.errors import RecipeError
 from ..methods.settings import TuningSettings
+from ..privacy.secure_sum.terms import MOST_SITES
 from .sections import Sections
 
 FEWEST_ROUNDS_TO_FIT = 5
@@ -134,9 +135,11 @@ def check_label_skew(recipe: Sections) -> None:
 
 def _probing(recipe: Sections) -> dict[str, Any]:
     """What the training settings of a method that only fits become: a fit in its one round, no training."""
-    some = recipe.training.fit_head_clients
+    some, count = recipe.training.fit_head_clients, recipe.clients.count
     if recipe.baseline == "federated" and some is None and _is_natural(recipe):
         some = FEWEST_TO_FIT
+    elif _summed(recipe) and some is None and count > MOST_SITES:
+        some = MOST_SITES
     return {
         "fit_head_rounds": [1], "fit_head_clients": some, "logit_adjustment": 0.0, "prior_count": 1.0,
         "freeze_head_rounds": 0, "warmup_rounds": 0,
@@ -177,12 +180,24 @@ def in_words(recipe: Sections) -> str | None:
         parts.append("the sums of the fit are noised, and no label is withheld")
     elif fits and recipe.baseline == "federated":
         least = training.least_texts
+        if _summed(recipe):
+            assert recipe.secure_sum is not None
+            owners = recipe.secure_sum.least_owners
+            few = f", or of which they have fewer than {least} texts together," if least > 1 else ""
+            parts.append("the server sees sums over these clients alone")
+            parts.append(f"labels that fewer than {owners} of them have{few} are left out")
+            return "; ".join(parts)
         parts.append(
             f"labels of which a client has fewer than {least} texts are withheld from the fit"
             if least > 1
             else "labels of which a client has a single text take part in the fit"
         )
     return "; ".join(parts) or None
+
+
+def _summed(recipe: Sections) -> bool:
+    """Whether the server is shown sums over clients alone."""
+    return recipe.secure_sum is not None and recipe.secure_sum.on
 
 
 def _is_natural(recipe: Sections) -> bool:
@@ -201,8 +216,6 @@ def why_no_head_fit(recipe: Sections) -> str | None:
         return "does not go with personalisation.keep = ['head']"
     if attack in ("sign_flip", "random", "alie"):
         return f"attack.kind = {attack!r} is defined for changes, not for sums"
-    if recipe.secure_sum is not None and recipe.secure_sum.on:
-        return "does not go with secure_sum.on = true, under which no client's sums are seen"
     if setting := recipe.method.trains_every_round:
         return f"{setting} needs every round to train in turn"
     return None
@@ -247,6 +260,8 @@ def _clients_to_fit(recipe: Sections) -> int | None:
         return recipe.training.fit_head_clients
     count = None if _is_natural(recipe) else recipe.clients.count
     most = max(FEWEST_TO_FIT, recipe.rounds.count * recipe.rounds.cohort(count) // 2)
+    if _summed(recipe):
+        most = min(most, MOST_SITES)
     balanced = recipe.rounds.selection == "balanced" or recipe.training.label_skew == "balance"
     every = balanced or (count is not None and count <= most)
     return None if every else most
@@ -259,7 +274,7 @@ def _can_balance(recipe: Sections) -> bool:
     counted, count = not _is_natural(recipe), recipe.clients.count
     cohort = recipe.rounds.cohort(count) if counted else recipe.rounds.clients_per_round or 0
     even = not counted or 2 * cohort <= count or cohort == count
-    if recipe.privacy is not None and recipe.privacy.unit != "none":
+    if _summed(recipe) or (recipe.privacy is not None and recipe.privacy.unit != "none"):
         return False  # nobody may tell its labels
     said = recipe.training.prior_count != 1  # of the adjustment
     return cohort >= FEWEST_TO_BALANCE and even and not said and not recipe.participation.partial

@@ -287,6 +287,11 @@ class Recipe(Settings):
         return self.privacy if self.privacy is not None and self.privacy.unit == "example" else None
 
     @property
+    def sums_only(self) -> bool:
+        """Whether the server is shown sums over clients, and no client's own changes and figures."""
+        return self.secure_sum is not None and self.secure_sum.on
+
+    @property
     def metric(self) -> str:
         """The metric by which the best round is chosen."""
         return self.evaluation.metric or DEFAULT_METRIC[self.data.task]

@@ -61,7 +61,9 @@ def check_secure_sum(recipe: Sections) -> None:
             "repeats rounds, and a client unmasks a round once; name a learning rate",
         ),
         (
-            aggregation.weighting == "examples" and settings.most_examples is None,
+            aggregation.weighting == "examples"
+            and settings.most_examples is None
+            and not recipe.method.only_fits,
             "secure_sum.most_examples",
             "is needed to weigh by examples: name those of the largest client, or set "
             "aggregation.weighting = 'uniform'",
@@ -82,13 +84,21 @@ def check_number(recipe: Sections, clients: int) -> None:
     settings = recipe.secure_sum
     if settings is None or not settings.on:
         return
-    count = recipe.rounds.cohort(clients)
-    if not LEAST_SITES <= count <= MOST_SITES:
-        raise RecipeError(
-            f"secure_sum.on = true: {count} clients take part in a round; {LEAST_SITES} to {MOST_SITES} are "
-            "possible (rounds.clients_per_round)"
-        )
-    try:
-        settings.terms().needed(count)
-    except SecureSumError as error:
-        raise RecipeError(str(error)) from None
+    last, asked = recipe.rounds.count, list[tuple[int, str, str]]()
+    fits = recipe.training.rounds_of_head_fits(last)
+    if len(fits) < last:
+        count = recipe.rounds.cohort(clients)
+        asked.append((count, "take part in a round", "rounds.clients_per_round"))
+    if fits:
+        count = recipe.training.clients_of_head_fits(clients)
+        asked.append((count, "fit the head", "training.fit_head_clients"))
+    for count, what, setting in asked:
+        if not LEAST_SITES <= count <= MOST_SITES:
+            raise RecipeError(
+                f"secure_sum.on = true: {count} clients {what}; {LEAST_SITES} to {MOST_SITES} are possible "
+                f"({setting})"
+            )
+        try:
+            settings.terms().needed(count)
+        except SecureSumError as error:
+            raise RecipeError(str(error)) from None

@@ -1,24 +1,21 @@
-"""Sums of clients' changes as integers: how a change becomes a vector and back, and the transport of a
-simulation that sums such vectors as sites across organisations do, without masks.
-"""
+"""Sums of clients' changes as integers: how a change becomes a vector and back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..core.errors import RecipeError, SecureSumError, UpdateError
+from ..core.errors import SecureSumError, UpdateError
 from ..core.tensors import Tensors
-from ..methods.protocol import ChangeUpdate, Method, RoundTask, SumsChanges, Task, typed
+from ..methods.protocol import ChangeUpdate, RoundTask, Task, typed
 from ..methods.tuning.messages import TrainTask, TrainUpdate
 from ..methods.tuning.noised_sums import NoisedSums
 from ..privacy.secure_sum.fixed_point import FixedPoint, counts, rounding_key
 from ..privacy.secure_sum.integers import Numbers, zeros
-from ..privacy.secure_sum.terms import Terms
-from .protocol import Reply, Transport
+from .protocol import Reply
 
 SUM = "(sum)"
 """The name under which a sum of clients' changes arrives."""
@@ -196,20 +193,9 @@ def check_same_clients(task: Task, asked: Collection[str], sites: Collection[str
     """
     if task.continues and set(sites) != set(asked):
         raise SecureSumError(
-            f"exchange {task.exchange} of the round: {len(asked) - len(sites)} clients of the sum before did "
+            f"exchange {task.place} of the round: {len(asked) - len(sites)} clients of the sum before did "
             "not answer, and a sum of the others would show something of their own; it is not opened"
         )
-
-
-def summed_method(method: Method) -> SumsChanges:
-    """The method, as one whose clients' changes can be summed.
-
-    Raises:
-        RecipeError: they cannot.
-    """
-    if not isinstance(method, SumsChanges):
-        raise RecipeError("secure_sum.on = true: the method's clients do not send changes that can be summed")
-    return method
 
 
 def closed(replies: list[Reply], opened: Callable[[tuple[str, ...]], Reply]) -> Iterator[Reply]:
@@ -230,49 +216,3 @@ def closed(replies: list[Reply], opened: Callable[[tuple[str, ...]], Reply]) -> 
         yield reply
     if found is not None:
         yield found
-
-
-class SummingTransport:
-    """Transport of a simulation that shows sums only (:class:`~.protocol.SumTransport`): another transport's
-    updates as integers (``vector``), added up. A sum of fewer clients than the ``terms`` say is not made, nor
-    in a further exchange of a round one of others than in the first.
-    """
-
-    def __init__(self, inner: Transport, method: Method, vector: ChangeVector, terms: Terms) -> None:
-        self.inner, self.method = inner, summed_method(method)
-        self.vector, self.terms = vector, terms
-
-    def exchange(
-        self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
-    ) -> Iterator[Reply]:
-        """The same as :meth:`exchange_sum`."""
-        return self.exchange_sum(tasks, round_number, absent)
-
-    def exchange_sum(
-        self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
-    ) -> Iterator[Reply]:
-        """Each client's reply without its update, in the tasks' order, and the sum."""
-        total, forms, replies = zeros(0, 32), Tensors(), list[Reply]()
-        for reply in self.inner.exchange(tasks, round_number, absent):
-            if reply.update is None:
-                replies.append(reply)
-                continue
-            try:
-                forms = forms or self.method.change_forms(reply.task)
-                update, needed = typed(reply.update, ChangeUpdate), self.terms.needed(len(tasks))
-                numbers = self.vector.encode(update, forms, round_number, reply.client, needed)
-            except (SecureSumError, UpdateError) as error:
-                replies.append(replace(reply, update=None, reason=str(error), detail=f"{error}\n"))
-                continue
-            total = numbers if not len(total) else total + numbers
-            replies.append(replace(reply, update=None, summed=True))
-        yield from closed(replies, lambda sites: self._opened(tasks, total, forms, sites))
-
-    def _opened(
-        self, tasks: Mapping[str, Task], total: Numbers, forms: Tensors, sites: tuple[str, ...]
-    ) -> Reply:
-        needed = self.terms.needed(len(tasks))
-        if len(sites) < needed:
-            raise SecureSumError(f"{len(sites)} clients have sent their changes, {needed} are needed")
-        check_same_clients(tasks[sites[0]], tasks, sites)
-        return self.vector.opened(tasks[sites[0]], total, forms, sites)

@@ -18,20 +18,24 @@ from fedcustom.methods.tuning.head_messages import POINT, check_private_sums, pr
 from fedcustom.methods.tuning.head_solution import private_head
 from fedcustom.methods.tuning.hidden_rows import HEAD_FITS, STEPS
 from fedcustom.methods.tuning.messages import HeadGradientTask, HeadSumsUpdate, ScaleHeadTask
+from fedcustom.methods.tuning.summed_head import SumTerms
 from fedcustom.privacy.accounting import gaussian_mu
 from fedcustom.privacy.example_mechanism import ROW_NORM, ExamplePrivacy, Releases
+from fedcustom.privacy.secure_sum.integers import zeros
 from fedcustom.privacy.settings import PrivacySettings
 from fedcustom.transport.messages import read_update, values_of
+from fedcustom.transport.secure import ChangeVector
+from fedcustom.transport.summed import sum_vector
 from helpers.methods import make, skewed
 
 SECTION: dict[str, Any] = {"unit": "example", "epsilon": 8.0, "delta": 1e-3}
 
 
-def method_of(path: str, **more: Any) -> WeightTuning:
+def method_of(path: str, sum_terms: SumTerms | None = None, **more: Any) -> WeightTuning:
     section = PrivacySettings(**{**SECTION, **more})
     privacy = ExamplePrivacy(section, 4, 0, {name: Releases(4, 1) for name in skewed()})
     training = {"fit_head_rounds": [1], "fit_head_steps": 0, "freeze_head_rounds": 0}
-    return make(path, "lora", training=training, clients=3, row_privacy=privacy)
+    return make(path, "lora", training=training, clients=3, row_privacy=privacy, sum_terms=sum_terms)
 
 
 def answers_of(method: WeightTuning, state: State) -> tuple[list[Answer], dict[str, Client]]:
@@ -164,3 +168,30 @@ def test_what_no_rows_can_have_given_is_refused(sentence: str) -> None:
         read_update(method.messages, task, {**values_of(update), "deviation": math.nan}, update.tensors)
     with pytest.raises(UpdateError, match="sums are not noised by the client"):
         check_private_sums(update, 3, update.tensors["totals"].shape[1])
+
+
+def test_under_secure_sums_the_server_sees_their_sum(sentence: str) -> None:
+    """The same head, to rounding, of sums with the same noise; and nothing follows."""
+    plain = method_of(sentence, randomness="seeded")
+    wanted = plain.aggregate(plain.initialise(), answers_of(plain, plain.initialise())[0])
+    method = method_of(sentence, SumTerms(), randomness="seeded")
+    assert [kind for kind in method.messages if kind != "train"] == ["sum noised vectors"]
+    state = method.initialise()
+    answers, clients = answers_of(method, state)
+    vector = sum_vector(method, ChangeVector(16.0, 3, None, 0), answers[0].task)
+    total = zeros(vector.length, vector.bits)
+    for answer in answers:
+        total = total + vector.encode(answer.update, answer.client, 3)
+    reply = vector.opened(total, tuple(clients))
+    assert reply.update is not None
+    assert reply.update.weight == sum(len(client.data.train) for client in clients.values())
+    summed = Answer("(sum)", answers[0].task, reply.update, summed=tuple(clients))
+    found = method.aggregate(state, iter([summed]))
+    assert found.report == wanted.report
+    assert found.state.values == wanted.state.values
+    for name in method.head_fit.names:
+        torch.testing.assert_close(
+            found.state.tensors[name], wanted.state.tensors[name], rtol=1e-4, atol=1e-5
+        )
+    with pytest.raises(UpdateError, match="does not go with"):
+        method.execute(HeadGradientTask({POINT: torch.zeros(3, 33)}, round_number=1), clients["a"])

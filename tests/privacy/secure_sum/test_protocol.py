@@ -137,7 +137,7 @@ def test_how_many_have_to_stay(count: int, colluding: int, threshold: int | None
         (Terms(least_sites=1), 2, "at least 3 are needed"),
         (Terms(threshold=5), 4, r"5 would have to stay \(secure_sum.threshold = 5"),
         (Terms(colluding=3), 4, r"5 would have to stay .*secure_sum.colluding = 3"),
-        (Terms(), 65, "at most 64 are possible"),
+        (Terms(), 129, "at most 128 are possible"),
     ],
 )
 def test_impossible_numbers_of_sites(terms: Terms, count: int, message: str) -> None:

@@ -23,7 +23,6 @@ from ...federated.example_run import example_privacy
 from ...federated.private_run import planned
 from ...federated.truncation import fitted_data
 from ...methods import ChecksTasks, Client, CountsCuts, RoundTask, State, Task, TrainingTask, Update
-from ...methods.protocol import ChangeUpdate, typed
 from ...methods.tuning.hidden_rows import steps_of
 from ...methods.tuning.messages import FitHeadTask
 from ...methods.tuning.release import OwnNoise
@@ -34,7 +33,7 @@ from ...privacy.secure_sum.integers import Numbers
 from ...recipe.recipe import Recipe
 from ...transport.channel import Channel, Packed
 from ...transport.messages import read_task, values_of
-from ...transport.secure import summed_method
+from ...transport.summed import sum_vector, summed_method
 from ...updates.pipeline import on_client, update_transforms
 from ...updates.transform import ClientContext
 from ..replies import Part, PartSizes, SiteStatistics
@@ -117,7 +116,9 @@ class Participant:
         self.data = federation.clients[data.name]
         least = max(policy.least_label_examples, recipe.training.least_texts)
         self.data_for_sums, self.withheld = self.data, Withheld()
-        if recipe.example_privacy is None:  # else noise hides rows, and what is left out would be data too
+        if recipe.sums_only:  # of labels that take part, all sites together have enough
+            self.withheld = without_rare_labels(self.data, policy.least_label_examples_alone)[1]
+        elif recipe.example_privacy is None:  # else noise hides rows, and what is left out would be data too
             self.data_for_sums, self.withheld = without_rare_labels(self.data, least)
         training = recipe.training
         if training.least_texts < least:  # the site's own minimum, whatever the server asks
@@ -127,7 +128,8 @@ class Participant:
         own_noise: OwnNoise | None = None
         if self.hidden is not None and self.hidden.terms is None:
             own_noise = OwnNoise(self.hidden, partial(fresh_key, recipe))
-        self.method = make_method(own_recipe, self.base, federation, own_noise=own_noise)
+        alone = policy.least_label_examples_alone
+        self.method = make_method(own_recipe, self.base, federation, own_noise=own_noise, alone=alone)
         self.mechanism = self._mechanism(federation)
         self.noised = noised_sums(self.method, self.hidden, partial(fresh_key, recipe))
         self.channel = Channel(recipe.compression, self.method.initialise().tensors)
@@ -264,9 +266,8 @@ class Participant:
         if vector is None:
             raise UpdateError("the recipe asks for no secure sums")
         update, task = self._update(asked, packed, round_number)
-        forms = method.change_forms(task)
-        numbers = vector.encode(typed(update, ChangeUpdate), forms, round_number, self.name, needed)
-        return numbers, vector.digest(digest)
+        summed = sum_vector(method, vector, task)
+        return summed.encode(update, self.name, needed), summed.digest(digest)
 
     def _update(self, asked: Task, packed: Packed, round_number: int | None) -> tuple[Update, Task]:
         """An executed task's update as it travels, and the task as it was unpacked."""

@@ -228,11 +228,12 @@ class Resident:
             assert request.secure is not None
             digest = task_digest(request.task, request.values, request.layout, request.round, tensors)
             numbers, task = participant.change(
-                asked, packed, request.round, secure.needed(request.round, asked.exchange), digest
+                asked, packed, request.round, secure.needed(request.round, asked.place), digest
             )
-            masked = secure.mask(request.round, request.secure, task, numbers, asked.exchange)
+            masked = secure.mask(request.round, request.secure, task, numbers, asked.place)
             values = {MESSAGE: write_message(masked.receipt).decode()}
-            update = Packed({MASKED: torch.from_numpy(masked.numbers.view(np.int32))})
+            signed = np.int32 if masked.numbers.itemsize == 4 else np.int64
+            update = Packed({MASKED: torch.from_numpy(masked.numbers.view(signed))})
         else:
             update, values = participant.execute(asked, packed, request.round)
         self.runs.log_cuts(request.run, participant.take_cuts())
@@ -270,7 +271,7 @@ class Resident:
         if not on or request.round is None:
             return None
         found = self._secure_sums(participant)
-        found.expect_work(request.round, asked.exchange)
+        found.expect_work(request.round, asked.place)
         return found
 
     def _evaluate(self, participant: Participant, request: Request, tensors: Tensors) -> Result:

@@ -30,8 +30,9 @@ AskedStage = Literal["keys", "shares", "agree", "unmask"]
 
 STAGES: tuple[AskedStage, ...] = ("keys", "shares", "agree", "unmask")
 
-MOST_EXCHANGES = 16
-"""Exchanges of one round."""
+MOST_EXCHANGES = 1024
+"""Exchanges of one round: those of a fit of the head with the most steps that a recipe may ask for, and some
+more."""
 
 MESSAGE, MASKED = "message", "masked"
 """Keys of a message: its text, and the tensor of a masked vector."""

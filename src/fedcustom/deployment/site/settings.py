@@ -69,7 +69,15 @@ class PolicySettings(Settings):
         5,
         ge=1,
         description="Fewest different texts of a label whose sums may leave; no text has more than one in so "
-        "many of a sum or gradient: this site's own minimum of training.fit_head_least_texts",
+        "many of a sum or gradient: this site's own minimum of training.fit_head_least_texts. In secure sums "
+        "it is the least that all sites together must have of a label for each time that one of this site's "
+        "texts repeats",
+    )
+    least_label_examples_alone: int = Field(
+        1,
+        ge=1,
+        description="With secure sums: the same of this site's own examples, whatever the others have and "
+        "the server says; 1: what all sites have together decides",
     )
     max_top: int = Field(10, ge=1, description="Most documents that an answer to one query names")
     max_queries: int | None = Field(None, ge=0, description="Most queries of documents that are answered")

@@ -21,7 +21,7 @@ from .further_exchange import FurtherExchange
 from .head_client import HeadClient
 from .hidden_rows import STEPS, hidden_rows
 from .local_training import Job, LocalTraining, batch_ranges
-from .messages import FitHeadTask, HeadSumsUpdate, HeadTask, TrainTask, TrainUpdate
+from .messages import SUMMED_KINDS, FitHeadTask, HeadSumsUpdate, HeadTask, TrainTask, TrainUpdate
 from .parts import TokenCache, TuningParts
 from .release import clipped_by_client
 from .update_checks import check_state
@@ -214,6 +214,11 @@ class TuningClient:
             UpdateError: it asks for other than the recipe does in that round.
         """
         asked = task if isinstance(task, HeadTask) else typed(task, TrainTask)
+        if isinstance(asked, HeadTask) and (asked.kind in SUMMED_KINDS) != self.parts.context.sums_only:
+            raise UpdateError(
+                f"the task {task.kind!r} does not go with secure_sum.on = "
+                f"{str(self.parts.context.sums_only).lower()} in the recipe"
+            )
         if isinstance(asked, HeadTask) != (asked.round_number in self.parts.head_rounds):
             raise UpdateError(f"the recipe has no task {task.kind!r} in round {asked.round_number}")
         return asked

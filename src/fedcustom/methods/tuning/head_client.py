@@ -36,6 +36,7 @@ from .messages import (
 )
 from .objective import Objective
 from .release import clipped_sums
+from .summed_head import SumTerms
 from .technique import TrainableModel
 
 
@@ -80,7 +81,9 @@ class HeadClient:
         batch_size: int = 64,
         privacy: PrivacySettings | None = None,
         row_privacy: ExamplePrivacy | None = None,
+        terms: SumTerms | None = None,
     ) -> None:
+        self.terms = terms or SumTerms()
         self.least, self.privacy, self.row_privacy = least, privacy, row_privacy
         self.training, self.trainable, self.objective, self.base = training, trainable, objective, base
         self.batch_size = batch_size

@@ -118,7 +118,9 @@ class HeadFit:
         release: ClientRelease | None = None,
         hides_rows: bool = False,
         sent: bool = True,
+        owners: int = 1,
     ) -> None:
+        self.owners = owners
         self.sent = sent
         self.training, self.clients, self.least = training, clients, least
         self.privacy, self.release, self.hides_rows = privacy, release, hides_rows
@@ -250,7 +252,7 @@ class HeadFit:
                 kept += f"; {sent} examples of {len(counted)} clients are too few"
             return Aggregate(replace(state, server={**state.server, **told}), {"head": kept})
         fitted = discriminant_head(self.layer, sums)
-        server = _at_rest(state.server, self.names)
+        server = at_rest(state.server, self.names)
         values = {key: value for key, value in state.values.items() if key != LABEL_COUNTS}
         said = f"fitted to {number} examples of {len(told)} clients"
         if withheld:
@@ -332,7 +334,7 @@ class HeadFit:
         """The state with the head of noised sums of so many clients, with noise of this deviation."""
         fitted = private_head(self.layer, sums["counts"], sums["totals"], deviation)
         counts = [max(0, round(count)) for count in sums["counts"].tolist()]
-        server = _at_rest(state.server, self.names)
+        server = at_rest(state.server, self.names)
         said = f"fitted to noised sums of {answered} clients, about {sum(counts)} examples"
         values = {**state.values, LABEL_COUNTS: counts}
         return Aggregate(State({**state.tensors, **fitted}, server, values), {"head": said})
@@ -351,7 +353,7 @@ def fits_fully(counts: Tensor, counted: Tensor) -> bool:
     return bool(2 * counted.sum() >= counts.sum()) and not bool(((counts > 0) & (counted == 0)).any())
 
 
-def _at_rest(server: Tensors, names: Container[str]) -> Tensors:
+def at_rest(server: Tensors, names: Container[str]) -> Tensors:
     """The server's own tensors without the momentum of a head that is replaced."""
     return {
         name: torch.zeros_like(tensor) if name.partition("/")[2] in names else tensor

@@ -211,16 +211,34 @@ def _check_sums(update: Update, classes: int, width: int) -> None:
     check_forms(update.tensors, wanted)
     if not sent:
         return
-    means = update.tensors["totals"].double() / counted[present][:, None]
-    if float((means.square().sum(dim=1) * counted[present]).sum()) > LARGEST_SQUARE * sent * width:
+    totals = update.tensors["totals"].double()
+    scatter = None
+    if scattered:
+        factor = unpacked(update.tensors["factor"].double(), width)
+        scatter = factor.T @ factor
+    check_moments(counted[present], totals, scatter)
+
+
+def check_moments(counted: Tensor, totals: Tensor, scatter: Tensor | None) -> None:
+    """Refuse sums that no examples can have given, or vectors that are far too large.
+
+    Args:
+        counted: Examples of each label, (labels,), of which some may have none.
+        totals: Sum x of each label, (labels, width).
+        scatter: Sum x x^T over all of them, (width, width); None where it is not known.
+
+    Raises:
+        UpdateError: says what is wrong.
+    """
+    sent, (_, width) = float(counted.sum()), totals.shape
+    means = totals / counted.clamp(min=1)[:, None]
+    if float((means.square().sum(dim=1) * counted).sum()) > LARGEST_SQUARE * sent * width:
         raise UpdateError(f"the vectors' mean square is above {LARGEST_SQUARE:g}")
-    if not scattered:
+    if scatter is None:
         return
-    totals, factor = update.tensors["totals"].double(), unpacked(update.tensors["factor"].double(), width)
-    scatter = factor.T @ factor
     if float(scatter.diagonal().sum()) > LARGEST_SQUARE * sent * width:
         raise UpdateError(f"the vectors' mean square is above {LARGEST_SQUARE:g}")
-    within = scatter - (totals.T / counted[present]) @ totals
+    within = scatter - (totals.T / counted.clamp(min=1)) @ totals
     slack = ROUNDING * float(scatter.diagonal().sum()) + 1e-9
     _, failed = torch.linalg.cholesky_ex(within + slack * torch.eye(width, dtype=torch.float64))
     if failed:

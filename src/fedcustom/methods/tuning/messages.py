@@ -111,12 +111,129 @@ class HeadGradientUpdate(Update):
     objective: float
 
 
-HEAD_KINDS = tuple(task.kind for task in (FitHeadTask, ScaleHeadTask, HeadGradientTask))
-"""The kinds of tasks of which a head is fitted."""
+@dataclass(frozen=True, kw_only=True)
+class CountLabelsTask(FitHeadTask):
+    """Send how many examples of each label there are, and how often texts repeat, of which the server is
+    shown the sum over clients. The model in ``tensors`` is that whose vectors are summed next.
+    """
 
-MESSAGES = message_kinds(
-    (TrainTask, TrainUpdate),
+    kind: ClassVar[str] = "count labels"
+    contents: ClassVar[tuple[Content, ...]] = ("counts",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumNoisedTask(FitHeadTask):
+    """Send sums over the vectors of the model in ``tensors`` with noise that hides each row, of which the
+    server is shown the sum over clients.
+    """
+
+    kind: ClassVar[str] = "sum noised vectors"
+    contents: ClassVar[tuple[Content, ...]] = ("sums", "counts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumVectorsTask(HeadTask):
+    """Send sums over the vectors of labels that are common enough, of which the server is shown the sum over
+    clients.
+
+    Attributes:
+        counted: Of each label, the examples of all clients that may take part.
+        needed: Of each label, how many these have to be at the least.
+        owners: Of each label, how many clients have such examples.
+    """
+
+    kind: ClassVar[str] = "sum vectors"
+    contents: ClassVar[tuple[Content, ...]] = ("sums", "counts")
+    exchange: ClassVar[int] = 2
+
+    counted: LabelCounts
+    needed: LabelCounts
+    owners: LabelCounts
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumLossesTask(ScaleHeadTask):
+    """Send the losses of a head at several temperatures, of which the server is shown the sum over clients.
+    All clients have so many ``examples`` in it.
+    """
+
+    kind: ClassVar[str] = "sum losses"
+    contents: ClassVar[tuple[Content, ...]] = ("sums",)
+    exchange: ClassVar[int] = 3
+
+    examples: Positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumGradientsTask(HeadGradientTask):
+    """Send the loss and gradient of a head, of which the server is shown the sum over clients. All clients
+    have so many ``examples`` in it; ``step`` counts such exchanges of a round, from 1.
+    """
+
+    kind: ClassVar[str] = "sum gradients"
+    contents: ClassVar[tuple[Content, ...]] = ("sums", "counts")
+    exchange: ClassVar[int] = 4
+
+    examples: Positive
+    step: Annotated[int, Field(ge=1, le=1000)]
+
+    @property
+    def place(self) -> int:
+        """After the exchanges before it."""
+        return self.exchange + self.step - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelCountsUpdate(Update):
+    """Whole numbers by label: of examples, and of clients by how often a text repeats. The weight is the
+    number of examples.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisedSumsUpdate(Update):
+    """Noised counts and sums of vectors by label, and the noise's variance in each number. The weight is the
+    number of examples.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorSumsUpdate(Update):
+    """Sums of vectors by label, and of their products, with numbers of examples and of vectors that were
+    shortened. The weight is the number of examples in them.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSumsUpdate(Update):
+    """Sums of a head's losses, one for each temperature, with the number that were cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSumsUpdate(Update):
+    """A head's gradient and the sum of its losses, with numbers of examples by label and of losses that were
+    cut.
+    """
+
+
+OPEN_KINDS = message_kinds(
     (FitHeadTask, HeadSumsUpdate),
     (ScaleHeadTask, HeadLossesUpdate),
     (HeadGradientTask, HeadGradientUpdate),
 )
+"""Messages of which a head is fitted where the server is shown each client's answer."""
+
+SUMMED_KINDS = message_kinds(
+    (CountLabelsTask, LabelCountsUpdate),
+    (SumNoisedTask, NoisedSumsUpdate),
+    (SumVectorsTask, VectorSumsUpdate),
+    (SumLossesTask, LossSumsUpdate),
+    (SumGradientsTask, GradientSumsUpdate),
+)
+"""The same where it is shown sums over clients alone."""
+
+HEAD_KINDS = (*OPEN_KINDS, *SUMMED_KINDS)
+"""The kinds of tasks of which a head is fitted."""
+
+MESSAGES = message_kinds((TrainTask, TrainUpdate)) | OPEN_KINDS
+"""The messages of a run whose server is shown each client's answer."""

@@ -23,6 +23,7 @@ from ..protocol import (
     Aggregate,
     Answer,
     Client,
+    FigureForm,
     Memory,
     MessagePair,
     Messages,
@@ -42,13 +43,15 @@ from .head_client import HeadClient
 from .head_fit import HeadFit
 from .head_layer import last_layer, output_names
 from .local_training import LocalTraining
-from .messages import MESSAGES, TrainTask
+from .messages import OPEN_KINDS, SUMMED_KINDS, HeadTask, SumNoisedTask, TrainTask
 from .objective import Objective, Supervised
 from .ownership import Ownership
 from .parts import TokenCache, TuningParts
 from .preference_objective import Preference
 from .reference_model import ReferenceModel
 from .server import TuningServer, check_rule, released_tensors
+from .summed_head_client import SummedHeadClient
+from .summed_head_fit import SummedHeadFit
 from .technique import Context, Technique, TrainableModel, prepare_precision
 from .trial import trial_pass, trial_rows
 
@@ -103,7 +106,8 @@ class WeightTuning:
         layer = last_layer(self.trainable, self.base) if head_rounds else None
         asked = context.training.clients_of_head_fits(context.clients) if federated else 1
         least = context.training.least_texts if federated else 1  # a baseline's data stay in one place
-        self.head_fit = HeadFit(
+        fit = SummedHeadFit if context.sums_only else HeadFit
+        self.head_fit = fit(
             context.training,
             layer,
             clients=asked,
@@ -112,6 +116,7 @@ class WeightTuning:
             release=context.release,
             hides_rows=context.row_privacy is not None,
             sent=context.keeps != "everything",
+            owners=context.sum_terms.owners,
         )
         if self.ownership.personal & self.head_fit.names:
             raise RecipeError("training.fit_head_rounds: does not go with a head that stays with the clients")
@@ -145,7 +150,7 @@ class WeightTuning:
         )
         if context.privacy is not None:
             self._bound(parts)
-        head = HeadClient(
+        head = (SummedHeadClient if context.sums_only else HeadClient)(
             context.training,
             layer,
             self.trainable,
@@ -155,6 +160,7 @@ class WeightTuning:
             batch_size=context.evaluation.batch_size,
             privacy=context.privacy,
             row_privacy=context.row_privacy,
+            terms=context.sum_terms,
         )
         self.client = TuningClient(parts, self.local, head, self._tokens)
         self.server = TuningServer(parts, self.head_fit, self.client.execute)
@@ -220,7 +226,11 @@ class WeightTuning:
         """
         further = self.server.parts.further
         own = further.messages if further is not None else {}
-        return {**MESSAGES, TrainTask.kind: MessagePair(TrainTask, self.hooks.update), **own}
+        head = OPEN_KINDS
+        if self.context.sums_only:
+            noised = self.context.row_privacy is not None
+            head = {k: pair for k, pair in SUMMED_KINDS.items() if (pair.task is SumNoisedTask) == noised}
+        return {TrainTask.kind: MessagePair(TrainTask, self.hooks.update), **head, **own}
 
     # --- server ---
 
@@ -295,6 +305,17 @@ class WeightTuning:
             return further.forms(task)
         asked = typed(task, TrainTask)
         return self.hooks.forms(self.ownership.wanted(asked), asked)
+
+    def figure_forms(self, task: Task) -> Mapping[str, FigureForm] | None:
+        """The forms of what a client's answer adds up to, to a task of which a head is fitted under secure
+        sums; None of another task, whose answer is a change.
+
+        Raises:
+            UpdateError: the task's totals are not of this run's labels.
+        """
+        if not isinstance(task, HeadTask) or not isinstance(self.head_fit, SummedHeadFit):
+            return None
+        return self.head_fit.forms(task)
 
     def keeps_parts(self) -> bool:
         """Whether clients keep tensors to themselves, while others are merged."""

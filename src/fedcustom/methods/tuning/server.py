@@ -30,7 +30,15 @@ from .aggregation_hooks import AggregationHooks, ClientDelta, RoundAggregator
 from .drift_corrections import CONTROL
 from .further_exchange import ServerExchange
 from .head_fit import LABEL_COUNTS, HeadFit
-from .messages import HEAD_KINDS, FitHeadTask, HeadTask, TrainTask, TrainUpdate
+from .messages import (
+    HEAD_KINDS,
+    CountLabelsTask,
+    FitHeadTask,
+    HeadTask,
+    SumNoisedTask,
+    TrainTask,
+    TrainUpdate,
+)
 from .parts import RATE_FACTOR, TuningParts
 from .release import OwnNoise
 from .technique import TrainableModel
@@ -83,7 +91,10 @@ class TuningServer:
                 tensors = parts.ownership.travelling(parts.hooks.down(state.tensors, name, round_number))
                 tensors |= {n: t for n, t in state.server.items() if n.startswith(CONTROL)}
             if round_number in parts.head_rounds:
-                tasks[name] = FitHeadTask(
+                asked = FitHeadTask
+                if context.sums_only:
+                    asked = CountLabelsTask if context.row_privacy is None else SumNoisedTask
+                tasks[name] = asked(
                     tensors, round_number=round_number, learning_rate_factor=factor, work=amount
                 )
             else:

@@ -23,6 +23,7 @@ from ...training.settings import TrainingSettings
 from ..protocol import AggregateTransform
 from .aggregation_hooks import AggregationHooks
 from .release import ClientRelease, OwnNoise
+from .summed_head import SumTerms
 
 Keeps = Literal["nothing", "optimizer", "everything"]
 
@@ -41,7 +42,8 @@ class Context:
     ``release`` how the server, which alone has the key of the noise, releases what they send, or
     ``own_noise`` how each client noises what it sends. With
     ``row_privacy`` clients hide each of their training rows. ``sums_only`` is whether the server is shown the
-    sum of the clients' changes, and no client's own.
+    sum of the clients' changes, and no client's own; ``sum_terms`` is what clients ask of sums of which
+    a head is fitted.
     """
 
     base: Base
@@ -64,6 +66,7 @@ class Context:
     own_noise: OwnNoise | None = None
     row_privacy: ExamplePrivacy | None = None
     sums_only: bool = False
+    sum_terms: SumTerms = field(default_factory=SumTerms)
 
 
 @dataclass

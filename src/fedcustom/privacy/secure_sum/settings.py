@@ -52,6 +52,13 @@ class SecureSumSettings(Settings):
         return Terms(self.threshold, self.colluding, least_sites)
 
     @property
+    def least_owners(self) -> int:
+        """Fewest clients of a label whose sum they let the server see: without those that may help it, the
+        sum is still of two.
+        """
+        return self.colluding + 2
+
+    @property
     def largest(self) -> float:
         """Largest size of one number of a change."""
         return DEFAULT_BOUND if self.bound is None else self.bound

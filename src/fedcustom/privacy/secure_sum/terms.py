@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...core.errors import SecureSumError
 
-MOST_SITES = 64
+MOST_SITES = 128
 """Sites of a round: each has a mask with every other."""
 
 LEAST_SITES = 3
