@@ -1,0 +1,115 @@
+"""What passes between the run's process and its workers, as bytes of the wire format (:mod:`..wire`).
+
+A request is for several clients of one worker: a text (JSON) with their tasks, each client's memory, and the
+tasks' tensors, of which clients that are sent the same share one message. An answer is a triple for each
+client: a text, its update, and its memory as it is afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ...core.tensors import Tensors
+from ...methods.protocol import Memory, Messages, Task, Update
+from .. import wire
+from ..messages import read_task, read_update, values_of
+from ..receiving import ClientFailure
+
+
+class ClientAnswer(NamedTuple):
+    """One client's answer as it travels; ``update`` and ``memory`` are empty where there is none."""
+
+    told: bytes
+    update: bytes
+    memory: bytes
+
+
+@dataclass(frozen=True)
+class ClientRequest:
+    """One client's part of a request, as the worker reads it. ``folder`` is where it may keep files."""
+
+    name: str
+    task: Task
+    memory: Memory
+    folder: str | None
+
+
+def encode_tensors(tensors: Tensors) -> bytes:
+    """The message of tasks' tensors."""
+    return wire.encode(tensors, {})
+
+
+def encode_memory(memory: Memory) -> bytes:
+    """The message of what a client remembers."""
+    return wire.encode(memory.tensors, memory.values)
+
+
+def decode_memory(payload: bytes) -> Memory:
+    """The inverse of :func:`encode_memory`."""
+    return Memory(*wire.decode(payload))
+
+
+def encode_request(tasks: Mapping[str, Task], places: Sequence[int], folders: Sequence[str | None]) -> bytes:
+    """The text of a request; ``places`` are those of each task's tensors among the messages of these."""
+    clients = [
+        {"client": name, "kind": task.kind, "values": values_of(task), "tensors": place, "folder": folder}
+        for (name, task), place, folder in zip(tasks.items(), places, folders, strict=True)
+    ]
+    return json.dumps(clients).encode()  # names as they are: the wire format cleans texts
+
+
+def decode_request(
+    messages: Messages, head: bytes, memories: Sequence[bytes], tensors: Sequence[bytes]
+) -> list[ClientRequest]:
+    """The clients' parts of a request. Those that are sent the same tensors share them.
+
+    Raises:
+        WireError: the method has no such task, or a message is malformed.
+    """
+    shared = [wire.decode(payload)[0] for payload in tensors]
+    return [
+        ClientRequest(
+            one["client"],
+            read_task(messages, one["kind"], one["values"], shared[one["tensors"]]),
+            decode_memory(memory),
+            one["folder"],
+        )
+        for one, memory in zip(json.loads(head), memories, strict=True)
+    ]
+
+
+def encode_answer(update: Update, memory: Memory, seconds: float) -> ClientAnswer:
+    """A client's update, and what it remembers."""
+    content = wire.encode(update.tensors, values_of(update))
+    return ClientAnswer(_told(seconds=seconds), content, encode_memory(memory))
+
+
+def encode_failure(reason: str, detail: str, seconds: float) -> ClientAnswer:
+    """Why a client gave none."""
+    return ClientAnswer(_told(seconds=seconds, reason=reason, detail=detail), b"", b"")
+
+
+def decode_answer(messages: Messages, task: Task, answer: ClientAnswer) -> tuple[Update, Memory]:
+    """An update that answers a task, and what the client remembers.
+
+    Raises:
+        ClientFailure: there is none; says why.
+        WireError: the answer is malformed.
+    """
+    told = json.loads(answer.told)
+    if "reason" in told:
+        raise ClientFailure(told["reason"], told["detail"])
+    tensors, values = wire.decode(answer.update)
+    return read_update(messages, task, values, tensors), decode_memory(answer.memory)
+
+
+def seconds_of(answer: ClientAnswer) -> float:
+    """The seconds that a client took, whether it gave an update or not."""
+    return float(json.loads(answer.told)["seconds"])
+
+
+def _told(**values: Any) -> bytes:
+    return json.dumps(values).encode()
