@@ -17,7 +17,6 @@ from fedcustom.federated.worker import ClientWorker
 from fedcustom.methods.protocol import AggregateContext, Update
 from fedcustom.methods.tuning.client import TuningClient
 from fedcustom.recipe.recipe import load_recipe
-from fedcustom.transport.workers import pool
 from fedcustom.transport.workers.pool import MOST_REPLACED
 from fedcustom.transport.workers.transport import WorkersTransport, balanced
 from fedcustom.updates.transform import ClientContext, UpdateTransform
@@ -70,7 +69,7 @@ def test_it_is_equal_bit_by_bit_with_one_client_a_batch(
     "settings",
     [
         {"personalisation": {"keep": ["head"]}, "training": {"batch_size": 8, "fit_head": False}},
-        {"compression": {"kind": "topk", "error_feedback": True, "down": True}},
+        {"compression": {"kind": "top_k", "error_feedback": True}},
         {"aggregation": {"correction": "scaffold"}, "training": {"optimizer": "sgd", "momentum": 0.0}},
         {"attack": {"kind": "alie", "fraction": 0.5}},
         {"attack": {"kind": "label_flip", "fraction": 0.5}, "noise": {"labels": 0.3}},
@@ -96,7 +95,8 @@ def test_public_texts_and_prompts(small: dict[str, Any], tmp_path: Path, stand_i
     distilled = {**small, "method": {"name": "distillation"}, "public": {"fraction": 0.2}}
     one, many = run_both(distilled, tmp_path / "distillation")
     assert rows_without_seconds(one) == rows_without_seconds(many)
-    one, many = run_both({**small, "method": {"name": "prompt_engineering"}}, tmp_path / "prompts")
+    prompts = {**small, "method": {"name": "prompt_engineering"}, "training": {}}
+    one, many = run_both(prompts, tmp_path / "prompts")
     assert rows_without_seconds(one) == rows_without_seconds(many)
 
 
@@ -129,7 +129,13 @@ def test_transforms_of_the_caller(small: dict[str, Any], tmp_path: Path, stand_i
 
 @pytest.mark.parametrize("place", ["client", "sum"])
 def test_noise_of_clients(place: str, small: dict[str, Any], tmp_path: Path, stand_in: StandIn) -> None:
-    privacy = {"unit": "client", "epsilon": 50.0, "noise": place, "randomness": "seed", "accept_noise": True}
+    privacy = {
+        "unit": "client",
+        "epsilon": 50.0,
+        "noise": place,
+        "randomness": "seeded",
+        "accept_noise": True,
+    }
     recipe = {**alone(small), "method": METHODS["lora"], "privacy": privacy}
     recipe["training"]["fit_head"] = False
     if place == "sum":
@@ -164,7 +170,7 @@ def test_a_run_goes_on_with_other_workers(small: dict[str, Any], tmp_path: Path,
 def test_a_worker_that_dies_is_replaced(
     call: int, small: dict[str, Any], tmp_path: Path, stand_in: StandIn
 ) -> None:
-    """In the first exchange of the head's fit, in a further one that needs what the process kept, and later."""
+    """In the first exchange of a head's fit, in a further one that needs what the process kept, and later."""
     recipe = alone({**small, "method": METHODS["lora"]})
     one = fedcustom.run(recipe, out=tmp_path / "alone")
     stand_in.dies = {0: call}
@@ -239,7 +245,8 @@ def test_a_state_travels_once_for_all_clients(
 
 def test_one_client_needs_no_workers(small: dict[str, Any], tmp_path: Path, stand_in: StandIn) -> None:
     run = fedcustom.run(with_workers({**small, "baseline": "centralised"}), out=tmp_path / "run")
-    assert run.summary["client_count"] and not stand_in.made
+    assert run.summary["client_count"] == 4
+    assert not stand_in.made
 
 
 def test_check_and_estimate(small: dict[str, Any], stand_in: StandIn) -> None:
@@ -270,7 +277,7 @@ def test_what_a_worker_cannot_load_is_one_line(
 
 def test_a_cluster_that_is_too_small(small: dict[str, Any], tmp_path: Path, stand_in: StandIn) -> None:
     stand_in.cpus = 3
-    with pytest.raises(RunError, match="workers.count = 2: with workers.cpus = 2 they need 4 CPUs, and Ray"):
+    with pytest.raises(RunError, match=r"workers.count = 2: with workers.cpus = 2 they need 4 CPUs, and Ray"):
         fedcustom.run(with_workers(small, cpus=2), out=tmp_path / "run")
     with pytest.raises(RunError, match=r"workers.gpus = 0.5 they need 1 GPUs, and Ray has 0"):
         fedcustom.run(with_workers(small, gpus=0.5), out=tmp_path / "other")
@@ -281,10 +288,10 @@ def test_a_cluster_that_is_too_small(small: dict[str, Any], tmp_path: Path, stan
     [
         ({"count": 0}, "workers.count = 0"),
         ({"count": 2, "threads": 0}, "workers.threads = 0"),
-        ({"count": 2, "gpus": 1.5}, "workers.gpus = 1.5: must be a part of one GPU, or a whole number"),
-        ({"count": 2, "address": "http://x"}, "workers.address = 'http://x': must be host:port"),
+        ({"count": 2, "gpus": 1.5}, "workers.gpus: must be a part of one GPU, or a whole number"),
+        ({"count": 2, "address": "http://x"}, "workers.address: must be host:port, ray://host:port, or auto"),
         ({"threads": 2}, "threads: has no effect without workers.count"),
-        ({"count": 2, "worker": 1}, "workers.worker: unknown key"),
+        ({"count": 2, "worker": 1}, "workers.worker: unknown setting; allowed: count, cpus"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
@@ -294,7 +301,7 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_no_gpus_for_a_model_on_one() -> None:
-    with pytest.raises(RecipeError, match="workers.gpus = 0: model.device = 'cuda' needs one"):
+    with pytest.raises(RecipeError, match=r"workers.gpus = 0: model.device = 'cuda' needs one"):
         load_recipe({"model": {"device": "cuda"}, "workers": {"count": 2, "gpus": 0}})
 
 
@@ -338,5 +345,4 @@ def test_what_nobody_took_is_dropped(small: dict[str, Any], tmp_path: Path, stan
         patch.setattr(WorkersTransport, "exchange", cut_short)
         run = fedcustom.run(with_workers(recipe), out=tmp_path / "run")
     assert seen == [1, 2]
-    assert len(run.history) == 3 or len(run.history) == 2
-    assert pool.MOST_REPLACED > 0
+    assert list(run.history["round"])[-1] == 2

@@ -31,12 +31,15 @@ TOKEN = secrets.token_hex(32)
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": TOKEN,
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 """Variables of the environment as long as a cluster of our own runs: it reports nothing to anybody, and takes
-no commands without the token. What a user has set stays."""
+no commands without the token (Ray's default for a cluster of one process; without a token in the environment
+it would write one into the user's home). What a user has set stays."""
+
+MODE = "RAY_AUTH_MODE"
+"""The variable that Ray sets when it uses a token."""
 
 
 def library() -> Any:
@@ -115,9 +118,9 @@ class Cluster:
 
     def _prepare(self) -> None:
         """Set the environment of a cluster of our own: Ray reads it when it is imported."""
-        given = QUIET if "RAY_AUTH_MODE" not in os.environ else {"RAY_USAGE_STATS_ENABLED": "0"}
-        self._set = [key for key in given if key not in os.environ]
-        os.environ.update({key: given[key] for key in self._set})
+        self._set = [key for key in QUIET if key not in os.environ]
+        os.environ.update({key: QUIET[key] for key in self._set})
+        self._set += [MODE] if MODE not in os.environ else []
 
     def _connect(self, store: int) -> None:
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}

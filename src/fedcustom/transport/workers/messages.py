@@ -12,11 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ...core.tensors import Tensors
 from ...methods.protocol import Memory, Messages, Task, Update
 from .. import wire
 from ..messages import read_task, read_update, values_of
 from ..receiving import ClientFailure
+
+ORDER, VALUES = "order", "values"
+"""The keys of a message's text: of each tensor its place among the sorted names, and what else there is."""
 
 
 class ClientAnswer(NamedTuple):
@@ -39,17 +44,17 @@ class ClientRequest:
 
 def encode_tensors(tensors: Tensors) -> bytes:
     """The message of tasks' tensors."""
-    return wire.encode(tensors, {})
+    return _encoded(tensors, {})
 
 
 def encode_memory(memory: Memory) -> bytes:
     """The message of what a client remembers."""
-    return wire.encode(memory.tensors, memory.values)
+    return _encoded(memory.tensors, memory.values)
 
 
 def decode_memory(payload: bytes) -> Memory:
     """The inverse of :func:`encode_memory`."""
-    return Memory(*wire.decode(payload))
+    return Memory(*_decoded(payload))
 
 
 def encode_request(tasks: Mapping[str, Task], places: Sequence[int], folders: Sequence[str | None]) -> bytes:
@@ -69,7 +74,7 @@ def decode_request(
     Raises:
         WireError: the method has no such task, or a message is malformed.
     """
-    shared = [wire.decode(payload)[0] for payload in tensors]
+    shared = [_decoded(payload)[0] for payload in tensors]
     return [
         ClientRequest(
             one["client"],
@@ -83,7 +88,7 @@ def decode_request(
 
 def encode_answer(update: Update, memory: Memory, seconds: float) -> ClientAnswer:
     """A client's update, and what it remembers."""
-    content = wire.encode(update.tensors, values_of(update))
+    content = _encoded(update.tensors, values_of(update))
     return ClientAnswer(_told(seconds=seconds), content, encode_memory(memory))
 
 
@@ -102,13 +107,28 @@ def decode_answer(messages: Messages, task: Task, answer: ClientAnswer) -> tuple
     told = json.loads(answer.told)
     if "reason" in told:
         raise ClientFailure(told["reason"], told["detail"])
-    tensors, values = wire.decode(answer.update)
+    tensors, values = _decoded(answer.update)
     return read_update(messages, task, values, tensors), decode_memory(answer.memory)
 
 
 def seconds_of(answer: ClientAnswer) -> float:
     """The seconds that a client took, whether it gave an update or not."""
     return float(json.loads(answer.told)["seconds"])
+
+
+def _encoded(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> bytes:
+    """A message that tells the tensors' order too: by it, norms of several are added up."""
+    places = {name: place for place, name in enumerate(sorted(tensors))}
+    return wire.encode(tensors, {ORDER: [places[name] for name in tensors], VALUES: dict(values)})
+
+
+def _decoded(payload: bytes) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors, in their order, and values of such a message. Each tensor has memory of its own: where it
+    begins in a message depends on the text, and on that how a processor adds up its numbers.
+    """
+    tensors, values = wire.decode(payload)
+    names = sorted(tensors)
+    return {name: tensors[name].clone() for name in map(names.__getitem__, values[ORDER])}, values[VALUES]
 
 
 def _told(**values: Any) -> bytes:
