@@ -109,7 +109,8 @@ def main() -> None:
     more = {"workers.count": count, "workers.cpus": 1, "workers.threads": 1} if count else {}
     watch, begun = AllProcesses(), time.perf_counter()
     run_recipe(load_recipe(job / "recipe.toml", more), folder / "run", callbacks=[watch])
-    content = {"rounds": watch.seconds, "processor": watch.processor, "losses": watch.losses}
+    content: dict[str, Any] = {"rounds": watch.seconds, "processor": watch.processor}
+    content["losses"] = watch.losses
     content["total"] = time.perf_counter() - begun
     (folder / "result.json").write_text(json.dumps(content), encoding="utf-8")
 

@@ -91,12 +91,14 @@ def test_what_acts_on_clients_acts_on_them_at_workers(
         assert are_equal(one, many)
 
 
-def test_public_texts_and_prompts(small: dict[str, Any], tmp_path: Path, stand_in: StandIn) -> None:
-    distilled = {**small, "method": {"name": "distillation"}, "public": {"fraction": 0.2}}
-    one, many = run_both(distilled, tmp_path / "distillation")
+def test_public_texts(small: dict[str, Any], tmp_path: Path, stand_in: StandIn) -> None:
+    one, many = run_both({**small, "method": {"name": "distillation"}, "public": {"fraction": 0.2}}, tmp_path)
     assert rows_without_seconds(one) == rows_without_seconds(many)
-    prompts = {**small, "method": {"name": "prompt_engineering"}, "training": {}}
-    one, many = run_both(prompts, tmp_path / "prompts")
+
+
+def test_prompts(small: dict[str, Any], tmp_path: Path, stand_in: StandIn) -> None:
+    method = {"name": "prompt_engineering", "examples": 4, "instructions": ["{label}", "a {label}"]}
+    one, many = run_both({**small, "method": method, "training": {}}, tmp_path)
     assert rows_without_seconds(one) == rows_without_seconds(many)
 
 
@@ -129,18 +131,19 @@ def test_transforms_of_the_caller(small: dict[str, Any], tmp_path: Path, stand_i
 
 @pytest.mark.parametrize("place", ["client", "sum"])
 def test_noise_of_clients(place: str, small: dict[str, Any], tmp_path: Path, stand_in: StandIn) -> None:
-    privacy = {
-        "unit": "client",
-        "epsilon": 50.0,
-        "noise": place,
-        "randomness": "seeded",
-        "accept_noise": True,
-    }
-    recipe = {**alone(small), "method": METHODS["lora"], "privacy": privacy}
-    recipe["training"]["fit_head"] = False
-    if place == "sum":
-        recipe["secure_sum"] = {"on": True}
-    assert are_equal(*run_both(recipe, tmp_path))
+    """The workers of clients that noise what they send draw the same noise; sums have it from here."""
+    privacy = {"unit": "client", "noise": place, "noise_multiplier": 0.5, "delta": 1e-3}
+    recipe = {**alone(small), "privacy": {**privacy, "randomness": "seeded", "accept_noise": True}}
+    recipe |= {"secure_sum": {"on": True}} if place == "sum" else {}
+    one, many = run_both(recipe, tmp_path)
+    assert are_equal(one, many)
+    assert not any(row["left_out"] for row in rows_of(many)[1:])
+
+
+def test_clients_that_hide_their_rows(small: dict[str, Any], tmp_path: Path, stand_in: StandIn) -> None:
+    privacy = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-3, "randomness": "seeded"}
+    one, many = run_both({**alone(small), "privacy": privacy}, tmp_path)
+    assert are_equal(one, many)
 
 
 def test_a_run_is_resumed_as_if_it_had_not_stopped(

@@ -7,7 +7,10 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +102,8 @@ class Cluster:
         self._connected = not self.ray.is_initialized()
         try:
             if self._connected:
-                self._connect(store)
+                with _signals_kept():
+                    self._connect(store)
             self.share = self._shared(accelerated)
         except BaseException:
             self.close()
@@ -166,6 +170,17 @@ class Cluster:
                     f"{each * self.count:g} {kind}s, and Ray has {there.get(kind, 0):g}"
                 )
         return Share(cpus, gpus, self.settings.threads or cpus)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Afterwards SIGTERM does what it did before: Ray would end the process by itself."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _short_folder() -> Path:

@@ -17,8 +17,8 @@ from .settings import WorkerSettings
 MOST_REPLACED = 3
 """Workers that are replaced in one run; more deaths are no accident."""
 
-PLACED_WITHIN = 300
-"""Seconds within which a cluster has to give every worker its place."""
+PLACED_WITHIN = 600
+"""Seconds within which a cluster has to give every worker its place, imports included."""
 
 
 @dataclass(frozen=True)
