@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,36 @@ def test_ctrl_c_leaves_a_run_that_goes_on_and_no_process(small: dict[str, Any], 
     one = fedcustom.run(single, out=tmp_path / "alone")
     fedcustom.run(single, out=tmp_path / "run", resume=True)
     assert gap(one.directory, tmp_path / "run") < 1e-4  # forty rounds of other batches
+
+
+def test_a_cluster_by_its_address(small: dict[str, Any], tmp_path: Path) -> None:
+    """A cluster that runs already is used, and goes on running."""
+    recipe = {**small, "method": {"name": "lora"}, "training": {"batch_size": 8, "cohort_width": 1}}
+    with socket.socket() as free, tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        free.close()
+        ray = Path(sys.executable).parent / "ray"
+        options = ["--port", address.rpartition(":")[2], "--num-cpus", "2", "--temp-dir", folder]
+        quiet = ["--include-dashboard", "false", "--disable-usage-stats", "--node-ip-address", "127.0.0.1"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        head = subprocess.Popen([ray, "start", "--head", "--block", *options, *quiet], env=environment)
+        try:
+            file = tmp_path / "recipe.toml"
+            file.write_text(to_toml(load_recipe(with_workers(recipe, address=address))))
+            command = [sys.executable, "-m", "fedcustom", "run", str(file), "--out", str(tmp_path / "run")]
+            for _ in range(5):  # until the head is there
+                time.sleep(5)
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+                if "no Ray at" not in done.stderr:
+                    break
+            assert done.returncode == 0, done.stderr
+            assert head.poll() is None
+        finally:
+            head.terminate()
+            head.wait(60)
+    one = fedcustom.run(recipe, out=tmp_path / "alone")
+    assert are_equal(one.directory, tmp_path / "run")
 
 
 def children(pid: int) -> list[int]:

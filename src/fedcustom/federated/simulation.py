@@ -156,7 +156,7 @@ def simulate(
     transport: Transport
     if workers is not None and len(store.data) > 1:  # one client is one process's work
         setup = worker_setup(recipe, base, origin, rows, private, directory)
-        pool = WorkerPool(workers, len(store.data), setup, callbacks.on_note)
+        pool = WorkerPool(workers, len(store.data), setup, callbacks.on_note, callbacks.on_phase)
         ending.callback(pool.close)
         transport = WorkersTransport(method, store, channel, pool, applied, callbacks.on_note)
     else:

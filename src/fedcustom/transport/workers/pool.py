@@ -66,14 +66,19 @@ class WorkerPool:
     """Workers that do their calls one after another, each the clients' that it is given.
 
     They start with the first call. One that dies is replaced: the new one repeats what the old one's process
-    had to remember, and does the calls that were under way again. ``note`` is told. There are no more of them
-    than ``clients``.
+    had to remember, and does the calls that were under way again. ``note`` is told of that,
+    ``phase`` of their start. There are no more of them than ``clients``.
     """
 
     def __init__(
-        self, settings: WorkerSettings, clients: int, setup: Setup, note: Callable[[str], None]
+        self,
+        settings: WorkerSettings,
+        clients: int,
+        setup: Setup,
+        note: Callable[[str], None],
+        phase: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.settings, self.setup, self.note = settings, setup, note
+        self.settings, self.setup, self.note, self.phase = settings, setup, note, phase
         self.count = min(settings.count or 1, clients)
         self.replaced = 0
         self._cluster: Cluster | None = None
@@ -157,6 +162,7 @@ class WorkerPool:
         if self._cluster is not None:
             return
         setup = self.setup
+        self.phase(f"starting {self.count} workers")
         cluster = Cluster(self.settings, self.count, accelerated=setup.accelerated, store=setup.store)
         self._cluster = cluster
         try:
