@@ -133,8 +133,11 @@ def test_transforms_of_the_caller(small: dict[str, Any], tmp_path: Path, stand_i
 def test_noise_of_clients(place: str, small: dict[str, Any], tmp_path: Path, stand_in: StandIn) -> None:
     """The workers of clients that noise what they send draw the same noise; sums have it from here."""
     privacy = {"unit": "client", "noise": place, "noise_multiplier": 0.5, "delta": 1e-3}
-    recipe = {**alone(small), "privacy": {**privacy, "randomness": "seeded", "accept_noise": True}}
-    recipe |= {"secure_sum": {"on": True}} if place == "sum" else {}
+    recipe = {**alone(small), "privacy": {**privacy, "randomness": "seeded"}}
+    if place == "sum":
+        recipe["secure_sum"] = {"on": True}
+    else:
+        recipe["privacy"]["accept_noise"] = True
     one, many = run_both(recipe, tmp_path)
     assert are_equal(one, many)
     assert not any(row["left_out"] for row in rows_of(many)[1:])

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ...core.tensors import Tensors
-from ...methods.protocol import Memory, Messages, Task, Update
+from ...methods.protocol import KEY, Memory, Messages, Task, Update
 from .. import wire
 from ..messages import read_task, read_update, values_of
 from ..receiving import ClientFailure
@@ -108,12 +108,33 @@ def decode_answer(messages: Messages, task: Task, answer: ClientAnswer) -> tuple
     if "reason" in told:
         raise ClientFailure(told["reason"], told["detail"])
     tensors, values = _decoded(answer.update)
-    return read_update(messages, task, values, tensors), decode_memory(answer.memory)
+    return _as_made(read_update(messages, task, values, tensors), values), decode_memory(answer.memory)
 
 
 def seconds_of(answer: ClientAnswer) -> float:
     """The seconds that a client took, whether it gave an update or not."""
     return float(json.loads(answer.told)["seconds"])
+
+
+def _as_made(update: Update, values: Mapping[str, Any]) -> Update:
+    """The update with whole numbers where its client wrote such in place of floats, as 4 and not 4.0: the
+    length of its message is counted from it.
+    """
+    found = {one.name: (getattr(update, one.name), one.metadata.get(KEY, one.name)) for one in fields(update)}
+    return replace(
+        update, **{n: _whole(read, values[key]) for n, (read, key) in found.items() if key in values}
+    )
+
+
+def _whole(read: Any, sent: Any) -> Any:
+    """A value as it was read, with the whole numbers that were sent in place of floats."""
+    if type(read) is float and type(sent) is int:
+        return sent
+    if isinstance(read, dict) and isinstance(sent, dict):
+        return {key: _whole(value, sent[key]) for key, value in read.items()}
+    if isinstance(read, list | tuple) and isinstance(sent, list) and type(read) in (list, tuple):
+        return type(read)(_whole(*pair) for pair in zip(read, sent, strict=True))
+    return read
 
 
 def _encoded(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> bytes:
