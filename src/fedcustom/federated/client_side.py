@@ -9,10 +9,10 @@ from ..data.examples import ClientData, FederatedData
 from ..data.settings import DataSettings
 from ..methods import Method
 from ..methods.tuning.release import OwnNoise
-from ..models.load import load_base
 from ..recipe.recipe import Recipe
 from ..simulation.poison import poisoned, with_noise
 from ..updates.attack import hostile_clients
+from .base_model import load_for
 from .build import check_cohort, check_fit, make_method, pooled
 from .example_run import check_rows
 from .truncation import fitted_rows
@@ -56,7 +56,7 @@ def client_side(recipe: Recipe, read: ReadData, own_noise: OwnNoise | None) -> C
     Raises:
         RecipeError, DataError, ModelError: as there.
     """
-    base = load_base(recipe.model, read.data.task, recipe.seed, head=recipe.method.with_head)
+    base = load_for(recipe, read.data.task)
     data = fitted_rows(read.settings, base, read.data)
     method = make_method(recipe, base, data, own_noise=own_noise)
     return ClientSide(method, owners(recipe, damaged(recipe, data)))

@@ -121,9 +121,10 @@ def _as_made(update: Update, values: Mapping[str, Any]) -> Update:
     length of its message is counted from it.
     """
     found = {one.name: (getattr(update, one.name), one.metadata.get(KEY, one.name)) for one in fields(update)}
-    return replace(
-        update, **{n: _whole(read, values[key]) for n, (read, key) in found.items() if key in values}
-    )
+    changed: dict[str, Any] = {
+        n: _whole(read, values[key]) for n, (read, key) in found.items() if key in values
+    }
+    return replace(update, **changed)
 
 
 def _whole(read: Any, sent: Any) -> Any:
