@@ -53,7 +53,7 @@ def test_templates_of_containers_are_refused_before_anything_loads(
         'clients.partition = "iid"\nclients.count = 2\nmodel.base = "builtin:lm-small"\n'
     )
     loaded = list[str]()
-    monkeypatch.setattr("fedcustom.federated.simulation.load_base", lambda *a, **k: loaded.append("base"))
+    monkeypatch.setattr("fedcustom.federated.simulation.load_for", lambda *a, **k: loaded.append("base"))
     for arguments in (("recipe", recipe), ("run", recipe, "--out", tmp_path / "out")):
         said = command(*arguments)
         assert (said.code, said.out) == (2, ""), said.error

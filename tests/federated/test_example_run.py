@@ -160,7 +160,7 @@ def test_a_head_on_vectors_of_any_length_is_refused_before_the_model(
 ) -> None:
     from fedcustom.recipe.recipe import load_recipe, to_toml
 
-    monkeypatch.setattr("fedcustom.federated.simulation.load_base", None)
+    monkeypatch.setattr("fedcustom.federated.simulation.load_for", None)
     fitting["model"]["normalize"] = False
     with pytest.raises(RecipeError, match=r"set model\.normalize = true, or fit_head_rounds"):
         fedcustom.run(fitting, out=tmp_path / "run")
@@ -184,7 +184,7 @@ def test_the_command_says_what_the_head_spends(fitting: dict[str, Any], tmp_path
 def test_a_delta_too_large_is_refused_before_the_model(
     hidden: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedcustom.federated.simulation.load_base", None)
+    monkeypatch.setattr("fedcustom.federated.simulation.load_for", None)
     hidden["privacy"]["delta"] = 0.01
     with pytest.raises(RecipeError, match=r"privacy.delta = 0.01: at most 1 / \(10 rows\)"):
         fedcustom.run(hidden, out=tmp_path / "run")

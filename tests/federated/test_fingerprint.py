@@ -127,7 +127,7 @@ def test_a_run_that_could_not_begin_leaves_nothing(
         raise RunError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedcustom.federated.simulation.load_base", fails)
+        patch.setattr("fedcustom.federated.simulation.load_for", fails)
         with pytest.raises(RunError, match="out of luck"):
             fedcustom.run(recipe, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -280,6 +280,6 @@ def test_a_bug_of_ours_keeps_its_traceback(
     def bug(*_: Any) -> None:
         raise IndexError("a bug")
 
-    monkeypatch.setattr("fedcustom.federated.simulation.check_cohort", bug)
+    monkeypatch.setattr("fedcustom.federated.client_side.check_cohort", bug)
     with pytest.raises(IndexError, match="a bug"):
         command("run", broken, "--out", broken.parent / "out", "--quiet")

@@ -52,6 +52,8 @@ def check_deployable(recipe: Recipe) -> None:
     """
     if recipe.baseline != "federated":
         raise RecipeError(f"baseline = {recipe.baseline!r}: a deployed run is federated; leave it out")
+    if recipe.workers is not None and recipe.workers.count is not None:
+        raise RecipeError("[workers]: is for simulations; sites have their own processes. Leave it out")
     if recipe.evaluation.perturb:
         raise RecipeError("evaluation.perturb: is for simulations, whose server has the test texts")
     for section in ("attack", "noise", "participation"):

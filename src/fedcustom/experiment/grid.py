@@ -76,10 +76,10 @@ CLASSIFIERS_ALONE = (
 
 def digest(recipe: Recipe) -> str:
     """Twelve hexadecimal digits of the SHA-256 of the complete recipe. What is unset is left out, so that a
-    new setting that nobody sets makes no old result another's. Also left out are trackers, which change no
-    result, and, where nothing is classified, what only classifiers have.
+    new setting that nobody sets makes no old result another's. Also left out are trackers and workers,
+    which change no result beyond rounding, and, where nothing is classified, what only classifiers have.
     """
-    complete = resolved(recipe).model_dump(exclude={"compare", "tracking"}, exclude_none=True)
+    complete = resolved(recipe).model_dump(exclude={"compare", "tracking", "workers"}, exclude_none=True)
     if recipe.data.task != "classification":
         for section, key in CLASSIFIERS_ALONE:
             complete[section].pop(key, None)

@@ -144,7 +144,7 @@ def set_values(recipe: Recipe) -> dict[str, Any]:
     """What a recipe sets besides the defaults, with paths from the current folder: results are shared, and a
     run's own recipe names places of one machine.
     """
-    values = from_here(recipe.untracked.model_dump(exclude_defaults=True, exclude_none=True))
+    values = from_here(recipe.identity.model_dump(exclude_defaults=True, exclude_none=True))
     return {**values, "method": {"name": recipe.method.name, **values.get("method", {})}}
 
 

@@ -62,6 +62,25 @@ class PrivateRun:
             raise RuntimeError("the keys of the clients' noise are theirs")
         return self.key.of(client)
 
+    def to_values(self) -> dict[str, Any] | None:
+        """What another process of a simulation needs to make clients' own noise, as JSON holds it, with the
+        key; None where clients make none.
+        """
+        if self.own_noise is None or self.key is None:
+            return None
+        key = {"key": self.key.key.hex(), "secret": self.key.secret}
+        return {"record": client_record(self.mechanism), **key}
+
+    @classmethod
+    def restored(cls, recipe: Recipe, values: dict[str, Any] | None, clients: int) -> PrivateRun | None:
+        """The inverse of :meth:`to_values`, of the complete recipe with so many clients."""
+        settled = recipe.settled(clients)
+        mechanism = planned(settled, clients) if values is not None else None
+        if values is None or mechanism is None:
+            return None
+        key = NoiseKey(bytes.fromhex(values["key"]), values["secret"])
+        return cls(settled, _as_recorded(mechanism, values["record"]), key)
+
     def turns(self) -> list[list[int]]:
         """The places of the clients of each round that trains."""
         return self.mechanism.participation.cohorts(self.recipe.seed, self.key)

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ class Replay:
         self._pace, self.stopped = 1.0, False
         self.callbacks = Callbacks([callbacks] if callbacks is not None else [])
         self._scratch = tempfile.TemporaryDirectory(prefix="fedcustom-replay-")
+        self._ending = ExitStack()
         try:
             self._loop, self.done = self._begin(0)
         except BaseException:
@@ -113,7 +114,8 @@ class Replay:
         self.close()
 
     def close(self) -> None:
-        """Remove the temporary directory, in which are clients' private tensors."""
+        """Remove the temporary directory, in which are clients' private tensors, and end what was started."""
+        self._ending.close()
         self._scratch.cleanup()
 
     @property
@@ -188,6 +190,8 @@ class Replay:
             federation = copy_of_run(
                 self.source.path, self.recipe, place.path, self.callbacks, self.transforms
             )
+            self._ending.close()
+            self._ending.callback(federation.close)
             watched = replace(federation, transport=Watched(federation.transport, self.seen))
             # The untuned model's scores decide nothing in a round.
             quick = self.recipe.evaluation.model_copy(update={"untuned": False})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,10 @@ def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Reso
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         environment.restart_peak_memory()
-        return resources_of(recipe, simulate(recipe, place, place / "clients", told), told)
+        federation = simulate(recipe, place, place / "clients", told)
+        with ExitStack() as ending:
+            ending.callback(federation.close)
+            return resources_of(recipe, federation, told)
 
 
 def untrained(recipe: Recipe) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,9 +84,17 @@ def run_recipe(
         if finished is not None:
             return finished
         try:
-            with followed(recipe, place, told):
+            with followed(recipe, place, told), ExitStack() as ending:
                 summary = _run(
-                    recipe, place, told, gather, transforms, identities, accept=accept, check=check_export
+                    recipe,
+                    place,
+                    told,
+                    gather,
+                    transforms,
+                    identities,
+                    ending,
+                    accept=accept,
+                    check=check_export,
                 )
         except BaseException as error:
             told.on_phase("")
@@ -104,16 +113,19 @@ def _run(
     gather: Gather,
     transforms: Sequence[UpdateTransform],
     identities: Sequence[Identity],
+    ending: ExitStack,
     *,
     accept: bool,
     check: bool,
 ) -> dict[str, Any]:
-    """From the last checkpoint, or from the beginning, to the summary. ``accept``: with other rows too;
-    ``check``: compare the model that is written with the trained one.
+    """From the last checkpoint, or from the beginning, to the summary. ``ending`` ends what was started for
+    the parties; ``accept``: with other rows too; ``check``: compare the model that is written with the
+    trained one.
     """
     started = time.perf_counter()
     environment.restart_peak_memory()
     parties = gather(recipe, directory.path, directory.checkpoints.clients, callbacks, transforms)
+    ending.callback(parties.close)
     rows = parties.fingerprint
     difference = fingerprint.check(directory.path, rows, accept=accept) if rows else None
     too_large = memory_warning(recipe, parties) if gather is simulate else None
@@ -170,8 +182,9 @@ def _finish(loop: FedAvg, elapsed: float, *, check: bool) -> dict[str, Any]:
     if result.predictions is not None:
         write_text(path / "predictions.jsonl", "".join(result.prediction_lines(federation.data)))
     callbacks.on_phase("writing the model")
-    for text in method.take_cuts() if isinstance(method, CountsCuts) else []:
-        loop.warn(text)
+    for counting in (method, federation.transport):
+        for text in counting.take_cuts() if isinstance(counting, CountsCuts) else []:
+            loop.warn(text)
     for name, text in method.notes(state).items():
         write_text(path / name, text)
     if has_one_model(recipe):

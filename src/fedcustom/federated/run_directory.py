@@ -70,8 +70,8 @@ class RunDirectory:
             raise RunError(f"{path}: is a file; name a folder")
         if written.exists():
             old = absolute(recorded_recipe(written))
-            if old.untracked != recipe.untracked:
-                difference = _difference(old.untracked, recipe.untracked)
+            if old.identity != recipe.identity:
+                difference = _difference(old.identity, recipe.identity)
                 raise RunError(f"{path}: holds another recipe's run ({difference}); name another --out")
             begun = read_json(path / TRANSFORMS) if (path / TRANSFORMS).exists() else []
             if begun != list(transforms):

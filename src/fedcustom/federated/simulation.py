@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..core.errors import RecipeError
-from ..data.build import build_data, check_first_rows, with_builtin_columns
 from ..data.examples import FederatedData
 from ..data.perturb import perturbed
 from ..data.truncation import CutCount
@@ -17,23 +17,28 @@ from ..methods import Method, State
 from ..methods.protocol import HasRemarks
 from ..models.load import Base
 from ..recipe.recipe import Recipe
-from ..simulation.poison import backdoor_probes, poisoned, with_noise
+from ..simulation.poison import backdoor_probes
 from ..transport.channel import Channel
 from ..transport.client_store import ClientStore
 from ..transport.in_process import InProcessTransport
 from ..transport.protocol import Transport, check_visible
 from ..transport.summing import SummingTransport
+from ..transport.workers.cluster import check_installed
+from ..transport.workers.pool import WorkerPool
+from ..transport.workers.transport import WorkersTransport
 from ..updates.attack import hostile_clients, simulated_attack
 from ..updates.pipeline import update_transforms
 from ..updates.transform import UpdateTransform
 from .base_model import load_for
-from .build import change_vector, check_cohort, check_fit, check_transforms, make_method, noised_sums, pooled
+from .build import change_vector, check_transforms, make_method, noised_sums
 from .callbacks import Callback
+from .client_side import damaged, owners, read_data
 from .evaluator import Evaluator, Probes, Result
-from .example_run import ExampleRun, check_rows, example_run
+from .example_run import ExampleRun, example_run
 from .fingerprint import Fingerprint, of_data
 from .private_run import PrivateRun, private_run
 from .truncation import fitted_data
+from .worker import worker_setup
 
 
 class Evaluation(Protocol):
@@ -73,7 +78,7 @@ class Federation:
     across sites their names alone. ``fingerprint`` is that of the rows as they were read; across sites, of
     the server's own, and None where it has none. ``truncation`` counts what is cut of the data that the
     server knows. ``private`` is there where clients are hidden by noise, ``hidden`` where
-    their training rows are.
+    their training rows are. ``close`` ends the processes that were started for it.
     """
 
     base: Base
@@ -87,6 +92,7 @@ class Federation:
     truncation: dict[str, CutCount] = field(default_factory=dict)
     private: PrivateRun | None = None
     hidden: ExampleRun | None = None
+    close: Callable[[], None] = lambda: None
 
 
 Gather = Callable[[Recipe, Path, Path, Callback, Sequence[UpdateTransform]], Federation]
@@ -111,12 +117,11 @@ def simulate(
     if transforms and recipe.baseline != "federated":
         raise RecipeError(f"baseline = {recipe.baseline!r}: transforms of updates need 'federated'")
     callbacks.on_phase("reading the data")
-    settings, clients = with_builtin_columns(recipe.data, recipe.clients)
-    check_first_rows(settings, clients)
-    check_fit(recipe)
-    data = build_data(settings, clients, recipe.seed, recipe.public)
-    check_cohort(recipe, data)
-    check_rows(recipe, data)
+    workers = recipe.workers if recipe.workers is not None and recipe.workers.count is not None else None
+    if workers is not None:
+        check_installed()
+    read = read_data(recipe)
+    settings, data = read.settings, read.data
     private = private_run(recipe.settled(len(data.clients)), len(data.clients), directory)
     rows = of_data(recipe, data)
     callbacks.on_phase(f"loading {recipe.model.base}")
@@ -130,9 +135,8 @@ def simulate(
     method = make_method(recipe, base, data, applied, *noise)
     check_transforms(transforms, recipe, method)
     probes = _probes(recipe, data)
-    data = _damaged(recipe, data, hostile)
-    owners = pooled(data) if recipe.baseline == "centralised" else data.clients
-    store = ClientStore(owners, memories, directory / "clients")
+    data = damaged(recipe, data)
+    store = ClientStore(owners(recipe, data), memories, directory / "clients")
     evaluator = Evaluator(
         method,
         base,
@@ -148,23 +152,34 @@ def simulate(
         callbacks.on_note(remark)
     origin = method.initialise()
     channel = Channel(recipe.compression, origin.tensors)
-    transport: Transport = InProcessTransport(method, store, channel, applied, callbacks.on_note)
+    ending = ExitStack()
+    transport: Transport
+    if workers is not None and len(store.data) > 1:  # one client is one process's work
+        setup = worker_setup(recipe, base, origin, rows, private, directory)
+        pool = WorkerPool(workers, len(store.data), setup, callbacks.on_note, callbacks.on_phase)
+        ending.callback(pool.close)
+        transport = WorkersTransport(method, store, channel, pool, applied, callbacks.on_note)
+    else:
+        transport = InProcessTransport(method, store, channel, applied, callbacks.on_note)
     mechanism, keys = (private.mechanism, private.client_key) if private is not None else (None, None)
     vector = change_vector(recipe, len(data.clients), lambda: noised_sums(method, mechanism, keys))
     if vector is not None and recipe.secure_sum is not None:
         transport = SummingTransport(transport, method, vector, recipe.secure_sum.terms())
     check_visible(transport, applied, recipe.aggregation)
     return Federation(
-        base, data, method, origin, evaluator, transport, store, rows, truncation, private, hidden
+        base,
+        data,
+        method,
+        origin,
+        evaluator,
+        transport,
+        store,
+        rows,
+        truncation,
+        private,
+        hidden,
+        ending.close,
     )
-
-
-def _damaged(recipe: Recipe, data: FederatedData, hostile: frozenset[str]) -> FederatedData:
-    """The data with the mistakes and the malice that the recipe asks for in what clients train on."""
-    clients, labels = data.clients, data.task.labels
-    if recipe.noise.labels:
-        clients = with_noise(clients, recipe.noise, len(labels), recipe.seed)
-    return replace(data, clients=poisoned(clients, recipe.attack, hostile, labels, recipe.seed))
 
 
 def _probes(recipe: Recipe, data: FederatedData) -> Probes:

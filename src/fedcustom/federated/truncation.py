@@ -31,13 +31,7 @@ def fitted_data(
             :func:`~fedcustom.data.truncation_count.count_cuts`.
     """
     whole = {name: _examples(owned) for name, owned in parts_of(federation).items()}
-    if data.too_long == "leave-out":
-        if base.chat is None:
-            raise ModelError(
-                f"data.too_long = 'leave-out': {base.name} has no chat template, so that prompts are plain "
-                "texts, which are cut; leave it unset, or name a Jinja file in data.chat_template"
-            )
-        federation = _without_too_long(federation, base.chat, data)
+    federation = fitted_rows(data, base, federation)
     parts = parts_of(federation)
     scored = [owned for name in ("development", "test") for _, owned in parts.get(name, ())]
     _refuse_cut_options(recipe, data, base, [example for examples in scored for example in examples])
@@ -48,6 +42,22 @@ def fitted_data(
         name: replace(counts.get(name, empty), left_out=count) for name, count in left_out.items() if count
     }
     return federation, counts
+
+
+def fitted_rows(data: DataSettings, base: Base, federation: FederatedData) -> FederatedData:
+    """The data without conversations that are too long, where ``data.too_long`` leaves them out.
+
+    Raises:
+        DataError, ModelError: see :func:`fitted_data`.
+    """
+    if data.too_long != "leave-out":
+        return federation
+    if base.chat is None:
+        raise ModelError(
+            f"data.too_long = 'leave-out': {base.name} has no chat template, so that prompts are plain "
+            "texts, which are cut; leave it unset, or name a Jinja file in data.chat_template"
+        )
+    return _without_too_long(federation, base.chat, data)
 
 
 def _examples(owned: Owned) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,16 @@ def check(
         place = Path(folder)
         environment.restart_peak_memory()
         federation = simulate(complete, place, place / "clients", told)
-        settled = complete.settled(len(federation.data.clients))
-        found = _checked(given, settled, federation, examples)
-        if not measure:
-            found["inapplicable"]["resources"] = "was not asked for"
-        elif isinstance(federation.method, WeightTuning):
-            found["resources"] = resources_of(complete, federation, told)
-        else:
-            found["inapplicable"]["resources"] = untrained(complete)
+        with ExitStack() as ending:
+            ending.callback(federation.close)
+            settled = complete.settled(len(federation.data.clients))
+            found = _checked(given, settled, federation, examples)
+            if not measure:
+                found["inapplicable"]["resources"] = "was not asked for"
+            elif isinstance(federation.method, WeightTuning):
+                found["resources"] = resources_of(complete, federation, told)
+            else:
+                found["inapplicable"]["resources"] = untrained(complete)
     told.on_phase("")
     return RecipeCheck(**found, notes=tuple(told.notes))
 

@@ -29,6 +29,7 @@ from ..privacy.secure_sum.settings import SecureSumSettings
 from ..privacy.settings import PrivacySettings
 from ..simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
 from ..training.settings import TrainingSettings
+from ..transport.workers.settings import WorkerSettings
 from ..updates.settings import CompressionSettings
 from .help import explain, explained, nearest
 from .label_skew import check_label_skew, settled, why_no_head_fit
@@ -115,6 +116,7 @@ class Recipe(Settings):
     privacy: PrivacySettings | None = Field(None, description="Differential privacy")
     secure_sum: SecureSumSettings | None = Field(None, description="Secure sums")
     tracking: TrackingSettings | None = Field(None, description="Trackers that follow the run")
+    workers: WorkerSettings | None = Field(None, description="Workers that train a simulation's clients")
     compare: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="What differs in a comparison: [compare.<method or baseline>.<section>]",
@@ -148,6 +150,7 @@ class Recipe(Settings):
         check_privacy(self)
         check_secure_sum(self)
         self.method.check_sections(self.baseline, dict(self))
+        self._check_workers()
         buffer = self.participation.buffer
         if buffer is not None and self.clients.partition != "natural" and buffer > count:
             raise ValueError(f"participation.buffer = {buffer}: there are {count} clients (clients.count)")
@@ -255,6 +258,16 @@ class Recipe(Settings):
         if correction == "feddyn" and self.aggregation.server_learning_rate is not None:
             raise ValueError(f"{where}: has a server step of its own; leave server_learning_rate unset")
 
+    def _check_workers(self) -> None:
+        """Whether the workers have what the model is to lie on."""
+        gpus = self.workers.gpus if self.workers is not None else None
+        if gpus == 0 and (self.model.device.startswith("cuda") or self.model.device_map):
+            raise ValueError(
+                f"workers.gpus = 0: model.device = {self.model.device!r} needs one"
+                if self.model.device_map is None
+                else f"workers.gpus = 0: model.device_map = {self.model.device_map!r} needs some"
+            )
+
     def _check_federated(self) -> None:
         """What only a federated run has, and what late answers do not fit."""
         if self.baseline != "federated":
@@ -298,10 +311,17 @@ class Recipe(Settings):
 
     @property
     def untracked(self) -> Recipe:
-        """This recipe without its trackers, which change no result: two runs whose recipes are the same
-        otherwise are the same.
-        """
+        """This recipe without its trackers, which change no result."""
         return self if self.tracking is None else self.model_copy(update={"tracking": None})
+
+    @property
+    def identity(self) -> Recipe:
+        """This recipe without what changes no result, or that by rounding alone: its trackers, and its
+        workers. Two runs whose recipes are the same otherwise are the same.
+        """
+        if self.tracking is None and self.workers is None:
+            return self
+        return self.model_copy(update={"tracking": None, "workers": None})
 
     def settled(self, clients: int) -> Recipe:
         """This recipe, complete, as it is run where there are so many ``clients``

@@ -123,7 +123,7 @@ def _compared(run: Run) -> dict[str, str]:
     return {
         key: value
         for key, value in settings.items()
-        if key.rpartition(".")[2] not in NOT_COMPARED and not key.startswith("tracking.")
+        if key.rpartition(".")[2] not in NOT_COMPARED and not key.startswith(("tracking.", "workers."))
     }
 
 

@@ -1,1 +1,1 @@
-"""Tasks to clients and updates back: the transport protocol, the in-process transport, the wire format."""
+"""Tasks to clients and updates back: the protocol, transports in this process and on workers, wire format."""
