@@ -77,7 +77,7 @@ def step_seconds(base: str, rows: int, tokens: int, steps: int) -> dict[str, flo
     task = LearningTask(kind="classification", labels=tuple("abcdef"))
     model = load_base(ModelSettings(base=base), task, seed=0)
     implementation = registry.methods()["lora"].load()
-    trainable = implementation(registry.settings_of("lora")(rank=8)).attach(model, 0)
+    trainable = implementation(registry.settings_of("lora").model_validate({"rank": 8})).attach(model, 0)
     ids = torch.randint(5, 300, (rows, tokens), generator=torch.Generator().manual_seed(0))
     batch = {
         "input_ids": ids,

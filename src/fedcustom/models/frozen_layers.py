@@ -42,8 +42,13 @@ def _stacks_in(model: Any, part: str, depths: Sequence[str]) -> list[tuple[str, 
     around = next((name for name, module in model.named_modules() if module is body and body), None)
     if around is None:
         return []
-    inside = ((f"{around}.{name}", module) for name, module in body.named_modules())
-    return [(name, m) for name, m in inside if isinstance(m, nn.ModuleList) and len(m) == depth]
+    stacks: list[tuple[str, nn.ModuleList]] = []
+    for inner, module in body.named_modules():
+        name = f"{around}.{inner}"
+        nested = any(name.startswith(f"{outer}.") for outer, _ in stacks)  # T5's layers have lists of parts
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not nested:
+            stacks.append((name, module))
+    return stacks
 
 
 def _above(model: Any) -> str | None:

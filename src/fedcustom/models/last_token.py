@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from .first_token import classifying, places_read
@@ -108,7 +108,8 @@ def _separate(
     query, key = rotate(query, query, *own)[0], rotate(key, key, cos, sin)[1]
     result = attention.o_proj(_attend(attention, query, key, value, places, mask, given))
     after = _at(states, places) + result
-    return after + layer.mlp(layer.post_attention_layernorm(after))
+    state: Tensor = after + layer.mlp(layer.post_attention_layernorm(after))
+    return state
 
 
 def _common(layer: Any, states: Tensor, places: Tensor, mask: Tensor | None, given: dict[str, Any]) -> Tensor:
@@ -118,16 +119,17 @@ def _common(layer: Any, states: Tensor, places: Tensor, mask: Tensor | None, giv
     both, width = attention.c_attn, attention.split_size
     if type(both) is Conv1D and not (both._forward_hooks or both._forward_pre_hooks):
         flat = torch.addmm(both.bias[width:], normed.flatten(0, 1), both.weight[:, width:])
-        key, value = flat.view(*normed.shape[:2], 2 * width).split(width, dim=2)
+        key, value = flat.view(*normed.shape[:2], 2 * width).chunk(2, dim=2)
     else:  # what is attached acts on all three
-        _, key, value = both(normed).split(width, dim=2)
+        _, key, value = both(normed).chunk(3, dim=2)
     query = both(_at(normed, places))[..., :width]  # after the others: slots go on from the last call
     query, key, value = (
         part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in (query, key, value)
     )
     result = attention.c_proj(_attend(attention, query, key, value, places, mask, given))
     after = attention.resid_dropout(result) + _at(states, places)
-    return after + layer.mlp(layer.ln_2(after))
+    state: Tensor = after + layer.mlp(layer.ln_2(after))
+    return state
 
 
 FORMS: dict[str, tuple[Callable[..., Tensor], Sequence[str]]] = {
@@ -167,7 +169,7 @@ def _attend(
         if own.dtype == torch.bool:
             own = torch.zeros_like(own, dtype=query.dtype).masked_fill(~own, torch.finfo(query.dtype).min)
     else:
-        attend = AttentionInterface()[implementation]
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
     states: Tensor = attend(attention, query, key, value, own, dropout=0.0, scaling=attention.scaling)[0]
     return states.flatten(-2).contiguous()
 

@@ -6,12 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as t
 
 from fedcustom.core.errors import ModelError
 from fedcustom.methods import WeightTuning
 from fedcustom.methods.tuning.local_training import LocalTraining
 from fedcustom.methods.tuning.messages import TrainUpdate
-from fedcustom.models.frozen_layers import LowerLayers, layer_of, lowest_stack, transformer_layers
+from fedcustom.models.frozen_layers import (
+    LowerLayers,
+    in_upper_layers,
+    layer_of,
+    lowest_stack,
+    transformer_layers,
+)
 from helpers.methods import MODELS, SETTINGS, make
 from helpers.rounds import distance, rounds
 
@@ -148,7 +155,7 @@ def test_no_more_is_kept_than_there_is_room_for(tiny: dict[str, str]) -> None:
         ("bert", "lora", 3, "the model has 2 layers; allowed: 0 to 2"),
         ("bert", "lora", 2, "leaves nothing"),
         ("llama", "bitfit", 9, "the model has 2 layers"),
-        ("bart", "lora", 1, "no single stack of layers"),
+        ("bart", "lora", 3, "the model's encoder has 2 layers; allowed: 0 to 2"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -157,6 +164,28 @@ def test_what_does_not_fit_is_refused(
     kind = "generation" if model == "bart" else "classification"
     with pytest.raises(ModelError, match=reason):
         make(tiny[model], technique, kind, first_layer=first)
+
+
+def test_a_decoder_alone(tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an encoder-decoder all of whose encoder is left as it is."""
+    method = upper(tiny["bart"], "lora", "generation", first=2, training=TRAINING)
+    assert {name.split(".")[1] for name in method.initialise().tensors} == {"decoder"}
+    mine = rounds(method, "generation", together=True)
+    assert method.local._lower is not None
+    assert method.local._lower.passed > 0
+    monkeypatch.setattr(LocalTraining, "_lower", None)
+    plain = upper(tiny["bart"], "lora", "generation", first=2, training=TRAINING)
+    same(mine, rounds(plain, "generation", together=True))
+
+
+def test_a_model_without_a_stack() -> None:
+    """ALBERT's one layer is all of its layers."""
+    config = t.AlbertConfig(
+        vocab_size=40, embedding_size=8, hidden_size=8, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=8,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no single stack of layers; leave it at 0"):
+        in_upper_layers(t.AlbertModel(config), {"encoder"}, 1)
 
 
 def test_nothing_is_passed_by_where_the_first_layer_is_trained(tiny: dict[str, str]) -> None:
