@@ -11,21 +11,20 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import peft
 import torch
 import transformers
 
 from fedcustom import Callback
 from fedcustom.core.environment import describe
-from fedcustom.data.examples import LearningTask
 from fedcustom.federated.run import run_recipe
-from fedcustom.methods import registry
 from fedcustom.models.forward import classification_loss
-from fedcustom.models.load import load_base
-from fedcustom.models.settings import ModelSettings
+from fedcustom.models.last_token import last_token_only
 from fedcustom.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "less_arithmetic.json"
@@ -72,21 +71,17 @@ def round_seconds(data: Path, method: dict[str, Any], clients: int, rows: int) -
     return {"first": found.seconds[0], "later": statistics.median(found.seconds[1:-1])}
 
 
-def step_seconds(base: str, rows: int, tokens: int, steps: int) -> dict[str, float]:
+def step_seconds(config: Any, rows: int, tokens: int, steps: int) -> dict[str, float]:
     """Seconds of a training step of LoRA, in the median, with the last layer of all tokens and of one."""
-    task = LearningTask(kind="classification", labels=tuple("abcdef"))
-    model = load_base(ModelSettings(base=base), task, seed=0)
-    implementation = registry.methods()["lora"].load()
-    trainable = implementation(registry.settings_of("lora").model_validate({"rank": 8})).attach(model, 0)
+    kind_of_model: Any = transformers.AutoModelForSequenceClassification
+    model = kind_of_model.from_config(config).eval()
+    if not last_token_only(model):
+        raise SystemExit(f"the last layer of {config.model_type} cannot be computed for one token alone")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=8))
+    chosen = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     ids = torch.randint(5, 300, (rows, tokens), generator=torch.Generator().manual_seed(0))
-    batch = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": torch.arange(rows) % 6,
-    }
-    last = next(
-        m for m in model.model.modules() if "forward" in vars(m) and hasattr(vars(m)["forward"], "func")
-    )
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(rows) % 6}
+    last = next(module for module in model.modules() if "forward" in vars(module))
     short, taken = vars(last)["forward"], dict[str, list[float]](all=[], one=[])
     for step in range(2 * (steps + 1)):
         kind = ("all", "one")[step % 2]
@@ -94,22 +89,24 @@ def step_seconds(base: str, rows: int, tokens: int, steps: int) -> dict[str, flo
         if kind == "one":
             vars(last)["forward"] = short
         begun = time.process_time()
-        torch.autograd.grad(classification_loss(trainable.model, batch), list(trainable.parameters.values()))
+        torch.autograd.grad(classification_loss(wrapped, batch), chosen)
         if step > 1:
             taken[kind].append(time.process_time() - begun)
     return {kind: statistics.median(each) for kind, each in taken.items()}
 
 
-def tiny_gpt2(folder: Path) -> str:
-    """A GPT-2-shaped model of four layers with random weights, and SmolLM2's tokenizer."""
-    base = load_base(ModelSettings(base="builtin:smollm2"), LearningTask(kind="generation"), seed=0)
-    config = transformers.GPT2Config(
-        vocab_size=len(base.tokenizer), n_embd=256, n_layer=4, n_head=4, n_positions=256,
-        pad_token_id=base.tokenizer.pad_token_id,
-    )  # fmt: skip
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
-    return str(folder)
+COMMON: dict[str, Any] = {"vocab_size": 1000, "num_labels": 6, "pad_token_id": 0}
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    "GPT-2-shaped, 4 layers of 256": lambda: transformers.GPT2Config(
+        n_embd=256, n_layer=4, n_head=4, **COMMON
+    ),
+    "SmolLM2-135M's shape": lambda: transformers.LlamaConfig(
+        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        intermediate_size=1536, **COMMON,
+    ),
+}  # fmt: skip
+"""Models with random weights; few words, since a classifier computes nothing with them."""
 
 
 def main() -> None:
@@ -125,10 +122,10 @@ def main() -> None:
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     found["machine"] = describe()
     if "steps" in options.parts:
-        with TemporaryDirectory() as folder:
-            for name, base in (("gpt2-shaped", tiny_gpt2(Path(folder))), ("smollm2", "builtin:smollm2")):
-                found.setdefault("steps", {})[name] = step_seconds(base, 8, 48, options.steps)
-                print(name, found["steps"][name], flush=True)
+        for name, config in SHAPES.items():
+            found.setdefault("steps", {})[name] = step_seconds(config(), 8, 48, options.steps)
+            print(name, found["steps"][name], flush=True)
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if "rounds" in options.parts:
         for name, method in METHODS.items():
             for first in (0, 3):
