@@ -148,7 +148,8 @@ class RunExport:
         recipe = self.recipe.model_copy(update={"model": exact})
         base = load_for(recipe, self.task, self.directory)
         with exact_weights(method.base.model, method.base.quantised):
-            folded = fold(base, method.trainable, texts, slots, recipe.seed, self.note)
+            first = getattr(recipe.method, "first_layer", None) or 0
+            folded = fold(base, method.trainable, texts, slots, recipe.seed, self.note, first)
         expected = reference(folded.trainable.model, base, chosen := some([]), method.tokens(chosen))
 
         def fill(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..core.settings import Settings
 from ..models.size_class import ModelKind, Rates
@@ -216,6 +216,18 @@ class TuningSettings(MethodSettingsBase):
 
     tasks: ClassVar[tuple[str, ...]] = ("classification", "generation", "chat", "preference")
     rates: ClassVar[Rates]
+    no_first_layer: ClassVar[str] = "has no meaning for this method"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_layers_to_leave_out(cls, values: Any) -> Any:
+        """A setting that some of these methods have, and others cannot have."""
+        if isinstance(values, dict) and "first_layer" in values and "first_layer" not in cls.model_fields:
+            raise ValueError(
+                f"first_layer = {values['first_layer']!r}: {cls.no_first_layer}; leave it unset, or use "
+                "adapter, bitfit, ia3, ln_tuning, lora, or prefix with kind = 'memory'"
+            )
+        return values
 
     def default_learning_rate(self, kind: ModelKind) -> float:
         """The learning rate for a kind of model where the recipe sets none."""
@@ -256,3 +268,21 @@ class UpperLayersSettings(TuningSettings):
         description="Layers below this one (0: the first) are left as they are; what they give for an "
         "example is computed once (bitfit: with the number of layers, the head alone is trained)",
     )
+
+
+class OptionalUpperLayersSettings(TuningSettings):
+    """That of a method that can be kept to a model's upper layers, where written recipes leave the setting
+    out until it is set.
+    """
+
+    first_layer: int | None = Field(
+        None,
+        ge=0,
+        description="Layers below this one (0: the first) are left as they are; what they give for an "
+        "example is computed once; unset: 0",
+    )
+
+    @property
+    def lowest(self) -> int:
+        """The first layer that is trained."""
+        return self.first_layer or 0

@@ -25,27 +25,61 @@ and ModernBERT.
 
 
 class _Pass(threading.local):
-    """Whether the thread is in a pass of which only logits are wanted."""
+    """Whether the thread is in a pass of which only logits are wanted; the tokens that are classified,
+    (rows, tokens), or the places of the states that logits are read off, (rows,), where they are known.
+    """
 
     classifies = False
+    ids: Tensor | None = None
+    places: Tensor | None = None
 
 
 _PASS = _Pass()
 
 
 @contextmanager
-def classifying() -> Iterator[None]:
-    """Meanwhile, of passes in this thread only the classifier's logits are wanted."""
-    before, _PASS.classifies = _PASS.classifies, True
+def classifying(ids: Tensor | None = None, places: Tensor | None = None) -> Iterator[None]:
+    """Meanwhile, of passes in this thread only the classifier's logits are wanted: those of the tokens
+    ``ids``, (rows, tokens), read off the states at ``places``, (rows,), or where the model's code reads them.
+    """
+    before = dict(vars(_PASS))
+    _PASS.classifies, _PASS.ids, _PASS.places = True, ids, places
     try:
         yield
     finally:
-        _PASS.classifies = before
+        vars(_PASS).clear()
+        vars(_PASS).update(before)
+
+
+@contextmanager
+def reading(places: Tensor) -> Iterator[None]:
+    """Meanwhile, a pass of which only logits are wanted has them read off the states at these places."""
+    before, _PASS.places = _PASS.places, places
+    try:
+        yield
+    finally:
+        _PASS.places = before
+
+
+def places_read(pad: int, states: Tensor) -> Tensor | None:
+    """The places of ``states``, (rows, tokens, width), that a decoder's logits are read off, (rows,): the
+    last token that is not ``pad``, unless others are given. None where it is not known, or where other states
+    are wanted too.
+    """
+    if not _PASS.classifies:
+        return None
+    if _PASS.places is not None:
+        return _PASS.places
+    ids = _PASS.ids
+    if ids is None or ids.shape != states.shape[:2]:
+        return None
+    numbers = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
+    return ((ids != pad) * numbers).argmax(dim=1)
 
 
 def carry_classifying() -> Callable[[], AbstractContextManager[None]]:
     """The context in which a pass of this thread can be repeated (:mod:`.checkpointing`)."""
-    return classifying if _PASS.classifies else nullcontext
+    return partial(classifying, _PASS.ids, _PASS.places) if _PASS.classifies else nullcontext
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ LABEL_OFFSET = "label_offset"
 
 def classification_logits(model: Any, batch: Batch) -> Tensor:
     """Logits of (examples, labels) in float32."""
-    with classifying():
+    with classifying(batch["input_ids"]):
         logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return logits.float()
 

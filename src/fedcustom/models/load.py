@@ -21,6 +21,7 @@ from ..data.examples import LearningTask
 from .configuration import load_configuration, loading_errors, locate, pooling_of
 from .first_token import first_token_only
 from .kernels import attend_in_float32_on_processors, fuse_activations
+from .last_token import last_token_only
 from .loading_report import LoadingReport, load_reported
 from .output import OutputLayer, output_layer
 from .padding import Padding, padding_of
@@ -222,6 +223,8 @@ def load_base(
     reads_first = pooling is None or pooling.name in ("first", "pooler")
     if architecture == "encoder" and classifies and reads_first and not settings.compile:
         first_token_only(model)
+    if architecture == "decoder" and classifies and not (settings.compile or settings.device_map):
+        last_token_only(model)
     plain = architecture == "decoder" and task.kind == "generation" and not settings.compile
     measured: dict[Precision, float] = {}
     if settings.dtype != "auto":

@@ -6,26 +6,46 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as t
 
 from fedcustom.core.errors import ModelError
+from fedcustom.methods import WeightTuning
 from fedcustom.methods.tuning.local_training import LocalTraining
-from fedcustom.models.frozen_layers import LowerLayers, layer_of, transformer_layers
-from helpers.methods import MODELS, make
+from fedcustom.methods.tuning.messages import TrainUpdate
+from fedcustom.models.frozen_layers import (
+    LowerLayers,
+    in_upper_layers,
+    layer_of,
+    lowest_stack,
+    transformer_layers,
+)
+from helpers.methods import MODELS, SETTINGS, make
 from helpers.rounds import distance, rounds
 
-ONE_STACK = [name for name, kind in MODELS.items() if "bart" not in name]
 TRAINING = {"batch_size": 3, "optimizer": "sgd", "learning_rate": 0.1}
+
+UPPER = ["lora", "bitfit", "ia3", "ln_tuning", "adapter", "prefix memory"]
+"""A variant of each method that can be kept to upper layers."""
+
+VARIANTS = [n for n in SETTINGS if n.split()[0] == "lora" or n in ("prefix shifts", "prefix frozen")]
+VARIANTS += [n for n in SETTINGS if n.startswith("prefix memory ")]
+
+
+def upper(path: str, name: str, kind: str = "classification", first: int = 1, **more: Any) -> WeightTuning:
+    """A method with its small settings, kept to the layers from the second on."""
+    settings = {**SETTINGS[name], **more, "first_layer": first}
+    return make(path, name.split()[0], kind, **settings)
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "cohort"])
-@pytest.mark.parametrize("technique", ["lora", "bitfit", "ia3"])
-@pytest.mark.parametrize("model", ONE_STACK)
+@pytest.mark.parametrize("technique", UPPER)
+@pytest.mark.parametrize("model", MODELS)
 def test_the_same_updates_and_fewer_layers(
     tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch, model: str, technique: str, together: bool
 ) -> None:
-    kind, options = MODELS[model], {"first_layer": 1, "training": TRAINING}
-    method = make(tiny[model], technique, kind, **options)
-    _, layers = transformer_layers(method.trainable.model) or ("", torch.nn.ModuleList())
+    kind = MODELS[model]
+    method = upper(tiny[model], technique, kind, training=TRAINING)
+    _, layers = lowest_stack(method.trainable.model) or ("", torch.nn.ModuleList())
     computed = [0, 0]
     next(layers[0].children()).register_forward_hook(count_into(computed, 0))
     layers[1].register_forward_hook(count_into(computed, 1))
@@ -36,11 +56,43 @@ def test_the_same_updates_and_fewer_layers(
     assert lower.passed > 0
 
     monkeypatch.setattr(LocalTraining, "_lower", None)
-    without = rounds(make(tiny[model], technique, kind, **options), kind, together=together)
-    for mine, other in zip(with_cache, without, strict=True):
+    without = rounds(upper(tiny[model], technique, kind, training=TRAINING), kind, together=together)
+    same(with_cache, without)
+
+
+def same(one: list[dict[str, TrainUpdate]], other: list[dict[str, TrainUpdate]]) -> None:
+    """Whether all updates agree to 1e-5."""
+    for mine, its in zip(one, other, strict=True):
         for client, update in mine.items():
-            assert distance(update, other[client]) < 1e-5
-            assert update.loss == pytest.approx(other[client].loss, rel=1e-5)
+            assert distance(update, its[client]) < 1e-5
+            assert update.loss == pytest.approx(its[client].loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant(tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Clients in one batch with the cache, against each alone without it."""
+    method = upper(tiny["bert"], name, training=TRAINING)
+    mine = rounds(method, "classification", together=True)
+    assert method.local._lower is not None
+    assert method.local._lower.passed > 0
+    monkeypatch.setattr(LocalTraining, "_lower", None)
+    same(mine, rounds(upper(tiny["bert"], name, training=TRAINING), "classification", together=False))
+
+
+@pytest.mark.parametrize("more", [{"gradient_checkpointing": True}, {"optimizer": "adamw"}], ids=str)
+@pytest.mark.parametrize("technique", ["lora", "prefix memory"])
+@pytest.mark.parametrize("model", ["bert", "llama", "bart"])
+def test_with_checkpointing_and_moments(
+    tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch, model: str, technique: str, more: dict[str, Any]
+) -> None:
+    training, kind = TRAINING | {"learning_rate": 0.01} | more, MODELS[model]
+    method = upper(tiny[model], technique, kind, training=training)
+    mine = rounds(method, kind, together=True)
+    assert method.local._lower is not None
+    assert method.local._lower.passed > 0
+    monkeypatch.setattr(LocalTraining, "_lower", None)
+    plain = upper(tiny[model], technique, kind, training=training | {"gradient_checkpointing": False})
+    same(mine, rounds(plain, kind, together=True))
 
 
 def count_into(computed: list[int], place: int) -> Any:
@@ -50,14 +102,14 @@ def count_into(computed: list[int], place: int) -> Any:
     return hook
 
 
-@pytest.mark.parametrize("technique", ["lora", "bitfit", "ia3"])
+@pytest.mark.parametrize("technique", UPPER)
 def test_only_upper_layers_and_the_head_travel(tiny: dict[str, str], technique: str) -> None:
-    method = make(tiny["bert"], technique, "classification", first_layer=1)
+    method = upper(tiny["bert"], technique)
     names = set(method.initialise().tensors)
     stack, _ = transformer_layers(method.base.model) or ("", [])
     numbers = {layer_of(name, stack) for name in names - method.trainable.head}
     assert numbers == {1}
-    every = set(make(tiny["bert"], technique, "classification").initialise().tensors)
+    every = set(upper(tiny["bert"], technique, first=0).initialise().tensors)
     assert names < every
     assert {n for n in every if layer_of(n, stack) == 1} | method.trainable.head == names
 
@@ -103,7 +155,7 @@ def test_no_more_is_kept_than_there_is_room_for(tiny: dict[str, str]) -> None:
         ("bert", "lora", 3, "the model has 2 layers; allowed: 0 to 2"),
         ("bert", "lora", 2, "leaves nothing"),
         ("llama", "bitfit", 9, "the model has 2 layers"),
-        ("bart", "lora", 1, "no single stack of layers"),
+        ("bart", "lora", 3, "the model's encoder has 2 layers; allowed: 0 to 2"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -112,6 +164,28 @@ def test_what_does_not_fit_is_refused(
     kind = "generation" if model == "bart" else "classification"
     with pytest.raises(ModelError, match=reason):
         make(tiny[model], technique, kind, first_layer=first)
+
+
+def test_a_decoder_alone(tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an encoder-decoder all of whose encoder is left as it is."""
+    method = upper(tiny["bart"], "lora", "generation", first=2, training=TRAINING)
+    assert {name.split(".")[1] for name in method.initialise().tensors} == {"decoder"}
+    mine = rounds(method, "generation", together=True)
+    assert method.local._lower is not None
+    assert method.local._lower.passed > 0
+    monkeypatch.setattr(LocalTraining, "_lower", None)
+    plain = upper(tiny["bart"], "lora", "generation", first=2, training=TRAINING)
+    same(mine, rounds(plain, "generation", together=True))
+
+
+def test_a_model_without_a_stack() -> None:
+    """ALBERT's one layer is all of its layers."""
+    config = t.AlbertConfig(
+        vocab_size=40, embedding_size=8, hidden_size=8, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=8,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no single stack of layers; leave it at 0"):
+        in_upper_layers(t.AlbertModel(config), {"encoder"}, 1)
 
 
 def test_nothing_is_passed_by_where_the_first_layer_is_trained(tiny: dict[str, str]) -> None:

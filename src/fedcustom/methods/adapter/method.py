@@ -11,6 +11,7 @@ import torch
 from ...core.errors import ModelError
 from ...models.load import Base
 from ..tuning.feed_forward import find_feed_forward
+from ..tuning.peft_support import upper
 from ..tuning.technique import TrainableModel
 from ..tuning.whole_model import partly_trained
 from ..tuning.widening import Widening
@@ -30,17 +31,19 @@ class Adapter:
 
     What travels: D of (width, in), c of (width) where the network has such a bias, and U of (out, width), for
     each network, and the head. The customised model is exported as a ``transformers`` model whose
-    configuration says that its feed-forward networks are wider.
+    configuration says that its feed-forward networks are wider; those that ``first_layer`` leaves as they are
+    have as many units more, of zeros.
     """
 
     def __init__(self, settings: AdapterSettings) -> None:
         self.settings = settings
 
     def attach(self, base: Base, seed: int) -> TrainableModel:
-        """Put extra hidden units beside those of every feed-forward network.
+        """Put extra hidden units beside those of every feed-forward network, or of the upper layers'.
 
         Raises:
-            ModelError: the model has no feed-forward networks that can be widened by their configuration.
+            ModelError: the model has no feed-forward networks that can be widened by their configuration, or
+                ``first_layer`` leaves none of them.
         """
         model, width = base.model, self.settings.width
         found = find_feed_forward(base)
@@ -49,6 +52,8 @@ class Adapter:
                 f"method adapter does not fit {base.name}: its {model.config.model_type} code has no "
                 "feed-forward networks of plain matrices whose width is a setting; use method lora"
             )
+        if first := self.settings.lowest:
+            found = found.of(upper(base, (*found.inputs, *found.outputs), first))
         widening = Widening(model, found, width, seed)
         trainable = partly_trained(base, seed, widening.names())
         save_whole = trainable.save

@@ -8,11 +8,11 @@ from pydantic import Field
 
 from ...models.size_class import Rates
 from ..registry import register
-from ..settings import TuningSettings
+from ..settings import OptionalUpperLayersSettings
 
 
 @register(".method:Adapter", symbol="triangle-down", colours=("#b5548f", "#e08cc0"), order=50)
-class AdapterSettings(TuningSettings):
+class AdapterSettings(OptionalUpperLayersSettings):
     """Bottleneck adapters beside every feed-forward network."""
 
     rates: ClassVar[Rates] = Rates(encoder=0.002, decoder=0.002, large=0.0003)

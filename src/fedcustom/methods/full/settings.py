@@ -16,6 +16,7 @@ class FullSettings(TuningSettings):
     """Full fine-tuning: every weight is trained."""
 
     sends_whole_model: ClassVar[bool] = True
+    no_first_layer: ClassVar[str] = "every weight is trained"
     rates: ClassVar[Rates] = Rates(encoder=0.0001, decoder=0.003, large=2e-05)
 
     name: Literal["full"] = "full"

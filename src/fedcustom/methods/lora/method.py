@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,7 @@ class Lora:
         if chosen == ["all-linear"]:
             chosen = "all-linear"
         if settings.first_layer:
-            ends = [""] if isinstance(chosen, str) else [f".{name}" for name in chosen]
-            chosen = sorted(upper(base, ending_in(base.model, ends), settings.first_layer))
+            chosen = sorted(upper(base, _matrices(base, chosen), settings.first_layer))
         # A private adapter is further rows of A and columns of B, at the scale of the shared ones.
         rank = settings.rank + settings.private_rank
         alpha = settings.alpha * settings.scale(settings.rank) / settings.scale(rank)
@@ -121,6 +121,14 @@ def usual_targets(base: Base) -> list[str] | str:
 
     chosen = CHOICES.get(base.model.config.model_type, [])
     return chosen if isinstance(chosen, str) else list(chosen)
+
+
+def _matrices(base: Base, chosen: list[str] | str) -> set[str]:
+    """The names of the matrices that PEFT would adapt: by their endings, or by a pattern."""
+    if not isinstance(chosen, str):
+        return ending_in(base.model, [f".{name}" for name in chosen])
+    every = ending_in(base.model, [""])
+    return every if chosen == "all-linear" else {name for name in every if re.fullmatch(chosen, name)}
 
 
 def lora_layers(model: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ...models.load import Base
 from ..adapter.method import Adapter
 from ..adapter.settings import AdapterSettings
 from ..tuning.feed_forward import FeedForward, find_feed_forward
+from ..tuning.peft_support import upper
 from ..tuning.technique import TrainableModel
 from .memory import unit_size
 
@@ -81,6 +82,7 @@ def fold(
     slots: int | None,
     seed: int,
     note: Callable[[str], None] = lambda text: None,
+    first_layer: int = 0,
 ) -> Folded:
     """Distil a memory, ``teacher``, into feed-forward slots of ``base``, a second copy of its base model, in
     place; ``slots`` unset: as many as have the memory's numbers.
@@ -88,7 +90,7 @@ def fold(
     All of the units are trained (Adam): they start as the memory's own, and the others as in
     :class:`~..adapter.method.Adapter`. What is fitted are the last hidden states, or the logits where the
     model gives no others, in the mean square over tokens. Every tenth text is held out. ``note`` is told
-    every ten seconds how far the distillation is.
+    every ten seconds how far the distillation is. Layers below ``first_layer`` are left as they are.
 
     Raises:
         ModelError: the model has no feed-forward networks that can be widened, or ``slots`` are fewer than
@@ -100,12 +102,14 @@ def fold(
             f"--as feed-forward does not fit {base.name}: its {base.model.config.model_type} code has no "
             "feed-forward networks of plain matrices whose width is a setting; use --as model"
         )
+    if first_layer:
+        found = found.of(upper(base, (*found.inputs, *found.outputs), first_layer))
     memory = dict(teacher.model.named_parameters())
     own = next((len(memory[n]) for name in found.inputs if (n := f"{name}.adapter.weight") in memory), 0)
     width = slots or own + _as_many(memory, base.model, found)
     if width < own:
         raise ModelError(f"--slots {width}: the memory has {own} feed-forward slots; allowed: {own} or more")
-    student = Adapter(AdapterSettings(width=width)).attach(base, seed)
+    student = Adapter(AdapterSettings(width=width, first_layer=first_layer)).attach(base, seed)
     with torch.no_grad():
         for name in student.head:
             student.parameters[name].copy_(memory[name])

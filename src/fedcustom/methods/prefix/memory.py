@@ -13,6 +13,7 @@ from ...core.errors import ModelError
 from ...models.load import Base
 from ...models.quantised_layers import device_of
 from ..tuning.feed_forward import FeedForward, find_feed_forward
+from ..tuning.peft_support import upper
 from ..tuning.technique import TrainableModel
 from ..tuning.whole_model import partly_trained
 from ..tuning.widening import Widening
@@ -50,6 +51,8 @@ def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableM
     missed: list[str] = []
     if settings.slots != 0 or settings.feed_forward_slots is None or settings.linear:
         places, missed = attention_places(base)
+    if first := settings.lowest:
+        places, missed, found = _upper_blocks(base, places, missed, found, first)
     sizes = slots_for(settings, places, found, base)
     chosen: set[str] = set()
     memory: dict[str, Any] | None = None
@@ -96,6 +99,20 @@ def attach_memory(base: Base, settings: PrefixSettings, seed: int) -> TrainableM
     return trainable
 
 
+def _upper_blocks(
+    base: Base, places: Sequence[Place], missed: Sequence[str], found: FeedForward | None, first: int
+) -> tuple[list[Place], list[str], FeedForward | None]:
+    """The attention blocks, those that slots cannot stand beside, and the feed-forward networks, of layers
+    from ``first`` on.
+    """
+    matrices = (*found.inputs, *found.outputs) if found is not None else ()
+    kept = upper(base, [*(place.query for place in places), *missed, *matrices], first)
+    networks = found.of(kept) if found is not None else None
+    if networks is not None and not networks.inputs:
+        networks = None
+    return [p for p in places if p.query in kept], [name for name in missed if name in kept], networks
+
+
 def shifts_queries(settings: PrefixSettings, base: Base) -> bool:
     """Whether slots shift queries: as the recipe says, or else in decoders (docs/prefix.md: measured)."""
     return base.architecture != "encoder" if settings.query_shifts is None else settings.query_shifts
@@ -105,7 +122,8 @@ def slots_for(
     settings: PrefixSettings, places: Sequence[Place], found: FeedForward | None, base: Base
 ) -> Sizes:
     """The recipe's numbers of slots. Unset, half of the numbers that key-value pairs of ``length`` would have
-    go beside attention, and the rest beside the feed-forward networks. There is at least one slot.
+    in the layers that are trained go beside attention, and the rest beside the feed-forward networks. There
+    is at least one slot.
 
     Raises:
         ModelError: slots beside feed-forward networks were asked for, and there are none that take them; or

@@ -97,7 +97,7 @@ def export_with_code(
 
     def load(folder: Path) -> None:
         if memory is not None:
-            _check_shifts(folder, memory)
+            _check_written(folder, memory)
         saved = _loaded(type(model), folder, slots=memory is not None)
         if widening:
             widening.take(saved, folder, "feed_forward_slots")
@@ -110,15 +110,24 @@ def export_with_code(
     trainable.save, trainable.load = save, load
 
 
-def _check_shifts(folder: Path, memory: dict[str, Any]) -> None:
-    """See that a folder's slots shift queries as the recipe's do; memories once had no shifts."""
+def _check_written(folder: Path, memory: dict[str, Any]) -> None:
+    """See that a folder's slots shift queries as the recipe's do, and stand beside the same blocks; memories
+    once had no shifts.
+    """
     config = read_json(folder / "config.json")
     if SETTING not in config:  # a pooled classifier's folder holds its encoder's configuration
         config = config.get("encoder", {})
-    written = config.get(SETTING, {}).get("shifts", False)
+    saved = config.get(SETTING, {})
+    written = saved.get("shifts", False)
     if written != memory["shifts"]:
         raise ModelError(
             f"{folder}: was written with method.query_shifts = {str(written).lower()}; set that in the recipe"
+        )
+    blocks, own = ({place["query"] for place in each.get("places", ())} for each in (saved, memory))
+    if blocks != own:
+        raise ModelError(
+            f"{folder}: has slots beside {len(blocks)} attention blocks, and the recipe beside {len(own)}: "
+            "it was written with another method.first_layer; set that in the recipe"
         )
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ...models.size_class import ModelKind, Rates
 from ..registry import register
-from ..settings import TuningSettings
+from ..settings import OptionalUpperLayersSettings
 
 TEXT = (
     "The following is a text from our work. Read it with care, think about what it says and what it is for, "
@@ -27,7 +27,7 @@ SAYS_KV = frozenset({"init", "reparametrise", "public_text", "layers_sent"})
 
 
 @register(".method:Prefix", symbol="circle", colours=("#0060a8", "#5aa9ec"), order=10)
-class PrefixSettings(TuningSettings):
+class PrefixSettings(OptionalUpperLayersSettings):
     """Learnt keys and values in every layer: beside attention and the feed-forward network, or in front of
     the input's own.
     """
@@ -47,7 +47,7 @@ class PrefixSettings(TuningSettings):
         ge=1,
         le=100_000,
         description="Number of key-value pairs in each layer and head; memory: slots that are not set have "
-        "as many numbers in all",
+        "as many numbers in all (with first_layer: as those of the layers that are trained)",
     )
     slots: int | None = Field(
         None, ge=0, le=100_000, description="Slots beside each attention block (memory); unset: by length"
@@ -121,6 +121,12 @@ class PrefixSettings(TuningSettings):
         for key in MEMORY_ONLY if self.kind == "kv" else KV_ONLY:
             if getattr(self, key) != defaults[key].default:
                 raise ValueError(f"{key} = {getattr(self, key)!r}: has no effect with kind = {self.kind!r}")
+        if self.first_layer and self.kind == "kv":
+            raise ValueError(
+                f"first_layer = {self.first_layer}: has no exact form with kind = 'kv', since PEFT puts "
+                "pairs into every layer's softmax, where pairs of zeros take weight too; leave it at 0, or "
+                "use kind = 'memory'"
+            )
         if self.kind == "memory" and self.init == "zero":
             raise ValueError("init = 'zero': keys of zero are never trained; memory allows random and text")
         if not self.init_text.strip():

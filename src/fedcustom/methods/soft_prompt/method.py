@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from ...models.first_token import reading
 from ...models.load import Base
 from ..tuning.peft_support import (
     attach_peft,
@@ -93,9 +94,10 @@ class DecoderClassifier(nn.Module):
         """Logits of (examples, labels) for inputs padded on the right."""
         prompt = self.wrapped.get_prompt(batch_size=len(input_ids))
         embedded = self.wrapped.word_embeddings(input_ids)
-        states = self.body(
-            inputs_embeds=torch.cat([prompt.to(embedded.dtype), embedded], dim=1),
-            attention_mask=torch.cat([attention_mask.new_ones(prompt.shape[:2]), attention_mask], dim=1),
-        ).last_hidden_state
         last = prompt.shape[1] + attention_mask.sum(dim=1) - 1
+        with reading(last):
+            states = self.body(
+                inputs_embeds=torch.cat([prompt.to(embedded.dtype), embedded], dim=1),
+                attention_mask=torch.cat([attention_mask.new_ones(prompt.shape[:2]), attention_mask], dim=1),
+            ).last_hidden_state
         return SequenceClassifierOutput(logits=self.head(states[torch.arange(len(states)), last]))

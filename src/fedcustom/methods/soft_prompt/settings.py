@@ -18,6 +18,8 @@ class SoftPromptSettings(TuningSettings):
     rates: ClassVar[Rates] = Rates(encoder=0.03, decoder=0.3, large=0.3)
     network_rates: ClassVar[Rates] = Rates(encoder=0.003, decoder=0.003, large=0.003)
 
+    no_first_layer: ClassVar[str] = "learnt vectors change what flows from the first layer on"
+
     name: Literal["soft_prompt"] = "soft_prompt"
     length: int = Field(16, ge=1, le=100_000, description="Number of learnt vectors")
     init: Literal["random", "vocabulary", "text"] = Field(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,15 +33,30 @@ class FeedForward:
 
     ``inputs`` names the matrices into the hidden units (two a network where it is gated), ``outputs`` those
     out of them; ``widths`` holds the configuration's keys of the number of hidden units, with their values.
+    ``rest`` are the networks that are left as they are, where there are any.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     widths: Mapping[str, int]
+    rest: FeedForward | None = None
 
     def wider(self, more: int) -> dict[str, int]:
         """The configuration's values for ``more`` hidden units in each network."""
         return {key: width + more for key, width in self.widths.items()}
+
+    def of(self, names: Collection[str]) -> FeedForward:
+        """The networks whose matrices are among these; ``rest`` are the others."""
+
+        def part(*, chosen: bool) -> FeedForward:
+            inputs, outputs = (
+                tuple(name for name in every if (name in names) == chosen)
+                for every in (self.inputs, self.outputs)
+            )
+            return FeedForward(inputs, outputs, self.widths)
+
+        rest = part(chosen=False)
+        return replace(part(chosen=True), rest=rest if rest.inputs else None)
 
 
 def find_feed_forward(base: Base) -> FeedForward | None:

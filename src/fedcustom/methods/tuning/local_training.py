@@ -31,6 +31,7 @@ from .batching.agreement import disagreement
 from .batching.client_modules import ClientModules, stand_ins
 from .batching.trainer import PassBudget, Work, train_together
 from .drift_corrections import Correction
+from .lower_check import passes_by
 from .messages import TrainTask
 from .objective import Objective
 from .technique import TrainableModel
@@ -199,15 +200,38 @@ class LocalTraining:
 
     @cached_property
     def _lower(self) -> LowerLayers | None:
-        """The layers that give the same for an example every time; an eighth of the free memory keeps it.
-        None where layers lie on several devices: accelerate replaces their forward passes too.
+        """The layers that give the same for an example every time; an eighth of the free memory keeps it, and
+        of main memory another, where the model is on an accelerator. None where layers lie on several
+        devices: accelerate replaces their forward passes too.
         """
         trainable = self.trainable
         plain = not (self.training.dropout or trainable.active_dropout or self.compiled or self.spans)
         if not plain or not (self.objective.separable and self.objective.one_pass):
             return None
-        return lower_layers(
-            trainable.model, trainable.parameters, trainable.head, room=lambda: free_memory(self.device) // 8
+        found = lower_layers(trainable.model, trainable.parameters, trainable.head, self._kept_bytes)
+        if found is None:
+            return None
+        equal = self.padding == "none"
+        if passes_by(found, trainable, self.objective, self.rows, coarse=self.coarse, equal=equal):
+            return found
+        found.remove()
+        return None
+
+    def _kept_bytes(self) -> tuple[int, int]:
+        """How much of what enters the first trained layer may be kept where the model is, and in main memory
+        beside that.
+        """
+        room = free_memory(self.device) // 8
+        return room, 0 if self.device.type == "cpu" else free_memory(torch.device("cpu")) // 8
+
+    def kept_states(self) -> str | None:
+        """How much is kept of what lower layers give, in one line; None where nothing is."""
+        if (lower := self._lower) is None:
+            return None
+        room, each = lower.room + lower.spare + lower.held, max(1, lower.bytes_per_token)
+        return (
+            f"layers below {len(lower.below)} are computed once for each example: {each:,} bytes a token are "
+            f"kept, of {room // each:,} tokens at most ({room / 2**30:.1f} GB, an eighth of the free memory)"
         )
 
     @contextmanager

@@ -203,6 +203,8 @@ class WeightTuning:
                 f"{self.base.model.config.model_type} code does not give what it gives for one client alone "
                 f"({self.local.unshared})"
             )
+        if kept := self.local.kept_states():
+            found.append(f"{name}: {kept}")
         return found
 
     def untransformed(self, *, aggregate: bool) -> list[str]:

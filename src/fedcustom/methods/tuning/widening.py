@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ...core.errors import RunError
@@ -101,7 +102,10 @@ class WidenedOutput(Widened):
 
 
 class Widening:
-    """``width`` extra hidden units in every feed-forward network of ``model``, put there in place."""
+    """``width`` extra hidden units in the feed-forward networks of ``model`` that were ``found``, put there
+    in place. A plain model's networks are all as wide: the rest of them get units of zeros where the model is
+    saved, which add nothing.
+    """
 
     def __init__(self, model: Any, found: FeedForward, width: int, seed: int) -> None:
         self.model, self.width, self.sizes = model, width, found.wider(width)
@@ -112,6 +116,10 @@ class Widening:
                 self.layers[name] = WidenedInput(model.get_submodule(name), width)
             for name in found.outputs:
                 self.layers[name] = WidenedOutput(model.get_submodule(name), width)
+        self.rest: dict[str, Matrix] = {}
+        if found.rest is not None:
+            self.rest = {n: model.get_submodule(n) for n in (*found.rest.inputs, *found.rest.outputs)}
+            self._enters = frozenset(found.rest.inputs)
         self._put(self.layers)
 
     def names(self, *, inputs: bool = True) -> set[str]:
@@ -126,11 +134,13 @@ class Widening:
         before = {key: getattr(config, key) for key in self.sizes}
         try:
             self._put({name: layer.merged() for name, layer in self.layers.items()})
+            self._put({name: self._padded(name, matrix) for name, matrix in self.rest.items()})
             for key, size in self.sizes.items():
                 setattr(config, key, size)
             yield
         finally:
             self._put(self.layers)
+            self._put(self.rest)
             for key, size in before.items():
                 setattr(config, key, size)
 
@@ -139,7 +149,8 @@ class Widening:
         """Take the extra units of a plain model, ``saved``, that was loaded from ``folder``.
 
         Raises:
-            RunError: it is not as wide as the recipe's ``setting`` says.
+            RunError: it is not as wide as the recipe's ``setting`` says, or has units where the recipe has
+                none.
         """
         for key, size in self.sizes.items():
             if getattr(saved.config, key) != size:
@@ -150,6 +161,20 @@ class Widening:
         weights = saved.state_dict()
         for name, layer in self.layers.items():
             layer.split(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+        for name, matrix in self.rest.items():
+            extra = _turned(matrix, weights[f"{name}.weight"])
+            if (extra[-self.width :] if name in self._enters else extra[:, -self.width :]).any():
+                raise RunError(
+                    f"{folder}: has trained units in {name}, a layer that method.first_layer leaves as it is"
+                )
+
+    def _padded(self, name: str, matrix: Matrix) -> Matrix:
+        """A frozen matrix with ``width`` rows, or columns, of zeros more."""
+        weight, bias = _out_in(matrix), None if matrix.bias is None else matrix.bias.float()
+        if name not in self._enters:
+            return _like(matrix, functional.pad(weight, (0, self.width)), bias)
+        wider = functional.pad(weight, (0, 0, 0, self.width))
+        return _like(matrix, wider, None if bias is None else functional.pad(bias, (0, self.width)))
 
     def _put(self, modules: Mapping[str, nn.Module]) -> None:
         for name, module in modules.items():
