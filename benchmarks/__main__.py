@@ -14,13 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from . import harness
-from .cases import aggregation, cross_device, cross_silo, gpu, instruct, peers_job, scaling, secure_sums
+from .cases import (
+    aggregation,
+    cross_device,
+    cross_silo,
+    gpu,
+    instruct,
+    peers_job,
+    scaling,
+    secure_sums,
+    startup,
+)
 from .environments import peer
 from .harness import HERE, alternate, compare, machine, own_engines
 from .page import write_page
 
 RESULTS = HERE / "results"
-CASES = ("a", "b", "c", "d", "e", "f", "g", "h")
+CASES = ("a", "b", "c", "d", "e", "f", "g", "h", "i")
 
 
 def main() -> None:
@@ -148,6 +158,10 @@ def _h(options: Any) -> dict[str, Any]:
     return {"secure_sums": secure_sums.measure()}
 
 
+def _i(options: Any) -> dict[str, Any]:
+    return {"startup": startup.measure(options.repeat)}
+
+
 RUNNERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "a": _a,
     "b": _b,
@@ -157,6 +171,7 @@ RUNNERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "f": _f,
     "g": _g,
     "h": _h,
+    "i": _i,
 }
 
 if __name__ == "__main__":
