@@ -126,7 +126,7 @@ def _c(options: Any) -> dict[str, Any]:
 
 
 def _d(options: Any) -> dict[str, Any]:
-    return {"clients": scaling.measure(threads=options.threads)}
+    return scaling.measure(threads=options.threads)
 
 
 def _e(options: Any) -> dict[str, Any]:
