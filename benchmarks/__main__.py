@@ -23,6 +23,7 @@ from .cases import (
     peers_job,
     scaling,
     secure_sums,
+    startup,
     workers,
 )
 from .environments import peer
@@ -30,7 +31,7 @@ from .harness import HERE, alternate, compare, machine, own_engines
 from .page import write_page
 
 RESULTS = HERE / "results"
-CASES = ("a", "b", "c", "d", "e", "f", "g", "h", "w")
+CASES = ("a", "b", "c", "d", "e", "f", "g", "h", "i", "j")
 
 
 def main() -> None:
@@ -126,7 +127,7 @@ def _c(options: Any) -> dict[str, Any]:
 
 
 def _d(options: Any) -> dict[str, Any]:
-    return {"clients": scaling.measure(threads=options.threads)}
+    return scaling.measure(threads=options.threads)
 
 
 def _e(options: Any) -> dict[str, Any]:
@@ -158,7 +159,11 @@ def _h(options: Any) -> dict[str, Any]:
     return {"secure_sums": secure_sums.measure()}
 
 
-def _w(options: Any) -> dict[str, Any]:
+def _i(options: Any) -> dict[str, Any]:
+    return {"startup": startup.measure(options.repeat)}
+
+
+def _j(options: Any) -> dict[str, Any]:
     if reason := workers.missing():
         return {"skipped": reason}
     return {"workers": workers.measure(repetitions=options.repeat, threads=max(2, options.threads))}
@@ -173,7 +178,8 @@ RUNNERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "f": _f,
     "g": _g,
     "h": _h,
-    "w": _w,
+    "i": _i,
+    "j": _j,
 }
 
 if __name__ == "__main__":

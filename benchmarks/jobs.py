@@ -90,6 +90,10 @@ def _work(
     }
 
 
+PORTION = 2**16
+"""Rows of random texts that are drawn together."""
+
+
 def write_random_gpt2(folder: Path, *, vocabulary: int, layers: int, width: int, heads: int) -> Path:
     """A GPT-2 with random weights and a tokenizer whose words are ``w0``, ``w1`` and so on."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -110,15 +114,21 @@ def write_random_gpt2(folder: Path, *, vocabulary: int, layers: int, width: int,
     return folder
 
 
-def write_random_texts(file: Path, *, rows: int, tokens: int, vocabulary: int) -> Path:
-    """Rows of ``source`` and ``target`` that make ``tokens`` tokens together, the closing one included."""
+def write_random_texts(file: Path, *, rows: int, tokens: int, vocabulary: int, owners: int = 0) -> Path:
+    """Rows of ``source`` and ``target`` that make ``tokens`` tokens together, the closing one included; each
+    of one of ``owners``, the first rows of each once, where there are any.
+    """
     generator = np.random.default_rng(0)
     # Drawn from few words, so that there is something to learn.
     chances = 1 / np.arange(1, vocabulary)
-    drawn = generator.choice(vocabulary - 1, size=(rows, tokens - 1), p=chances / chances.sum())
-    lines = [
-        json.dumps({"source": f"w{row[0]}", "target": " ".join(f"w{word}" for word in row[1:])})
-        for row in drawn.tolist()
-    ]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with file.open("w", encoding="utf-8") as out:
+        for start in range(0, rows, PORTION):
+            size = (min(PORTION, rows - start), tokens - 1)
+            drawn = generator.choice(vocabulary - 1, size=size, p=chances / chances.sum())
+            for place, row in enumerate(drawn.tolist(), start=start):
+                line = {"source": f"w{row[0]}", "target": " ".join(f"w{word}" for word in row[1:])}
+                if owners:
+                    whose = place if place < owners else int(generator.integers(owners))
+                    line["owner"] = f"owner-{whose}"
+                out.write(json.dumps(line) + "\n")
     return file

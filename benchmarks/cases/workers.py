@@ -1,4 +1,4 @@
-"""(w) Workers: the peers' job in one process, with one thread and with all, and in workers of one thread."""
+"""(j) Workers: the peers' job in one process, with one thread and with all, and in workers of one thread."""
 
 from __future__ import annotations
 

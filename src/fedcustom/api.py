@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Literal
 
 from .core.errors import DataError, RunError
 from .core.files import read_json
@@ -35,6 +33,9 @@ from .models.load import Base
 from .models.writing import Decoding, Written, write
 from .recipe.recipe import Recipe, load_recipe, read_toml, recorded_recipe
 from .updates.transform import UpdateTransform
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Source = str | Path | Mapping[str, Any] | Recipe
 

@@ -8,11 +8,13 @@ from typing import TypeVar
 import numpy as np
 
 from ..core.errors import DataError, nearest
+from . import row_file
 from .cells import Row, cell_text
 from .conversations import with_conversation_columns
 from .examples import ClientData, Example, FederatedData, LearningTask, columns, label_names, make_examples
 from .files import ENDINGS, first_rows
-from .partition import natural_partition, partition_examples
+from .many_clients import ManyClients, NumberedNames, sorted_members
+from .partition import compact_partition, natural_partition, partition_examples
 from .public import public_examples, read_public, refuse_overlap, set_aside, without_overlap
 from .settings import ClientSettings, DataSettings, PublicSettings
 from .sources import BUILTIN, local_file, read_rows, require_columns
@@ -32,6 +34,8 @@ def build_data(
         DataError: see :mod:`fedcustom.data.sources` and :mod:`fedcustom.data.partition`.
     """
     data, clients = with_builtin_columns(data, clients)
+    if (many := _many_clients(data, clients, seed, public or PublicSettings())) is not None:
+        return many
     rows = draw(read_rows(data, data.train), data.limit, [seed, 1])
     data = with_conversation_columns(data, list(rows[0]))
     column = clients.column if clients.partition == "natural" else None
@@ -86,6 +90,57 @@ def build_data(
         test=scored,
         test_is_pooled=not test,
         public=draw(without_overlap(public_set, [*scored, *development]), public.limit, [seed, 7]),
+    )
+
+
+def _many_clients(
+    data: DataSettings, clients: ClientSettings, seed: int, public: PublicSettings
+) -> FederatedData | None:
+    """The same data for a large JSONL file (:data:`~.row_file.LARGE_FILE`): rows stay on disk, and a client
+    is made when it is asked for. None for other files and recipes: development and test rows have to be
+    splits of their own (``clients.test_fraction`` 0), and labels must not shape the partition.
+    """
+    path = local_file(data, data.train)
+    if path is None or path.suffix != ".jsonl" or path.stat().st_size < row_file.LARGE_FILE:
+        return None
+    plain = data.task in ("classification", "generation") and data.limit is None and clients.limit is None
+    alone = public.fraction == 0 and public.source is None
+    apart = bool(data.test and data.development) and clients.test_fraction == 0
+    if not (plain and apart and alone) or clients.partition not in ("iid", "quantity", "natural"):
+        return None
+    column, where = clients.column if clients.partition == "natural" else None, f"{data.source}, {data.train}"
+    file = row_file.JsonLinesFile(path)
+    if not {*columns(data, scoring=False), *filter(None, [column])} <= file.columns.keys():
+        return None  # which says what is missing
+    test_rows = draw(read_rows(data, data.test or ""), data.test_limit, [seed, 2])
+    if clients.partition == "natural" and (column is None or column in test_rows[0]):
+        return None
+    labels = label_names(file, data.label, where) if data.task == "classification" else ()
+    if data.task == "classification" and len(labels) < 2:
+        return None
+    examples = row_file.ExampleFile(
+        example for row in file for example in make_examples([row], data, labels, scoring=False, where=where)
+    )
+    names: Sequence[str]
+    if column is None:
+        members = compact_partition(len(examples), clients, seed)
+        names = NumberedNames(clients.count)
+    else:
+        try:
+            names, members = sorted_members(_client_name(row, column, where) for row in file)
+        except ValueError:
+            return None
+
+    def make(name: str, number: int, own: list[Example]) -> ClientData:
+        return split_client(name, own, [], data, clients, [seed, 4, number])
+
+    development_rows = read_rows(data, data.development or "")
+    return FederatedData(
+        task=LearningTask.of(data, labels),
+        clients=ManyClients(names, members, examples, make),
+        development=_scoring_examples(development_rows, data, labels, data.development),
+        test=_scoring_examples(test_rows, data, labels, data.test),
+        test_is_pooled=False,
     )
 
 
@@ -162,17 +217,18 @@ def split_client(
 
 
 def _client_names(rows: Sequence[Row], column: str, where: str) -> list[str]:
-    names = []
-    for row in rows:
-        here = f"{where}, {row.place}"
-        try:
-            name = cell_text(row, column, here)
-        except DataError as error:
-            raise DataError(f"{error}; it names no client") from None
-        if not name.strip():
-            raise DataError(f"{here}: column {column!r} is blank; it names no client")
-        names.append(name)
-    return names
+    return [_client_name(row, column, where) for row in rows]
+
+
+def _client_name(row: Row, column: str, where: str) -> str:
+    here = f"{where}, {row.place}"
+    try:
+        name = cell_text(row, column, here)
+    except DataError as error:
+        raise DataError(f"{error}; it names no client") from None
+    if not name.strip():
+        raise DataError(f"{here}: column {column!r} is blank; it names no client")
+    return name
 
 
 def _numbered(parts: list[list[int]]) -> dict[str, list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -107,7 +107,7 @@ class FederatedData:
     """
 
     task: LearningTask
-    clients: dict[str, ClientData]
+    clients: Mapping[str, ClientData]
     development: list[Example]
     test: list[Example]
     test_is_pooled: bool
@@ -132,7 +132,7 @@ def columns(settings: DataSettings, *, scoring: bool) -> tuple[str, ...]:
     return (*fields(settings.prompt), *target, *scores)
 
 
-def label_names(rows: Sequence[Mapping[str, Any]], column: str, where: str) -> tuple[str, ...]:
+def label_names(rows: Iterable[Mapping[str, Any]], column: str, where: str) -> tuple[str, ...]:
     """The labels that occur, as text, in their order (:func:`~.cells.in_order`).
 
     Raises:

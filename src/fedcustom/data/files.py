@@ -117,8 +117,17 @@ def _json_rows(path: Path) -> Iterator[Row]:
             lines = iter(file)
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                place = f"line {number}"
-                yield _object(_parsed(line, f"{path}, {place}"), str(path), place)
+                yield parsed_line(line, path, number)
+
+
+def parsed_line(line: str, path: Path, number: int) -> Row:
+    """The row of one line of a JSONL file.
+
+    Raises:
+        DataError: it is no JSON object; names file and line.
+    """
+    place = f"line {number}"
+    return _object(_parsed(line, f"{path}, {place}"), str(path), place)
 
 
 def _parsed(text: str, where: str, *, lines: bool = False) -> Any:

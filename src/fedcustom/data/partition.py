@@ -9,6 +9,7 @@ import numpy as np
 
 from ..core import plugins
 from ..core.errors import DataError, PluginError
+from .many_clients import Members, Numbers
 from .settings import OFFERED_PARTITIONS, ClientSettings
 
 Partition = list[list[int]]
@@ -34,11 +35,7 @@ def partition_examples(labels: Sequence[int], settings: ClientSettings, seed: in
         PluginError: another package's partition cannot be loaded, fails, or is no partition.
     """
     rows, count = len(labels), settings.count
-    if count * settings.minimum_examples > rows:
-        raise DataError(
-            f"clients.count: {count} clients of at least {settings.minimum_examples} examples "
-            f"need {count * settings.minimum_examples}; there are {rows}"
-        )
+    _refuse_too_many(rows, settings)
     if settings.partition in OFFERED_PARTITIONS:
         return fill_up(_by_plugin(labels, settings, seed), settings.minimum_examples)
     kinds = len(set(labels))
@@ -67,6 +64,73 @@ def partition_examples(labels: Sequence[int], settings: ClientSettings, seed: in
     else:
         raise DataError("clients.partition: natural clients come from a column, not from a partition")
     return fill_up(parts, settings.minimum_examples)
+
+
+def _refuse_too_many(rows: int, settings: ClientSettings) -> None:
+    count, least = settings.count, settings.minimum_examples
+    if count * least > rows:
+        raise DataError(
+            f"clients.count: {count} clients of at least {least} examples need {count * least}; "
+            f"there are {rows}"
+        )
+
+
+def compact_partition(rows: int, settings: ClientSettings, seed: int) -> Members:
+    """The same as :func:`partition_examples` for ``iid`` and ``quantity``, for a million clients: no object
+    for each of them.
+
+    Raises:
+        DataError: more clients than examples.
+    """
+    _refuse_too_many(rows, settings)
+    generator, count = np.random.default_rng([seed, 7]), settings.count
+    if settings.partition == "iid":
+        order = generator.permutation(rows)
+        small, larger = divmod(rows, count)  # as numpy.array_split cuts
+        sizes = np.full(count, small, dtype=np.int64)
+        sizes[:larger] += 1
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+    else:
+        cuts = _quantity_cuts(rows, settings, generator)
+        order = generator.permutation(rows)
+        ends = np.concatenate([[0], cuts, [rows]])
+    return _filled_up(Members(order, ends), settings.minimum_examples)
+
+
+def _filled_up(members: Members, minimum: int) -> Members:
+    """What :func:`fill_up` does. Rows leave a client from its end, and come to another's end."""
+    sizes, count = members.sizes, len(members)
+    if int(sizes.min()) >= minimum:
+        return members
+    heap: list[int] = (-sizes * count + np.arange(count)).tolist()  # the largest first, then the first
+    heapq.heapify(heap)
+    gained: dict[int, list[int]] = {}
+    kept = sizes.copy()  # of a client's own rows; who gives has not gained, or gives what it gained last
+
+    def pop(number: int) -> int:
+        if gained.get(number):
+            return gained[number].pop()
+        kept[number] -= 1
+        return int(members.rows[members.ends[number] + kept[number]])
+
+    for number in np.flatnonzero(sizes < minimum).tolist():
+        while sizes[number] < minimum:
+            while (giver := heap[0] % count) is not None and -(heap[0] // count) != sizes[giver]:
+                heapq.heappop(heap)
+            gained.setdefault(number, []).append(pop(giver))
+            sizes[giver] -= 1
+            sizes[number] += 1
+            for changed in (giver, number):
+                heapq.heappush(heap, int(-sizes[changed] * count + changed))
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    rows = np.empty_like(members.rows)
+    owner = np.repeat(np.arange(count), members.sizes)
+    within = np.arange(len(rows)) - members.ends[owner]
+    stays = within < kept[owner]
+    rows[(ends[owner] + within)[stays]] = members.rows[stays]
+    for number, own in gained.items():
+        rows[ends[number] + kept[number] : ends[number + 1]] = own
+    return Members(rows, ends)
 
 
 def natural_partition(names: Sequence[str]) -> dict[str, list[int]]:
@@ -113,9 +177,15 @@ def _by_plugin(labels: Sequence[int], settings: ClientSettings, seed: int) -> Pa
 
 def _by_quantity(rows: int, settings: ClientSettings, generator: np.random.Generator) -> Partition:
     """Labels mixed, sizes in proportions drawn from a Dirichlet distribution."""
-    shares = np.cumsum(generator.dirichlet(np.full(settings.count, settings.alpha)))
-    cuts = (shares[:-1] * rows).astype(int)
+    cuts = _quantity_cuts(rows, settings, generator)
     return [part.tolist() for part in np.split(generator.permutation(rows), cuts)]
+
+
+def _quantity_cuts(rows: int, settings: ClientSettings, generator: np.random.Generator) -> Numbers:
+    """Where the rows of each client but the last end, (clients - 1,)."""
+    shares = np.cumsum(generator.dirichlet(np.full(settings.count, settings.alpha)))
+    cuts: Numbers = (shares[:-1] * rows).astype(int)
+    return cuts
 
 
 def _by_label_skew(labels: Sequence[int], settings: ClientSettings, seed: int) -> Partition:

@@ -155,6 +155,18 @@ class CutCount:
     target_tokens: int = 0
     left_out: int = 0
 
+    def __add__(self, other: CutCount) -> CutCount:
+        """That of both parts together."""
+        tokens = {name: self.tokens.get(name, 0) + more for name, more in other.tokens.items()}
+        return CutCount(
+            self.examples + other.examples,
+            self.inputs + other.inputs,
+            self.tokens | tokens,
+            self.targets + other.targets,
+            self.target_tokens + other.target_tokens,
+            self.left_out + other.left_out,
+        )
+
 
 @dataclass(slots=True)
 class CutTally:

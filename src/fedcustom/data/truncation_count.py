@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 from ..core.errors import DataError
@@ -28,8 +28,12 @@ from .encode import (
     shorten,
 )  # fmt: skip
 from .examples import ClientData, Example, FederatedData
+from .many_clients import ManyClients
 from .settings import DataSettings
 from .truncation import CutCount
+
+PORTION = 2**16
+"""Examples that are looked at together."""
 
 MARGIN = 8
 """Tokens that a tokenizer may add to those of a text's characters."""
@@ -58,6 +62,9 @@ class Reading:
 def parts_of(data: FederatedData) -> dict[str, list[tuple[str, Sequence[Example]]]]:
     """The examples of each part, each once, by their owners: clients, or nobody (empty)."""
     clients = data.clients
+    if isinstance(clients, ManyClients):  # whose examples for scores are nobody's
+        shared = {"development": data.development, "test": data.test, "public": data.public}
+        return {name: [("", part)] for name, part in {"train": clients.examples, **shared}.items() if part}
     parts: dict[str, list[tuple[str, Sequence[Example]]]] = {
         "train": [(name, client.train) for name, client in clients.items()],
         "development": _each_once(clients, "development", data.development),
@@ -92,12 +99,22 @@ def count_cuts(
     """
     found = {}
     for name, owned in parts.items():
-        examples = [example for _, some in owned for example in some]
-        try:
-            found[name] = _count(tokenizer, examples, data, reading, rules, targets=name != "public")
-        except TextError as error:
-            raise DataError(f"{_place(name, owned, error.position)} {error.problem}") from None
+        total, done = CutCount(), 0
+        for examples in _portions(owned):
+            try:
+                total += _count(tokenizer, examples, data, reading, rules, targets=name != "public")
+            except TextError as error:
+                raise DataError(f"{_place(name, owned, done + error.position)} {error.problem}") from None
+            done += len(examples)
+        found[name] = total
     return found
+
+
+def _portions(owned: Owned) -> Iterator[list[Example]]:
+    """All examples in their order, so many at a time that they need little memory."""
+    examples = (example for _, some in owned for example in some)
+    while portion := list(islice(examples, PORTION)):
+        yield portion
 
 
 def _place(part: str, owned: Owned, position: int) -> str:

@@ -10,6 +10,7 @@ from ..aggregation.combine import offered_rule
 from ..core.errors import ModelError, RecipeError
 from ..data.build import with_builtin_columns
 from ..data.examples import ClientData, Example, FederatedData
+from ..data.many_clients import names_of
 from ..methods import Context, Method, WeightTuning, build_method
 from ..methods.protocol import TransformsUpdates
 from ..methods.tuning.noised_sums import Keys, NoisedSums
@@ -64,7 +65,7 @@ def make_method(
         keeps=KEEPS[recipe.baseline],
         keep_local=tuple(recipe.personalisation.keep),
         clients=len(federation.clients) if federation else 1,
-        names=tuple(federation.clients) if federation else (),
+        names=names_of(federation.clients) if federation else (),
         root=_root_examples(recipe, federation) if federation else [],
         public=federation.public if federation else [],
         model=recipe.model,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.tensors import Tensors
 from ..data.examples import Example, FederatedData
+from ..data.many_clients import train_sizes
 from ..methods.protocol import ChangeUpdate, Memory, Method, State, Task, Update, Work, typed
 from ..methods.tuning.head_disclosure import text_numbers
 from ..methods.tuning.head_fit import HeadFit, as_if_fitted, fits_fully
@@ -45,7 +46,7 @@ def outline(recipe: Recipe, data: FederatedData, method: Method, state: State, p
     Bytes are the lengths of messages as they are serialised (:mod:`fedcustom.transport.wire`), for tensors of
     the first round's forms; only the digits of a few figures are guessed.
     """
-    cohort, sizes = recipe.rounds.cohort(len(data.clients)), [len(c.train) for c in data.clients.values()]
+    cohort, sizes = recipe.rounds.cohort(len(data.clients)), train_sizes(data.clients)
     examples = sum(sizes) or None  # across sites the server does not know
     if recipe.baseline != "federated" or type(method) is not WeightTuning:
         return Outline(len(sizes), cohort, examples)

@@ -10,6 +10,7 @@ from typing import Any
 from ..core.errors import DataError
 from ..data.conversations import as_rows
 from ..data.examples import Example, FederatedData, LearningTask
+from ..data.many_clients import ManyClients
 from ..evaluation.calibration import best_scale, softmax, tempered_losses
 from ..evaluation.degenerate import degenerate_shares
 from ..evaluation.metrics import Metrics, client_mean, text_metrics, worst_client
@@ -291,6 +292,8 @@ class Evaluator:
 
     def _by_client(self, state: State, whole: Predictions) -> dict[str, Metrics]:
         """One pass over all clients' test parts (none where they are the test set), then each one's share."""
+        if isinstance(self.data.clients, ManyClients):  # who have none
+            return {}
         parts = {name: client.test for name, client in self.data.clients.items() if client.test}
         together = [example for examples in parts.values() for example in examples]
         if not together:

@@ -11,11 +11,15 @@ from ..core.errors import RunError
 from ..core.files import read_json, write_json
 from ..data.build import build_data, with_builtin_columns
 from ..data.examples import Example, FederatedData
+from ..data.many_clients import ManyClients
 from ..data.sources import local_file
 from ..recipe import Recipe
 
 FILE = "data.json"
 """The file of the fingerprint in a run's directory: counts and digests, no text."""
+
+TOGETHER = " clients together"
+"""How the entry of all clients ends, where they have one."""
 
 Fingerprint = dict[str, Any]
 
@@ -25,7 +29,17 @@ def of_data(recipe: Recipe, data: FederatedData) -> Fingerprint:
     development and test part has, with the digest of all of them.
 
     A digest is BLAKE2b of 16 bytes. Of a text that can be guessed it tells whether the guess is right.
+    Where clients are too many for an object each (:mod:`fedcustom.data.many_clients`), all have one entry.
     """
+    if isinstance(data.clients, ManyClients):
+        everyone = data.clients.digest() + _digest(data.clients.examples)
+        entry = {f"{len(data.clients)}{TOGETHER}": [len(data.clients.examples), 0, 0, everyone]}
+        return {
+            "files": files_of(recipe),
+            "labels": list(data.task.labels),
+            "clients": entry,
+            "shared": _shared(data),
+        }
     clients = {
         name: [
             *(len(client.train), len(client.development), len(client.test)),
@@ -115,6 +129,8 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
         changed = sorted(set(old["labels"]) ^ set(new["labels"]))
         return f"the labels differ ({', '.join(map(repr, changed[:5]))})"
     before, now = old["clients"], new["clients"]
+    if old["files"] and old["files"] == new["files"] and _together(before) != _together(now):
+        before = now  # one was made with an entry for each client, but of the same files
     if list(before) != list(now):
         changed = sorted(before.keys() ^ now.keys())
         return f"{len(before)} clients there, {len(now)} here" + (f" ({changed[0]!r})" if changed else "")
@@ -128,6 +144,10 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
         if there != here:
             return f"the {part} rows differ ({there[0]} there, {here[0]} here)"
     return None
+
+
+def _together(clients: Mapping[str, Any]) -> bool:
+    return len(clients) == 1 and next(iter(clients)).endswith(TOGETHER)
 
 
 def files_of(recipe: Recipe) -> dict[str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from .norm_gate import NORMS, STEPS
 from .run_directory import Row
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COUNTED = ("cohort", "answered", "left_out", "late")
 """What a round's line lists by client; a frame of rounds has how many there are."""
@@ -32,6 +33,8 @@ def round_frame(rows: Sequence[Row]) -> pd.DataFrame:
     and steps of single clients are left out (:func:`client_frame` has them); other figures that are nested
     have dotted names, and are NaN in rounds that lack them.
     """
+    import pandas as pd
+
     return pd.DataFrame([round_figures(row) for row in rows])
 
 
@@ -54,6 +57,8 @@ def client_frame(rows: Sequence[Row]) -> pd.DataFrame:
         for answered in [set(row["answered"])]
         for client in row["cohort"]
     ]
+    import pandas as pd
+
     return pd.DataFrame(records, columns=list(CLIENT_COLUMNS))
 
 

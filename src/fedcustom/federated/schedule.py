@@ -13,6 +13,7 @@ import numpy as np
 
 from ..core.errors import RecipeError
 from ..data.examples import FederatedData
+from ..data.many_clients import names_of, train_sizes
 from ..methods.protocol import Work
 from ..recipe.recipe import Recipe
 from ..simulation.settings import ParticipationSettings
@@ -54,7 +55,7 @@ def plan_rounds(
     ``turns`` are the places of the clients of each round that trains, in the order of these rounds, where
     they follow a scheme that privacy is accounted for by (:mod:`fedcustom.privacy.participation`).
     """
-    names = list(data.clients)
+    names = names_of(data.clients)
     if recipe.baseline != "federated" or recipe.rounds.selection != "balanced":
         labels = None
     if recipe.participation.buffer is not None and recipe.baseline == "federated":
@@ -91,7 +92,7 @@ def _synchronous(
     labels: Mapping[str, Sequence[int]],
     turns: Sequence[Sequence[int]] | None,
 ) -> Iterator[dict[str, Assignment]]:
-    names, last = list(data.clients), recipe.rounds.count
+    names, last = names_of(data.clients), recipe.rounds.count
     size = recipe.rounds.cohort(len(names))
     fits = recipe.training.rounds_of_head_fits(last)
     waiting: list[list[int]] = []
@@ -119,7 +120,7 @@ def _asked_to_fit(recipe: Recipe, data: FederatedData, generator: np.random.Gene
     beforehand, all are alike.
     """
     asked = recipe.training.clients_of_head_fits(len(data.clients))
-    sizes = np.array([len(client.train) for client in data.clients.values()], dtype=float)
+    sizes = np.array(train_sizes(data.clients), dtype=float)
     some = asked < len(sizes) and recipe.clients.partition == "natural"
     shares = sizes / sizes.sum() if some and np.count_nonzero(sizes) >= asked else None
     return sorted(generator.choice(len(sizes), size=asked, replace=False, p=shares).tolist())

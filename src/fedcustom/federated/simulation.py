@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ..core.errors import RecipeError
 from ..data.examples import FederatedData
+from ..data.many_clients import names_of
 from ..data.perturb import perturbed
 from ..data.truncation import CutCount
 from ..evaluation.metrics import Metrics
@@ -128,7 +129,7 @@ def simulate(
     base = load_for(recipe, data.task, directory)
     data, truncation = fitted_data(recipe, settings, base, data)
     hidden = example_run(recipe, data)
-    hostile = hostile_clients(list(data.clients), recipe.attack, recipe.seed)
+    hostile = hostile_clients(names_of(data.clients), recipe.attack, recipe.seed)
     attack = simulated_attack(hostile, recipe.attack, recipe.seed)
     applied = update_transforms(recipe.compression, attack, transforms)
     noise = (private.release, private.own_noise) if private is not None else (None, None)

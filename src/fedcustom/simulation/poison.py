@@ -53,7 +53,7 @@ def with_noise(clients: Clients, settings: NoiseSettings, labels: int, seed: int
 
 def poisoned(
     clients: Clients, settings: AttackSettings, hostile: Container[str], labels: Sequence[str], seed: int
-) -> dict[str, ClientData]:
+) -> Clients:
     """Clients of which the hostile ones train on poisoned data: with ``label_flip`` every label c of C
     becomes C - 1 - c (Fang et al. 2020); with ``backdoor`` the share ``poisoned_share`` of their examples
     gets the trigger and the target label (Bagdasaryan et al. 2020). Other attacks leave data alone.
@@ -62,7 +62,7 @@ def poisoned(
         RecipeError: the target is no label.
     """
     if settings.kind not in ("label_flip", "backdoor"):
-        return dict(clients)
+        return clients
     target = target_label(settings, labels) if settings.kind == "backdoor" else 0
 
     def changed(name: str, examples: list[Example]) -> list[Example]:

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..core import environment
 from ..core.errors import RunError
@@ -33,6 +31,9 @@ from .evaluation import TrainerEvaluation
 from .local_trainer import LocalTrainer
 from .method import TrainerMethod
 from .settings import loop_settings
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FEDERATION = "federation.json"
 """The file that says what a run is of; a run that is resumed must be of the same."""

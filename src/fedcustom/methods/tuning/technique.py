@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -56,7 +56,7 @@ class Context:
     keeps: Keeps = "nothing"
     keep_local: tuple[str, ...] = ()
     clients: int = 1
-    names: tuple[str, ...] = ()
+    names: Sequence[str] = ()
     root: list[Example] = field(default_factory=list)
     public: list[Example] = field(default_factory=list)
     model: ModelSettings = field(default_factory=lambda: ModelSettings())
