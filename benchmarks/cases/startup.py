@@ -38,34 +38,23 @@ ROWS = 200
 
 
 def measure(repeat: int = 5) -> dict[str, Any]:
-    """LoRA on ``builtin:minilm``, two hundred short texts, ten clients; in one thread, with light imports
-    and with usual ones.
-    """
+    """LoRA on ``builtin:minilm``, two hundred short texts, ten clients; in one thread."""
     with tempfile.TemporaryDirectory() as space:
         folder = Path(space)
         recipe = _recipe(folder)
-        found: dict[str, list[dict[str, float]]] = {"light": [], "usual": []}
-        for number in range(repeat + 1):
-            for kind, told in found.items():
-                once = _once(recipe, folder / f"{kind}-{number}", kind)
-                if number:  # the first one reads files that are not in memory yet
-                    told.append(once)
+        # The first one reads files that are not in memory yet.
+        told = [_once(recipe, folder / f"run-{number}") for number in range(repeat + 1)][1:]
     return {
-        kind: {
-            "median": {point: statistics.median(one[point] for one in told) for point in told[0]},
-            "all": [one["first step"] for one in told],
-        }
-        for kind, told in found.items()
+        "median": {point: statistics.median(one[point] for one in told) for point in told[0]},
+        "all": [one["first step"] for one in told],
     }
 
 
-def _once(recipe: Path, out: Path, kind: str) -> dict[str, float]:
+def _once(recipe: Path, out: Path) -> dict[str, float]:
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    light = "1" if kind == "light" else "0"
     done = subprocess.run(
         [sys.executable, "-c", TO_FIRST_STEP, "run", str(recipe), "--out", str(out), "--quiet"],
-        cwd=HERE.parent, env={**os.environ, **variables, "FEDCUSTOM_LIGHT_IMPORTS": light},
-        check=True, capture_output=True, text=True,
+        cwd=HERE.parent, env={**os.environ, **variables}, check=True, capture_output=True, text=True,
     )  # fmt: skip
     told: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return told

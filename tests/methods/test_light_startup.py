@@ -1,4 +1,4 @@
-"""A run reaches its first step without libraries that training does not need, and with the same result."""
+"""A run reaches its first step without what training does not need."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 HEAVY = (
-    *("scipy", "sklearn", "pandas", "datasets", "matplotlib", "torchao"),
-    *("bitsandbytes", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"),
-    *("mlflow", "wandb", "tensorboard", "nvflare", "lancedb", "fedcustom.report.page"),
+    *("pandas", "datasets", "matplotlib", "ray", "mlflow", "wandb", "tensorboard", "nvflare", "lancedb"),
+    *("fastapi", "fedcustom.report.page"),
 )
 
 TO_FIRST_STEP = f"""
@@ -56,10 +55,10 @@ count = 1
     return path
 
 
-def python(*arguments: str, light: str = "1") -> str:
+def python(*arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "FEDCUSTOM_LIGHT_IMPORTS": light, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -69,36 +68,6 @@ def test_first_step_comes_without_heavy_libraries(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, "lora")
     said = python("-c", TO_FIRST_STEP, "run", str(recipe), "--out", str(tmp_path / "run"), "--quiet")
     assert json.loads(said.splitlines()[-1]) == []
-
-
-def test_the_result_is_the_same_with_usual_imports(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, "lora")
-    for light in ("0", "1"):
-        out = str(tmp_path / light)
-        python("-m", "fedcustom", "run", str(recipe), "--out", out, "--quiet", "--no-check", light=light)
-    for file in ("model/adapter_model.safetensors", "predictions.jsonl"):
-        assert (tmp_path / "0" / file).read_bytes() == (tmp_path / "1" / file).read_bytes(), file
-
-
-LIGHTLY = """
-from fedcustom.models.light_imports import light_imports
-from fedcustom.models.settings import ModelSettings
-import builtins
-usual = builtins.__import__
-with light_imports(ModelSettings(base="builtin:minilm")):
-    import transformers.loss.loss_for_object_detection as detection
-    import sys
-    assert "scipy" not in sys.modules and "torch._dynamo" not in sys.modules
-assert builtins.__import__ is usual
-print(detection.linear_sum_assignment([[4.0, 1.0], [2.0, 9.0]])[1].tolist())
-import torch
-print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
-"""
-
-
-def test_what_was_put_off_comes_when_it_is_used() -> None:
-    """The names that a library took meanwhile work afterwards, and so does torch's compiler."""
-    assert python("-c", LIGHTLY).split("\n")[:2] == ["[1, 0]", "2.0"]
 
 
 def test_help_needs_no_torch() -> None:

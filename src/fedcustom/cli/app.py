@@ -165,23 +165,19 @@ def run(
 
     checked = load_recipe(recipe, overrides or [])  # before what imports torch, which takes seconds
 
-    from ..models.light_imports import light_imports
+    from .. import api
 
-    with light_imports(checked.model):
-        from .. import api
-
-        directory = out or api.default_directory(recipe, checked)
-        options = {"--out": directory, "--resume": True}
-        again = command_line("run", recipe, overrides=overrides, options=options)
-        with display(again, quiet) as make:
-            api.run(
-                checked,
-                out=directory,
-                resume=resume,
-                callbacks=[make("")],
-                data_changed=data_changed,
-                check_export=not no_check,
-            )
+    directory = out or api.default_directory(recipe, checked)
+    again = command_line("run", recipe, overrides=overrides, options={"--out": directory, "--resume": True})
+    with display(again, quiet) as make:
+        api.run(
+            checked,
+            out=directory,
+            resume=resume,
+            callbacks=[make("")],
+            data_changed=data_changed,
+            check_export=not no_check,
+        )
 
     from ..report import comparison_table, write_report  # of use when there is something to report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..data.build import build_data, check_first_rows, with_builtin_columns
@@ -46,7 +47,7 @@ class ClientSide:
     """What a worker has: the method on its own base model, and the clients' data by name."""
 
     method: Method
-    clients: dict[str, ClientData]
+    clients: Mapping[str, ClientData]
 
 
 def client_side(recipe: Recipe, read: ReadData, own_noise: OwnNoise | None) -> ClientSide:
@@ -71,6 +72,6 @@ def damaged(recipe: Recipe, data: FederatedData) -> FederatedData:
     return replace(data, clients=poisoned(clients, recipe.attack, hostile, labels, recipe.seed))
 
 
-def owners(recipe: Recipe, data: FederatedData) -> dict[str, ClientData]:
+def owners(recipe: Recipe, data: FederatedData) -> Mapping[str, ClientData]:
     """Who trains: each client, or of the centralised baseline one that holds everybody's data."""
     return pooled(data) if recipe.baseline == "centralised" else data.clients
