@@ -133,7 +133,7 @@ def main() -> None:
                 seconds = round_seconds(options.data, chosen, options.clients, options.rows)
                 found.setdefault("rounds", {})[f"{name}, first_layer = {first}"] = seconds
                 print(name, first, seconds, flush=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
