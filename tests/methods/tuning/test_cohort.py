@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,7 +23,7 @@ from fedcustom.data.examples import ClientData
 from fedcustom.methods import Client, Update, Work
 from fedcustom.methods.tuning import local_training
 from fedcustom.methods.tuning.batching.parallel_passes import ParallelPasses
-from fedcustom.methods.tuning.batching.trainer import clip_each, passes, train_together
+from fedcustom.methods.tuning.batching.trainer import clip_each, passes, saved_bytes, train_together
 from fedcustom.methods.tuning.messages import TrainUpdate
 from fedcustom.methods.tuning.objective import Supervised
 from fedcustom.transport.messages import values_of
@@ -289,3 +291,25 @@ def test_a_client_whose_loss_is_not_finite_fails_alone(tiny: dict[str, str]) -> 
     assert isinstance(answers[0], Update)
     assert distance(alone, answers[0]) < 1e-5
     assert isinstance(answers[2], Update)
+
+
+def test_a_measured_pass_is_not_kept() -> None:
+    """Also where operations keep their own outputs for a backward pass, as ``exp`` and ``tanh`` do, and none
+    is made.
+    """
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3))
+    with saved_bytes() as saved:
+        result = (2 * weight).exp().tanh()
+    assert sum(saved.values()) >= 2 * 6 * 4
+    gone = weakref.ref(weight)
+    del weight, result
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_measured_pass_has_its_gradients() -> None:
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3))
+    (expected,) = torch.autograd.grad((2 * weight).exp().tanh().sum(), weight)
+    with saved_bytes():
+        result = (2 * weight).exp().tanh()
+    torch.testing.assert_close(torch.autograd.grad(result.sum(), weight)[0], expected)

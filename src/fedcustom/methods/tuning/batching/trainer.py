@@ -322,7 +322,8 @@ class saved_bytes(torch.autograd.graph.saved_tensors_hooks):
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             self.storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # An operation that keeps its own output would keep itself, and all of the graph, for ever.
+            return tensor.detach()
 
         super().__init__(pack, lambda tensor: tensor)
 
