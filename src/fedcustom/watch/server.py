@@ -45,7 +45,7 @@ class WatchServer(ThreadingHTTPServer):
         self.title = "Runs" if len(roots) > 1 else f"Runs in {roots[0].name or roots[0]}"
         self._lock = threading.Lock()
         self._drawn: tuple[object, dict[str, str]] | None = None
-        self._free = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self._free = threading.Semaphore(MOST_CONNECTIONS)
         super().__init__((ADDRESS, port), _Handler)
 
     @property
