@@ -114,7 +114,8 @@ def _precision_by_machine(trec: Path, options: Any) -> dict[str, Any]:
         if precision != "float32":
             engines += [replace(one, name=f"{one.name}, {precision}", job=chosen) for one in (ours, bare)]
         measured = alternate(engines, plain, options.repeat, options.threads, limit=options.limit)
-        return {"precision": precision, "engines": compare(measured, engines[-2].name)}
+        found = compare(measured, engines[-2].name)
+        return {"machine": machine(options.threads), "precision": precision, "engines": found}
 
 
 def _c(options: Any) -> dict[str, Any]:

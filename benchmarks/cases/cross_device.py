@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
+
+from fedcustom.models.configuration import locate
 
 from ..jobs import write_job
 
@@ -17,9 +20,15 @@ def job(
     per_round: int = 50,
     dtype: str = "float32",
 ) -> Path:
-    """A prefix of 16; one epoch in batches of 8 over five questions a client."""
+    """A prefix of 16; one epoch in batches of 8 over five questions a client. The classifier is BERT's own,
+    which the others load too: without what says how sentences are pooled.
+    """
+    base = folder / f"minilm-{dtype}"
+    shutil.copytree(
+        locate("builtin:minilm"), base, ignore=shutil.ignore_patterns("modules.json", "1_Pooling")
+    )
     recipe: dict[str, Any] = {
-        "model": {"dtype": dtype},
+        "model": {"base": str(base), "dtype": dtype},
         "data": {"source": str(data), "test": "test", "development": "test", "max_length": 48,
                  "test_limit": 8},
         "clients": {"partition": "iid", "count": clients, "test_fraction": 0.0, "minimum_examples": 1},
