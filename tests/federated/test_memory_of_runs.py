@@ -21,7 +21,7 @@ def tensors() -> Counter[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("kind", ["small", "generation"])
-@pytest.mark.parametrize("method", ["lora", "prefix", "full"])
+@pytest.mark.parametrize("method", ["lora", "prefix", "full", "adapter", "soft_prompt"])
 def test_no_tensor_stays(request: pytest.FixtureRequest, tmp_path: Path, method: str, kind: str) -> None:
     recipe: dict[str, Any] = {**request.getfixturevalue(kind), "method": {"name": method}}
     fedcustom.run(recipe, out=tmp_path / "first", check_export=False)  # what is kept once for a process

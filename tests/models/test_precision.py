@@ -12,6 +12,7 @@ import torch
 import fedcustom
 from fedcustom.data.examples import LearningTask
 from fedcustom.federated.base_model import begun_in
+from fedcustom.federated.replay import copy_of_run
 from fedcustom.models import precision
 from fedcustom.models.load import load_base
 from fedcustom.models.precision import Precision, faster
@@ -124,4 +125,7 @@ def test_a_run_keeps_the_precision_in_which_it_was_begun(
     assert json.loads((place / "environment.json").read_text())["precision"] == "bfloat16"
     assert (place / "predictions.jsonl").read_bytes() == (whole.directory / "predictions.jsonl").read_bytes()
     run.predict(["a cat"])
+    (tmp_path / "again").mkdir()  # as an audit repeats its rounds
+    again = copy_of_run(place, run.recipe, tmp_path / "again", fedcustom.Callback())
+    assert again.base.precision == "bfloat16"
     assert not shapes

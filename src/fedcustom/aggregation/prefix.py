@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..core.errors import UpdateError
@@ -230,8 +231,6 @@ def squared_distances(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _permutation(prefix: Tensor, reference: Tensor, scale: Tensor) -> Tensor:
-    from scipy.optimize import linear_sum_assignment
-
     points, targets = slot_features(prefix, scale), slot_features(reference, scale)
     layers, heads, length = points.shape[:3]
     permutation = torch.empty(layers, heads, length, dtype=torch.long, device=prefix.device)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..core.errors import UpdateError
@@ -111,8 +112,6 @@ def cluster_readers(stacked: Slots, start: Slots) -> Slots:
     Raises:
         UpdateError: see :func:`check_slots`.
     """
-    from scipy.optimize import linear_sum_assignment
-
     like = stacked
     stacked, start = check_slots(stacked, "the stack"), check_slots(start, "the start", stacked)
     points, places = stacked.readers.flatten(2), start.readers.flatten(2)
@@ -223,8 +222,6 @@ def check_slots(slots: Slots, name: str, like: Slots | None = None, *, equal: bo
 
 
 def _permutation(slots: Slots, reference: Slots) -> Tensor:
-    from scipy.optimize import linear_sum_assignment
-
     scales = [_spread(half.flatten(2)) for half in reference]
     points, targets = (
         torch.cat(

@@ -10,6 +10,9 @@ from ..models.load import Base, load_base
 from ..models.precision import BOTH, Precision
 from ..recipe.recipe import Recipe
 
+ENVIRONMENT = "environment.json"
+"""The file of a run's directory that says in which precision it was begun."""
+
 
 def load_for(recipe: Recipe, task: LearningTask, directory: Path | None = None) -> Base:
     """The recipe's base model; with ``model.dtype = "auto"`` in the precision in which the run in
@@ -33,6 +36,6 @@ def load_for(recipe: Recipe, task: LearningTask, directory: Path | None = None) 
 
 def begun_in(directory: Path) -> Precision | None:
     """The precision in which the run in a directory was begun; None where none was."""
-    file = directory / "environment.json"
+    file = directory / ENVIRONMENT
     found = read_json(file).get("precision") if file.exists() else None
     return next((precision for precision in BOTH if precision == found), None)

@@ -40,6 +40,8 @@ def round_frame(rows: Sequence[Row]) -> pd.DataFrame:
 
 def client_frame(rows: Sequence[Row]) -> pd.DataFrame:
     """One row for each client that was asked in a round, in the order in which they were asked."""
+    import pandas as pd
+
     records = [
         (
             row["round"],
@@ -57,8 +59,6 @@ def client_frame(rows: Sequence[Row]) -> pd.DataFrame:
         for answered in [set(row["answered"])]
         for client in row["cohort"]
     ]
-    import pandas as pd
-
     return pd.DataFrame(records, columns=list(CLIENT_COLUMNS))
 
 

@@ -24,6 +24,7 @@ from ..transport.protocol import Reply, Transport
 from ..updates.identity import identity_of, in_words
 from ..updates.transform import UpdateTransform
 from . import fingerprint
+from .base_model import ENVIRONMENT
 from .callbacks import Callback, Callbacks
 from .loop import FedAvg
 from .private_run import RECORD
@@ -227,7 +228,7 @@ def copy_of_run(
     Raises:
         RunError: the clients' data have changed.
     """
-    for name in ("search.json", RECORD):
+    for name in ("search.json", RECORD, ENVIRONMENT):
         if (directory / name).exists():
             shutil.copy(directory / name, place)
     federation = simulate(recipe, place, Checkpoints(place / "checkpoints").clients, callbacks, transforms)

@@ -13,6 +13,9 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from scipy.optimize import brentq
+from scipy.special import log_ndtr
+
 from ..core.errors import RecipeError
 from . import renyi
 
@@ -125,8 +128,6 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
     Phi(mu/2 - epsilon/mu) - e^epsilon Phi(-mu/2 - epsilon/mu)
     """
-    from scipy.special import log_ndtr
-
     if mu == 0:
         return 0.0
     upper = log_ndtr(mu / 2 - epsilon / mu)
@@ -136,8 +137,6 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """Epsilon of the Gaussian mechanism with sensitivity over noise ``mu`` at this ``delta``."""
-    from scipy.optimize import brentq
-
     if gaussian_delta(mu, 0.0) <= delta:
         return 0.0
     high = 1.0
@@ -148,8 +147,6 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
     """The largest mu whose Gaussian mechanism is (``epsilon``, ``delta``)-private."""
-    from scipy.optimize import brentq
-
     high = 1.0
     while gaussian_delta(high, epsilon) < delta:
         high *= 2

@@ -20,6 +20,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import pdtr
 
 from .noise import NoiseKey
 
@@ -71,8 +72,6 @@ def log_poisson(offsets: NDArray[np.float64], mean: float) -> NDArray[np.float64
 
 def _poisson(key: NoiseKey, round_number: int, name: str, mean: float, count: int) -> Integers:
     """Poisson numbers less floor(mean), (count,)."""
-    from scipy.special import pdtr
-
     if mean < SMALL:
         table = pdtr(np.arange(math.ceil(mean + _farthest(mean))), mean)
         found = np.searchsorted(table, key.uniform(round_number, name, count))

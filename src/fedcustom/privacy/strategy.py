@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
+from scipy.signal import lfilter
 
 from ..core.tensors import Tensors
 
@@ -48,9 +50,6 @@ def banded_toeplitz(weights: Sequence[float] | Vector, bands: int) -> Coefficien
     Raises:
         ValueError: there are no rounds, or fewer than bands.
     """
-    from scipy.optimize import minimize
-    from scipy.signal import lfilter
-
     w = np.asarray(weights, dtype=np.float64)
     if not 1 <= bands <= len(w):
         raise ValueError(f"{bands} bands of {len(w)} rounds")
@@ -83,8 +82,6 @@ def remaining_noise(weights: Sequence[float] | Vector, coefficients: Sequence[fl
     """The standard deviation of ``sum_t weights_t (C^-1 Z)_t`` over that of independent noise: 1 at
     coefficients (1,).
     """
-    from scipy.signal import lfilter
-
     w = np.asarray(weights, dtype=np.float64)
     u = lfilter([1.0], np.asarray(coefficients, dtype=np.float64), w[::-1])
     length = float(np.linalg.norm(w))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from scipy.special import ndtr, ndtri
+
 from .client_mechanism import ClientMechanism
 from .record import NEVER_PROMISED
 from .secure_sum.terms import Terms
@@ -18,8 +20,6 @@ FALSE_ALARMS = 0.01
 
 def most_found(mu: float) -> float:
     """The share of members that a test finds at most, with :data:`FALSE_ALARMS`, in a Gaussian release."""
-    from scipy.special import ndtr, ndtri
-
     return float(ndtr(mu + ndtri(FALSE_ALARMS)))
 
 

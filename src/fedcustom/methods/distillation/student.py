@@ -131,7 +131,8 @@ class Models:
 
     def _load(self, base: str) -> Base:
         with _named_as_clients():
-            loaded = load_base(self._model(base), self.context.base.task, self.context.seed)
+            own = self.context.base
+            loaded = load_base(self._model(base), own.task, self.context.seed, precision=own.precision)
             check_padding("distillation", loaded)
             return loaded
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import beta
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,6 @@ def best(tallies: Tallies) -> int:
     """The candidate to use: that of the highest lower bound, the 5 % quantile of its Beta posterior, so that
     one that was lucky on few examples is not preferred to one that is known to be good.
     """
-    from scipy.stats import beta
-
     bounds = {
         i: float(beta.ppf(0.05, 1 + tally.reward, 1 + tally.count - tally.reward))
         for i, tally in tallies.items()

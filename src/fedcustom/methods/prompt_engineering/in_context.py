@@ -66,7 +66,9 @@ class InContext(PromptMethod):
         whole = Candidate(f"{settings.preamble}\n\n{template}", labels)
         self.scorer.check(whole, "method.preamble" if settings.preamble else "method.instructions")
         model = context.model.model_copy(update={"base": settings.retriever, "revision": None})
-        self.retriever = load_base(model, LearningTask("classification"), context.seed, head=False)
+        self.retriever = load_base(
+            model, LearningTask("classification"), context.seed, head=False, precision=self.base.precision
+        )
         self._vectors = PerList[Matrix]()
         self._embedded, self._shown, self._left_out = CutTally(), 0, 0
 

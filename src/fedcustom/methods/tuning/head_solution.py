@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from ...aggregation.discriminant import class_moments, discriminant, shrunk
@@ -113,8 +114,6 @@ def _likely_variance(totals: Tensor, sizes: Tensor, noise: Tensor) -> float:
     1 / width, since no v is longer than 1. It is :data:`CAUTION` standard errors below the most likely one,
     so that noise alone rarely passes for a difference.
     """
-    from scipy.optimize import brentq, minimize_scalar
-
     width = totals.shape[1]
     if not noise.all():
         return 1 / width
