@@ -90,7 +90,21 @@ def _profile(job: Path, out: Path, threads: int) -> dict[str, Any] | None:
 
 
 def _a(options: Any) -> dict[str, Any]:
-    return _compared(peers_job.job, ["flower", "nvflare", "pfl"], options)
+    found = _compared(peers_job.job, ["flower", "nvflare", "pfl"], options)
+    return found if workers.missing() else {**found, "workers": _in_workers(options)}
+
+
+def _in_workers(options: Any) -> dict[str, Any]:
+    """Ours in as many workers as there are threads, against one process, the bare loop and Flower."""
+    with tempfile.TemporaryDirectory() as space:
+        plain = peers_job.job(Path(space) / "plain")
+        shared = peers_job.job(Path(space) / "workers", workers=options.threads)
+        ours, bare = own_engines()
+        mine = replace(ours, name=f"{ours.name}, {options.threads} workers", job=shared)
+        others = [peer("flower")] if "flower" in options.peers.split(",") else []
+        engines = [ours, mine, bare, *others]
+        measured = alternate(engines, plain, options.repeat, options.threads, limit=options.limit)
+        return {"machine": machine(options.threads), "engines": compare(measured, mine.name)}
 
 
 def _b(options: Any) -> dict[str, Any]:

@@ -8,8 +8,12 @@ from typing import Any
 from ..jobs import write_job, write_random_gpt2, write_random_texts
 
 
-def job(folder: Path, *, rounds: int = 5, steps: int = 20, clients: int = 4, batch_size: int = 8) -> Path:
-    """4 layers of 128, 512 words; a prefix of 10; 4 clients, 5 rounds, 20 steps of 8 x 64 tokens."""
+def job(
+    folder: Path, *, rounds: int = 5, steps: int = 20, clients: int = 4, batch_size: int = 8, workers: int = 0
+) -> Path:
+    """4 layers of 128, 512 words; a prefix of 10; 4 clients, 5 rounds, 20 steps of 8 x 64 tokens. With
+    ``workers`` our engine trains the clients in so many processes.
+    """
     write_random_gpt2(folder / "base", vocabulary=512, layers=4, width=128, heads=4)
     data = folder / "data"
     data.mkdir()
@@ -27,4 +31,6 @@ def job(folder: Path, *, rounds: int = 5, steps: int = 20, clients: int = 4, bat
         "rounds": {"count": rounds},
         "evaluation": {"every": rounds, "untuned": False, "select": "last", "max_new_tokens": 1},
     }  # fmt: skip
+    if workers:
+        recipe["workers"] = {"count": workers}
     return write_job(recipe, folder / "job")
