@@ -169,6 +169,43 @@ def test_a_whole_experiment(small: dict[str, Any], tmp_path: Path, monkeypatch: 
     assert ran == ["federated--lora--skewed--seed-3"]
 
 
+def test_results_of_the_same_recipe_are_taken_over(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells and trials of another experiment, and of this one under other names."""
+    path = written(tmp_path, small, search=SEARCH, seeds=[3], exclude=[{"training": "centralised"}])
+    first = Experiment(path, tmp_path / "runs" / "tiny", tmp_path / "results" / "tiny")
+    assert first.run(1, lambda text: None) == {}
+    ran: list[str] = []
+    plain = runner._here
+    monkeypatch.setattr(runner, "_here", lambda job, *rest: (ran.append(job.name), plain(job, *rest))[1])
+
+    axes = {
+        "way": {"prefix": {"method": {"name": "prefix", "length": 4}}},
+        "share": {"even": {"clients": {"partition": "iid"}}},
+    }
+    search = {"axis": "way", "rates": {"prefix": [0.001, 0.1]}, "set": SEARCH["set"]}
+    other = written(
+        tmp_path, small, axes=axes, seeds=[3, 4], search=search, reuse=["tiny", "lost"],
+        exclude=[{"share": "even", "seed": "4"}],
+    )  # fmt: skip
+    other = other.rename(tmp_path / "other.toml")
+    second = Experiment(other, tmp_path / "runs" / "other", tmp_path / "results" / "other")
+    assert [line.rsplit("  ")[-1] for line in second.listing()].count(
+        "done"
+    ) == 2  # trials; the rate of the cell is not known yet
+    said: list[str] = []
+    assert second.run(1, said.append) == {}
+    assert ran == []
+    assert f"reuse: {tmp_path / 'results' / 'lost'} has no results" in said
+    assert "cells: 1, of which 1 are done, 1 of them taken over from results of the same recipe" in said
+    mine = read_result(tmp_path / "results" / "other" / "prefix--even--seed-3.json")
+    theirs = read_result(tmp_path / "results" / "tiny" / "federated--prefix--iid--seed-3.json")
+    assert mine.metrics == theirs.metrics
+    assert (mine.experiment, mine.points) == ("other", {"way": "prefix", "share": "even"})
+    assert mine.command == theirs.command  # what was run
+
+
 def test_one_process_searches(tmp_path: Path, small: dict[str, Any]) -> None:
     """A trial that another one is at would pass for one that failed."""
     experiment = opened(written(tmp_path, small, search=SEARCH, seeds=[3]))

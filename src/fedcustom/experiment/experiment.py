@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ from ..report import formatting as words
 from .baselines import added_cells
 from .estimate import Rates, total
 from .grid import Cell, experiment_cells, group_of
-from .results import Result, collect, has_result, read_result, result_paths, write_result
+from .results import (
+    Result,
+    collect,
+    has_result,
+    read_result,
+    result_paths,
+    results_by_digest,
+    write_result,
+)
 from .runner import Job, drop_weights, run_jobs, tracked
 from .search import Trial, choose, chosen_tables, trials
 from .settings import ExperimentSettings, Match, check_metric, load_experiment, nested
@@ -31,7 +39,8 @@ class Experiment:
     """One experiment's file, and where its runs and results are.
 
     ``runs`` gets a directory a cell; ``results`` a small JSON file a cell, ``search.json``, and ``search/``
-    with a file a trial. A cell whose result is there, of the same recipe, is not run again.
+    with a file a trial. A cell whose result is there, of the same recipe, is not run again; nor is one of
+    which there is a result under another name, or in the results of an experiment that the file reuses.
     """
 
     file: Path
@@ -89,8 +98,9 @@ class Experiment:
     def listing(self) -> Iterator[str]:
         """A line a trial and cell, with its time as far as it is known, and what all of it takes."""
         measured = [read_result(path) for path in self._result_paths()]
-        rates = Rates(self.settings, measured)
+        rates, results = Rates(self.settings, measured), self._known()
         added, reasons = self.added()
+        yield from self._not_reused()
         made, cells = self.trials(), [*added, *self.cells(self._chosen())]
         yield from reasons
         yield from self._composed_privacy(cells)
@@ -100,7 +110,7 @@ class Experiment:
         ):
             todo = []
             for name, cell, path in named:
-                is_done = has_result(path, cell.digest)
+                is_done = cell.digest in results or has_result(path, cell.digest)
                 todo += [] if is_done else [cell]
                 seconds = rates.seconds(cell)
                 known = "time unknown" if seconds is None else f"about {words.duration(seconds)}"
@@ -133,7 +143,7 @@ class Experiment:
         for path in result_paths(self.results):
             read_result(path)  # what cannot be shown with the others at the end is said now
         added, reasons = self.added()
-        for reason in reasons:
+        for reason in [*reasons, *self._not_reused()]:
             say(reason)
         for line in self._composed_privacy(self.cells(self._chosen())):
             say(line)
@@ -178,8 +188,14 @@ class Experiment:
     ) -> dict[str, str]:
         """Run what has no result yet and write its result; the names of what failed, with the reason."""
         todo = {name: (cell, path) for name, cell, path in wanted if not has_result(path, cell.digest)}
+        known = self._known() if todo else {}
+        taken = [name for name, (cell, _) in todo.items() if cell.digest in known]
+        for name in taken:
+            cell, path = todo.pop(name)
+            write_result(path, replace(known[cell.digest], experiment=self.name, points=dict(cell.points)))
         if wanted:
-            say(f"{kind}: {len(wanted)}, of which {len(wanted) - len(todo)} are done")
+            over = f", {len(taken)} of them taken over from results of the same recipe" if taken else ""
+            say(f"{kind}: {len(wanted)}, of which {len(wanted) - len(todo)} are done{over}")
         failed: dict[str, str] = {}
         ended = 0
 
@@ -220,6 +236,18 @@ class Experiment:
     def _result_paths(self) -> list[Path]:
         """The files of results that are there, those of trials behind those of cells."""
         return [*result_paths(self.results), *result_paths(self.results / "search")]
+
+    def _known(self) -> dict[str, Result]:
+        """Results by their recipe's digest: this experiment's, and those of experiments that it reuses."""
+        return results_by_digest([*self._others(), self.results])
+
+    def _others(self) -> list[Path]:
+        """The results' folders of experiments that are reused."""
+        return [self.results.parent / name for name in self.settings.reuse]
+
+    def _not_reused(self) -> list[str]:
+        """Which of these folders have no result, a line each."""
+        return [f"reuse: {folder} has no results" for folder in self._others() if not result_paths(folder)]
 
     def _note_search(self, content: dict[str, Any]) -> None:
         """Write ``search.json``; groups that ``only`` leaves out stay in it as they were."""

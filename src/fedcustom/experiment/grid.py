@@ -115,8 +115,8 @@ def experiment_cells(
         return cell_recipe(settings, base, at, seed, where, (chosen or {}).get(group_of(settings, at), {}))
 
     def wanted(at: Points, seed: int) -> bool:
-        excluded = any(matches(match, at) for match in settings.exclude)
-        return not excluded and matches(only, {**at, "seed": str(seed)})
+        place = {**at, "seed": str(seed)}
+        return matches(only, place) and not any(matches(match, place) for match in settings.exclude)
 
     cells = grid(points, settings.seeds, recipe_at, wanted)
     if not cells:

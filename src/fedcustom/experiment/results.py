@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,18 @@ def read_results(folder: Path) -> list[Result]:
     if not paths:
         raise RunError(f"{folder}: holds no results of an experiment")
     return [read_result(path) for path in paths]
+
+
+def results_by_digest(folders: Iterable[Path]) -> dict[str, Result]:
+    """The results in folders and in their ``search`` folders, by the digest of their recipe.
+
+    Raises:
+        RunError: one is damaged.
+    """
+    there = [
+        path for folder in folders for part in (folder, folder / "search") for path in result_paths(part)
+    ]
+    return {result.digest: result for result in map(read_result, there)}
 
 
 def has_result(path: Path, digest: str) -> bool:

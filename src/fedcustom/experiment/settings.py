@@ -141,11 +141,17 @@ class ExperimentSettings(Settings):
         default_factory=dict, description="[axes.<axis>.<point>]: tables of a recipe"
     )
     sweeps: dict[str, SettingSweep] = Field(default_factory=dict, description="Axes of one setting each")
-    exclude: list[Match] = Field(default_factory=list, description="Cells that are left out")
+    exclude: list[Match] = Field(
+        default_factory=list, description="Cells that are left out, by their points and seeds"
+    )
     override: list[CellOverride] = Field(default_factory=list, description="Settings of some cells")
     search: SearchSettings | None = Field(None, description="Learning rates")
     estimate: EstimateSettings | None = Field(None, description="Seconds a round")
     report: ReportSettings = Field(default_factory=lambda: ReportSettings(), description="Tables")
+    reuse: list[str] = Field(
+        default_factory=list,
+        description="Other experiments, by their names, whose results of the same recipe are taken over",
+    )
     keep_models: bool = Field(
         False, description="Keep the models and checkpoints of finished cells, not their figures alone"
     )
@@ -171,8 +177,11 @@ class ExperimentSettings(Settings):
             for point in there:
                 if not _is_name(point):
                     raise ValueError(f"axes.{axis}.{point}: not a name (letters, digits, . _ and single -)")
+        if bad := next((name for name in self.reuse if not _is_name(name)), None):
+            raise ValueError(f"reuse: {bad!r} is no name of an experiment (its file's, without the ending)")
+        seeds = {"seed": list(map(str, self.seeds))}
         for number, match in enumerate(self.exclude):
-            check_match(match, points, f"exclude {number + 1}")
+            check_match(match, {**points, **seeds}, f"exclude {number + 1}")
         for number, override in enumerate(self.override):
             check_match(override.match, points, f"override {number + 1}")
         check_match(self.report.reference, points, "report.reference")
