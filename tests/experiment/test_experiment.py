@@ -27,10 +27,11 @@ from fedcustom.experiment import runner
 from fedcustom.experiment.experiment import Experiment, open_experiment
 from fedcustom.experiment.grid import parse_only
 from fedcustom.experiment.page import write_tables
+from fedcustom.experiment.paired import paired_tables
 from fedcustom.experiment.plots import dot_plot
 from fedcustom.experiment.results import Result, reached, read_result, read_results, write_result
 from fedcustom.experiment.search import choose, chosen_tables
-from fedcustom.experiment.settings import ExperimentSettings
+from fedcustom.experiment.settings import ExperimentSettings, load_experiment
 from fedcustom.experiment.tables import cost_table, facets, grouped, score_tables
 from fedcustom.recipe.recipe import load_recipe
 from helpers.runs import rows_of
@@ -561,6 +562,21 @@ def test_an_experiment_with_added_baselines(
     assert rows["iid, untuned"] == f"| iid, untuned | {lora.untuned['accuracy']:.3f} |"
 
 
+def test_a_federated_probe_withholds_as_its_cells_do(small: dict[str, Any], tmp_path: Path) -> None:
+    axes = {
+        "least": {"few": {"training": {"fit_head_least_texts": 1}}, "default": {}},
+        "rate": {"low": {"training": {"learning_rate": 0.01}}, "high": {"training": {"learning_rate": 0.1}}},
+    }
+    path = written(tmp_path, small, axes=axes, exclude=[], baselines=PROBES, seeds=[3])
+    cells, reasons = opened(path).added()
+    assert not reasons
+    least = {cell.name: cell.recipe.training.fit_head_least_texts for cell in cells}
+    assert least == {
+        "centralised-probe--few--seed-3": None, "federated-probe--few--seed-3": 1,
+        "centralised-probe--default--seed-3": None, "federated-probe--default--seed-3": None,
+    }  # fmt: skip
+
+
 def test_where_no_baseline_can_be_added(
     command: Any, small: dict[str, Any], generation: dict[str, Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -578,6 +594,38 @@ def test_where_no_baseline_can_be_added(
     ]
     texts = {**generation, "clients": {}}
     assert opened(written(tmp_path, texts, baselines=PROBES)).added() == ([], [])
+
+
+def test_differences_are_paired_by_seed(small: dict[str, Any], tmp_path: Path) -> None:
+    scores = {
+        ("prefix", "iid"): {3: 0.80, 5: 0.84, 7: 0.9}, ("lora", "iid"): {3: 0.82, 5: 0.85, 9: 0.1},
+        ("prefix", "skewed"): {3: 0.5},
+    }  # fmt: skip
+    results = [
+        made_up(method, partition, seed, accuracy)
+        for (method, partition), there in scores.items()
+        for seed, accuracy in there.items()
+    ]
+    results += [
+        replace(made_up("", "iid", seed, score), points={"baseline": "federated-probe", "partition": "iid"})
+        for seed, score in ((3, 0.7), (5, 0.78))
+    ]
+    report = {
+        "rows": ["method", "training"], "columns": "partition",
+        "against": [{"method": "lora"}, {"baseline": "federated-probe"}],
+    }  # fmt: skip
+    path = written(tmp_path, small, baselines=PROBES, report=report)
+    settings, _ = load_experiment(path)
+    lora, probe = paired_tables(settings, grouped(results))
+    half = stats.t.ppf(0.975, 1) * np.std([-2.0, -1.0], ddof=1) / np.sqrt(2)
+    assert lora.heading == "Accuracy less that of method lora, paired by seed, in points"
+    assert lora.rows == [["prefix, federated", f"-1.5 ± {half:.1f} (2 seeds)", "–"]]
+    rows = {row[0]: row[1] for row in probe.rows}
+    half = stats.t.ppf(0.975, 1) * np.std([10.0, 6.0], ddof=1) / np.sqrt(2)
+    assert rows["prefix, federated"] == f"+8.0 ± {half:.1f} (2 seeds)"
+    half = stats.t.ppf(0.975, 1) * np.std([12.0, 7.0], ddof=1) / np.sqrt(2)
+    assert rows["lora, federated"] == f"+9.5 ± {half:.1f} (2 seeds)"
+    assert len(rows) == 2
 
 
 def test_tables_with_baselines(small: dict[str, Any], tmp_path: Path) -> None:
@@ -617,6 +665,11 @@ def test_tables_with_baselines(small: dict[str, Any], tmp_path: Path) -> None:
         ({"axes": {"method": {"a--b": {}}}, "exclude": []}, "axes.method.a--b: not a name"),
         ({"axes": {"method": {}}, "exclude": []}, "axes.method: name one point"),
         ({"exclude": [{"metod": "prefix"}]}, "exclude 1: there is no axis 'metod'.*did you mean 'method'"),
+        ({"report": {"against": [{}]}}, "report.against 1: name points"),
+        ({"report": {"against": [{"method": "lor"}]}}, "report.against 1: axis 'method' has no point 'lor'"),
+        ({"report": {"against": [{"baseline": "federated-probe"}]}}, "against 1: there is no axis"),
+        ({"reuse": ["../other"]}, "reuse: '../other' is no name of an experiment"),
+        ({"exclude": [{"seed": "4"}]}, "exclude 1: axis .seed. has no point"),
         ({"exclude": [{"method": "prefx"}]}, "exclude 1: axis 'method' has no point 'prefx'.*'prefix'"),
         ({"sweeps": {"method": {"setting": "seed", "values": [1]}}}, "there is such an axis already"),
         ({"search": {"rates": {"prefix": [0.1]}}}, "search.rates: none for lora"),

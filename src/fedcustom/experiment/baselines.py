@@ -19,19 +19,18 @@ from .results import Result
 from .settings import BASELINE, ExperimentSettings, Match
 
 SECTIONS = ("model", "data", "clients", "noise", "evaluation")
-"""What a probe has of a cell's recipe, besides the seed."""
+"""What a probe has of a cell's recipe, besides the seed and :data:`FIT`."""
+
+FIT = "fit_head_least_texts"
+"""The setting of ``[training]`` that a federated probe has too: what of the clients' sums is withheld."""
 
 
 def deciding_axes(settings: ExperimentSettings) -> list[str]:
     """The axes on which probes differ: those whose points, or overrides that match on them, say something of
     a section that a probe has.
     """
-    found = {
-        axis
-        for axis, points in settings.points().items()
-        if any(table.keys() & {*SECTIONS} for table in points.values())
-    }
-    found |= {axis for each in settings.override if each.set.keys() & {*SECTIONS} for axis in each.match}
+    found = {axis for axis, points in settings.points().items() if any(map(_decides, points.values()))}
+    found |= {axis for each in settings.override if _decides(each.set) for axis in each.match}
     return [axis for axis in settings.points() if axis in found]
 
 
@@ -105,7 +104,14 @@ def probe_recipe(recipe: Recipe, baseline: Baseline) -> Recipe:
     return probe
 
 
+def _decides(table: Mapping[str, Any]) -> bool:
+    """Whether tables of a recipe say something that a probe has."""
+    return bool(table.keys() & {*SECTIONS}) or FIT in table.get("training", {})
+
+
 def _probe(recipe: Recipe, name: str) -> Recipe:
     baseline: Baseline = "federated" if name == "federated-probe" else "centralised"
     values = recipe.model_dump(include={*SECTIONS, "seed", "tracking"}, exclude_none=True)
-    return probe_recipe(load_recipe({**values, "rounds": {"count": 1}}), baseline)
+    withheld = baseline == "federated" and FIT in recipe.training.model_fields_set
+    fit = {FIT: getattr(recipe.training, FIT)} if withheld else {}
+    return probe_recipe(load_recipe({**values, "training": fit, "rounds": {"count": 1}}), baseline)

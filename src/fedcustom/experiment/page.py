@@ -9,6 +9,7 @@ from pathlib import Path
 from ..core.files import read_json, write_text
 from ..report import formatting as words
 from .baselines import deciding_axes
+from .paired import paired_tables
 from .plots import dot_plot
 from .results import Result, read_results
 from .settings import BASELINE, ExperimentSettings, load_experiment
@@ -33,7 +34,9 @@ def write_tables(file: Path, results: Path) -> list[Path]:
     found = [result for result in read_results(results) if _fits(settings, result)]
     groups = grouped(found)
     search = results / "search.json"
-    shown = [*score_tables(settings, groups), cost_table(settings, groups)]
+    shown = [
+        *score_tables(settings, groups), *paired_tables(settings, groups), cost_table(settings, groups)
+    ]  # fmt: skip
     if search.exists():
         shown.append(search_table(read_json(search)))
     facts = _facts(file, found)

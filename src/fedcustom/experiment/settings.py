@@ -125,6 +125,10 @@ class ReportSettings(Settings):
     same: list[str] = Field(
         default_factory=list, description="Axes on which a cell and its reference lie on one point"
     )
+    against: list[dict[str, str]] = Field(
+        default_factory=list,
+        description="Points by axis: tables of differences to the cells there, paired by seed",
+    )
     share: float = Field(0.95, gt=0, le=1, description="Which part of the reference's score is to be reached")
 
 
@@ -185,6 +189,12 @@ class ExperimentSettings(Settings):
         for number, override in enumerate(self.override):
             check_match(override.match, points, f"override {number + 1}")
         check_match(self.report.reference, points, "report.reference")
+        added: dict[str, Iterable[str]] = {BASELINE: self.baselines} if self.baselines else {}
+        allowed = {**points, **added}
+        for number, place in enumerate(self.report.against, 1):
+            check_match({**place}, allowed, f"report.against {number}")
+            if not place or (added and BASELINE in place and len(place) > 1):
+                raise ValueError(f"report.against {number}: name points on axes, or a baseline alone")
         columns = [self.report.columns] if self.report.columns else []
         _check_axes([*self.report.rows, *columns, *self.report.same], points, "report")
         if columns and columns[0] in self.report.rows:
