@@ -18,7 +18,7 @@ from fedcustom.data.tokens import TokenizedExample, example_order
 from fedcustom.federated.build import make_method
 from fedcustom.federated.resolve import resolved
 from fedcustom.federated.schedule import plan_rounds
-from fedcustom.methods.protocol import Work
+from fedcustom.methods.messages import Work
 from fedcustom.methods.tuning.local_training import batch_ranges
 from fedcustom.methods.tuning.method import WeightTuning
 from fedcustom.models.load import load_base

@@ -19,7 +19,8 @@ from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.data.settings import DataSettings
 from fedcustom.evaluation.settings import EvaluationSettings
-from fedcustom.methods.protocol import Client, Work
+from fedcustom.methods.messages import Work
+from fedcustom.methods.protocol import Client
 from fedcustom.methods.registry import build_method, settings_of
 from fedcustom.methods.tuning.method import WeightTuning
 from fedcustom.methods.tuning.technique import Context

@@ -28,7 +28,8 @@ from fedcustom.audit.sums import Sums
 from fedcustom.audit.tokens import Tokens, changed_rows
 from fedcustom.data.examples import ClientData
 from fedcustom.methods import Answer, Client, WeightTuning, Work
-from fedcustom.methods.protocol import UNFINISHED, Update
+from fedcustom.methods.messages import Update
+from fedcustom.methods.protocol import UNFINISHED
 from fedcustom.methods.tuning.summed_head import SumTerms
 from fedcustom.recipe.recipe import load_recipe
 from helpers.audit import LATER, PER_CLIENT, by_measure, seen, target

@@ -14,7 +14,8 @@ import fedcustom
 from fedcustom.core.errors import DataError, FedcustomError, RecipeError, RunError
 from fedcustom.deployment.parties import check_deployable
 from fedcustom.federated.worker import ClientWorker
-from fedcustom.methods.protocol import AggregateContext, Update
+from fedcustom.methods.messages import Update
+from fedcustom.methods.protocol import AggregateContext
 from fedcustom.methods.tuning.client import TuningClient
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport.workers.pool import MOST_REPLACED

@@ -10,8 +10,8 @@ import torch
 
 from fedcustom.deployment.site.request import read_request
 from fedcustom.methods.distillation import messages as distillation
+from fedcustom.methods.messages import Messages
 from fedcustom.methods.prompt_engineering import messages as prompt_engineering
-from fedcustom.methods.protocol import Messages
 from fedcustom.methods.retrieval import messages as retrieval
 from fedcustom.methods.tuning import messages as tuning
 from fedcustom.methods.tuning.messages import TrainTask

@@ -15,8 +15,8 @@ from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.data.tokens import example_order
 from fedcustom.evaluation.settings import EvaluationSettings
 from fedcustom.methods import Answer, Client, Work, registry
+from fedcustom.methods.messages import typed
 from fedcustom.methods.prefix.init import text_prefix
-from fedcustom.methods.protocol import typed
 from fedcustom.methods.tuning.messages import TrainTask, TrainUpdate
 from fedcustom.models.load import load_base
 from fedcustom.models.settings import ModelSettings

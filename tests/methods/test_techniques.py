@@ -14,7 +14,7 @@ from fedcustom.core.errors import ModelError, RunError
 from fedcustom.core.tensors import Tensors, equal
 from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.methods import Client, State, WeightTuning, Work, registry
-from fedcustom.methods.protocol import typed
+from fedcustom.methods.messages import typed
 from fedcustom.methods.tuning.feed_forward import find_feed_forward
 from fedcustom.methods.tuning.messages import TrainUpdate
 from fedcustom.methods.tuning.reparametrisation import Network, Reparametrised

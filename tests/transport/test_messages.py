@@ -18,6 +18,7 @@ from fedcustom.core.errors import UpdateError, WireError
 from fedcustom.methods import RoundTask, Task, Update, Work, message_kinds
 from fedcustom.methods.distillation.messages import DistilTask, DistilUpdate
 from fedcustom.methods.lora import messages as lora
+from fedcustom.methods.messages import Messages, typed
 from fedcustom.methods.prefix.messages import PrefixUpdate
 from fedcustom.methods.prompt_engineering.messages import (
     AloneTask,
@@ -29,7 +30,6 @@ from fedcustom.methods.prompt_engineering.messages import (
     SearchTask,
     SearchUpdate,
 )
-from fedcustom.methods.protocol import Messages, typed
 from fedcustom.methods.retrieval import messages as retrieval
 from fedcustom.methods.tuning import messages as tuning
 from fedcustom.methods.tuning.messages import TrainTask, TrainUpdate
@@ -171,10 +171,11 @@ def subclasses(base: type[Any]) -> set[type[Any]]:
 
 
 def test_every_class_is_tried() -> None:
-    """Of the package; the bases of tasks have no kind, and an encoded update holds another one."""
+    """Of the methods; bases of theirs have no kind, and an encoded update holds another one."""
     for module in MODULES:
         import_module(f"fedcustom.methods.{module}.messages")
-    ours = {each for each in subclasses(Task) | subclasses(Update) if ".messages" in each.__module__}
+    every, bases = subclasses(Task) | subclasses(Update), Task.__module__
+    ours = {each for each in every if ".messages" in each.__module__ and each.__module__ != bases}
     named = {each for each in ours if not issubclass(each, Task) or "kind" in vars(each)}
     assert named == set(MESSAGES) | {update for _, update, _ in PAIRS.values()}
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedcustom.aggregation.mean import weighted_mean
 from fedcustom.core.errors import RecipeError, UpdateError
 from fedcustom.federated.build import change_vector
-from fedcustom.methods.protocol import Update
+from fedcustom.methods.messages import Update
 from fedcustom.methods.tuning.messages import TrainTask, TrainUpdate
 from fedcustom.privacy.secure_sum.integers import zeros
 from fedcustom.privacy.secure_sum.terms import Terms

@@ -18,7 +18,8 @@ from fedcustom.federated.run import run_recipe
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.federated.simulation import Federation, simulate
 from fedcustom.methods import Memory, State, Task, Update
-from fedcustom.methods.protocol import AggregateContext, RoundTask
+from fedcustom.methods.messages import RoundTask
+from fedcustom.methods.protocol import AggregateContext
 from fedcustom.methods.tuning.messages import (
     MESSAGES,
     FitHeadTask,

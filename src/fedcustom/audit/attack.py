@@ -12,7 +12,7 @@ from ..core.errors import FedcustomError
 from ..data.examples import Example, FederatedData
 from ..federated.private_run import PrivateRun
 from ..methods import Method, State, Task, Work
-from ..methods.protocol import Update
+from ..methods.messages import Update
 from ..recipe import Recipe
 from .knowledge import Knowledge
 from .results import Finding, NotRun, View

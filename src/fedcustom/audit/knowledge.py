@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.tensors import Tensors, without
 from ..data.examples import Example
 from ..methods import Task, WeightTuning
-from ..methods.protocol import Update, typed
+from ..methods.messages import Update, typed
 from ..methods.tuning.drift_corrections import CONTROL
 from ..methods.tuning.messages import TrainTask, TrainUpdate
 

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 
 from ..core.errors import UpdateError
 from ..methods import Asked, AsksClients, Method, Task, Update
-from ..methods.protocol import ChangeUpdate
+from ..methods.messages import ChangeUpdate
 from ..transport.channel import Channel, task_length
 from ..transport.messages import read_update
 from ..transport.protocol import Reply

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..core.tensors import Tensors
 from ..data.examples import Example, FederatedData
 from ..data.many_clients import train_sizes
-from ..methods.protocol import ChangeUpdate, Memory, Method, State, Task, Update, Work, typed
+from ..methods.messages import ChangeUpdate, Task, Update, Work, typed
+from ..methods.protocol import Memory, Method, State
 from ..methods.tuning.head_disclosure import text_numbers
 from ..methods.tuning.head_fit import HeadFit, as_if_fitted, fits_fully
 from ..methods.tuning.head_messages import POINT, TEMPERATURES, factor_size, has_scatter, sums_of

@@ -11,7 +11,7 @@ from typing import Any
 from ..core.errors import RecipeError
 from ..core.files import write_json
 from ..data.examples import FederatedData
-from ..methods.protocol import Work
+from ..methods.messages import Work
 from ..methods.tuning.hidden_rows import done_of, steps_of
 from ..privacy.accounting import Guarantee
 from ..privacy.example_mechanism import ExampleMechanism, ExamplePrivacy, Releases, check_delta

@@ -16,7 +16,7 @@ from ..aggregation.norm_limit import (
     too_large,
 )
 from ..aggregation.settings import AggregationSettings
-from ..methods.protocol import ChangeUpdate
+from ..methods.messages import ChangeUpdate
 from ..methods.tuning.messages import TrainUpdate
 from ..transport.protocol import Reply
 from .run_directory import Row

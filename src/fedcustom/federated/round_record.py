@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..aggregation.norm_limit import ChangeSize
 from ..core.text import printable
-from ..methods.protocol import LossUpdate
+from ..methods.messages import LossUpdate
 from ..methods.tuning.messages import TrainUpdate
 from ..recipe import Recipe
 from ..training.local import schedule_factor

@@ -14,7 +14,7 @@ import numpy as np
 from ..core.errors import RecipeError
 from ..data.examples import FederatedData
 from ..data.many_clients import names_of, train_sizes
-from ..methods.protocol import Work
+from ..methods.messages import Work
 from ..recipe.recipe import Recipe
 from ..simulation.settings import ParticipationSettings
 from .balanced_cohorts import balanced_cohorts

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ..core.errors import DataError, RunError
-from ..methods.protocol import Client, CountsCuts, Memory, State, Update
+from ..methods.messages import Update
+from ..methods.protocol import Client, CountsCuts, Memory, State
 from ..models.load import Base
 from ..recipe.recipe import Recipe, parse_recipe, to_toml
 from ..transport.receiving import shared_out, work_of

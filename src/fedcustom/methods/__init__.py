@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .messages import Messages, RoundTask, Task, TrainingTask, Update, Work, message_kinds
     from .protocol import (
         UNFINISHED,
         Aggregate,
@@ -19,18 +20,11 @@ if TYPE_CHECKING:
         Client,
         CountsCuts,
         Memory,
-        Messages,
         Method,
         Prompts,
-        RoundTask,
         ScalesLogits,
         State,
-        Task,
-        TrainingTask,
-        Update,
-        Work,
         WritesTexts,
-        message_kinds,
         peeked,
     )
     from .registry import build_method
@@ -74,6 +68,9 @@ _ELSEWHERE = {
     "WeightTuning": "tuning.method",
     "build_method": "registry",
     "client_labels": "tuning.head_fit",
+    **dict.fromkeys(
+        ("Messages", "RoundTask", "Task", "TrainingTask", "Update", "Work", "message_kinds"), "messages"
+    ),
 }
 """Where names are that are not in ``protocol``."""
 

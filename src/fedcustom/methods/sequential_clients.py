@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .protocol import Client, Task, Update
+from .messages import Task, Update
+from .protocol import Client
 
 
 class SequentialClients:

@@ -9,7 +9,7 @@ from ..federated.callbacks import Outline
 from ..federated.schedule import Plan
 from ..federated.simulation import Federation
 from ..methods import WeightTuning
-from ..methods.protocol import KEY, Task, Update
+from ..methods.messages import KEY, Task, Update
 from ..methods.tuning.messages import HeadTask
 from ..recipe.recipe import Recipe
 from ..transport.channel import Channel, task_length

@@ -12,18 +12,8 @@ from ..aggregation.settings import AggregationSettings
 from ..core.errors import RunError, UpdateError
 from ..core.tensors import count, is_finite, subtract
 from ..data.examples import Example
-from ..methods.protocol import (
-    Aggregate,
-    Answer,
-    Client,
-    Messages,
-    State,
-    Task,
-    Update,
-    Work,
-    message_kinds,
-    typed,
-)
+from ..methods.messages import Messages, Task, Update, Work, message_kinds, typed
+from ..methods.protocol import Aggregate, Answer, Client, State
 from ..methods.sequential_clients import SequentialClients
 from ..methods.tuning.messages import TrainTask, TrainUpdate
 from ..methods.tuning.update_checks import check_forms

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core.tensors import Tensors, add, subtract
-from ..methods.protocol import Task, Update, Values
+from ..methods.messages import Task, Update
+from ..methods.protocol import Values
 from ..updates.compression import compress, decompress
 from ..updates.layout import Layout, describe, laid_out
 from ..updates.settings import CompressionSettings

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
-from ..methods.protocol import Asked, AsksClients, Method, Task
+from ..methods.messages import Task
+from ..methods.protocol import Asked, AsksClients, Method
 from ..updates.transform import UpdateTransform
 from .channel import Channel
 from .client_store import ClientStore

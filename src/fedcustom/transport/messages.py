@@ -1,7 +1,7 @@
 """Messages as JSON: the values of tasks and updates that travel beside their tensors, and back, checked.
 
-A message is a dataclass (:class:`~fedcustom.methods.protocol.Task` or
-:class:`~fedcustom.methods.protocol.Update`); its fields say what travels and what is allowed. Nothing here
+A message is a dataclass (:class:`~fedcustom.methods.messages.Task` or
+:class:`~fedcustom.methods.messages.Update`); its fields say what travels and what is allowed. Nothing here
 knows a method.
 """
 
@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.errors import WireError, nearest
 from ..core.tensors import Tensors
-from ..methods.protocol import INLINE, KEY, Messages, Task, Update, Values
+from ..methods.messages import INLINE, KEY, Messages, Task, Update
+from ..methods.protocol import Values
 from ..updates.transform import EncodedUpdate
 
 T = TypeVar("T", Task, Update)

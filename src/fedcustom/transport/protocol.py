@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from ..aggregation.settings import AggregationSettings
 from ..core.errors import RecipeError
-from ..methods.protocol import Task, Update
+from ..methods.messages import Task, Update
 from ..updates.transform import UpdateTransform
 
 

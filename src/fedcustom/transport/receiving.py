@@ -7,7 +7,8 @@ import traceback
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NamedTuple
 
-from ..methods.protocol import Asked, Client, Method, Task, Update
+from ..methods.messages import Task, Update
+from ..methods.protocol import Asked, Client, Method
 from ..updates.pipeline import on_client, on_server
 from ..updates.transform import ClientContext, JointTransform, UpdateTransform
 from .channel import task_length, update_length

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.errors import SecureSumError, UpdateError
 from ..core.tensors import Tensors
-from ..methods.protocol import ChangeUpdate, RoundTask, Task, typed
+from ..methods.messages import ChangeUpdate, RoundTask, Task, typed
 from ..methods.tuning.messages import TrainTask, TrainUpdate
 from ..methods.tuning.noised_sums import NoisedSums
 from ..privacy.secure_sum.fixed_point import FixedPoint, counts, rounding_key

@@ -12,17 +12,8 @@ from torch import Tensor
 
 from ..core.errors import RecipeError, UpdateError
 from ..core.tensors import Tensors
-from ..methods.protocol import (
-    ChangeUpdate,
-    FigureForm,
-    Method,
-    RoundTask,
-    SumsChanges,
-    SumsFigures,
-    Task,
-    Update,
-    typed,
-)
+from ..methods.messages import ChangeUpdate, RoundTask, Task, Update, typed
+from ..methods.protocol import FigureForm, Method, SumsChanges, SumsFigures
 from ..methods.tuning.messages import TrainTask
 from ..privacy.secure_sum.fixed_point import FixedPoint, counts, rounding_key
 from ..privacy.secure_sum.integers import Bits, Numbers, zeros

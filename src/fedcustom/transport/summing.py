@@ -6,7 +6,8 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 
 from ..core.errors import SecureSumError, UpdateError
-from ..methods.protocol import Method, Task
+from ..methods.messages import Task
+from ..methods.protocol import Method
 from ..privacy.secure_sum.integers import Numbers, zeros
 from ..privacy.secure_sum.terms import Terms
 from .protocol import Reply, Transport

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.errors import RecipeError
 from ..core.tensors import Tensors
-from ..methods.protocol import Update
+from ..methods.messages import Update
 from ..simulation.settings import AttackSettings
 from .transform import ClientContext, UpdateTransform
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..core.tensors import Tensors, zeros_like
-from ..methods.protocol import Memory, Task, Update
+from ..methods.messages import Task, Update
+from ..methods.protocol import Memory
 from .compression import compress, compress_with_feedback, decompress
 from .layout import describe, laid_out
 from .settings import CompressionSettings

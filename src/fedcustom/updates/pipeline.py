@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..core.errors import RecipeError
-from ..methods.protocol import Update
+from ..methods.messages import Update
 from .encode import Compression
 from .settings import CompressionSettings
 from .transform import ClientContext, JointTransform, ServerTransform, UpdateContext, UpdateTransform

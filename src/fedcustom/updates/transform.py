@@ -40,7 +40,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from ..core.tensors import Tensors
-from ..methods.protocol import AggregateContext, Memory, RoundTask, Task, Update
+from ..methods.messages import RoundTask, Task, Update
+from ..methods.protocol import AggregateContext, Memory
 from .layout import Layout
 
 

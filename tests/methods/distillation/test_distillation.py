@@ -31,7 +31,7 @@ from fedcustom.methods.distillation.messages import DistilUpdate
 from fedcustom.methods.distillation.method import Distillation
 from fedcustom.methods.distillation.packing import unpack_positions
 from fedcustom.methods.distillation.sampling import ASKED
-from fedcustom.methods.protocol import typed
+from fedcustom.methods.messages import typed
 from fedcustom.models.load import load_base
 from fedcustom.recipe.recipe import load_recipe, to_toml
 from fedcustom.training.label_prior import label_offset

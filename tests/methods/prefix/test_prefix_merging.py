@@ -15,10 +15,10 @@ from fedcustom.aggregation.prefix_stacking import Stacked, stack_prefixes
 from fedcustom.core.errors import DataError, RecipeError, UpdateError
 from fedcustom.data.examples import ClientData
 from fedcustom.methods import Answer, Client, State, WeightTuning, Work
+from fedcustom.methods.messages import typed
 from fedcustom.methods.prefix.distil import Distiller
 from fedcustom.methods.prefix.messages import PrefixUpdate
 from fedcustom.methods.prefix.settings import PrefixSettings
-from fedcustom.methods.protocol import typed
 from fedcustom.recipe.recipe import load_recipe
 from helpers.methods import classification_examples, make
 

@@ -25,6 +25,7 @@ from fedcustom.evaluation.settings import TEXT_METRICS
 from fedcustom.federated.build import make_method
 from fedcustom.federated.run_directory import Checkpoints
 from fedcustom.methods import Client, State, Task, Update, Work, registry
+from fedcustom.methods.messages import typed
 from fedcustom.methods.prompt_engineering.black_box import BlackBox
 from fedcustom.methods.prompt_engineering.in_context import InContext
 from fedcustom.methods.prompt_engineering.messages import (
@@ -34,7 +35,6 @@ from fedcustom.methods.prompt_engineering.messages import (
     SearchUpdate,
 )
 from fedcustom.methods.prompt_engineering.selection import Selection
-from fedcustom.methods.protocol import typed
 from fedcustom.models.load import load_base
 from fedcustom.recipe.recipe import Recipe, load_recipe, to_toml
 from fedcustom.transport.messages import values_of

@@ -30,7 +30,7 @@ from fedcustom.methods import (
     Work,
     client_labels,
 )
-from fedcustom.methods.protocol import typed
+from fedcustom.methods.messages import typed
 from fedcustom.methods.tuning.head_messages import Sums, sums_of
 from fedcustom.methods.tuning.messages import TrainTask
 from helpers.head_fit import LABELS, ROUND, aggregate_of, alone_with, asked, fitted

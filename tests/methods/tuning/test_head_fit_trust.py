@@ -10,7 +10,7 @@ import torch
 
 from fedcustom.core.errors import UpdateError
 from fedcustom.methods import UNFINISHED, Update, Work
-from fedcustom.methods.protocol import typed
+from fedcustom.methods.messages import typed
 from fedcustom.methods.tuning.head_messages import TEMPERATURES
 from fedcustom.methods.tuning.messages import HeadGradientTask, HeadGradientUpdate
 from helpers.head_fit import LABELS, ROUND, WIDTH, asked

@@ -15,7 +15,8 @@ from ...data.tokens import Batch, collate
 from ...models.forward import classification_logits
 from ...models.inference import predict, to_device
 from ...training.local import schedule_factor
-from ..protocol import Aggregate, Answer, Client, State, Values, typed
+from ..messages import typed
+from ..protocol import Aggregate, Answer, Client, State, Values
 from ..tuning.technique import Context
 from . import packing
 from .ensemble import combine

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..contents import Content
-from ..protocol import TrainingTask, Whole, message_kinds
+from ..messages import TrainingTask, Whole, message_kinds
 from ..tuning.messages import TrainTask, TrainUpdate
 
 

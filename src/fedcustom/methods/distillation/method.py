@@ -12,7 +12,8 @@ from ...core.tensors import Tensors
 from ...data.examples import Example
 from ...models.inference import Predictions
 from ...training.local import schedule_factor
-from ..protocol import Aggregate, Answer, Client, Prompts, State, Task, Update, Work, typed
+from ..messages import Task, Update, Work, typed
+from ..protocol import Aggregate, Answer, Client, Prompts, State
 from ..sequential_clients import SequentialClients
 from ..tuning.export_check import Reference
 from ..tuning.technique import Context

@@ -23,7 +23,8 @@ from ..full.method import Full
 from ..full.settings import FullSettings
 from ..lora.method import Lora
 from ..lora.settings import LoraSettings
-from ..protocol import Client, typed
+from ..messages import typed
+from ..protocol import Client
 from ..registry import check_padding
 from ..tuning.messages import TrainTask, TrainUpdate
 from ..tuning.method import WeightTuning

@@ -11,7 +11,8 @@ from ...core.seeds import name_seed
 from ...core.tensors import Tensors, named, part, without
 from ...data.tokens import Batch
 from ...training.local import schedule_factor
-from ..protocol import Aggregate, Answer, Client, State, typed
+from ..messages import typed
+from ..protocol import Aggregate, Answer, Client, State
 from ..tuning.technique import Context
 from . import packing
 from .language_models import Speaker

@@ -50,7 +50,8 @@ from ...aggregation.lora_factors import LoraFactors, in_rows_of, refactored, tru
 from ...aggregation.settings import AggregationSettings
 from ...core.seeds import name_seed
 from ...core.tensors import Tensors, part, without
-from ..protocol import Aggregate, Memory, State, Update, Values
+from ..messages import Update
+from ..protocol import Aggregate, Memory, State, Values
 from ..tuning.aggregation_hooks import AggregationHooks, ClientDelta, RoundAggregator
 from ..tuning.further_exchange import FurtherExchange
 from ..tuning.messages import TrainTask, TrainUpdate

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..contents import Content
-from ..protocol import ChangeUpdate, RoundTask
+from ..messages import ChangeUpdate, RoundTask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,20 +30,8 @@ from ...aggregation.lora_sketch import (
 from ...core.errors import AggregationError, UpdateError
 from ...core.seeds import name_seed
 from ...core.tensors import Tensors, is_finite, named, part, without
-from ..protocol import (
-    UNFINISHED,
-    Aggregate,
-    Answer,
-    ChangeUpdate,
-    Client,
-    Memory,
-    Messages,
-    State,
-    Task,
-    Update,
-    message_kinds,
-    typed,
-)
+from ..messages import ChangeUpdate, Messages, Task, Update, message_kinds, typed
+from ..protocol import UNFINISHED, Aggregate, Answer, Client, Memory, State
 from ..tuning.messages import TrainUpdate
 from ..tuning.update_checks import check_forms, check_weight
 from .matrix import Matrix

@@ -10,7 +10,8 @@ from ...aggregation.prefix import barycentre, matched_mean, mean_of_selected, se
 from ...aggregation.prefix_stacking import Stacked, cluster_slots, stack_prefixes
 from ...core.errors import UpdateError
 from ...core.tensors import Tensors
-from ..protocol import Memory, State, Values, typed
+from ..messages import typed
+from ..protocol import Memory, State, Values
 from ..tuning.aggregation_hooks import AggregationHooks, ClientDelta, RoundAggregator
 from ..tuning.messages import TrainTask, TrainUpdate
 from .messages import PrefixUpdate

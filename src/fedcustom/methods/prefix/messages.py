@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ..protocol import Whole
+from ..messages import Whole
 from ..tuning.messages import TrainUpdate
 
 Layers = Annotated[list[Whole], Field(max_length=10_000, fail_fast=True)]

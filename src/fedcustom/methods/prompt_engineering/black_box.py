@@ -24,7 +24,8 @@ from ...data.tokens import TokenizedExample, example_order, pad
 from ...models.configuration import HUB_NAMES, context_length
 from ...models.forward import pooled
 from ...models.inference import Predictions, to_device
-from ..protocol import Aggregate, Answer, Client, Prompts, State, Task, Update, Values, Work, typed
+from ..messages import Task, Update, Work, typed
+from ..protocol import Aggregate, Answer, Client, Prompts, State, Values
 from ..tuning.technique import Context
 from .black_box_checks import WORST, check_search_update
 from .black_box_page import soft_prompt_page

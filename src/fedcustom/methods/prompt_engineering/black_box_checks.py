@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...core.errors import UpdateError
-from ..protocol import Task, Update, typed
+from ..messages import Task, Update, typed
 from .messages import SearchTask, SearchUpdate
 
 WORST = 1e6

@@ -21,7 +21,8 @@ from ...models.embedding import embed
 from ...models.inference import Predictions, generate
 from ...models.likelihood import prompt_ids
 from ...models.load import load_base
-from ..protocol import Aggregate, Answer, Client, Prompts, State, Task, Update, Values, Work, typed
+from ..messages import Task, Update, Work, typed
+from ..protocol import Aggregate, Answer, Client, Prompts, State, Values
 from ..tuning.technique import Context
 from .answers import medoid, nearest, pooled_log_probabilities, similarity_weights
 from .messages import IN_CONTEXT, AnswerQueriesTask, AnswerQueriesUpdate

@@ -9,7 +9,8 @@ from ...core.errors import RunError, UpdateError
 from ...core.tensors import named, part
 from ...data.examples import Example
 from ...models.inference import Predictions
-from ..protocol import Aggregate, Answer, Client, Memory, Method, State, Task, Update, Work, typed
+from ..messages import Task, Update, Work, typed
+from ..protocol import Aggregate, Answer, Client, Memory, Method, State
 from ..sequential_clients import SequentialClients
 from .messages import ALONE, AloneTask, AloneUpdate, AnswerQueriesUpdate, ScoreUpdate, SearchUpdate
 

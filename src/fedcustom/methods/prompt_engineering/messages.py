@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from ..contents import Content
-from ..protocol import INLINE, LossUpdate, Positive, RoundTask, Update, Whole, Work, message_kinds
+from ..messages import INLINE, LossUpdate, Positive, RoundTask, Update, Whole, Work, message_kinds
 
 Texts = Annotated[list[str], Field(max_length=1_000_000, fail_fast=True)]
 

@@ -14,7 +14,8 @@ from ...core.seeds import name_seed
 from ...data.examples import Example
 from ...data.tokens import example_order
 from ...models.inference import Predictions
-from ..protocol import Aggregate, Answer, Client, Prompts, State, Task, Update, Values, Work, typed
+from ..messages import Task, Update, Work, typed
+from ..protocol import Aggregate, Answer, Client, Prompts, State, Values
 from ..tuning.technique import Context
 from . import bandit
 from .bandit import Tally

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core.errors import PolicyError, UpdateError
 from ...core.tensors import is_finite
-from ..protocol import Task, Update, typed
+from ..messages import Task, Update, typed
 from .client import BYTES
 from .messages import (
     AnswerTask,

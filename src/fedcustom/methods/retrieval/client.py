@@ -13,7 +13,8 @@ import torch
 from ...core.errors import DataError, UpdateError
 from ...data.examples import Example
 from ...training.settings import LEAST_TEXTS
-from ..protocol import Client, Task, Update
+from ..messages import Task, Update
+from ..protocol import Client
 from ..tuning.head_disclosure import counted_rows, sends_scatter
 from .generation import Generator
 from .messages import (

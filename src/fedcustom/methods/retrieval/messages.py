@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from ..contents import Content
-from ..protocol import Positive, RoundTask, Task, Update, Whole, message_kinds
+from ..messages import Positive, RoundTask, Task, Update, Whole, message_kinds
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{12,128}$")]
 """The digest of an encoder, of which clients make the name of a folder."""

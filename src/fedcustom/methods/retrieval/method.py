@@ -25,7 +25,8 @@ from ..full.method import SHARD, Full
 from ..full.settings import FullSettings
 from ..lora.method import Lora
 from ..lora.settings import LoraSettings
-from ..protocol import Aggregate, Answer, Asked, Client, Messages, State, Task, Update, Work, typed
+from ..messages import Messages, Task, Update, Work, typed
+from ..protocol import Aggregate, Answer, Asked, Client, State
 from ..sequential_clients import SequentialClients
 from ..tuning.export_check import Reference
 from ..tuning.loading_page import loading_page

@@ -13,7 +13,8 @@ from torch import Tensor
 from ...core.errors import UpdateError
 from ...core.seeds import name_seed
 from ...core.tensors import Tensors, is_finite, named, part, without
-from ..protocol import Client, State, Task, Update
+from ..messages import Task, Update
+from ..protocol import Client, State
 from .settings import RetrievalSettings
 from .store import Vectors
 

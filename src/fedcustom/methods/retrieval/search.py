@@ -14,7 +14,8 @@ from torch import Tensor
 from ...core.errors import RunError
 from ...core.files import read_tensors, write_tensors
 from ...core.tensors import Tensors
-from ..protocol import Asked, Task, typed
+from ..messages import Task, typed
+from ..protocol import Asked
 from .client import unpacked
 from .merging import Hit, as_list, by_rank, by_score
 from .messages import (

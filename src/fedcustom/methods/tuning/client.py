@@ -14,7 +14,8 @@ from ...core.tensors import named, part, without, zeros_like
 from ...data.tokens import example_order
 from ...training.label_prior import label_offset
 from ...training.local import LocalResult, learning_rate
-from ..protocol import Client, Task, Update, typed
+from ..messages import Task, Update, typed
+from ..protocol import Client
 from .aggregation_hooks import AggregationHooks
 from .drift_corrections import CONTROL, Correction
 from .further_exchange import FurtherExchange

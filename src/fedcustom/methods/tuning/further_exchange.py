@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from ...core.tensors import Tensors
-from ..protocol import Aggregate, Answer, ChangeUpdate, Client, Messages, State, Task, Update
+from ..messages import ChangeUpdate, Messages, Task, Update
+from ..protocol import Aggregate, Answer, Client, State
 
 
 class ServerExchange(Protocol):

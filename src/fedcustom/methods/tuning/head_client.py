@@ -19,7 +19,8 @@ from ...models.load import Base
 from ...privacy.example_mechanism import ExamplePrivacy
 from ...privacy.settings import PrivacySettings
 from ...training.settings import TrainingSettings
-from ..protocol import Memory, Update
+from ..messages import Update
+from ..protocol import Memory
 from .head_disclosure import counted_rows, sends_gradient, text_numbers
 from .head_layer import HeadLayer
 from .head_messages import POINT, TEMPERATURES, private_sums, sums_of

@@ -13,7 +13,8 @@ from ...aggregation.logistic import LogisticFit
 from ...core.tensors import Tensors, is_finite, part
 from ...privacy.settings import PrivacySettings
 from ...training.settings import TrainingSettings
-from ..protocol import UNFINISHED, Aggregate, Answer, State, Task, Update, Values, peeked, typed
+from ..messages import Task, Update, typed
+from ..protocol import UNFINISHED, Aggregate, Answer, State, Values, peeked
 from .head_layer import HeadLayer
 from .head_messages import (
     FIT_HEAD,

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...aggregation.discriminant import class_moments
 from ...core.errors import UpdateError
 from ...core.tensors import Tensors, is_finite
-from ..protocol import Task, Update, typed
+from ..messages import Task, Update, typed
 from .head_disclosure import counted_rows, sends_scatter
 from .messages import FitHeadTask, HeadGradientTask, HeadGradientUpdate, HeadSumsUpdate, ScaleHeadTask
 from .update_checks import check_forms

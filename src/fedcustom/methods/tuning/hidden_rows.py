@@ -10,7 +10,8 @@ from ...core.errors import UpdateError
 from ...core.tensors import Tensors
 from ...data.tokens import TokenizedExample
 from ...privacy.example_mechanism import ExamplePrivacy, Releases, RowPrivacy
-from ..protocol import Memory, Values, Work
+from ..messages import Work
+from ..protocol import Memory, Values
 
 STEPS, HEAD_FITS = "private_steps", "private_head_fits"
 """The numbers in a client's memory of the noised steps that it has made, and of the fits of the head that it

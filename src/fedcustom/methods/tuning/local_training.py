@@ -24,8 +24,9 @@ from ...models.load import Base
 from ...privacy.example_mechanism import RowPrivacy
 from ...training.local import LocalResult, train_locally
 from ...training.settings import TrainingSettings
-from ..protocol import Client, Update
-from ..protocol import Work as Amount
+from ..messages import Update
+from ..messages import Work as Amount
+from ..protocol import Client
 from .aggregation_hooks import AggregationHooks
 from .batching.agreement import disagreement
 from .batching.client_modules import ClientModules, stand_ins

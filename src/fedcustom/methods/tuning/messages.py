@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from ..contents import Content
-from ..protocol import (
+from ..messages import (
     INLINE,
     ChangeUpdate,
     Positive,

@@ -19,21 +19,8 @@ from ...models.quantised_layers import exact_weights
 from ...privacy.client_mechanism import LONGEST_NOISE
 from ...privacy.clipping import groups_of
 from ...training.dpo import DPO
-from ..protocol import (
-    Aggregate,
-    Answer,
-    Client,
-    FigureForm,
-    Memory,
-    MessagePair,
-    Messages,
-    Prompts,
-    State,
-    Task,
-    Update,
-    Work,
-    typed,
-)
+from ..messages import MessagePair, Messages, Task, Update, Work, typed
+from ..protocol import Aggregate, Answer, Client, FigureForm, Memory, Prompts, State
 from .aggregation_hooks import BASE_CHANGE, AggregationHooks
 from .checkpoint_check import check_checkpointing
 from .client import TuningClient

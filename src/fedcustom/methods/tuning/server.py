@@ -13,19 +13,8 @@ from ...core.errors import RecipeError, UpdateError
 from ...core.tensors import Tensors, is_finite, without
 from ...data.examples import ClientData
 from ...training.local import schedule_factor
-from ..protocol import (
-    UNFINISHED,
-    Aggregate,
-    AggregateContext,
-    Answer,
-    Client,
-    State,
-    Task,
-    Update,
-    Work,
-    peeked,
-    typed,
-)
+from ..messages import Task, Update, Work, typed
+from ..protocol import UNFINISHED, Aggregate, AggregateContext, Answer, Client, State, peeked
 from .aggregation_hooks import AggregationHooks, ClientDelta, RoundAggregator
 from .drift_corrections import CONTROL
 from .further_exchange import ServerExchange

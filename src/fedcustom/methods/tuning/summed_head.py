@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...core.errors import UpdateError
 from ...core.tensors import is_finite
-from ..protocol import FigureForm, Task, Update
+from ..messages import Task, Update
+from ..protocol import FigureForm
 from .head_messages import TEMPERATURES, factor_size
 from .messages import CountLabelsTask, SumGradientsTask, SumLossesTask, SumNoisedTask, SumVectorsTask
 

@@ -12,7 +12,8 @@ from ...aggregation.logistic import loss_and_gradient, probabilities
 from ...core.errors import UpdateError
 from ...data.examples import Example
 from ...data.tokens import TokenizedExample
-from ..protocol import Memory, Update
+from ..messages import Update
+from ..protocol import Memory
 from .head_client import HeadClient, Rows
 from .head_disclosure import counted_rows, sends_gradient, sends_scatter, text_numbers
 from .head_messages import POINT, TEMPERATURES, packed, private_sums

@@ -12,7 +12,8 @@ from torch import Tensor
 from ...aggregation.logistic import LogisticFit
 from ...core.errors import AggregationError, UpdateError
 from ...core.tensors import is_finite
-from ..protocol import UNFINISHED, Aggregate, Answer, FigureForm, State, Task, Update
+from ..messages import Task, Update
+from ..protocol import UNFINISHED, Aggregate, Answer, FigureForm, State
 from .head_fit import LABEL_COUNTS, HeadFit, at_rest, fits_fully
 from .head_messages import POINT, TEMPERATURES, Sums, check_moments, unpacked
 from .head_solution import discriminant_head, head_of, logistic_fit, with_shares

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...core.errors import UpdateError
-from ..protocol import Work
+from ..messages import Work
 from .messages import TrainTask, TrainUpdate
 
 

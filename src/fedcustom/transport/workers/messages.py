@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ...core.tensors import Tensors
-from ...methods.protocol import KEY, Memory, Messages, Task, Update
+from ...methods.messages import KEY, Messages, Task, Update
+from ...methods.protocol import Memory
 from .. import wire
 from ..messages import read_task, read_update, values_of
 from ..receiving import ClientFailure

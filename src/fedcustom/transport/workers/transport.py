@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from ...core.errors import WireError
 from ...core.tensors import Tensors
 from ...data.examples import ClientData
-from ...methods.protocol import Asked, AsksClients, Client, Method, RoundTask, Task, TrainingTask, Update
+from ...methods.messages import RoundTask, Task, TrainingTask, Update
+from ...methods.protocol import Asked, AsksClients, Client, Method
 from ...updates.transform import UpdateTransform
 from ..channel import Channel
 from ..client_store import ClientStore
