@@ -12,7 +12,8 @@ from typing import Any
 from ..core.errors import RecipeError
 from ..federated.resolve import resolved
 from ..recipe.overrides import merged
-from ..recipe.recipe import FEDERATED_ONLY, Recipe, parse_recipe
+from ..recipe.recipe import Recipe, parse_recipe
+from ..recipe.sections import FEDERATED_ONLY
 from .settings import ExperimentSettings, Match, check_match, is_baseline, matches
 
 Points = Mapping[str, str]

@@ -2,7 +2,6 @@
 
 from .overrides import merged
 from .recipe import (
-    FEDERATED_ONLY,
     Baseline,
     Recipe,
     load_recipe,
@@ -11,6 +10,7 @@ from .recipe import (
     recorded_recipe,
     to_toml,
 )
+from .sections import FEDERATED_ONLY
 
 __all__ = [
     "FEDERATED_ONLY",

@@ -14,16 +14,10 @@ from ..aggregation.settings import AggregationSettings
 from ..core.errors import RecipeError
 from ..core.settings import Settings
 from ..data.settings import ClientSettings, DataSettings, PublicSettings, TaskKind
-from ..evaluation.settings import (
-    CHOICE_METRIC,
-    CLASSIFICATION_METRICS,
-    PREFERENCE_METRICS,
-    RETRIEVAL_METRICS,
-    EvaluationSettings,
-)
+from ..evaluation.settings import EvaluationSettings
 from ..methods import registry
 from ..methods.prefix.settings import PrefixSettings
-from ..methods.settings import MethodSettingsBase, TuningSettings
+from ..methods.settings import MethodSettingsBase
 from ..models.settings import ModelSettings
 from ..privacy.secure_sum.settings import SecureSumSettings
 from ..privacy.settings import PrivacySettings
@@ -31,14 +25,14 @@ from ..simulation.settings import AttackSettings, NoiseSettings, ParticipationSe
 from ..training.settings import TrainingSettings
 from ..transport.workers.settings import WorkerSettings
 from ..updates.settings import CompressionSettings
+from .combinations import check_combinations
 from .help import explain, explained, nearest
-from .label_skew import check_label_skew, settled, why_no_head_fit
-from .objective import check_objective, with_task_of_objective
+from .label_skew import settled
+from .objective import with_task_of_objective
 from .overrides import UNSET, merged, nested, split
 from .paths import beside, existing
-from .privacy import check_privacy, with_private_defaults
-from .sections import PersonalisationSettings, RoundSettings
-from .secure_sum import check_secure_sum
+from .privacy import with_private_defaults
+from .sections import FEDERATED_ONLY, PersonalisationSettings, RoundSettings
 from .tracking import TrackingSettings
 
 Baseline = Literal["federated", "centralised", "local"]
@@ -48,15 +42,6 @@ if TYPE_CHECKING:
 else:
     MethodSettings = registry.settings_union()  # of every method that is registered, told apart by name
 
-SELECTION_METRICS: dict[TaskKind, tuple[str, ...]] = {
-    "classification": CLASSIFICATION_METRICS,
-    "generation": ("loss", CHOICE_METRIC),
-    "chat": ("loss", CHOICE_METRIC),
-    "preference": PREFERENCE_METRICS,
-    "retrieval": RETRIEVAL_METRICS,
-}
-"""By what the best round can be chosen."""
-
 DEFAULT_METRIC: dict[TaskKind, str] = {
     "classification": "accuracy",
     "generation": "loss",
@@ -64,9 +49,6 @@ DEFAULT_METRIC: dict[TaskKind, str] = {
     "preference": "loss",
     "retrieval": "mrr",
 }
-
-FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation", "privacy", "secure_sum")
-"""Sections that a baseline leaves at their defaults."""
 
 
 class Recipe(Settings):
@@ -127,167 +109,12 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
-        count, asked = self.clients.count, self.rounds.clients_per_round
-        if self.clients.partition != "natural" and asked is not None and asked > count:
-            raise ValueError(f"rounds.clients_per_round = {asked}: there are {count} clients (clients.count)")
-        if asked is not None and self.rounds.min_clients > asked:
-            raise ValueError(
-                f"rounds.min_clients = {self.rounds.min_clients}: {asked} clients take part in a round"
-            )
-        if self.training.warmup_rounds >= self.rounds.count:
-            raise ValueError(
-                f"training.warmup_rounds = {self.training.warmup_rounds}: "
-                f"must be below rounds.count = {self.rounds.count}"
-            )
-        if self.data.task in ("chat", "preference") and (self.public.source or self.public.fraction):
-            task = self.data.task
-            raise ValueError(f"[public]: no method for data.task = {task!r} uses public texts; leave it out")
-        check_objective(self.data.task, self.training)
-        self._check_training()
-        self._check_search()
-        self._check_correction()
-        self._check_federated()
-        check_privacy(self)
-        check_secure_sum(self)
-        self.method.check_sections(self.baseline, dict(self))
-        self._check_workers()
-        buffer = self.participation.buffer
-        if buffer is not None and self.clients.partition != "natural" and buffer > count:
-            raise ValueError(f"participation.buffer = {buffer}: there are {count} clients (clients.count)")
-        allowed = SELECTION_METRICS[self.data.task]
-        metric = self.evaluation.metric
-        if metric is not None and metric not in allowed:
-            raise ValueError(
-                f"evaluation.metric = {metric!r}: allowed for {self.data.task}: {', '.join(allowed)}"
-            )
-        self._check_generation()
+        check_combinations(self, dict(self))
         for name in self.compare:
             known = [*registry.names(), "centralised", "local"]
             if name not in known:
                 raise ValueError(f"compare.{name}: unknown method or baseline{nearest(name, known)}")
         return self
-
-    def _check_generation(self) -> None:
-        """Which texts are written in evaluation, and whether any can be."""
-        settings, generates = self.evaluation, self.data.texts_are_scored
-        if settings.metric == CHOICE_METRIC and self.data.options is None:
-            raise ValueError(
-                f"evaluation.metric = {CHOICE_METRIC!r}: name the column of options (data.options)"
-            )
-        if not settings.writes and not generates:
-            raise ValueError(f"evaluation.generate = false: is for generation, not {self.data.task}")
-        if settings.generate_limit is None:
-            return
-        where = f"evaluation.generate_limit = {settings.generate_limit}"
-        if not generates:
-            raise ValueError(f"{where}: is for generation, not {self.data.task}")
-        if not settings.writes:
-            raise ValueError(f"{where}: does not go with evaluation.generate = false")
-
-    def _check_training(self) -> None:
-        """What only a classifier's training has, and its data."""
-        training = self.training
-        check_label_skew(self)
-        if self.data.task != "classification":
-            if self.attack.kind in ("label_flip", "backdoor"):
-                raise ValueError(f"attack.kind = {self.attack.kind!r}: needs labels")
-            if self.noise.labels:
-                raise ValueError(f"noise.labels = {self.noise.labels}: needs labels")
-            for key in ("logit_adjustment", "freeze_head_rounds", "fit_head_rounds"):
-                if getattr(training, key):
-                    raise ValueError(f"training.{key} = {getattr(training, key)!r}: needs labels and a head")
-        frozen = training.freeze_head_rounds or 0
-        if frozen >= self.rounds.count and not training.fit_head_rounds:
-            raise ValueError(
-                f"training.freeze_head_rounds = {training.freeze_head_rounds}: "
-                f"must be below rounds.count = {self.rounds.count}, or the head fitted (fit_head_rounds)"
-            )
-        if training.fit_head_rounds:
-            self._check_head_fit()
-        federated = self.baseline == "federated"
-        if self.method.only_fits and federated and (reason := why_no_head_fit(self)):
-            raise ValueError(f"method.name = {self.method.name!r}: {reason}")
-        unadjusted = training.logit_adjustment is None and training.fit_head_rounds is not None
-        unadjusted = unadjusted and training.label_skew != "adjust"
-        unadjusted = unadjusted or training.label_skew in ("none", "balance")
-        if (training.logit_adjustment == 0 or unadjusted) and training.prior_count != 1:
-            raise ValueError(
-                f"training.prior_count = {training.prior_count}: has no effect without logit_adjustment"
-            )
-
-    def _check_search(self) -> None:
-        """What a search of learning rates needs."""
-        training = self.training
-        if not training.search_rates and training.learning_rate != "auto":
-            return
-        where = "learning_rate = 'auto'" if training.learning_rate == "auto" else "search_rates"
-        if not isinstance(self.method, TuningSettings):
-            raise ValueError(f"training.{where}: method {self.method.name!r} trains no tensors by steps")
-        if self.participation.buffer is not None:
-            raise ValueError(f"training.{where}: does not go with participation.buffer")
-
-    def _check_head_fit(self) -> None:
-        """When a head is fitted, and what that goes with."""
-        last = self.rounds.count
-        wanted = self.training.rounds_of_head_fits(last)
-        where = f"training.fit_head_rounds = {self.training.fit_head_rounds}"
-        if len(wanted) < len(self.training.fit_head_rounds or ()) or not wanted <= set(range(1, last + 1)):
-            raise ValueError(f"{where}: must be different rounds from 1 to rounds.count = {last}, or -1")
-        if len(wanted) == last and not self.method.only_fits:
-            raise ValueError(f"{where}: leaves no round of {last} to train in")
-        if reason := why_no_head_fit(self):
-            raise ValueError(f"{where}: {reason} (fit_head_rounds = [] and logit_adjustment = 0 turn it off)")
-
-    def _check_correction(self) -> None:
-        """What corrections of client drift are defined for."""
-        correction, training = self.aggregation.correction, self.training
-        if correction == "none":
-            return
-        where = f"aggregation.correction = {correction!r}"
-        if self.aggregation.rule != "mean" or self.participation.buffer is not None:
-            raise ValueError(f"{where}: needs aggregation.rule = 'mean' and no participation.buffer")
-        if correction == "scaffold" and (
-            training.optimizer != "sgd" or training.momentum or training.clip_norm
-        ):
-            raise ValueError(
-                f"{where}: is defined for plain gradient steps; set training.optimizer = 'sgd', "
-                "training.momentum = 0 and training.clip_norm = 0"
-            )
-        if correction == "feddyn" and training.proximal:
-            raise ValueError(f"{where}: has a proximal term of its own; leave training.proximal at 0")
-        if correction == "feddyn" and self.aggregation.server_learning_rate is not None:
-            raise ValueError(f"{where}: has a server step of its own; leave server_learning_rate unset")
-
-    def _check_workers(self) -> None:
-        """Whether the workers have what the model is to lie on."""
-        gpus = self.workers.gpus if self.workers is not None else None
-        if gpus == 0 and (self.model.device.startswith("cuda") or self.model.device_map):
-            raise ValueError(
-                f"workers.gpus = 0: model.device = {self.model.device!r} needs one"
-                if self.model.device_map is None
-                else f"workers.gpus = 0: model.device_map = {self.model.device_map!r} needs some"
-            )
-
-    def _check_federated(self) -> None:
-        """What only a federated run has, and what late answers do not fit."""
-        if self.baseline != "federated":
-            for section in FEDERATED_ONLY:
-                set_ = getattr(self, section)
-                if set_ is not None and set_ != type(set_)():
-                    raise ValueError(f"[{section}]: needs baseline = 'federated', not {self.baseline!r}")
-        if self.participation.buffer is not None:
-            if self.aggregation.rule == "fltrust":
-                raise ValueError("participation.buffer: does not go with aggregation.rule = 'fltrust'")
-            if setting := self.method.needs_same_state:
-                raise ValueError(f"participation.buffer: {setting} needs all at one state")
-        if (setting := self.method.replaces_rule or self.method.turns_tensors) and self.compression.down:
-            raise ValueError(f"compression.down: does not go with {setting}")
-        if self.method.redraws_tensors and self.compression.error_feedback:
-            raise ValueError(
-                "compression.error_feedback: does not go with a method that sends other tensors in each round"
-            )
-        if any(not part for part in self.personalisation.keep):
-            raise ValueError("personalisation.keep: an empty text names every tensor; name parts")
 
     @property
     def client_privacy(self) -> PrivacySettings | None:

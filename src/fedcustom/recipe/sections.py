@@ -8,15 +8,19 @@ from pydantic import Field
 
 from ..aggregation.settings import AggregationSettings
 from ..core.settings import Settings
-from ..data.settings import ClientSettings, DataSettings
+from ..data.settings import ClientSettings, DataSettings, PublicSettings
 from ..evaluation.settings import EvaluationSettings
 from ..methods.settings import MethodSettingsBase
 from ..models.settings import ModelSettings
 from ..privacy.secure_sum.settings import SecureSumSettings
 from ..privacy.settings import PrivacySettings
-from ..simulation.settings import AttackSettings, ParticipationSettings
+from ..simulation.settings import AttackSettings, NoiseSettings, ParticipationSettings
 from ..training.settings import TrainingSettings
+from ..transport.workers.settings import WorkerSettings
 from ..updates.settings import CompressionSettings
+
+FEDERATED_ONLY = ("attack", "compression", "participation", "personalisation", "privacy", "secure_sum")
+"""Sections that a baseline leaves at their defaults."""
 
 MOST_BY_DEFAULT = 50
 """Clients of a round at most, where the recipe does not say how many take part."""
@@ -75,6 +79,8 @@ class Sections(Protocol):
     @property
     def clients(self) -> ClientSettings: ...
     @property
+    def public(self) -> PublicSettings: ...
+    @property
     def method(self) -> MethodSettingsBase: ...
     @property
     def training(self) -> TrainingSettings: ...
@@ -91,8 +97,12 @@ class Sections(Protocol):
     @property
     def attack(self) -> AttackSettings: ...
     @property
+    def noise(self) -> NoiseSettings: ...
+    @property
     def compression(self) -> CompressionSettings: ...
     @property
     def privacy(self) -> PrivacySettings | None: ...
     @property
     def secure_sum(self) -> SecureSumSettings | None: ...
+    @property
+    def workers(self) -> WorkerSettings | None: ...
