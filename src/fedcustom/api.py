@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,6 +65,7 @@ class Prompt:
         ids: token ids, without those of virtual tokens.
         cut: tokens of the input that are left out, since it is longer than ``data.max_length``.
         room: the longest text in tokens for which the model has positions; None where they are not bounded.
+        stop: texts before which what is written ends.
     """
 
     model: Any
@@ -72,6 +73,7 @@ class Prompt:
     ids: list[int]
     cut: int
     room: int | None
+    stop: tuple[str, ...] = ()
 
 
 class Run:
@@ -270,13 +272,13 @@ class Run:
             raise DataError("the last message is the assistant's: there is nothing to answer")
         method, state = self._method
         template = self._base.chat
-        assert isinstance(method, WeightTuning)
+        assert isinstance(method, WritesTexts)
         assert template is not None
         example = input_example(data.model_copy(update={"messages": MESSAGES}), row, 0)
         (asked,) = template.encode([example], data, self._base.token_rules)
-        model = method.with_state(state).eval()
+        found = method.prompts(state, [example])
         how = Decoding.of(self.recipe.evaluation)
-        said = write(model, self._base, asked.prompt, how, on_text)
+        said = write(found.model, found.base, found.sources[0], how, on_text)
         return ChatReply(said.text, said.ended, asked.lost.get(EXCHANGES, 0))
 
     def prompt(self, asked: str | Mapping[str, Any]) -> Prompt:
@@ -298,7 +300,7 @@ class Run:
         if room is not None:
             own = self.recipe.method.context_tokens + (0 if base.sequence_to_sequence else len(ids))
             room -= own
-        return Prompt(found.model, base, ids, sum(cut.tokens.values()), room)
+        return Prompt(found.model, base, ids, sum(cut.tokens.values()), room, found.stop)
 
     def write(
         self,
@@ -316,6 +318,7 @@ class Run:
             stopped: is asked after each token whether to end.
         """
         how = how or Decoding.of(self.recipe.evaluation)
+        how = replace(how, stop=(*how.stop, *prompt.stop))
         return write(prompt.model, prompt.base, prompt.ids, how, on_text, stopped)
 
     def _examples(self, inputs: Sequence[str | Mapping[str, Any]]) -> list[Example]:

@@ -15,6 +15,7 @@ from fedcustom.methods.prompt_engineering import messages as prompt_engineering
 from fedcustom.methods.retrieval import messages as retrieval
 from fedcustom.methods.tuning import messages as tuning
 from fedcustom.methods.tuning.messages import TrainTask
+from fedcustom.methods.untuned import messages as untuned
 from fedcustom.transport import wire
 from fedcustom.transport.messages import read_task, read_update
 
@@ -26,6 +27,7 @@ DIMENSIONS = [0, 1, 2**31, 2**62, 2**63, 2**64, -1]
 METHODS: list[Messages] = [
     *(tuning.MESSAGES, tuning.SUMMED_KINDS, distillation.MESSAGES, retrieval.MESSAGES),
     *(prompt_engineering.SELECTION, prompt_engineering.IN_CONTEXT, prompt_engineering.BLACK_BOX),
+    untuned.SHOTS,
 ]
 TASKS: list[dict[str, object]] = [
     {"round": 1, "learning_rate_factor": 1.0, "epochs": 1, "label_counts": [3, 4]},

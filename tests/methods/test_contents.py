@@ -14,6 +14,7 @@ from fedcustom.methods.retrieval.checks import check_search
 from fedcustom.methods.retrieval.messages import AnswerTask, CalibrateTask, FetchTask, RetrieveTask
 from fedcustom.methods.retrieval.settings import RetrievalSettings
 from fedcustom.methods.tuning import messages as tuning
+from fedcustom.methods.untuned import messages as untuned
 from fedcustom.training.settings import TrainingSettings
 
 TASKS = [
@@ -21,6 +22,7 @@ TASKS = [
     for messages in (
         *(tuning.MESSAGES, tuning.SUMMED_KINDS, distillation.MESSAGES, retrieval.MESSAGES),
         *(prompt_engineering.SELECTION, prompt_engineering.IN_CONTEXT, prompt_engineering.BLACK_BOX),
+        untuned.SHOTS,
     )
     for pair in messages.values()
 ]

@@ -33,11 +33,12 @@ from fedcustom.methods.prompt_engineering.messages import (
 from fedcustom.methods.retrieval import messages as retrieval
 from fedcustom.methods.tuning import messages as tuning
 from fedcustom.methods.tuning.messages import TrainTask, TrainUpdate
+from fedcustom.methods.untuned.messages import ShotsTask, ShotsUpdate
 from fedcustom.transport import wire
 from fedcustom.transport.channel import task_length, update_length
 from fedcustom.transport.messages import read_task, read_update, values_of
 
-MODULES = ("tuning", "lora", "prefix", "distillation", "retrieval", "prompt_engineering")
+MODULES = ("tuning", "lora", "prefix", "distillation", "retrieval", "prompt_engineering", "untuned")
 
 # --- every class, with any values that it allows ---
 
@@ -60,6 +61,13 @@ bred = st.dictionaries(
     max_size=2,
 )
 tallies = st.dictionaries(st.integers(0, 9).map(str), st.tuples(positive, finite, finite), max_size=3)
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool"]), "content": st.text(clean, max_size=5)}
+)
+shots = st.lists(
+    st.fixed_dictionaries({"messages": st.lists(turns, min_size=1, max_size=2), "answer": st.text(clean)}),
+    max_size=2,
+)
 asked = {"round_number": rounds}
 paced = {**asked, "learning_rate_factor": finite, "work": works}
 trained = {"weight": finite, "loss": finite, "examples": positive, "steps": positive}
@@ -131,6 +139,7 @@ MESSAGES: dict[type[Task], tuple[dict[str, Any], type[Update], dict[str, Any]]] 
         {"weight": finite, "loss": finite, "examples": positive, "sigma": finite},
     ),
     AloneTask: (asked, AloneUpdate, {"examples": positive}),
+    ShotsTask: (asked, ShotsUpdate, {"weight": finite, "examples": positive, "shots": shots}),
 }
 """By task: the fields that it takes, the update that answers it, and that one's fields."""
 

@@ -43,6 +43,14 @@ class EncodedConversation(NamedTuple):
     lost: dict[str, int]
 
 
+class _Rendered(NamedTuple):
+    """The text of a prompt, its token ids, and the characters of each token."""
+
+    text: str
+    prompt: list[int]
+    offsets: list[Span]
+
+
 class _Refused(Exception):
     """What is wrong with one conversation, as the rest of a sentence."""
 
@@ -146,16 +154,20 @@ class ChatTemplate:
             pass
         return True
 
+    def kept(self, example: Example, data: DataSettings) -> Messages:
+        """The messages that :meth:`encode` keeps of what precedes a conversation's last answer.
+
+        Raises:
+            DataError: the template takes no such conversation; names file and line.
+        """
+        try:
+            return self._cut(example, data)[0]
+        except _Refused as refused:
+            where = example.where or "a conversation"
+            raise DataError(f"{where}: the conversation {refused}") from None
+
     def _encode(self, example: Example, data: DataSettings) -> EncodedConversation:
-        messages = example.messages or (Message("user", example.text),)
-        self._refuse_control_tokens([*messages, Message("assistant", example.target)])
-        system, parts = exchanges(messages)
-        given, prompt, offsets = self._prompt(messages)
-        whole = len(prompt)
-        while len(prompt) > data.max_length and len(parts) > 1:
-            parts = parts[1:]
-            messages = (*system, *(message for part in parts for message in part))
-            given, prompt, offsets = self._prompt(messages)
+        messages, (given, prompt, offsets), whole = self._cut(example, data)
         if len(prompt) > data.max_length:
             raise _TooLong(
                 f"takes {len(prompt)} tokens with its last exchange alone; data.max_length = "
@@ -173,9 +185,22 @@ class ChatTemplate:
             answer, lost[TARGET] = answer[: data.max_target_length], over
         return EncodedConversation(prompt, answer, _inside(offsets, spans), lost)
 
-    def _prompt(self, messages: Messages) -> tuple[str, list[int], list[Span]]:
+    def _cut(self, example: Example, data: DataSettings) -> tuple[Messages, _Rendered, int]:
+        """The messages that are kept of a conversation, their prompt, and the length of the whole one."""
+        messages = example.messages or (Message("user", example.text),)
+        self._refuse_control_tokens([*messages, Message("assistant", example.target)])
+        system, parts = exchanges(messages)
+        rendered = self._prompt(messages)
+        whole = len(rendered.prompt)
+        while len(rendered.prompt) > data.max_length and len(parts) > 1:
+            parts = parts[1:]
+            messages = (*system, *(message for part in parts for message in part))
+            rendered = self._prompt(messages)
+        return messages, rendered, whole
+
+    def _prompt(self, messages: Messages) -> _Rendered:
         text = self._render(messages, prompt=True)
-        return text, *self._tokens(text)
+        return _Rendered(text, *self._tokens(text))
 
     def _answer(self, full: str, stop: int, given: str, prompt: list[int]) -> list[int]:
         """The tokens behind a prompt, which stays as it is where the model is to continue it."""

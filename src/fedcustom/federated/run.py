@@ -182,9 +182,10 @@ def _finish(loop: FedAvg, elapsed: float, *, check: bool) -> dict[str, Any]:
     if result.predictions is not None:
         write_text(path / "predictions.jsonl", "".join(result.prediction_lines(federation.data)))
     callbacks.on_phase("writing the model")
-    for counting in (method, federation.transport):
-        for text in counting.take_cuts() if isinstance(counting, CountsCuts) else []:
-            loop.warn(text)
+    counting = [each for each in (method, federation.transport) if isinstance(each, CountsCuts)]
+    cuts = [text for each in counting for text in each.take_cuts()]
+    for text in cuts:
+        loop.warn(text)
     for name, text in method.notes(state).items():
         write_text(path / name, text)
     if has_one_model(recipe):
@@ -202,6 +203,7 @@ def _finish(loop: FedAvg, elapsed: float, *, check: bool) -> dict[str, Any]:
         temperature=None if scale is None else 1 / scale,
         search=read_json(file) if (file := path / "search.json").exists() else None,
         truncation=federation.truncation,
+        cuts=cuts,
         a_query=method.bytes_a_query() if isinstance(method, AsksClients) else None,
         guarantee=_guarantee(federation),
     )

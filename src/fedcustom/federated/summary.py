@@ -32,6 +32,7 @@ def summarise(
     finishing: float,
     temperature: float | None,
     truncation: Mapping[str, CutCount],
+    cuts: Sequence[str] = (),
     search: Mapping[str, Any] | None = None,
     a_query: tuple[float, float] | None = None,
     guarantee: Guarantee | None = None,
@@ -41,7 +42,8 @@ def summarise(
     ``rows`` are the lines of the history, ``best`` the round whose state was evaluated, ``sizes`` the numbers
     that are trained (the method's and the head's), ``elapsed`` and ``finishing`` the seconds of this process
     up to the final evaluation and of that, ``temperature`` what the logits were divided by after the last
-    round, ``truncation`` what is cut of the data, ``a_query`` the bytes down and up of one query, where a
+    round, ``truncation`` what is cut of the data, ``cuts`` sentences on what a method itself cut or left out,
+    ``a_query`` the bytes down and up of one query, where a
     method searches its clients, ``guarantee`` what is promised of privacy.
     """
     seconds = {part: sum(row["seconds"][part] for row in rows) for part in PHASES}
@@ -61,6 +63,7 @@ def summarise(
         "labels": list(data.task.labels),
         "client_count": len(data.clients),
         "truncation": {part: asdict(count) for part, count in truncation.items()},
+        **({"cuts": list(cuts)} if cuts else {}),
         "metrics": result.metrics,
         "untuned": dict(untuned),
         **({"copy": result.copy} if result.copy else {}),

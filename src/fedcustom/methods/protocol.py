@@ -183,11 +183,13 @@ class Prompts:
         model: the model in a state, which is in it until the method is given another.
         base: the base model that it is made of, with its tokenizer.
         sources: the token ids of each prompt, without virtual tokens.
+        stop: texts before which a written text ends.
     """
 
     model: Any
     base: Base
     sources: list[list[int]]
+    stop: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -213,7 +213,8 @@ def build_method(settings: MethodSettingsBase, context: Context) -> Method:
     registration = methods()[settings.name]
     implementation = registration.load()
     if not registration.is_technique:
-        check_padding(settings.name, context.base)
+        if settings.pads:
+            check_padding(settings.name, context.base)
         made: Method = implementation(settings, context)
         return made
     from .tuning.method import WeightTuning

@@ -21,7 +21,10 @@ class MethodSettingsBase(Settings):
     ``sends_weights`` is whether clients send weights of a model, ``sends_whole_model`` whether they send all
     of them, ``sends_predictions`` whether what travels is what models say of public texts: a report compares
     traffic by them. ``only_fits`` is whether the method's one round fits the head, and nothing is trained by
-    steps. ``fills_prompts`` is whether inputs are put into prompts of the method.
+    steps. ``fills_prompts`` is whether inputs are put into prompts of the method. ``one_round`` is whether a
+    run has one round, whatever ``rounds.count`` says; ``to_beat`` whether the method is a baseline that
+    others have to beat, since it customises no more than a head. ``pads`` is whether its batches are padded
+    even where padding changes what a model makes of a text.
 
     The properties are what other packages ask of a method's settings: nothing outside this package looks at
     their fields. Those of type ``str | None`` name the setting that makes it so, as in
@@ -37,8 +40,18 @@ class MethodSettingsBase(Settings):
     sends_predictions: ClassVar[bool] = False
     only_fits: ClassVar[bool] = False
     fills_prompts: ClassVar[bool] = False
+    one_round: ClassVar[bool] = False
+    to_beat: ClassVar[bool] = False
+    pads: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ("classification", "generation")
     not_for: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def title_of(cls, settings: Mapping[str, str]) -> str | None:
+        """What tables call a run, by the settings of its recipe (``{"method.rank": "8"}``); None: as the
+        method is titled.
+        """
+        return None
 
     def default_learning_rate(self, kind: ModelKind) -> float | None:
         """The learning rate for a kind of model where the recipe sets none; None where nothing is trained."""

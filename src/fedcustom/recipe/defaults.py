@@ -29,7 +29,7 @@ def complete(recipe: Recipe, facts: ModelFacts) -> Recipe:
         filled = {**remedies.training, **_rates(recipe, facts)}
         if filled:
             changed["training"] = recipe.training.model_copy(update=filled)
-    if recipe.method.only_fits:
+    if recipe.method.one_round:
         one = {"count": 1, "clients_per_round": None, "min_clients": 1, "selection": remedies.selection}
         changed["rounds"] = recipe.rounds.model_copy(update=one)
     elif remedies.selection != recipe.rounds.selection:

@@ -65,7 +65,7 @@ def check_recipe(policy: PolicySettings, recipe: Recipe) -> None:
     recipe.method.check_limits()
     for content, setting in recipe.method.needed_contents(recipe.training, recipe.data.task).items():
         check_content(policy, [content], f"{setting} in the recipe")
-    trains = "training" not in recipe.method.not_for and not recipe.method.only_fits
+    trains = "training" not in recipe.method.not_for and not recipe.method.one_round
     if trains and recipe.training.batch_size < policy.least_batch_size:
         raise PolicyError(
             f"policy.least_batch_size = {policy.least_batch_size}: the recipe says training.batch_size = "
@@ -104,7 +104,7 @@ def needed_policy(recipe: Recipe) -> list[PolicyNeed]:
     names = [f"{name}@{revision}" if revision else name for name, revision in models_of(recipe)]
     if any(is_local(name) for name, _ in models_of(recipe)):
         found.append(PolicyNeed("base_models", names, "model.base is a folder"))
-    trains = "training" not in recipe.method.not_for and not recipe.method.only_fits
+    trains = "training" not in recipe.method.not_for and not recipe.method.one_round
     for setting, asked in (
         ("least_batch_size", recipe.training.batch_size),
         ("least_steps", recipe.training.local_steps),

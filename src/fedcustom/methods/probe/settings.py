@@ -16,6 +16,8 @@ class ProbeSettings(TuningSettings):
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
     rates: ClassVar[Rates] = Rates(encoder=0.001, decoder=0.001, large=0.001)
     only_fits: ClassVar[bool] = True
+    one_round: ClassVar[bool] = True
+    to_beat: ClassVar[bool] = True
 
     name: Literal["probe"] = "probe"
 

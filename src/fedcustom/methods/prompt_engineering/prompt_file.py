@@ -52,16 +52,20 @@ def _page(base: Base, content: dict[str, Any]) -> str:
     name = HUB_NAMES.get(base.name, base.path)
     if "descriptions" in content:
         code = _ENCODER
+    elif base.chat is not None:
+        code = _CHAT.replace("STOPS", repr(base.stops))
     elif base.task.kind == "generation":
-        code = _GENERATOR
+        code = _GENERATOR.replace(_WRITTEN, _STOPPED) if content.get("stop") else _GENERATOR
     else:
         code = _CLASSIFIER
     loader = "AutoModelForSeq2SeqLM" if base.architecture == "encoder-decoder" else "AutoModelForCausalLM"
+    rows = len(content.get("shots", []))
+    shown = f"The prompt holds {rows} training row{'s'[rows == 1 :]}, word for word. " if rows else ""
     code = code.replace("MODEL", name).replace("LOADER", loader)
     card = (
         f"# A prompt for {name}\n\nThe model's weights are unchanged. `prompt.json` holds the prompt, for "
-        "any chat or completion interface:\nput the text in the place of `{input}` in `messages`. With "
-        f"transformers, in this folder:\n\n```python\n{code}```\n"
+        "any chat or completion interface:\nput the text in the place of `{input}` in `messages`. "
+        f"{shown}With transformers, in this folder:\n\n```python\n{code}```\n"
     )
     return offline(card, base)
 
@@ -122,6 +126,20 @@ labels = prompt["labels"]
 print(max(labels, key=lambda label: calibrated("a text", labels[label])))
 """
 
+_CHAT = """import json
+from transformers import AutoTokenizer, LOADER
+
+prompt = json.load(open("prompt.json", encoding="utf-8"))
+tokenizer, model = AutoTokenizer.from_pretrained("."), LOADER.from_pretrained("MODEL").eval()
+*messages, asked = prompt["messages"]
+messages += [{**asked, "content": asked["content"].replace("{input}", "a text")}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+output = model.generate(**inputs, max_new_tokens=64, do_sample=False, eos_token_id=STOPS)[0]
+print(tokenizer.decode(output[inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+
 _GENERATOR = """import json
 from transformers import AutoTokenizer, LOADER
 
@@ -131,4 +149,11 @@ asked = "\\n\\n".join(message["content"] for message in prompt["messages"]).repl
 inputs = tokenizer(asked, return_tensors="pt", return_token_type_ids=False)
 output = model.generate(**inputs, max_new_tokens=64)[0]
 print(tokenizer.decode(output, skip_special_tokens=True))
+"""
+
+_WRITTEN = """print(tokenizer.decode(output, skip_special_tokens=True))
+"""
+_STOPPED = """written = output if model.config.is_encoder_decoder else output[inputs["input_ids"].shape[1] :]
+said = tokenizer.decode(written, skip_special_tokens=True).strip()
+print(said.partition(prompt["stop"][0])[0])  # another example would follow
 """

@@ -51,7 +51,7 @@ class PromptMethod(SequentialClients):
         Raises:
             RecipeError: always.
         """
-        raise RecipeError("personalisation.finetune_epochs: prompt_engineering trains no weights")
+        raise RecipeError("personalisation.finetune_epochs: the method trains no weights")
 
     def sizes(self, state: State) -> tuple[int, int]:
         """No numbers are trained."""
