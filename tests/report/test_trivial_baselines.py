@@ -128,6 +128,50 @@ def test_copies_of_the_prompts(tmp_path: Path) -> None:
     )
 
 
+def prompted(place: Path, rouge: float, shots: int, **changes: object) -> Path:
+    """A run of the untuned model."""
+    recipe = f'[method]\nname = "untuned"\nshots = {shots}\n'
+    return write_texts(
+        place, rouge, method="untuned", baseline="centralised", rounds=1, recipe=recipe, untuned={}, **changes
+    )
+
+
+def test_the_untuned_model_zero_shot_and_few_shot(tmp_path: Path) -> None:
+    """Each has rows of its own, named by the examples in the context; methods are held against the better."""
+    place = tmp_path / "runs"
+    for seed in (0, 1):
+        prompted(place / f"zero-{seed}", 41.0, 0, seed=seed)
+        prompted(place / f"few-{seed}", 43.0 + seed, 4, seed=seed, cuts=["2 of 9 prompts have fewer"])
+    write_texts(place / "lora", 43.0, method="lora")
+    write_texts(place / "prefix", 45.0)
+    groups = groups_of(place)
+    assert [group.label for group in groups] == [
+        "few-shot (4)", "zero-shot", "federated prefix", "federated LoRA",
+    ]  # fmt: skip
+    assert best_group(groups, "rouge_l").method == "prefix"
+    said = "ederated LoRA does not beat few-shot (4): ROUGE-L 43.0 against 43.5"
+    assert unbeaten(groups, "rouge_l") == [f"f{said}"]
+    lines = terminal(place)
+    assert f"f{said}" in lines
+    assert lines[-2:] == [f"few-shot (4), seed {seed}: 2 of 9 prompts have fewer" for seed in (0, 1)]
+    rows = {line.split("  ")[0]: line.split("  ", 1)[1].split() for line in lines if "  " in line}
+    assert rows["zero-shot"][0] == "41.0"
+    assert rows["few-shot (4)"][:3] == ["43.5", "±", "6.4"]
+    text = page_text(place, tmp_path)
+    assert f"F{said}." in text
+    reference = text[text.index("Reference") :]
+    assert reference.startswith("Reference Few-shot (4)2 seeds, nothing is trained 43.5")
+    assert 0 < reference.index("Zero-shot2 seeds") < reference.index("Untuned modelbefore any training")
+    assert "Federated prefix reaches 45.0 ROUGE-L" in text
+    assert list(comparison([place])["variant"]) == ["few-shot (4)", "zero-shot", "", ""]
+    alone = [group for group in groups if group.method != "lora"]
+    assert all_beat(alone, "rouge_l") == (
+        "Federated prefix beats few-shot (4) (43.5), zero-shot (41.0), copies of the prompts (35.0) and the "
+        "untuned model (18.0)."
+    )
+    assert "Few-shot (4) reaches 44.0 ROUGE-L" in page_text(place / "few-1", tmp_path)
+
+
 def test_degenerate_outputs_are_said(tmp_path: Path) -> None:
     """The mean over seeds; a run of an older version, without these shares, does not count."""
     for seed, share in enumerate((0.2, 0.6)):

@@ -9,12 +9,13 @@ from ..data.truncation import in_words as cut_in_words
 from ..evaluation.degenerate import KINDS, in_words
 from . import formatting as words
 from .groups import Group, best_first, mean_and_interval, mean_metric, trivial_metric
-from .methods import is_probe
+from .methods import is_to_beat
 
 
 def unbeaten(groups: Sequence[Group], metric: str) -> list[str]:
     """A sentence for each method that does not beat the best trivial baseline on the same model and data, by
-    means over seeds: the probe, copies of the prompts, the untuned model, as far as they are there.
+    means over seeds: the probe, the base model zero-shot and few-shot, copies of the prompts, the untuned
+    model, as far as they are there.
 
     Clients alone (``local``) are themselves a baseline, and are left out.
     """
@@ -34,8 +35,8 @@ def unbeaten(groups: Sequence[Group], metric: str) -> list[str]:
 
 
 def all_beat(groups: Sequence[Group], metric: str) -> str | None:
-    """The sentence that all methods beat the probe, or copies of the prompts; None where one does not, or
-    where neither is there: to beat an untuned model with a random head says nothing.
+    """The sentence that all methods beat the trivial baselines (:func:`unbeaten`); None where one does not,
+    or where only the untuned model is there: to beat one with a random head says nothing.
     """
     names: list[str] = []
     methods: set[str] = set()
@@ -77,6 +78,16 @@ def partly_generated(groups: Sequence[Group]) -> list[str]:
     )
 
 
+def left_out(groups: Sequence[Group]) -> list[str]:
+    """A sentence for each run on what its method cut or left out of prompts."""
+    return [
+        f"{group.label}, seed {run.summary.seed}: {text}"
+        for group in groups
+        for run in group.runs
+        for text in run.summary.cuts
+    ]
+
+
 def truncated(groups: Sequence[Group]) -> list[str]:
     """Sentences on the inputs and targets that were cut, each once: runs on the same data cut the same."""
     counts = [run.summary.truncation for group in groups for run in group.runs]
@@ -87,10 +98,14 @@ UNTUNED = "the untuned model"
 
 
 def _trivial(groups: Sequence[Group], metric: str) -> list[tuple[str, float]]:
-    """The trivial baselines that are there, with their means: of several probes the best one."""
-    probes = [mean_metric(group, metric)[0] for group in groups if is_probe(group.method)]
+    """The trivial baselines that are there, with their means: of several of one name the best one."""
+    means: dict[str, list[float]] = {}
+    for group in groups:
+        if is_to_beat(group.method):
+            name = group.own_title or f"the {group.plain_name}"
+            means.setdefault(name, []).append(mean_metric(group, metric)[0])
     found = [
-        ("the probe", min(probes, key=lambda value: best_first(value, metric), default=math.nan)),
+        *((name, min(each, key=lambda value: best_first(value, metric))) for name, each in means.items()),
         ("copies of the prompts", trivial_metric(groups, "copy", metric)),
         (UNTUNED, trivial_metric(groups, "untuned", metric)),
     ]
@@ -99,7 +114,7 @@ def _trivial(groups: Sequence[Group], metric: str) -> list[tuple[str, float]]:
 
 def _customised(groups: Sequence[Group], metric: str) -> list[tuple[Group, float]]:
     """The groups that have to beat them, with their means."""
-    asked = [group for group in groups if not is_probe(group.method) and group.baseline != "local"]
+    asked = [group for group in groups if not is_to_beat(group.method) and group.baseline != "local"]
     means = [(group, mean_metric(group, metric)[0]) for group in asked]
     return [(group, mean) for group, mean in means if not math.isnan(mean)]
 

@@ -18,7 +18,7 @@ from .groups import (
     mean_metric,
     trivial_metric,
 )
-from .methods import is_probe, settings
+from .methods import is_to_beat, settings
 
 METRIC_NAMES = {
     "accuracy": "accuracy",
@@ -167,7 +167,7 @@ def _times_fewer(group: Group, groups: Sequence[Group]) -> str:
 
 def findings(groups: Sequence[Group], metric: str) -> list[str]:
     """What the numbers say, in sentences: the best method beside its baseline, traffic, clients, doubt."""
-    groups = [group for group in groups if not is_probe(group.method)] or groups  # see baselines.py
+    groups = [group for group in groups if not is_to_beat(group.method)] or groups  # see baselines.py
     best = best_group(groups, metric)
     value = mean_metric(best, metric)[0]
     centralised = [group for group in groups if group.baseline == "centralised" and group is not best]

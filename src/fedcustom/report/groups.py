@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from ..evaluation.settings import TEXT_METRICS
-from .methods import is_probe, title
+from .methods import is_to_beat, own_title, title
 from .read import Baseline, Run
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
@@ -43,9 +43,14 @@ class Group:
     runs: list[Run]
 
     @property
+    def own_title(self) -> str | None:
+        """What the runs are called by their settings, where that is not the method's title: ``zero-shot``."""
+        return own_title(self.method, self.runs[0].settings)
+
+    @property
     def plain_name(self) -> str:
         """The method as people write it."""
-        return title(self.method)
+        return self.own_title or title(self.method)
 
     @property
     def method_name(self) -> str:
@@ -54,7 +59,11 @@ class Group:
 
     @property
     def label(self) -> str:
-        """Baseline and method, as in ``federated soft prompt``."""
+        """Baseline and method, as in ``federated soft prompt``; of one place the title alone where that says
+        it all, as in ``few-shot (4)``.
+        """
+        if self.own_title and self.baseline == "centralised":
+            return self.method_name
         return f"{self.baseline} {self.method_name}"
 
 
@@ -135,16 +144,18 @@ def _variants(runs: Sequence[Run]) -> list[str]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Runs by method, baseline and variant: first centralised, then federated, then local; each by quality.
+    """Runs by method, baseline, own title and variant: first centralised, then federated, then local; each by
+    quality.
 
     Runs of one method and baseline whose recipes differ in more than the seed are different groups, since the
     mean over them would answer no question.
     """
-    pairs: dict[tuple[str, Baseline], list[Run]] = {}
+    pairs: dict[tuple[str, Baseline, str | None], list[Run]] = {}
     for run in runs:
-        pairs.setdefault((run.summary.method, run.summary.baseline), []).append(run)
+        method = run.summary.method
+        pairs.setdefault((method, run.summary.baseline, own_title(method, run.settings)), []).append(run)
     groups = []
-    for (method, baseline), members in pairs.items():
+    for (method, baseline, _), members in pairs.items():
         variants: dict[str, list[Run]] = {}
         for run, variant in zip(members, _variants(members), strict=True):
             variants.setdefault(variant, []).append(run)
@@ -164,10 +175,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def best_group(groups: Sequence[Group], metric: str) -> Group:
-    """The best federated group, or the best of all where none is federated; a probe only where there is
-    nothing else.
+    """The best federated group, or the best of all where none is federated; one that others have to beat only
+    where there is nothing else.
     """
-    customised = [group for group in groups if not is_probe(group.method)] or groups
+    customised = [group for group in groups if not is_to_beat(group.method)] or groups
     federated = [group for group in customised if group.baseline == "federated"]
     return min(federated or customised, key=lambda group: best_first(mean_metric(group, metric)[0], metric))
 

@@ -6,6 +6,7 @@ plug-in that this one lacks) the defaults hold.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 from ..methods import registry
@@ -30,9 +31,14 @@ def title(method: str) -> str:
     return method.replace("_", " ") if found is None else found.title
 
 
-def is_probe(method: str) -> bool:
-    """Whether a method customises nothing but a head, so that the others have to beat it."""
-    return settings(method).only_fits
+def own_title(method: str, recipe: Mapping[str, str]) -> str | None:
+    """What a run is called by the settings of its recipe, where that is not the method's title."""
+    return settings(method).title_of(recipe)
+
+
+def is_to_beat(method: str) -> bool:
+    """Whether a method is a baseline for others to beat, which customises no more than a head."""
+    return settings(method).to_beat
 
 
 def has_colours(method: str) -> bool:

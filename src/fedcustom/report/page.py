@@ -17,7 +17,7 @@ from markupsafe import Markup
 from ..core.files import write_text
 from . import formatting as words
 from .audits import audit_tables
-from .baselines import all_beat, degenerate, partly_generated, truncated, unbeaten
+from .baselines import all_beat, degenerate, left_out, partly_generated, truncated, unbeaten
 from .calibration import Bin, reliability, reliability_charts, verdict
 from .confusion import confusions
 from .groups import Group, best_group, client_counts, client_scores, group_runs, lower_is_better, metric_names
@@ -267,7 +267,13 @@ def _notes(groups: Sequence[Group], metric: str) -> list[str]:
         if len(set(seeds)) < len(seeds):
             name = words.capitalised(group.label)
             notes.append(f"{name} has several runs of one seed: its intervals are not over seeds alone.")
-    warned = [*unbeaten(groups, metric), *degenerate(groups), *partly_generated(groups), *truncated(groups)]
+    warned = [
+        *unbeaten(groups, metric),
+        *degenerate(groups),
+        *partly_generated(groups),
+        *truncated(groups),
+        *left_out(groups),
+    ]
     return notes + [f"{words.capitalised(text)}." for text in warned]
 
 

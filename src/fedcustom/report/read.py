@@ -90,6 +90,7 @@ class Summary:
     clients: dict[str, Scores] = field(default_factory=dict)
     client_count: int | None = None
     truncation: dict[str, CutCount] = field(default_factory=dict)
+    cuts: list[str] = field(default_factory=list)
     privacy: Promise | None = None
     trainable_parameters: int = 0
     head_parameters: int = 0

@@ -128,15 +128,16 @@ def _best_texts(frame: pd.DataFrame, column: Column, rows: Sequence[bool]) -> st
 
 
 def comparison_sections(groups: Sequence[Group], columns: Sequence[Column]) -> list[TableSection]:
-    """The rows by baseline, and last the untuned model and copies of the prompts. Best is the best
-    federated value, where any is federated.
+    """The rows by baseline, and last the base model zero-shot and few-shot, the untuned model and copies of
+    the prompts. Best is the best federated value, where any is federated.
     """
     frame = comparison_frame(groups)
     metrics = [column.measured for column in columns if column.measured]
     compared_baseline = best_group(groups, metrics[0]).baseline
-    compared = [group.baseline == compared_baseline for group in groups]
+    compared = [group.baseline == compared_baseline and not group.own_title for group in groups]
     best = {column.key: _best_texts(frame, column, compared) for column in columns}
     sections: dict[str, TableSection] = {}
+    references = list[TableRow]()
     for place, group in enumerate(groups):
         values = frame.iloc[place]
         cells = []
@@ -147,14 +148,16 @@ def comparison_sections(groups: Sequence[Group], columns: Sequence[Column]) -> l
             interval = words.interval(half, column.measured)
             digits = (_digits(float(values[column.key])), _digits(half))
             cells.append(TableCell(text, interval, is_best, column.metric, *digits))
+        seeds, rounds = words.plural(len(group.runs), "seed"), words.plural(int(values["rounds"]), "round")
+        note = f"{seeds}, {'nothing is trained' if group.own_title else rounds}"
+        paint, name = colour(group.method, groups), words.capitalised(group.method_name)
+        row = TableRow(name, group.label, note, paint, cells)
+        if group.own_title:
+            references.append(row)
+            continue
         section = sections.setdefault(group.baseline, TableSection(SECTION_NAMES[group.baseline], []))
-        note = f"{words.plural(len(group.runs), 'seed')}, {words.plural(int(values['rounds']), 'round')}"
-        section.rows.append(
-            TableRow(
-                words.capitalised(group.method_name), group.label, note, colour(group.method, groups), cells
-            )
-        )
-    references = [_reference(groups, columns, "untuned", "Untuned model", "before any training")]
+        section.rows.append(row)
+    references.append(_reference(groups, columns, "untuned", "Untuned model", "before any training"))
     if any(run.summary.copy for group in groups for run in group.runs):
         references.append(_reference(groups, columns, "copy", "Copy", "the prompt as the output"))
     return [*sections.values(), TableSection("Reference", references)]

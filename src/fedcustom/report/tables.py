@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import formatting as words
-from .baselines import degenerate, partly_generated, truncated, unbeaten
+from .baselines import degenerate, left_out, partly_generated, truncated, unbeaten
 from .groups import Group, group_runs, mean_and_interval, measured_on_clients, metric_names, trivial_metric
 from .read import Run, read_runs
 
@@ -41,7 +41,7 @@ def comparison_frame(groups: Sequence[Group]) -> pd.DataFrame:
         record: dict[str, object] = {
             "method": group.method,
             "baseline": group.baseline,
-            "variant": group.variant,
+            "variant": ", ".join(filter(None, (group.own_title, group.variant))),
             "seeds": len(group.runs),
             "rounds": max(run.summary.rounds for run in group.runs),
         }
@@ -67,14 +67,14 @@ def comparison(directories: Sequence[Path]) -> pd.DataFrame:
     """One row for each method and baseline: means over seeds, and 95% intervals.
 
     Columns: ``method``, ``baseline``, ``variant`` (the settings in which groups of one method and baseline
-    differ, usually empty), ``seeds``, ``rounds``; for each metric its mean on the test split, and with the
-    prefixes ``client_mean_``, ``worst_client_``, ``untuned_`` and ``copy_`` the same over clients, for the
-    untuned model and for copies of the prompts (generation alone), each followed by ``..._interval``, half
-    the width of its 95% interval (Student's t; NaN for a single seed); then means of
-    ``trainable_parameters``, ``head_parameters``, ``bytes_up_per_client_round``,
-    ``bytes_down_per_client_round``, ``bytes_up_total``, ``bytes_down_total``, ``bytes_up_per_query`` and
-    ``bytes_down_per_query`` (NaN for methods that search nothing), ``seconds`` and ``peak_memory_bytes``.
-    Rows are sorted: centralised, federated, local; each by the first metric.
+    differ, usually empty; of method ``untuned`` ``zero-shot``, or ``few-shot`` and how many), ``seeds``,
+    ``rounds``; for each metric its mean on the test split, and with the prefixes ``client_mean_``,
+    ``worst_client_``, ``untuned_`` and ``copy_`` the same over clients, for the untuned model and for copies
+    of the prompts (generation alone), each followed by ``..._interval``, half the width of its 95% interval
+    (Student's t; NaN for a single seed); then means of ``trainable_parameters``, ``head_parameters``,
+    ``bytes_up_per_client_round``, ``bytes_down_per_client_round``, ``bytes_up_total``, ``bytes_down_total``,
+    ``bytes_up_per_query`` and ``bytes_down_per_query`` (NaN for methods that search nothing), ``seconds`` and
+    ``peak_memory_bytes``. Rows are sorted: centralised, federated, local; each by the first metric.
 
     Raises:
         RunError: a folder holds no finished run, or a file in it is malformed.
@@ -115,6 +115,7 @@ def comparison_table(directories: Sequence[Path]) -> Table:
         *degenerate(groups),
         *partly_generated(groups),
         *truncated(groups),
+        *left_out(groups),
     ]
     table = Table(
         title=Text(f"{models} on {data}, test split, mean over seeds"),
@@ -148,10 +149,8 @@ def comparison_table(directories: Sequence[Path]) -> Table:
             words.duration(row["seconds"]),
             words.byte_count(row["peak_memory_bytes"]),
         ]
-        table.add_row(
-            Text(f"{group.baseline} {group.method}" + (f" ({group.variant})" if group.variant else "")),
-            *map(Text, cells),
-        )
+        name = f"{group.baseline} {group.method}" + (f" ({group.variant})" if group.variant else "")
+        table.add_row(Text(group.label if group.own_title else name), *map(Text, cells))
     for kind in ("untuned", "copy"):
         values = [trivial_metric(groups, kind, metric) for metric in shown]
         if not all(map(math.isnan, values)):
