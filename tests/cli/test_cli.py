@@ -140,9 +140,47 @@ def test_where_there_is_no_probe(
     }  # fmt: skip
     texts = tmp_path / "texts.toml"
     texts.write_text(to_toml(load_recipe({**generation, "rounds": {"count": 1}})))
-    copied = command("compare", texts, "--methods", "prefix", "--out", tmp_path / "texts")
+    alone = ("compare", texts, "--methods", "prefix", "--no-probe", "--out", tmp_path / "texts")
+    copied = command(*alone)
     assert (copied.code, "probe" in copied.error) == (0, False)
     assert "copy" in [line.split()[0] for line in copied.out.splitlines() if line]
+    assert [path.name for path in (tmp_path / "texts").iterdir() if path.is_dir()] == ["prefix"]
+
+
+def test_texts_are_held_against_the_untuned_model(
+    command: Any, tmp_path: Path, generation: dict[str, Any]
+) -> None:
+    """Zero-shot and few-shot, each in a run of its own, with the recipe's number of examples."""
+    recipe = {
+        **generation,
+        "rounds": {"count": 1},
+        "attack": {"kind": "sign_flip"},
+        "compare": {"untuned": {"method": {"shots": 1}}, "centralised": {"training": {"batch_size": 2}}},
+    }
+    texts, out = tmp_path / "texts.toml", tmp_path / "compared"
+    texts.write_text(to_toml(load_recipe(recipe)))
+    done = command("compare", texts, "--methods", "lora", "--out", out)
+    assert done.code == 0, done.error
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"lora", "zero-shot", "few-shot"}
+    rows = {line.split("  ")[0].strip(): line for line in done.out.splitlines()}
+    assert {"zero-shot", "few-shot (1)", "federated lora", "untuned", "copy"} <= rows.keys()
+    found = {
+        name: json.loads((out / name / "seed-0" / "summary.json").read_text())
+        for name in ("lora", "zero-shot", "few-shot")
+    }
+    assert found["zero-shot"]["metrics"] == found["lora"]["untuned"]
+    by_hand = fedcustom.run(
+        {**generation, "method": {"name": "untuned", "shots": 1}, "baseline": "centralised"},
+        out=tmp_path / "by-hand",
+    )
+    assert found["few-shot"]["metrics"] == by_hand.summary["metrics"]
+    bad = load_recipe({**recipe, "compare": {"untuned": {"method": {"shot": 1}}}})
+    texts.write_text(to_toml(bad))
+    refused = command("compare", texts, "--methods", "lora", "--out", out)
+    said = "no {}: compare.untuned: method.shot: unknown setting; allowed: name, shots; did you mean 'shots'?"
+    assert [line for line in refused.error.splitlines() if line.startswith("no ")] == [
+        said.format(name) for name in ("zero-shot", "few-shot")
+    ]
 
 
 def test_a_probe_that_fails_is_no_failure_of_the_others(

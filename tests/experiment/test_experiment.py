@@ -593,7 +593,49 @@ def test_where_no_baseline_can_be_added(
         f"no {name}--{partition}" for partition in ("iid", "skewed") for name in PROBES
     ]
     texts = {**generation, "clients": {}}
-    assert opened(written(tmp_path, texts, baselines=PROBES)).added() == ([], [])
+    said = [f"no {name}: is for classification, and no cell is" for name in PROBES]
+    assert opened(written(tmp_path, texts, baselines=PROBES)).added() == ([], said)
+
+
+PROMPTED = ["zero-shot", "few-shot"]
+
+
+def test_the_untuned_model_beside_the_grid(generation: dict[str, Any], tmp_path: Path) -> None:
+    """Once for all cells that share model, data and seed; as rows of every table."""
+    rest = {key: generation[key] for key in generation if key != "method"}
+    given: dict[str, Any] = {
+        "base": {**rest, "rounds": {"count": 1}}, "seeds": [3], "exclude": [], "report": {"rows": ["method"]},
+        "axes": {"method": {"prefix": {"method": {"name": "prefix", "length": 4}},
+                            "lora": {"method": {"name": "lora", "rank": 2}}},
+                 "pace": {"slow": {"training": {"local_steps": 1}}}},
+    }  # fmt: skip
+    before = {cell.name: cell.digest for cell in opened(written(tmp_path, generation, **given)).cells()}
+    path = written(tmp_path, generation, **given, baselines=PROMPTED, shots=6)
+    assert {cell.name: cell.digest for cell in opened(path).cells()} == before
+    experiment, said = opened(path, method="lora"), list[str]()
+    cells, reasons = experiment.added()
+    assert ([cell.name for cell in cells], reasons) == ([f"{name}--seed-3" for name in PROMPTED], [])
+    assert [(c.recipe.baseline, vars(c.recipe.method)) for c in cells] == [
+        ("centralised", {"name": "untuned", "shots": shots}) for shots in (0, 6)
+    ]
+    assert experiment.run(1, said.append) == {}
+    results = {path.stem: read_result(path) for path in (tmp_path / "results").glob("*-3.json")}
+    zero, few, lora = (results[f"{name}--seed-3"] for name in ("zero-shot", "few-shot", "lora--slow"))
+    assert zero.metrics == lora.untuned
+    assert zero.untuned == few.untuned == {}  # the model is evaluated once
+    write_tables(path, tmp_path / "results")
+    text = (tmp_path / "results" / "tables.md").read_text()
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in text.split("### ")[1].splitlines()[4:]]
+    assert [row for row in rows if row] == ["lora", "zero-shot", "few-shot (6)", "untuned"]
+    assert f"| few-shot (6) | {few.metrics['loss']:.3f} |" in text
+    assert f"few-shot--seed-3: {few.more['cuts'][0]}." in text
+    assert "were left out, the longest first" in few.more["cuts"][0]
+
+
+def test_the_untuned_model_is_for_texts(small: dict[str, Any], tmp_path: Path) -> None:
+    path = written(tmp_path, small, baselines=["few-shot"])
+    said = "no few-shot: is for generation and chat, and no cell is"
+    assert opened(path).added() == ([], [said])
 
 
 def test_differences_are_paired_by_seed(small: dict[str, Any], tmp_path: Path) -> None:
@@ -692,7 +734,10 @@ def test_tables_with_baselines(small: dict[str, Any], tmp_path: Path) -> None:
         ({"search": {"rates": {"prefix": [1.0], "lora": [1.0]},
                      "instead": [{"match": {"method": "lora"}, "rates": {}}]}},
          "instead 1: no rates are given"),
-        ({"baselines": ["probe"]}, "baselines.0: must be 'centralised-probe' or 'federated-probe'"),
+        ({"baselines": ["probe"]},
+         "baselines.0: must be 'centralised-probe', 'federated-probe', 'zero-shot' or 'few-shot'"),
+        ({"shots": 2}, "shots = 2: needs the baseline 'few-shot'"),
+        ({"baselines": ["few-shot"], "shots": 0}, "shots: must be greater than or equal to 1"),
         ({"baselines": ["federated-probe"] * 2}, "baselines = .*: must be different"),
         ({"baselines": ["federated-probe"], "sweeps": {"baseline": {"setting": "seed", "values": [1]}}},
          "axes.baseline: with baselines that is an axis already"),

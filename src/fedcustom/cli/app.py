@@ -201,7 +201,11 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder of the runs (default: runs/<recipe>)")] = None,
     no_probe: Annotated[
         bool,
-        typer.Option("--no-probe", help="Leave out the probe, which every classifier should beat"),
+        typer.Option(
+            "--no-probe",
+            help="Leave out what is added for methods to beat: the probe of classifiers; zero-shot and "
+            "few-shot where texts are generated",
+        ),
     ] = False,
     jobs: Annotated[
         int, typer.Option(min=1, help="Runs at the same time, each in a process with its share of the cores")
@@ -210,7 +214,8 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Compare methods and baselines on one recipe; finished runs are not run again. Classifiers are held
-    against a probe: logistic regression on the frozen model's vectors.
+    against a probe: logistic regression on the frozen model's vectors. Where texts are generated, methods are
+    held against the untuned model, zero-shot and with four examples in its context.
 
     Example: fedcustom compare recipe.toml --methods prefix,lora --seeds 3 --out runs/compared
     """
@@ -225,7 +230,7 @@ def compare(
         label,
         run_comparison,
         run_directory,
-        with_probes,
+        with_baselines,
     )
     from ..federated.composed_privacy import composed
     from ..federated.private_run import count_clients
@@ -239,7 +244,7 @@ def compare(
         baseline_methods=_names(baseline_methods) or None,
     )
     if not no_probe:
-        cells, reasons = with_probes(checked, seeds, cells)
+        cells, reasons = with_baselines(checked, seeds, cells)
     check_folder(folder, checked)
     for reason in [*reasons, *composed((cell.recipe for cell in cells), count_clients)]:
         note(reason)

@@ -1,5 +1,6 @@
-"""Baselines beside the cells of an experiment: probes, which are run once for all cells that share data,
-clients and seed; and what each run measures by the way, its untuned model and copies of the prompts.
+"""Baselines beside the cells of an experiment: probes of classifiers and prompts of the untuned model, which
+are run once for all cells that share model, data, clients and seed; and what each run measures by the way,
+its untuned model and copies of the prompts.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 from ..aggregation.settings import AggregationSettings
 from ..core.errors import RecipeError, nearest
 from ..methods.probe.settings import PROBE, ProbeSettings
+from ..methods.untuned.settings import SHOTS, UNTUNED, UntunedSettings
 from ..models.configuration import has_linear_head
 from ..recipe.label_skew import why_no_head_fit
 from ..recipe.recipe import Baseline, Recipe, load_recipe
@@ -19,15 +21,23 @@ from .results import Result
 from .settings import BASELINE, ExperimentSettings, Match
 
 SECTIONS = ("model", "data", "clients", "noise", "evaluation")
-"""What a probe has of a cell's recipe, besides the seed and :data:`FIT`."""
+"""What an added baseline has of a cell's recipe, besides the seed and :data:`FIT`."""
 
 FIT = "fit_head_least_texts"
 """The setting of ``[training]`` that a federated probe has too: what of the clients' sums is withheld."""
 
+TASKS: dict[str, tuple[str, ...]] = {
+    "centralised-probe": ProbeSettings.tasks,
+    "federated-probe": ProbeSettings.tasks,
+    "zero-shot": UntunedSettings.tasks,
+    "few-shot": UntunedSettings.tasks,
+}
+"""The tasks that each of them is for."""
+
 
 def deciding_axes(settings: ExperimentSettings) -> list[str]:
-    """The axes on which probes differ: those whose points, or overrides that match on them, say something of
-    a section that a probe has.
+    """The axes on which added baselines differ: those whose points, or overrides that match on them, say
+    something of a section that these have.
     """
     found = {axis for axis, points in settings.points().items() if any(map(_decides, points.values()))}
     found |= {axis for each in settings.override if _decides(each.set) for axis in each.match}
@@ -53,14 +63,18 @@ def added_cells(
                 f"--only: axis {BASELINE!r} has no point {name!r}{nearest(name, settings.baselines)}"
             )
     axes, found, reasons = deciding_axes(settings), dict[str, Cell](), list[str]()
-    for cell in experiment_cells(settings, base, where, only=only):
+    cells = experiment_cells(settings, base, where, only=only)
+    for name in wanted:
+        if not any(cell.recipe.data.task in TASKS[name] for cell in cells):
+            reasons.append(f"no {name}: is for {' and '.join(TASKS[name])}, and no cell is")
+    for cell in cells:
         for name in wanted:
             points = {BASELINE: name} | {axis: cell.points[axis] for axis in axes}
             added = Cell(points, cell.seed, cell.recipe)
-            if added.name in found or cell.recipe.data.task != "classification":
+            if added.name in found or cell.recipe.data.task not in TASKS[name]:
                 continue
             try:
-                found[added.name] = Cell(points, cell.seed, _probe(cell.recipe, name))
+                found[added.name] = Cell(points, cell.seed, _added(cell.recipe, name, settings.shots))
             except RecipeError as error:
                 reasons.append(f"no {'--'.join(points.values())}: {error}")
     return list(found.values()), list(dict.fromkeys(reasons))
@@ -104,14 +118,39 @@ def probe_recipe(recipe: Recipe, baseline: Baseline) -> Recipe:
     return probe
 
 
+def untuned_recipe(recipe: Recipe, shots: int | None = None) -> Recipe:
+    """The recipe with the untuned model as its method, and ``shots`` examples in its context; None: as many
+    as ``[compare.untuned.method]`` says, or four. The model is evaluated once, and not before its round too.
+
+    Raises:
+        RecipeError: the task has no such baseline, or ``[compare.untuned]`` is not possible.
+    """
+    said = {name: tables for name, tables in recipe.compare.items() if name == UNTUNED}
+    chosen = load_recipe({**_shared(recipe), "compare": said}).for_method(UNTUNED, "centralised")
+    assert isinstance(chosen.method, UntunedSettings)
+    method = chosen.method.model_copy(
+        update={"shots": shots if shots is not None else chosen.method.shots or SHOTS}
+    )
+    evaluation = chosen.evaluation.model_copy(update={"untuned": False})
+    return chosen.model_copy(update={"method": method, "evaluation": evaluation})
+
+
 def _decides(table: Mapping[str, Any]) -> bool:
-    """Whether tables of a recipe say something that a probe has."""
+    """Whether tables of a recipe say something that an added baseline has."""
     return bool(table.keys() & {*SECTIONS}) or FIT in table.get("training", {})
 
 
-def _probe(recipe: Recipe, name: str) -> Recipe:
+def _added(recipe: Recipe, name: str, shots: int) -> Recipe:
+    if name == "zero-shot" or name == "few-shot":
+        return untuned_recipe(recipe, shots if name == "few-shot" else 0)
     baseline: Baseline = "federated" if name == "federated-probe" else "centralised"
+    values = _shared(recipe)
+    if baseline == "federated" and FIT in recipe.training.model_fields_set:
+        values["training"] = {FIT: getattr(recipe.training, FIT)}
+    return probe_recipe(load_recipe(values), baseline)
+
+
+def _shared(recipe: Recipe) -> dict[str, Any]:
+    """The tables of a cell that its baselines have too, for one round."""
     values = recipe.model_dump(include={*SECTIONS, "seed", "tracking"}, exclude_none=True)
-    withheld = baseline == "federated" and FIT in recipe.training.model_fields_set
-    fit = {FIT: getattr(recipe.training, FIT)} if withheld else {}
-    return probe_recipe(load_recipe({**values, "training": fit, "rounds": {"count": 1}}), baseline)
+    return {**values, "rounds": {"count": 1}}

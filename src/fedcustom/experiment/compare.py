@@ -1,11 +1,12 @@
 """The experiment that writes itself from one recipe: methods by training (federated, centralised, local), and
-the probe that every classifier has to beat.
+what they have to beat: probes of classifiers, and the untuned model where texts are generated.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -13,9 +14,10 @@ from ..core.errors import RecipeError, RunError, nearest
 from ..core.files import read_json
 from ..federated.callbacks import Callback
 from ..federated.tracking.group import Group
-from ..methods.probe.settings import PROBE
+from ..methods.probe.settings import PROBE, ProbeSettings
+from ..methods.untuned.settings import FEW_SHOT, ZERO_SHOT, UntunedSettings
 from ..recipe.recipe import Baseline, Recipe
-from .baselines import probe_recipe
+from .baselines import probe_recipe, untuned_recipe
 from .grid import Cell, Points, grid
 from .runner import Job, run_jobs, tracked
 
@@ -56,27 +58,36 @@ def comparison_cells(
     ]
 
 
-def with_probes(recipe: Recipe, seeds: int, cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
-    """The cells of a comparison behind those of the probe, centralised and federated, once a seed, unless
-    they are among them; and why some probe is not possible, one line each.
+def with_baselines(recipe: Recipe, seeds: int, cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
+    """The cells of a comparison behind those of what they have to beat, once a seed, unless they are among
+    them; and why something of that is not possible, one line each.
 
-    For what is no classification there is none, and nothing is said.
+    Classifiers have the probe, centralised and federated; where texts are generated there is the untuned
+    model, zero-shot and few-shot. For other tasks there is nothing, and nothing is said.
     """
-    if recipe.data.task != "classification":
-        return list(cells), []
     asked = {label(cell) for cell in cells}
     added, reasons = list[Cell](), list[str]()
-    for baseline in PROBED:
+    for name, at, made in _to_beat(recipe):
         try:
-            probe = probe_recipe(recipe, baseline)
+            chosen = made()
         except RecipeError as error:
-            reasons.append(f"no {baseline} probe: {error}")
+            reasons.append(f"no {name}: {error}")
             continue
-        at = {TRAINING: baseline, METHOD: PROBE}
         for seed in _seeds(recipe, seeds):
-            cell = Cell(at, seed, probe.model_copy(update={"seed": seed}), added=True)
+            cell = Cell(at, seed, chosen.model_copy(update={"seed": seed}), added=True)
             added += [cell] if label(cell) not in asked else []
     return [*added, *cells], reasons
+
+
+def _to_beat(recipe: Recipe) -> list[tuple[str, dict[str, str], Callable[[], Recipe]]]:
+    """What methods have to beat: its name, its points, and what makes its recipe."""
+    if recipe.data.task in ProbeSettings.tasks:
+        trained = [(baseline, partial(probe_recipe, recipe, baseline)) for baseline in PROBED]
+        return [(f"{name} probe", {TRAINING: name, METHOD: PROBE}, made) for name, made in trained]
+    if recipe.data.task in UntunedSettings.tasks:
+        shown = [(ZERO_SHOT, partial(untuned_recipe, recipe, 0)), (FEW_SHOT, partial(untuned_recipe, recipe))]
+        return [(name, {METHOD: name}, made) for name, made in shown]
+    return []
 
 
 def label(cell: Cell) -> str:
@@ -85,7 +96,9 @@ def label(cell: Cell) -> str:
 
 
 def run_directory(cell: Cell, out: Path) -> Path:
-    """A run's directory: ``<out>/[<baseline>-]<method>/seed-<n>``."""
+    """A run's directory: ``<out>/[<baseline>-]<method>/seed-<n>``; that of an added one has the name of
+    what is added, as in ``<out>/few-shot/seed-0``.
+    """
     return out / _name(cell) / f"seed-{cell.seed}"
 
 
@@ -167,5 +180,5 @@ def _seeds(recipe: Recipe, count: int) -> range:
 
 
 def _name(cell: Cell) -> str:
-    training, method = cell.points[TRAINING], cell.points[METHOD]
+    training, method = cell.points.get(TRAINING, "federated"), cell.points[METHOD]
     return method if training == "federated" else f"{training}-{method}"

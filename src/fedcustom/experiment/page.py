@@ -67,11 +67,17 @@ def _facts(file: Path, results: list[Result]) -> list[str]:
     seeds = ", ".join(str(seed) for seed in sorted({result.seed for result in results}))
     machines = sorted({str(result.machine.get("processor")) for result in results})
     commits = sorted({str(result.machine.get("git_commit"))[:10] for result in results})
+    cuts = [
+        f"{'--'.join([*result.points.values(), f'seed-{result.seed}'])}: {text}."
+        for result in results
+        for text in result.more.get("cuts", [])
+    ]
     return [
         f"Made by `fedcustom experiment {file} --report` from {words.plural(len(results), 'result')}; "
         f"seeds {seeds}. Means over seeds, ± half of the 95 % interval (Student's t); test split, with the "
         "state that was best on the development split.",
         f"Machine: {', '.join(machines)}. Commit: {', '.join(commits)}.",
+        *cuts,
     ]
 
 

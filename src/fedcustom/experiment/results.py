@@ -25,7 +25,7 @@ class Result:
     makes it again. ``score`` is the best round's on the development split, by ``metric``; the other qualities
     are on the test split, with that round's state. ``curve`` has [round, development score, bytes sent so
     far, both ways] of each evaluated round. ``more`` holds what only some runs have: ``backdoor``,
-    ``perturbed``, ``personalised``, ``copy``, ``degenerate``, ``temperature``.
+    ``perturbed``, ``personalised``, ``copy``, ``degenerate``, ``temperature``, ``cuts``.
     """
 
     experiment: str
@@ -144,7 +144,7 @@ def collect(
     )
 
 
-_ONLY_SOME = ("backdoor", "perturbed", "copy", "degenerate", "temperature")
+_ONLY_SOME = ("backdoor", "perturbed", "copy", "degenerate", "temperature", "cuts")
 
 _COPIED = (
     "best_round", "rounds", "metrics", "untuned", "client_mean", "worst_client", "trainable_parameters",

@@ -18,7 +18,11 @@ from ..evaluation.settings import (
     PREFERENCE_METRICS,
     RETRIEVAL_METRICS,
 )
+from ..methods.untuned.settings import SHOTS
 from ..recipe.recipe import Baseline, read_toml
+
+Added = Literal["centralised-probe", "federated-probe", "zero-shot", "few-shot"]
+"""Baselines that a file adds to its grid: two of classifiers, two of generators."""
 
 BASELINE = "baseline"
 """The axis on which added baselines lie, in place of the file's axes that have no meaning for them."""
@@ -138,9 +142,11 @@ class ExperimentSettings(Settings):
     recipe: str | None = Field(None, description="A recipe to start from; its path is relative to this file")
     base: dict[str, Any] = Field(default_factory=dict, description="Tables of a recipe, for every cell")
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="Seeds of every cell")
-    baselines: list[Literal["centralised-probe", "federated-probe"]] = Field(
-        default_factory=list, description="Baselines added for each data, partition and seed of the grid"
+    baselines: list[Added] = Field(
+        default_factory=list,
+        description="Baselines added for each model, data, partition and seed of the grid",
     )
+    shots: int = Field(SHOTS, ge=1, le=1000, description="Examples in the context of the baseline few-shot")
     axes: dict[str, dict[str, dict[str, Any]]] = Field(
         default_factory=dict, description="[axes.<axis>.<point>]: tables of a recipe"
     )
@@ -171,6 +177,8 @@ class ExperimentSettings(Settings):
         points = self.points()
         if len(set(self.baselines)) < len(self.baselines):
             raise ValueError(f"baselines = {self.baselines}: must be different")
+        if "shots" in self.model_fields_set and "few-shot" not in self.baselines:
+            raise ValueError(f"shots = {self.shots}: needs the baseline 'few-shot'")
         if self.baselines and BASELINE in points:
             raise ValueError(f"axes.{BASELINE}: with baselines that is an axis already; name it otherwise")
         for axis, there in points.items():

@@ -10,6 +10,8 @@ from typing import Any
 from ..evaluation.metrics import LOWER_IS_BETTER
 from ..report import formatting as words
 from ..report.groups import mean_and_interval
+from ..report.methods import own_title
+from ..report.read import flatten
 from .baselines import deciding_axes, reference_rows
 from .results import Result, reached
 from .settings import BASELINE, ExperimentSettings, ReportSettings, matches
@@ -27,6 +29,17 @@ class Replicates:
 
     points: dict[str, str]
     results: list[Result]
+
+    def name(self, axes: Sequence[str]) -> str:
+        """What a table calls it, by its points on these axes as far as it has them; ``few-shot`` with the
+        number of examples.
+        """
+        return ", ".join(self._shown(axis) for axis in axes if axis in self.points)
+
+    def _shown(self, axis: str) -> str:
+        recipe = flatten(self.results[0].recipe)
+        own = own_title(recipe.get("method.name", ""), recipe) if axis == BASELINE else None
+        return own or self.points[axis]
 
     def mean(self, value: Value) -> tuple[float, float]:
         """Mean over seeds, and half the width of the 95 % interval (Student's t; NaN for one seed)."""
@@ -78,6 +91,9 @@ def facets(settings: ExperimentSettings, groups: Sequence[Replicates]) -> list[F
     rows, column = settings.layout()
     rest = [axis for axis in points if axis not in (*rows, column)]
     order = {axis: {point: i for i, point in enumerate(there)} for axis, there in points.items()}
+    order[BASELINE] = {name: place for place, name in enumerate(settings.baselines)}
+    added = [group for group in groups if settings.is_added(group.points)]
+    added.sort(key=lambda group: order[BASELINE].get(group.points[BASELINE], -1))
     cells = [group for group in groups if not settings.is_added(group.points)]
     ordered = sorted(cells, key=lambda group: [order[axis].get(group.points[axis], -1) for axis in points])
     found: dict[str, list[Replicates]] = {}
@@ -85,18 +101,15 @@ def facets(settings: ExperimentSettings, groups: Sequence[Replicates]) -> list[F
         heading = ", ".join(f"{axis} {group.points[axis]}" for axis in rest if len(points[axis]) > 1)
         found.setdefault(heading, []).append(group)
 
-    def row(group: Replicates) -> str:
-        return ", ".join(group.points[axis] for axis in rows)
-
     made = []
     for heading, there in found.items():
         columns = [SCORE]
         if column is not None:
             columns = [point for point in points[column] if any(g.points[column] == point for g in there)]
-        places = {(row(group), _column(group, column)): group for group in there}
-        for group in groups:
-            if settings.is_added(group.points) and _agree(group.points, there[0].points, rest):
-                name = ", ".join(group.points[axis] for axis in [*rows, BASELINE] if axis in group.points)
+        places = {(group.name(rows), _column(group, column)): group for group in there}
+        for group in added:
+            if _agree(group.points, there[0].points, rest):
+                name = group.name([*rows, BASELINE])
                 at = None if column is None else group.points.get(column)
                 places |= {(name, point): group for point in columns if at is None or at == point}
         names = list(dict.fromkeys(name for name, _ in places))
@@ -181,7 +194,7 @@ def cost_table(settings: ExperimentSettings, groups: Sequence[Replicates]) -> Ta
         empty = words.MISSING if target is None else "never"
         rows.append(
             [
-                ", ".join(group.points.values()),
+                group.name(list(group.points)),
                 str(len(group.results)),
                 words.MISSING if first.learning_rate is None else f"{first.learning_rate:g}",
                 words.count(first.trainable_parameters),
