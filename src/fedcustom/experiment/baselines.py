@@ -26,9 +26,17 @@ SECTIONS = ("model", "data", "clients", "noise", "evaluation")
 FIT = "fit_head_least_texts"
 """The setting of ``[training]`` that a federated probe has too: what of the clients' sums is withheld."""
 
+ENCODER = {"base": "builtin:minilm", "pooling": "mean"}
+"""The sentence encoder whose vectors are classified whatever a cell's own model is."""
+
+LONGEST = 512
+"""Tokens of a text that it reads."""
+
 TASKS: dict[str, tuple[str, ...]] = {
     "centralised-probe": ProbeSettings.tasks,
     "federated-probe": ProbeSettings.tasks,
+    "sums-probe": ProbeSettings.tasks,
+    "embeddings": ProbeSettings.tasks,
     "zero-shot": UntunedSettings.tasks,
     "few-shot": UntunedSettings.tasks,
 }
@@ -118,6 +126,19 @@ def probe_recipe(recipe: Recipe, baseline: Baseline) -> Recipe:
     return probe
 
 
+def embeddings_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with logistic regression on mean-pooled vectors of a sentence encoder, all rows in one
+    place, whatever its own model is: the solution is scikit-learn's.
+
+    Raises:
+        RecipeError: the task is no classification.
+    """
+    values = _shared(recipe)
+    values["model"] = ENCODER | {key: values["model"][key] for key in ("dtype", "device")}
+    values["data"] = {**values["data"], "max_length": min(LONGEST, recipe.data.max_length)}
+    return probe_recipe(load_recipe(values), "centralised")
+
+
 def untuned_recipe(recipe: Recipe, shots: int | None = None) -> Recipe:
     """The recipe with the untuned model as its method, and ``shots`` examples in its context; None: as many
     as ``[compare.untuned.method]`` says, or four. The model is evaluated once, and not before its round too.
@@ -143,11 +164,16 @@ def _decides(table: Mapping[str, Any]) -> bool:
 def _added(recipe: Recipe, name: str, shots: int) -> Recipe:
     if name == "zero-shot" or name == "few-shot":
         return untuned_recipe(recipe, shots if name == "few-shot" else 0)
-    baseline: Baseline = "federated" if name == "federated-probe" else "centralised"
+    if name == "embeddings":
+        return embeddings_recipe(recipe)
     values = _shared(recipe)
-    if baseline == "federated" and FIT in recipe.training.model_fields_set:
-        values["training"] = {FIT: getattr(recipe.training, FIT)}
-    return probe_recipe(load_recipe(values), baseline)
+    if name == "centralised-probe":
+        return probe_recipe(load_recipe(values), "centralised")
+    withheld = FIT in recipe.training.model_fields_set
+    values["training"] = {FIT: getattr(recipe.training, FIT)} if withheld else {}
+    if name == "sums-probe":
+        values["training"]["fit_head_steps"] = 0
+    return probe_recipe(load_recipe(values), "federated")
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:

@@ -16,14 +16,18 @@ from ..federated.callbacks import Callback
 from ..federated.tracking.group import Group
 from ..methods.probe.settings import PROBE, ProbeSettings
 from ..methods.untuned.settings import FEW_SHOT, ZERO_SHOT, UntunedSettings
+from ..models.configuration import has_linear_head
 from ..recipe.recipe import Baseline, Recipe
-from .baselines import probe_recipe, untuned_recipe
+from .baselines import embeddings_recipe, probe_recipe, untuned_recipe
 from .grid import Cell, Points, grid
 from .runner import Job, run_jobs, tracked
 
 BASELINES: tuple[Baseline, ...] = ("centralised", "local")
 PROBED: tuple[Baseline, ...] = ("centralised", "federated")
 """How the probe is trained beside other methods."""
+
+EMBEDDINGS = "embeddings"
+"""The folder of the probe of a sentence encoder's vectors, whatever the recipe's model is."""
 
 TRAINING, METHOD = "training", "method"
 """The two axes. A point of the first is a recipe's ``baseline``."""
@@ -62,8 +66,9 @@ def with_baselines(recipe: Recipe, seeds: int, cells: Sequence[Cell]) -> tuple[l
     """The cells of a comparison behind those of what they have to beat, once a seed, unless they are among
     them; and why something of that is not possible, one line each.
 
-    Classifiers have the probe, centralised and federated; where texts are generated there is the untuned
-    model, zero-shot and few-shot. For other tasks there is nothing, and nothing is said.
+    Classifiers have the probe, centralised and federated, and that of a sentence encoder's vectors where the
+    model's own head cannot be fitted; where texts are generated there is the untuned model, zero-shot and
+    few-shot. For other tasks there is nothing, and nothing is said.
     """
     asked = {label(cell) for cell in cells}
     added, reasons = list[Cell](), list[str]()
@@ -83,7 +88,10 @@ def _to_beat(recipe: Recipe) -> list[tuple[str, dict[str, str], Callable[[], Rec
     """What methods have to beat: its name, its points, and what makes its recipe."""
     if recipe.data.task in ProbeSettings.tasks:
         trained = [(baseline, partial(probe_recipe, recipe, baseline)) for baseline in PROBED]
-        return [(f"{name} probe", {TRAINING: name, METHOD: PROBE}, made) for name, made in trained]
+        probes = [(f"{name} probe", {TRAINING: name, METHOD: PROBE}, made) for name, made in trained]
+        if has_linear_head(recipe.model):
+            return probes
+        return [*probes, (EMBEDDINGS, {METHOD: EMBEDDINGS}, partial(embeddings_recipe, recipe))]
     if recipe.data.task in UntunedSettings.tasks:
         shown = [(ZERO_SHOT, partial(untuned_recipe, recipe, 0)), (FEW_SHOT, partial(untuned_recipe, recipe))]
         return [(name, {METHOD: name}, made) for name, made in shown]

@@ -21,8 +21,8 @@ from ..evaluation.settings import (
 from ..methods.untuned.settings import SHOTS
 from ..recipe.recipe import Baseline, read_toml
 
-Added = Literal["centralised-probe", "federated-probe", "zero-shot", "few-shot"]
-"""Baselines that a file adds to its grid: two of classifiers, two of generators."""
+Added = Literal["centralised-probe", "federated-probe", "sums-probe", "embeddings", "zero-shot", "few-shot"]
+"""Baselines that a file adds to its grid: four of classifiers, two of generators."""
 
 BASELINE = "baseline"
 """The axis on which added baselines lie, in place of the file's axes that have no meaning for them."""

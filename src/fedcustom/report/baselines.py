@@ -13,8 +13,8 @@ from .methods import is_to_beat
 
 
 def unbeaten(groups: Sequence[Group], metric: str) -> list[str]:
-    """A sentence for each method that does not beat the best trivial baseline on the same model and data, by
-    means over seeds: the probe, the base model zero-shot and few-shot, copies of the prompts, the untuned
+    """A sentence for each method that does not beat the best trivial baseline on its model and data, by means
+    over seeds: the probe, the base model zero-shot and few-shot, copies of the prompts, the untuned
     model, as far as they are there.
 
     Clients alone (``local``) are themselves a baseline, and are left out.
@@ -100,9 +100,12 @@ UNTUNED = "the untuned model"
 def _trivial(groups: Sequence[Group], metric: str) -> list[tuple[str, float]]:
     """The trivial baselines that are there, with their means: of several of one name the best one."""
     means: dict[str, list[float]] = {}
+    models = {group.runs[0].summary.model for group in groups if not is_to_beat(group.method)}
     for group in groups:
         if is_to_beat(group.method):
             name = group.own_title or f"the {group.plain_name}"
+            if models and (model := group.runs[0].summary.model) not in models:
+                name += f" of {model}"
             means.setdefault(name, []).append(mean_metric(group, metric)[0])
     found = [
         *((name, min(each, key=lambda value: best_first(value, metric))) for name, each in means.items()),
@@ -120,9 +123,18 @@ def _customised(groups: Sequence[Group], metric: str) -> list[tuple[Group, float
 
 
 def _by_question(groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups of the same model and data together."""
+    """Groups of the same model and data together. A baseline of a model that nothing else is made of stands
+    beside those of every model on its data: what is simple is so whatever the model is.
+    """
     found: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
         result = group.runs[0].summary
         found.setdefault((result.model, result.data), []).append(group)
+    trivial = {key for key, there in found.items() if all(is_to_beat(group.method) for group in there)}
+    for model, data in trivial:
+        others = [key for key in found if key[1] == data and key not in trivial]
+        for key in others:
+            found[key] = [*found[key], *found[model, data]]
+        if others:
+            del found[model, data]
     return list(found.values())
