@@ -84,7 +84,7 @@ def with_baselines(recipe: Recipe, seeds: int, cells: Sequence[Cell]) -> tuple[l
     return [*added, *cells], reasons
 
 
-def _to_beat(recipe: Recipe) -> list[tuple[str, dict[str, str], Callable[[], Recipe]]]:
+def _to_beat(recipe: Recipe) -> Sequence[tuple[str, dict[str, str], Callable[[], Recipe]]]:
     """What methods have to beat: its name, its points, and what makes its recipe."""
     if recipe.data.task in ProbeSettings.tasks:
         trained = [(baseline, partial(probe_recipe, recipe, baseline)) for baseline in PROBED]

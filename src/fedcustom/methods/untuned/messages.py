@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from ..contents import Content
-from ..protocol import Positive, RoundTask, Update, message_kinds
+from ..messages import Positive, RoundTask, Update, message_kinds
 
 MOST = 1_000_000
 """Examples, and turns of one, that a message holds at most."""

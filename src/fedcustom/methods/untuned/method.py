@@ -11,9 +11,10 @@ import numpy as np
 from ...core.errors import DataError, UpdateError
 from ...data.examples import Example
 from ...models.inference import Predictions, predict
+from ..messages import Task, Update, Work, typed
 from ..prompt_engineering.prompt_method import PromptMethod
 from ..prompt_engineering.templates import INPUT
-from ..protocol import Aggregate, Answer, Client, Prompts, State, Task, Update, Work, typed
+from ..protocol import Aggregate, Answer, Client, Prompts, State
 from ..tuning.technique import Context
 from .messages import SHOTS, ShotsTask, ShotsUpdate
 from .prompts import FewShot, Room
