@@ -1,4 +1,4 @@
-"""The Python interface: run a recipe, open a finished run, use its model and history."""
+"""A finished run, read from its directory: its summary and history, its model, and what the model answers."""
 
 from __future__ import annotations
 
@@ -8,36 +8,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .core.errors import DataError, RunError
-from .core.files import read_json
-from .data.examples import Example, LearningTask
-from .data.inputs import input_example
-from .data.settings import MESSAGES
-from .data.truncation import EXCHANGES, CutCount
-from .evaluation.calibration import softmax
-from .exporting.hub import check_repository, push, refuse_local_names
-from .exporting.run_export import RunExport
-from .federated.base_model import load_for
-from .federated.build import make_method
-from .federated.callbacks import Callback
-from .federated.history_frames import client_frame, round_frame
-from .federated.resolve import resolved
-from .federated.run import run_recipe
-from .federated.run_directory import History
-from .federated.truncation import count_parts
-from .methods import CountsCuts, Method, State, WeightTuning, WritesTexts
-from .methods.prefix.memory_export import FILE as CODE
-from .methods.tuning.peft_support import leave_out_virtual_tokens
-from .models.configuration import context_length
-from .models.load import Base
-from .models.writing import Decoding, Written, write
-from .recipe.recipe import Recipe, load_recipe, read_toml, recorded_recipe
-from .updates.transform import UpdateTransform
+from ..core.errors import DataError, RunError
+from ..core.files import read_json
+from ..data.examples import Example, LearningTask
+from ..data.inputs import input_example
+from ..data.settings import MESSAGES
+from ..data.truncation import EXCHANGES, CutCount
+from ..evaluation.calibration import softmax
+from ..exporting.hub import check_repository, push, refuse_local_names
+from ..exporting.run_export import RunExport
+from ..federated.base_model import load_for
+from ..federated.build import make_method
+from ..federated.history_frames import client_frame, round_frame
+from ..federated.resolve import resolved
+from ..federated.run_directory import History
+from ..federated.truncation import count_parts
+from ..methods import CountsCuts, Method, State, WeightTuning, WritesTexts
+from ..methods.prefix.memory_export import FILE as CODE
+from ..methods.tuning.peft_support import leave_out_virtual_tokens
+from ..models.configuration import context_length
+from ..models.load import Base
+from ..models.writing import Decoding, Written, write
+from ..recipe.recipe import Recipe, read_toml, recorded_recipe
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Source = str | Path | Mapping[str, Any] | Recipe
 
 
 @dataclass(frozen=True)
@@ -392,60 +387,3 @@ class Run:
         self._require_model()
         method = make_method(self.recipe, self._base)
         return method, method.open(self.directory / "model")
-
-
-def run(
-    recipe: Source,
-    overrides: Sequence[str] | Mapping[str, Any] = (),
-    *,
-    out: str | Path | None = None,
-    resume: bool = False,
-    callbacks: Sequence[Callback] = (),
-    data_changed: Literal["refuse", "accept"] = "refuse",
-    check_export: bool = True,
-    transforms: Sequence[UpdateTransform] = (),
-) -> Run:
-    """Run a recipe (a TOML file, a dict, or a :class:`~fedcustom.recipe.recipe.Recipe`) and open the result.
-
-    ``overrides`` change single settings: ``{"rounds.count": 5}`` or ``["rounds.count=5"]``. ``out`` is the
-    run's directory (default: a name in ``runs/`` made from recipe, method and seed). ``callbacks`` are
-    told of every event of the run (:class:`~fedcustom.federated.callbacks.Callback`). A run in ``out`` whose
-    rows have changed since is refused, unless ``data_changed`` is ``"accept"``. The model that the run writes
-    is compared with the trained one in a fresh process, unless ``check_export`` is False. ``transforms`` act
-    on clients' updates and on the aggregate (:mod:`fedcustom.updates.transform`); a run that is resumed needs
-    those that it began with.
-
-    Raises:
-        FedcustomError: the recipe or what it names is not in order; the message says what to mend.
-    """
-    checked = load_recipe(recipe, overrides)
-    directory = Path(out) if out is not None else default_directory(recipe, checked)
-    run_recipe(
-        checked,
-        directory,
-        resume=resume,
-        callbacks=callbacks,
-        data_changed=data_changed,
-        check_export=check_export,
-        transforms=transforms,
-    )
-    return Run(directory)
-
-
-def load(directory: str | Path) -> Run:
-    """Open a finished run.
-
-    Raises:
-        RunError: the directory holds no finished run.
-    """
-    return Run(directory)
-
-
-def default_directory(source: Source, recipe: Recipe) -> Path:
-    """``runs/<recipe>-<baseline>-<method>-seed-<seed>``."""
-    name = Path(source).stem if isinstance(source, str | Path) else "run"
-    parts = [name, *([] if recipe.baseline == "federated" else [recipe.baseline]), recipe.method.name]
-    return Path("runs") / f"{'-'.join(parts)}-seed-{recipe.seed}"
-
-
-__all__ = ["ChatReply", "Run", "default_directory", "load", "run"]
