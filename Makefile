@@ -36,9 +36,10 @@ docs: .venv/ready-dev
 test-matrix: .venv/ready-dev
 	$(BIN)/python -m scripts.architectures --jobs 2
 
-# CASES="a e", REPEAT=3, THREADS=1 and TREC=folder choose what is measured; the peers are installed into build/peers.
+# CASES="a e", REPEAT=3, PEER_REPEAT=1, THREADS=1, TREC=folder and DOLLY=folder choose what is measured; the peers are installed into
+# build/peers.
 bench: .venv/ready
-	$(BIN)/python -m benchmarks $(CASES) $(if $(REPEAT),--repeat $(REPEAT)) $(if $(THREADS),--threads $(THREADS)) $(if $(TREC),--trec $(TREC))
+	$(BIN)/python -m benchmarks $(CASES) $(if $(REPEAT),--repeat $(REPEAT)) $(if $(PEER_REPEAT),--peer-repeat $(PEER_REPEAT)) $(if $(THREADS),--threads $(THREADS)) $(if $(TREC),--trec $(TREC)) $(if $(DOLLY),--dolly $(DOLLY))
 
 # Software bill of materials (CycloneDX) of what is installed: build/sbom.json.
 sbom: .venv/ready-dev

@@ -26,7 +26,7 @@ from .cases import (
     startup,
     workers,
 )
-from .environments import peer
+from .environments import NAMES, peer
 from .harness import HERE, alternate, compare, machine, own_engines
 from .page import write_page
 
@@ -49,13 +49,19 @@ def main() -> None:
         "--dolly", type=Path, default=Path(os.environ.get("DOLLY", "../shared/data/dolly15k")),
         help="folder with Dolly 15k as train.jsonl (or DOLLY=... in the environment)",
     )  # fmt: skip
-    parser.add_argument("--peers", default="flower,nvflare,pfl", help="others to compare with; '' for none")
+    parser.add_argument("--peers", default=",".join(NAMES), help="others to compare with; '' for none")
+    parser.add_argument(
+        "--peer-repeat", type=int, default=None,
+        help="repetitions of each of the others, in the first of ours; default: as many, but 1 in (g)",
+    )  # fmt: skip
     parser.add_argument("--page", action="store_true", help="only write docs/benchmarks.md from results/")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(CASES):
         parser.error(f"no case {sorted(unknown)[0]!r}; there are {', '.join(CASES)}")
-    if options.repeat < 1 or options.threads < 1:
-        parser.error("--repeat and --threads must be 1 or more")
+    if unknown := set(filter(None, options.peers.split(","))) - set(NAMES):
+        parser.error(f"--peers: no peer {sorted(unknown)[0]!r}; there are {', '.join(NAMES)}")
+    if min(options.repeat, options.threads, 1 if options.peer_repeat is None else options.peer_repeat) < 1:
+        parser.error("--repeat, --peer-repeat and --threads must be 1 or more")
     for case in [] if options.page else options.cases or CASES:
         print(f"case {case}", flush=True)
         content = {"case": case, "machine": machine(options.threads), **RUNNERS[case](options)}
@@ -65,12 +71,17 @@ def main() -> None:
     write_page(RESULTS, HERE.parent / "docs" / "benchmarks.md")
 
 
-def _compared(job: Callable[[Path], Path], peers: list[str], options: Any) -> dict[str, Any]:
-    """Ours against the bare loop and some peers, and our profile."""
+def _compared(
+    job: Callable[[Path], Path], peers: list[str], options: Any, peer_repeat: int | None = None
+) -> dict[str, Any]:
+    """Ours against the bare loop and some peers, and our profile. Peers run ``--peer-repeat`` times, or
+    ``peer_repeat`` times where that is not given.
+    """
+    often = options.peer_repeat or peer_repeat
     wanted = [name for name in peers if name in options.peers.split(",")]
     with tempfile.TemporaryDirectory() as space:
         folder = job(Path(space))
-        engines = [*own_engines(), *(peer(name) for name in wanted)]
+        engines = [*own_engines(), *(replace(peer(name), repetitions=often) for name in wanted)]
         rows = compare(alternate(engines, folder, options.repeat, options.threads, limit=options.limit))
         return {"engines": rows, "profile": _profile(folder, Path(space) / "profile.json", options.threads)}
 
@@ -163,10 +174,16 @@ def _g(options: Any) -> dict[str, Any]:
         }
     dolly = options.dolly.resolve()
     return {
+        "steps": instruct.STEPS,
         "methods": {
-            method: _compared(lambda folder, m=method: instruct.job(folder, m, dolly), [], options)  # type: ignore[misc]
+            method: _compared(
+                lambda folder, m=method: instruct.job(folder, m, dolly),  # type: ignore[misc]
+                ["flower", "nvflare_hf"],
+                options,
+                peer_repeat=1,
+            )
             for method in instruct.METHODS
-        }
+        },
     }
 
 

@@ -5,7 +5,7 @@ token ids of every batch that a client sees.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from fedcustom.recipe.overrides import merged
 from fedcustom.recipe.recipe import Recipe, parse_recipe, to_toml
 
 
-def write_job(recipe: Mapping[str, Any], folder: Path) -> Path:
+def write_job(recipe: Mapping[str, Any], folder: Path, *, development: str | None = None) -> Path:
     """Write the job that a recipe asks for. Our own engine runs the recipe, the others the batches that it
-    leads to.
+    leads to. ``development`` names a split of the recipe's data on which all final adapters are evaluated
+    after the runs.
     """
     # Others know no remedies for label skew, which classifiers have by default.
     plain = merged({"training": {"logit_adjustment": 0.0}}, recipe)
@@ -55,6 +56,10 @@ def write_job(recipe: Mapping[str, Any], folder: Path) -> Path:
         "precision": base.precision,
         "clients": list(data.clients),
     }
+    if development is not None:
+        scored = checked.data.model_copy(update={"development": development})
+        rows = build_data(scored, checked.clients, checked.seed).development
+        content["development"] = _plain(method.tokens(rows), checked)
     (folder / "work.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
 
@@ -79,14 +84,20 @@ def _work(
             batches = [[offsets[name] + i for i in order[a - start : b - start]] for a, b in ranges]
             told[name] = {"weight": count, "batches": batches}
         rounds.append(told)
-    flat = [example for examples in tokens.values() for example in examples]
-    classes = recipe.data.task == "classification"
     return {
         "learning_rate": training.learning_rate,
         "clip_norm": training.clip_norm,
         "rounds": rounds,
-        "examples": [np.concatenate([e.source, e.target]).tolist() for e in flat],
-        "labels": [e.label if classes else len(e.source) for e in flat],
+        **_plain([example for examples in tokens.values() for example in examples], recipe),
+    }
+
+
+def _plain(examples: Sequence[TokenizedExample], recipe: Recipe) -> dict[str, list[Any]]:
+    """Token ids, and classes or how many of the first tokens are no targets."""
+    classes = recipe.data.task == "classification"
+    return {
+        "examples": [np.concatenate([e.source, e.target]).tolist() for e in examples],
+        "labels": [e.label if classes else len(e.source) for e in examples],
     }
 
 

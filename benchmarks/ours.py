@@ -26,6 +26,10 @@ class Stopwatch(Callback):
         self.losses: list[float] = []
         self.processor: list[float] = []
         self.last = self.last_processor = 0.0
+        self.ended = self.evaluating = 0.0
+        """When the last round ended, in seconds since 1970, and how much of the time until then went into
+        evaluation, which no other engine does.
+        """
 
     def on_run_start(self, recipe: Recipe, done: int, directory: Path) -> None:
         """The first round begins."""
@@ -38,6 +42,7 @@ class Stopwatch(Callback):
         self.losses.append(row["train_loss"])
         self.processor.append(processor - self.last_processor)
         self.last, self.last_processor = now, processor
+        self.ended, self.evaluating = time.time(), self.evaluating + row["seconds"]["evaluate"]
 
 
 def main() -> None:
@@ -50,6 +55,8 @@ def main() -> None:
         "processor": watch.processor,
         "losses": watch.losses,
         "memory": peak_memory(),
+        "ended": watch.ended,
+        "evaluating": watch.evaluating,
     }
     content["total"] = time.perf_counter() - begun
     (folder / "run" / "model").rename(folder / "model")

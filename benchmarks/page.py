@@ -23,6 +23,7 @@ def write_page(results: Path, target: Path) -> None:
         "seconds": seconds,
         "percent": percent,
         "size": size,
+        "megabytes": megabytes,
     }
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         found=found, limit=least_ratio
@@ -58,6 +59,11 @@ def percent(value: float) -> str:
 def size(value: float) -> str:
     """Bytes in megabytes."""
     return f"{value / 1e6:.0f} MB"
+
+
+def megabytes(value: dict[str, float] | None) -> str:
+    """A median of bytes in megabytes; older results have none."""
+    return "not measured" if value is None else size(value["median"])
 
 
 def least_ratio(case: dict[str, Any]) -> float | None:

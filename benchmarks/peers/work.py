@@ -40,6 +40,11 @@ class Job:
         self.rounds: list[dict[str, Any]] = content["rounds"]
         """By round and client: ``weight`` and ``batches``, which name examples."""
         self.clients: list[str] = content["clients"]
+        held_out = content.get("development", {"examples": [], "labels": []})
+        self.development = range(len(self.examples), len(self.examples) + len(held_out["examples"]))
+        """Numbers of the examples that nobody trains on."""
+        self.examples += held_out["examples"]
+        self.labels += held_out["labels"]
 
     def model(self) -> Any:
         """The base model with the adapter that everybody starts from; no dropout, as in the other engines."""
@@ -106,6 +111,20 @@ def train(model: Any, job: Job, batches: Iterable[Sequence[int]]) -> float:
     return total / examples
 
 
+def development_loss(model: Any, job: Job, batch_size: int = 8) -> float:
+    """The loss on the job's development examples: the mean over their target tokens, or over examples of
+    classification.
+    """
+    total = count = 0.0
+    with torch.inference_mode():
+        for start in range(0, len(job.development), batch_size):
+            batch = job.batch(job.development[start : start + batch_size])
+            targets = batch["labels"] if job.task == "classification" else batch["labels"][:, 1:]
+            weight = int((targets != IGNORED).sum())
+            total, count = total + model(**batch).loss.item() * weight, count + weight
+    return total / count
+
+
 def weighted_mean(states: Sequence[tuple[State, float]]) -> State:
     """The mean of the clients' tensors by their numbers of examples."""
     whole = sum(weight for _, weight in states)
@@ -121,6 +140,8 @@ class Record:
         self.losses: list[float] = []
         self.processor: list[float] = []
         self.begun = (0.0, 0.0)
+        self.ended = 0.0
+        """When the last round ended, in seconds since 1970."""
 
     def begin(self) -> None:
         """A round begins."""
@@ -130,11 +151,18 @@ class Record:
         """A round has ended; ``losses`` are the clients' with their weights."""
         self.seconds.append(time.perf_counter() - self.begun[0])
         self.processor.append(time.process_time() - self.begun[1])
+        self.ended = time.time()
         self.losses.append(sum(loss * n for loss, n in losses) / sum(n for _, n in losses))
 
     def save(self, model: Any, state: State, **more: Any) -> None:
         """Write what was noted, and the adapter."""
         write(model, state)
         model.save_pretrained(str(self.folder / "model"))
-        content = {"rounds": self.seconds, "processor": self.processor, "losses": self.losses, **more}
+        content = {
+            "rounds": self.seconds,
+            "processor": self.processor,
+            "losses": self.losses,
+            "ended": self.ended,
+            **more,
+        }
         (self.folder / "result.json").write_text(json.dumps(content), encoding="utf-8")
