@@ -33,6 +33,7 @@ WRITERS: dict[str, dict[str, Any]] = {
         "name": "prompt_engineering", "strategy": "black_box", "prompt_length": 3, "dimensions": 6,
         "local_generations": 1, "examples": 4,
     },
+    "few-shot": {"name": "untuned", "shots": 2},
 }  # fmt: skip
 
 
@@ -67,6 +68,8 @@ def test_models_that_write(
     if method["name"] == "prompt_engineering":
         changes.pop("training.batch_size")
         del recipe["training"]
+    if kind == "few-shot":
+        recipe["baseline"] = "centralised"
     if method.get("strategy") == "in_context":
         recipe["method"] = {**method, "retriever": tiny["bert"]}
     if kind in ("in context", "distillation"):
