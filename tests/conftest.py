@@ -102,14 +102,10 @@ def generation(tiny: dict[str, str], data_folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Call the command line in this process."""
-    from rich.console import Console
-
     import fedcustom.cli.app as cli
 
     def call(*arguments: Any) -> Result:
         monkeypatch.setattr(sys, "argv", ["fedcustom", *map(str, arguments)])
-        monkeypatch.setattr(cli, "out_console", Console(file=sys.stdout, width=120))
-        monkeypatch.setattr(cli, "err_console", Console(file=sys.stderr, width=120))
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
             cli.main()

@@ -73,6 +73,13 @@ Overrides = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and the result alone")]
+NoCheck = Annotated[
+    bool,
+    typer.Option(
+        "--no-check",
+        help="Do not load the written model in a fresh process to compare its outputs with the trained one's",
+    ),
+]
 
 
 def command_line(
