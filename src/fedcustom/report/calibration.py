@@ -12,7 +12,7 @@ from markupsafe import Markup
 from ..evaluation.calibration import BINS, binned, expected_calibration_error
 from . import formatting as words
 from .axes import Axis, linear
-from .read import Prediction
+from .read import Prediction, Run
 from .svg import Chart
 
 COUNTS_HEIGHT = 96
@@ -27,6 +27,27 @@ class Bin:
     count: int
     confidence: float
     accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How far one run's probabilities are to be believed: in a sentence, as charts and bin by bin."""
+
+    verdict: str
+    temperature: str
+    charts: Markup
+    bins: list[Bin]
+
+
+def calibration(run: Run, predictions: Sequence[Prediction], paint: str) -> Calibration | None:
+    """Of a run's predictions; None where none of them has a probability."""
+    bins = reliability(predictions)
+    filled = [each for each in bins if each.count]
+    if not filled:
+        return None
+    found = run.summary.temperature
+    divided = "" if found is None else f"Logits are divided by {found:.3g}, the temperature."
+    return Calibration(verdict(bins), divided, reliability_charts(bins, paint), filled)
 
 
 def reliability(predictions: Sequence[Prediction]) -> list[Bin]:

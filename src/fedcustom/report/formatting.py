@@ -19,6 +19,7 @@ from .groups import (
     trivial_metric,
 )
 from .methods import is_to_beat, settings
+from .read import Run
 
 METRIC_NAMES = {
     "accuracy": "accuracy",
@@ -39,6 +40,9 @@ METRIC_NAMES = {
 }
 MISSING = "–"
 
+LONGEST_TEXT = 800
+"""Characters of a text of a client or a model that are shown."""
+
 
 def metric_name(metric: str) -> str:
     """A metric as people write it: ``macro F1`` for ``macro_f1``."""
@@ -49,6 +53,16 @@ def capitalised(text: str) -> str:
     """The text with a capital first letter, unless its first word has its own spelling, as chrF does."""
     first = text.partition(" ")[0]
     return text if first != first.lower() else text[:1].upper() + text[1:]
+
+
+def run_title(group: Group, run: Run) -> str:
+    """A run of a group, by its seed."""
+    return f"{capitalised(group.label)}, seed {run.summary.seed}"
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text that is too long to be shown."""
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
 
 
 def score(value: float, metric: str) -> str:

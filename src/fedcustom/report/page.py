@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 
-import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
@@ -18,191 +16,23 @@ from ..core.files import write_text
 from . import formatting as words
 from .audits import audit_tables
 from .baselines import all_beat, degenerate, left_out, partly_generated, truncated, unbeaten
-from .calibration import Bin, reliability, reliability_charts, verdict
+from .calibration import calibration
+from .clients import client_tables, clients_left_out
 from .confusion import confusions
-from .groups import Group, best_group, client_counts, client_scores, group_runs, lower_is_better, metric_names
+from .examples import first_examples
+from .groups import Group, best_group, client_counts, group_runs, lower_is_better, metric_names
 from .methods import palette
 from .plots import BOX_FROM, ENDS, MOST_POINTS, Plots, colour, figures
-from .read import Prediction, Run, Runs, Summary, read_predictions, read_runs
+from .privacy import promises
+from .read import Run, Runs, Summary, read_predictions, read_runs
 from .rows import TableSection, comparison_columns, comparison_sections
 from .svg import definitions
 from .timeline import timelines
 from .traffic import traffic
 
 STYLES = ("palette.css", "style.css", "print.css")
-EXAMPLES = 10
-LONGEST_TEXT = 800
-SPENT_SHOWN = 8
-"""Rounds of which it is told what was spent of epsilon, about."""
-
 LONGEST_LOG = 20_000
 MOST_VALUES = 4
-MOST_CLIENTS = 200
-"""Clients that a table of all of them lists; of more, the worst."""
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One test example as it is shown; ``correct`` is None where right and wrong do not apply."""
-
-    given: str
-    expected: list[str]
-    prediction: str
-    probability: str
-    correct: bool | None
-
-
-@dataclass(frozen=True, slots=True)
-class Examples:
-    """The first test examples of one run."""
-
-    label: str
-    paint: str
-    shown: list[Example]
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A client that was left out of some rounds of a run, and why."""
-
-    run: str
-    client: str
-    reason: str
-    rounds: str
-
-
-@dataclass(frozen=True, slots=True)
-class ClientTable:
-    """Each client's score by group, for one metric."""
-
-    metric: str
-    headings: list[str]
-    rows: list[tuple[str, list[str]]]
-    left_out: int
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
-
-
-def _example(line: Prediction) -> Example:
-    classified = line.label is not None
-    references = [line.references] if isinstance(line.references, str) else line.references
-    return Example(
-        given=_shortened(line.text or line.source),
-        expected=[str(line.label)] if classified else [_shortened(text) for text in references],
-        prediction=_shortened(str(line.prediction)),
-        probability="" if line.probability is None else f"{line.probability:.2f}",
-        correct=str(line.label) == str(line.prediction) if classified else None,
-    )
-
-
-def _examples(groups: Sequence[Group], first: Group) -> list[Examples]:
-    shown = []
-    for group in sorted(groups, key=lambda group: group is not first):
-        run = group.runs[0]
-        items = [_example(line) for line in islice(read_predictions(run), EXAMPLES)]
-        if items:
-            label = f"{words.capitalised(group.label)}, seed {run.summary.seed}"
-            shown.append(Examples(label, colour(group.method, groups), items))
-    return shown
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """How far one run's probabilities are to be believed: in a sentence, as charts and bin by bin."""
-
-    verdict: str
-    temperature: str
-    charts: Markup
-    bins: list[Bin]
-
-
-def _calibration(run: Run, predictions: Sequence[Prediction], paint: str) -> Calibration | None:
-    bins = reliability(predictions)
-    filled = [each for each in bins if each.count]
-    if not filled:
-        return None
-    found = run.summary.temperature
-    divided = "" if found is None else f"Logits are divided by {found:.3g}, the temperature."
-    return Calibration(verdict(bins), divided, reliability_charts(bins, paint), filled)
-
-
-@dataclass(frozen=True, slots=True)
-class Private:
-    """What a run promises of privacy, and what its rounds have spent: some of them, the last one too."""
-
-    run: str
-    unit: str
-    epsilon: str
-    delta: str
-    note: str
-    spent: str
-
-
-def _private(groups: Sequence[Group]) -> list[Private]:
-    found = []
-    for group in groups:
-        for run in group.runs:
-            if (promise := run.summary.privacy) is None:
-                continue
-            rows = [line for line in run.history if line.epsilon is not None]
-            chosen = rows[:: max(1, len(rows) // SPENT_SHOWN)]
-            chosen += rows[-1:] if rows and rows[-1] not in chosen else []
-            spent = ", ".join(f"{line.epsilon:.2f} (round {line.round})" for line in chosen)
-            note = "" if promise.valid else "The noise can be repeated from the seed: nothing is promised."
-            epsilon, delta = f"{promise.epsilon:.4g}", f"{promise.delta:g}"
-            found.append(Private(_title(group, run), promise.unit, epsilon, delta, note, spent))
-    return found
-
-
-def _left_out(groups: Sequence[Group]) -> list[LeftOut]:
-    found = []
-    for group in groups:
-        for run in group.runs:
-            rounds: dict[tuple[str, str], list[int]] = {}
-            for line in run.history:
-                for client, reason in line.left_out.items():
-                    rounds.setdefault((client, reason), []).append(line.round)
-            found += [
-                LeftOut(_title(group, run), client, _shortened(reason), words.rounds(numbers))
-                for (client, reason), numbers in rounds.items()
-            ]
-    return found
-
-
-def _title(group: Group, run: Run) -> str:
-    return f"{words.capitalised(group.label)}, seed {run.summary.seed}"
-
-
-def _client_tables(groups: Sequence[Group], metrics: Sequence[str]) -> list[ClientTable]:
-    tables = []
-    for metric in metrics:
-        columns = {group.label: client_scores(group, metric).set_index("client")["score"] for group in groups}
-        columns = {label: scores for label, scores in columns.items() if not scores.empty}
-        every = dict.fromkeys(str(client) for scores in columns.values() for client in scores.index)
-        clients = _worst(list(every), list(columns.values()), metric)
-        rows = [
-            (
-                client,
-                [words.score(float(scores.get(client, float("nan"))), metric) for scores in columns.values()],
-            )
-            for client in clients
-        ]
-        if rows:
-            headings = [words.capitalised(label) for label in columns]
-            tables.append(ClientTable(metric, headings, rows, len(every) - len(rows)))
-    return tables
-
-
-def _worst(clients: list[str], columns: Sequence[pd.Series], metric: str) -> list[str]:
-    """The clients that a table shows: all in their order or, of many, those that are worst on average."""
-    if len(clients) <= MOST_CLIENTS:
-        return clients
-    means = pd.concat(columns, axis=1).mean(axis=1)
-    return [str(client) for client in means.sort_values(ascending=not lower_is_better(metric)).index][
-        :MOST_CLIENTS
-    ]
 
 
 def _environment(runs: Sequence[Run]) -> list[tuple[str, str]]:
@@ -384,20 +214,20 @@ def render(runs: Runs) -> str:
         symbols=definitions(),
         plots={name: _by_metrics(drawn, metrics) for name, drawn in plots.items()},
         confusions=confusions(predictions, primary.runs[0].summary.labels),
-        calibration=_calibration(primary.runs[0], predictions, paint),
+        calibration=calibration(primary.runs[0], predictions, paint),
         paint=paint,
         captions=captions,
-        clients=_client_tables(groups, metrics),
-        primary=_title(primary, primary.runs[0]),
-        examples=_examples(groups, primary),
-        left_out=_left_out(groups),
-        private=_private(groups),
+        clients=client_tables(groups, metrics),
+        primary=words.run_title(primary, primary.runs[0]),
+        examples=first_examples(groups, primary),
+        left_out=clients_left_out(groups),
+        private=promises(groups),
         timelines=timelines(groups),
         traffic=traffic(groups),
         audits=audit_tables(groups, metrics[0]),
         unfinished=runs.unfinished,
         logs=[
-            (_title(group, run), run.warnings[-LONGEST_LOG:])
+            (words.run_title(group, run), run.warnings[-LONGEST_LOG:])
             for group in groups
             for run in group.runs
             if run.warnings
