@@ -90,11 +90,10 @@ def test_questions_are_cut_alike_for_routes_and_for_searches(recipe: dict[str, A
     torch.testing.assert_close(
         masses, mass_before(logits, torch.ones(len(things), dtype=torch.long)), atol=1e-4, rtol=0
     )
-    scores = method._estimate(
-        method.initialise(), [Example(q.text, fields=q.fields, target="x") for q in questions]
-    )
+    known = [Example(q.text, fields=q.fields, target="x") for q in questions]
+    scores = method.predict(method.initialise(), known, texts=False).scores
     assert scores.shape == (len(things), 2)
-    searched = torch.from_numpy(method._embed_examples(questions)).double()
+    searched = torch.from_numpy(method.embedder.questions(questions)).double()
     torch.testing.assert_close(searched, expected, atol=1e-5, rtol=0)
 
 
@@ -120,7 +119,7 @@ def test_a_question_that_is_asked_is_cut_by_the_recipe(
     opened.ask(question)
     assert notes == [f"the question has {len(ids)} tokens; {said} (data.max_length) are not looked at"]
     left = ids[-LIMIT:] if "last" in said else ids[:LIMIT]
-    found = torch.from_numpy(opened.method._embed_questions([question])[0]).double()
+    found = torch.from_numpy(opened.method.embedder.typed_questions([question])[0]).double()
     torch.testing.assert_close(found, vector(base, left), atol=1e-5, rtol=0)
     notes.clear()
     opened.ask("the cat near the dog")
@@ -217,6 +216,6 @@ def test_chunks_are_read_whole(recipe: dict[str, Any], tmp_path: Path) -> None:
     library.index(recipe, tmp_path / "index", note=notes.append)
     assert not notes
     method = library.Library(tmp_path / "index").method
-    method._embed(["the cat", CONTEXT])
+    method.embedder.chunks(["the cat", CONTEXT])
     lost = len(method.base.tokenizer(CONTEXT)["input_ids"]) - LIMIT
     assert method.take_cuts() == [f"the encoder cut 1 of 2 chunks of documents ({lost} tokens)"]

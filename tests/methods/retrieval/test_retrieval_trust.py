@@ -80,7 +80,7 @@ def test_private_query_stays_private(recipe: dict[str, Any], tmp_path: Path, mon
     opened = library.Library(tmp_path / "i")
     seen = record(monkeypatch)
     question = rows(1)[0]["question"]
-    exact = opened.method._embed_questions([question])[0]
+    exact = opened.method.embedder.typed_questions([question])[0]
     opened.ask(question)
     for _, task in seen:
         for tensor in task.tensors.values():
@@ -219,7 +219,7 @@ def test_sentence_transformers(recipe: dict[str, Any], tmp_path: Path, train: st
     run = fedcustom.run({**made, "evaluation": {"untuned": False}}, out=tmp_path / "r")
     texts = [r["question"] for r in rows(4)]
     theirs = SentenceTransformer(str(run.directory / "model"), device="cpu").encode(texts)
-    ours = library.Library(run.directory).method._embed_questions(texts)
+    ours = library.Library(run.directory).method.embedder.typed_questions(texts)
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
 
 

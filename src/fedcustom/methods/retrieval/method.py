@@ -14,11 +14,8 @@ import numpy as np
 
 from ...core.errors import ModelError
 from ...core.tensors import Tensors
-from ...data.encode import encode_examples, input_cut
 from ...data.examples import Example
-from ...data.truncation import CutTally
 from ...models.configuration import context_length
-from ...models.embedding import embed
 from ...models.inference import Predictions
 from ...models.quantised_layers import exact_weights
 from ..full.method import SHARD, Full
@@ -38,13 +35,13 @@ from ..tuning.update_checks import check_state
 from .checks import check_answer, check_search
 from .chunking import digest
 from .client import RetrievalClient
+from .embedder import Embedder
 from .export import weights_digest, write_modules
 from .generation import Generator, generator_of
 from .measures import answer_losses, search_figures
 from .merging import Hit
 from .messages import MESSAGES, AnswerTask, AnswerUpdate, CountTask, CountUpdate, IndexTask
 from .negatives import BORROWED, LENT, Negatives, plain
-from .privacy import Vectors
 from .search import Searched, Searcher
 from .settings import RetrievalSettings
 from .store import library
@@ -83,22 +80,22 @@ class Retrieval(SequentialClients):
         self.contrastive = Contrastive(context.base, context.data, settings.temperature)
         self.tuning = self._training()
         model = self.tuning.trainable.model if self.tuning else self.base.model
-        self.encoder = replace(self.base, model=model)
         evaluation = context.evaluation
+        self.embedder = Embedder(
+            replace(self.base, model=model), context.data, settings.chunk_length, evaluation.batch_size
+        )
         self.generator = generator_of(
             settings.generator, context.model, evaluation, settings.answer_tokens, context.data.truncation
         )
         self.retrieval_client = RetrievalClient(
-            settings, self.base.tokenizer, self._embed, self._embed_examples, self.generator
+            settings, self.base.tokenizer, self.embedder.chunks, self.embedder.questions, self.generator
         )
-        self.searcher = Searcher(settings, self._embed_questions)
+        self.searcher = Searcher(settings, self.embedder.typed_questions)
         shares = settings.shared_negatives and context.keeps == "nothing"
         self.negatives = (
-            Negatives(settings, context.seed, context.rounds, self._embed_passages) if shares else None
+            Negatives(settings, context.seed, context.rounds, self.embedder.passages) if shares else None
         )
         self.report: dict[str, Any] = {}
-        self._known: dict[str, Example] = {}  # the questions that are predicted, with their columns
-        self._chunks = CutTally()
 
     @property
     def messages(self) -> Messages:
@@ -199,7 +196,9 @@ class Retrieval(SequentialClients):
         if not self.settings.rerank or self.generator is None:
             return list(hits)
         known = [hit for hit in hits if hit.document in shown]
-        scores = self.generator.likelihood(self._question(question), [shown[hit.document] for hit in known])
+        scores = self.generator.likelihood(
+            self.embedder.question(question), [shown[hit.document] for hit in known]
+        )
         order = sorted(range(len(known)), key=lambda i: (-scores[i], i))
         best = [replace(known[i], score=scores[i]) for i in order]
         return [*best, *(hit for hit in hits if hit.document not in shown)]
@@ -211,7 +210,7 @@ class Retrieval(SequentialClients):
         places = [i for i, hit in enumerate(hits) if hit.document in shown][: self.settings.passages_given]
         if places and self.generator is not None:
             (text,) = self.generator.write(
-                [self._question(question)], [[shown[hits[i].document] for i in places]]
+                [self.embedder.question(question)], [[shown[hits[i].document] for i in places]]
             )
             return text, places
         for hit in hits:
@@ -233,17 +232,14 @@ class Retrieval(SequentialClients):
 
     def cut_of(self, question: str) -> int:
         """How many tokens of a question are cut before it is embedded."""
-        cut, rules = input_cut(self.context.data), self.base.token_rules
-        (encoded,) = encode_examples(self.base.tokenizer, [self._question(question)], cut, rules)
-        return sum(encoded.lost.values())
+        return self.embedder.cut_of(question)
 
     def take_cuts(self) -> list[str]:
         """What of passages, questions and answers the generator had no room for, and what of chunks the
         encoder had none for, since the last call.
         """
-        chunks, self._chunks = self._chunks, CutTally()
-        found = self.generator.take_cuts() if self.generator is not None else []
-        return [f"the encoder cut {text}" for text in chunks.in_words("chunks of documents")] + found
+        found = self.embedder.take_cuts()
+        return found + (self.generator.take_cuts() if self.generator is not None else [])
 
     # --- evaluation and export ---
 
@@ -256,9 +252,10 @@ class Retrieval(SequentialClients):
         Documents of clients that do not answer count as not found, and ``retrieval.json`` names the clients.
         """
         questions = [example.text for example in examples]
-        self._known = {example.text: example for example in examples}
+        self.embedder.know(examples)
         if not texts:
-            return Predictions(self._estimate(state, examples))
+            self._use(state)
+            return Predictions(np.stack([self.embedder.ranks(examples), np.ones(len(examples))], axis=1))
         wanted = [digest(example.target) for example in examples]
         searched = self.search(state, questions, noise=self._repeatable())
         scores = np.zeros((len(examples), 2))
@@ -356,46 +353,6 @@ class Retrieval(SequentialClients):
         for name in sorted(state.tensors):
             content.update(name.encode() + state.tensors[name].contiguous().numpy().tobytes())
         return content.hexdigest()
-
-    def _embed(self, texts: Sequence[str]) -> Vectors:
-        longest = max(self.settings.chunk_length + 2, self.context.data.max_length)
-        size = self.context.evaluation.batch_size
-        return embed(self.encoder, texts, max_length=longest, batch_size=size, tally=self._chunks)
-
-    def _question(self, text: str) -> Example:
-        """A question, with its columns where they are known: one that is typed has none."""
-        return self._known.get(text, Example(text))
-
-    def _embed_questions(self, questions: Sequence[str]) -> Vectors:
-        return self._embed_examples([self._question(question) for question in questions])
-
-    def _embed_examples(self, questions: Sequence[Example]) -> Vectors:
-        """Cut by ``data.truncate``, as training cuts them."""
-        data, size = self.context.data, self.context.evaluation.batch_size
-        return embed(
-            self.encoder,
-            [question.text for question in questions],
-            max_length=data.max_length,
-            batch_size=size,
-            how=data.truncation,
-            fields=[question.fields for question in questions],
-        )
-
-    def _embed_passages(self, passages: Sequence[str]) -> Vectors:
-        """As training sees them."""
-        size, longest = self.context.evaluation.batch_size, self.context.data.max_target_length
-        return embed(self.encoder, passages, max_length=longest, batch_size=size)
-
-    def _estimate(self, state: State, examples: list[Example]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        self._use(state)
-        questions = self._embed_examples(examples)
-        texts = list(dict.fromkeys(example.target for example in examples))
-        vectors = self._embed_passages(texts)
-        place = {text: number for number, text in enumerate(texts)}
-        own = np.array([place[example.target] for example in examples])
-        scores = questions @ vectors.T
-        better = (scores > scores[np.arange(len(own)), own][:, None]).sum(axis=1)
-        return np.stack([better + 1.0, np.ones(len(own))], axis=1)
 
     def _variants(self, questions: list[str], searched: Searched) -> dict[str, Searched]:
         """The recipe's search beside those without its routing and without its privacy."""
