@@ -129,12 +129,12 @@ def test_demonstrations_are_cut_as_inputs_are(
         shown, asked = prompt.split("\n\n")
         assert asked == f"{query} :"
         assert shown.rpartition(" :")[0] in own
-    vectors = method._embed_inputs(client.train[:3])
+    vectors = method.retriever.vectors_now(client.train[:3])
     for example, found in zip(client.train, vectors, strict=False):
         left = by_hand(tokenizer, example.text, task, truncate)
         ids = torch.tensor([tokenizer(left)["input_ids"]])  # the retriever's tokenizer is the same
         with torch.no_grad():
-            mean = method.retriever.model(input_ids=ids).last_hidden_state[0].mean(dim=0)
+            mean = method.retriever.base.model(input_ids=ids).last_hidden_state[0].mean(dim=0)
         np.testing.assert_allclose(found, torch.nn.functional.normalize(mean, dim=0).numpy(), atol=1e-5)
 
 

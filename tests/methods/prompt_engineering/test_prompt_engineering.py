@@ -296,9 +296,15 @@ def test_refining_answers_by_hand(recipe: Any, tmp_path: Path) -> None:
     def vectors(texts: list[str]) -> Any:
         rows = []
         for text in texts:
-            ids = torch.tensor([method.retriever.tokenizer(text)["input_ids"][:16]])
+            ids = torch.tensor([method.retriever.base.tokenizer(text)["input_ids"][:16]])
             with torch.no_grad():
-                mean = method.retriever.model(input_ids=ids).last_hidden_state[0].mean(dim=0).double().numpy()
+                mean = (
+                    method.retriever.base.model(input_ids=ids)
+                    .last_hidden_state[0]
+                    .mean(dim=0)
+                    .double()
+                    .numpy()
+                )
             rows.append(mean / np.linalg.norm(mean))
         return np.stack(rows)
 

@@ -5,28 +5,23 @@ with their nearest private examples in context.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ...core.errors import DataError, ModelError, RecipeError, UpdateError
-from ...core.per_list import PerList
-from ...data.encode import input_cut
-from ...data.examples import Example, LearningTask
-from ...data.truncation import CutTally
+from ...data.examples import Example
 from ...models.configuration import context_length
-from ...models.embedding import embed
 from ...models.inference import Predictions, generate
 from ...models.likelihood import prompt_ids
-from ...models.load import load_base
 from ..messages import Task, Update, Work, typed
 from ..protocol import Aggregate, Answer, Client, Prompts, State, Values
 from ..tuning.technique import Context
-from .answers import medoid, nearest, pooled_log_probabilities, similarity_weights
+from .answers import medoid, pooled_log_probabilities, similarity_weights
 from .messages import IN_CONTEXT, AnswerQueriesTask, AnswerQueriesUpdate
 from .prompt_method import PromptMethod
+from .retriever import Retriever, nearest_texts
 from .scorer import Matrix, Scorer, log_softmax
 from .settings import PromptEngineeringSettings
 from .templates import CONTENT_FREE, INPUT, LABELS, PLAIN, Candidate, continuation, label_sets
@@ -66,12 +61,8 @@ class InContext(PromptMethod):
         self.candidate = Candidate(template, labels)
         whole = Candidate(f"{settings.preamble}\n\n{template}", labels)
         self.scorer.check(whole, "method.preamble" if settings.preamble else "method.instructions")
-        model = context.model.model_copy(update={"base": settings.retriever, "revision": None})
-        self.retriever = load_base(
-            model, LearningTask("classification"), context.seed, head=False, precision=self.base.precision
-        )
-        self._vectors = PerList[Matrix]()
-        self._embedded, self._shown, self._left_out = CutTally(), 0, 0
+        self.retriever = Retriever(settings.retriever, context)
+        self._shown, self._left_out = 0, 0
 
     # --- server ---
 
@@ -161,7 +152,8 @@ class InContext(PromptMethod):
         if not client.data.train:
             raise DataError(f"client {client.name!r} has no examples to put into the context")
         own, queries = client.data.train, self.context.public
-        chosen, near = self._nearest(self._embed(queries), self._embed(own), self.settings.demonstrations)
+        vectors = self.retriever.vectors
+        chosen, near = nearest_texts(vectors(queries), vectors(own), self.settings.demonstrations)
         texts = self.scorer.inputs(own)
         shown = [[(texts[i], self._answer_of(own[i])) for i in row] for row in chosen]
         known = {"answers": asked.answers, "queries": self.scorer.inputs(queries)}
@@ -268,23 +260,10 @@ class InContext(PromptMethod):
         count = self.settings.shared_demonstrations if count is None else count
         if not answers or not count:
             return [[] for _ in examples]
-        known = self._embed_inputs([Example(text) for text in texts])
-        chosen, _ = self._nearest(self._embed(examples), known, count, exclude_self=exclude_self)
+        known = self.retriever.vectors_now([Example(text) for text in texts])
+        queries = self.retriever.vectors(examples)
+        chosen, _ = nearest_texts(queries, known, count, exclude_self=exclude_self)
         return [[(texts[i], answers[i]) for i in row] for row in chosen]
-
-    def _nearest(
-        self, queries: Matrix, texts: Matrix, count: int, *, exclude_self: bool = False
-    ) -> tuple[list[list[int]], Matrix]:
-        """Positions of the nearest texts, nearest last, and their mean similarity to each query."""
-        scores = queries @ texts.T
-        if exclude_self:
-            np.fill_diagonal(scores, -np.inf)
-        count = min(count, texts.shape[0] - exclude_self)
-        if count < 1:
-            return [[] for _ in queries], np.zeros(len(queries))
-        order = nearest(scores, count)
-        near: Matrix = np.take_along_axis(scores, order, axis=1).mean(axis=1)
-        return order.tolist(), near
 
     def _prompts(self, demonstrations: list[list[tuple[str, str]]], examples: list[Example]) -> list[str]:
         """One prompt an example; the farthest demonstrations are left out where the context is too short."""
@@ -328,45 +307,17 @@ class InContext(PromptMethod):
             if state.values["answers"]:
                 texts = [*texts, state.values["answers"][query]]
                 mass = np.append(mass, mass.mean())
-            vectors = self._embed_inputs([Example(text or " ") for text in texts])
+            vectors = self.retriever.vectors_now([Example(text or " ") for text in texts])
             chosen.append(texts[medoid(vectors, mass)])
         return chosen
-
-    def _embed(self, examples: list[Example]) -> Matrix:
-        """Vectors of a list's texts, computed once a list."""
-        if examples not in self._vectors:
-            self._vectors[examples] = self._embed_inputs(examples)
-        return self._vectors[examples]
-
-    @property
-    def _retriever_length(self) -> int:
-        limit = context_length(self.retriever.model.config) or 512
-        return min(limit, self.context.data.max_length)
-
-    def _embed_inputs(self, examples: Sequence[Example]) -> Matrix:
-        """Vectors of texts, cut by ``data.truncate`` to what the retriever reads."""
-        cut = input_cut(self.context.data)
-        vectors = embed(
-            self.retriever,
-            [example.text for example in examples],
-            max_length=self._retriever_length,
-            batch_size=self.context.evaluation.batch_size,
-            how=replace(cut.how, side=cut.how.side or cut.side),
-            fields=[example.fields for example in examples],
-            tally=self._embedded,
-        )
-        return vectors.astype(np.float64)
 
     def take_cuts(self) -> list[str]:
         """How many texts were cut for the retriever, and how many demonstrations a prompt had no room for,
         since the last call.
         """
-        embedded, shown, left_out = self._embedded, self._shown, self._left_out
-        self._embedded, self._shown, self._left_out = CutTally(), 0, 0
-        found = [
-            f"method.retriever reads {self._retriever_length} tokens of a text; cut were {text}"
-            for text in embedded.in_words("texts")
-        ]
+        found = self.retriever.take_cuts()
+        shown, left_out = self._shown, self._left_out
+        self._shown, self._left_out = 0, 0
         if left_out:
             limit = context_length(self.base.model.config)
             found.append(
