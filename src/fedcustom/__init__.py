@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Run, load, run
+    from .api.finished_run import Run
+    from .api.running import load, run
     from .core.errors import FedcustomError
     from .federated.callbacks import Callback
     from .preflight.recipe_check import check
@@ -35,9 +36,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Run": "api",
-    "load": "api",
-    "run": "api",
+    "Run": "api.finished_run",
+    "load": "api.running",
+    "run": "api.running",
     "Callback": "federated.callbacks",
     "FedcustomError": "core.errors",
     "Recipe": "recipe",
