@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from .callbacks import Callback, Outline
 from .cost_estimate import outline
 from .resolve import resolved
 from .schedule import Plan, plan_rounds
-from .simulation import Federation, simulate
+from .simulation import Federation, gathered, simulate
 
 STEPS = 2
 """Steps of each client that are measured, after one that is not; fewer where rows are hidden by noise for
@@ -120,9 +119,7 @@ def measure_resources(recipe: Recipe, callbacks: Callback | None = None) -> Reso
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         environment.restart_peak_memory()
-        federation = simulate(recipe, place, place / "clients", told)
-        with ExitStack() as ending:
-            ending.callback(federation.close)
+        with gathered(simulate, recipe, place, place / "clients", told) as federation:
             return resources_of(recipe, federation, told)
 
 

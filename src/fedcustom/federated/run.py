@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from .private_run import forget_key
 from .resolve import resolved
 from .resources import memory_warning
 from .run_directory import RunDirectory
-from .simulation import Federation, Gather, has_one_model, simulate
+from .simulation import Federation, Gather, gathered, has_one_model, simulate
 from .summary import summarise
 from .tracking.follow import followed
 
@@ -84,17 +83,9 @@ def run_recipe(
         if finished is not None:
             return finished
         try:
-            with followed(recipe, place, told), ExitStack() as ending:
+            with followed(recipe, place, told):
                 summary = _run(
-                    recipe,
-                    place,
-                    told,
-                    gather,
-                    transforms,
-                    identities,
-                    ending,
-                    accept=accept,
-                    check=check_export,
+                    recipe, place, told, gather, transforms, identities, accept=accept, check=check_export
                 )
         except BaseException as error:
             told.on_phase("")
@@ -113,34 +104,53 @@ def _run(
     gather: Gather,
     transforms: Sequence[UpdateTransform],
     identities: Sequence[Identity],
-    ending: ExitStack,
     *,
     accept: bool,
     check: bool,
 ) -> dict[str, Any]:
-    """From the last checkpoint, or from the beginning, to the summary. ``ending`` ends what was started for
-    the parties; ``accept``: with other rows too; ``check``: compare the model that is written with the
-    trained one.
+    """From the last checkpoint, or from the beginning, to the summary. ``accept``: with other rows too;
+    ``check``: compare the model that is written with the trained one.
     """
     started = time.perf_counter()
     environment.restart_peak_memory()
-    parties = gather(recipe, directory.path, directory.checkpoints.clients, callbacks, transforms)
-    ending.callback(parties.close)
-    rows = parties.fingerprint
-    difference = fingerprint.check(directory.path, rows, accept=accept) if rows else None
-    too_large = memory_warning(recipe, parties) if gather is simulate else None
-    loop, base = FedAvg(recipe, parties, directory, callbacks), parties.base
-    callbacks.raise_failure()
-    del parties  # with the first state, which is held no longer than the loop needs it
-    directory.describe(recipe, base, identities)
-    if loop.federation.private is not None:
-        loop.federation.private.write(directory.path)
+    path, memories = directory.path, directory.checkpoints.clients
+    with gathered(gather, recipe, path, memories, callbacks, transforms) as parties:
+        rows = parties.fingerprint
+        difference = fingerprint.check(path, rows, accept=accept) if rows else None
+        too_large = memory_warning(recipe, parties) if gather is simulate else None
+        loop = FedAvg(recipe, parties, directory, callbacks)
+        callbacks.raise_failure()
+        del parties  # with the first state, which is held no longer than the loop needs it
+        directory.describe(recipe, loop.federation.base, identities)
+        if loop.federation.private is not None:
+            loop.federation.private.write(path)
+        _record_hidden(loop)
+        if rows:
+            fingerprint.record(path, rows)
+        _tell(recipe, loop, difference, too_large)
+        loop.run()
+        forget_key(path)
+        _record_hidden(loop)
+        summary = _finish(loop, time.perf_counter() - started, check=check)
+        callbacks.on_run_end(summary)
+        if text := degenerate.in_words(summary.get("degenerate", {})):
+            loop.warn(text)
+        return summary
+
+
+def _record_hidden(loop: FedAvg) -> None:
+    """Write down what hides the clients' rows, and how often each client's have been used."""
     if loop.federation.hidden is not None:
-        loop.federation.hidden.write(directory.path, loop.federation.memories.snapshot()[0])
-    if rows:
-        fingerprint.record(directory.path, rows)
+        loop.federation.hidden.write(loop.directory.path, loop.federation.memories.snapshot()[0])
+
+
+def _tell(recipe: Recipe, loop: FedAvg, difference: str | None, too_large: str | None) -> None:
+    """Say before the first round what users should know: that rows have changed, how the model was loaded,
+    that memory is short, and what is cut.
+    """
+    base, callbacks = loop.federation.base, loop.callbacks
     if difference is not None:
-        loop.warn(f"{directory.path}: {difference}")
+        loop.warn(f"{loop.directory.path}: {difference}")
     if report := base.loading.in_words():
         tell = callbacks.on_note if base.loading.concerns_body else callbacks.on_information
         tell(f"loading {base.name}: {report}")
@@ -157,15 +167,6 @@ def _run(
     if base.measured:
         steps = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in base.measured.items())
         callbacks.on_note(f"model.dtype = auto: {base.precision} (a step: {steps})")
-    loop.run()
-    forget_key(directory.path)
-    if loop.federation.hidden is not None:
-        loop.federation.hidden.write(directory.path, loop.federation.memories.snapshot()[0])
-    summary = _finish(loop, time.perf_counter() - started, check=check)
-    callbacks.on_run_end(summary)
-    if text := degenerate.in_words(summary.get("degenerate", {})):
-        loop.warn(text)
-    return summary
 
 
 def _finish(loop: FedAvg, elapsed: float, *, check: bool) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,6 +99,27 @@ class Federation:
 Gather = Callable[[Recipe, Path, Path, Callback, Sequence[UpdateTransform]], Federation]
 """From a recipe, the run's directory, its folder for clients' private tensors, something that is told how
 this goes, and the caller's transforms of updates, to the run's parties."""
+
+
+@contextmanager
+def gathered(
+    gather: Gather,
+    recipe: Recipe,
+    directory: Path,
+    memories: Path,
+    callbacks: Callback,
+    transforms: Sequence[UpdateTransform] = (),
+) -> Iterator[Federation]:
+    """A run's parties; the processes that were started for them end with this context.
+
+    Nothing here refers to the parties in the meantime: who is done with them frees their memory.
+    """
+    parties = [gather(recipe, directory, memories, callbacks, transforms)]
+    close = parties[0].close
+    try:
+        yield parties.pop()
+    finally:
+        close()
 
 
 def simulate(
