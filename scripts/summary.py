@@ -278,7 +278,8 @@ interval, with the number of seeds in brackets."""
         "",
         "A probe is logistic regression on the frozen model's vectors. Its rows differ between partitions, "
         "as the clients' development parts do, which it does not see. scikit-learn's on all training "
-        "rows, without this package, are in [prefix.md](../prefix.md#trec-6-after-forty-rounds-even-labels-too).",
+        "rows, without this package, are in "
+        "[prefix.md](../prefix.md#trec-6-after-forty-rounds-even-labels-too).",
         "",
         "![Test accuracy at Dirichlet 0.1 against bytes sent in all](quality-bytes.svg)",
         "",
