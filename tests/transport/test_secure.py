@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedcustom.aggregation.mean import weighted_mean
 from fedcustom.core.errors import RecipeError, UpdateError
-from fedcustom.federated.build import change_vector
+from fedcustom.federated.build import summation
 from fedcustom.methods.messages import Update
 from fedcustom.methods.tuning.messages import TrainTask, TrainUpdate
 from fedcustom.privacy.secure_sum.integers import zeros
@@ -21,7 +21,6 @@ from fedcustom.privacy.secure_sum.terms import Terms
 from fedcustom.recipe.recipe import load_recipe
 from fedcustom.transport.protocol import Reply, SumTransport, check_visible
 from fedcustom.transport.secure import SUM, ChangeVector
-from fedcustom.transport.summed import summed_method
 from fedcustom.transport.summing import SummingTransport
 
 FORMS = {
@@ -106,9 +105,10 @@ class Inner:
 
 def summing(updates: dict[str, Update | None]) -> list[Reply]:
     recipe = load_recipe({"secure_sum": {"on": True, "most_examples": 50, "bound": 8.0}})
-    vector = change_vector(recipe, len(updates))
-    assert vector is not None
-    transport = SummingTransport(Inner(updates), cast(Any, Method()), vector, Terms())
+    summed = summation(recipe, cast(Any, Method()), len(updates))
+    assert summed is not None
+    assert summed.terms == Terms()
+    transport = SummingTransport(Inner(updates), summed)
     assert isinstance(transport, SumTransport)
     check_visible(transport, (), recipe.aggregation)
     return list(transport.exchange({name: TrainTask(dict(FORMS), round_number=1) for name in updates}, 1))
@@ -138,5 +138,7 @@ def test_too_few_clients_make_no_sum() -> None:
 
 def test_a_method_that_sends_no_changes_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"secure_sum.on = true: the method's clients do not send changes"):
-        summed_method(cast(Any, SimpleNamespace()))
-    assert change_vector(load_recipe({}), 2) is None
+        summation(
+            load_recipe({"secure_sum": {"on": True, "most_examples": 50}}), cast(Any, SimpleNamespace()), 4
+        )
+    assert summation(load_recipe({}), cast(Any, Method()), 2) is None

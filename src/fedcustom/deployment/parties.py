@@ -11,7 +11,7 @@ from ..core.errors import RecipeError
 from ..data.examples import ClientData, Example, FederatedData, LearningTask
 from ..data.party_data import OwnData, read_own
 from ..federated.base_model import load_for
-from ..federated.build import change_vector, check_fit, make_method, noised_sums
+from ..federated.build import check_fit, make_method, noised_sums, summation
 from ..federated.example_run import ExampleRun, check_rows, example_privacy
 from ..federated.fingerprint import of_server
 from ..federated.private_run import private_run
@@ -135,12 +135,13 @@ def gather(
     remote = RemoteTransport(method, channel, transforms, connection, participants, memories, min_clients)
     transport: Transport = remote
     mechanism = private.mechanism if private is not None else None
-    if (vector := change_vector(recipe, count, lambda: noised_sums(method, mechanism, None))) is not None:
+    summed = summation(recipe, method, count, lambda: noised_sums(method, mechanism, None))
+    if summed is not None:
         from .nvflare.identity import CertificateVerifier
         from .secure_transport import SecureTransport
 
         verifier = CertificateVerifier.of(folder / "server" / "startup")
-        transport = SecureTransport(remote, recipe, vector, verifier, directory / OPENING_FILE)
+        transport = SecureTransport(remote, summed, verifier, directory / OPENING_FILE)
     check_visible(transport, transforms, recipe.aggregation)
     evaluation = RemoteEvaluation(recipe, method, base, data, connection, participants, memories)
     rows = of_server(data)

@@ -28,11 +28,10 @@ from ..privacy.secure_sum.messages import (
 )
 from ..privacy.secure_sum.protocol import RoundId
 from ..privacy.secure_sum.server import ServerRound, Sum
-from ..recipe.recipe import Recipe
 from ..transport.messages import values_of
 from ..transport.protocol import Reply
-from ..transport.secure import ChangeVector, check_same_clients, closed
-from ..transport.summed import SumVector, sum_vector, summed_method
+from ..transport.secure import check_same_clients, closed
+from ..transport.summed import Summation, SumVector
 from .nvflare.messenger import SiteReply
 from .site.secure_sums import MASKED, MESSAGE
 from .task_digest import task_digest
@@ -82,14 +81,11 @@ class SecureTransport:
     def __init__(
         self,
         remote: RemoteTransport,
-        recipe: Recipe,
-        vector: ChangeVector,
+        summation: Summation,
         verifier: Verifier,
         file: Path,
     ) -> None:
-        assert recipe.secure_sum is not None
-        self.remote, self.vector, self.verifier, self.file = remote, vector, verifier, file
-        self.method, self.terms = summed_method(remote.method), recipe.secure_sum.terms()
+        self.remote, self.summation, self.verifier, self.file = remote, summation, verifier, file
 
     def exchange(
         self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
@@ -161,7 +157,7 @@ class SecureTransport:
             raise SecureSumError("the sites' tasks of this round differ, so that their changes do not add up")
         round_id = RoundId(self.remote.connection.run_id, number, task.place)
         server = ServerRound(
-            round_id, self.terms, list(tasks), first, vector.length, self.verifier, vector.bits
+            round_id, self.summation.terms, list(tasks), first, vector.length, self.verifier, vector.bits
         )
         this = _Round(server, number, {name: traffic[name] for name in tasks})
         self._ask(this, "keys", dict.fromkeys(this.left), KeyOffer, server.take_keys)
@@ -196,7 +192,7 @@ class SecureTransport:
     ) -> None:
         """One exchange: what sites answer is taken, and those that fail are lost from then on."""
         texts = {name: _text(message) if message is not None else "" for name, message in messages.items()}
-        needed = this.server.threshold or self.terms.needed(len(texts))
+        needed = this.server.threshold or self.summation.terms.needed(len(texts))
         for name, reply in self.remote.connection.secure(texts, stage, this.server.round_id, needed):
             self._take(this, name, reply, lambda name, reply: take(name, read_message(form, _payload(reply))))
 
@@ -227,7 +223,7 @@ class SecureTransport:
 
     def _vector(self, task: Task) -> SumVector:
         """How the answers to a task are summed."""
-        return sum_vector(self.method, self.vector, self.remote.channel.down(task)[0])
+        return self.summation.vector(self.remote.channel.down(task)[0])
 
 
 def _text(message: Message) -> str:

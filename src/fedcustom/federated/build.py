@@ -24,6 +24,7 @@ from ..privacy.client_mechanism import ClientMechanism
 from ..recipe.recipe import Baseline, Recipe
 from ..recipe.secure_sum import check_number
 from ..transport.secure import ChangeVector
+from ..transport.summed import Summation
 from ..updates.transform import UpdateTransform, acts
 from .example_run import example_privacy
 from .schedule import EVERYONE
@@ -80,14 +81,15 @@ def make_method(
     return build_method(recipe.method, context)
 
 
-def change_vector(
-    recipe: Recipe, clients: int, noised: Callable[[], NoisedSums | None] = lambda: None
-) -> ChangeVector | None:
-    """How changes of a recipe's clients, of whom there are so many, become vectors of integers that are
+def summation(
+    recipe: Recipe, method: Method, clients: int, noised: Callable[[], NoisedSums | None] = lambda: None
+) -> Summation | None:
+    """How the answers of a recipe's clients, of whom there are so many, become vectors of integers that are
     summed; None where it asks for no secure sums. ``noised`` is how clients add noise of their own.
 
     Raises:
-        RecipeError: too few or too many clients take part in a round.
+        RecipeError: too few or too many clients take part in a round, or the method's answers cannot be
+            summed.
     """
     settings = recipe.secure_sum
     if settings is None or not settings.on:
@@ -97,7 +99,8 @@ def change_vector(
     most = settings.most_examples if weighted else None
     losses = recipe.privacy is None or recipe.privacy.unit == "none"
     sites = recipe.rounds.cohort(clients)
-    return ChangeVector(settings.largest, sites, most, recipe.seed, losses, noised())
+    changes = ChangeVector(settings.largest, sites, most, recipe.seed, losses, noised())
+    return Summation.of(method, changes, settings.terms())
 
 
 def noised_sums(method: Method, mechanism: ClientMechanism | None, keys: Keys | None) -> NoisedSums | None:

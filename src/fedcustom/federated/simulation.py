@@ -31,7 +31,7 @@ from ..updates.attack import hostile_clients, simulated_attack
 from ..updates.pipeline import update_transforms
 from ..updates.transform import UpdateTransform
 from .base_model import load_for
-from .build import change_vector, check_transforms, make_method, noised_sums
+from .build import check_transforms, make_method, noised_sums, summation
 from .callbacks import Callback
 from .client_side import damaged, owners, read_data
 from .evaluator import Evaluator, Probes, Result
@@ -184,9 +184,9 @@ def simulate(
     else:
         transport = InProcessTransport(method, store, channel, applied, callbacks.on_note)
     mechanism, keys = (private.mechanism, private.client_key) if private is not None else (None, None)
-    vector = change_vector(recipe, len(data.clients), lambda: noised_sums(method, mechanism, keys))
-    if vector is not None and recipe.secure_sum is not None:
-        transport = SummingTransport(transport, method, vector, recipe.secure_sum.terms())
+    summed = summation(recipe, method, len(data.clients), lambda: noised_sums(method, mechanism, keys))
+    if summed is not None:
+        transport = SummingTransport(transport, summed)
     check_visible(transport, applied, recipe.aggregation)
     return Federation(
         base,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..methods.protocol import FigureForm, Method, SumsChanges, SumsFigures
 from ..methods.tuning.messages import TrainTask
 from ..privacy.secure_sum.fixed_point import FixedPoint, counts, rounding_key
 from ..privacy.secure_sum.integers import Bits, Numbers, zeros
+from ..privacy.secure_sum.terms import Terms
 from .protocol import Reply
 from .secure import SUM, ChangeVector
 
@@ -180,23 +181,40 @@ def _check_weight(update: Update, wanted: int, sites: int) -> None:
         )
 
 
-def summed_method(method: Method) -> SumsChanges:
-    """The method, as one whose clients' changes can be summed.
+@dataclass(frozen=True)
+class Summation:
+    """What of a run's answers is summed, and of how many clients: the same at the server and at each client.
 
-    Raises:
-        RecipeError: they cannot.
+    Attributes:
+        method: whose clients' answers are summed.
+        changes: how changes of tensors become vectors of integers.
+        terms: of how many clients a sum is at the least.
     """
-    if not isinstance(method, SumsChanges):
-        raise RecipeError("secure_sum.on = true: the method's clients do not send changes that can be summed")
-    return method
 
+    method: SumsChanges
+    changes: ChangeVector
+    terms: Terms
 
-def sum_vector(method: SumsChanges, vector: ChangeVector, task: Task) -> SumVector:
-    """How clients' answers to a task are summed. ``vector`` says how changes are.
+    @classmethod
+    def of(cls, method: Method, changes: ChangeVector, terms: Terms) -> Self:
+        """The summation of a method's answers.
 
-    Raises:
-        UpdateError: they are neither changes nor figures that may be.
-    """
-    if isinstance(method, SumsFigures) and (forms := method.figure_forms(task)) is not None:
-        return FigureSum(forms, method.messages[task.kind].update, task, vector.sites, vector.seed)
-    return ChangeSum(vector, method.change_forms(task), task)
+        Raises:
+            RecipeError: its clients' changes cannot be summed.
+        """
+        if not isinstance(method, SumsChanges):
+            raise RecipeError(
+                "secure_sum.on = true: the method's clients do not send changes that can be summed"
+            )
+        return cls(method, changes, terms)
+
+    def vector(self, task: Task) -> SumVector:
+        """How clients' answers to a task are summed.
+
+        Raises:
+            UpdateError: they are neither changes nor figures that may be.
+        """
+        method, changes = self.method, self.changes
+        if isinstance(method, SumsFigures) and (forms := method.figure_forms(task)) is not None:
+            return FigureSum(forms, method.messages[task.kind].update, task, changes.sites, changes.seed)
+        return ChangeSum(changes, method.change_forms(task), task)

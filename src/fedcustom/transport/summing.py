@@ -7,23 +7,20 @@ from dataclasses import replace
 
 from ..core.errors import SecureSumError, UpdateError
 from ..methods.messages import Task
-from ..methods.protocol import Method
 from ..privacy.secure_sum.integers import Numbers, zeros
-from ..privacy.secure_sum.terms import Terms
 from .protocol import Reply, Transport
-from .secure import ChangeVector, check_same_clients, closed
-from .summed import SumVector, sum_vector, summed_method
+from .secure import check_same_clients, closed
+from .summed import Summation, SumVector
 
 
 class SummingTransport:
     """Transport of a simulation that shows sums only (:class:`~.protocol.SumTransport`): another transport's
-    updates as integers (``vector``), added up. A sum of fewer clients than the ``terms`` say is not made, nor
-    in a further exchange of a round one of others than in the first.
+    updates as integers, added up. A sum of fewer clients than the summation's terms say is not made, nor in a
+    further exchange of a round one of others than in the first.
     """
 
-    def __init__(self, inner: Transport, method: Method, vector: ChangeVector, terms: Terms) -> None:
-        self.inner, self.method = inner, summed_method(method)
-        self.vector, self.terms = vector, terms
+    def __init__(self, inner: Transport, summation: Summation) -> None:
+        self.inner, self.summation = inner, summation
 
     def exchange(
         self, tasks: Mapping[str, Task], round_number: int, absent: Container[str] = ()
@@ -41,8 +38,8 @@ class SummingTransport:
                 replies.append(reply)
                 continue
             try:
-                vector = vector or sum_vector(self.method, self.vector, reply.task)
-                numbers = vector.encode(reply.update, reply.client, self.terms.needed(len(tasks)))
+                vector = vector or self.summation.vector(reply.task)
+                numbers = vector.encode(reply.update, reply.client, self.summation.terms.needed(len(tasks)))
             except (SecureSumError, UpdateError) as error:
                 replies.append(replace(reply, update=None, reason=str(error), detail=f"{error}\n"))
                 continue
@@ -53,7 +50,7 @@ class SummingTransport:
     def _opened(
         self, tasks: Mapping[str, Task], total: Numbers, vector: SumVector | None, sites: tuple[str, ...]
     ) -> Reply:
-        needed = self.terms.needed(len(tasks))
+        needed = self.summation.terms.needed(len(tasks))
         if len(sites) < needed:
             raise SecureSumError(f"{len(sites)} clients have sent their changes, {needed} are needed")
         check_same_clients(tasks[sites[0]], tasks, sites)

@@ -22,10 +22,11 @@ from fedcustom.methods.tuning.summed_head import SumTerms
 from fedcustom.privacy.accounting import gaussian_mu
 from fedcustom.privacy.example_mechanism import ROW_NORM, ExamplePrivacy, Releases
 from fedcustom.privacy.secure_sum.integers import zeros
+from fedcustom.privacy.secure_sum.terms import Terms
 from fedcustom.privacy.settings import PrivacySettings
 from fedcustom.transport.messages import read_update, values_of
 from fedcustom.transport.secure import ChangeVector
-from fedcustom.transport.summed import sum_vector
+from fedcustom.transport.summed import Summation
 from helpers.methods import make, skewed
 
 SECTION: dict[str, Any] = {"unit": "example", "epsilon": 8.0, "delta": 1e-3}
@@ -178,7 +179,7 @@ def test_under_secure_sums_the_server_sees_their_sum(sentence: str) -> None:
     assert [kind for kind in method.messages if kind != "train"] == ["sum noised vectors"]
     state = method.initialise()
     answers, clients = answers_of(method, state)
-    vector = sum_vector(method, ChangeVector(16.0, 3, None, 0), answers[0].task)
+    vector = Summation.of(method, ChangeVector(16.0, 3, None, 0), Terms()).vector(answers[0].task)
     total = zeros(vector.length, vector.bits)
     for answer in answers:
         total = total + vector.encode(answer.update, answer.client, 3)

@@ -33,8 +33,9 @@ from fedcustom.methods.tuning.summed_head import (
     wanted_examples,
 )
 from fedcustom.privacy.secure_sum.integers import zeros
+from fedcustom.privacy.secure_sum.terms import Terms
 from fedcustom.transport.secure import ChangeVector
-from fedcustom.transport.summed import sum_vector
+from fedcustom.transport.summed import Summation
 from helpers.head_fit import LABELS, WIDTH
 from helpers.methods import classification_examples, make
 
@@ -63,7 +64,7 @@ def exchange(
     """One exchange, whose answers are added up as integers; none where a client is gone in a further one."""
     tasks = made.configure(state, 1, {name: Work(epochs=1) for name in clients})
     task = next(iter(tasks.values()))
-    vector = sum_vector(made, CHANGES, task)
+    vector = Summation.of(made, CHANGES, Terms()).vector(task)
     total, answered = zeros(vector.length, vector.bits), []
     for name, asked in tasks.items():
         if name in gone:
@@ -301,7 +302,7 @@ def test_no_sum_of_what_may_be_sent_wraps(tiny: dict[str, str]) -> None:
     """Eight clients at the largest sizes that their examples can have; one that claims more is refused."""
     made = summed(tiny)
     task = told(LABELS, 8, 3, 8)
-    vector = sum_vector(made, CHANGES, task)
+    vector = Summation.of(made, CHANGES, Terms()).vector(task)
     forms = made.figure_forms(task)
     assert forms is not None
     examples, total = 24, zeros(vector.length, 64)

@@ -17,7 +17,7 @@ from ...data.settings import ClientSettings
 from ...evaluation.settings import CHOICE_METRIC
 from ...evaluation.statistics import Statistics, classification_statistics, mean_statistics
 from ...federated.base_model import load_for
-from ...federated.build import change_vector, check_fit, make_method, noised_sums
+from ...federated.build import check_fit, make_method, noised_sums, summation
 from ...federated.evaluator import development_predictions, predicted
 from ...federated.example_run import example_privacy
 from ...federated.private_run import planned
@@ -33,7 +33,6 @@ from ...privacy.secure_sum.integers import Numbers
 from ...recipe.recipe import Recipe
 from ...transport.channel import Channel, Packed
 from ...transport.messages import read_task, values_of
-from ...transport.summed import sum_vector, summed_method
 from ...updates.pipeline import on_client, update_transforms
 from ...updates.transform import ClientContext
 from ..replies import Part, PartSizes, SiteStatistics
@@ -261,13 +260,12 @@ class Participant:
         Raises:
             RecipeError, UpdateError: the recipe asks for no secure sums, or the update does not fit into one.
         """
-        vector = change_vector(self.recipe, len(self.names), lambda: self.noised)
-        method = summed_method(self.method)
-        if vector is None:
+        summed = summation(self.recipe, self.method, len(self.names), lambda: self.noised)
+        if summed is None:
             raise UpdateError("the recipe asks for no secure sums")
         update, task = self._update(asked, packed, round_number)
-        summed = sum_vector(method, vector, task)
-        return summed.encode(update, self.name, needed), summed.digest(digest)
+        vector = summed.vector(task)
+        return vector.encode(update, self.name, needed), vector.digest(digest)
 
     def _update(self, asked: Task, packed: Packed, round_number: int | None) -> tuple[Update, Task]:
         """An executed task's update as it travels, and the task as it was unpacked."""
