@@ -20,6 +20,7 @@ from helpers.deployed import Bed, bed
 from helpers.loopback import run_in_loopback
 from helpers.preferences import preference_recipe
 from helpers.rows import make_rows, write_jsonl
+from helpers.site_recipes import dealt_recipe, written
 from helpers.tracking import check_event_files
 
 ENGINE = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
@@ -93,23 +94,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def recipe(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("texts")
     rows = [{**row, "text": f"{row['text']} {number}"} for number, row in enumerate(make_rows(120, 0))]
-    write_jsonl(folder / "train.jsonl", rows[:90])
-    write_jsonl(folder / "test.jsonl", rows[90:])
+    folder = written(tmp_path_factory.mktemp("texts") / "rows", rows[:90], rows[90:])
     write_jsonl(
         folder / "public.jsonl", [{"text": f"{row['text']} {n}"} for n, row in enumerate(make_rows(12, 5))]
     )
-    return {
-        "model": {"base": tiny["bert"]},
-        "data": {"source": str(folder), "test": "test", "max_length": 16},
-        "clients": {"partition": "iid", "count": 3},
-        "public": {"source": str(folder), "split": "public"},
-        "method": {"name": "prefix", "length": 4},
-        "training": {"batch_size": 8, "cohort_width": 1, "local_steps": 2},
-        "rounds": {"count": 3},
-        "evaluation": {"batch_size": 16},
-    }
+    return dealt_recipe(
+        tiny["bert"],
+        folder,
+        3,
+        public={"source": str(folder), "split": "public"},
+        training={"batch_size": 8, "cohort_width": 1, "local_steps": 2},
+        rounds={"count": 3},
+        evaluation={"batch_size": 16},
+    )
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from fedcustom.recipe.recipe import load_recipe
 from helpers.rows import make_rows, write_jsonl
 from helpers.runs import StopAt
 from helpers.secure_sites import SecureSites, failing, last, rows_of
+from helpers.site_recipes import owners_recipe
 
 RUN = "0123456789abcdef"
 
@@ -30,24 +31,17 @@ RUN = "0123456789abcdef"
 @pytest.fixture
 def recipe(tiny: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     """Prefix-tuning in two rounds with four clients, all in each."""
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    rows = [{**row, "owner": f"o{number % 4}"} for number, row in enumerate(make_rows(120, 0))]
-    write_jsonl(folder / "train.jsonl", rows)
-    write_jsonl(folder / "test.jsonl", make_rows(20, 2))
-    return {
-        "model": {"base": tiny["bert"]},
-        "data": {"source": str(folder), "test": "test", "max_length": 24},
-        "clients": {"partition": "natural", "column": "owner"},
-        "method": {"name": "prefix", "length": 4},
-        "training": {"batch_size": 8, "cohort_width": 1, "local_steps": 2, "learning_rate": 0.1},
-        "rounds": {"count": 2},
-        "evaluation": {"batch_size": 32, "untuned": False},
-        "secure_sum": {"on": True},
-        "privacy": {
-            "unit": "client", "noise": "sum", "epsilon": 8.0, "delta": 1e-2, "randomness": "seeded",
-        },
-    }  # fmt: skip
+    privacy = {"unit": "client", "noise": "sum", "epsilon": 8.0, "delta": 1e-2, "randomness": "seeded"}
+    return owners_recipe(
+        tiny["bert"],
+        tmp_path / "rows",
+        [row % 4 for row in range(120)],
+        training={"batch_size": 8, "cohort_width": 1, "local_steps": 2, "learning_rate": 0.1},
+        rounds={"count": 2},
+        evaluation={"batch_size": 32, "untuned": False},
+        secure_sum={"on": True},
+        privacy=privacy,
+    )
 
 
 def secret(recipe: dict[str, Any], **more: Any) -> dict[str, Any]:

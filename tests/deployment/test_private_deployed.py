@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from helpers.deployed import bed, metrics
-from helpers.rows import make_rows, write_jsonl
+from helpers.rows import make_rows
+from helpers.site_recipes import dealt_recipe, written
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
 
@@ -25,20 +26,15 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_private_run(tiny: dict[str, str], tmp_path: Path, case: str) -> None:
     """It ends with what was promised, each site counts what it spends, and no figure of its data leaves."""
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    write_jsonl(folder / "train.jsonl", make_rows(120, 0))
-    write_jsonl(folder / "test.jsonl", make_rows(20, 2))
-    recipe = {
-        "model": {"base": tiny["bert"]},
-        "data": {"source": str(folder), "test": "test", "max_length": 16},
-        "clients": {"partition": "iid", "count": 3},
-        "method": {"name": "prefix", "length": 4},
-        "training": {"batch_size": 8, "local_steps": 2, "learning_rate": 0.1},
-        "rounds": {"count": 2},
-        "evaluation": {"batch_size": 16, "untuned": False},
+    recipe = dealt_recipe(
+        tiny["bert"],
+        written(tmp_path / "rows", make_rows(120, 0), make_rows(20, 2)),
+        3,
+        training={"batch_size": 8, "local_steps": 2, "learning_rate": 0.1},
+        rounds={"count": 2},
+        evaluation={"batch_size": 16, "untuned": False},
         **CASES[case],
-    }
+    )
     with bed(tmp_path / "federation", recipe) as made:
         summary = made.run(tmp_path / "run")
         audits = [made.audit(name) for name in made.names]

@@ -14,8 +14,8 @@ import torch
 
 import fedcustom
 from fedcustom.core.tensors import equal
-from helpers.rows import make_rows, write_jsonl
 from helpers.secure_sites import SecureSites, failing, last, rows_of
+from helpers.site_recipes import blocks, owners_recipe
 
 STEPS = 4
 """Exchanges of the logistic regression."""
@@ -24,39 +24,15 @@ STEPS = 4
 @pytest.fixture
 def recipe(tiny: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     """A probe with four clients of unlike size, whose labels are the same."""
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    sizes = [30, 40, 24, 36]
-    names = [name for name, size in enumerate(sizes) for _ in range(size)]
-    rows = [{**row, "owner": f"o{owner}"} for row, owner in zip(make_rows(130, 0), names, strict=True)]
-    write_jsonl(folder / "train.jsonl", rows)
-    write_jsonl(folder / "test.jsonl", make_rows(20, 2))
-    return {
-        "model": {"base": tiny["bert"]},
-        "data": {"source": str(folder), "test": "test", "max_length": 24},
-        "clients": {"partition": "natural", "column": "owner"},
-        "method": {"name": "probe"},
-        "training": {"cohort_width": 1, "fit_head_steps": STEPS},
-        "evaluation": {"batch_size": 32, "select": "last", "untuned": False},
-        "secure_sum": {"on": True},
-    }
-
-
-def lost_in(site: str, exchange: int, stage: str) -> Any:
-    """A site that is lost in one stage of one exchange of round 1."""
-
-    def trick(name: str, message: dict[str, Any]) -> dict[str, Any] | None:
-        values = message.get("values", {})
-        if message["kind"] != "secure" or values.get("exchange", 1) != exchange:
-            return None
-        return failing(site, stage)(name, message)
-
-    return trick
-
-
-def unmasked(sites: SecureSites, name: str) -> dict[str, Any]:
-    (file,) = (sites.folder / name / "fedcustom" / "secure_sums").glob("*.json")
-    return dict(json.loads(file.read_text()))
+    return owners_recipe(
+        tiny["bert"],
+        tmp_path / "rows",
+        blocks(30, 40, 24, 36),
+        method={"name": "probe"},
+        training={"cohort_width": 1, "fit_head_steps": STEPS},
+        evaluation={"batch_size": 32, "select": "last", "untuned": False},
+        secure_sum={"on": True},
+    )
 
 
 def head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -67,7 +43,7 @@ def test_a_deployed_fit_is_equal_to_the_simulation_to_the_last_bit(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     fedcustom.run(recipe, out=str(tmp_path / "simulated"))
-    sites = SecureSites(tmp_path / "sites", recipe, trick=lost_in("o2", 3 + STEPS, "agree"))
+    sites = SecureSites(tmp_path / "sites", recipe, trick=failing("o2", "agree", exchange=3 + STEPS))
     sites.run(tmp_path / "deployed")
     assert equal(last(tmp_path / "simulated"), last(tmp_path / "deployed"))
     (one,), (other,) = rows_of(tmp_path / "simulated"), rows_of(tmp_path / "deployed")
@@ -75,7 +51,7 @@ def test_a_deployed_fit_is_equal_to_the_simulation_to_the_last_bit(
         assert one.get(key) == other.get(key), key
     assert one["answered"] == ["o0", "o1", "o2", "o3"]
     assert "of 4 clients, of which sums alone are seen" in one["method"]["head"]
-    told = unmasked(sites, "o0")
+    told = sites.unmasked("o0")
     assert list(told) == [f"1.{exchange}" for exchange in range(1, 4 + STEPS)]
     assert all(entry["sites"] == ["o0", "o1", "o2", "o3"] for entry in told.values())
     # What a site sends is masked, and nothing else: no numbers of its own.
@@ -118,11 +94,11 @@ def test_a_site_that_is_lost_between_the_sums(recipe: dict[str, Any], tmp_path: 
     discriminant, at its temperature.
     """
     recipe["training"] |= {"fit_head_least_texts": 1}
-    sites = SecureSites(tmp_path / "sites", recipe, trick=lost_in("o1", 4, "keys"))
+    sites = SecureSites(tmp_path / "sites", recipe, trick=failing("o1", "keys", exchange=4))
     sites.run(tmp_path / "later")
     (row,) = rows_of(tmp_path / "later")
     assert "not all clients went on; kept what was fitted before" in row["method"]["head"]
-    assert list(unmasked(sites, "o0")) == ["1.1", "1.2", "1.3"]
+    assert list(sites.unmasked("o0")) == ["1.1", "1.2", "1.3"]
     assert any("is not opened" in reason for reason in row["left_out"].values())
     steps = {**recipe, "training": {**recipe["training"], "fit_head_steps": 0}}
     fedcustom.run(steps, out=str(tmp_path / "simulated"))
@@ -130,11 +106,11 @@ def test_a_site_that_is_lost_between_the_sums(recipe: dict[str, Any], tmp_path: 
     scale = {name: float(deployed[name].norm() / tensor.norm()) for name, tensor in simulated.items()}
     for name, tensor in simulated.items():
         torch.testing.assert_close(deployed[name], scale[name] * tensor, rtol=1e-5, atol=1e-7)
-    first = SecureSites(tmp_path / "others", recipe, trick=lost_in("o1", 2, "keys"))
+    first = SecureSites(tmp_path / "others", recipe, trick=failing("o1", "keys", exchange=2))
     first.run(tmp_path / "first")
     (row,) = rows_of(tmp_path / "first")
     assert "the clients' vectors were not summed" in row["refused"]
-    assert list(unmasked(first, "o0")) == ["1.1"]
+    assert list(first.unmasked("o0")) == ["1.1"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +125,7 @@ def test_a_sites_own_minimum(
     sites.run(tmp_path / "out")
     (row,) = rows_of(tmp_path / "out")
     assert row["method"]["head"].startswith("not fitted: labels that fewer than 3 clients have, or of fewer")
-    assert list(unmasked(sites, "o0")) == ["1.1"]
+    assert list(sites.unmasked("o0")) == ["1.1"]
     files = [sites.folder / name / "fedcustom" / "audit.jsonl" for name in sites.names]
     events = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     told = [event for event in events if event["event"] == "withheld"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +21,23 @@ from fedcustom.privacy.secure_sum.messages import KeyOffer, Roster, read_message
 from fedcustom.privacy.secure_sum.protocol import RoundId
 from fedcustom.privacy.secure_sum.site import Opening
 from fedcustom.privacy.secure_sum.terms import Terms
-from helpers.rows import make_rows, write_jsonl
 from helpers.secure_sites import SecureSites, failing, last, rows_of
+from helpers.site_recipes import blocks, owners_recipe
 
 
 @pytest.fixture
 def recipe(tiny: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     """FedASK in two rounds with four clients of unlike size."""
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    names = [name for name, size in enumerate([20, 30, 16, 24]) for _ in range(size)]
-    rows = [{**row, "owner": f"o{owner}"} for row, owner in zip(make_rows(90, 0), names, strict=True)]
-    write_jsonl(folder / "train.jsonl", rows)
-    write_jsonl(folder / "test.jsonl", make_rows(20, 2))
-    return {
-        "model": {"base": tiny["bert"]},
-        "data": {"source": str(folder), "test": "test", "max_length": 24},
-        "clients": {"partition": "natural", "column": "owner"},
-        "method": {"name": "lora", "variant": "fedask", "rank": 2, "oversampling": 6},
-        "training": {"batch_size": 8, "cohort_width": 1, "local_steps": 2},
-        "rounds": {"count": 2},
-        "evaluation": {"batch_size": 32, "untuned": False},
-        "secure_sum": {"on": True, "most_examples": 40},
-    }
-
-
-def lost_in(site: str, exchange: int, stage: str, number: int) -> Any:
-    """A site that is lost in one stage of one exchange of a round."""
-
-    def trick(name: str, message: dict[str, Any]) -> dict[str, Any] | None:
-        values = message.get("values", {})
-        if message["kind"] != "secure" or values.get("exchange", 1) != exchange:
-            return None
-        return failing(site, stage, number)(name, message)
-
-    return trick
-
-
-def unmasked(sites: SecureSites, name: str) -> dict[str, Any]:
-    (file,) = (sites.folder / name / "fedcustom" / "secure_sums").glob("*.json")
-    return dict(json.loads(file.read_text()))
+    return owners_recipe(
+        tiny["bert"],
+        tmp_path / "rows",
+        blocks(20, 30, 16, 24),
+        method={"name": "lora", "variant": "fedask", "rank": 2, "oversampling": 6},
+        training={"batch_size": 8, "cohort_width": 1, "local_steps": 2},
+        rounds={"count": 2},
+        evaluation={"batch_size": 32, "untuned": False},
+        secure_sum={"on": True, "most_examples": 40},
+    )
 
 
 def products(tensors: Tensors) -> Tensors:
@@ -74,7 +50,7 @@ def test_both_sums_are_equal_to_the_simulation_to_the_last_bit(
 ) -> None:
     """Also with a site that is lost after its masked vector was sent; and near the run without them."""
     fedcustom.run(recipe, out=str(tmp_path / "simulated"))
-    sites = SecureSites(tmp_path / "sites", recipe, trick=lost_in("o2", 2, "agree", 1))
+    sites = SecureSites(tmp_path / "sites", recipe, trick=failing("o2", "agree", exchange=2))
     sites.run(tmp_path / "deployed")
     assert equal(last(tmp_path / "simulated"), last(tmp_path / "deployed"))
     for mine, theirs in zip(rows_of(tmp_path / "simulated"), rows_of(tmp_path / "deployed"), strict=True):
@@ -82,7 +58,7 @@ def test_both_sums_are_equal_to_the_simulation_to_the_last_bit(
             assert mine.get(key) == theirs.get(key), key
         assert mine["answered"] == ["o0", "o1", "o2", "o3"]
         assert mine["method"]["estimated_aggregation_error"] < 1
-    told = unmasked(sites, "o0")
+    told = sites.unmasked("o0")
     assert sorted(told) == ["1.1", "1.2", "2.1", "2.2"]
     assert all(entry["sites"] == ["o0", "o1", "o2", "o3"] for entry in told.values())
     assert len({entry["task"] for entry in told.values()}) == 4
@@ -102,7 +78,7 @@ def test_lost_sites(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
     others than the first; it is not opened, and the state stays. Round 2: one that is lost before the first
     sum is not asked for the second.
     """
-    tricks = lost_in("o1", 2, "keys", 1), lost_in("o3", 1, "shares", 2)
+    tricks = failing("o1", "keys", exchange=2), failing("o3", "shares", 2, exchange=1)
     sites = SecureSites(
         tmp_path / "sites", recipe, trick=lambda *said: next(filter(None, (t(*said) for t in tricks)), None)
     )
@@ -112,7 +88,7 @@ def test_lost_sites(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
     assert any("is not opened" in reason for reason in first["left_out"].values())
     assert second["answered"] == ["o0", "o1", "o2"]
     assert "refused" not in second
-    told = unmasked(sites, "o0")
+    told = sites.unmasked("o0")
     assert sorted(told) == ["1.1", "2.1", "2.2"]
     assert told["2.1"]["sites"] == told["2.2"]["sites"] == ["o0", "o1", "o2"]
     start, after = (Checkpoints(tmp_path / "deployed" / "checkpoints").load(n).state for n in (1, 2))

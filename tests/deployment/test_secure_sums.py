@@ -19,30 +19,22 @@ from fedcustom.core.tensors import equal
 from fedcustom.deployment import parties
 from fedcustom.deployment.nvflare.identity import CertificateVerifier, KitSigner
 from fedcustom.deployment.task_digest import task_digest
-from helpers.rows import make_rows, write_jsonl
 from helpers.secure_sites import Authority, SecureSites, failing, last, rows_of
+from helpers.site_recipes import blocks, owners_recipe
 
 
 @pytest.fixture
 def recipe(tiny: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     """Prefix-tuning in two rounds with four clients of unlike size."""
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    sizes = [30, 40, 24, 36]
-    names = [name for name, size in enumerate(sizes) for _ in range(size)]
-    rows = [{**row, "owner": f"o{owner}"} for row, owner in zip(make_rows(130, 0), names, strict=True)]
-    write_jsonl(folder / "train.jsonl", rows)
-    write_jsonl(folder / "test.jsonl", make_rows(20, 2))
-    return {
-        "model": {"base": tiny["bert"]},
-        "data": {"source": str(folder), "test": "test", "max_length": 24},
-        "clients": {"partition": "natural", "column": "owner"},
-        "method": {"name": "prefix", "length": 4},
-        "training": {"batch_size": 8, "cohort_width": 1, "local_steps": 2},
-        "rounds": {"count": 2},
-        "evaluation": {"batch_size": 32},
-        "secure_sum": {"on": True, "most_examples": 40},
-    }
+    return owners_recipe(
+        tiny["bert"],
+        tmp_path / "rows",
+        blocks(30, 40, 24, 36),
+        training={"batch_size": 8, "cohort_width": 1, "local_steps": 2},
+        rounds={"count": 2},
+        evaluation={"batch_size": 32},
+        secure_sum={"on": True, "most_examples": 40},
+    )
 
 
 def test_a_deployed_run_is_equal_to_the_simulation_to_the_last_bit(

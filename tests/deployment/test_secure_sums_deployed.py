@@ -13,7 +13,8 @@ from fedcustom.deployment.site.resident import Resident
 from fedcustom.federated.run_directory import Checkpoints
 from helpers import deployed
 from helpers.deployed import Watcher, bed, hostile, metrics
-from helpers.rows import make_rows, write_jsonl
+from helpers.rows import make_rows
+from helpers.site_recipes import dealt_recipe, written
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deployment")]
 
@@ -31,20 +32,15 @@ class Lost(Resident):
 def test_four_sites_of_which_one_is_lost_after_masking(
     tiny: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    write_jsonl(folder / "train.jsonl", make_rows(120, 0))
-    write_jsonl(folder / "test.jsonl", make_rows(30, 2))
-    recipe = {
-        "model": {"base": tiny["bert"]},
-        "data": {"source": str(folder), "test": "test", "max_length": 16},
-        "clients": {"partition": "iid", "count": 4},
-        "method": {"name": "prefix", "length": 4},
-        "training": {"batch_size": 8, "cohort_width": 1, "local_steps": 2},
-        "rounds": {"count": 3},
-        "evaluation": {"batch_size": 16},
-        "secure_sum": {"on": True, "most_examples": 40},
-    }
+    recipe = dealt_recipe(
+        tiny["bert"],
+        written(tmp_path / "rows", make_rows(120, 0), make_rows(30, 2)),
+        4,
+        training={"batch_size": 8, "cohort_width": 1, "local_steps": 2},
+        rounds={"count": 3},
+        evaluation={"batch_size": 16},
+        secure_sum={"on": True, "most_examples": 40},
+    )
     fedcustom.run(recipe, out=str(tmp_path / "simulated"))
     monkeypatch.setattr(deployed, "Hostile", Lost)
     monkeypatch.setattr(Lost, "tricks", {}, raising=False)
@@ -69,19 +65,15 @@ def test_four_sites_of_which_one_is_lost_after_masking(
 
 
 def test_four_sites_that_fit_a_head(tiny: dict[str, str], tmp_path: Path) -> None:
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    write_jsonl(folder / "train.jsonl", make_rows(120, 0))
-    write_jsonl(folder / "test.jsonl", make_rows(30, 2))
-    recipe = {
-        "model": {"base": tiny["bert"]},
-        "data": {"source": str(folder), "test": "test", "max_length": 16},
-        "clients": {"partition": "iid", "count": 4},
-        "method": {"name": "probe"},
-        "training": {"cohort_width": 1, "fit_head_steps": 3},
-        "evaluation": {"batch_size": 16, "select": "last"},
-        "secure_sum": {"on": True},
-    }
+    recipe = dealt_recipe(
+        tiny["bert"],
+        written(tmp_path / "rows", make_rows(120, 0), make_rows(30, 2)),
+        4,
+        method={"name": "probe"},
+        training={"cohort_width": 1, "fit_head_steps": 3},
+        evaluation={"batch_size": 16, "select": "last"},
+        secure_sum={"on": True},
+    )
     fedcustom.run(recipe, out=str(tmp_path / "simulated"))
     with bed(tmp_path / "federation", recipe) as made:
         made.run(tmp_path / "deployed")

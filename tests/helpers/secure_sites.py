@@ -111,6 +111,11 @@ class SecureSites:
         """The errors of a site."""
         return [str(said["error"]) for site, _, said in self.seen if site == name and "error" in said]
 
+    def unmasked(self, name: str) -> dict[str, Any]:
+        """What a site has written down of the sums that it unmasked, of one run."""
+        (file,) = (self.folder / name / "fedcustom" / "secure_sums").glob("*.json")
+        return dict(json.loads(file.read_text()))
+
     def include_returned(self, names: Any) -> None:
         """All are there."""
 
@@ -155,11 +160,15 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def failing(site: str, stage: str, number: int = 1) -> Callable[[str, dict[str, Any]], Any]:
-    """A site that is lost in one exchange of one round."""
+def failing(
+    site: str, stage: str, number: int = 1, exchange: int | None = None
+) -> Callable[[str, dict[str, Any]], Any]:
+    """A site that is lost in one stage of a round: in that of each sum, or of the sum of one exchange."""
 
     def trick(name: str, message: dict[str, Any]) -> dict[str, Any] | None:
         values = message.get("values", {})
+        if exchange is not None and (message["kind"] != "secure" or values.get("exchange", 1) != exchange):
+            return None
         kind = values.get("stage") if message["kind"] == "secure" else message["kind"]
         found = values.get("round") if message["kind"] == "secure" else message.get("round")
         return {"error": "lost"} if (name, kind, found) == (site, stage, number) else None
