@@ -6,10 +6,11 @@
 Tiny models and texts are made from seeds; every method runs for two or three rounds, in process, with what
 acts on updates beside it: compression, server optimisers, robust rules, simulated attacks, late and absent
 clients, baselines, personal parts. Recorded are digests of all tensors and lines that a run leaves behind but
-times, and figures in full. Only the command line's Python calls and the files of a run directory are used, so
-that it runs on either side of any change inside. Bits depend on the machine and on the versions of libraries:
-record and compare on the same one. ``--minilm`` adds runs on ``builtin:minilm`` (a few minutes), and
-``--commands`` a deployed run over loopback and an experiment, by the command line. ``--only`` picks runs.
+times, and figures in full. Only the command line's Python calls, the recipe's schema and the files of a run
+directory are used, so that it runs on either side of any change inside. Bits depend on the machine and on the
+versions of libraries: record and compare on the same one. ``--minilm`` adds runs on ``builtin:minilm`` (a few
+minutes), and ``--commands`` a deployed run over loopback and an experiment, by the command line. ``--only``
+picks runs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 TIMES = ("seconds", "peak_memory_bytes", "started", "digest")
 """Keys of what differs between two runs of the same code (a recipe's digest, by the folder of its data)."""
 
+
+def lora_variants() -> list[str]:
+    """The variants of LoRA beside the default one, as the recipe of the code at hand has them."""
+    import fedcustom
+
+    variant = fedcustom.Recipe.model_json_schema()["$defs"]["LoraSettings"]["properties"]["variant"]
+    return [name for name in variant["enum"] if name != variant["default"]]
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "adapter": {"name": "adapter", "width": 6},
@@ -47,21 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "soft-prompt-mlp": {"name": "soft_prompt", "length": 4, "encoder": "mlp"},
     "lora": {"name": "lora", "rank": 4},
     "lora-dora": {"name": "lora", "rank": 4, "dora": True},
-    **{
-        f"lora-{variant}": {"name": "lora", "rank": 4, "variant": variant}
-        for variant in (
-            "ffa",
-            "flora",
-            "fedex",
-            "rolora",
-            "fedsa",
-            "flexlora",
-            "hetlora",
-            "fedsb",
-            "fedsvd",
-            "fedask",
-        )
-    },
+    **{f"lora-{variant}": {"name": "lora", "rank": 4, "variant": variant} for variant in lora_variants()},
     "probe": {"name": "probe"},
 }
 

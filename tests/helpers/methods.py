@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from fedcustom.aggregation.settings import AggregationSettings
 from fedcustom.data.examples import ClientData, Example, LearningTask
 from fedcustom.data.settings import DataSettings
 from fedcustom.evaluation.settings import EvaluationSettings
 from fedcustom.methods import Client, Context, WeightTuning, build_method, registry
+from fedcustom.methods.lora.settings import Variant
 from fedcustom.methods.tuning.summed_head import SumTerms
 from fedcustom.methods.tuning.technique import Keeps
 from fedcustom.models.load import load_base
@@ -54,7 +55,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora dora": {"rank": 4, "dora": True},
     **{
         f"lora {variant}": {"rank": 4, "variant": variant}
-        for variant in ("ffa", "flora", "fedex", "rolora", "fedsa", "flexlora", "hetlora", "fedsb", "fedsvd")
+        for variant in get_args(Variant)
+        if variant not in ("fedit", "fedask")
     },
     "lora fedask": {"rank": 4, "variant": "fedask", "oversampling": 4},
 }
