@@ -12,11 +12,12 @@ from .core.files import read_json, write_json, write_text
 from .data.build import build_data, with_builtin_columns
 from .data.examples import ClientData, FederatedData, LearningTask
 from .data.truncation import KEEP_END
+from .federated.base_model import load_for
 from .federated.build import check_fit, make_method
 from .federated.resolve import resolved
+from .federated.run_directory import record_environment
 from .methods.retrieval.method import Retrieval
 from .methods.retrieval.settings import RetrievalSettings
-from .models.load import load_base
 from .recipe.paths import absolute
 from .recipe.recipe import Recipe, load_recipe, recorded_recipe, to_toml
 from .transport.channel import Channel
@@ -82,6 +83,7 @@ def index(
     method = _connected(checked, folder, federation.clients, federation, note)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.toml", to_toml(checked))
+    record_environment(folder, method.base)  # questions are embedded in the precision of the documents
     found = method.prepare(method.initialise())
     for text in method.take_cuts():
         note(text)
@@ -171,7 +173,7 @@ def _connected(
     note: Callable[[str], None],
 ) -> Retrieval:
     """The recipe's method, with a way to clients who keep their documents in the folder."""
-    base = load_base(recipe.model, LearningTask("retrieval"), recipe.seed, head=False)
+    base = load_for(recipe, LearningTask("retrieval"), folder)
     method = make_method(recipe, base, federation)
     assert isinstance(method, Retrieval)
     store = ClientStore(clients, folder / "checkpoints" / "clients", folder / "clients")

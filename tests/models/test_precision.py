@@ -17,6 +17,7 @@ from fedcustom.models import precision
 from fedcustom.models.load import load_base
 from fedcustom.models.precision import Precision, faster
 from fedcustom.models.settings import ModelSettings
+from helpers.precision import claim
 
 TEXTS = LearningTask("generation")
 
@@ -25,18 +26,6 @@ TEXTS = LearningTask("generation")
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FEDCUSTOM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "precision"
-
-
-def claim(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> list[tuple[int, int]]:
-    """Let measurements give these seconds; returns the shapes of batches that were measured."""
-    shapes: list[tuple[int, int]] = []
-
-    def measured(model: Any, device: torch.device, rows: int, tokens: int) -> dict[str, float]:
-        shapes.append((rows, tokens))
-        return seconds
-
-    monkeypatch.setattr(precision, "measure", measured)
-    return shapes
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "gpt2", "bart"])

@@ -32,6 +32,7 @@ from ..models.load import Base
 from ..recipe import Recipe, recorded_recipe, to_toml
 from ..recipe.paths import absolute
 from ..updates.identity import Identity, in_words
+from .base_model import ENVIRONMENT
 
 Row = dict[str, Any]
 """One line of ``metrics.jsonl``: a round's figures."""
@@ -116,17 +117,8 @@ class RunDirectory:
             if transforms:
                 write_json(self.path / TRANSFORMS, list(transforms))
             write_text(self.path / "recipe.toml", to_toml(recipe))
-        if not (self.path / "environment.json").exists():
-            found = {
-                **environment.describe(),
-                "precision": base.precision,
-                "device": ", ".join(map(str, base.devices)),
-            }
-            if base.quantised:
-                found["quantised"] = base.quantised.in_words()
-            if base.measured:
-                found["precision_seconds"] = {name: round(s, 4) for name, s in base.measured.items()}
-            write_json(self.path / "environment.json", {**found, "started": _now()})
+        if not (self.path / ENVIRONMENT).exists():
+            record_environment(self.path, base)
 
     def last_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint, to go on from; rows of later rounds are dropped. None: start anew."""
@@ -172,6 +164,22 @@ def _difference(old: Recipe, new: Recipe) -> str:
     before, after = dict(flat(old.model_dump())), dict(flat(new.model_dump()))
     key = next(key for key in [*before, *after] if before.get(key) != after.get(key))
     return f"{key} = {before.get(key)!r} there, {after.get(key)!r} here"
+
+
+def record_environment(folder: Path, base: Base) -> None:
+    """Write the versions and the machine that the base model is used with, and in which precision
+    (``environment.json``).
+    """
+    found = {
+        **environment.describe(),
+        "precision": base.precision,
+        "device": ", ".join(map(str, base.devices)),
+    }
+    if base.quantised:
+        found["quantised"] = base.quantised.in_words()
+    if base.measured:
+        found["precision_seconds"] = {name: round(s, 4) for name, s in base.measured.items()}
+    write_json(folder / ENVIRONMENT, {**found, "started": _now()})
 
 
 def _now() -> str:

@@ -17,6 +17,7 @@ from ...evaluation.settings import EvaluationSettings
 from ...models.configuration import context_length
 from ...models.inference import generate, predict
 from ...models.load import Base, load_base
+from ...models.precision import Precision
 from ...models.settings import ModelSettings
 
 
@@ -36,13 +37,14 @@ class Generator:
         evaluation: EvaluationSettings,
         answer_tokens: int,
         how: Truncation = AUTOMATIC,
+        precision: Precision | None = None,
     ) -> None:
-        """Load the model.
+        """Load the model; with ``model.dtype = "auto"`` in this ``precision``, or else in the faster here.
 
         Raises:
             ModelError: it cannot be loaded, or its context is too short.
         """
-        self.base: Base = as_assistant(load_base(model, LearningTask("generation"), 0))
+        self.base: Base = as_assistant(load_base(model, LearningTask("generation"), 0, precision=precision))
         chat = self.base.chat
         self._before, self._after = chat.around_a_turn() if chat is not None else ([], [])
         self.answer_tokens, self.how = answer_tokens, how
@@ -151,9 +153,12 @@ def generator_of(
     evaluation: EvaluationSettings,
     answer_tokens: int,
     how: Truncation = AUTOMATIC,
+    precision: Precision | None = None,
 ) -> Generator | None:
-    """The generator that a recipe names, loaded as the encoder was; None where it names none."""
+    """The generator that a recipe names, loaded as the encoder was, in its ``precision``; None where it names
+    none.
+    """
     if name is None:
         return None
     settings = model.model_copy(update={"base": name, "revision": None})
-    return Generator(settings, evaluation, answer_tokens, how)
+    return Generator(settings, evaluation, answer_tokens, how, precision)

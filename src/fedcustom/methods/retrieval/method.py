@@ -85,7 +85,12 @@ class Retrieval(SequentialClients):
             replace(self.base, model=model), context.data, settings.chunk_length, evaluation.batch_size
         )
         self.generator = generator_of(
-            settings.generator, context.model, evaluation, settings.answer_tokens, context.data.truncation
+            settings.generator,
+            context.model,
+            evaluation,
+            settings.answer_tokens,
+            context.data.truncation,
+            self.base.precision,
         )
         self.retrieval_client = RetrievalClient(
             settings, self.base.tokenizer, self.embedder.chunks, self.embedder.questions, self.generator
