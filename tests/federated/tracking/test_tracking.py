@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 import struct
 import threading
@@ -11,12 +12,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 import fedcustom
 from fedcustom.core.errors import FedcustomError
 from fedcustom.experiment.grid import digest
+from fedcustom.federated.tracking.variables import held
 from fedcustom.recipe import load_recipe
 from helpers.runs import StopAt, rows_of
 from helpers.tracking import Points, check, check_event_files, expected
@@ -25,7 +28,8 @@ from helpers.tracking import Points, check, check_event_files, expected
 def mlflow_client(store: Path) -> Any:
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=store.as_uri())
+    with mock.patch.dict(os.environ, {"MLFLOW_ALLOW_FILE_STORE": "true"}):
+        return MlflowClient(tracking_uri=store.as_uri())
 
 
 def mlflow_runs(store: Path, project: str = "fedcustom") -> list[Any]:
@@ -206,6 +210,49 @@ def test_a_server_that_does_not_answer_costs_a_warning_and_bounded_time(
     fedcustom.run({**small, "tracking": {"to": ["mlflow"], "uri": str(store)}}, out=run)
     (tracked,) = mlflow_runs(store)
     check(in_mlflow(store, tracked), run)
+
+
+def test_variables_of_the_environment_are_taken_back(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a run that fails; what the user has set is used and stays."""
+    for name in [name for name in os.environ if name.startswith(("MLFLOW_", "WANDB_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
+    tracking = {"to": ["mlflow", "wandb"], "uri": str(tmp_path / "store"), "offline": True, "timeout": 300.0}
+    before, during = dict(os.environ), dict[str, str]()
+
+    class Looks(fedcustom.Callback):
+        def on_round_end(self, row: Any) -> None:
+            during.update(os.environ)
+
+    fedcustom.run({**small, "tracking": tracking}, out=tmp_path / "run", callbacks=[Looks()])
+    assert during["MLFLOW_ALLOW_FILE_STORE"] == "true"
+    assert during["WANDB_ERROR_REPORTING"] == "false"
+    assert during["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7"
+    ours = [name for name in during if name.startswith(("MLFLOW_", "WANDB_"))]
+    assert {name: os.environ.get(name) for name in ours} == {name: before.get(name) for name in ours}
+    with pytest.raises(RuntimeError, match="stopped"):
+        fedcustom.run({**small, "tracking": tracking}, out=tmp_path / "other", callbacks=[StopAt(1)])
+    assert {name: os.environ.get(name) for name in ours} == {name: before.get(name) for name in ours}
+
+
+def test_a_variable_stays_while_one_run_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ONE_OF_THEM", "ANOTHER"):
+        monkeypatch.setenv(name, "")  # so that it is unset again at the end
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OWN", "mine")
+    first, second = held({"ONE_OF_THEM": "1", "OWN": "1"}), held({"ONE_OF_THEM": "2", "ANOTHER": "2"})
+    first.__enter__()
+    second.__enter__()
+    assert [os.environ[name] for name in ("ONE_OF_THEM", "ANOTHER", "OWN")] == ["1", "2", "mine"]
+    first.__exit__(None, None, None)
+    assert os.environ["ONE_OF_THEM"] == "1"
+    os.environ["ANOTHER"] = "set by the user meanwhile"
+    second.__exit__(None, None, None)
+    assert "ONE_OF_THEM" not in os.environ
+    assert os.environ["ANOTHER"] == "set by the user meanwhile"
+    assert os.environ["OWN"] == "mine"
 
 
 def test_what_a_recipe_may_not_say(small: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:

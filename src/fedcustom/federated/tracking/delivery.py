@@ -20,6 +20,7 @@ from ..callbacks import Callback
 from ..run_directory import History, Row
 from . import figures
 from .tracker import Known, Outcome, Start, Tracker
+from .variables import held
 
 FILE = "tracking.json"
 """The file in a run's directory that says where the run is tracked: ids of the trackers' runs."""
@@ -98,6 +99,10 @@ class Follower:
             return len(self._rows) - self.delivered
 
     def _work(self) -> None:
+        with held(self.tracker.variables):
+            self._follow()
+
+    def _follow(self) -> None:
         outcome = None
         while outcome is None:
             self._wake.wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .tracker import Known, Outcome, Scalars, Start
 
@@ -19,6 +19,7 @@ class EventFiles:
 
     name = "tensorboard"
     place = FOLDER
+    variables: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self) -> None:
         self._writer: Any = None

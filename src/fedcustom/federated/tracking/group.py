@@ -8,7 +8,8 @@ from pathlib import Path
 from ...core.files import read_json, write_json
 from ...recipe.tracking import TrackingSettings
 from .delivery import FILE, Say
-from .mlflow_run import MlflowRun, connect, create_run
+from .mlflow_run import MlflowRun, connect, create_run, variables_of
+from .variables import held
 
 
 class Group:
@@ -54,7 +55,8 @@ class Group:
             nonlocal failure
             try:
                 tags = {"fedcustom.group": settings.group or self.name}
-                found.append(create_run(connect(settings), settings, settings.group or self.name, tags))
+                with held(variables_of(settings)):
+                    found.append(create_run(connect(settings), settings, settings.group or self.name, tags))
             except (Exception, SystemExit) as error:
                 failure = (str(error).splitlines() or [type(error).__name__])[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ class MlflowRun:
     def place(self) -> str:
         """The address of the store, and the experiment."""
         return f"{address(self.settings)} {self.settings.project or PROJECT}"
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """Requests that end, and no reports of use (:func:`variables_of`)."""
+        return variables_of(self.settings)
 
     def open(self, start: Start, known: Known) -> Known:
         """Create the run, or go on with it: then read which figures it has."""
@@ -105,9 +111,11 @@ def address(settings: TrackingSettings) -> str:
     return given if "://" in given else Path(given).absolute().as_uri()
 
 
-def connect(settings: TrackingSettings) -> Any:
-    """A client of the store, whose requests end in bounded time. It sends nothing to MLflow's makers."""
-    limits = {
+def variables_of(settings: TrackingSettings) -> dict[str, str]:
+    """Variables with which requests of MLflow end in bounded time, nothing is sent to MLflow's makers, and
+    folders are allowed where the store is one.
+    """
+    found = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(settings.seconds))),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # what is not delivered is sent with the next round
         "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": str(max(1, round(settings.seconds))),
@@ -115,9 +123,12 @@ def connect(settings: TrackingSettings) -> Any:
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }
     if address(settings).startswith("file:"):
-        limits["MLFLOW_ALLOW_FILE_STORE"] = "true"  # folders are refused without
-    for name, value in limits.items():
-        os.environ.setdefault(name, value)
+        found["MLFLOW_ALLOW_FILE_STORE"] = "true"  # folders are refused without
+    return found
+
+
+def connect(settings: TrackingSettings) -> Any:
+    """A client of the store, for use while :func:`variables_of` are set."""
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=address(settings))

@@ -36,6 +36,10 @@ class Tracker(Protocol):
     def place(self) -> str:
         """Where it tracks. A run that goes on elsewhere is tracked there anew, from its first round."""
 
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """Variables of the environment that its library reads: set while it works, where they are unset."""
+
     def open(self, start: Start, known: Known) -> Known:
         """Begin, or go on with what is ``known`` (empty at first); what is to be remembered."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,9 +38,13 @@ class WandbRun:
         """The project."""
         return self.settings.project or PROJECT
 
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """No reports of errors."""
+        return {"WANDB_ERROR_REPORTING": "false"}
+
     def open(self, start: Start, known: Known) -> Known:
         """Begin the run, or go on with it under its id."""
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self._known = {"id": secrets.token_hex(4), "last": -1, **known}
