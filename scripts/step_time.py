@@ -1,7 +1,8 @@
 """Processor time of a training step, and bytes kept for its backward pass, of prefix memory, LoRA and
-key-value pairs side by side, on MiniLM.
+key-value pairs side by side, on MiniLM or on a decoder.
 
     python scripts/step_time.py --rows 32 --tokens 24
+    python scripts/step_time.py --base builtin:lm --rows 8 --tokens 128
 
 Steps are taken in turns, one thread, and the median counts; bytes are those of the tensors that autograd
 saves, each storage once.
@@ -35,15 +36,17 @@ METHODS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description="Time of a training step, method by method.")
+    parser.add_argument("--base", default="builtin:minilm", help="builtin:minilm, or a decoder")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--steps", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    attached = {name: attach(settings) for name, settings in METHODS.items()}
+    attached = {name: attach(settings, arguments.base) for name, settings in METHODS.items()}
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 20_000, (arguments.rows, arguments.tokens), generator=generator)
-    labels = torch.randint(0, 3, (arguments.rows,), generator=generator)
+    words = min(20_000, next(iter(attached.values())).model.config.vocab_size)
+    ids = torch.randint(min(1000, words // 2), words, (arguments.rows, arguments.tokens), generator=generator)
+    labels = torch.randint(0, 2, (arguments.rows,), generator=generator)
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     kept = dict.fromkeys(METHODS, 0)
     for _ in range(arguments.steps + 2):
@@ -61,9 +64,11 @@ def main() -> None:
         )
 
 
-def attach(settings: dict[str, Any]) -> Any:
-    """A method on a model of its own."""
-    base = load_base(ModelSettings(base="builtin:minilm"), LearningTask("classification", ("a", "b", "c")), 0)
+def attach(settings: dict[str, Any], name: str) -> Any:
+    """A method on a model of its own; encoders classify, decoders write."""
+    classification = LearningTask("classification", ("a", "b"))
+    task = classification if name == "builtin:minilm" else LearningTask("generation")
+    base = load_base(ModelSettings(base=name), task, 0)
     registered = registry.methods()[settings["name"]]
     trainable = registered.load()(registry.settings_of(settings["name"])(**settings)).attach(base, 0)
     trainable.model.eval()
@@ -83,6 +88,8 @@ def step(trainable: Any, ids: Tensor, labels: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logits = trainable.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        if logits.dim() == 3:  # (rows, tokens, words): the last token's word is the label
+            logits = logits[:, -1]
         loss = torch.nn.functional.cross_entropy(logits, labels)
     torch.autograd.grad(loss, list(trainable.parameters.values()), allow_unused=True)
     return sum(kept.values())
