@@ -61,17 +61,20 @@ class AttentionSlots(nn.Module):
         """The same with these tensors, whose dimensions but for the last two are ``axes``: h, heads, or rh,
         rows and heads.
         """
-        own = {name: tensor.to(query.dtype) for name, tensor in own.items() if name != "keys"} | {
-            "keys": (own["keys"] / math.sqrt(query.shape[-1])).to(query.dtype)
-        }
-        strengths = self.activation(torch.einsum(f"rthd,{axes}sd->rths", query, own["keys"]))
-        added = torch.einsum(f"rths,{axes}se->rthe", strengths, own["values"])
-        if "linear" in own:
-            unit = query * torch.rsqrt(query.float().square().mean(-1, keepdim=True) + 1e-6).to(query.dtype)
-            added = added + torch.einsum(f"rthd,{axes}de->rthe", unit, own["linear"])
-        if "shifts" not in own:
-            return added, None
-        return added, torch.einsum(f"rths,{axes}sd->rthd", strengths, own["shifts"])
+        kind = query.dtype
+        # A processor computes such small products in bfloat16 by code that it compiles for each shape.
+        exact = torch.float32 if query.device.type == "cpu" and kind == torch.bfloat16 else kind
+        with torch.autocast(query.device.type, enabled=False):
+            query, own = query.to(exact), {name: tensor.to(exact) for name, tensor in own.items()}
+            keys = own["keys"] / math.sqrt(query.shape[-1])
+            strengths = self.activation(torch.einsum(f"rthd,{axes}sd->rths", query, keys))
+            added = torch.einsum(f"rths,{axes}se->rthe", strengths, own["values"])
+            if "linear" in own:
+                unit = query * torch.rsqrt(query.float().square().mean(-1, keepdim=True) + 1e-6).to(exact)
+                added = added + torch.einsum(f"rthd,{axes}de->rthe", unit, own["linear"])
+            if "shifts" not in own:
+                return added.to(kind), None
+            return added.to(kind), torch.einsum(f"rths,{axes}sd->rthd", strengths, own["shifts"]).to(kind)
 
 
 class Passing(threading.local):

@@ -16,6 +16,7 @@ from ...data.examples import Example
 from ...data.settings import DataSettings
 from ...evaluation.settings import EvaluationSettings
 from ...models.load import Base
+from ...models.products import use_few_shapes
 from ...models.settings import ModelSettings
 from ...privacy.example_mechanism import ExamplePrivacy
 from ...privacy.settings import PrivacySettings
@@ -137,7 +138,8 @@ class Technique(Protocol):
 
 def prepare_precision(base: Base, original: Iterable[nn.Parameter]) -> None:
     """Keep trained parameters in float32; with bfloat16, the base's frozen matrices (among ``original``, its
-    parameters before the method was attached) are stored in it as well.
+    parameters before the method was attached) are stored in it as well, and a processor makes its products in
+    few shapes.
     """
     for parameter in base.model.parameters():
         if parameter.requires_grad:
@@ -145,3 +147,5 @@ def prepare_precision(base: Base, original: Iterable[nn.Parameter]) -> None:
     for parameter in original:
         if not parameter.requires_grad and base.precision == "bfloat16" and parameter.dim() > 1:
             parameter.data = parameter.data.to(torch.bfloat16)
+    if base.precision == "bfloat16" and base.device.type == "cpu" and not base.compile:
+        use_few_shapes(base.model)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ....models.products import FewShapesLinear, product
 from ....models.quantised_layers import QuantisedLinear
+from .client_products import client_products
 
 
 class BatchTensors(threading.local):
@@ -60,13 +62,7 @@ class ClientModule(nn.Module):
         """``s_k x_k W_k^T`` of states (rows, ..., in) and a trained matrix (clients, out, in)."""
         if (scale := self.given.scale) is not None:
             states = states * scale.view(-1, *[1] * (states.dim() - 1)).to(states.dtype)
-        weight = self.own[name].to(states.dtype)
-        width = states.shape[-1]
-        if len(set(self.given.counts)) == 1:
-            result = torch.bmm(states.reshape(len(weight), -1, width), weight.transpose(1, 2))
-            return result.view(*states.shape[:-1], -1)
-        parts = zip(torch.split(states, self.given.counts), weight.unbind(), strict=True)
-        return torch.cat([nn.functional.linear(rows, own) for rows, own in parts])
+        return client_products(states, self.own[name], self.given.counts)
 
 
 class ClientMatrix(ClientModule):
@@ -88,7 +84,7 @@ class ClientMatrix(ClientModule):
         elif isinstance(module, Conv1D):
             result = states @ module.weight
         else:
-            result = nn.functional.linear(states, module.weight)
+            result = product(states, module.weight)
         if "bias" in self.own:
             return result + self.vector("bias", result)
         return result if module.bias is None else result + module.bias.to(result.dtype)
@@ -354,7 +350,7 @@ def _kind(module: nn.Module, names: set[str]) -> Kind | None:
         return ClientScale
     if isinstance(module, InnerProduct):
         return ClientInnerProduct
-    if type(module) is nn.Linear or isinstance(module, QuantisedLinear):
+    if type(module) in (nn.Linear, FewShapesLinear) or isinstance(module, QuantisedLinear):
         return ClientMatrix
     if isinstance(module, Conv1D):
         return ClientMatrix if names == {"bias"} else None
