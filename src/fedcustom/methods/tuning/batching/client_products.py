@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ....models.products import compiled_by_shape, product
 
@@ -36,8 +37,33 @@ def client_products(states: Tensor, weight: Tensor, counts: Sequence[int]) -> Te
     if states.device.type == "cpu" and operations < SMALL:
         result: Tensor = _SmallProducts.apply(states, weight, list(counts))  # type: ignore[no-untyped-call]
         return result
+    if one_kernel_for_all(states, weight):
+        return grouped_products(states, weight, counts)
     parts = zip(torch.split(states, list(counts)), weight.to(states.dtype).unbind(), strict=True)
     return torch.cat([product(rows, own) for rows, own in parts])
+
+
+def one_kernel_for_all(states: Tensor, weight: Tensor) -> bool:
+    """Whether a GPU can make products with unlike numbers of rows in one kernel: in bfloat16, from compute
+    capability 8.0, of rows of 16 bytes or multiples of that.
+    """
+    if states.device.type != "cuda" or any(size % 8 for size in weight.shape[1:]):
+        return False
+    in_bfloat16 = (
+        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else states.dtype
+    ) == torch.bfloat16
+    return in_bfloat16 and torch.cuda.get_device_capability(states.device) >= (8, 0)
+
+
+def grouped_products(states: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+    """The products in bfloat16, by :func:`torch.nn.functional.grouped_mm`."""
+    per_row = states.numel() // (len(states) * states.shape[-1])
+    ends = torch.tensor([count * per_row for count in counts]).cumsum(0).to(states.device, torch.int32)
+    rows = states.reshape(-1, states.shape[-1]).to(torch.bfloat16)
+    result = functional.grouped_mm(rows, weight.to(torch.bfloat16).transpose(1, 2), offs=ends)
+    if result.requires_grad:  # its backward pass does not take every layout
+        result.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
+    return result.view(*states.shape[:-1], -1)
 
 
 class _SmallProducts(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedcustom.methods.tuning.batching.client_products import SMALL, client_products
+from fedcustom.methods.tuning.batching.client_products import SMALL, client_products, grouped_products
 from fedcustom.models.products import FewShapesLinear, padded_rows, product, use_few_shapes
 
 BFLOAT16 = torch.bfloat16
@@ -128,3 +128,22 @@ def test_products_of_clients_in_bfloat16(kind: torch.dtype, counts: list[int]) -
     assert [tensor.dtype for tensor in mine] == [kind, torch.float32]
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one.float(), other.float(), rtol=3e-2, atol=6e-2)
+
+
+def test_products_of_clients_in_one_kernel() -> None:
+    """On a processor torch computes by a loop what is one kernel on a GPU."""
+    torch.manual_seed(0)
+    counts = [3, 1, 4]
+    states = torch.randn(sum(counts), 7, 16, requires_grad=True)
+    weight = torch.randn(len(counts), 8, 16, requires_grad=True)
+    made = grouped_products(states, weight, counts)
+    parts = zip(states.split(counts), weight.unbind(), strict=True)
+    exact = torch.cat([functional.linear(rows, own) for rows, own in parts])
+    torch.testing.assert_close(made.float(), exact, rtol=2e-2, atol=5e-2)
+    made_sum, exact_sum = made.float().sum(), exact.sum()  # a gradient without a layout of its own
+    for one, other in zip(
+        torch.autograd.grad(made_sum, (states, weight)),
+        torch.autograd.grad(exact_sum, (states, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one.float(), other, rtol=3e-2, atol=1e-1)
