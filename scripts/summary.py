@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    results = Results(arguments.results, ["prefix-memory", "all"])
+    results = Results(arguments.results, ["prefix-memory", "prefix-memory-77", "all"])
     if not results.at(partition=SKEWED):
         parser.error(f"{arguments.results}: no results of experiments/prefix-memory.toml or all.toml")
     texts = Results(arguments.results, ["e2e"])
