@@ -194,9 +194,12 @@ def test_results_of_the_same_recipe_are_taken_over(
     )  # fmt: skip
     other = other.rename(tmp_path / "other.toml")
     second = Experiment(other, tmp_path / "runs" / "other", tmp_path / "results" / "other")
-    assert [line.rsplit("  ")[-1] for line in second.listing()].count(
-        "done"
-    ) == 2  # trials; the rate of the cell is not known yet
+
+    def listed(experiment: Experiment) -> int:
+        """How many trials and cells are listed as done."""
+        return [line.rsplit("  ")[-1] for line in experiment.listing()].count("done")
+
+    assert listed(second) == 3  # both trials, and the cell at the better rate
     said: list[str] = []
     assert second.run(1, said.append) == {}
     assert ran == []
@@ -207,6 +210,12 @@ def test_results_of_the_same_recipe_are_taken_over(
     assert mine.metrics == theirs.metrics
     assert (mine.experiment, mine.points) == ("other", {"way": "prefix", "share": "even"})
     assert mine.command == theirs.command  # what was run
+    assert listed(second) == 3
+    longer = {**search, "set": {"rounds": {"count": 3}}}
+    exclude = [{"share": "even", "seed": "4"}]
+    written(tmp_path, small, axes=axes, seeds=[3, 4], search=longer, exclude=exclude).rename(other)
+    anew = Experiment(other, tmp_path / "runs" / "other", tmp_path / "results" / "other")
+    assert listed(anew) == 0  # what the shorter search chose is not what this one will choose
 
 
 def test_one_process_searches(tmp_path: Path, small: dict[str, Any]) -> None:

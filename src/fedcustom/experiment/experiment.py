@@ -128,9 +128,25 @@ class Experiment:
         yield from composed(recipes, count_clients)
 
     def _chosen(self) -> dict[tuple[str, ...], dict[str, Any]]:
-        """The learning rates that were found so far."""
-        path = self.results / "search.json"
-        return chosen_tables(read_json(path)) if self.settings.search and path.exists() else {}
+        """The learning rates that are known: of groups all of whose trials have results, here or in an
+        experiment that is reused, and of those that ``search.json`` has, with failed trials.
+        """
+        if self.settings.search is None:
+            return {}
+        known, made, path = self._known(), self.trials(), self.results / "search.json"
+        open_groups = {trial.group for trial in made if trial.cell.digest not in known}
+        finished = [trial for trial in made if trial.group not in open_groups]
+        found = {trial.name: known[trial.cell.digest] for trial in finished}
+        groups = choose(self.settings, finished, found, {})["groups"]
+        if path.exists():
+            digests = {trial.cell.digest for trial in made}
+            content = read_json(path)
+            groups |= {
+                name: entry
+                for name, entry in content["groups"].items()
+                if all(run["digest"] in digests for rate in entry["trials"] for run in rate["runs"])
+            }
+        return chosen_tables({"setting": self.settings.search.setting, "groups": groups})
 
     def run(self, jobs: int, say: Say) -> dict[str, str]:
         """Search, then run all cells that have no result yet; what failed, by name, with the reason.
